@@ -1,0 +1,1 @@
+//! ext4: layout, writer, blank formatter, reader, checker.

@@ -1,0 +1,42 @@
+//! `lcow-graphdriver`: layer storage for containers that live in virtual machines.
+//!
+//! Every layer is one file, an ext4 file system in a VHD, and untrusted layer bytes (tar streams, container file
+//! systems) are read and written only inside a *service VM*. The daemon moves bytes and descriptors; it never parses
+//! them.
+//!
+//! ```text
+//!            dockerd, curl                                        operator
+//!                 │ POST /GraphDriver.*                               │ layer … store … call …
+//!   ┌─────────────▼─────────────┐                                     │
+//!   │ listen   unix socket/pipe │                                     │
+//!   │ api      router, wire     │                                ┌────▼────┐
+//!   └─────────────┬─────────────┘                                │  main   │
+//!   ┌─────────────▼─────────────┐                                └────┬────┘
+//!   │ driver   what a graphdriver means: create, get/put, diff, apply │
+//!   └──────┬─────────────┬──────┘◄────────────────────────────────────┘
+//!   ┌──────▼─────┐ ┌─────▼──────┐
+//!   │ store      │ │ svm        │  pool of service VMs, backends
+//!   │ ids, files │ └─────┬──────┘
+//!   └────────────┘ ═ ═ ═ ╪ ═ ═ ═ jail: descriptors and frames only
+//!                  ┌─────▼──────┐
+//!                  │ agent      │  the guest side
+//!                  │ diff       │  layer ⇄ tar, changes, exact record
+//!                  │ tar ext4 vhd │ formats
+//!                  │ io         │  ReadAt, WriteAt
+//!                  └────────────┘
+//! ```
+//!
+//! Arrows point down only: a module may use what is drawn below it and never what is above. `tests/architecture.rs`
+//! reads the `use crate::` lines and holds the code to this picture. [`sys`] is the only place with `unsafe` code; it
+//! wraps system calls and knows nothing of layers.
+//!
+//! # Glossary
+//! * **layer**: an immutable `layer.vhd` made from a tar by `ApplyDiff`.
+//! * **sandbox**: a writable ext4 of fixed size with `upper` and `work` folders, the read-write layer of a container.
+//! * **chain**: the ancestors of a layer, nearest first (`layerchain.json`).
+//! * **service VM** (SVM): where layer bytes are interpreted: a jailed worker process or a virtual machine.
+//! * **exact record**: what of an applied tar the image itself does not hold, so that Diff gives back the very bytes.
+//! * **canonical diff**: the one tar that a written layer has, whoever makes it.
+
+pub mod ext4;
+pub mod io;

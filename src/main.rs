@@ -1,0 +1,2 @@
+//! The `lcow-graphdriver` program.
+fn main() {}
