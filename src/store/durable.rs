@@ -1,0 +1,76 @@
+//! Writes that survive a power cut: temporary file, sync, rename, sync of the folder.
+
+use super::StoreError;
+use serde::{Serialize, de::DeserializeOwned};
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Write},
+    path::Path,
+};
+
+/// Largest metadata file that is read; a longer one is corrupt. A chain of 127 ids of 128 bytes is 17 KB.
+const MAX_JSON_BYTES: u64 = 1 << 20;
+
+/// Makes the names in a folder durable.
+pub fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+    #[cfg(unix)]
+    {
+        File::open(dir).and_then(|d| d.sync_all()).map_err(StoreError::io("sync", dir))
+    }
+    // NTFS and ReFS journal their metadata; a folder handle cannot be flushed without backup privileges.
+    #[cfg(not(unix))]
+    {
+        let _ = dir;
+        Ok(())
+    }
+}
+
+/// Creates a new file, readable by its owner only; an existing one is an error.
+pub fn create_private(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
+/// Replaces `path` by `value` as JSON so that a reader finds either the old or the new content, whole.
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+    let folder =
+        path.parent().ok_or_else(|| StoreError::Usage(format!("'{}' has no folder", path.display())))?;
+    let temporary = path.with_extension("json.new");
+    let write = || -> io::Result<()> {
+        match fs::remove_file(&temporary) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let mut file = create_private(&temporary)?;
+        let mut text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
+        text.push(b'\n');
+        file.write_all(&text)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    write().map_err(StoreError::io("write", path))?;
+    sync_dir(folder)
+}
+
+/// Reads a JSON file written by [`write_json`]; `None` if there is no file.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
+        Err(e) => return Err(StoreError::io("open", path)(e)),
+    };
+    let mut text = Vec::new();
+    file.take(MAX_JSON_BYTES + 1).read_to_end(&mut text).map_err(StoreError::io("read", path))?;
+    let corrupt = |reason: String| StoreError::Corrupt { path: path.to_owned(), reason };
+    if text.len() as u64 > MAX_JSON_BYTES {
+        return Err(corrupt(format!("longer than {MAX_JSON_BYTES} bytes")));
+    }
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(|e| corrupt(format!("not the JSON that is expected here: {e}")))
+}

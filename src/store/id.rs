@@ -1,0 +1,140 @@
+//! Checked layer ids.
+
+use super::{StoreError, layout};
+use serde::{Deserialize, Serialize};
+use std::{fmt, str::FromStr};
+
+/// Longest id, in bytes.
+pub const MAX_ID_BYTES: usize = 128;
+/// The suffix that the original driver gave to a folder on its way out; never part of an id.
+pub const REMOVING_SUFFIX: &str = "-removing";
+
+/// Names that Windows gives to devices in every folder; an id of this name could not be created there.
+const WINDOWS_DEVICES: &[&str] = &[
+    "con", "prn", "aux", "nul", "com1", "com2", "com3", "com4", "com5", "com6", "com7", "com8", "com9",
+    "lpt1", "lpt2", "lpt3", "lpt4", "lpt5", "lpt6", "lpt7", "lpt8", "lpt9",
+];
+
+/// The id of a layer: 1–128 of `[A-Za-z0-9_.-]`, not starting with a dot nor ending with one, not a name that the
+/// store or Windows uses, without the suffix `-removing`.
+///
+/// An id becomes one folder name below the store's home. Whatever could name another place (`""`, `..`, `a/b`) or
+/// another thing (`cache`) is refused before a path is made of it.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LayerId(Box<str>);
+
+impl LayerId {
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for LayerId {
+    type Err = StoreError;
+
+    fn from_str(id: &str) -> Result<Self, StoreError> {
+        let refuse =
+            |reason| Err(StoreError::InvalidId { id: id.chars().take(MAX_ID_BYTES + 1).collect(), reason });
+        if id.is_empty() {
+            return refuse("it is empty");
+        }
+        if id.len() > MAX_ID_BYTES {
+            return refuse("it is longer than 128 bytes");
+        }
+        if !id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) {
+            return refuse("only letters, digits, '_', '.' and '-' are allowed");
+        }
+        if id.starts_with('.') || id.ends_with('.') {
+            return refuse("it must not start or end with a dot");
+        }
+        let lower = id.to_ascii_lowercase();
+        if lower.ends_with(REMOVING_SUFFIX) {
+            return refuse("the suffix '-removing' marks folders that are being deleted");
+        }
+        if layout::RESERVED_NAMES.contains(&lower.as_str()) {
+            return refuse("the store uses this name itself");
+        }
+        let stem = lower.split('.').next().unwrap_or_default();
+        if WINDOWS_DEVICES.contains(&stem) {
+            return refuse("Windows reserves this name for a device");
+        }
+        Ok(Self(id.into()))
+    }
+}
+
+impl TryFrom<String> for LayerId {
+    type Error = StoreError;
+
+    fn try_from(id: String) -> Result<Self, StoreError> {
+        id.parse()
+    }
+}
+
+impl From<LayerId> for String {
+    fn from(id: LayerId) -> String {
+        id.0.into()
+    }
+}
+
+impl fmt::Display for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engine_and_test_suite_ids_are_accepted() {
+        let hex = "0123456789abcdef".repeat(4);
+        for id in
+            [hex.clone(), format!("{hex}-init"), "Base".into(), "empty".into(), "a".into(), "x".repeat(128)]
+        {
+            assert_eq!(id.parse::<LayerId>().unwrap().as_str(), id);
+        }
+    }
+
+    #[test]
+    fn everything_that_could_name_another_place_is_refused() {
+        for id in [
+            "",
+            ".",
+            "..",
+            "../x",
+            "a/b",
+            "a\\b",
+            "/abs",
+            ".hidden",
+            "x.",
+            "a\0b",
+            "a b",
+            "é",
+            "cache",
+            "Cache",
+            "scratch",
+            "staging",
+            "mnt",
+            "lcow-store.json",
+            "owner.lock",
+            "abc-removing",
+            "ABC-REMOVING",
+            "con",
+            "NUL.txt",
+            "c:",
+            &"x".repeat(129),
+        ] {
+            let error = id.parse::<LayerId>().unwrap_err();
+            assert!(matches!(error, StoreError::InvalidId { .. }), "{id:?} was taken: {error}");
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! One owner per store.
+
+use super::{StoreError, layout};
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{Read, Seek, Write},
+    path::Path,
+};
+
+/// Holds the store of a home for this process; the system lets go of it when the process ends, however it ends.
+#[derive(Debug)]
+pub struct OwnerLock {
+    _file: File,
+}
+
+/// Most bytes of the holder's name that are shown.
+const MAX_HOLDER: u64 = 200;
+
+impl OwnerLock {
+    /// Locks the store, or names the process that holds it.
+    pub fn take(home: &Path) -> Result<Self, StoreError> {
+        let path = home.join(layout::OWNER_LOCK);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let mut file = options.open(&path).map_err(StoreError::io("open", &path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(StoreError::Locked { home: home.to_owned(), holder: holder_of(&path) });
+            }
+            Err(TryLockError::Error(e)) => return Err(StoreError::io("lock", &path)(e)),
+        }
+        // The text only serves the message for others: the lock itself is what counts.
+        let name =
+            std::env::current_exe().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
+        let text =
+            format!("process {} ({})\n", std::process::id(), name.as_deref().unwrap_or("unknown program"));
+        file.set_len(0)
+            .and_then(|()| file.rewind())
+            .and_then(|()| file.write_all(text.as_bytes()))
+            .map_err(StoreError::io("write", &path))?;
+        Ok(Self { _file: file })
+    }
+}
+
+/// Who holds the store of `home` now; `None` if nobody does.
+pub fn holder(home: &Path) -> Option<String> {
+    let path = home.join(layout::OWNER_LOCK);
+    let file = File::open(&path).ok()?;
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => Some(holder_of(&path)),
+        _ => None,
+    }
+}
+
+fn holder_of(path: &Path) -> String {
+    let mut text = String::new();
+    let read = fs::File::open(path).and_then(|f| f.take(MAX_HOLDER).read_to_string(&mut text));
+    match (read, text.trim()) {
+        (Ok(_), name) if !name.is_empty() => name.to_owned(),
+        _ => "another process".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_owner_is_refused_with_the_holders_name() {
+        let home = tempfile::tempdir().unwrap();
+        assert_eq!(holder(home.path()), None);
+        let lock = OwnerLock::take(home.path()).unwrap();
+        // flock is per open file description, so a second open in one process meets the same refusal.
+        let error = OwnerLock::take(home.path()).unwrap_err();
+        assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
+        assert!(holder(home.path()).is_some());
+        drop(lock);
+        OwnerLock::take(home.path()).unwrap();
+    }
+}

@@ -1,0 +1,93 @@
+//! The store marker and what Init said.
+
+use super::{StoreError, durable, layout};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// The store format that this program writes.
+pub const STORE_FORMAT: u32 = 1;
+
+/// One range of a user-namespace map, as dockerd sends it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdRange {
+    /// First id inside the container.
+    pub container_id: u32,
+    /// First id on the host.
+    pub host_id: u32,
+    /// Number of ids.
+    pub size: u32,
+}
+
+/// What the last Init for this home said. The engine does not repeat it after a crash of the plugin.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InitRecord {
+    /// `--storage-opt` of the engine, `key=value`.
+    #[serde(default)]
+    pub opts: Vec<String>,
+    /// User map; empty without userns-remap.
+    #[serde(default)]
+    pub uid_maps: Vec<IdRange>,
+    /// Group map.
+    #[serde(default)]
+    pub gid_maps: Vec<IdRange>,
+}
+
+/// `lcow-store.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marker {
+    /// Format of the whole store.
+    pub format: u32,
+    /// Names this store in logs, whatever its path.
+    pub store_id: uuid::Uuid,
+    /// What Capabilities answers; fixed when the store is made and never changed, since the engine decides by it
+    /// whether it keeps tar-split data of its own.
+    pub reproduces_exact_diffs: bool,
+    /// The last Init.
+    #[serde(default)]
+    pub init: InitRecord,
+}
+
+impl Marker {
+    /// The marker of a new store.
+    pub fn new() -> Self {
+        Self {
+            format: STORE_FORMAT,
+            store_id: uuid::Uuid::new_v4(),
+            reproduces_exact_diffs: true,
+            init: InitRecord::default(),
+        }
+    }
+
+    /// Reads the marker of a home; `None` where there is no store yet.
+    pub fn read(home: &Path) -> Result<Option<Self>, StoreError> {
+        /// Only the format, so that a marker of a later format is told from a damaged one.
+        #[derive(Deserialize)]
+        struct FormatOnly {
+            format: u32,
+        }
+        let path = home.join(layout::MARKER);
+        let Some(value) = durable::read_json::<serde_json::Value>(&path)? else { return Ok(None) };
+        let corrupt =
+            |e: serde_json::Error| StoreError::Corrupt { path: path.clone(), reason: e.to_string() };
+        let FormatOnly { format } = FormatOnly::deserialize(&value).map_err(corrupt)?;
+        if format != STORE_FORMAT {
+            return Err(StoreError::UnsupportedFormat {
+                home: home.to_owned(),
+                found: format,
+                known: STORE_FORMAT,
+            });
+        }
+        Self::deserialize(value).map(Some).map_err(corrupt)
+    }
+
+    /// Writes the marker.
+    pub fn write(&self, home: &Path) -> Result<(), StoreError> {
+        durable::write_json(&home.join(layout::MARKER), self)
+    }
+}
+
+impl Default for Marker {
+    fn default() -> Self {
+        Self::new()
+    }
+}

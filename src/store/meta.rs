@@ -1,0 +1,66 @@
+//! `layer.json`: the state of a layer and the facts about its files.
+
+use serde::{Deserialize, Serialize};
+
+/// State of a layer. Every change is one atomic rename of `layer.json`.
+///
+/// ```text
+///            Create ──► created ──ApplyDiff──► applying ──commit──► applied
+///                          │                      │ cut, kill -9, error
+///                          │ first Get            └──► stays applying: every ApplyDiff and Get is refused
+///                          ▼                           until the layer is removed and created anew
+///   CreateReadWrite ──► sandbox
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerState {
+    /// Has a chain and nothing else: ApplyDiff or the first Get decides what it becomes.
+    Created,
+    /// ApplyDiff has begun to read; what a broken connection left of its stream must never be taken for a layer.
+    Applying,
+    /// Immutable: `layer.vhd` and `layer.exact`.
+    Applied,
+    /// Writable: `sandbox.vhd` or `sandbox.vhdx`.
+    Sandbox,
+}
+
+/// Content of `layer.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerMeta {
+    /// State.
+    pub state: LayerState,
+    /// Seconds since 1970 when the layer was created.
+    pub created: u64,
+    /// Size of the sandbox's file system in bytes: what it has, or what it will get at the first Get.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox_bytes: Option<u64>,
+    /// Facts about an applied layer's files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub applied: Option<AppliedMeta>,
+    /// Version of the canonical tar that this written layer has for life, set by its first complete Diff.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub canonical_version: Option<u32>,
+}
+
+/// Facts about `layer.vhd` and `layer.exact`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppliedMeta {
+    /// Bytes of the ext4 file system: the mount's size limit.
+    pub image_bytes: u64,
+    /// Bytes of `layer.vhd`.
+    pub file_bytes: u64,
+    /// Bytes of `layer.exact`.
+    pub record_bytes: u64,
+    /// Sum of regular-file bytes, a hard-linked inode once: what `docker images` and `docker history` show.
+    pub diff_size: u64,
+    /// Bytes of the tar that was applied.
+    pub tar_bytes: u64,
+    /// SHA-256 of that tar, hexadecimal: the engine's DiffID without its prefix.
+    pub tar_sha256: String,
+    /// UUID of the file system.
+    pub uuid: uuid::Uuid,
+    /// Entries of the tar.
+    pub entries: u64,
+    /// A second, fresh service VM found the image's metadata sound.
+    pub checked: bool,
+}

@@ -1,0 +1,458 @@
+//! The shared layer store: ids, folders, chains, states, and how each change is made whole.
+//!
+//! ```text
+//!   Create ── staging/<id>.<n>/{layerchain,layer}.json ──sync──rename──► <id>/            (one rename: there or not)
+//!   ApplyDiff ── layer.json "applying" (durable, before the first byte of the body)
+//!             ── staging/<id>.<n>/{layer.vhd,layer.exact} ──sync──rename──► <id>/
+//!             ── layer.json "applied" (rename: the commit point)
+//!   Remove ── <id>/ ──rename──► staging/<id>-removing.<n>/ ── delete
+//! ```
+//!
+//! Invariants:
+//! * An id is a [`LayerId`] before it touches a path.
+//! * At every instant a kill or power cut leaves either no layer or the whole layer: states change by one rename of
+//!   `layer.json`, after everything that the new state speaks of was synced.
+//! * What lies in `staging/` is debris for whoever opens the store next.
+//! * A parent outlives its children: removing it is refused while they are there.
+//! * No lock is held across bulk I/O: the index lock covers map look-ups and single renames only.
+//!
+//! The store moves files and reads its own JSON; it never opens an image. Called by `driver` and, read-only, by the
+//! `store` commands. All functions block; `driver` calls them from blocking threads.
+
+pub mod chain;
+pub mod durable;
+mod error;
+mod id;
+pub mod layout;
+mod lock;
+mod marker;
+mod meta;
+mod repair;
+mod usage;
+
+pub use error::StoreError;
+pub use id::{LayerId, MAX_ID_BYTES, REMOVING_SUFFIX};
+pub use layout::Layout;
+pub use lock::{OwnerLock, holder};
+pub use marker::{IdRange, InitRecord, Marker, STORE_FORMAT};
+pub use meta::{AppliedMeta, LayerMeta, LayerState};
+pub use repair::{Debris, GcReport};
+pub use usage::{DiskUsage, LayerUsage, allocated_bytes};
+
+use parking_lot::RwLock;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// A layer as the index knows it.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    /// Its id.
+    pub id: LayerId,
+    /// Ancestors, nearest first.
+    pub chain: Arc<[LayerId]>,
+    /// State and facts, or why they cannot be read: such a layer is refused everything but Remove.
+    pub meta: Result<LayerMeta, Arc<str>>,
+    /// Tells this layer from a later one of the same id.
+    pub generation: u64,
+}
+
+impl Layer {
+    /// The parent, if there is one.
+    pub fn parent(&self) -> Option<&LayerId> {
+        self.chain.first()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Index {
+    layers: BTreeMap<LayerId, Layer>,
+    children: BTreeMap<LayerId, BTreeSet<LayerId>>,
+}
+
+impl Index {
+    fn insert(&mut self, layer: Layer) {
+        if let Some(parent) = layer.parent() {
+            self.children.entry(parent.clone()).or_default().insert(layer.id.clone());
+        }
+        self.layers.insert(layer.id.clone(), layer);
+    }
+
+    fn remove(&mut self, id: &LayerId) {
+        let Some(layer) = self.layers.remove(id) else { return };
+        if let Some(parent) = layer.parent()
+            && let Some(children) = self.children.get_mut(parent)
+        {
+            children.remove(id);
+            if children.is_empty() {
+                self.children.remove(parent);
+            }
+        }
+    }
+}
+
+/// An open store.
+#[derive(Debug)]
+pub struct Store {
+    layout: Layout,
+    marker: RwLock<Marker>,
+    index: RwLock<Index>,
+    nonce: AtomicU64,
+    /// `None` for a reader beside a running owner.
+    _lock: Option<OwnerLock>,
+}
+
+/// A folder in `staging/` that is deleted on drop unless its content was moved away.
+#[derive(Debug)]
+pub struct Staged {
+    path: PathBuf,
+}
+
+impl Staged {
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        match fs::remove_dir_all(&self.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %self.path.display(), error = %e, "cannot delete staging folder; the next start will");
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Store {
+    /// Opens the store of `home` for this process alone, making it if there is none.
+    ///
+    /// Reads the index (two small files a layer) and renames nothing; debris is left for [`Store::collect`].
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] names the present owner; a store of a later format or a damaged marker is refused.
+    pub fn open(home: &Path) -> Result<Self, StoreError> {
+        create_private_dir(home)?;
+        let lock = OwnerLock::take(home)?;
+        let layout = Layout::new(home);
+        for name in [layout::CACHE, layout::SCRATCH, layout::STAGING, layout::MOUNTS] {
+            create_private_dir(&layout.top(name))?;
+        }
+        create_private_dir(&layout.top(layout::MOUNTS).join(layout::EMPTY))?;
+        let marker = match Marker::read(home)? {
+            Some(marker) => marker,
+            None => {
+                let marker = Marker::new();
+                marker.write(home)?;
+                marker
+            }
+        };
+        Self::load(layout, marker, Some(lock))
+    }
+
+    /// Opens a store to look at it, beside its owner or without one. Nothing is written.
+    pub fn open_read_only(home: &Path) -> Result<Self, StoreError> {
+        let marker = Marker::read(home)?.ok_or_else(|| {
+            StoreError::Usage(format!(
+                "'{}' holds no layer store ({} is missing)",
+                home.display(),
+                layout::MARKER
+            ))
+        })?;
+        Self::load(Layout::new(home), marker, None)
+    }
+
+    fn load(layout: Layout, marker: Marker, lock: Option<OwnerLock>) -> Result<Self, StoreError> {
+        let store = Self {
+            layout,
+            marker: RwLock::new(marker),
+            index: RwLock::default(),
+            nonce: AtomicU64::new(1),
+            _lock: lock,
+        };
+        let home = store.layout.home();
+        let mut index = Index::default();
+        for entry in fs::read_dir(home).map_err(StoreError::io("list", home))? {
+            let entry = entry.map_err(StoreError::io("list", home))?;
+            let name = entry.file_name();
+            let Some(id) = name.to_str().and_then(|n| n.parse::<LayerId>().ok()) else { continue };
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                index.insert(store.read_layer(id));
+            }
+        }
+        *store.index.write() = index;
+        Ok(store)
+    }
+
+    fn read_layer(&self, id: LayerId) -> Layer {
+        let folder = self.layout.layer(&id);
+        let chain = chain::read(&folder);
+        let meta = durable::read_json::<LayerMeta>(&folder.join(layout::META_FILE))
+            .and_then(|m| {
+                m.ok_or_else(|| StoreError::Corrupt {
+                    path: folder.join(layout::META_FILE),
+                    reason: "it is missing: this folder was not made by this store".into(),
+                })
+            })
+            .map_err(|e| Arc::from(e.to_string()));
+        let (chain, meta) = match chain {
+            Ok(chain) => (chain, meta),
+            Err(e) => (Vec::new(), Err(Arc::from(e.to_string()))),
+        };
+        Layer { id, chain: chain.into(), meta, generation: self.next() }
+    }
+
+    fn next(&self) -> u64 {
+        self.nonce.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Paths of this store.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The marker.
+    pub fn marker(&self) -> Marker {
+        self.marker.read().clone()
+    }
+
+    /// Keeps what Init said, durably; does nothing if it said the same before.
+    pub fn record_init(&self, init: InitRecord) -> Result<(), StoreError> {
+        let mut marker = self.marker.write();
+        if marker.init != init {
+            let changed = Marker { init, ..marker.clone() };
+            changed.write(self.layout.home())?;
+            *marker = changed;
+        }
+        Ok(())
+    }
+
+    /// All layers, by id.
+    pub fn layers(&self) -> Vec<Layer> {
+        self.index.read().layers.values().cloned().collect()
+    }
+
+    /// Number of layers.
+    pub fn len(&self) -> usize {
+        self.index.read().layers.len()
+    }
+
+    /// True if there is no layer.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// True if there is a layer of this id, sound or not.
+    pub fn exists(&self, id: &LayerId) -> bool {
+        self.index.read().layers.contains_key(id)
+    }
+
+    /// The children of a layer.
+    pub fn children(&self, id: &LayerId) -> Vec<LayerId> {
+        self.index.read().children.get(id).map(|c| c.iter().cloned().collect()).unwrap_or_default()
+    }
+
+    /// A layer, sound or not.
+    pub fn find(&self, id: &LayerId) -> Result<Layer, StoreError> {
+        self.index.read().layers.get(id).cloned().ok_or_else(|| StoreError::NotFound(id.clone()))
+    }
+
+    /// A sound layer and its meta data.
+    pub fn get(&self, id: &LayerId) -> Result<(Layer, LayerMeta), StoreError> {
+        let layer = self.find(id)?;
+        match layer.meta.clone() {
+            Ok(meta) => Ok((layer, meta)),
+            Err(reason) => Err(StoreError::WrongState {
+                id: id.clone(),
+                reason: format!("it is damaged and can only be removed: {reason}"),
+            }),
+        }
+    }
+
+    /// An empty folder in `staging/`.
+    pub fn stage(&self, id: &LayerId) -> Result<Staged, StoreError> {
+        let path =
+            self.layout.top(layout::STAGING).join(format!("{id}.{}.{}", std::process::id(), self.next()));
+        fs::create_dir(&path).map_err(StoreError::io("create", &path))?;
+        Ok(Staged { path })
+    }
+
+    /// Creates a layer: `fill` puts files into its folder before it appears under its id. Files that `fill` makes
+    /// must be synced by it.
+    ///
+    /// # Errors
+    /// The id exists, the parent does not, the chain would be too long, or what `fill` says.
+    pub fn create<E: From<StoreError>>(
+        &self,
+        id: &LayerId,
+        parent: Option<&LayerId>,
+        state: LayerState,
+        sandbox_bytes: Option<u64>,
+        fill: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let chain = {
+            let index = self.index.read();
+            if index.layers.contains_key(id) {
+                return Err(StoreError::Exists(id.clone()).into());
+            }
+            Self::chain_below(&index, id, parent)?
+        };
+        let staged = self.stage(id)?;
+        fill(staged.path())?;
+        let meta = LayerMeta { state, created: now(), sandbox_bytes, applied: None, canonical_version: None };
+        chain::write(staged.path(), &chain)?;
+        durable::write_json(&staged.path().join(layout::META_FILE), &meta)?;
+        let target = self.layout.layer(id);
+        let mut index = self.index.write();
+        // Both may have changed while the files were made.
+        if index.layers.contains_key(id) {
+            return Err(StoreError::Exists(id.clone()).into());
+        }
+        Self::chain_below(&index, id, parent)?;
+        fs::rename(staged.path(), &target).map_err(StoreError::io("rename staged layer to", &target))?;
+        index.insert(Layer { id: id.clone(), chain: chain.into(), meta: Ok(meta), generation: self.next() });
+        drop(index);
+        durable::sync_dir(self.layout.home())?;
+        Ok(())
+    }
+
+    fn chain_below(
+        index: &Index,
+        id: &LayerId,
+        parent: Option<&LayerId>,
+    ) -> Result<Vec<LayerId>, StoreError> {
+        let Some(parent) = parent else { return Ok(Vec::new()) };
+        let missing = || StoreError::MissingParent { id: id.clone(), parent: parent.clone() };
+        let layer = index.layers.get(parent).ok_or_else(missing)?;
+        if let Err(reason) = &layer.meta {
+            return Err(StoreError::WrongState {
+                id: parent.clone(),
+                reason: format!("it is damaged and cannot be a parent: {reason}"),
+            });
+        }
+        let depth = layer.chain.len() + 2;
+        if depth > chain::MAX_CHAIN + 1 {
+            return Err(StoreError::TooDeep { id: id.clone(), depth, max: chain::MAX_CHAIN + 1 });
+        }
+        Ok(std::iter::once(parent.clone()).chain(layer.chain.iter().cloned()).collect())
+    }
+
+    /// Changes the meta data of a layer durably: `change` sees the present state and gives the next, or an error.
+    ///
+    /// # Errors
+    /// The layer is gone, damaged, or is no longer the one of `generation`.
+    pub fn update<E: From<StoreError>>(
+        &self,
+        id: &LayerId,
+        generation: u64,
+        change: impl FnOnce(&LayerMeta) -> Result<LayerMeta, E>,
+    ) -> Result<LayerMeta, E> {
+        let mut index = self.index.write();
+        let layer = index
+            .layers
+            .get_mut(id)
+            .filter(|l| l.generation == generation)
+            .ok_or_else(|| StoreError::NotFound(id.clone()))?;
+        let meta = match &layer.meta {
+            Ok(meta) => change(meta)?,
+            Err(reason) => {
+                return Err(StoreError::WrongState { id: id.clone(), reason: reason.to_string() }.into());
+            }
+        };
+        durable::write_json(&self.layout.layer_file(id, layout::META_FILE), &meta)?;
+        layer.meta = Ok(meta.clone());
+        Ok(meta)
+    }
+
+    /// Moves files from a staging folder into a layer and changes its meta data: the files first, the rename of
+    /// `layer.json` last. The files must be synced.
+    pub fn commit<E: From<StoreError>>(
+        &self,
+        id: &LayerId,
+        generation: u64,
+        staged: &Staged,
+        files: &[&str],
+        change: impl FnOnce(&LayerMeta) -> Result<LayerMeta, E>,
+    ) -> Result<LayerMeta, E> {
+        self.update(id, generation, |meta| {
+            let next = change(meta)?;
+            for name in files {
+                let target = self.layout.layer_file(id, name);
+                fs::rename(staged.path().join(name), &target)
+                    .map_err(StoreError::io("rename staged file to", &target))?;
+            }
+            durable::sync_dir(&self.layout.layer(id))?;
+            Ok(next)
+        })
+    }
+
+    /// Removes a layer; one that is not there is fine. The folder is renamed away first, then deleted: a kill in
+    /// between leaves debris, never half a layer, and never something that blocks a later Remove.
+    ///
+    /// # Errors
+    /// [`StoreError::HasChildren`] names the layers that stand on it.
+    pub fn remove(&self, id: &LayerId) -> Result<(), StoreError> {
+        let folder = self.layout.layer(id);
+        let doomed = {
+            let mut index = self.index.write();
+            if let Some(children) = index.children.get(id) {
+                return Err(StoreError::HasChildren {
+                    id: id.clone(),
+                    children: children.iter().cloned().collect(),
+                });
+            }
+            let path = self.layout.top(layout::STAGING).join(format!(
+                "{id}{REMOVING_SUFFIX}.{}.{}",
+                std::process::id(),
+                self.next()
+            ));
+            match fs::rename(&folder, &path) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    index.remove(id);
+                    return Ok(());
+                }
+                Err(e) => return Err(StoreError::io("rename away", &folder)(e)),
+            }
+            index.remove(id);
+            Staged { path }
+        };
+        durable::sync_dir(self.layout.home())?;
+        drop(doomed);
+        Ok(())
+    }
+
+    /// Refuses if less than `reserve` bytes are free on the store's disk.
+    pub fn check_reserve(&self, reserve: u64, free: u64) -> Result<(), StoreError> {
+        if free < reserve {
+            return Err(StoreError::LowSpace { home: self.layout.home().to_owned(), free, reserve });
+        }
+        Ok(())
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Makes a folder (and those above it) that only its owner may enter; an existing one is left as it is.
+fn create_private_dir(path: &Path) -> Result<(), StoreError> {
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path).map_err(StoreError::io("create", path))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,121 @@
+//! Debris: what a crash left behind, and how it is cleared.
+
+use super::{LayerId, REMOVING_SUFFIX, Store, StoreError, layout};
+use serde::Serialize;
+use std::{fs, io, path::PathBuf};
+
+/// One thing that a crash or an earlier version left behind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Debris {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// What it is.
+    pub kind: &'static str,
+}
+
+/// What a collection did.
+#[derive(Debug, Default, Serialize)]
+pub struct GcReport {
+    /// Deleted debris.
+    pub deleted: Vec<Debris>,
+    /// Debris that could not be deleted, and why.
+    pub failed: Vec<(PathBuf, String)>,
+}
+
+impl Store {
+    /// Lists debris as it is now. With a running owner the staging folder holds live work as well: the owner calls
+    /// this at its start, before it answers its first request.
+    pub fn debris(&self) -> Result<Vec<Debris>, StoreError> {
+        let mut found = Vec::new();
+        for (folder, kind) in [
+            (layout::STAGING, "unfinished layer"),
+            (layout::SCRATCH, "scratch disk"),
+            (layout::CACHE, "cached blank"),
+        ] {
+            let path = self.layout.top(folder);
+            for entry in fs::read_dir(&path).map_err(StoreError::io("list", &path))? {
+                let entry = entry.map_err(StoreError::io("list", &path))?;
+                let removing = entry.file_name().to_string_lossy().contains(REMOVING_SUFFIX);
+                found
+                    .push(Debris { path: entry.path(), kind: if removing { "removed layer" } else { kind } });
+            }
+        }
+        let home = self.layout.home();
+        for entry in fs::read_dir(home).map_err(StoreError::io("list", home))? {
+            let entry = entry.map_err(StoreError::io("list", home))?;
+            // The original driver renamed a folder to `<id>-removing` in place.
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.strip_suffix(REMOVING_SUFFIX).is_some_and(|id| id.parse::<LayerId>().is_ok()) {
+                found.push(Debris { path: entry.path(), kind: "removed layer" });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Deletes the given debris; never touches a layer.
+    pub fn collect(&self, debris: Vec<Debris>) -> GcReport {
+        let mut report = GcReport::default();
+        for item in debris {
+            let deleted = match fs::symlink_metadata(&item.path) {
+                Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&item.path),
+                Ok(_) => fs::remove_file(&item.path),
+                Err(e) => Err(e),
+            };
+            match deleted {
+                Ok(()) => report.deleted.push(item),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => report.failed.push((item.path, e.to_string())),
+            }
+        }
+        report
+    }
+
+    /// Faults of the layers' folders that can be seen without opening an image: `(layer, fault)`.
+    pub fn structural_faults(&self) -> Vec<(LayerId, String)> {
+        let mut faults = Vec::new();
+        for layer in self.layers() {
+            let mut fault = |text: String| faults.push((layer.id.clone(), text));
+            for ancestor in layer.chain.iter().filter(|a| !self.exists(a)) {
+                fault(format!("its ancestor {ancestor} is missing"));
+            }
+            if let Some(parent) = layer.parent()
+                && let Ok(found) = self.find(parent)
+                && found.chain[..] != layer.chain[1..]
+            {
+                fault(format!("its chain disagrees with the chain of its parent {parent}"));
+            }
+            let meta = match &layer.meta {
+                Ok(meta) => meta,
+                Err(reason) => {
+                    fault(reason.to_string());
+                    continue;
+                }
+            };
+            let size = |name: &str| fs::metadata(self.layout.layer_file(&layer.id, name)).map(|m| m.len());
+            match (meta.state, &meta.applied) {
+                (super::LayerState::Applied, Some(applied)) => {
+                    for (name, expected) in [
+                        (layout::LAYER_FILE, applied.file_bytes),
+                        (layout::RECORD_FILE, applied.record_bytes),
+                    ] {
+                        match size(name) {
+                            Ok(found) if found == expected => {}
+                            Ok(found) => fault(format!("{name} has {found} bytes instead of {expected}")),
+                            Err(e) => fault(format!("{name}: {e}")),
+                        }
+                    }
+                }
+                (super::LayerState::Applied, None) => {
+                    fault("it is applied but has no facts of its image".into())
+                }
+                (super::LayerState::Sandbox, _) => {
+                    if size(layout::SANDBOX_FILE).or_else(|_| size(layout::SANDBOX_VHDX_FILE)).is_err() {
+                        fault("its sandbox file is missing".into());
+                    }
+                }
+                (super::LayerState::Created | super::LayerState::Applying, _) => {}
+            }
+        }
+        faults
+    }
+}
