@@ -1,0 +1,495 @@
+//! Options: what they are called, what they accept, where they come from.
+//!
+//! ```text
+//!   strongest  Init's Opts (dockerd --storage-opt)     lcow.sandboxsize=30
+//!      │       command line --storage-opt              lcow.sandboxsize=30
+//!      │       environment                             LCOW_SANDBOXSIZE=30
+//!      ▼       TOML file (--config)                    [lcow] sandboxsize = 30
+//!   weakest    built-in defaults
+//! ```
+//!
+//! Invariants: [`SPECS`] is the one list of options; help texts, `docs/options.md` and Status are made from it or
+//! tested against it. An unknown `lcow.*` option or a bad value is an error that names the option, the value and what
+//! is accepted. Called by `main` and `driver`.
+
+use bytesize::ByteSize;
+use figment::{
+    Figment,
+    providers::{Env, Format, Toml},
+};
+use std::{collections::BTreeMap, fmt, path::Path, time::Duration};
+
+/// Prefix of all options.
+pub const PREFIX: &str = "lcow.";
+/// Prefix of the environment's form of the options.
+pub const ENV_PREFIX: &str = "LCOW_";
+/// Size of a sandbox's file system where nobody asks for another: 20 GB, as in the original.
+pub const DEFAULT_SANDBOX_BYTES: u64 = 20 * (1 << 30);
+/// Smallest sandbox: room for a journal and a few files.
+pub const MIN_SANDBOX_BYTES: u64 = 16 << 20;
+/// Largest sandbox: what a VHD footer can name.
+pub const MAX_SANDBOX_BYTES: u64 = 2040 << 30;
+
+/// One option.
+#[derive(Debug)]
+pub struct OptionSpec {
+    /// Name with its prefix.
+    pub name: &'static str,
+    /// Default as text.
+    pub default: &'static str,
+    /// What is accepted, for messages and help.
+    pub accepts: &'static str,
+    /// One sentence for help and docs.
+    pub help: &'static str,
+    set: fn(&mut Options, &str) -> Option<()>,
+    show: fn(&Options) -> String,
+}
+
+/// Every option.
+pub const SPECS: &[OptionSpec] = &[
+    OptionSpec {
+        name: "lcow.globalmode",
+        default: "false",
+        accepts: "true or false",
+        help: "One service VM for all layers (faster) instead of one for each operation's layer (safer).",
+        set: |o, v| parse_bool(v).map(|v| o.global_mode = v),
+        show: |o| o.global_mode.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.sandboxsize",
+        default: "20",
+        accepts: "a size of 16 MiB to 2040 GiB; a bare number means GB (2^30 bytes), as in the original driver",
+        help: "Size of a container's read-write file system: its hard quota.",
+        set: |o, v| parse_sandbox_size(v, Unit::Gigabytes).map(|v| o.sandbox_bytes = v),
+        show: |o| ByteSize(o.sandbox_bytes).to_string(),
+    },
+    OptionSpec {
+        name: "lcow.svm",
+        default: "auto",
+        accepts: "embedded or auto (which is embedded here)",
+        help: "Kind of service VM that handles layer bytes: embedded is a jailed worker process.",
+        set: |o, v| match v {
+            "auto" | "embedded" => Some(o.svm = SvmKind::Embedded),
+            _ => None,
+        },
+        show: |o| o.svm.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.mount",
+        default: if cfg!(target_os = "linux") { "overlay" } else { "none" },
+        accepts: if cfg!(target_os = "linux") { "overlay or none" } else { "none" },
+        help: "What Get does: mount the merged view (overlay), or return the layer's folder for a VM engine (none).",
+        set: |o, v| match v {
+            "overlay" if cfg!(target_os = "linux") => Some(o.mount = MountKind::Overlay),
+            "none" => Some(o.mount = MountKind::None),
+            _ => None,
+        },
+        show: |o| o.mount.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.overlayapi",
+        default: "auto",
+        accepts: "auto, new or legacy",
+        help: "How overlayfs is mounted: by the mount API of Linux 6.7, by one option string, or by what works.",
+        set: |o, v| {
+            o.overlay_api = match v {
+                "auto" => OverlayApi::Auto,
+                "new" => OverlayApi::New,
+                "legacy" => OverlayApi::Legacy,
+                _ => return None,
+            };
+            Some(())
+        },
+        show: |o| o.overlay_api.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.timeout",
+        default: "300",
+        accepts: "seconds, 1 or more",
+        help: "Longest time that a transfer or a service VM may stand still; a whole transfer has no limit.",
+        set: |o, v| v.parse().ok().filter(|s| *s > 0).map(|s| o.idle_timeout = Duration::from_secs(s)),
+        show: |o| o.idle_timeout.as_secs().to_string(),
+    },
+    OptionSpec {
+        name: "lcow.pool.spares",
+        default: "2",
+        accepts: "0 to 64",
+        help: "Service VMs that are kept started and unused, so that an operation need not wait for one.",
+        set: |o, v| v.parse().ok().filter(|n| *n <= 64).map(|n| o.pool_spares = n),
+        show: |o| o.pool_spares.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.pool.max",
+        default: "32",
+        accepts: "2 to 1024",
+        help: "Most service VMs at one time; further operations wait in line.",
+        set: |o, v| v.parse().ok().filter(|n| (2..=1024).contains(n)).map(|n| o.pool_max = n),
+        show: |o| o.pool_max.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.memory",
+        default: "4GiB",
+        accepts: "a size of 64 MiB or more",
+        help: "Address space of one service VM; a layer that needs more fails with an error.",
+        set: |o, v| parse_size(v, Unit::Bytes).filter(|b| *b >= 64 << 20).map(|b| o.memory_bytes = b),
+        show: |o| ByteSize(o.memory_bytes).to_string(),
+    },
+    OptionSpec {
+        name: "lcow.maxlayer",
+        default: "128GiB",
+        accepts: "a size of 1 MiB to 2040 GiB",
+        help: "Largest image that an applied layer may become, and the largest exact record.",
+        set: |o, v| {
+            parse_size(v, Unit::Bytes)
+                .filter(|b| (1 << 20..=MAX_SANDBOX_BYTES).contains(b))
+                .map(|b| o.max_layer_bytes = b)
+        },
+        show: |o| ByteSize(o.max_layer_bytes).to_string(),
+    },
+    OptionSpec {
+        name: "lcow.minfree",
+        default: "256MiB",
+        accepts: "a size",
+        help: "Space to keep free on the home's disk: below it new layers are refused, so that sandboxes can go on.",
+        set: |o, v| parse_size(v, Unit::Bytes).map(|b| o.min_free_bytes = b),
+        show: |o| ByteSize(o.min_free_bytes).to_string(),
+    },
+];
+
+/// Kind of service VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SvmKind {
+    /// A jailed worker process.
+    Embedded,
+}
+
+/// What Get does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MountKind {
+    /// Mounts images and sandboxes and joins them with overlayfs.
+    Overlay,
+    /// Mounts nothing.
+    None,
+}
+
+/// How overlayfs is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OverlayApi {
+    /// The new mount API where the kernel has `lowerdir+`, else the option string.
+    Auto,
+    /// `fsopen` and `lowerdir+` only.
+    New,
+    /// One option string only.
+    Legacy,
+}
+
+macro_rules! show_as {
+    ($kind:ty: $($variant:ident = $text:literal),*) => {
+        impl fmt::Display for $kind {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(Self::$variant => $text),* })
+            }
+        }
+    };
+}
+show_as!(SvmKind: Embedded = "embedded");
+show_as!(MountKind: Overlay = "overlay", None = "none");
+show_as!(OverlayApi: Auto = "auto", New = "new", Legacy = "legacy");
+
+/// The values of all options.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// `lcow.globalmode`
+    pub global_mode: bool,
+    /// `lcow.sandboxsize`, bytes
+    pub sandbox_bytes: u64,
+    /// `lcow.svm`
+    pub svm: SvmKind,
+    /// `lcow.mount`
+    pub mount: MountKind,
+    /// `lcow.overlayapi`
+    pub overlay_api: OverlayApi,
+    /// `lcow.timeout`
+    pub idle_timeout: Duration,
+    /// `lcow.pool.spares`
+    pub pool_spares: usize,
+    /// `lcow.pool.max`
+    pub pool_max: usize,
+    /// `lcow.memory`, bytes
+    pub memory_bytes: u64,
+    /// `lcow.maxlayer`, bytes
+    pub max_layer_bytes: u64,
+    /// `lcow.minfree`, bytes
+    pub min_free_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let mut options = Self {
+            global_mode: false,
+            sandbox_bytes: DEFAULT_SANDBOX_BYTES,
+            svm: SvmKind::Embedded,
+            mount: MountKind::None,
+            overlay_api: OverlayApi::Auto,
+            idle_timeout: Duration::ZERO,
+            pool_spares: 0,
+            pool_max: 0,
+            memory_bytes: 0,
+            max_layer_bytes: 0,
+            min_free_bytes: 0,
+        };
+        for spec in SPECS {
+            (spec.set)(&mut options, spec.default).expect("defaults are tested to be acceptable");
+        }
+        options
+    }
+}
+
+impl Options {
+    /// Name and value of every option, for Status and logs.
+    pub fn entries(&self) -> impl Iterator<Item = (&'static str, String)> + '_ {
+        SPECS.iter().map(|spec| (spec.name, (spec.show)(self)))
+    }
+
+    /// Sets one option; names are matched without case, as the original did.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<(), ConfigError> {
+        let spec = SPECS
+            .iter()
+            .find(|s| s.name.eq_ignore_ascii_case(name))
+            .ok_or_else(|| ConfigError::Unknown { name: name.to_owned() })?;
+        (spec.set)(self, value.trim()).ok_or_else(|| ConfigError::BadValue {
+            name: spec.name,
+            value: value.to_owned(),
+            accepts: spec.accepts,
+        })
+    }
+
+    /// Sets options from `key=value` texts.
+    pub fn set_all<S: AsRef<str>>(&mut self, options: &[S]) -> Result<(), ConfigError> {
+        for option in options {
+            let (name, value) = option
+                .as_ref()
+                .split_once('=')
+                .ok_or_else(|| ConfigError::NoValue { option: option.as_ref().to_owned() })?;
+            self.set(name.trim(), value)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the TOML file (if one is named), then the environment, then the command line's options.
+    pub fn load(file: Option<&Path>, command_line: &[String]) -> Result<Self, ConfigError> {
+        let mut figment = Figment::new();
+        if let Some(file) = file {
+            // A named file that is missing is a mistake; figment would pass over it.
+            let text = std::fs::read_to_string(file)
+                .map_err(|source| ConfigError::Read { path: file.to_owned(), source })?;
+            figment = figment.merge(Toml::string(&text));
+        }
+        let mut options = Self::default();
+        let tree: BTreeMap<String, figment::value::Value> =
+            figment.extract().map_err(|e| ConfigError::File(Box::new(e)))?;
+        let mut pairs = Vec::new();
+        for (key, value) in tree {
+            flatten(&key, &value, &mut pairs);
+        }
+        for (name, value) in &pairs {
+            options.set(name, value)?;
+        }
+        for (key, value) in Env::raw().iter() {
+            if let Some(spec) = SPECS.iter().find(|s| env_name(s.name).eq_ignore_ascii_case(key.as_str())) {
+                options.set(spec.name, &value)?;
+            }
+        }
+        options.set_all(command_line)?;
+        Ok(options)
+    }
+}
+
+/// The environment's form of an option's name: `lcow.pool.max` is `LCOW_POOL_MAX`.
+pub fn env_name(name: &str) -> String {
+    name.to_ascii_uppercase().replace('.', "_")
+}
+
+fn flatten(key: &str, value: &figment::value::Value, pairs: &mut Vec<(String, String)>) {
+    use figment::value::Value;
+    let text = match value {
+        Value::Dict(_, dict) => {
+            for (name, value) in dict {
+                flatten(&format!("{key}.{name}"), value, pairs);
+            }
+            return;
+        }
+        Value::String(_, text) => text.clone(),
+        Value::Bool(_, b) => b.to_string(),
+        Value::Num(_, n) => n
+            .to_i128()
+            .map(|n| n.to_string())
+            .or_else(|| n.to_f64().map(|n| n.to_string()))
+            .unwrap_or_default(),
+        other => format!("{other:?}"),
+    };
+    pairs.push((key.to_owned(), text));
+}
+
+/// What is wrong with an option.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// No such option.
+    #[error("unknown option '{name}'; the options are: {}", SPECS.iter().map(|s| s.name).collect::<Vec<_>>().join(", "))]
+    Unknown {
+        /// What was given.
+        name: String,
+    },
+    /// The value is not accepted.
+    #[error("option {name}: '{value}' is not accepted; give {accepts}")]
+    BadValue {
+        /// The option.
+        name: &'static str,
+        /// The value.
+        value: String,
+        /// What would be accepted.
+        accepts: &'static str,
+    },
+    /// There is no `=`.
+    #[error("option '{option}' has no value; write it as name=value")]
+    NoValue {
+        /// What was given.
+        option: String,
+    },
+    /// The configuration file cannot be read.
+    #[error("cannot read the configuration file '{}'", path.display())]
+    Read {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The configuration file is not TOML of the expected form.
+    #[error("the configuration file is wrong")]
+    File(#[source] Box<figment::Error>),
+}
+
+/// What a number without a unit means.
+#[derive(Debug, Clone, Copy)]
+pub enum Unit {
+    /// Bytes.
+    Bytes,
+    /// Units of 2^30 bytes.
+    Gigabytes,
+}
+
+/// Go's `strconv.ParseBool`, which the original used.
+fn parse_bool(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "TRUE" | "true" | "True" => Some(true),
+        "0" | "f" | "F" | "FALSE" | "false" | "False" => Some(false),
+        _ => None,
+    }
+}
+
+/// Parses a size as docker does: units are powers of 1024, with or without `i` and `B`.
+pub fn parse_size(text: &str, bare: Unit) -> Option<u64> {
+    let text = text.trim();
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    if unit.trim().is_empty() {
+        let number: u64 = number.parse().ok()?;
+        return match bare {
+            Unit::Bytes => Some(number),
+            Unit::Gigabytes => number.checked_mul(1 << 30),
+        };
+    }
+    // docker's units.RAMInBytes: `1g`, `1gb` and `1GiB` are all 2^30.
+    let letter = unit.trim().to_ascii_lowercase();
+    let letter = letter.strip_suffix("ib").or_else(|| letter.strip_suffix('b')).unwrap_or(&letter);
+    let iec = if letter.is_empty() {
+        format!("{number}B")
+    } else {
+        format!("{number}{}iB", letter.to_ascii_uppercase())
+    };
+    iec.parse::<ByteSize>().ok().map(|s| s.as_u64())
+}
+
+/// Parses a sandbox's size and checks its limits.
+pub fn parse_sandbox_size(text: &str, bare: Unit) -> Option<u64> {
+    parse_size(text, bare).filter(|b| (MIN_SANDBOX_BYTES..=MAX_SANDBOX_BYTES).contains(b)).map(|b| b & !0xfff)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_docker_reads_them() {
+        for (text, bytes) in [
+            ("1G", Some(1 << 30)),
+            ("1g", Some(1 << 30)),
+            ("1GB", Some(1 << 30)),
+            ("1GiB", Some(1 << 30)),
+            ("512m", Some(512 << 20)),
+            ("0.5g", Some(1 << 29)),
+            ("4096", Some(4096)),
+            ("10 MB", Some(10 << 20)),
+            ("2t", Some(2 << 40)),
+            ("", None),
+            ("x", None),
+            ("-1", None),
+            ("1q", None),
+        ] {
+            assert_eq!(parse_size(text, Unit::Bytes), bytes, "{text:?}");
+        }
+        assert_eq!(parse_sandbox_size("20", Unit::Gigabytes), Some(20 << 30));
+        assert_eq!(parse_sandbox_size("1m", Unit::Bytes), None);
+        assert_eq!(parse_sandbox_size("3t", Unit::Bytes), None);
+    }
+
+    #[test]
+    fn every_bad_value_names_the_option_the_value_and_what_is_accepted() {
+        let mut options = Options::default();
+        for spec in SPECS {
+            let error = options.set(spec.name, "not-a-value").unwrap_err().to_string();
+            for part in [spec.name, "not-a-value", spec.accepts] {
+                assert!(error.contains(part), "{error}");
+            }
+        }
+        assert_eq!(options, Options::default());
+        let error = options.set("lcow.nonsense", "1").unwrap_err().to_string();
+        assert!(error.contains("lcow.nonsense") && error.contains("lcow.globalmode"), "{error}");
+        assert!(options.set_all(&["lcow.globalmode"]).unwrap_err().to_string().contains("name=value"));
+    }
+
+    #[test]
+    fn the_originals_spellings_of_true_and_false() {
+        for text in ["1", "t", "T", "TRUE", "true", "True"] {
+            let mut options = Options::default();
+            options.set("LCOW.GlobalMode", text).unwrap();
+            assert!(options.global_mode);
+        }
+        assert!(Options::default().set("lcow.globalmode", "yes").is_err());
+    }
+
+    #[test]
+    fn the_file_is_weaker_than_the_command_line() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "[lcow]\nsandboxsize = 30\nglobalmode = true\n[lcow.pool]\nmax = 7\n")
+            .unwrap();
+        let options = Options::load(Some(file.path()), &["lcow.sandboxsize=40".into()]).unwrap();
+        assert_eq!((options.sandbox_bytes, options.global_mode, options.pool_max), (40 << 30, true, 7));
+        std::fs::write(file.path(), "[lcow]\nsandboxsise = 30\n").unwrap();
+        assert!(Options::load(Some(file.path()), &[]).unwrap_err().to_string().contains("lcow.sandboxsise"));
+        assert!(matches!(
+            Options::load(Some(Path::new("/nonexistent/x.toml")), &[]),
+            Err(ConfigError::Read { .. })
+        ));
+    }
+
+    #[test]
+    fn the_documentation_lists_every_option() {
+        let docs = include_str!("../docs/options.md");
+        for spec in SPECS {
+            let row = format!("| `{}` | `{}` | {} |", spec.name, env_name(spec.name), spec.default);
+            assert!(docs.contains(&row), "docs/options.md lacks the row: {row}");
+        }
+    }
+}
