@@ -1,0 +1,274 @@
+//! The HTTP face: `/Plugin.Activate`, `/GraphDriver.*`, `/healthz`, `/metrics`.
+//!
+//! ```text
+//!   POST /GraphDriver.X ─► router ─► extractor (ignores Content-Type, bounds the body)
+//!                                  ─► Driver::x ─► 200 + JSON with Err ""   or   4xx/5xx + {"Err": text}
+//!   ApplyDiff: query + chunked tar in          Diff: chunked tar out, cut without its last chunk on a late error
+//! ```
+//!
+//! Invariants: what is not a well-formed request never reaches the driver; operations that change state run to their
+//! end even if the client hangs up (only the two transfers are cancelled by it); nothing here limits a whole transfer.
+//! Called by `main` with the listeners of `listen`. The protocol's source is moby's `daemon/graphdriver/proxy.go` and
+//! `pkg/plugins/client.go`, and what real daemons were seen to send.
+
+mod reply;
+mod stream;
+mod wire;
+
+use crate::{
+    driver::{Driver, LayerRequest as DriverRequest},
+    store::InitRecord,
+    telemetry::Metrics,
+};
+use axum::{
+    Router,
+    body::Body,
+    extract::{MatchedPath, Query, Request, State, rejection::QueryRejection},
+    http::{HeaderMap, Method, StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use futures_util::StreamExt;
+use reply::{CONTENT_TYPE, Failure, Ignored, Json, Reply};
+use std::{future::Future, path::PathBuf, sync::Arc, time::Instant};
+use tower_http::catch_panic::CatchPanicLayer;
+
+/// What every handler shares.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// The driver.
+    pub driver: Arc<Driver>,
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The whole service.
+pub fn router(context: Context) -> Router {
+    Router::new()
+        .route("/Plugin.Activate", post(activate))
+        .route("/GraphDriver.Init", post(init))
+        .route("/GraphDriver.Capabilities", post(capabilities))
+        .route("/GraphDriver.Create", post(create))
+        .route("/GraphDriver.CreateReadWrite", post(create_read_write))
+        .route("/GraphDriver.Remove", post(remove))
+        .route("/GraphDriver.Get", post(get_layer))
+        .route("/GraphDriver.Put", post(put))
+        .route("/GraphDriver.Exists", post(exists))
+        .route("/GraphDriver.Status", post(status))
+        .route("/GraphDriver.GetMetadata", post(metadata))
+        .route("/GraphDriver.Cleanup", post(cleanup))
+        .route("/GraphDriver.Diff", post(diff))
+        .route("/GraphDriver.Changes", post(changes))
+        .route("/GraphDriver.DiffSize", post(diff_size))
+        .route("/GraphDriver.ApplyDiff", post(apply_diff))
+        .route("/healthz", get(healthz))
+        .route("/metrics", get(metrics))
+        .fallback(unknown)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn_with_state(context.clone(), observe))
+        .with_state(context)
+}
+
+type Answer<T> = Result<Reply<T>, Failure>;
+
+/// Counts and logs each request.
+async fn observe(State(context): State<Context>, request: Request, next: Next) -> Response {
+    let begin = Instant::now();
+    let endpoint = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "unknown".to_owned(), |path| path.as_str().trim_start_matches('/').to_owned());
+    let response = next.run(request).await;
+    let (status, took) = (response.status(), begin.elapsed());
+    context.metrics.request(&endpoint, status.is_success(), took);
+    tracing::debug!(endpoint, status = status.as_u16(), micros = took.as_micros() as u64, "request");
+    response
+}
+
+/// Runs a state change to its end, whether or not the client waits for it.
+async fn to_the_end<T: Send + 'static, E: Into<Failure> + Send + 'static>(
+    work: impl Future<Output = Result<T, E>> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::spawn(work).await {
+        Ok(result) => result.map_err(Into::into),
+        Err(e) => Err(Failure {
+            status: StatusCode::INTERNAL_SERVER_ERROR,
+            message: format!("the operation did not end properly: {e}"),
+        }),
+    }
+}
+
+async fn activate(_: Ignored) -> Reply<wire::Activated> {
+    Reply(wire::Activated { implements: ["GraphDriver"] })
+}
+
+async fn init(State(context): State<Context>, Json(request): Json<wire::InitRequest>) -> Answer<wire::Outcome> {
+    if request.home.is_empty() {
+        return Err(Failure::bad_request("Init names no Home"));
+    }
+    let init = InitRecord {
+        opts: request.opts.unwrap_or_default(),
+        uid_maps: request.uid_maps.unwrap_or_default(),
+        gid_maps: request.gid_maps.unwrap_or_default(),
+    };
+    to_the_end(async move { context.driver.init(PathBuf::from(request.home), init).await }).await?;
+    Ok(Reply(wire::Outcome::default()))
+}
+
+async fn capabilities(State(context): State<Context>, _: Ignored) -> Answer<wire::CapabilitiesReply> {
+    let reproduces_exact_diffs = context.driver.reproduces_exact_diffs()?;
+    Ok(Reply(wire::CapabilitiesReply { capabilities: wire::Capabilities { reproduces_exact_diffs } }))
+}
+
+fn layer_request(request: wire::LayerRequest) -> DriverRequest {
+    DriverRequest {
+        id: request.id,
+        parent: request.parent,
+        mount_label: request.mount_label,
+        storage_opt: request.storage_opt.unwrap_or_default(),
+    }
+}
+
+async fn create(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::Outcome> {
+    to_the_end(async move { context.driver.create(layer_request(request)).await }).await?;
+    Ok(Reply(wire::Outcome::default()))
+}
+
+async fn create_read_write(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Answer<wire::Outcome> {
+    to_the_end(async move { context.driver.create_read_write(layer_request(request)).await }).await?;
+    Ok(Reply(wire::Outcome::default()))
+}
+
+async fn remove(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::Outcome> {
+    to_the_end(async move { context.driver.remove(&request.id).await }).await?;
+    Ok(Reply(wire::Outcome::default()))
+}
+
+async fn get_layer(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::DirReply> {
+    let dir = to_the_end(async move { context.driver.get(&request.id, &request.mount_label).await }).await?;
+    // A home is given as JSON text, so its folders are text as well.
+    Ok(Reply(wire::DirReply { dir: dir.to_string_lossy().into_owned(), err: String::new() }))
+}
+
+async fn put(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::Outcome> {
+    to_the_end(async move { context.driver.put(&request.id).await }).await?;
+    Ok(Reply(wire::Outcome::default()))
+}
+
+async fn exists(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::ExistsReply> {
+    Ok(Reply(wire::ExistsReply { exists: context.driver.exists(&request.id)? }))
+}
+
+async fn status(State(context): State<Context>, _: Ignored) -> Answer<wire::StatusReply> {
+    Ok(Reply(wire::StatusReply { status: context.driver.status().await }))
+}
+
+async fn metadata(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Answer<wire::MetadataReply> {
+    let metadata = context.driver.metadata(&request.id).await?;
+    Ok(Reply(wire::MetadataReply { metadata, err: String::new() }))
+}
+
+async fn cleanup(State(context): State<Context>, _: Ignored) -> Answer<wire::Outcome> {
+    to_the_end(async move { context.driver.cleanup().await }).await?;
+    Ok(Reply(wire::Outcome::default()))
+}
+
+async fn diff(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Result<Response, Failure> {
+    let idle = context.driver.idle_timeout();
+    let mut tar = Box::pin(context.driver.diff(&request.id, &request.parent).await?);
+    // The first bytes are awaited before the status is sent, so that an early failure is a proper error.
+    let first = match tar.next().await {
+        Some(Ok(bytes)) => bytes,
+        Some(Err(e)) => return Err(e.into()),
+        None => {
+            return Err(Failure {
+                status: StatusCode::INTERNAL_SERVER_ERROR,
+                message: "the service VM sent no tar at all".into(),
+            });
+        }
+    };
+    let stream = futures_util::stream::once(async move { Ok(first) }).chain(tar);
+    let body = stream::outgoing(stream, idle, context.metrics.sent());
+    Ok(([(header::CONTENT_TYPE, "application/x-tar")], body).into_response())
+}
+
+async fn changes(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Answer<wire::ChangesReply> {
+    let changes = context.driver.changes(&request.id, &request.parent).await?;
+    // JSON has no place for names that are not UTF-8; they are shown with replacement characters.
+    let changes = changes
+        .into_iter()
+        .map(|c| wire::ChangeEntry { path: String::from_utf8_lossy(&c.path).into_owned(), kind: c.kind })
+        .collect();
+    Ok(Reply(wire::ChangesReply { changes, err: String::new() }))
+}
+
+async fn diff_size(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::SizeReply> {
+    let size = context.driver.diff_size(&request.id, &request.parent).await?;
+    Ok(Reply(wire::SizeReply { size, err: String::new() }))
+}
+
+async fn apply_diff(
+    State(context): State<Context>,
+    query: Result<Query<wire::ApplyQuery>, QueryRejection>,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer<wire::SizeReply> {
+    let Query(query) = query.map_err(|e| Failure::bad_request(format!("the query is wrong: {e}")))?;
+    // What dockerd's client sends when it repeats a request whose connection broke: never a layer, and known to be
+    // empty before anything is read, so the layer stays as it was.
+    if headers.get(header::CONTENT_LENGTH).is_some_and(|n| n == "0") {
+        return Err(Failure::bad_request(
+            "the body is empty: no tar at all (an empty layer is a tar of 1024 zero bytes)",
+        ));
+    }
+    let idle = context.driver.idle_timeout();
+    let tar = stream::incoming(body, idle, context.metrics.received());
+    let size = context.driver.apply_diff(&query.id, &query.parent, tar).await?;
+    Ok(Reply(wire::SizeReply { size, err: String::new() }))
+}
+
+async fn healthz(State(context): State<Context>) -> Response {
+    match context.driver.reproduces_exact_diffs() {
+        Ok(_) => (StatusCode::OK, "ok\n").into_response(),
+        Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", reply::chained(&e))).into_response(),
+    }
+}
+
+async fn metrics(State(context): State<Context>) -> Response {
+    match context.metrics.render(&context.driver.gauges()) {
+        Ok(text) => {
+            ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
+                .into_response()
+        }
+        Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
+    }
+}
+
+async fn unknown(request: Request) -> Failure {
+    Failure { status: StatusCode::NOT_FOUND, message: format!("there is no method '{}'", request.uri().path()) }
+}
+
+async fn wrong_method(method: Method, request: Request) -> Failure {
+    Failure {
+        status: StatusCode::METHOD_NOT_ALLOWED,
+        message: format!("'{}' cannot be used with {method}; send a POST", request.uri().path()),
+    }
+}
+
+fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
+    let message = "the driver met an internal fault; its log tells more".to_owned();
+    let mut response = Failure { status: StatusCode::INTERNAL_SERVER_ERROR, message }.into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(CONTENT_TYPE));
+    response
+}

@@ -1,0 +1,90 @@
+//! Bodies that stream: a tar on its way in or out.
+//!
+//! ```text
+//!   dockerd ──chunked body──► idle limit, byte count ──► driver.apply_diff
+//!   driver.diff ──► first chunk awaited ──► pump task ──(4 chunks)──► chunked body ──► dockerd
+//!                        │ error: a proper reply            │ error: the connection is cut without the last chunk
+//! ```
+//!
+//! Only idleness is limited, never a whole transfer: a pull over a slow line may take hours.
+
+use axum::body::{Body, Bytes};
+use futures_util::{Stream, StreamExt};
+use std::{io, time::Duration};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_util::task::AbortOnDropHandle;
+
+/// Chunks between the pump and the connection. Chunks have at most 1 MiB.
+const PUMP_CHUNKS: usize = 4;
+
+/// The request body as a stream of bytes that fails when nothing arrives for `idle`.
+pub(super) fn incoming(
+    body: Body,
+    idle: Duration,
+    mut count: impl FnMut(u64) + Send + 'static,
+) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    let stream = body.into_data_stream();
+    futures_util::stream::unfold(Some(stream), move |state| {
+        let next = async move {
+            let mut stream = state?;
+            match timeout(idle, stream.next()).await {
+                Ok(Some(Ok(bytes))) => Some((Ok(bytes), Some(stream))),
+                Ok(Some(Err(e))) => Some((Err(io::Error::new(io::ErrorKind::ConnectionAborted, e)), None)),
+                Ok(None) => None,
+                Err(_) => {
+                    let text = format!("nothing arrived for {} s (lcow.timeout)", idle.as_secs());
+                    Some((Err(io::Error::new(io::ErrorKind::TimedOut, text)), None))
+                }
+            }
+        };
+        next
+    })
+    .inspect(move |item| {
+        if let Ok(bytes) = item {
+            count(bytes.len() as u64);
+        }
+    })
+}
+
+/// A reply body fed from `stream`. An error cuts the connection; a client that reads nothing for `idle` is dropped.
+pub(super) fn outgoing<S, E>(stream: S, idle: Duration, mut count: impl FnMut(u64) + Send + 'static) -> Body
+where
+    S: Stream<Item = Result<Bytes, E>> + Send + 'static,
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let (sender, receiver) = mpsc::channel::<Result<Bytes, io::Error>>(PUMP_CHUNKS);
+    let pump = tokio::spawn(async move {
+        let mut stream = std::pin::pin!(stream);
+        while let Some(item) = stream.next().await {
+            let item = item.map_err(|e| {
+                tracing::error!(error = super::reply::chained(&e), "a diff failed half way; its connection is cut");
+                io::Error::other(super::reply::chained(&e))
+            });
+            let failed = item.is_err();
+            if let Ok(bytes) = &item {
+                count(bytes.len() as u64);
+            }
+            match timeout(idle, sender.send(item)).await {
+                Ok(Ok(())) if !failed => {}
+                Ok(_) => return,
+                Err(_) => {
+                    tracing::warn!(seconds = idle.as_secs(), "a client stopped reading a diff; it is dropped");
+                    // The receiver sees the missing end as an error, below.
+                    return;
+                }
+            }
+        }
+        // An explicit end: without it the body below fails, so that a pump that died is never a clean end.
+        let _ = sender.send(Ok(Bytes::new())).await;
+    });
+    let state = Some((receiver, AbortOnDropHandle::new(pump)));
+    Body::from_stream(futures_util::stream::unfold(state, |state| async move {
+        let (mut receiver, pump) = state?;
+        match receiver.recv().await {
+            Some(Ok(bytes)) if bytes.is_empty() => None,
+            Some(Ok(bytes)) => Some((Ok(bytes), Some((receiver, pump)))),
+            Some(Err(e)) => Some((Err(e), None)),
+            None => Some((Err(io::Error::other("the diff has no end")), None)),
+        }
+    }))
+}

@@ -1,0 +1,87 @@
+//! `call`: one request to a running plugin, as curl would send it.
+
+use super::{CliError, DEFAULT_SOCKET, runtime};
+use bytes::Bytes;
+use clap::Args;
+use futures_util::TryStreamExt;
+use http_body_util::{BodyExt, Either, Full, StreamBody};
+use hyper::{Method, Request, body::Frame};
+use hyper_util::rt::TokioIo;
+use std::{io, path::PathBuf, process::ExitCode};
+use tokio::io::{AsyncRead, AsyncWriteExt};
+use tokio_util::io::ReaderStream;
+
+/// Bytes read from a tar at a time.
+const CHUNK: usize = 256 << 10;
+
+/// Arguments of `call`.
+#[derive(Debug, Args)]
+pub(super) struct CallArgs {
+    /// The method and, for ApplyDiff, its query: `GraphDriver.Status`, `GraphDriver.ApplyDiff?id=a&parent=`.
+    method: String,
+    /// The JSON of the request.
+    #[arg(default_value = "{}")]
+    json: String,
+    /// Sends this file (`-` is standard input) as the body instead: the tar of an ApplyDiff.
+    #[arg(long, short = 'i', value_name = "FILE")]
+    input: Option<PathBuf>,
+    /// The plugin's socket.
+    #[arg(long, env = "LCOW_SOCKET", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+}
+
+type Source = Box<dyn AsyncRead + Send + Sync + Unpin>;
+
+pub(super) fn run(args: CallArgs) -> Result<ExitCode, CliError> {
+    runtime()?.block_on(call(args))
+}
+
+async fn call(args: CallArgs) -> Result<ExitCode, CliError> {
+    let stream = tokio::net::UnixStream::connect(&args.socket)
+        .await
+        .map_err(|e| format!("cannot connect to '{}': {e}; is the plugin running?", args.socket.display()))?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let driven = tokio::spawn(connection);
+    let body = match &args.input {
+        None => Either::Left(Full::new(Bytes::from(args.json))),
+        Some(path) => {
+            let source: Source = if path.as_os_str() == "-" {
+                Box::new(tokio::io::stdin())
+            } else {
+                let open = tokio::fs::File::open(path).await;
+                Box::new(open.map_err(|e| format!("cannot open '{}': {e}", path.display()))?)
+            };
+            Either::Right(StreamBody::new(ReaderStream::with_capacity(source, CHUNK).map_ok(Frame::data)))
+        }
+    };
+    let request = Request::builder()
+        .method(Method::POST)
+        .uri(format!("/{}", args.method.trim_start_matches('/')))
+        .header(hyper::header::HOST, "")
+        .header(hyper::header::ACCEPT, "application/vnd.docker.plugins.v1.2+json")
+        .body(body)?;
+    let response = sender.send_request(request).await?;
+    let ok = response.status().is_success();
+    let mut reply = response.into_body();
+    let mut out = tokio::io::stdout();
+    let mut head = Vec::new();
+    while let Some(frame) = reply.frame().await {
+        let frame = frame.map_err(|e| io::Error::other(format!("the reply was cut: {e}")))?;
+        if let Some(data) = frame.data_ref() {
+            if head.len() < ERROR_HEAD {
+                head.extend_from_slice(&data[..data.len().min(ERROR_HEAD - head.len())]);
+            }
+            out.write_all(data).await?;
+        }
+    }
+    out.flush().await?;
+    drop(sender);
+    driven.abort();
+    // An `Err` in a reply of status 200 is a failure as well.
+    let failed = serde_json::from_slice::<serde_json::Value>(&head)
+        .is_ok_and(|v| v.get("Err").and_then(|e| e.as_str()).is_some_and(|e| !e.is_empty()));
+    Ok(if ok && !failed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Bytes of a reply that are looked at for an `Err`.
+const ERROR_HEAD: usize = 64 << 10;

@@ -1,0 +1,170 @@
+//! The command line: `serve`, `store`, `layer`, `call`, and the hidden `worker`.
+//!
+//! ```text
+//!   lcow-graphdriver serve    the plugin                          listen ─► api ─► driver
+//!                    store    look at a store, repair it          store, driver (scrub)
+//!                    layer    convert one layer on files          diff
+//!                    call     one request to a running plugin     HTTP client on its socket
+//!                    worker   (hidden) the embedded service VM    agent
+//! ```
+//!
+//! Parsing is clap's; results go to standard output (tables for people, `--json` for programs), messages to standard
+//! error; the exit status is 0 for success, 1 for a failure, 2 for a wrong command line. Called by `main` alone.
+
+mod call;
+mod layer;
+mod serve;
+mod store;
+
+use crate::{config, telemetry::LogFormat};
+use clap::{Args, Parser, Subcommand};
+use std::{path::PathBuf, process::ExitCode};
+
+/// Where the service keeps its own state unless told otherwise.
+pub const DEFAULT_ROOT: &str = "/var/lib/lcow";
+/// Where dockerd looks for a plugin of the name `lcow`.
+pub const DEFAULT_SOCKET: &str = "/run/docker/plugins/lcow.sock";
+
+/// An error for people: printed with its causes.
+pub(crate) type CliError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Docker graphdriver plugin that keeps every layer as one ext4 file system in a VHD and handles untrusted bytes only
+/// in service VMs.
+#[derive(Debug, Parser)]
+#[command(name = "lcow-graphdriver", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Answers dockerd's graphdriver requests on a unix socket.
+    #[command(after_help = options_help())]
+    Serve(ServeArgs),
+    /// Looks at a layer store, checks it and clears it up.
+    #[command(subcommand)]
+    Store(store::StoreCommand),
+    /// Converts one layer between tar and image, on files.
+    #[command(subcommand)]
+    Layer(layer::LayerCommand),
+    /// Sends one request to a running plugin and prints its reply.
+    Call(call::CallArgs),
+    /// The embedded service VM; started by `serve`, never by hand.
+    #[command(hide = true)]
+    Worker,
+}
+
+/// Arguments of `serve`.
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// Folder of the service's own state; the layer store until dockerd's Init names another.
+    #[arg(long, env = "LCOW_ROOT", default_value = DEFAULT_ROOT)]
+    root: PathBuf,
+    /// The socket. A socket that systemd hands over is used instead.
+    #[arg(long, env = "LCOW_SOCKET", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// A TOML file with options, as `[lcow]` `sandboxsize = "30GB"`.
+    #[arg(long, env = "LCOW_CONFIG")]
+    config: Option<PathBuf>,
+    /// An option, as `lcow.sandboxsize=30`; can be given several times. The options are listed below.
+    #[arg(long = "storage-opt", value_name = "NAME=VALUE")]
+    storage_opt: Vec<String>,
+    /// Form of the log lines on standard error; RUST_LOG chooses what is logged.
+    #[arg(long, env = "LCOW_LOG_FORMAT", value_enum, default_value = "text")]
+    log_format: LogFormat,
+}
+
+/// Which store a command means.
+#[derive(Debug, Args)]
+struct HomeArgs {
+    /// The store's folder; by default the one that the last Init named to the service at --root.
+    #[arg(long)]
+    home: Option<PathBuf>,
+    /// Folder of the service's own state.
+    #[arg(long, env = "LCOW_ROOT", default_value = DEFAULT_ROOT)]
+    root: PathBuf,
+}
+
+/// The table of options for `serve --help`.
+fn options_help() -> String {
+    use std::fmt::Write as _;
+    let mut text = String::from("Options for --storage-opt (also by environment and file; docs/options.md):\n");
+    for spec in config::SPECS {
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "  {} (default {}, environment {})\n      {}\n      Accepts {}.",
+            spec.name,
+            spec.default,
+            config::env_name(spec.name),
+            spec.help,
+            spec.accepts
+        );
+    }
+    text
+}
+
+/// Runs the program.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::Store(command) => store::run(command),
+        Command::Layer(command) => layer::run(command),
+        Command::Call(args) => call::run(args),
+        Command::Worker => return crate::agent::worker_main(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprint!("lcow-graphdriver: {error}");
+            let mut cause = error.source();
+            while let Some(inner) = cause {
+                eprint!(": {inner}");
+                cause = inner.source();
+            }
+            eprintln!();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A runtime for commands that need one.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent_and_its_help_names_every_option() {
+        Cli::command().debug_assert();
+        let help = options_help();
+        for spec in config::SPECS {
+            assert!(help.contains(spec.name) && help.contains(&config::env_name(spec.name)));
+        }
+    }
+
+    #[test]
+    fn serve_takes_its_documented_form() {
+        let cli = Cli::try_parse_from([
+            "lcow-graphdriver",
+            "serve",
+            "--root",
+            "/r",
+            "--socket",
+            "/s",
+            "--storage-opt",
+            "lcow.globalmode=true",
+            "--storage-opt",
+            "lcow.sandboxsize=30",
+        ])
+        .unwrap();
+        let Command::Serve(args) = cli.command else { panic!("not serve") };
+        assert_eq!(args.storage_opt, ["lcow.globalmode=true", "lcow.sandboxsize=30"]);
+    }
+}

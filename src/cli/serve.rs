@@ -1,0 +1,58 @@
+//! `serve`: the plugin itself.
+
+use super::{CliError, ServeArgs, runtime};
+use crate::{
+    api::{self, Context},
+    config::Options,
+    driver::{Driver, DriverConfig},
+    listen::UnixIncoming,
+    telemetry::{self, Metrics},
+};
+use std::{process::ExitCode, sync::Arc};
+use tokio::signal::unix::{SignalKind, signal};
+
+pub(super) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
+    telemetry::start_logging(args.log_format);
+    let options = Options::load(args.config.as_deref(), &args.storage_opt)?;
+    runtime()?.block_on(serve(args, options))
+}
+
+async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // The socket first: whoever waits for it may connect now and is answered as soon as the store is open.
+    let incoming = match listenfd::ListenFd::from_env().take_unix_listener(0)? {
+        Some(listener) => UnixIncoming::adopt(listener)?,
+        None => UnixIncoming::bind(&args.socket)?,
+    };
+    let config = DriverConfig { root: args.root.clone(), options, worker_program: None };
+    let driver = Arc::new(Driver::start(config)?);
+    let context = Context { driver: driver.clone(), metrics: Arc::new(Metrics::new()) };
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %args.socket.display(),
+        root = %args.root.display(),
+        "ready"
+    );
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping: running requests end first; a second signal stops at once");
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::warn!("stopped at once by a second signal");
+            std::process::exit(1);
+        });
+    };
+    axum::serve(incoming, api::router(context)).with_graceful_shutdown(stop).await?;
+    driver.stop().await;
+    tracing::info!("stopped");
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,331 @@
+//! `store`: look at a store, check it, clear it up.
+
+use super::{CliError, HomeArgs, runtime};
+use crate::{
+    config::Options,
+    driver::{Driver, DriverConfig},
+    store::{Layer, LayerId, LayerState, Store},
+};
+use bytesize::ByteSize;
+use clap::{Args, Subcommand};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use std::{
+    collections::BTreeMap,
+    io::{IsTerminal, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StoreCommand {
+    /// Lists layers. Works beside a running plugin.
+    Ls(ViewArgs),
+    /// Shows layers below their parents. Works beside a running plugin.
+    Tree(ViewArgs),
+    /// Shows what layers take on the disk. Works beside a running plugin.
+    Du(ViewArgs),
+    /// Checks every layer: files, image metadata, and the digest of its exact tar. Works beside a running plugin.
+    Scrub(ViewArgs),
+    /// Deletes what crashes left behind (never a layer). Refused while a plugin owns the store: it does so itself.
+    Gc(GcArgs),
+    /// As gc; also unmounts what no view uses and lists damaged layers. Refused while a plugin owns the store.
+    Repair(ViewArgs),
+}
+
+/// Arguments of the commands that only look.
+#[derive(Debug, Args)]
+pub(super) struct ViewArgs {
+    #[command(flatten)]
+    home: HomeArgs,
+    /// Prints JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `gc`.
+#[derive(Debug, Args)]
+pub(super) struct GcArgs {
+    #[command(flatten)]
+    view: ViewArgs,
+    /// Only says what would be deleted.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// A layer as the lists show it.
+#[derive(Debug, Serialize)]
+struct Row {
+    id: LayerId,
+    parent: Option<LayerId>,
+    state: String,
+    /// Bytes of regular files (applied layers).
+    size: Option<u64>,
+    /// Bytes on the disk.
+    disk: u64,
+    created: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    digest: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fault: Option<String>,
+}
+
+pub(super) fn run(command: StoreCommand) -> Result<ExitCode, CliError> {
+    match command {
+        StoreCommand::Ls(args) => ls(&args),
+        StoreCommand::Tree(args) => tree(&args),
+        StoreCommand::Du(args) => du(&args),
+        StoreCommand::Scrub(args) => scrub(&args),
+        StoreCommand::Gc(args) => gc(&args),
+        StoreCommand::Repair(args) => repair(&args),
+    }
+}
+
+fn home_of(args: &HomeArgs) -> Result<PathBuf, CliError> {
+    Ok(match &args.home {
+        Some(home) => home.clone(),
+        None => Driver::last_home(&args.root)?.unwrap_or_else(|| args.root.clone()),
+    })
+}
+
+fn row(store: &Store, layer: &Layer) -> Row {
+    let disk = store.layer_usage(&layer.id).map_or(0, |u| u.allocated);
+    let meta = layer.meta.as_ref().ok();
+    let applied = meta.and_then(|m| m.applied.as_ref());
+    Row {
+        id: layer.id.clone(),
+        parent: layer.parent().cloned(),
+        state: meta.map_or_else(|| "damaged".into(), |m| state_name(m.state).into()),
+        size: applied.map(|a| a.diff_size),
+        disk,
+        created: meta.map_or(0, |m| m.created),
+        digest: applied.map(|a| format!("sha256:{}", a.tar_sha256)),
+        fault: layer.meta.as_ref().err().map(ToString::to_string),
+    }
+}
+
+fn state_name(state: LayerState) -> &'static str {
+    match state {
+        LayerState::Created => "created",
+        LayerState::Applying => "unfinished",
+        LayerState::Applied => "applied",
+        LayerState::Sandbox => "sandbox",
+    }
+}
+
+fn print_json(value: &impl Serialize) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    writeln!(out)?;
+    Ok(())
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(header.to_vec());
+    table
+}
+
+/// Digits of an id that the tables for people show.
+const SHORT: usize = 12;
+
+fn short(id: &LayerId) -> String {
+    let text = id.as_str();
+    match text.strip_suffix("-init") {
+        Some(stem) if stem.len() > SHORT => format!("{}…-init", &stem[..SHORT]),
+        None if text.len() > 2 * SHORT => format!("{}…", &text[..SHORT]),
+        _ => text.to_owned(),
+    }
+}
+
+fn ls(args: &ViewArgs) -> Result<ExitCode, CliError> {
+    let store = Store::open_read_only(&home_of(&args.home)?)?;
+    let rows: Vec<Row> = store.layers().iter().map(|l| row(&store, l)).collect();
+    if args.json {
+        print_json(&rows)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut table = table(&["LAYER", "PARENT", "STATE", "SIZE", "ON DISK"]);
+    for row in &rows {
+        table.add_row([
+            row.id.to_string(),
+            row.parent.as_ref().map(short).unwrap_or_default(),
+            row.state.clone(),
+            row.size.map(|s| ByteSize(s).to_string()).unwrap_or_default(),
+            ByteSize(row.disk).to_string(),
+        ]);
+    }
+    for column in [3, 4] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    println!("{table}");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A layer with those that stand on it.
+#[derive(Debug, Serialize)]
+struct Node {
+    #[serde(flatten)]
+    row: Row,
+    children: Vec<Node>,
+}
+
+fn tree(args: &ViewArgs) -> Result<ExitCode, CliError> {
+    let store = Store::open_read_only(&home_of(&args.home)?)?;
+    let mut by_parent: BTreeMap<Option<LayerId>, Vec<Layer>> = BTreeMap::new();
+    for layer in store.layers() {
+        // A layer whose parent is missing is shown at the top, not lost.
+        let parent = layer.parent().filter(|p| store.exists(p)).cloned();
+        by_parent.entry(parent).or_default().push(layer);
+    }
+    let roots = nodes(&store, &by_parent, None);
+    if args.json {
+        print_json(&roots)?;
+    } else {
+        print_nodes(&roots, "");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Chains are acyclic and at most 128 long: a parent is created before its children, and the reader refuses loops.
+fn nodes(store: &Store, by_parent: &BTreeMap<Option<LayerId>, Vec<Layer>>, parent: Option<&LayerId>) -> Vec<Node> {
+    let Some(layers) = by_parent.get(&parent.cloned()) else { return Vec::new() };
+    layers
+        .iter()
+        .map(|layer| Node { row: row(store, layer), children: nodes(store, by_parent, Some(&layer.id)) })
+        .collect()
+}
+
+fn print_nodes(nodes: &[Node], indent: &str) {
+    for (n, node) in nodes.iter().enumerate() {
+        let last = n + 1 == nodes.len();
+        let (branch, below) = if last { ("└─ ", "   ") } else { ("├─ ", "│  ") };
+        let size = node.row.size.map(|s| format!(", {}", ByteSize(s))).unwrap_or_default();
+        println!("{indent}{branch}{}  {}{size}, {} on disk", short(&node.row.id), node.row.state, ByteSize(node.row.disk));
+        print_nodes(&node.children, &format!("{indent}{below}"));
+    }
+}
+
+fn du(args: &ViewArgs) -> Result<ExitCode, CliError> {
+    let store = Store::open_read_only(&home_of(&args.home)?)?;
+    let usage = store.usage()?;
+    if args.json {
+        print_json(&usage)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut table = table(&["ON DISK", "LENGTH", "LAYER"]);
+    let (mut disk, mut length) = (usage.other_allocated, 0);
+    for layer in &usage.layers {
+        disk += layer.allocated;
+        length += layer.apparent;
+        table.add_row([
+            ByteSize(layer.allocated).to_string(),
+            ByteSize(layer.apparent).to_string(),
+            layer.id.to_string(),
+        ]);
+    }
+    table.add_row([ByteSize(usage.other_allocated).to_string(), String::new(), "staging, scratch, cache".into()]);
+    table.add_row([ByteSize(disk).to_string(), ByteSize(length).to_string(), "all".into()]);
+    println!("{table}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn scrub(args: &ViewArgs) -> Result<ExitCode, CliError> {
+    let home = home_of(&args.home)?;
+    let options = Options::load(None, &[])?;
+    let show = std::io::stderr().is_terminal();
+    let report = runtime()?.block_on(async {
+        let config = DriverConfig { root: args.home.root.clone(), options, worker_program: None };
+        let driver = Driver::inspect(&home, config)?;
+        let report = driver
+            .scrub(|done, all| {
+                if show {
+                    eprint!("\r{done} of {all} layers");
+                }
+            })
+            .await;
+        if show {
+            eprintln!();
+        }
+        driver.stop().await;
+        report
+    })?;
+    if args.json {
+        print_json(&report)?;
+    } else {
+        println!(
+            "{} layers, {} images checked, {} of tar read back, {} unfinished, {} faults",
+            report.layers,
+            report.images,
+            ByteSize(report.tar_bytes),
+            report.unfinished.len(),
+            report.faults.len()
+        );
+        for finding in &report.faults {
+            println!("{}: {}", finding.id, finding.fault);
+        }
+    }
+    Ok(if report.faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn gc(args: &GcArgs) -> Result<ExitCode, CliError> {
+    let store = Store::open(&existing(&home_of(&args.view.home)?)?)?;
+    let debris = store.debris()?;
+    let report = if args.dry_run {
+        crate::store::GcReport { deleted: debris, failed: Vec::new() }
+    } else {
+        store.collect(debris)
+    };
+    if args.view.json {
+        print_json(&report)?;
+    } else {
+        let verb = if args.dry_run { "would delete" } else { "deleted" };
+        for item in &report.deleted {
+            println!("{verb} {} ({})", item.path.display(), item.kind);
+        }
+        println!("{verb} {} things", report.deleted.len());
+    }
+    for (path, error) in &report.failed {
+        eprintln!("cannot delete {}: {error}", path.display());
+    }
+    Ok(if report.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn repair(args: &ViewArgs) -> Result<ExitCode, CliError> {
+    /// What a repair did.
+    #[derive(Serialize)]
+    struct Repaired {
+        gc: crate::store::GcReport,
+        faults: Vec<(LayerId, String)>,
+    }
+    let home = existing(&home_of(&args.home)?)?;
+    let gc = {
+        let store = Store::open(&home)?;
+        store.collect(store.debris()?)
+    };
+    let options = Options::load(None, &[])?;
+    let config = DriverConfig { root: args.home.root.clone(), options, worker_program: None };
+    let faults = runtime()?.block_on(async {
+        let driver = Driver::repair(&home, config)?;
+        driver.stop().await;
+        driver.structural_faults()
+    })?;
+    let repaired = Repaired { gc, faults };
+    if args.json {
+        print_json(&repaired)?;
+    } else {
+        println!("deleted {} things, {} damaged layers", repaired.gc.deleted.len(), repaired.faults.len());
+        for (id, fault) in &repaired.faults {
+            println!("{id}: {fault} (only `GraphDriver.Remove` helps)");
+        }
+    }
+    Ok(if repaired.faults.is_empty() && repaired.gc.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A home that holds a store already: these commands must not make one by a mistyped path.
+fn existing(home: &std::path::Path) -> Result<PathBuf, CliError> {
+    Store::open_read_only(home)?;
+    Ok(home.to_owned())
+}

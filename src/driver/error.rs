@@ -1,0 +1,69 @@
+//! What can go wrong in the driver.
+
+use crate::{config::ConfigError, store::StoreError, svm::SvmError};
+use std::{io, path::PathBuf};
+
+/// Errors of graphdriver operations. Their text is what `docker` shows.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// A wrong request.
+    #[error("{0}")]
+    Usage(String),
+    /// An option is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The store refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A service VM refused or failed.
+    #[error("layer {id}: cannot {action}")]
+    Svm {
+        /// The layer.
+        id: String,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        #[source]
+        source: SvmError,
+    },
+    /// The kernel refused a mount or a loop device.
+    #[cfg(target_os = "linux")]
+    #[error("layer {id}: cannot {action}")]
+    Mount {
+        /// The layer.
+        id: String,
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: crate::sys::linux::SysError,
+    },
+    /// The system refused a file operation.
+    #[error("cannot {action} '{}'", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A task of the program died.
+    #[error("an internal task ended early: {0}")]
+    Internal(String),
+}
+
+impl DriverError {
+    /// Makes a [`DriverError::Io`] of a system error, for `map_err`.
+    pub(super) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// Makes a [`DriverError::Svm`], for `map_err`.
+    pub(super) fn svm(id: &impl ToString, action: &'static str) -> impl FnOnce(SvmError) -> Self {
+        let id = id.to_string();
+        move |source| Self::Svm { id, action, source }
+    }
+}

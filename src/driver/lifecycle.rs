@@ -1,0 +1,208 @@
+//! Create, remove, describe, clean up.
+
+use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home};
+use crate::{
+    config::{self, MAX_SANDBOX_BYTES, MIN_SANDBOX_BYTES, Unit},
+    store::{LayerId, LayerState, layout},
+    svm::Mode,
+};
+use std::{collections::BTreeMap, sync::Arc};
+
+/// The one `--storage-opt` that a single layer can have.
+const SIZE_OPTION: &str = "size";
+
+fn parent_of(request: &LayerRequest) -> Result<Option<LayerId>, DriverError> {
+    if request.parent.is_empty() { Ok(None) } else { Ok(Some(request.parent.parse()?)) }
+}
+
+/// The size that a layer's options ask for.
+fn requested_size(request: &LayerRequest) -> Result<Option<u64>, DriverError> {
+    let mut size = None;
+    for (name, value) in &request.storage_opt {
+        if !name.eq_ignore_ascii_case(SIZE_OPTION) {
+            return Err(DriverError::Usage(format!(
+                "unknown storage option '{name}' for a layer; '{SIZE_OPTION}' is the only one"
+            )));
+        }
+        size = Some(config::parse_sandbox_size(value, Unit::Bytes).ok_or_else(|| {
+            DriverError::Usage(format!(
+                "storage option {SIZE_OPTION}: '{value}' is not accepted; give a size of {} to {}",
+                bytesize::ByteSize(MIN_SANDBOX_BYTES),
+                bytesize::ByteSize(MAX_SANDBOX_BYTES)
+            ))
+        })?);
+    }
+    Ok(size)
+}
+
+impl Driver {
+    /// `GraphDriver.Create`: a layer with a parent and nothing in it yet. ApplyDiff makes it an image; the first Get
+    /// makes it a sandbox.
+    pub async fn create(&self, request: LayerRequest) -> Result<(), DriverError> {
+        let home = self.home()?;
+        let (id, parent, size) = (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
+        home.check_reserve()?;
+        blocking(move || home.store.create(&id, parent.as_ref(), LayerState::Created, size, |_| Ok(()))).await
+    }
+
+    /// `GraphDriver.CreateReadWrite`: a sandbox.
+    pub async fn create_read_write(&self, request: LayerRequest) -> Result<(), DriverError> {
+        let home = self.home()?;
+        let (id, parent, size) = (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
+        home.check_reserve()?;
+        let bytes = size.unwrap_or(home.options.sandbox_bytes);
+        blocking(move || {
+            home.store.create(&id, parent.as_ref(), LayerState::Sandbox, Some(bytes), |folder| {
+                home.write_sandbox(folder, bytes)
+            })
+        })
+        .await
+    }
+
+    /// `GraphDriver.Remove`: unmounts, whatever the references, and deletes. Idempotent.
+    ///
+    /// # Errors
+    /// A layer that still has children is refused; they are named.
+    pub async fn remove(&self, id: &str) -> Result<(), DriverError> {
+        let home = self.home()?;
+        let id: LayerId = id.parse()?;
+        let children = home.store.children(&id);
+        if !children.is_empty() {
+            return Err(crate::store::StoreError::HasChildren { id, children }.into());
+        }
+        home.clone().drop_view(&id).await?;
+        blocking(move || Ok(home.store.remove(&id)?)).await
+    }
+
+    /// `GraphDriver.Exists`.
+    pub fn exists(&self, id: &str) -> Result<bool, DriverError> {
+        let home = self.home()?;
+        Ok(id.parse::<LayerId>().is_ok_and(|id| home.store.exists(&id)))
+    }
+
+    /// `GraphDriver.GetMetadata`: facts for `docker inspect`.
+    pub async fn metadata(&self, id: &str) -> Result<BTreeMap<String, String>, DriverError> {
+        let home = self.home()?;
+        let id: LayerId = id.parse()?;
+        blocking(move || home.metadata(&id)).await
+    }
+
+    /// `GraphDriver.Status`: lines for `docker info`.
+    pub async fn status(&self) -> Vec<(String, String)> {
+        match self.home() {
+            Ok(home) => home.status(),
+            Err(e) => vec![("LCOW".into(), format!("not usable: {e}"))],
+        }
+    }
+
+    /// `GraphDriver.Cleanup`: the engine stops. Everything is unmounted, service VMs end, debris is deleted; the next
+    /// Init finds the driver ready.
+    pub async fn cleanup(&self) -> Result<(), DriverError> {
+        let home = self.home()?;
+        #[cfg(target_os = "linux")]
+        {
+            let ids: Vec<LayerId> = home.store.layers().into_iter().map(|l| l.id).collect();
+            let _gates = home.gates.close(&ids).await;
+            let unmounting = home.clone();
+            blocking(move || {
+                for (id, references, dropped) in unmounting.mounts.drop_all() {
+                    tracing::warn!(%id, references, "cleanup found a layer still in use");
+                    if let Err(error) = dropped {
+                        tracing::warn!(%id, error = %error, "cleanup cannot unmount a layer");
+                    }
+                }
+                Ok(())
+            })
+            .await?;
+        }
+        home.pool.retire(GRACE).await;
+        Ok(())
+    }
+}
+
+impl Home {
+    fn metadata(self: &Arc<Self>, id: &LayerId) -> Result<BTreeMap<String, String>, DriverError> {
+        let (layer, meta) = self.store.get(id)?;
+        let usage = self.store.layer_usage(id)?;
+        let file = |name: &str| self.store.layout().layer_file(id, name).to_string_lossy().into_owned();
+        let mut facts: BTreeMap<String, String> = [
+            ("dir", self.store.layout().layer(id).to_string_lossy().into_owned()),
+            ("state", format!("{:?}", meta.state).to_lowercase()),
+            ("disk_bytes", usage.allocated.to_string()),
+        ]
+        .map(|(k, v)| (k.to_owned(), v))
+        .into();
+        let mut add = |key: &str, value: String| facts.insert(key.to_owned(), value);
+        if let Some(parent) = layer.parent() {
+            add("parent", parent.to_string());
+        }
+        if meta.state == LayerState::Sandbox {
+            add("file", file(layout::SANDBOX_FILE));
+            if let Some(bytes) = meta.sandbox_bytes {
+                add("size", bytes.to_string());
+            }
+        }
+        if let Some(applied) = &meta.applied {
+            add("file", file(layout::LAYER_FILE));
+            add("image_bytes", applied.image_bytes.to_string());
+            add("record_bytes", applied.record_bytes.to_string());
+            add("tar_digest", format!("sha256:{}", applied.tar_sha256));
+            add("tar_bytes", applied.tar_bytes.to_string());
+            add("uuid", applied.uuid.to_string());
+        }
+        #[cfg(target_os = "linux")]
+        add("references", self.mounts.references(id).to_string());
+        Ok(facts)
+    }
+
+    fn status(&self) -> Vec<(String, String)> {
+        let pool = self.pool.snapshot();
+        let (views, disks) = self.mount_counts();
+        let mode = match pool.mode {
+            Mode::Safe => "safe (one service VM for each operation's layer)",
+            Mode::Global => "global (one service VM for all)",
+        };
+        let mut lines: Vec<(String, String)> = vec![
+            ("LCOW".into(), env!("CARGO_PKG_VERSION").into()),
+            ("Home".into(), self.store.layout().home().display().to_string()),
+            ("Store Format".into(), self.store.marker().format.to_string()),
+            ("Layers".into(), self.store.len().to_string()),
+            ("Mounts".into(), format!("{views} merged, {disks} disks")),
+            ("Service VM Backend".into(), pool.backend.into()),
+            ("Service VM Mode".into(), mode.into()),
+            (
+                "Service VMs".into(),
+                format!("{} in use, {} spare, {} starting", pool.vms.len(), pool.spares, pool.booting),
+            ),
+        ];
+        if let Some(jail) = &pool.jail {
+            lines.push(("Service VM Jail".into(), jail.to_string()));
+        }
+        if let Some(free) = self.free_bytes() {
+            let low = if free < self.options.min_free_bytes { " (LOW: new layers are refused)" } else { "" };
+            lines.push(("Free Space".into(), format!("{}{low}", bytesize::ByteSize(free))));
+        }
+        lines.extend(self.options.entries().map(|(name, value)| (name.to_owned(), value)));
+        lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layers_size_option_is_checked() {
+        let request = |name: &str, value: &str| LayerRequest {
+            storage_opt: [(name.to_owned(), value.to_owned())].into(),
+            ..LayerRequest::default()
+        };
+        assert_eq!(requested_size(&request("size", "1G")).unwrap(), Some(1 << 30));
+        assert_eq!(requested_size(&request("Size", "40m")).unwrap(), Some(40 << 20));
+        assert_eq!(requested_size(&LayerRequest::default()).unwrap(), None);
+        for (name, value) in [("size", "1"), ("size", "lots"), ("size", "9000t"), ("inodes", "1")] {
+            let error = requested_size(&request(name, value)).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains(SIZE_OPTION), "{error}");
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! Holding sandboxes still while a service VM reads their metadata.
+//!
+//! A sandbox may be mounted, may become mounted, or may be unmounted while a diff of it runs. During the two short
+//! phases in which metadata are read its gate is closed (nobody mounts or unmounts it) and, if it is mounted, its file
+//! system is frozen: everything that was written is in the image file then, and nothing moves.
+
+use super::gates::{Gates, Held};
+use crate::{store::LayerId, svm::LiveControl};
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use std::{io, sync::Arc};
+
+#[cfg(target_os = "linux")]
+use {
+    super::mounts::Mounts,
+    crate::sys::linux::mount::{self, FrozenMount},
+};
+
+/// Freezes and thaws the sandboxes of one comparison.
+#[derive(Debug)]
+pub(super) struct Stillness {
+    pub(super) gates: Arc<Gates>,
+    pub(super) sandboxes: Vec<LayerId>,
+    #[cfg(target_os = "linux")]
+    pub(super) mounts: Arc<Mounts>,
+    pub(super) held: Mutex<Option<Still>>,
+}
+
+/// What is held while everything stands still. The file systems thaw before the gates open.
+#[derive(Debug)]
+pub(super) struct Still {
+    #[cfg(target_os = "linux")]
+    frozen: Vec<FrozenMount>,
+    _gates: Held,
+}
+
+impl Stillness {
+    #[cfg(target_os = "linux")]
+    fn freeze_mounted(&self) -> io::Result<Vec<FrozenMount>> {
+        self.sandboxes
+            .iter()
+            .filter_map(|id| self.mounts.disk_dir(id))
+            .map(|dir| mount::freeze(&dir).map_err(io::Error::other))
+            .collect()
+    }
+}
+
+impl LiveControl for Stillness {
+    fn freeze(&self) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let gates = self.gates.close(&self.sandboxes).await;
+            #[cfg(target_os = "linux")]
+            let frozen = tokio::task::block_in_place(|| self.freeze_mounted())?;
+            *self.held.lock() = Some(Still {
+                #[cfg(target_os = "linux")]
+                frozen,
+                _gates: gates,
+            });
+            Ok(())
+        })
+    }
+
+    fn thaw(&self) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let Some(still) = self.held.lock().take() else { return Ok(()) };
+            #[cfg(target_os = "linux")]
+            for frozen in still.frozen {
+                frozen.thaw().map_err(io::Error::other)?;
+            }
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,109 @@
+//! Scrub: is every layer what it was?
+//!
+//! Per layer: its folder agrees with `layer.json`; its image passes the strict check in a fresh service VM; its exact
+//! tar, read back, has the digest that the engine knows.
+
+use super::{Driver, DriverError, blocking};
+use crate::{
+    store::{LayerId, LayerState},
+    svm::{CheckJob, ExportJob, ExportKind, Purpose},
+};
+use futures_util::StreamExt;
+use serde::Serialize;
+
+/// One fault.
+#[derive(Debug, Clone, Serialize)]
+pub struct ScrubFinding {
+    /// The layer.
+    pub id: LayerId,
+    /// What is wrong with it.
+    pub fault: String,
+}
+
+/// What a scrub found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct ScrubReport {
+    /// Layers looked at.
+    pub layers: usize,
+    /// Images checked and tars read back.
+    pub images: usize,
+    /// Bytes of tar read back.
+    pub tar_bytes: u64,
+    /// Layers whose ApplyDiff was cut: refused until removed, but no fault of the store.
+    pub unfinished: Vec<LayerId>,
+    /// Faults.
+    pub faults: Vec<ScrubFinding>,
+}
+
+impl Driver {
+    /// Looks at every layer of the current home; `progress` hears the number done and the number of all.
+    pub async fn scrub(&self, mut progress: impl FnMut(usize, usize) + Send) -> Result<ScrubReport, DriverError> {
+        let home = self.home()?;
+        let mut report = ScrubReport::default();
+        for (id, fault) in home.store.structural_faults() {
+            report.faults.push(ScrubFinding { id, fault });
+        }
+        let layers = home.store.layers();
+        let all = layers.len();
+        for (done, layer) in layers.into_iter().enumerate() {
+            progress(done, all);
+            report.layers += 1;
+            let Ok(meta) = &layer.meta else { continue };
+            match meta.state {
+                LayerState::Applying => report.unfinished.push(layer.id.clone()),
+                LayerState::Applied => match self.scrub_image(&layer.id).await {
+                    Ok(bytes) => {
+                        report.images += 1;
+                        report.tar_bytes += bytes;
+                    }
+                    Err(error) => {
+                        let fault = crate::driver::scrub::chain_text(&error);
+                        report.faults.push(ScrubFinding { id: layer.id.clone(), fault });
+                    }
+                },
+                LayerState::Created | LayerState::Sandbox => {}
+            }
+        }
+        progress(all, all);
+        Ok(report)
+    }
+
+    async fn scrub_image(&self, id: &LayerId) -> Result<u64, DriverError> {
+        let home = self.home()?;
+        let (layer, meta) = home.store.get(id)?;
+        let opener = home.clone();
+        let member = layer.clone();
+        let (image, record) = blocking(move || opener.exact_disks(&member)).await?;
+        let check = CheckJob { image: image.clone(), require_no_writers: false };
+        home.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        let lease =
+            home.pool.lease(id.as_str(), Purpose::Export).await.map_err(DriverError::svm(id, "start a diff"))?;
+        let job = ExportJob { kind: ExportKind::Exact { image, record }, live: None };
+        let mut tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(id, "read its tar back"))?;
+        let mut hash = <sha2::Sha256 as sha2::Digest>::new();
+        let mut bytes = 0;
+        while let Some(chunk) = tar.next().await {
+            let chunk = chunk.map_err(DriverError::svm(id, "read its tar back"))?;
+            sha2::Digest::update(&mut hash, &chunk);
+            bytes += chunk.len() as u64;
+        }
+        let digest = sha2::Digest::finalize(hash).iter().fold(String::new(), |text, b| text + &format!("{b:02x}"));
+        let known = meta.applied.map(|a| a.tar_sha256).unwrap_or_default();
+        if !tar.complete() || digest != known {
+            return Err(DriverError::Usage(format!("its tar has the digest {digest}, and {known} was applied")));
+        }
+        Ok(bytes)
+    }
+}
+
+/// An error with all its causes in one line.
+fn chain_text(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    text
+}

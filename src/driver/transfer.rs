@@ -1,0 +1,418 @@
+//! Diff, ApplyDiff, Changes, DiffSize: what service VMs do for us.
+//!
+//! ```text
+//!   ApplyDiff  mark "applying" (durable) ─► staging/{layer.vhd,layer.exact} ◄─ VM 1 ◄─ tar
+//!              ─► VM 1 ended ─► VM 2 (fresh) checks the image ─► sync ─► commit "applied"
+//!   Diff       applied layer, own parent: image + record ─► VM ─► the very bytes
+//!              else: images and sandboxes of both chains ─► VM ─► canonical tar
+//! ```
+//!
+//! The tar that dockerd's client sends after a broken connection may be empty or only a tail of the layer: once a byte
+//! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
+
+use super::{ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished};
+use crate::{
+    store::{AppliedMeta, Layer, LayerId, LayerMeta, LayerState, StoreError, durable, layout},
+    svm::{
+        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk, LayerKind,
+        LiveControl, ParentDisks, Purpose, SvmError, TarStream,
+    },
+    vhd,
+};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+};
+
+/// The version of the canonical tar that this program writes for a layer's first Diff.
+const CANONICAL_VERSION: u32 = 1;
+
+/// Two stacks to be compared, as disks.
+struct Comparison {
+    target: Vec<LayerDisk>,
+    parent: ParentDisks,
+    live: Option<Arc<dyn LiveControl>>,
+}
+
+impl Driver {
+    /// `GraphDriver.ApplyDiff`: makes the tar `body` the content of a layer that was only created, and says how many
+    /// bytes its regular files have.
+    ///
+    /// # Errors
+    /// A layer that has content already, or whose ApplyDiff was cut before, is refused; a bad tar leaves nothing but
+    /// the mark.
+    pub async fn apply_diff<S>(&self, id: &str, parent: &str, body: S) -> Result<u64, DriverError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        let home = self.home()?;
+        let id: LayerId = id.parse()?;
+        home.check_reserve()?;
+        let (layer, _) = home.store.get(&id)?;
+        if !parent.is_empty() {
+            let parent: LayerId = parent.parse()?;
+            if layer.parent() != Some(&parent) {
+                return Err(DriverError::Usage(format!(
+                    "layer {id} was created on {}, not on {parent}",
+                    layer.parent().map_or("nothing", LayerId::as_str)
+                )));
+            }
+        }
+        home.mark_applying(&layer).await?;
+        let watch = Arc::new(Watch::default());
+        let outcome = home.apply(&layer, watched(body, watch.clone())).await;
+        if outcome.is_err() && watch.ended_empty() {
+            // Nothing was read and the client ended its body properly: nothing can come back as a tail.
+            home.set_state(&layer, LayerState::Applying, LayerState::Created).await?;
+        }
+        outcome
+    }
+
+    /// `GraphDriver.Diff`: the tar of a layer against its parent, any other layer, or nothing (`parent` empty).
+    pub async fn diff(&self, id: &str, parent: &str) -> Result<DiffStream, DriverError> {
+        let home = self.home()?;
+        let (layer, meta, parent) = home.both(id, parent).await?;
+        let own = parent.as_ref() == layer.parent();
+        let id = layer.id.clone();
+        let lease = home.pool.lease(id.as_str(), Purpose::Export).await.map_err(DriverError::svm(&id, "start a diff"))?;
+        let (job, version) = if let (true, LayerState::Applied) = (own, meta.state) {
+            let (opener, member) = (home.clone(), layer.clone());
+            let (image, record) = blocking(move || opener.exact_disks(&member)).await?;
+            (ExportJob { kind: ExportKind::Exact { image, record }, live: None }, None)
+        } else {
+            let comparison = home.comparison(&layer, parent.as_ref()).await?;
+            let format = meta.canonical_version.unwrap_or(CANONICAL_VERSION);
+            let first = (own && meta.canonical_version.is_none()).then_some(format);
+            let kind = ExportKind::Canonical {
+                target: comparison.target,
+                parent: comparison.parent,
+                format,
+                id_maps: home.id_maps(),
+            };
+            (ExportJob { kind, live: comparison.live }, first)
+        };
+        let tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(&id, "export it"))?;
+        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version })
+    }
+
+    /// `GraphDriver.Changes`.
+    pub async fn changes(&self, id: &str, parent: &str) -> Result<Vec<ChangedPath>, DriverError> {
+        let home = self.home()?;
+        let (layer, _, parent) = home.both(id, parent).await?;
+        let job = home.comparison(&layer, parent.as_ref()).await?.job();
+        let id = &layer.id;
+        let lease = home.pool.lease(id.as_str(), Purpose::Work).await.map_err(DriverError::svm(id, "list changes"))?;
+        let changes = lease.changes(job).await.map_err(DriverError::svm(id, "list its changes"))?;
+        Ok(changes.into_iter().map(ChangedPath::from).collect())
+    }
+
+    /// `GraphDriver.DiffSize`: the sum of regular-file bytes of a diff.
+    pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
+        let home = self.home()?;
+        let (layer, meta, parent) = home.both(id, parent).await?;
+        if let (true, Some(applied)) = (parent.as_ref() == layer.parent(), &meta.applied) {
+            return Ok(applied.diff_size);
+        }
+        let job = home.comparison(&layer, parent.as_ref()).await?.job();
+        let id = &layer.id;
+        let lease = home.pool.lease(id.as_str(), Purpose::Work).await.map_err(DriverError::svm(id, "size a diff"))?;
+        lease.diff_size(job).await.map_err(DriverError::svm(id, "size its diff"))
+    }
+}
+
+impl Comparison {
+    fn job(self) -> CompareJob {
+        CompareJob { target: self.target, parent: self.parent, live: self.live }
+    }
+}
+
+impl Home {
+    /// A layer and the one it is compared with, both there; a layer that was only created gets its sandbox, so that
+    /// there is something to compare.
+    async fn both(self: &Arc<Self>, id: &str, parent: &str) -> Result<(Layer, LayerMeta, Option<LayerId>), DriverError> {
+        let id: LayerId = id.parse()?;
+        let parent = if parent.is_empty() { None } else { Some(parent.parse::<LayerId>()?) };
+        if let Some(parent) = &parent {
+            self.store.get(parent)?;
+        }
+        if self.store.get(&id)?.1.state == LayerState::Created {
+            self.materialize(&id).await?;
+        }
+        let (layer, meta) = self.store.get(&id)?;
+        if meta.state == LayerState::Applying {
+            return Err(unfinished(&id));
+        }
+        Ok((layer, meta, parent))
+    }
+
+    async fn comparison(self: &Arc<Self>, layer: &Layer, parent: Option<&LayerId>) -> Result<Comparison, DriverError> {
+        let (home, layer, parent) = (self.clone(), layer.clone(), parent.cloned());
+        blocking(move || {
+            let mut sandboxes = Vec::new();
+            let target = home.chain_disks(&layer.id, &mut sandboxes)?;
+            let parent = match parent {
+                parent if parent.as_ref() == layer.parent() => ParentDisks::Own,
+                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut sandboxes)?),
+                None => ParentDisks::None,
+            };
+            let live: Option<Arc<dyn LiveControl>> = if sandboxes.is_empty() {
+                None
+            } else {
+                Some(Arc::new(Stillness {
+                    gates: home.gates.clone(),
+                    sandboxes,
+                    #[cfg(target_os = "linux")]
+                    mounts: home.mounts.clone(),
+                    held: parking_lot::Mutex::default(),
+                }))
+            };
+            Ok(Comparison { target, parent, live })
+        })
+        .await
+    }
+
+    /// A layer and its ancestors as disks; what was only created has none. Names the sandboxes among them.
+    fn chain_disks(&self, id: &LayerId, sandboxes: &mut Vec<LayerId>) -> Result<Vec<LayerDisk>, DriverError> {
+        let chain = self.store.get(id)?.0.chain;
+        let mut disks = Vec::new();
+        for id in std::iter::once(id).chain(chain.iter()) {
+            let (layer, meta) = self.store.get(id)?;
+            match meta.state {
+                LayerState::Created => {}
+                LayerState::Applying => return Err(unfinished(id)),
+                LayerState::Applied => {
+                    disks.push(LayerDisk { disk: self.image_disk(&layer, &meta)?, kind: LayerKind::Applied });
+                }
+                LayerState::Sandbox => {
+                    let path = self.store.layout().layer_file(id, layout::SANDBOX_FILE);
+                    let file = open(&path)?;
+                    let length = file.metadata().map_err(DriverError::io("measure", &path))?.len();
+                    let disk = DiskSource::read_only(Arc::new(file), path)
+                        .window(0, length.saturating_sub(vhd::FOOTER_BYTES));
+                    disks.push(LayerDisk { disk, kind: LayerKind::Sandbox });
+                    if !sandboxes.contains(id) {
+                        sandboxes.push(id.clone());
+                    }
+                }
+            }
+        }
+        Ok(disks)
+    }
+
+    fn image_disk(&self, layer: &Layer, meta: &LayerMeta) -> Result<DiskSource, DriverError> {
+        let path = self.store.layout().layer_file(&layer.id, layout::LAYER_FILE);
+        let applied = meta.applied.as_ref().ok_or_else(|| StoreError::Corrupt {
+            path: path.clone(),
+            reason: "layer.json does not describe it".into(),
+        })?;
+        Ok(DiskSource::read_only(Arc::new(open(&path)?), path).window(0, applied.image_bytes))
+    }
+
+    /// Image and exact record of an applied layer.
+    pub(super) fn exact_disks(&self, layer: &Layer) -> Result<(DiskSource, DiskSource), DriverError> {
+        let (_, meta) = self.store.get(&layer.id)?;
+        let record = self.store.layout().layer_file(&layer.id, layout::RECORD_FILE);
+        let file = open(&record)?;
+        Ok((self.image_disk(layer, &meta)?, DiskSource::read_only(Arc::new(file), record)))
+    }
+
+    async fn mark_applying(self: &Arc<Self>, layer: &Layer) -> Result<(), DriverError> {
+        let _gate = self.gates.close([&layer.id]).await;
+        self.set_state(layer, LayerState::Created, LayerState::Applying).await
+    }
+
+    /// Changes a layer's state, durably, if it is the one expected.
+    async fn set_state(self: &Arc<Self>, layer: &Layer, from: LayerState, to: LayerState) -> Result<(), DriverError> {
+        let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
+        blocking(move || {
+            home.store.update(&id, generation, |meta| {
+                if meta.state == from {
+                    return Ok(LayerMeta { state: to, ..meta.clone() });
+                }
+                Err(match meta.state {
+                    LayerState::Applying => unfinished(&id),
+                    LayerState::Applied => DriverError::Usage(format!(
+                        "layer {id} is applied already and never changes; remove it and create it anew"
+                    )),
+                    _ => DriverError::Usage(format!("layer {id} was written through a mount; a tar cannot be applied to it")),
+                })
+            })
+        })
+        .await
+        .map(|_| ())
+    }
+
+    async fn apply<S>(self: &Arc<Self>, layer: &Layer, body: S) -> Result<u64, DriverError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        let id = &layer.id;
+        let (home, member) = (self.clone(), layer.clone());
+        let (staged, image, record, lowers) = blocking(move || {
+            let staged = home.store.stage(&member.id)?;
+            let image = staged.path().join(layout::LAYER_FILE);
+            let record = staged.path().join(layout::RECORD_FILE);
+            let make = |path: &std::path::Path| {
+                durable::create_private(path).map(Arc::new).map_err(DriverError::io("create", path))
+            };
+            let (image, record) = (DiskSource::read_write(make(&image)?, &image), DiskSource::read_write(make(&record)?, &record));
+            let lowers = match member.parent() {
+                Some(parent) => home.chain_disks(parent, &mut Vec::new())?,
+                None => Vec::new(),
+            };
+            Ok((staged, image, record, lowers))
+        })
+        .await?;
+        let job = ApplyJob {
+            image: image.clone(),
+            record: record.clone(),
+            lowers,
+            options: ApplyOptions { max_image_bytes: self.options.max_layer_bytes, ..ApplyOptions::default() },
+        };
+        let lease = self.pool.lease(id.as_str(), Purpose::Work).await.map_err(DriverError::svm(id, "start an apply"))?;
+        let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
+        drop(lease);
+        let (image_path, record_path) = (image.path.clone(), record.path.clone());
+        let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
+        blocking(move || {
+            for (disk, expected) in [(image, expected_image), (record, expected_record)] {
+                disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
+                let found = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.len();
+                if found != expected {
+                    let reason = format!("the service VM says {expected} bytes, the file has {found}");
+                    return Err(StoreError::Corrupt { path: disk.path.clone(), reason }.into());
+                }
+            }
+            Ok(durable::sync_dir(image_path.parent().unwrap_or(&image_path))?)
+        })
+        .await?;
+        drop(record_path);
+        // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
+        let path = staged.path().join(layout::LAYER_FILE);
+        let reopened = Arc::new(open(&path)?);
+        let check = CheckJob {
+            image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
+            require_no_writers: true,
+        };
+        self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        let applied = AppliedMeta {
+            image_bytes: summary.image_bytes,
+            file_bytes: summary.file_bytes,
+            record_bytes: summary.record_bytes,
+            diff_size: summary.diff_size,
+            tar_bytes: summary.tar_bytes,
+            tar_sha256: summary.tar_sha256,
+            uuid: summary.uuid,
+            entries: summary.entries,
+            checked: true,
+        };
+        let size = applied.diff_size;
+        let (home, layer) = (self.clone(), layer.clone());
+        blocking(move || {
+            let files = [layout::RECORD_FILE, layout::LAYER_FILE];
+            home.store.commit::<DriverError>(&layer.id, layer.generation, &staged, &files, |meta| match meta.state {
+                LayerState::Applying => {
+                    Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
+                }
+                _ => Err(unfinished(&layer.id)),
+            })
+        })
+        .await?;
+        Ok(size)
+    }
+
+    /// Fixes the canonical version of a written layer after its first complete Diff.
+    fn freeze_version(&self, layer: &Layer, version: u32) {
+        let frozen = self.store.update::<StoreError>(&layer.id, layer.generation, |meta| {
+            Ok(LayerMeta { canonical_version: Some(meta.canonical_version.unwrap_or(version)), ..meta.clone() })
+        });
+        match frozen {
+            Ok(_) | Err(StoreError::NotFound(_)) => {}
+            Err(error) => tracing::warn!(id = %layer.id, %error, "cannot note the canonical version of a layer"),
+        }
+    }
+}
+
+/// The tar of a Diff. An item `Err`, or an end without completeness, is a cut tar.
+#[derive(Debug)]
+pub struct DiffStream {
+    tar: Option<TarStream>,
+    home: Arc<Home>,
+    layer: Layer,
+    /// Set if a complete end fixes this version for the layer.
+    freeze_version: Option<u32>,
+}
+
+impl Stream for DiffStream {
+    type Item = Result<Bytes, DriverError>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        let Some(tar) = &mut this.tar else { return Poll::Ready(None) };
+        let failed = |error: SvmError, id: &LayerId| DriverError::svm(id, "export it")(error);
+        match tar.poll_next_unpin(context) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Ok(bytes))) => Poll::Ready(Some(Ok(bytes))),
+            Poll::Ready(Some(Err(error))) => {
+                this.tar = None;
+                Poll::Ready(Some(Err(failed(error, &this.layer.id))))
+            }
+            Poll::Ready(None) => {
+                let complete = tar.complete();
+                this.tar = None;
+                if !complete {
+                    return Poll::Ready(Some(Err(failed(
+                        SvmError::Cancelled("the tar has no proper end"),
+                        &this.layer.id,
+                    ))));
+                }
+                if let Some(version) = this.freeze_version.take() {
+                    let (home, layer) = (this.home.clone(), this.layer.clone());
+                    tokio::task::spawn_blocking(move || home.freeze_version(&layer, version));
+                }
+                Poll::Ready(None)
+            }
+        }
+    }
+}
+
+/// What was seen of a body.
+#[derive(Debug, Default)]
+struct Watch {
+    bytes: AtomicU64,
+    ended: AtomicBool,
+}
+
+impl Watch {
+    fn ended_empty(&self) -> bool {
+        self.ended.load(Ordering::Acquire) && self.bytes.load(Ordering::Acquire) == 0
+    }
+}
+
+/// Notes how much of a body was read and whether it ended properly.
+fn watched<S>(body: S, watch: Arc<Watch>) -> impl Stream<Item = io::Result<Bytes>> + Send
+where
+    S: Stream<Item = io::Result<Bytes>> + Send,
+{
+    let mut body = Box::pin(body);
+    let mut broken = false;
+    futures_util::stream::poll_fn(move |context| {
+        let item = body.poll_next_unpin(context);
+        match &item {
+            Poll::Ready(Some(Ok(bytes))) => {
+                watch.bytes.fetch_add(bytes.len() as u64, Ordering::AcqRel);
+            }
+            Poll::Ready(Some(Err(_))) => broken = true,
+            Poll::Ready(None) if !broken => watch.ended.store(true, Ordering::Release),
+            _ => {}
+        }
+        item
+    })
+}

@@ -1,0 +1,167 @@
+//! Get and Put.
+//!
+//! ```text
+//!   Get ─► gates of the layer and its ancestors ─► already mounted? count : (make its sandbox) mount disks, overlay
+//!   Put ─► gates of the layer and its view's disks ─► last reference? unmount overlay, then disks nobody else uses
+//! ```
+
+use super::{Driver, DriverError, blocking, home::Home};
+use crate::{
+    config::MountKind,
+    ext4,
+    store::{LayerId, LayerMeta, LayerState, StoreError, durable, layout},
+    vhd,
+};
+use std::{path::Path, path::PathBuf, sync::Arc};
+
+impl Driver {
+    /// `GraphDriver.Get`: shows a layer and says where. Counted: as many Puts are needed.
+    pub async fn get(&self, id: &str, mount_label: &str) -> Result<PathBuf, DriverError> {
+        let home = self.home()?;
+        let id: LayerId = id.parse()?;
+        match home.options.mount {
+            MountKind::None => {
+                let (_, meta) = home.store.get(&id)?;
+                if meta.state == LayerState::Applying {
+                    return Err(unfinished(&id));
+                }
+                home.materialize(&id).await?;
+                Ok(home.store.layout().layer(&id))
+            }
+            #[cfg(target_os = "linux")]
+            MountKind::Overlay => home.get_view(id, mount_label.to_owned()).await,
+            #[cfg(not(target_os = "linux"))]
+            MountKind::Overlay => {
+                let _ = mount_label;
+                Err(DriverError::Usage("lcow.mount=overlay works on Linux only".into()))
+            }
+        }
+    }
+
+    /// `GraphDriver.Put`: one reference less. Idempotent: a layer that is not shown, or not there, is fine.
+    pub async fn put(&self, id: &str) -> Result<(), DriverError> {
+        let home = self.home()?;
+        let id: LayerId = id.parse()?;
+        home.put_view(&id).await
+    }
+}
+
+pub(super) fn unfinished(id: &LayerId) -> DriverError {
+    DriverError::Usage(format!(
+        "layer {id}: an ApplyDiff of it was begun and never completed; remove the layer and create it anew"
+    ))
+}
+
+impl Home {
+    #[cfg(target_os = "linux")]
+    async fn get_view(self: Arc<Self>, id: LayerId, label: String) -> Result<PathBuf, DriverError> {
+        let (layer, meta) = self.store.get(&id)?;
+        if meta.state == LayerState::Applying {
+            return Err(unfinished(&id));
+        }
+        let _gates = self.gates.close(std::iter::once(&id).chain(layer.chain.iter())).await;
+        if let Some(dir) = self.mounts.again(&id) {
+            return Ok(dir);
+        }
+        let home = self.clone();
+        blocking(move || {
+            home.materialize_now(&id)?;
+            super::home::open_door(&home.store.layout().layer(&id), home.root_ids())?;
+            // Read under the gates: the state may have changed while we waited for them.
+            home.mounts.mount_view(&home.stack(&id)?, &label)
+        })
+        .await
+    }
+
+    async fn put_view(self: Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
+        #[cfg(target_os = "linux")]
+        {
+            let disks = self.mounts.disks_of(id);
+            let _gates = self.gates.close(std::iter::once(id).chain(disks.iter())).await;
+            let (home, id) = (self.clone(), id.clone());
+            blocking(move || home.mounts.put_view(&id)).await
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = id;
+            Ok(())
+        }
+    }
+
+    /// Unmounts a layer's view whatever its references.
+    pub(super) async fn drop_view(self: Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
+        #[cfg(target_os = "linux")]
+        {
+            let disks = self.mounts.disks_of(id);
+            let _gates = self.gates.close(std::iter::once(id).chain(disks.iter())).await;
+            let (home, id) = (self.clone(), id.clone());
+            blocking(move || {
+                let references = home.mounts.references(&id);
+                if references > 0 {
+                    tracing::warn!(%id, references, "a layer is removed while it is in use; it is unmounted");
+                }
+                home.mounts.drop_view(&id)
+            })
+            .await
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = id;
+            Ok(())
+        }
+    }
+
+    /// Gives a layer that was only created its sandbox; others are left as they are.
+    pub(super) async fn materialize(self: &Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
+        let _gate = self.gates.close([id]).await;
+        let (home, id) = (self.clone(), id.clone());
+        blocking(move || home.materialize_now(&id)).await
+    }
+
+    /// [`Home::materialize`] for callers that hold the gate.
+    fn materialize_now(&self, id: &LayerId) -> Result<(), DriverError> {
+        let (layer, meta) = self.store.get(id)?;
+        if meta.state != LayerState::Created {
+            return Ok(());
+        }
+        let bytes = meta.sandbox_bytes.unwrap_or(self.options.sandbox_bytes);
+        let staged = self.store.stage(id)?;
+        self.write_sandbox(staged.path(), bytes)?;
+        self.store.commit::<DriverError>(id, layer.generation, &staged, &[layout::SANDBOX_FILE], |meta| {
+            match meta.state {
+                LayerState::Created => Ok(LayerMeta {
+                    state: LayerState::Sandbox,
+                    sandbox_bytes: Some(bytes),
+                    ..meta.clone()
+                }),
+                _ => Err(StoreError::WrongState {
+                    id: id.clone(),
+                    reason: "its state changed while its sandbox was made; try again".into(),
+                }
+                .into()),
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Writes a blank sandbox of `bytes` into a folder: a sparse fixed VHD, synced.
+    pub(super) fn write_sandbox(&self, folder: &Path, bytes: u64) -> Result<(), DriverError> {
+        let path = folder.join(layout::SANDBOX_FILE);
+        let write = || -> std::io::Result<()> {
+            let file = durable::create_private(&path)?;
+            let (uid, gid) = self.root_ids();
+            let uuid = uuid::Uuid::new_v4();
+            let blank = ext4::format::blank(bytes, &ext4::format::BlankOptions::sandbox(uuid, uid, gid))
+                .map_err(std::io::Error::other)?;
+            let footer = vhd::fixed_footer(bytes, uuid).map_err(std::io::Error::other)?;
+            crate::io::WriteAt::set_len(&file, bytes + vhd::FOOTER_BYTES)?;
+            for (offset, data) in &blank {
+                crate::io::WriteAt::write_all_at(&file, data, *offset)?;
+            }
+            crate::io::WriteAt::write_all_at(&file, &footer, bytes)?;
+            file.sync_all()
+        };
+        write().map_err(DriverError::io("format the sandbox", &path))?;
+        Ok(durable::sync_dir(folder)?)
+    }
+}

@@ -1,0 +1,180 @@
+//! Logs and metrics.
+//!
+//! Called by `main` (set-up) and `api` (counting). Metrics are those an operator asks for: which request, how often,
+//! with what outcome, how long, how many bytes; and what the driver holds (layers, mounts, service VMs).
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::{Registry, Unit},
+};
+use std::time::Duration;
+
+/// Form of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Starts logging to standard error; `RUST_LOG` chooses what is logged, `info` if it is not set.
+pub fn start_logging(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => {
+            builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();
+        }
+        LogFormat::Json => builder.json().init(),
+    }
+}
+
+/// Labels of a request.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    endpoint: String,
+    outcome: &'static str,
+}
+
+/// Label of an endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EndpointLabel {
+    endpoint: String,
+}
+
+/// What the driver holds at the time of a scrape.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Gauges {
+    /// Layers in the current store.
+    pub layers: u64,
+    /// Merged views that are mounted.
+    pub mounts: u64,
+    /// Images and sandboxes that are mounted.
+    pub disks: u64,
+    /// Running service VMs, spares included.
+    pub service_vms: u64,
+    /// Spares.
+    pub spares: u64,
+    /// Service VMs started so far.
+    pub boots: u64,
+    /// Service VMs that failed so far.
+    pub vm_failures: u64,
+    /// Bytes free on the home's disk.
+    pub free_bytes: u64,
+}
+
+/// The program's metrics.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<RequestLabels, Counter>,
+    seconds: Family<EndpointLabel, Histogram>,
+    bytes_in: Counter,
+    bytes_out: Counter,
+    gauges: [(&'static str, &'static str, fn(&Gauges) -> u64, Gauge); 8],
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// All metrics at zero.
+    pub fn new() -> Self {
+        /// From 1 ms, doubled 16 times: to 65 s.
+        const BUCKETS: (f64, f64, u16) = (0.001, 2.0, 17);
+        let mut registry = Registry::with_prefix("lcow");
+        let requests = Family::default();
+        let seconds = Family::<EndpointLabel, Histogram>::new_with_constructor(|| {
+            Histogram::new(exponential_buckets(BUCKETS.0, BUCKETS.1, BUCKETS.2))
+        });
+        let (bytes_in, bytes_out) = (Counter::default(), Counter::default());
+        registry.register("requests", "Requests by endpoint and outcome", Family::clone(&requests));
+        registry.register_with_unit("request_duration", "Time to the end of the reply's head", Unit::Seconds, seconds.clone());
+        registry.register_with_unit("diff_received", "Tar bytes received by ApplyDiff", Unit::Bytes, bytes_in.clone());
+        registry.register_with_unit("diff_sent", "Tar bytes sent by Diff", Unit::Bytes, bytes_out.clone());
+        type Row = (&'static str, &'static str, fn(&Gauges) -> u64);
+        let rows: [Row; 8] = [
+            ("layers", "Layers in the current store", |g| g.layers),
+            ("mounts", "Mounted merged views", |g| g.mounts),
+            ("disks", "Mounted images and sandboxes", |g| g.disks),
+            ("service_vms", "Running service VMs, spares included", |g| g.service_vms),
+            ("service_vm_spares", "Spare service VMs", |g| g.spares),
+            ("service_vm_boots", "Service VMs started since the program's start", |g| g.boots),
+            ("service_vm_failures", "Service VMs that failed since the program's start", |g| g.vm_failures),
+            ("free_bytes", "Bytes free on the disk of the home", |g| g.free_bytes),
+        ];
+        let gauges = rows.map(|(name, help, read)| {
+            let gauge = Gauge::default();
+            registry.register(name, help, gauge.clone());
+            (name, help, read, gauge)
+        });
+        Self { registry, requests, seconds, bytes_in, bytes_out, gauges }
+    }
+
+    /// Counts a request.
+    pub fn request(&self, endpoint: &str, ok: bool, took: Duration) {
+        let endpoint = endpoint.to_owned();
+        let outcome = if ok { "ok" } else { "error" };
+        self.requests.get_or_create(&RequestLabels { endpoint: endpoint.clone(), outcome }).inc();
+        self.seconds.get_or_create(&EndpointLabel { endpoint }).observe(took.as_secs_f64());
+    }
+
+    /// A counter of received tar bytes.
+    pub fn received(&self) -> impl FnMut(u64) + Send + 'static {
+        let counter = self.bytes_in.clone();
+        move |n| {
+            counter.inc_by(n);
+        }
+    }
+
+    /// A counter of sent tar bytes.
+    pub fn sent(&self) -> impl FnMut(u64) + Send + 'static {
+        let counter = self.bytes_out.clone();
+        move |n| {
+            counter.inc_by(n);
+        }
+    }
+
+    /// The text that Prometheus reads.
+    pub fn render(&self, now: &Gauges) -> Result<String, std::fmt::Error> {
+        for (_, _, read, gauge) in &self.gauges {
+            gauge.set(i64::try_from(read(now)).unwrap_or(i64::MAX));
+        }
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scrape_shows_requests_bytes_and_gauges() {
+        let metrics = Metrics::new();
+        metrics.request("GraphDriver.Get", true, Duration::from_millis(3));
+        metrics.request("GraphDriver.Get", false, Duration::from_millis(3));
+        metrics.received()(10);
+        let text = metrics.render(&Gauges { layers: 7, ..Gauges::default() }).unwrap();
+        for line in [
+            "lcow_requests_total{endpoint=\"GraphDriver.Get\",outcome=\"ok\"} 1",
+            "lcow_requests_total{endpoint=\"GraphDriver.Get\",outcome=\"error\"} 1",
+            "lcow_diff_received_bytes_total 10",
+            "lcow_layers 7",
+        ] {
+            assert!(text.contains(line), "{line} is missing in:\n{text}");
+        }
+    }
+}
