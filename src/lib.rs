@@ -38,5 +38,8 @@
 //! * **exact record**: what of an applied tar the image itself does not hold, so that Diff gives back the very bytes.
 //! * **canonical diff**: the one tar that a written layer has, whoever makes it.
 
+pub mod agent;
 pub mod ext4;
 pub mod io;
+pub mod svm;
+pub mod sys;
