@@ -1,2 +1,16 @@
 //! The `lcow-graphdriver` program.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.split_first() {
+        #[cfg(target_os = "linux")]
+        Some((command, rest)) if command == "worker" => {
+            use lcow_graphdriver::agent::{codec::RealCodec, worker_main};
+            let status = worker_main(rest, std::sync::Arc::new(RealCodec));
+            ExitCode::from(u8::try_from(status).unwrap_or(1))
+        }
+        _ => ExitCode::from(2),
+    }
+}
