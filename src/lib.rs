@@ -38,7 +38,16 @@
 //! * **exact record**: what of an applied tar the image itself does not hold, so that Diff gives back the very bytes.
 //! * **canonical diff**: the one tar that a written layer has, whoever makes it.
 
+pub mod agent;
+pub mod api;
+pub mod cli;
 pub mod config;
+pub mod driver;
 pub mod ext4;
 pub mod io;
+pub mod listen;
 pub mod store;
+pub mod svm;
+pub mod sys;
+pub mod telemetry;
+pub mod vhd;

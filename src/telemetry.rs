@@ -100,8 +100,18 @@ impl Metrics {
         });
         let (bytes_in, bytes_out) = (Counter::default(), Counter::default());
         registry.register("requests", "Requests by endpoint and outcome", Family::clone(&requests));
-        registry.register_with_unit("request_duration", "Time to the end of the reply's head", Unit::Seconds, seconds.clone());
-        registry.register_with_unit("diff_received", "Tar bytes received by ApplyDiff", Unit::Bytes, bytes_in.clone());
+        registry.register_with_unit(
+            "request_duration",
+            "Time to the end of the reply's head",
+            Unit::Seconds,
+            seconds.clone(),
+        );
+        registry.register_with_unit(
+            "diff_received",
+            "Tar bytes received by ApplyDiff",
+            Unit::Bytes,
+            bytes_in.clone(),
+        );
         registry.register_with_unit("diff_sent", "Tar bytes sent by Diff", Unit::Bytes, bytes_out.clone());
         type Row = (&'static str, &'static str, fn(&Gauges) -> u64);
         let rows: [Row; 8] = [

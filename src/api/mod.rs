@@ -104,7 +104,10 @@ async fn activate(_: Ignored) -> Reply<wire::Activated> {
     Reply(wire::Activated { implements: ["GraphDriver"] })
 }
 
-async fn init(State(context): State<Context>, Json(request): Json<wire::InitRequest>) -> Answer<wire::Outcome> {
+async fn init(
+    State(context): State<Context>,
+    Json(request): Json<wire::InitRequest>,
+) -> Answer<wire::Outcome> {
     if request.home.is_empty() {
         return Err(Failure::bad_request("Init names no Home"));
     }
@@ -131,7 +134,10 @@ fn layer_request(request: wire::LayerRequest) -> DriverRequest {
     }
 }
 
-async fn create(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::Outcome> {
+async fn create(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Answer<wire::Outcome> {
     to_the_end(async move { context.driver.create(layer_request(request)).await }).await?;
     Ok(Reply(wire::Outcome::default()))
 }
@@ -144,23 +150,35 @@ async fn create_read_write(
     Ok(Reply(wire::Outcome::default()))
 }
 
-async fn remove(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::Outcome> {
+async fn remove(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Answer<wire::Outcome> {
     to_the_end(async move { context.driver.remove(&request.id).await }).await?;
     Ok(Reply(wire::Outcome::default()))
 }
 
-async fn get_layer(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::DirReply> {
+async fn get_layer(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Answer<wire::DirReply> {
     let dir = to_the_end(async move { context.driver.get(&request.id, &request.mount_label).await }).await?;
     // A home is given as JSON text, so its folders are text as well.
     Ok(Reply(wire::DirReply { dir: dir.to_string_lossy().into_owned(), err: String::new() }))
 }
 
-async fn put(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::Outcome> {
+async fn put(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Answer<wire::Outcome> {
     to_the_end(async move { context.driver.put(&request.id).await }).await?;
     Ok(Reply(wire::Outcome::default()))
 }
 
-async fn exists(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::ExistsReply> {
+async fn exists(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Answer<wire::ExistsReply> {
     Ok(Reply(wire::ExistsReply { exists: context.driver.exists(&request.id)? }))
 }
 
@@ -181,7 +199,10 @@ async fn cleanup(State(context): State<Context>, _: Ignored) -> Answer<wire::Out
     Ok(Reply(wire::Outcome::default()))
 }
 
-async fn diff(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Result<Response, Failure> {
+async fn diff(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Result<Response, Failure> {
     let idle = context.driver.idle_timeout();
     let mut tar = Box::pin(context.driver.diff(&request.id, &request.parent).await?);
     // The first bytes are awaited before the status is sent, so that an early failure is a proper error.
@@ -213,7 +234,10 @@ async fn changes(
     Ok(Reply(wire::ChangesReply { changes, err: String::new() }))
 }
 
-async fn diff_size(State(context): State<Context>, Json(request): Json<wire::LayerRequest>) -> Answer<wire::SizeReply> {
+async fn diff_size(
+    State(context): State<Context>,
+    Json(request): Json<wire::LayerRequest>,
+) -> Answer<wire::SizeReply> {
     let size = context.driver.diff_size(&request.id, &request.parent).await?;
     Ok(Reply(wire::SizeReply { size, err: String::new() }))
 }
@@ -256,7 +280,10 @@ async fn metrics(State(context): State<Context>) -> Response {
 }
 
 async fn unknown(request: Request) -> Failure {
-    Failure { status: StatusCode::NOT_FOUND, message: format!("there is no method '{}'", request.uri().path()) }
+    Failure {
+        status: StatusCode::NOT_FOUND,
+        message: format!("there is no method '{}'", request.uri().path()),
+    }
 }
 
 async fn wrong_method(method: Method, request: Request) -> Failure {

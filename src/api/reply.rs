@@ -67,8 +67,10 @@ impl<T: Serialize> IntoResponse for Reply<T> {
                 text.push(b'\n');
                 ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response()
             }
-            Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{{\"Err\":\"cannot encode the reply: {e}\"}}\n"))
-                .into_response(),
+            Err(e) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, format!("{{\"Err\":\"cannot encode the reply: {e}\"}}\n"))
+                    .into_response()
+            }
         }
     }
 }
@@ -85,9 +87,9 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
             // What a daemon's client sends when it repeats a request whose connection broke.
             return Err(Failure::bad_request("the request has no body; a JSON object is expected"));
         }
-        serde_json::from_slice(&body)
-            .map(Json)
-            .map_err(|e| Failure::bad_request(format!("the request is not the JSON object that is expected: {e}")))
+        serde_json::from_slice(&body).map(Json).map_err(|e| {
+            Failure::bad_request(format!("the request is not the JSON object that is expected: {e}"))
+        })
     }
 }
 

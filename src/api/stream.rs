@@ -57,7 +57,10 @@ where
         let mut stream = std::pin::pin!(stream);
         while let Some(item) = stream.next().await {
             let item = item.map_err(|e| {
-                tracing::error!(error = super::reply::chained(&e), "a diff failed half way; its connection is cut");
+                tracing::error!(
+                    error = super::reply::chained(&e),
+                    "a diff failed half way; its connection is cut"
+                );
                 io::Error::other(super::reply::chained(&e))
             });
             let failed = item.is_err();
@@ -68,7 +71,10 @@ where
                 Ok(Ok(())) if !failed => {}
                 Ok(_) => return,
                 Err(_) => {
-                    tracing::warn!(seconds = idle.as_secs(), "a client stopped reading a diff; it is dropped");
+                    tracing::warn!(
+                        seconds = idle.as_secs(),
+                        "a client stopped reading a diff; it is dropped"
+                    );
                     // The receiver sees the missing end as an error, below.
                     return;
                 }

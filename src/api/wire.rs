@@ -140,7 +140,10 @@ mod tests {
         assert!(init.gid_maps.is_none());
         let create: LayerRequest =
             serde_json::from_str(r#"{"ID":"abc","Parent":"def","StorageOpt":{"size":"1G"}}"#).unwrap();
-        assert_eq!((create.id.as_str(), create.parent.as_str(), create.mount_label.as_str()), ("abc", "def", ""));
+        assert_eq!(
+            (create.id.as_str(), create.parent.as_str(), create.mount_label.as_str()),
+            ("abc", "def", "")
+        );
         assert_eq!(create.storage_opt.unwrap()["size"], "1G");
         let empty: LayerRequest = serde_json::from_str("{}").unwrap();
         assert_eq!(empty.id, "");
@@ -150,8 +153,7 @@ mod tests {
     fn replies_as_dockerd_reads_them() {
         let json = |value: &dyn erased::Json| value.json();
         assert_eq!(json(&Activated { implements: ["GraphDriver"] }), r#"{"Implements":["GraphDriver"]}"#);
-        let capabilities =
-            CapabilitiesReply { capabilities: Capabilities { reproduces_exact_diffs: true } };
+        let capabilities = CapabilitiesReply { capabilities: Capabilities { reproduces_exact_diffs: true } };
         assert_eq!(json(&capabilities), r#"{"Capabilities":{"ReproducesExactDiffs":true}}"#);
         let status = StatusReply { status: vec![("k".into(), "v".into())] };
         assert_eq!(json(&status), r#"{"Status":[["k","v"]]}"#);

@@ -16,9 +16,9 @@ mod layer;
 mod serve;
 mod store;
 
-use crate::{config, telemetry::LogFormat};
+use crate::{agent::codec::RealCodec, config, telemetry::LogFormat};
 use clap::{Args, Parser, Subcommand};
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 /// Where the service keeps its own state unless told otherwise.
 pub const DEFAULT_ROOT: &str = "/var/lib/lcow";
@@ -52,7 +52,11 @@ enum Command {
     Call(call::CallArgs),
     /// The embedded service VM; started by `serve`, never by hand.
     #[command(hide = true)]
-    Worker,
+    Worker {
+        /// What the parent tells the worker.
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        args: Vec<String>,
+    },
 }
 
 /// Arguments of `serve`.
@@ -89,7 +93,8 @@ struct HomeArgs {
 /// The table of options for `serve --help`.
 fn options_help() -> String {
     use std::fmt::Write as _;
-    let mut text = String::from("Options for --storage-opt (also by environment and file; docs/options.md):\n");
+    let mut text =
+        String::from("Options for --storage-opt (also by environment and file; docs/options.md):\n");
     for spec in config::SPECS {
         // Writing to a String cannot fail.
         let _ = writeln!(
@@ -113,7 +118,10 @@ pub fn run() -> ExitCode {
         Command::Store(command) => store::run(command),
         Command::Layer(command) => layer::run(command),
         Command::Call(args) => call::run(args),
-        Command::Worker => return crate::agent::worker_main(),
+        Command::Worker { args } => {
+            let status = crate::agent::worker_main(&args, Arc::new(RealCodec));
+            return u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from);
+        }
     };
     match result {
         Ok(code) => code,

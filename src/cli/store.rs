@@ -190,7 +190,11 @@ fn tree(args: &ViewArgs) -> Result<ExitCode, CliError> {
 }
 
 /// Chains are acyclic and at most 128 long: a parent is created before its children, and the reader refuses loops.
-fn nodes(store: &Store, by_parent: &BTreeMap<Option<LayerId>, Vec<Layer>>, parent: Option<&LayerId>) -> Vec<Node> {
+fn nodes(
+    store: &Store,
+    by_parent: &BTreeMap<Option<LayerId>, Vec<Layer>>,
+    parent: Option<&LayerId>,
+) -> Vec<Node> {
     let Some(layers) = by_parent.get(&parent.cloned()) else { return Vec::new() };
     layers
         .iter()
@@ -203,7 +207,12 @@ fn print_nodes(nodes: &[Node], indent: &str) {
         let last = n + 1 == nodes.len();
         let (branch, below) = if last { ("└─ ", "   ") } else { ("├─ ", "│  ") };
         let size = node.row.size.map(|s| format!(", {}", ByteSize(s))).unwrap_or_default();
-        println!("{indent}{branch}{}  {}{size}, {} on disk", short(&node.row.id), node.row.state, ByteSize(node.row.disk));
+        println!(
+            "{indent}{branch}{}  {}{size}, {} on disk",
+            short(&node.row.id),
+            node.row.state,
+            ByteSize(node.row.disk)
+        );
         print_nodes(&node.children, &format!("{indent}{below}"));
     }
 }
@@ -226,7 +235,11 @@ fn du(args: &ViewArgs) -> Result<ExitCode, CliError> {
             layer.id.to_string(),
         ]);
     }
-    table.add_row([ByteSize(usage.other_allocated).to_string(), String::new(), "staging, scratch, cache".into()]);
+    table.add_row([
+        ByteSize(usage.other_allocated).to_string(),
+        String::new(),
+        "staging, scratch, cache".into(),
+    ]);
     table.add_row([ByteSize(disk).to_string(), ByteSize(length).to_string(), "all".into()]);
     println!("{table}");
     Ok(ExitCode::SUCCESS)
@@ -321,7 +334,11 @@ fn repair(args: &ViewArgs) -> Result<ExitCode, CliError> {
             println!("{id}: {fault} (only `GraphDriver.Remove` helps)");
         }
     }
-    Ok(if repaired.faults.is_empty() && repaired.gc.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if repaired.faults.is_empty() && repaired.gc.failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// A home that holds a store already: these commands must not make one by a mistyped path.

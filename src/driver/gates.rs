@@ -62,7 +62,8 @@ mod tests {
         let ids: Vec<LayerId> = (0..6).map(|n| format!("l{n}").parse().unwrap()).collect();
         let tasks: Vec<_> = (0..200)
             .map(|n| {
-                let (gates, mut wanted) = (gates.clone(), vec![ids[n % 6].clone(), ids[(n * 5 + 1) % 6].clone()]);
+                let (gates, mut wanted) =
+                    (gates.clone(), vec![ids[n % 6].clone(), ids[(n * 5 + 1) % 6].clone()]);
                 wanted.push(wanted[0].clone());
                 tokio::spawn(async move {
                     let held = gates.close(&wanted).await;

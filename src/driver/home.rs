@@ -26,7 +26,11 @@ pub(super) struct Home {
 impl Home {
     /// Opens the store at `path` with what an Init says, or with what the last one said. Debris is deleted in the
     /// background: it lies where no request looks.
-    pub(super) fn open(path: &Path, init: Option<InitRecord>, config: &DriverConfig) -> Result<Self, DriverError> {
+    pub(super) fn open(
+        path: &Path,
+        init: Option<InitRecord>,
+        config: &DriverConfig,
+    ) -> Result<Self, DriverError> {
         // Options first: a wrong one must leave nothing behind.
         let wanted = match &init {
             Some(init) => Some(options_of(init, config)?),
@@ -99,7 +103,9 @@ impl Home {
     /// The same home under another Init. Mounts go on as they are.
     pub(super) fn with_init(&self, init: InitRecord, config: &DriverConfig) -> Result<Self, DriverError> {
         let options = options_of(&init, config)?;
-        if (&init.uid_maps, &init.gid_maps) != (&self.init.uid_maps, &self.init.gid_maps) && !self.store.is_empty() {
+        if (&init.uid_maps, &init.gid_maps) != (&self.init.uid_maps, &self.init.gid_maps)
+            && !self.store.is_empty()
+        {
             return Err(DriverError::Usage(
                 "Init asks for other user-namespace maps than the store's layers were written with; use another home"
                     .into(),
@@ -108,14 +114,16 @@ impl Home {
         self.store.record_init(init.clone())?;
         let pool = start_pool(&options, config);
         #[cfg(target_os = "linux")]
-        let mounts = if (&init.uid_maps, options.overlay_api) == (&self.init.uid_maps, self.options.overlay_api) {
-            self.mounts.clone()
-        } else {
-            let mounts = Arc::new(Mounts::new(self.store.layout().clone(), options.overlay_api, remap(&init)?));
-            let ids: Vec<LayerId> = self.store.layers().into_iter().map(|l| l.id).collect();
-            mounts.rebuild(|id| self.stack(id).ok(), &ids)?;
-            mounts
-        };
+        let mounts =
+            if (&init.uid_maps, options.overlay_api) == (&self.init.uid_maps, self.options.overlay_api) {
+                self.mounts.clone()
+            } else {
+                let mounts =
+                    Arc::new(Mounts::new(self.store.layout().clone(), options.overlay_api, remap(&init)?));
+                let ids: Vec<LayerId> = self.store.layers().into_iter().map(|l| l.id).collect();
+                mounts.rebuild(|id| self.stack(id).ok(), &ids)?;
+                mounts
+            };
         Ok(Self {
             store: self.store.clone(),
             options,
@@ -209,7 +217,8 @@ pub(super) fn open_door(folder: &Path, (uid, gid): (u32, u32)) -> Result<(), Dri
     if (uid, gid) == (0, 0) {
         return Ok(());
     }
-    std::os::unix::fs::chown(folder, None, Some(gid)).map_err(DriverError::io("change the group of", folder))?;
+    std::os::unix::fs::chown(folder, None, Some(gid))
+        .map_err(DriverError::io("change the group of", folder))?;
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(PASS))
         .map_err(DriverError::io("change the mode of", folder))
 }
@@ -229,9 +238,13 @@ fn remap(init: &InitRecord) -> Result<Option<Arc<std::os::fd::OwnedFd>>, DriverE
     let convert = |maps: &[IdRange]| -> Vec<IdMapping> {
         maps.iter().map(|m| IdMapping { inside: m.container_id, outside: m.host_id, count: m.size }).collect()
     };
-    user_namespace(&convert(&init.uid_maps), &convert(&init.gid_maps))
-        .map(|fd| Some(Arc::new(fd)))
-        .map_err(|source| DriverError::Mount { id: "-".into(), action: "make the user namespace of Init's maps", source })
+    user_namespace(&convert(&init.uid_maps), &convert(&init.gid_maps)).map(|fd| Some(Arc::new(fd))).map_err(
+        |source| DriverError::Mount {
+            id: "-".into(),
+            action: "make the user namespace of Init's maps",
+            source,
+        },
+    )
 }
 
 fn start_pool(options: &Options, config: &DriverConfig) -> Pool {
@@ -242,7 +255,8 @@ fn start_pool(options: &Options, config: &DriverConfig) -> Pool {
         idle_timeout: options.idle_timeout,
         ..PoolConfig::default()
     };
-    let mut embedded = svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() };
+    let mut embedded =
+        svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() };
     if let Some(program) = &config.worker_program {
         embedded.program.clone_from(program);
     }

@@ -40,7 +40,8 @@ impl Driver {
     /// makes it a sandbox.
     pub async fn create(&self, request: LayerRequest) -> Result<(), DriverError> {
         let home = self.home()?;
-        let (id, parent, size) = (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
+        let (id, parent, size) =
+            (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
         home.check_reserve()?;
         blocking(move || home.store.create(&id, parent.as_ref(), LayerState::Created, size, |_| Ok(()))).await
     }
@@ -48,7 +49,8 @@ impl Driver {
     /// `GraphDriver.CreateReadWrite`: a sandbox.
     pub async fn create_read_write(&self, request: LayerRequest) -> Result<(), DriverError> {
         let home = self.home()?;
-        let (id, parent, size) = (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
+        let (id, parent, size) =
+            (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
         home.check_reserve()?;
         let bytes = size.unwrap_or(home.options.sandbox_bytes);
         blocking(move || {
@@ -176,7 +178,7 @@ impl Home {
             ),
         ];
         if let Some(jail) = &pool.jail {
-            lines.push(("Service VM Jail".into(), jail.to_string()));
+            lines.push(("Service VM Jail".into(), jail_line(jail)));
         }
         if let Some(free) = self.free_bytes() {
             let low = if free < self.options.min_free_bytes { " (LOW: new layers are refused)" } else { "" };
@@ -184,6 +186,28 @@ impl Home {
         }
         lines.extend(self.options.entries().map(|(name, value)| (name.to_owned(), value)));
         lines
+    }
+}
+
+/// Which parts of a worker's jail hold, in one line.
+fn jail_line(jail: &crate::svm::JailReport) -> String {
+    let landlock = format!("landlock (ABI {})", jail.landlock_abi);
+    let parts = [
+        (jail.seccomp, "seccomp"),
+        (jail.landlock_full, landlock.as_str()),
+        (jail.no_new_privs, "no_new_privs"),
+        (jail.net_namespace && jail.ipc_namespace, "namespaces"),
+        (jail.empty_root, "empty root"),
+        (jail.unprivileged_user, "nobody"),
+        (jail.no_capabilities, "no capabilities"),
+        (jail.limits, "limits"),
+    ];
+    let list = |held: bool| {
+        parts.iter().filter(|(holds, _)| *holds == held).map(|(_, name)| *name).collect::<Vec<_>>().join(", ")
+    };
+    match (list(true), list(false)) {
+        (holds, missing) if missing.is_empty() => holds,
+        (holds, missing) => format!("{holds}; NOT: {missing}"),
     }
 }
 

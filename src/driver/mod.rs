@@ -189,7 +189,10 @@ impl Driver {
     /// A relative home, an unknown or wrong option, or a store that cannot be used.
     pub async fn init(&self, path: PathBuf, record: InitRecord) -> Result<(), DriverError> {
         if !path.is_absolute() {
-            return Err(DriverError::Usage(format!("Init's Home '{}' is not an absolute path", path.display())));
+            return Err(DriverError::Usage(format!(
+                "Init's Home '{}' is not an absolute path",
+                path.display()
+            )));
         }
         let _one_at_a_time = self.init.lock().await;
         let known = self.homes.read().open.get(&path).cloned();
@@ -223,7 +226,11 @@ impl Driver {
 
     /// Longest stand-still of a transfer.
     pub fn idle_timeout(&self) -> Duration {
-        self.homes.read().current.as_ref().map_or(self.config.options.idle_timeout, |h| h.options.idle_timeout)
+        self.homes
+            .read()
+            .current
+            .as_ref()
+            .map_or(self.config.options.idle_timeout, |h| h.options.idle_timeout)
     }
 
     /// Ends service VMs in order. Mounts stay as they are: containers may live on them.

@@ -35,8 +35,9 @@ use std::{
     collections::{HashMap, HashSet},
     fs::{self, File, OpenOptions},
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 /// Folder of a sandbox that holds what was written.
@@ -71,7 +72,7 @@ pub(super) struct Mounts {
     layout: Layout,
     method: OverlayMethod,
     /// With userns-remap: maps container ids, in which applied layers are stored, to the host's.
-    remap: Option<idmap::UserNamespace>,
+    remap: Option<Arc<OwnedFd>>,
     state: Mutex<State>,
 }
 
@@ -81,7 +82,7 @@ fn failed(id: &LayerId, action: &'static str) -> impl FnOnce(SysError) -> Driver
 }
 
 impl Mounts {
-    pub(super) fn new(layout: Layout, api: OverlayApi, remap: Option<idmap::UserNamespace>) -> Self {
+    pub(super) fn new(layout: Layout, api: OverlayApi, remap: Option<Arc<OwnedFd>>) -> Self {
         let method = match api {
             OverlayApi::Auto => OverlayMethod::Auto,
             OverlayApi::New => OverlayMethod::NewApi,
@@ -131,7 +132,7 @@ impl Mounts {
             let place = match member.meta.state {
                 // Created and never written: nothing to show.
                 LayerState::Created => continue,
-                LayerState::Applying => return Err(unfinished(&member.layer.id)),
+                LayerState::Applying => return Err(super::views::unfinished(&member.layer.id)),
                 LayerState::Applied | LayerState::Sandbox => {
                     held.take(member)?;
                     self.layout.mount_point(&member.layer.id)
@@ -183,7 +184,8 @@ impl Mounts {
 
     /// Unmounts a view whatever its references. Processes that still stand in it keep what they have open.
     pub(super) fn drop_view(&self, id: &LayerId) -> Result<(), DriverError> {
-        let Some((dir, disks)) = self.state.lock().views.get(id).map(|v| (v.dir.clone(), v.disks.clone())) else {
+        let Some((dir, disks)) = self.state.lock().views.get(id).map(|v| (v.dir.clone(), v.disks.clone()))
+        else {
             return Ok(());
         };
         unmount(&dir).map_err(failed(id, "unmount its merged view"))?;
@@ -215,7 +217,9 @@ impl Mounts {
     fn mount_image(&self, member: &Member, target: &Path) -> Result<(), DriverError> {
         let id = &member.layer.id;
         let applied = member.meta.applied.as_ref().filter(|a| a.checked).ok_or_else(|| {
-            DriverError::Usage(format!("layer {id}: its image was never checked, so it is not mounted; remove it and pull it again"))
+            DriverError::Usage(format!(
+                "layer {id}: its image was never checked, so it is not mounted; remove it and pull it again"
+            ))
         })?;
         let path = self.layout.layer_file(id, layout::LAYER_FILE);
         let file = File::open(&path).map_err(DriverError::io("open", &path))?;
@@ -227,10 +231,17 @@ impl Mounts {
             ..LoopSpec::default()
         };
         let device = loopdev::attach(file.as_fd(), &spec).map_err(failed(id, "attach its image"))?;
-        let options = Ext4Options { read_only: true, noatime: true, nodev: true, nosuid: true, ..Ext4Options::default() };
+        let options = Ext4Options {
+            read_only: true,
+            noatime: true,
+            nodev: true,
+            nosuid: true,
+            ..Ext4Options::default()
+        };
         mount::mount_ext4(&device.path, target, options).map_err(failed(id, "mount its image"))?;
         if let Some(namespace) = &self.remap {
-            idmap::remount_idmapped(target, namespace).map_err(|source| {
+            // The mapped view lies on top of the plain one, at the same place; both go at the unmount.
+            idmap::mount_idmapped(target, target, namespace, true).map_err(|source| {
                 let _ = mount::umount(target, true);
                 DriverError::Mount { id: id.to_string(), action: "map the ids of its image", source }
             })?;
@@ -243,13 +254,15 @@ impl Mounts {
         let file =
             OpenOptions::new().read(true).write(true).open(&path).map_err(DriverError::io("open", &path))?;
         let device = self.sandbox_device(id, &file)?;
-        let options = Ext4Options { noatime: true, nodev: true, nosuid: true, discard: true, ..Ext4Options::default() };
+        let options =
+            Ext4Options { noatime: true, nodev: true, nosuid: true, discard: true, ..Ext4Options::default() };
         mount::mount_ext4(&device.path, target, options).map_err(failed(id, "mount its sandbox"))
     }
 
     /// The one loop device of a sandbox file.
     fn sandbox_device(&self, id: &LayerId, file: &File) -> Result<LoopDevice, DriverError> {
-        let attached = loopdev::find_by_backing(file.as_fd()).map_err(failed(id, "look for its loop device"))?;
+        let attached =
+            loopdev::find_by_backing(file.as_fd()).map_err(failed(id, "look for its loop device"))?;
         if let Some(found) = attached.iter().find(|s| !s.read_only) {
             return LoopDevice::open(found.number).map_err(failed(id, "open its loop device"));
         }
@@ -276,24 +289,40 @@ impl Mounts {
             }
         }
         let target = self.layout.mount_point(id);
-        unmount(&target).map_err(failed(id, "unmount its disk"))?;
+        self.unmount_disk(&target).map_err(failed(id, "unmount its disk"))?;
         self.state.lock().disks.remove(id);
         let _ = fs::remove_dir(&target);
         Ok(())
     }
 
+    /// Unmounts a disk: with userns-remap there may be a mapped view on top of the plain one.
+    fn unmount_disk(&self, target: &Path) -> Result<(), SysError> {
+        if self.remap.is_some() {
+            unmount(target)?;
+        }
+        unmount(target)
+    }
+
     /// Makes the state agree with the kernel's mount table: views that are mounted count as held once, disks by the
     /// views that use them; disks that none uses are unmounted; frozen sandboxes are thawed.
-    pub(super) fn rebuild(&self, stack_of: impl Fn(&LayerId) -> Option<Vec<Member>>, known: &[LayerId]) -> Result<(), DriverError> {
-        let home = fs::canonicalize(self.layout.home()).map_err(DriverError::io("resolve", self.layout.home()))?;
+    pub(super) fn rebuild(
+        &self,
+        stack_of: impl Fn(&LayerId) -> Option<Vec<Member>>,
+        known: &[LayerId],
+    ) -> Result<(), DriverError> {
+        let home =
+            fs::canonicalize(self.layout.home()).map_err(DriverError::io("resolve", self.layout.home()))?;
         let table = mountinfo::read().map_err(|source| DriverError::Mount {
             id: home.display().to_string(),
             action: "read the mount table",
             source,
         })?;
-        let mounted: HashSet<PathBuf> =
-            table.into_iter().filter_map(|m| Some(m.mount_point.strip_prefix(&home).ok()?.to_owned())).collect();
-        let is_mounted = |path: PathBuf| path.strip_prefix(self.layout.home()).is_ok_and(|p| mounted.contains(p));
+        let mounted: HashSet<PathBuf> = table
+            .into_iter()
+            .filter_map(|m| Some(m.mount_point.strip_prefix(&home).ok()?.to_owned()))
+            .collect();
+        let is_mounted =
+            |path: PathBuf| path.strip_prefix(self.layout.home()).is_ok_and(|p| mounted.contains(p));
         let mut state = State::default();
         for id in known {
             let disk = self.layout.mount_point(id);
@@ -319,14 +348,15 @@ impl Mounts {
             tracing::info!(%id, "found a mounted view of an earlier process; it counts as held once");
             state.views.insert(id.clone(), View { refs: 1, disks, dir });
         }
-        let unused: Vec<LayerId> = state.disks.iter().filter(|(_, n)| **n == 0).map(|(id, _)| id.clone()).collect();
+        let unused: Vec<LayerId> =
+            state.disks.iter().filter(|(_, n)| **n == 0).map(|(id, _)| id.clone()).collect();
         for id in &unused {
             state.disks.remove(id);
         }
         *self.state.lock() = state;
         for id in unused {
             tracing::info!(%id, "unmounting a disk that no view uses");
-            if let Err(error) = unmount(&self.layout.mount_point(&id)) {
+            if let Err(error) = self.unmount_disk(&self.layout.mount_point(&id)) {
                 tracing::warn!(%id, %error, "cannot unmount a disk");
             }
         }
@@ -376,7 +406,9 @@ impl Drop for HeldDisks<'_> {
 /// Unmounts; where something still stands in it the name goes now and the rest when the last user leaves.
 fn unmount(target: &Path) -> Result<(), SysError> {
     match mount::umount(target, false) {
-        Err(e) if e.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) => mount::umount(target, true),
+        Err(e) if e.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) => {
+            mount::umount(target, true)
+        }
         // Not a mount point: somebody else has unmounted it.
         Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => Ok(()),
         other => other,
@@ -388,11 +420,4 @@ fn create_dir(path: &Path) -> Result<(), DriverError> {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(DriverError::io("create", path)(e)),
         _ => Ok(()),
     }
-}
-
-/// Why a layer whose ApplyDiff was cut cannot be used.
-pub(super) fn unfinished(id: &LayerId) -> DriverError {
-    DriverError::Usage(format!(
-        "layer {id}: an ApplyDiff of it was begun and never completed; remove the layer and create it anew"
-    ))
 }

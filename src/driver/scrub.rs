@@ -37,7 +37,10 @@ pub struct ScrubReport {
 
 impl Driver {
     /// Looks at every layer of the current home; `progress` hears the number done and the number of all.
-    pub async fn scrub(&self, mut progress: impl FnMut(usize, usize) + Send) -> Result<ScrubReport, DriverError> {
+    pub async fn scrub(
+        &self,
+        mut progress: impl FnMut(usize, usize) + Send,
+    ) -> Result<ScrubReport, DriverError> {
         let home = self.home()?;
         let mut report = ScrubReport::default();
         for (id, fault) in home.store.structural_faults() {
@@ -76,8 +79,11 @@ impl Driver {
         let (image, record) = blocking(move || opener.exact_disks(&member)).await?;
         let check = CheckJob { image: image.clone(), require_no_writers: false };
         home.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
-        let lease =
-            home.pool.lease(id.as_str(), Purpose::Export).await.map_err(DriverError::svm(id, "start a diff"))?;
+        let lease = home
+            .pool
+            .lease(id.as_str(), Purpose::Export)
+            .await
+            .map_err(DriverError::svm(id, "start a diff"))?;
         let job = ExportJob { kind: ExportKind::Exact { image, record }, live: None };
         let mut tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(id, "read its tar back"))?;
         let mut hash = <sha2::Sha256 as sha2::Digest>::new();
@@ -87,10 +93,13 @@ impl Driver {
             sha2::Digest::update(&mut hash, &chunk);
             bytes += chunk.len() as u64;
         }
-        let digest = sha2::Digest::finalize(hash).iter().fold(String::new(), |text, b| text + &format!("{b:02x}"));
+        let digest =
+            sha2::Digest::finalize(hash).iter().fold(String::new(), |text, b| text + &format!("{b:02x}"));
         let known = meta.applied.map(|a| a.tar_sha256).unwrap_or_default();
         if !tar.complete() || digest != known {
-            return Err(DriverError::Usage(format!("its tar has the digest {digest}, and {known} was applied")));
+            return Err(DriverError::Usage(format!(
+                "its tar has the digest {digest}, and {known} was applied"
+            )));
         }
         Ok(bytes)
     }

@@ -10,12 +10,14 @@
 //! The tar that dockerd's client sends after a broken connection may be empty or only a tail of the layer: once a byte
 //! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
 
-use super::{ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished};
+use super::{
+    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished,
+};
 use crate::{
     store::{AppliedMeta, Layer, LayerId, LayerMeta, LayerState, StoreError, durable, layout},
     svm::{
-        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk, LayerKind,
-        LiveControl, ParentDisks, Purpose, SvmError, TarStream,
+        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
+        LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
     },
     vhd,
 };
@@ -81,7 +83,11 @@ impl Driver {
         let (layer, meta, parent) = home.both(id, parent).await?;
         let own = parent.as_ref() == layer.parent();
         let id = layer.id.clone();
-        let lease = home.pool.lease(id.as_str(), Purpose::Export).await.map_err(DriverError::svm(&id, "start a diff"))?;
+        let lease = home
+            .pool
+            .lease(id.as_str(), Purpose::Export)
+            .await
+            .map_err(DriverError::svm(&id, "start a diff"))?;
         let (job, version) = if let (true, LayerState::Applied) = (own, meta.state) {
             let (opener, member) = (home.clone(), layer.clone());
             let (image, record) = blocking(move || opener.exact_disks(&member)).await?;
@@ -108,7 +114,11 @@ impl Driver {
         let (layer, _, parent) = home.both(id, parent).await?;
         let job = home.comparison(&layer, parent.as_ref()).await?.job();
         let id = &layer.id;
-        let lease = home.pool.lease(id.as_str(), Purpose::Work).await.map_err(DriverError::svm(id, "list changes"))?;
+        let lease = home
+            .pool
+            .lease(id.as_str(), Purpose::Work)
+            .await
+            .map_err(DriverError::svm(id, "list changes"))?;
         let changes = lease.changes(job).await.map_err(DriverError::svm(id, "list its changes"))?;
         Ok(changes.into_iter().map(ChangedPath::from).collect())
     }
@@ -122,7 +132,8 @@ impl Driver {
         }
         let job = home.comparison(&layer, parent.as_ref()).await?.job();
         let id = &layer.id;
-        let lease = home.pool.lease(id.as_str(), Purpose::Work).await.map_err(DriverError::svm(id, "size a diff"))?;
+        let lease =
+            home.pool.lease(id.as_str(), Purpose::Work).await.map_err(DriverError::svm(id, "size a diff"))?;
         lease.diff_size(job).await.map_err(DriverError::svm(id, "size its diff"))
     }
 }
@@ -136,7 +147,11 @@ impl Comparison {
 impl Home {
     /// A layer and the one it is compared with, both there; a layer that was only created gets its sandbox, so that
     /// there is something to compare.
-    async fn both(self: &Arc<Self>, id: &str, parent: &str) -> Result<(Layer, LayerMeta, Option<LayerId>), DriverError> {
+    async fn both(
+        self: &Arc<Self>,
+        id: &str,
+        parent: &str,
+    ) -> Result<(Layer, LayerMeta, Option<LayerId>), DriverError> {
         let id: LayerId = id.parse()?;
         let parent = if parent.is_empty() { None } else { Some(parent.parse::<LayerId>()?) };
         if let Some(parent) = &parent {
@@ -152,7 +167,11 @@ impl Home {
         Ok((layer, meta, parent))
     }
 
-    async fn comparison(self: &Arc<Self>, layer: &Layer, parent: Option<&LayerId>) -> Result<Comparison, DriverError> {
+    async fn comparison(
+        self: &Arc<Self>,
+        layer: &Layer,
+        parent: Option<&LayerId>,
+    ) -> Result<Comparison, DriverError> {
         let (home, layer, parent) = (self.clone(), layer.clone(), parent.cloned());
         blocking(move || {
             let mut sandboxes = Vec::new();
@@ -229,7 +248,12 @@ impl Home {
     }
 
     /// Changes a layer's state, durably, if it is the one expected.
-    async fn set_state(self: &Arc<Self>, layer: &Layer, from: LayerState, to: LayerState) -> Result<(), DriverError> {
+    async fn set_state(
+        self: &Arc<Self>,
+        layer: &Layer,
+        from: LayerState,
+        to: LayerState,
+    ) -> Result<(), DriverError> {
         let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
         blocking(move || {
             home.store.update(&id, generation, |meta| {
@@ -241,7 +265,9 @@ impl Home {
                     LayerState::Applied => DriverError::Usage(format!(
                         "layer {id} is applied already and never changes; remove it and create it anew"
                     )),
-                    _ => DriverError::Usage(format!("layer {id} was written through a mount; a tar cannot be applied to it")),
+                    _ => DriverError::Usage(format!(
+                        "layer {id} was written through a mount; a tar cannot be applied to it"
+                    )),
                 })
             })
         })
@@ -262,7 +288,10 @@ impl Home {
             let make = |path: &std::path::Path| {
                 durable::create_private(path).map(Arc::new).map_err(DriverError::io("create", path))
             };
-            let (image, record) = (DiskSource::read_write(make(&image)?, &image), DiskSource::read_write(make(&record)?, &record));
+            let (image, record) = (
+                DiskSource::read_write(make(&image)?, &image),
+                DiskSource::read_write(make(&record)?, &record),
+            );
             let lowers = match member.parent() {
                 Some(parent) => home.chain_disks(parent, &mut Vec::new())?,
                 None => Vec::new(),
@@ -274,9 +303,16 @@ impl Home {
             image: image.clone(),
             record: record.clone(),
             lowers,
-            options: ApplyOptions { max_image_bytes: self.options.max_layer_bytes, ..ApplyOptions::default() },
+            options: ApplyOptions {
+                max_image_bytes: self.options.max_layer_bytes,
+                ..ApplyOptions::default()
+            },
         };
-        let lease = self.pool.lease(id.as_str(), Purpose::Work).await.map_err(DriverError::svm(id, "start an apply"))?;
+        let lease = self
+            .pool
+            .lease(id.as_str(), Purpose::Work)
+            .await
+            .map_err(DriverError::svm(id, "start an apply"))?;
         let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
         drop(lease);
         let (image_path, record_path) = (image.path.clone(), record.path.clone());
@@ -317,7 +353,9 @@ impl Home {
         let (home, layer) = (self.clone(), layer.clone());
         blocking(move || {
             let files = [layout::RECORD_FILE, layout::LAYER_FILE];
-            home.store.commit::<DriverError>(&layer.id, layer.generation, &staged, &files, |meta| match meta.state {
+            home.store.commit::<DriverError>(&layer.id, layer.generation, &staged, &files, |meta| match meta
+                .state
+            {
                 LayerState::Applying => {
                     Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
                 }
@@ -331,11 +369,16 @@ impl Home {
     /// Fixes the canonical version of a written layer after its first complete Diff.
     fn freeze_version(&self, layer: &Layer, version: u32) {
         let frozen = self.store.update::<StoreError>(&layer.id, layer.generation, |meta| {
-            Ok(LayerMeta { canonical_version: Some(meta.canonical_version.unwrap_or(version)), ..meta.clone() })
+            Ok(LayerMeta {
+                canonical_version: Some(meta.canonical_version.unwrap_or(version)),
+                ..meta.clone()
+            })
         });
         match frozen {
             Ok(_) | Err(StoreError::NotFound(_)) => {}
-            Err(error) => tracing::warn!(id = %layer.id, %error, "cannot note the canonical version of a layer"),
+            Err(error) => {
+                tracing::warn!(id = %layer.id, %error, "cannot note the canonical version of a layer")
+            }
         }
     }
 }

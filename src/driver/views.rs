@@ -129,11 +129,9 @@ impl Home {
         self.write_sandbox(staged.path(), bytes)?;
         self.store.commit::<DriverError>(id, layer.generation, &staged, &[layout::SANDBOX_FILE], |meta| {
             match meta.state {
-                LayerState::Created => Ok(LayerMeta {
-                    state: LayerState::Sandbox,
-                    sandbox_bytes: Some(bytes),
-                    ..meta.clone()
-                }),
+                LayerState::Created => {
+                    Ok(LayerMeta { state: LayerState::Sandbox, sandbox_bytes: Some(bytes), ..meta.clone() })
+                }
                 _ => Err(StoreError::WrongState {
                     id: id.clone(),
                     reason: "its state changed while its sandbox was made; try again".into(),

@@ -1,1 +1,2 @@
 //! ext4: layout, writer, blank formatter, reader, checker.
+pub mod format;

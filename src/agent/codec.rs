@@ -1,0 +1,164 @@
+//! What an agent needs of the codec, and the adaptor to the real one.
+//!
+//! ```text
+//!   operation ──► Codec ──► diff::{apply, record, export, changes}, ext4::check
+//! ```
+//!
+//! The trait exists so that channels, pool and jail are tested without a codec. Called by `operation`.
+
+use super::{
+    disk::OpDisk,
+    wire::{
+        ApplyOptions, ApplySummary, Change, CheckSummary, ErrorKind, ExportSummary, IdMaps, LayerKind,
+        WireError,
+    },
+};
+use std::io::{Read, Write};
+
+/// A layer to read.
+#[derive(Clone)]
+pub struct Layer {
+    /// Its file system.
+    pub disk: OpDisk,
+    /// How its files lie there.
+    pub kind: LayerKind,
+}
+
+/// What a layer is compared with.
+#[derive(Clone)]
+pub enum Parent {
+    /// Nothing.
+    None,
+    /// The rest of its own chain.
+    Own,
+    /// Another chain, nearest first.
+    Chain(Vec<Layer>),
+}
+
+/// The daemon's part in reading a live sandbox.
+pub trait Live {
+    /// All metadata are in memory: writers may go on.
+    ///
+    /// # Errors
+    /// The daemon gave up.
+    fn metadata_read(&mut self) -> Result<(), WireError>;
+    /// Metadata are about to be read again: writers must stop.
+    ///
+    /// # Errors
+    /// The daemon gave up.
+    fn before_recheck(&mut self) -> Result<(), WireError>;
+}
+
+/// Takes changes as they are found.
+pub type ChangeSink<'a> = &'a mut dyn FnMut(&Change) -> Result<(), WireError>;
+
+/// Everything that interprets layer bytes.
+#[allow(
+    clippy::missing_errors_doc,
+    reason = "all fail alike: what the bytes, the disks or the caller did wrong"
+)]
+pub trait Codec: Send + Sync + 'static {
+    /// tar → image and record. Must read `input` to its end.
+    fn apply(
+        &self,
+        input: &mut dyn Read,
+        image: OpDisk,
+        record: OpDisk,
+        lowers: Vec<Layer>,
+        options: &ApplyOptions,
+    ) -> Result<ApplySummary, WireError>;
+
+    /// Strict check of metadata.
+    fn check(&self, image: OpDisk) -> Result<CheckSummary, WireError>;
+
+    /// image and record → the applied tar.
+    fn export_exact(
+        &self,
+        image: OpDisk,
+        record: OpDisk,
+        out: &mut dyn Write,
+    ) -> Result<ExportSummary, WireError>;
+
+    /// difference → canonical tar. `live` is given for a sandbox in use.
+    fn export_canonical(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        format: u32,
+        id_maps: &IdMaps,
+        live: Option<&mut dyn Live>,
+        out: &mut dyn Write,
+    ) -> Result<ExportSummary, WireError>;
+
+    /// Paths that differ.
+    fn changes(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        live: Option<&mut dyn Live>,
+        sink: ChangeSink<'_>,
+    ) -> Result<(), WireError>;
+
+    /// Regular-file bytes of the difference.
+    fn diff_size(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        live: Option<&mut dyn Live>,
+    ) -> Result<u64, WireError>;
+}
+
+/// The codec of this program.
+#[derive(Debug, Default)]
+pub struct RealCodec;
+
+fn missing<T>() -> Result<T, WireError> {
+    Err(WireError::new(ErrorKind::Unsupported, "this build has no codec"))
+}
+
+impl Codec for RealCodec {
+    fn apply(
+        &self,
+        _: &mut dyn Read,
+        _: OpDisk,
+        _: OpDisk,
+        _: Vec<Layer>,
+        _: &ApplyOptions,
+    ) -> Result<ApplySummary, WireError> {
+        missing()
+    }
+
+    fn check(&self, _: OpDisk) -> Result<CheckSummary, WireError> {
+        missing()
+    }
+
+    fn export_exact(&self, _: OpDisk, _: OpDisk, _: &mut dyn Write) -> Result<ExportSummary, WireError> {
+        missing()
+    }
+
+    fn export_canonical(
+        &self,
+        _: Vec<Layer>,
+        _: Parent,
+        _: u32,
+        _: &IdMaps,
+        _: Option<&mut dyn Live>,
+        _: &mut dyn Write,
+    ) -> Result<ExportSummary, WireError> {
+        missing()
+    }
+
+    fn changes(
+        &self,
+        _: Vec<Layer>,
+        _: Parent,
+        _: Option<&mut dyn Live>,
+        _: ChangeSink<'_>,
+    ) -> Result<(), WireError> {
+        missing()
+    }
+
+    fn diff_size(&self, _: Vec<Layer>, _: Parent, _: Option<&mut dyn Live>) -> Result<u64, WireError> {
+        missing()
+    }
+}

@@ -1,0 +1,184 @@
+//! The disks of an agent, as operations see them.
+//!
+//! ```text
+//!   OpDisk ─ window ─► file │ block device           every access asks now and then: is the caller still there?
+//! ```
+//!
+//! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
+//! the disk fails when the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
+
+use crate::io::{ReadAt, WriteAt};
+use std::{
+    fs::File,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+};
+
+/// An attached disk: a window of an open file or device.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// The open file.
+    pub file: Arc<File>,
+    /// Writes are allowed.
+    pub writable: bool,
+    /// First byte of the window.
+    pub offset: u64,
+    /// Bytes of the window; `None` = to the end, growing.
+    pub len: Option<u64>,
+}
+
+/// Says whether an operation's caller has gone. Cheap to clone.
+#[derive(Clone)]
+pub struct Cancel(Arc<CancelState>);
+
+struct CancelState {
+    gone: AtomicBool,
+    calls: AtomicU32,
+    ask: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+/// Disk accesses between two looks at the channel (a look is a system call).
+const CALLS_PER_LOOK: u32 = 64;
+
+impl Cancel {
+    /// `ask` looks at the channel.
+    pub fn new(ask: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(CancelState {
+            gone: AtomicBool::new(false),
+            calls: AtomicU32::new(0),
+            ask: Box::new(ask),
+        }))
+    }
+
+    /// Whether the caller has gone, as of the last look.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.gone.load(Ordering::Relaxed)
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.0.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(CALLS_PER_LOOK) && (self.0.ask)() {
+            self.0.gone.store(true, Ordering::Relaxed);
+        }
+        if self.is_cancelled() {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the caller is gone"));
+        }
+        Ok(())
+    }
+}
+
+/// A disk within one operation.
+#[derive(Clone)]
+pub struct OpDisk {
+    disk: Disk,
+    cancel: Cancel,
+}
+
+impl OpDisk {
+    /// `disk` as long as `cancel` allows.
+    pub fn new(disk: Disk, cancel: Cancel) -> Self {
+        Self { disk, cancel }
+    }
+
+    /// How many of `len` bytes at `offset` lie in the window, and where they are in the file.
+    fn place(&self, offset: u64, len: usize) -> io::Result<(u64, usize)> {
+        let at = self.disk.offset.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
+        let room = self.disk.len.map_or(u64::MAX, |size| size.saturating_sub(offset));
+        Ok((at, usize::try_from(room).unwrap_or(usize::MAX).min(len)))
+    }
+}
+
+impl ReadAt for OpDisk {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.cancel.check()?;
+        let (at, len) = self.place(offset, buf.len())?;
+        self.disk.file.read_at(&mut buf[..len], at)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        let rest = self.disk.file.size()?.saturating_sub(self.disk.offset);
+        Ok(self.disk.len.map_or(rest, |len| len.min(rest)))
+    }
+}
+
+impl WriteAt for OpDisk {
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
+        self.cancel.check()?;
+        if !self.disk.writable {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "disk is attached read-only"));
+        }
+        let (at, len) = self.place(offset, buf.len())?;
+        self.disk.file.write_at(&buf[..len], at)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if self.disk.len.is_some() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "a window of a disk can't change its size",
+            ));
+        }
+        if !self.disk.writable {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "disk is attached read-only"));
+        }
+        let end = self.disk.offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+        self.disk.file.set_len(end)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.disk.file.sync_all()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(len: Option<u64>, writable: bool) -> OpDisk {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(b"0123456789", 0).unwrap();
+        OpDisk::new(Disk { file: Arc::new(file), writable, offset: 2, len }, Cancel::new(|| false))
+    }
+
+    #[test]
+    fn a_window_shows_its_bytes_only() {
+        let d = disk(Some(5), true);
+        assert_eq!(d.size().unwrap(), 5);
+        let mut buf = [0; 8];
+        assert_eq!(d.read_at(&mut buf, 3).unwrap(), 2);
+        assert_eq!(&buf[..2], b"56");
+        assert_eq!(d.read_at(&mut buf, u64::MAX - 5).unwrap(), 0);
+        assert!(d.read_at(&mut buf, u64::MAX).is_err());
+        assert_eq!(d.write_at(b"abc", 4).unwrap(), 1, "writes stop at the window's end");
+        assert!(d.set_len(3).is_err());
+    }
+
+    #[test]
+    fn read_only_disks_refuse_writes_and_growing_ones_grow() {
+        let d = disk(None, false);
+        assert_eq!(d.write_at(b"a", 0).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        assert!(d.set_len(0).is_err());
+        let d = disk(None, true);
+        d.write_all_at(b"xyz", 20).unwrap();
+        assert_eq!(d.size().unwrap(), 23);
+        d.set_len(4).unwrap();
+        assert_eq!(d.size().unwrap(), 4);
+    }
+
+    #[test]
+    fn a_gone_caller_stops_disk_access_within_one_look() {
+        let gone = Arc::new(AtomicBool::new(false));
+        let seen = gone.clone();
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let d = OpDisk::new(
+            Disk { file, writable: true, offset: 0, len: None },
+            Cancel::new(move || seen.load(Ordering::Relaxed)),
+        );
+        d.write_all_at(b"x", 0).unwrap();
+        gone.store(true, Ordering::Relaxed);
+        let failed = (0..=CALLS_PER_LOOK).find_map(|_| d.read_at(&mut [0], 0).err()).unwrap();
+        assert_eq!(failed.kind(), io::ErrorKind::ConnectionAborted);
+    }
+}

@@ -1,0 +1,335 @@
+//! One data channel, one operation.
+//!
+//! ```text
+//!   Request ─► disks looked up ─► Codec (panics caught) ─► Result │ Error      the last frame says how it ended
+//!        Data, Data, End ─► FrameInput        FrameOutput ─► Data, Data
+//! ```
+//!
+//! Bytes of the stream are read straight into the codec's buffer. Called by `serve`, on a thread of its own.
+
+use super::{
+    codec::{Codec, Layer, Live, Parent},
+    disk::{Cancel, Disk, OpDisk},
+    wire::{
+        self, Change, DATA_PAYLOAD, DiskId, ErrorKind, Event, FrameError, FrameType, HEADER_LEN, LayerRef,
+        Operation, ParentRef, WireError, read_frame, write_frame, write_json,
+    },
+};
+use std::{
+    io::{self, IoSlice, Read, Write},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+/// A data channel as the agent sees it: both directions at once, and a look at whether the daemon is still there.
+pub trait AgentChannel: Send + Sync + 'static {
+    /// Reads some bytes; 0 at the end.
+    ///
+    /// # Errors
+    /// What the transport says.
+    fn receive(&self, buf: &mut [u8]) -> io::Result<usize>;
+    /// Writes some bytes.
+    ///
+    /// # Errors
+    /// What the transport says.
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize>;
+    /// Whether the daemon has closed its end.
+    fn peer_gone(&self) -> bool;
+}
+
+/// Finds attached disks.
+pub trait DiskTable: Send + Sync {
+    /// The disk of this number.
+    fn disk(&self, id: DiskId) -> Option<Disk>;
+}
+
+struct Conn<'a>(&'a dyn AgentChannel);
+
+impl Read for Conn<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.receive(buf)
+    }
+}
+
+impl Write for Conn<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.send(&[IoSlice::new(buf)])
+    }
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.send(bufs)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Serves one channel to its end.
+pub fn serve_channel(channel: &Arc<dyn AgentChannel>, disks: &dyn DiskTable, codec: &dyn Codec) {
+    let mut buffer = Vec::new();
+    let operation = match read_frame(&mut Conn(&**channel), &mut buffer) {
+        Ok(FrameType::Request) => serde_json::from_slice::<Operation>(&buffer)
+            .map_err(|e| WireError::new(ErrorKind::Usage, format!("malformed request: {e}"))),
+        // Opened and closed again: nobody wants an answer.
+        Err(FrameError::Closed) => return,
+        Ok(other) => {
+            Err(WireError::new(ErrorKind::Usage, format!("{other:?} frame where a Request was due")))
+        }
+        Err(e) => Err(WireError::new(ErrorKind::Usage, format!("unreadable request: {e}"))),
+    };
+    let outcome = operation.and_then(|op| {
+        let watched = channel.clone();
+        let cancel = Cancel::new(move || watched.peer_gone());
+        let run = Run { channel: &**channel, disks, codec, cancel };
+        catch_unwind(AssertUnwindSafe(|| run.operation(op))).unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            Err(WireError::new(ErrorKind::Internal, format!("the agent panicked: {text}")))
+        })
+    });
+    // If these fail, the daemon is gone, and with it whoever would read a complaint.
+    let mut out = Conn(&**channel);
+    let _ = match outcome {
+        Ok(json) => write_frame(&mut out, FrameType::Result, &json),
+        Err(mut e) => {
+            e.message.truncate(e.message.floor_char_boundary(MAX_MESSAGE));
+            write_json(&mut out, FrameType::Error, &e)
+        }
+    };
+}
+
+/// Most bytes of an error's text; names in it come from hostile tars.
+const MAX_MESSAGE: usize = 16 << 10;
+
+struct Run<'a> {
+    channel: &'a dyn AgentChannel,
+    disks: &'a dyn DiskTable,
+    codec: &'a dyn Codec,
+    cancel: Cancel,
+}
+
+impl Run<'_> {
+    fn operation(&self, operation: Operation) -> Result<Vec<u8>, WireError> {
+        match operation {
+            Operation::Ping => json(&()),
+            Operation::Apply { image, record, lowers, options } => {
+                let mut input = FrameInput::new(self.channel);
+                let (image, record) = (self.writable(image)?, self.writable(record)?);
+                let summary = self.codec.apply(&mut input, image, record, self.layers(&lowers)?, &options);
+                if input.broken {
+                    return Err(WireError::new(ErrorKind::Cancelled, "the tar's stream was cut"));
+                }
+                let summary = summary?;
+                if !input.ended() {
+                    return Err(WireError::new(
+                        ErrorKind::Internal,
+                        "the codec left a part of the tar unread",
+                    ));
+                }
+                json(&summary)
+            }
+            Operation::Check { image } => json(&self.codec.check(self.disk(image)?)?),
+            Operation::ExportExact { image, record } => {
+                let mut out = FrameOutput::new(self.channel);
+                let summary = self.codec.export_exact(self.disk(image)?, self.disk(record)?, &mut out)?;
+                out.finish()?;
+                json(&summary)
+            }
+            Operation::ExportCanonical { target, parent, format, id_maps, live } => {
+                let mut out = FrameOutput::new(self.channel);
+                let mut handshake = Handshake(self.channel);
+                let live = live.then_some(&mut handshake as &mut dyn Live);
+                let (target, parent) = (self.layers(&target)?, self.parent(&parent)?);
+                let summary =
+                    self.codec.export_canonical(target, parent, format, &id_maps, live, &mut out)?;
+                out.finish()?;
+                json(&summary)
+            }
+            Operation::Changes { target, parent, live } => {
+                let mut out = FrameOutput::new(self.channel);
+                let mut handshake = Handshake(self.channel);
+                let live = live.then_some(&mut handshake as &mut dyn Live);
+                let mut one = Vec::new();
+                let mut sink = |change: &Change| {
+                    one.clear();
+                    wire::encode_change(&mut one, change);
+                    out.write_all(&one).map_err(|e| sending(&e))
+                };
+                self.codec.changes(self.layers(&target)?, self.parent(&parent)?, live, &mut sink)?;
+                out.finish()?;
+                json(&())
+            }
+            Operation::DiffSize { target, parent, live } => {
+                let mut handshake = Handshake(self.channel);
+                let live = live.then_some(&mut handshake as &mut dyn Live);
+                json(&self.codec.diff_size(self.layers(&target)?, self.parent(&parent)?, live)?)
+            }
+        }
+    }
+
+    fn disk(&self, id: DiskId) -> Result<OpDisk, WireError> {
+        let disk = self.disks.disk(id);
+        let disk =
+            disk.ok_or_else(|| WireError::new(ErrorKind::Usage, format!("no disk {} is attached", id.0)))?;
+        Ok(OpDisk::new(disk, self.cancel.clone()))
+    }
+
+    fn writable(&self, id: DiskId) -> Result<OpDisk, WireError> {
+        if self.disks.disk(id).is_some_and(|d| !d.writable) {
+            return Err(WireError::new(ErrorKind::Usage, format!("disk {} is attached read-only", id.0)));
+        }
+        self.disk(id)
+    }
+
+    fn layers(&self, layers: &[LayerRef]) -> Result<Vec<Layer>, WireError> {
+        layers.iter().map(|l| Ok(Layer { disk: self.disk(l.disk)?, kind: l.kind })).collect()
+    }
+
+    fn parent(&self, parent: &ParentRef) -> Result<Parent, WireError> {
+        Ok(match parent {
+            ParentRef::None => Parent::None,
+            ParentRef::Own => Parent::Own,
+            ParentRef::Chain(layers) => Parent::Chain(self.layers(layers)?),
+        })
+    }
+}
+
+fn json<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
+    serde_json::to_vec(value).map_err(|e| WireError::new(ErrorKind::Internal, format!("summary: {e}")))
+}
+
+fn sending(e: &io::Error) -> WireError {
+    WireError::new(ErrorKind::Cancelled, format!("sending: {e}"))
+}
+
+/// The stream that comes in: Data frames up to End.
+struct FrameInput<'a> {
+    channel: &'a dyn AgentChannel,
+    left: usize,
+    end: bool,
+    broken: bool,
+}
+
+impl<'a> FrameInput<'a> {
+    fn new(channel: &'a dyn AgentChannel) -> Self {
+        Self { channel, left: 0, end: false, broken: false }
+    }
+
+    /// Whether the stream is read to its explicit end (looks at the next frame if there is one).
+    fn ended(&mut self) -> bool {
+        self.end || matches!(self.read(&mut [0]), Ok(0))
+    }
+
+    fn next_frame(&mut self) -> io::Result<()> {
+        let mut head = [0; HEADER_LEN];
+        Conn(self.channel).read_exact(&mut head)?;
+        match wire::parse_header(head).map_err(io::Error::other)? {
+            (FrameType::Data, len) => self.left = len,
+            (FrameType::End, 0) => self.end = true,
+            (other, _) => return Err(io::Error::other(format!("{other:?} frame inside the tar's stream"))),
+        }
+        Ok(())
+    }
+}
+
+impl Read for FrameInput<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        let got = (|| {
+            while self.left == 0 && !self.end {
+                self.next_frame()?;
+            }
+            if self.end {
+                return Ok(0);
+            }
+            let want = buf.len().min(self.left);
+            match self.channel.receive(&mut buf[..want])? {
+                0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
+                n => Ok(n),
+            }
+        })();
+        match got {
+            Ok(n) => {
+                self.left = self.left.saturating_sub(n);
+                Ok(n)
+            }
+            Err(e) => {
+                if e.kind() != io::ErrorKind::Interrupted {
+                    self.broken = true;
+                }
+                Err(e)
+            }
+        }
+    }
+}
+
+/// The stream that goes out: Data frames of at most [`DATA_PAYLOAD`].
+struct FrameOutput<'a> {
+    channel: &'a dyn AgentChannel,
+    buffer: Vec<u8>,
+}
+
+impl<'a> FrameOutput<'a> {
+    fn new(channel: &'a dyn AgentChannel) -> Self {
+        Self { channel, buffer: Vec::new() }
+    }
+
+    fn finish(&mut self) -> Result<(), WireError> {
+        self.flush().map_err(|e| sending(&e))
+    }
+}
+
+impl Write for FrameOutput<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        if self.buffer.is_empty() && buf.len() >= DATA_PAYLOAD {
+            // A whole frame's worth goes out from where it lies.
+            write_frame(&mut Conn(self.channel), FrameType::Data, &buf[..DATA_PAYLOAD])?;
+            return Ok(DATA_PAYLOAD);
+        }
+        if self.buffer.capacity() == 0 {
+            self.buffer.reserve_exact(DATA_PAYLOAD);
+        }
+        let n = buf.len().min(DATA_PAYLOAD - self.buffer.len());
+        self.buffer.extend_from_slice(&buf[..n]);
+        if self.buffer.len() == DATA_PAYLOAD {
+            self.flush()?;
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if !self.buffer.is_empty() {
+            write_frame(&mut Conn(self.channel), FrameType::Data, &self.buffer)?;
+            self.buffer.clear();
+        }
+        Ok(())
+    }
+}
+
+struct Handshake<'a>(&'a dyn AgentChannel);
+
+impl Handshake<'_> {
+    fn exchange(&mut self, event: Event) -> Result<(), WireError> {
+        let mut conn = Conn(self.0);
+        write_json(&mut conn, FrameType::Event, &event).map_err(|e| sending(&e))?;
+        let mut buffer = Vec::new();
+        match read_frame(&mut conn, &mut buffer) {
+            Ok(FrameType::Resume) => Ok(()),
+            Ok(other) => {
+                Err(WireError::new(ErrorKind::Usage, format!("{other:?} frame where a Resume was due")))
+            }
+            Err(e) => Err(WireError::new(ErrorKind::Cancelled, format!("waiting for Resume: {e}"))),
+        }
+    }
+}
+
+impl Live for Handshake<'_> {
+    fn metadata_read(&mut self) -> Result<(), WireError> {
+        self.exchange(Event::MetadataRead)
+    }
+
+    fn before_recheck(&mut self) -> Result<(), WireError> {
+        self.exchange(Event::BeforeRecheck)
+    }
+}

@@ -1,0 +1,191 @@
+//! The worker process: the agent behind the jail, on Linux.
+//!
+//! ```text
+//!   descriptor 0  control socket (messages with descriptors)      2  what it says, kept by the daemon
+//!   worker ─ jail ─ Hello ─ serve … end of control ─ exit, whatever still runs
+//! ```
+//!
+//! Started by `svm::embedded` as `lcow-graphdriver worker`; not meant for people, except for
+//! `worker --self-test NAME [--without-seccomp]`, which locks itself in, attempts one forbidden thing from inside and
+//! prints what came of it.
+
+use super::{
+    codec::Codec,
+    operation::AgentChannel,
+    serve::{self, ControlTransport},
+    wire::{
+        self, ControlReply, ControlRequest, ErrorKind, FrameType, HEADER_LEN, Hello, JailReport,
+        PROTOCOL_VERSION, WireError,
+    },
+};
+use crate::sys::linux::{
+    fdpass,
+    jail::{self, Spec},
+    probe::{self, Outcome},
+    process,
+};
+use std::{
+    fs::File,
+    io::{self, IoSlice, Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    sync::Arc,
+};
+
+/// Environment variable with the address space that a worker may use; bytes.
+pub const MEMORY_VARIABLE: &str = "LCOW_WORKER_MEMORY";
+/// Address space where the variable is missing.
+const DEFAULT_MEMORY: u64 = 8 << 30;
+/// Descriptors of a worker: disks and channels, see [`serve::MAX_DISKS`] and [`serve::MAX_OPERATIONS`].
+const DESCRIPTORS: u64 = 4096;
+/// Largest control message.
+pub const MAX_CONTROL: usize = 64 << 10;
+
+/// Runs a worker to its end; the process's exit status. `args` is what follows `worker`.
+pub fn worker_main(args: &[String], codec: Arc<dyn Codec>) -> i32 {
+    let memory = std::env::var(MEMORY_VARIABLE).ok().and_then(|v| v.parse().ok()).unwrap_or(DEFAULT_MEMORY);
+    let mut spec = Spec { memory, descriptors: DESCRIPTORS, file_size: None, without_seccomp: false };
+    let self_test = match args {
+        [] => None,
+        [flag, name, rest @ ..] if flag == "--self-test" => {
+            spec.without_seccomp = rest == ["--without-seccomp"];
+            Some(name)
+        }
+        _ => {
+            eprintln!("worker: unexpected arguments {args:?}");
+            return 2;
+        }
+    };
+    let report = match jail::enter(&spec) {
+        Ok(report) => report,
+        Err(e) => {
+            eprintln!("worker: {e}");
+            return 1;
+        }
+    };
+    if let Some(name) = self_test {
+        return run_self_test(name, &report);
+    }
+    match run(report, &codec) {
+        Ok(()) => 0,
+        Err(e) => {
+            eprintln!("worker: control channel: {e}");
+            1
+        }
+    }
+}
+
+fn run_self_test(name: &str, report: &jail::Report) -> i32 {
+    let text = match probe::attempt(name) {
+        Some(Outcome::Allowed) => format!("{name}: ALLOWED\n"),
+        Some(Outcome::Refused(errno)) => {
+            format!("{name}: refused: {}\n", io::Error::from_raw_os_error(errno))
+        }
+        None => format!("{name}: unknown; known are {}\n", probe::ATTEMPTS.join(" ")),
+    };
+    let text = if report.notes.is_empty() { text } else { format!("{text}{}\n", report.notes.join("; ")) };
+    i32::from(io::stdout().write_all(text.as_bytes()).is_err())
+}
+
+fn run(report: jail::Report, codec: &Arc<dyn Codec>) -> io::Result<()> {
+    let mut transport =
+        Messages { socket: io::stdin().as_fd().try_clone_to_owned()?, buffer: vec![0; MAX_CONTROL] };
+    let hello = Hello { version: PROTOCOL_VERSION, jail: report.into() };
+    transport.send(FrameType::Hello, &serde_json::to_vec(&hello)?)?;
+    serve::serve(&mut transport, codec)
+}
+
+impl From<jail::Report> for JailReport {
+    fn from(r: jail::Report) -> Self {
+        Self {
+            seccomp: r.seccomp,
+            landlock_abi: r.landlock_abi,
+            landlock_full: r.landlock_full,
+            no_new_privs: r.no_new_privs,
+            net_namespace: r.net_namespace,
+            ipc_namespace: r.ipc_namespace,
+            empty_root: r.empty_root,
+            unprivileged_user: r.unprivileged_user,
+            no_capabilities: r.no_capabilities,
+            limits: r.limits,
+            notes: r.notes,
+        }
+    }
+}
+
+/// Control over a message socket: one datagram, one frame.
+struct Messages {
+    socket: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+impl Messages {
+    fn send(&mut self, kind: FrameType, payload: &[u8]) -> io::Result<()> {
+        let mut message = wire::header(kind, payload.len()).to_vec();
+        message.extend_from_slice(payload);
+        fdpass::send(self.socket.as_fd(), &message, &[])
+    }
+}
+
+/// Splits a datagram into frame type and payload.
+///
+/// # Errors
+/// A reason, if it is not exactly one frame.
+pub fn parse_message(message: &[u8]) -> Result<(FrameType, &[u8]), wire::FrameError> {
+    let cut = || wire::FrameError::Io(io::ErrorKind::UnexpectedEof.into());
+    let (head, payload) = message.split_first_chunk::<HEADER_LEN>().ok_or_else(cut)?;
+    let (kind, len) = wire::parse_header(*head)?;
+    if len == payload.len() { Ok((kind, payload)) } else { Err(cut()) }
+}
+
+impl ControlTransport for Messages {
+    type Beside = Vec<OwnedFd>;
+
+    fn receive(&mut self) -> io::Result<Option<(ControlRequest, Vec<OwnedFd>)>> {
+        let (n, fds) = fdpass::receive(self.socket.as_fd(), &mut self.buffer)?;
+        if n == 0 {
+            return Ok(None);
+        }
+        match parse_message(&self.buffer[..n]).map_err(io::Error::other)? {
+            (FrameType::Control, payload) => Ok(Some((serde_json::from_slice(payload)?, fds))),
+            (other, _) => Err(io::Error::other(format!("unexpected {other:?} frame"))),
+        }
+    }
+
+    fn reply(&mut self, reply: &ControlReply) -> io::Result<()> {
+        self.send(FrameType::Reply, &serde_json::to_vec(reply)?)
+    }
+
+    fn disk(&mut self, beside: Vec<OwnedFd>, _: Option<&str>) -> Result<File, WireError> {
+        Ok(File::from(one(beside)?))
+    }
+
+    fn channel(&mut self, beside: Vec<OwnedFd>) -> Result<Arc<dyn AgentChannel>, WireError> {
+        Ok(Arc::new(Socket(UnixStream::from(one(beside)?))))
+    }
+}
+
+fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, WireError> {
+    let [fd]: [OwnedFd; 1] = fds.try_into().map_err(|v: Vec<_>| {
+        WireError::new(ErrorKind::Usage, format!("{} descriptors where one was due", v.len()))
+    })?;
+    Ok(fd)
+}
+
+struct Socket(UnixStream);
+
+impl AgentChannel for Socket {
+    fn receive(&self, buf: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(buf)
+    }
+
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        (&self.0).write_vectored(bufs)
+    }
+
+    fn peer_gone(&self) -> bool {
+        process::peer_gone(self.0.as_fd())
+    }
+}

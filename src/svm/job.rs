@@ -1,0 +1,204 @@
+//! What the driver asks of a lease: disks and jobs, in the driver's terms.
+//!
+//! ```text
+//!   ApplyJob { image (rw), record (rw), lowers (ro)… }  ──► disks attached, counted ──► wire::Operation
+//! ```
+//!
+//! Disks are given as open files, so no path is ever looked up twice (and an embedded VM needs none). Called by
+//! `driver`; read by `pool` and `stream`.
+
+use super::{ApplyOptions, IdMaps, LayerKind, SvmError};
+use futures_util::future::BoxFuture;
+use std::{fs::File, io, path::PathBuf, sync::Arc};
+
+/// Whether a VM may write a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Access {
+    /// Reads only; enforced by the descriptor that the VM gets, not by good manners.
+    ReadOnly,
+    /// Reads and writes.
+    ReadWrite,
+}
+
+/// Which file, whatever its path: device and inode (volume and file id on Windows).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileIdentity {
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+}
+
+/// A window of an open file, to be attached as a disk.
+#[derive(Debug, Clone)]
+pub struct DiskSource {
+    /// The open file. For [`Access::ReadOnly`] a descriptor that could write is re-opened read-only first.
+    pub file: Arc<File>,
+    /// Where it is, for backends that attach by path and for messages.
+    pub path: PathBuf,
+    /// What the VM may do.
+    pub access: Access,
+    /// First byte of the window.
+    pub offset: u64,
+    /// Bytes of the window; `None` = the whole file, and a writable one may grow.
+    pub len: Option<u64>,
+}
+
+impl DiskSource {
+    /// The whole of `file`, read-only.
+    pub fn read_only(file: Arc<File>, path: impl Into<PathBuf>) -> Self {
+        Self { file, path: path.into(), access: Access::ReadOnly, offset: 0, len: None }
+    }
+
+    /// The whole of `file`, writable and growing.
+    pub fn read_write(file: Arc<File>, path: impl Into<PathBuf>) -> Self {
+        Self { file, path: path.into(), access: Access::ReadWrite, offset: 0, len: None }
+    }
+
+    /// Only the bytes `offset..offset + len` (a VHD without its footer).
+    #[must_use]
+    pub fn window(mut self, offset: u64, len: u64) -> Self {
+        self.offset = offset;
+        self.len = Some(len);
+        self
+    }
+
+    /// Which file it is.
+    ///
+    /// # Errors
+    /// What `fstat` says.
+    pub fn identity(&self) -> io::Result<FileIdentity> {
+        let metadata = self.file.metadata()?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            Ok(FileIdentity { device: metadata.dev(), inode: metadata.ino() })
+        }
+        #[cfg(not(unix))]
+        {
+            // Without a stable file id in std the open handle itself is the identity: no sharing, never a mix-up.
+            let _ = metadata;
+            Ok(FileIdentity { device: 0, inode: Arc::as_ptr(&self.file) as u64 })
+        }
+    }
+}
+
+/// A layer to read: its image (without footer) and what lies on it.
+#[derive(Debug, Clone)]
+pub struct LayerDisk {
+    /// The file-system part of the image, read-only.
+    pub disk: DiskSource,
+    /// What lies on it.
+    pub kind: LayerKind,
+}
+
+/// What a layer is compared with.
+#[derive(Debug, Clone)]
+pub enum ParentDisks {
+    /// Nothing.
+    None,
+    /// The layer's own chain.
+    Own,
+    /// Another chain, nearest first.
+    Chain(Vec<LayerDisk>),
+}
+
+/// A tar is to become an image and a record.
+#[derive(Debug, Clone)]
+pub struct ApplyJob {
+    /// Empty, writable.
+    pub image: DiskSource,
+    /// Empty, writable.
+    pub record: DiskSource,
+    /// The parents, nearest first.
+    pub lowers: Vec<LayerDisk>,
+    /// How.
+    pub options: ApplyOptions,
+}
+
+/// An image is to be checked by a VM that has not seen its tar.
+#[derive(Debug, Clone)]
+pub struct CheckJob {
+    /// The file-system part of the image, from a descriptor opened read-only.
+    pub image: DiskSource,
+    /// Fail unless no process at all has the file open for writing any more (see [`no_writer_left`]). The caller must
+    /// have dropped its own writable descriptors.
+    pub require_no_writers: bool,
+}
+
+/// Which tar of a layer.
+#[derive(Debug, Clone)]
+pub enum ExportKind {
+    /// The very bytes that were applied.
+    Exact {
+        /// The file-system part of the image.
+        image: DiskSource,
+        /// The record.
+        record: DiskSource,
+    },
+    /// The canonical tar of a difference.
+    Canonical {
+        /// The layer and its ancestors, nearest first.
+        target: Vec<LayerDisk>,
+        /// What it is compared with.
+        parent: ParentDisks,
+        /// Version of the canonical format.
+        format: u32,
+        /// Maps host ids of sandboxes back.
+        id_maps: IdMaps,
+    },
+}
+
+/// A layer is to become a tar.
+#[derive(Clone)]
+pub struct ExportJob {
+    /// Which tar.
+    pub kind: ExportKind,
+    /// Set if the nearest layer is a sandbox that is mounted now.
+    pub live: Option<Arc<dyn LiveControl>>,
+}
+
+/// Two layers are to be compared (Changes, DiffSize).
+#[derive(Clone)]
+pub struct CompareJob {
+    /// The layer and its ancestors, nearest first.
+    pub target: Vec<LayerDisk>,
+    /// What it is compared with.
+    pub parent: ParentDisks,
+    /// Set if the nearest layer is a sandbox that is mounted now.
+    pub live: Option<Arc<dyn LiveControl>>,
+}
+
+/// Stops and restarts the writers of a mounted sandbox. The pool calls `freeze` before the agent reads metadata and
+/// `thaw` right after, on every way out (failure, hang-up, time-out); it never calls `freeze` twice without `thaw`.
+pub trait LiveControl: Send + Sync + 'static {
+    /// Everything written so far is in the image file, and nothing more is written until `thaw`.
+    fn freeze(&self) -> BoxFuture<'_, io::Result<()>>;
+    /// Writers go on. Must not fail if they already do.
+    fn thaw(&self) -> BoxFuture<'_, io::Result<()>>;
+}
+
+/// Fails if any process, this one included, can still write `disk`'s file. A VM that was taken over by a hostile tar
+/// may have kept the writable descriptor that it was lent, and could swap the image after its check; the kernel knows
+/// (a read lease is refused while writers exist), so nobody has to be believed.
+///
+/// # Errors
+/// [`SvmError::StillWritable`]; [`SvmError::Disk`] where the file system has no leases.
+pub fn no_writer_left(disk: &DiskSource) -> Result<(), SvmError> {
+    #[cfg(target_os = "linux")]
+    {
+        let lost = |e: &dyn std::fmt::Display| SvmError::Disk {
+            vm: "-".into(),
+            disk: disk.path.display().to_string(),
+            reason: e.to_string(),
+        };
+        let writers = crate::sys::linux::process::has_writers(&disk.file).map_err(|e| lost(&e))?;
+        if writers { Err(SvmError::StillWritable(disk.path.display().to_string())) } else { Ok(()) }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        // Windows: the backend opens images without sharing writes, which is the same proof.
+        let _ = disk;
+        Ok(())
+    }
+}

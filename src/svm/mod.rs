@@ -1,0 +1,205 @@
+//! Service VMs: where layer bytes are interpreted, and the pool that hands them out.
+//!
+//! ```text
+//!   driver ──lease(id)──► pool ──boot, end──► VmBackend  (embedded │ qemu │ hcs)
+//!      │                   │ attach, detach        │
+//!      │ tar_to_layer …    ▼                       ▼
+//!      └──────────────► Lease ──one channel per operation──► ServiceVm ══ agent
+//! ```
+//!
+//! The daemon moves bytes and descriptors and parses none of them; what comes back from a VM is untrusted too. A
+//! dead VM fails the leases that it held and nothing else. Time-outs are for idleness, never for a whole transfer.
+//!
+//! Memory per stream, whatever its length: one frame of at most 256 KiB being filled, one being read (at most 1 MiB,
+//! 256 KiB from our own agent), two queued, and the socket's buffers (at most 512 KiB): below 2 MiB.
+
+#[cfg(target_os = "linux")]
+pub mod embedded;
+mod job;
+pub mod pool;
+mod stream;
+
+pub use crate::agent::wire::{
+    ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskId, ExportSummary, IdMaps, IdRange,
+    JailReport, LayerKind, Profile,
+};
+pub use job::{
+    Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,
+    LiveControl, ParentDisks, no_writer_left,
+};
+pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, Purpose};
+pub use stream::TarStream;
+
+use crate::agent::wire::{ErrorKind, FrameError, WireError};
+use futures_util::future::BoxFuture;
+use std::{fmt, io, sync::Arc, time::Duration};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Why something in a service VM failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SvmError {
+    /// The VM ended while it was needed.
+    #[error("service VM {vm} died: {cause}{}", console_suffix(console))]
+    Died {
+        /// Its name.
+        vm: String,
+        /// How (exit status, signal).
+        cause: String,
+        /// Last lines that it said.
+        console: String,
+    },
+    /// The VM could not be started.
+    #[error("service VM could not be started: {reason}{}", console_suffix(console))]
+    Boot {
+        /// Why.
+        reason: String,
+        /// Last lines that it said.
+        console: String,
+    },
+    /// Nothing happened for too long.
+    #[error("{what} made no progress for {}s", after.as_secs_f32())]
+    Timeout {
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        after: Duration,
+    },
+    /// The operation was refused by the codec: see the kind.
+    #[error("{}", .0.message)]
+    Refused(WireError),
+    /// The VM broke the protocol; it is not used again.
+    #[error("service VM {vm} broke the protocol: {reason}")]
+    Protocol {
+        /// Its name.
+        vm: String,
+        /// What was wrong.
+        reason: String,
+    },
+    /// A disk could not be attached or detached.
+    #[error("disk {disk} of service VM {vm}: {reason}")]
+    Disk {
+        /// Name of the VM.
+        vm: String,
+        /// Which.
+        disk: String,
+        /// Why.
+        reason: String,
+    },
+    /// The caller's body failed; its own words.
+    #[error("reading the layer's tar: {0}")]
+    Body(String),
+    /// Freezing or thawing a live sandbox failed.
+    #[error("live sandbox: {0}")]
+    Live(String),
+    /// The pool is being stopped, or the lease was given up.
+    #[error("cancelled: {0}")]
+    Cancelled(&'static str),
+    /// Somebody else can still write the image that was to be checked.
+    #[error("image {0} is still open for writing elsewhere, so checking it would prove nothing")]
+    StillWritable(String),
+}
+
+fn console_suffix(console: &str) -> String {
+    if console.is_empty() { String::new() } else { format!("; it said last: {}", console.trim_end()) }
+}
+
+impl SvmError {
+    /// The codec's kind of failure, if the codec refused.
+    pub fn refused_kind(&self) -> Option<ErrorKind> {
+        match self {
+            Self::Refused(e) => Some(e.kind),
+            _ => None,
+        }
+    }
+
+    /// Whether the VM itself is to blame, so that nobody should use it again.
+    pub(crate) fn blames_vm(&self) -> bool {
+        matches!(self, Self::Died { .. } | Self::Timeout { .. } | Self::Protocol { .. } | Self::Disk { .. })
+    }
+
+    pub(crate) fn from_frame(vm: &str, error: FrameError) -> Self {
+        Self::Protocol { vm: vm.to_owned(), reason: error.to_string() }
+    }
+}
+
+impl From<SvmError> for io::Error {
+    fn from(e: SvmError) -> Self {
+        Self::other(e)
+    }
+}
+
+/// What is to be started.
+#[derive(Debug, Clone)]
+pub struct VmSpec {
+    /// Number that the pool gave it, unique in this process.
+    pub number: u64,
+}
+
+/// How a VM ended.
+#[derive(Debug, Clone)]
+pub struct Death {
+    /// Exit status or signal, for people.
+    pub cause: String,
+    /// Last lines that it said.
+    pub console: String,
+}
+
+/// What a backend can bear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackendLimits {
+    /// Disks attached to one VM at a time.
+    pub disks: usize,
+    /// VMs at a time.
+    pub vms: usize,
+}
+
+/// A byte stream to the agent, for one operation.
+pub trait ChannelIo: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ChannelIo for T {}
+/// A boxed [`ChannelIo`]. Dropping it cancels the operation.
+pub type Channel = Box<dyn ChannelIo>;
+
+/// Starts VMs, and ends what a crashed predecessor of this process left.
+pub trait VmBackend: Send + Sync + 'static {
+    /// `embedded`, `qemu`, `hcs`.
+    fn name(&self) -> &'static str;
+
+    /// What it can bear.
+    fn limits(&self) -> BackendLimits;
+
+    /// Starts a VM and waits for its agent's greeting. Dropping the future leaves nothing behind.
+    fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>>;
+
+    /// Ends and deletes what a crashed predecessor left; says how many things that were.
+    fn reap(&self) -> BoxFuture<'_, Result<usize, SvmError>>;
+}
+
+/// A running service VM. Dropping the last reference ends it.
+pub trait ServiceVm: Send + Sync + fmt::Debug {
+    /// For logs ("worker 1234").
+    fn describe(&self) -> String;
+
+    /// Makes a disk visible to the agent. Not idempotent: the pool counts.
+    fn attach<'a>(&'a self, disk: &'a DiskSource) -> BoxFuture<'a, Result<DiskId, SvmError>>;
+
+    /// Takes a disk away.
+    fn detach(&self, disk: DiskId) -> BoxFuture<'_, Result<(), SvmError>>;
+
+    /// A new channel to the agent.
+    fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>>;
+
+    /// Is the agent there?
+    fn ping(&self) -> BoxFuture<'_, Result<(), SvmError>>;
+
+    /// Ends the VM and waits until nothing of it is left. Idempotent.
+    fn terminate(&self) -> BoxFuture<'_, ()>;
+
+    /// Resolves when the VM has ended, whoever ended it.
+    fn death(&self) -> BoxFuture<'_, Death>;
+
+    /// Last lines that it said.
+    fn console(&self) -> String;
+
+    /// What holds the agent in, where the VM itself does not.
+    fn jail(&self) -> Option<JailReport>;
+}

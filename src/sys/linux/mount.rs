@@ -1,0 +1,235 @@
+//! Mounting and unmounting, propagation, freezing, syncing.
+//!
+//! ```text
+//!   /dev/loopN ──mount_ext4──► l/<n> ──overlay──► <id>/merged        freeze ─► (metadata read) ─► thaw
+//! ```
+//!
+//! A freeze is counted by the kernel per super block and outlives the process that asked for it, so whoever freezes
+//! must thaw on every way out; [`FrozenMount`] does it when dropped. Called by `driver`.
+
+use super::{Context, SysError};
+use rustix::{
+    fs::{Mode, OFlags},
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags},
+};
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+/// `_IOWR('X', 119, int)`, `include/uapi/linux/fs.h`.
+const FIFREEZE: u64 = 0xC004_5877;
+/// `_IOWR('X', 120, int)`.
+const FITHAW: u64 = 0xC004_5878;
+
+/// How an ext4 is mounted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Ext4Options {
+    /// Read-only; with a dirty journal the kernel still replays it, unless `noload`.
+    pub read_only: bool,
+    /// Deleted blocks are discarded, so a sparse backing file shrinks.
+    pub discard: bool,
+    /// The journal is not replayed (only sensible read-only).
+    pub noload: bool,
+    /// Access times are not written.
+    pub noatime: bool,
+    /// Device nodes on it don't work (through *this* mount; an overlay above has flags of its own).
+    pub nodev: bool,
+    /// Set-user-id bits on it don't work (through *this* mount).
+    pub nosuid: bool,
+    /// Programs on it can't be started (through *this* mount).
+    pub noexec: bool,
+}
+
+/// Mounts the ext4 on block device `device` at the folder `target`.
+///
+/// # Errors
+/// [`SysError::Os`]; `EUCLEAN`/`EINVAL` mean that the kernel refuses the file system.
+pub fn mount_ext4(device: &Path, target: &Path, options: Ext4Options) -> Result<(), SysError> {
+    let mut flags = MountFlags::empty();
+    for (on, flag) in [
+        (options.read_only, MountFlags::RDONLY),
+        (options.noatime, MountFlags::NOATIME),
+        (options.nodev, MountFlags::NODEV),
+        (options.nosuid, MountFlags::NOSUID),
+        (options.noexec, MountFlags::NOEXEC),
+    ] {
+        if on {
+            flags |= flag;
+        }
+    }
+    // An error on a container's disk must neither stop the host (errors=panic in a hostile super block) nor go on.
+    let mut data = vec!["errors=remount-ro"];
+    if options.discard {
+        data.push("discard");
+    }
+    if options.noload {
+        data.push("noload");
+    }
+    let data = CString::new(data.join(",")).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    let data = data.context("mount ext4 on", target)?;
+    rustix::mount::mount(device, target, c"ext4", flags, Some(data.as_c_str()))
+        .context("mount ext4 on", target)
+}
+
+/// Unmounts `target`. With `detach` it vanishes from the tree at once, and for good when its last user is gone.
+///
+/// # Errors
+/// [`SysError::Os`]: `EBUSY` while in use (without `detach`), `EINVAL` if it is no mount point.
+pub fn umount(target: &Path, detach: bool) -> Result<(), SysError> {
+    let mut flags = UnmountFlags::NOFOLLOW;
+    if detach {
+        flags |= UnmountFlags::DETACH;
+    }
+    rustix::mount::unmount(target, flags).context("unmount", target)
+}
+
+/// Bind-mounts `source` at `target`.
+///
+/// # Errors
+/// [`SysError::Os`].
+pub fn bind(source: &Path, target: &Path) -> Result<(), SysError> {
+    rustix::mount::mount_bind(source, target).context("bind-mount on", target)
+}
+
+/// Makes the mount at `target` read-only or read-write without touching its file system.
+///
+/// # Errors
+/// [`SysError::Os`].
+pub fn remount_read_only(target: &Path, read_only: bool) -> Result<(), SysError> {
+    let mut flags = MountFlags::BIND;
+    if read_only {
+        flags |= MountFlags::RDONLY;
+    }
+    rustix::mount::mount_remount(target, flags, c"").context("remount", target)
+}
+
+/// No mount event leaves or enters `target`.
+///
+/// # Errors
+/// [`SysError::Os`]: `EINVAL` if it is no mount point.
+pub fn make_private(target: &Path) -> Result<(), SysError> {
+    rustix::mount::mount_change(target, MountPropagationFlags::PRIVATE).context("make private", target)
+}
+
+/// Mount events below `target` go to all its peers.
+///
+/// # Errors
+/// As [`make_private`].
+pub fn make_shared(target: &Path) -> Result<(), SysError> {
+    rustix::mount::mount_change(target, MountPropagationFlags::SHARED).context("make shared", target)
+}
+
+/// Mount events come in from the former peers but none go out.
+///
+/// # Errors
+/// As [`make_private`].
+pub fn make_slave(target: &Path) -> Result<(), SysError> {
+    rustix::mount::mount_change(target, MountPropagationFlags::DOWNSTREAM).context("make slave", target)
+}
+
+fn open_folder(path: &Path) -> Result<OwnedFd, SysError> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .context("open", path)
+}
+
+/// Writes all dirty data of the file system at `path` to its device.
+///
+/// # Errors
+/// [`SysError::Os`], write-back errors included.
+pub fn syncfs(path: &Path) -> Result<(), SysError> {
+    rustix::fs::syncfs(open_folder(path)?).context("sync", path)
+}
+
+/// Room of a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes in all.
+    pub total: u64,
+    /// Bytes free, those kept for root included.
+    pub free: u64,
+    /// Bytes that an ordinary user may still write.
+    pub available: u64,
+    /// Inodes in all (0 where the file system has no fixed number).
+    pub inodes: u64,
+    /// Inodes free.
+    pub inodes_free: u64,
+}
+
+/// How much room the file system at `path` has.
+///
+/// # Errors
+/// [`SysError::Os`].
+pub fn space(path: &Path) -> Result<Space, SysError> {
+    let s = rustix::fs::statvfs(path).context("read free space of", path)?;
+    let unit = if s.f_frsize == 0 { s.f_bsize } else { s.f_frsize };
+    Ok(Space {
+        total: s.f_blocks.saturating_mul(unit),
+        free: s.f_bfree.saturating_mul(unit),
+        available: s.f_bavail.saturating_mul(unit),
+        inodes: s.f_files,
+        inodes_free: s.f_ffree,
+    })
+}
+
+fn freeze_ioctl(fd: BorrowedFd<'_>, request: u64) -> io::Result<()> {
+    // SAFETY: FIFREEZE and FITHAW take no argument; the kernel reads and writes no memory of ours.
+    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, 0) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A file system that takes no writes until this is dropped or [`FrozenMount::thaw`]n. Everything written before is
+/// on its device.
+#[derive(Debug)]
+pub struct FrozenMount {
+    folder: Option<OwnedFd>,
+}
+
+/// Freezes the file system mounted at `path`: waits for running writes, writes all back, stops new ones.
+///
+/// # Errors
+/// [`SysError::Os`]: `EBUSY` if it is frozen already.
+pub fn freeze(path: &Path) -> Result<FrozenMount, SysError> {
+    let folder = open_folder(path)?;
+    freeze_ioctl(folder.as_fd(), FIFREEZE).context("freeze", path)?;
+    Ok(FrozenMount { folder: Some(folder) })
+}
+
+impl FrozenMount {
+    /// Lets writers go on. A file system that somebody else thawed is no error.
+    ///
+    /// # Errors
+    /// [`SysError::Os`].
+    pub fn thaw(mut self) -> Result<(), SysError> {
+        match self.folder.take() {
+            Some(folder) => thaw_folder(folder.as_fd()).context("thaw", "frozen mount"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for FrozenMount {
+    fn drop(&mut self) {
+        if let Some(folder) = self.folder.take() {
+            let _ = thaw_folder(folder.as_fd());
+        }
+    }
+}
+
+fn thaw_folder(folder: BorrowedFd<'_>) -> io::Result<()> {
+    match freeze_ioctl(folder, FITHAW) {
+        // EINVAL: not frozen.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        other => other,
+    }
+}
+
+/// Thaws the file system at `path` whoever froze it (repair after a crash); one that is not frozen is no error.
+///
+/// # Errors
+/// [`SysError::Os`]. Opening a folder of a frozen file system does not block.
+pub fn thaw(path: &Path) -> Result<(), SysError> {
+    thaw_folder(open_folder(path)?.as_fd()).context("thaw", path)
+}

@@ -1,0 +1,247 @@
+//! Overlay mounts over any number of lowers.
+//!
+//! ```text
+//!  new API (6.7+)   fsopen ─ fsconfig lowerdir+=a, lowerdir+=b, … upperdir= workdir= ─ fsmount ─ move_mount
+//!  one page         thread: unshare(CLONE_FS), chdir(base), mount("lowerdir=a:b:…,upperdir=…")   ≤ 4095 bytes
+//! ```
+//!
+//! Options that the kernel's configuration could switch on behind our back are always explicit (`index`, `metacopy`,
+//! `redirect_dir`, `nfs_export` off): images must not carry host-specific xattrs, and a lower's crafted redirect must
+//! not be followed. Source: Documentation/filesystems/overlayfs.rst. Called by `driver`.
+
+use super::{Context, SysError};
+use rustix::{
+    fs::CWD,
+    io::Errno,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
+        fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+    },
+    thread::UnshareFlags,
+};
+use std::{
+    ffi::{CString, OsStr},
+    io,
+    os::{fd::AsFd, unix::ffi::OsStrExt},
+    path::{Path, PathBuf},
+};
+
+/// What the kernel copies of an option string (one page, the last byte is the terminator). The smallest page of all
+/// supported machines, so that a chain that works on one works on all.
+pub const OPTION_PAGE: usize = 4096 - 1;
+const EXPLICIT: [(&str, &str); 4] =
+    [("index", "off"), ("metacopy", "off"), ("redirect_dir", "nofollow"), ("nfs_export", "off")];
+
+/// What to join.
+#[derive(Debug, Clone, Default)]
+pub struct OverlaySpec {
+    /// A folder; relative lowers, upper and work are below it. Also what the one-page way stands in.
+    pub base: PathBuf,
+    /// Lower folders, nearest (topmost) first; at least one.
+    pub lowers: Vec<PathBuf>,
+    /// The writable top with its work folder (on the same file system); `None` makes a read-only overlay.
+    pub upper: Option<(PathBuf, PathBuf)>,
+    /// SELinux label of all files (`context=`).
+    pub context: Option<String>,
+    /// Where; absolute.
+    pub target: PathBuf,
+    /// Mount flags: read-only view even with an upper.
+    pub read_only: bool,
+}
+
+/// How an overlay is put to the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OverlayMethod {
+    /// The new API, and one page where the kernel lacks `lowerdir+`.
+    Auto,
+    /// Only the new API.
+    NewApi,
+    /// Only one option string of names relative to `base`.
+    OnePage,
+}
+
+/// Mounts the overlay and says which way was taken ([`OverlayMethod::NewApi`] or [`OverlayMethod::OnePage`]).
+///
+/// # Errors
+/// [`SysError::Os`]; [`SysError::Usage`] without lowers, or when the names don't fit one page.
+pub fn mount_overlay(spec: &OverlaySpec, method: OverlayMethod) -> Result<OverlayMethod, SysError> {
+    if spec.lowers.is_empty() {
+        return Err(SysError::usage("mount overlay on", &spec.target, "no lower folder given"));
+    }
+    if method != OverlayMethod::OnePage {
+        match new_api(spec) {
+            Ok(()) => return Ok(OverlayMethod::NewApi),
+            // EINVAL from `lowerdir+` (before 6.7), ENOSYS from fsopen (before 5.2), EPERM where seccomp filters of
+            // a container know the old mount call only.
+            Err(Refused::Unknown(_)) if method == OverlayMethod::Auto => {}
+            Err(Refused::Unknown(e) | Refused::Failed(e)) => return Err(e),
+        }
+    }
+    one_page(spec)?;
+    Ok(OverlayMethod::OnePage)
+}
+
+enum Refused {
+    /// The kernel does not know this way; another may work.
+    Unknown(SysError),
+    Failed(SysError),
+}
+
+impl From<SysError> for Refused {
+    fn from(e: SysError) -> Self {
+        Self::Failed(e)
+    }
+}
+
+fn new_api(spec: &OverlaySpec) -> Result<(), Refused> {
+    let action = "mount overlay on";
+    let unknown = |e: Errno| match e {
+        Errno::NOSYS | Errno::PERM | Errno::INVAL => {
+            Refused::Unknown(SysError::Os { action, subject: spec.target.clone(), source: e.into() })
+        }
+        e => Refused::Failed(SysError::Os { action, subject: spec.target.clone(), source: e.into() }),
+    };
+    let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(unknown)?;
+    fsconfig_set_string(fs.as_fd(), "source", "overlay").map_err(unknown)?;
+    for lower in &spec.lowers {
+        let path = spec.base.join(lower);
+        fsconfig_set_string(fs.as_fd(), "lowerdir+", &path).map_err(|e| match e {
+            Errno::INVAL | Errno::NOSYS => unknown(e),
+            e => Refused::Failed(SysError::Os {
+                action: "add overlay lower",
+                subject: path.clone(),
+                source: e.into(),
+            }),
+        })?;
+    }
+    if let Some((upper, work)) = &spec.upper {
+        for (key, path) in [("upperdir", spec.base.join(upper)), ("workdir", spec.base.join(work))] {
+            fsconfig_set_string(fs.as_fd(), key, escape(path.as_os_str(), b"\\"))
+                .context("set the overlay's writable folder", &path)?;
+        }
+    }
+    for (key, value) in EXPLICIT {
+        fsconfig_set_string(fs.as_fd(), key, value).context("set overlay options for", &spec.target)?;
+    }
+    if let Some(context) = &spec.context {
+        fsconfig_set_string(fs.as_fd(), "context", context.as_str())
+            .context("set the label of", &spec.target)?;
+    }
+    if spec.read_only {
+        fsconfig_set_flag(fs.as_fd(), "ro").context(action, &spec.target)?;
+    }
+    fsconfig_create(fs.as_fd()).context(action, &spec.target)?;
+    let mut attributes = MountAttrFlags::empty();
+    if spec.read_only {
+        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+    }
+    let mount =
+        fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).context(action, &spec.target)?;
+    move_mount(mount.as_fd(), "", CWD, &spec.target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .context(action, &spec.target)?;
+    Ok(())
+}
+
+/// The option string of the one-page way.
+fn option_string(spec: &OverlaySpec) -> Result<CString, SysError> {
+    let relative = |p: &Path| p.strip_prefix(&spec.base).map_or_else(|_| p.to_owned(), Path::to_owned);
+    let mut data = b"lowerdir=".to_vec();
+    for (n, lower) in spec.lowers.iter().enumerate() {
+        if n > 0 {
+            data.push(b':');
+        }
+        data.extend(escape(relative(lower).as_os_str(), b"\\:,"));
+    }
+    if let Some((upper, work)) = &spec.upper {
+        for (key, path) in [("upperdir", upper), ("workdir", work)] {
+            data.extend(format!(",{key}=").into_bytes());
+            data.extend(escape(relative(path).as_os_str(), b"\\:,"));
+        }
+    }
+    for (key, value) in EXPLICIT {
+        data.extend(format!(",{key}={value}").into_bytes());
+    }
+    if let Some(context) = &spec.context {
+        // Labels with categories hold commas: quoted, as the kernel's LSM parser expects.
+        data.extend(format!(",context=\"{context}\"").into_bytes());
+    }
+    if data.len() > OPTION_PAGE {
+        let reason = format!(
+            "{} lowers need {} bytes of options, one page holds {OPTION_PAGE}",
+            spec.lowers.len(),
+            data.len()
+        );
+        return Err(SysError::usage("mount overlay on", &spec.target, reason));
+    }
+    CString::new(data)
+        .map_err(|_| SysError::usage("mount overlay on", &spec.target, "a name holds a NUL byte"))
+}
+
+fn one_page(spec: &OverlaySpec) -> Result<(), SysError> {
+    let data = option_string(spec)?;
+    let flags = if spec.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    // The working folder belongs to all threads of a process, so a thread with one of its own stands in `base`.
+    std::thread::scope(|scope| {
+        let stand_in = std::thread::Builder::new().name("overlay-mount".into());
+        let helper = stand_in.spawn_scoped(scope, || -> Result<(), SysError> {
+            // SAFETY: CLONE_FS gives this thread a working folder, root and umask of its own and touches no
+            // descriptors or memory of others; the thread ends right after the mount.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }
+                .context("leave the shared folder for", &spec.base)?;
+            rustix::process::chdir(&spec.base).context("enter", &spec.base)?;
+            rustix::mount::mount("overlay", &spec.target, "overlay", flags, Some(data.as_c_str()))
+                .context("mount overlay on", &spec.target)
+        });
+        let helper = helper.context("start a helper thread for", &spec.target)?;
+        helper.join().unwrap_or_else(|_| {
+            Err(io::Error::other("the helper thread panicked")).context("mount overlay on", &spec.target)
+        })
+    })
+}
+
+/// Puts a backslash before each byte that overlay's own parser takes as a separator.
+fn escape(name: &OsStr, special: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(name.len());
+    for &b in name.as_bytes() {
+        if special.contains(&b) {
+            out.push(b'\\');
+        }
+        out.push(b);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(lowers: usize) -> OverlaySpec {
+        OverlaySpec {
+            base: "/base".into(),
+            lowers: (0..lowers).map(|n| format!("/base/l/{n}").into()).collect(),
+            upper: Some(("u/0/upper".into(), "u/0/work".into())),
+            context: None,
+            target: "/t".into(),
+            read_only: false,
+        }
+    }
+
+    #[test]
+    fn short_names_of_128_lowers_fit_one_page() {
+        let s = option_string(&spec(128)).unwrap();
+        assert!(s.as_bytes().starts_with(b"lowerdir=l/0:l/1:"));
+        assert!(s.as_bytes().ends_with(b",index=off,metacopy=off,redirect_dir=nofollow,nfs_export=off"));
+        let e = option_string(&spec(2000)).unwrap_err();
+        assert!(e.to_string().contains("one page holds 4095"), "{e}");
+    }
+
+    #[test]
+    fn separators_in_names_are_escaped() {
+        let mut s = spec(1);
+        s.lowers = vec!["a:b,c\\d".into()];
+        s.context = Some("system_u:object_r:container_file_t:s0:c1,c2".into());
+        let text = option_string(&s).unwrap().into_string().unwrap();
+        assert!(text.starts_with("lowerdir=a\\:b\\,c\\\\d,"), "{text}");
+        assert!(text.ends_with(",context=\"system_u:object_r:container_file_t:s0:c1,c2\""), "{text}");
+    }
+}

@@ -1,0 +1,230 @@
+//! Worker processes: start, watch, kill; and who else may write a file.
+//!
+//! ```text
+//!   spawner thread ── posix_spawn(program worker), descriptor 0 = control socket, 2 = pipe ──► child
+//!   WorkerProcess { pidfd } ── poll: ended? ── kill ── reap          (never by number: no mix-ups)
+//! ```
+//!
+//! All workers are started by one thread that lives as long as this process: a worker asks to be killed when its
+//! parent *thread* ends (`PR_SET_PDEATHSIG`), and a runtime's threads come and go. Called by `svm::embedded`.
+
+use super::fdpass;
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
+};
+use std::{
+    ffi::OsString,
+    fs::File,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    process::{ChildStderr, Command, Stdio},
+    sync::{OnceLock, mpsc},
+};
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct WorkerCommand {
+    /// The program; `/proc/self/exe` for this one.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Its whole environment.
+    pub env: Vec<(OsString, OsString)>,
+}
+
+/// A started worker. Dropping it kills and reaps the process.
+#[derive(Debug)]
+pub struct WorkerProcess {
+    pid: Pid,
+    pidfd: OwnedFd,
+    reaped: bool,
+    /// Our end of the control socket ([`fdpass::message_pair`]); its other end is the worker's descriptor 0.
+    pub control: Option<OwnedFd>,
+    /// What the worker says.
+    pub stderr: Option<ChildStderr>,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself, with this status.
+    Exit(i32),
+    /// By this signal.
+    Signal(i32),
+    /// Somebody else reaped it.
+    Unknown,
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exit(status) => write!(f, "exit status {status}"),
+            Self::Signal(libc::SIGSYS) => f.write_str("killed by its system-call filter (SIGSYS)"),
+            Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::Unknown => f.write_str("ended"),
+        }
+    }
+}
+
+type Order = (WorkerCommand, Box<dyn FnOnce(io::Result<WorkerProcess>) + Send>);
+
+/// Starts a worker on the spawner thread; `done` is called there with the result.
+///
+/// # Errors
+/// Only if the spawner thread can't be started; all else goes to `done`.
+pub fn spawn_worker(
+    command: WorkerCommand,
+    done: impl FnOnce(io::Result<WorkerProcess>) + Send + 'static,
+) -> io::Result<()> {
+    static SPAWNER: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
+    let sender = if let Some(s) = SPAWNER.get() {
+        s
+    } else {
+        let (sender, orders) = mpsc::channel::<Order>();
+        std::thread::Builder::new().name("svm-spawner".into()).spawn(move || {
+            for (command, done) in orders {
+                done(start(&command));
+            }
+        })?;
+        // A racing starter's thread ends when its sender is dropped here.
+        SPAWNER.get_or_init(|| sender)
+    };
+    sender.send((command, Box::new(done))).map_err(|_| io::Error::other("the spawner thread is gone"))
+}
+
+fn start(command: &WorkerCommand) -> io::Result<WorkerProcess> {
+    let (ours, theirs) = fdpass::message_pair()?;
+    let mut child = Command::new(&command.program)
+        .args(&command.args)
+        .env_clear()
+        .envs(command.env.iter().map(|(k, v)| (k, v)))
+        .current_dir("/")
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let stderr = child.stderr.take();
+    let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(io::Error::other("process without a number"));
+    };
+    match pidfd_open(pid, PidfdFlags::NONBLOCK) {
+        Ok(pidfd) => Ok(WorkerProcess { pid, pidfd, reaped: false, control: Some(ours), stderr }),
+        Err(e) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(e.into())
+        }
+    }
+}
+
+impl WorkerProcess {
+    /// Its number, for logs and tests.
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
+    /// A descriptor that becomes readable when the process has ended.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn end_watch(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
+    }
+
+    /// Kills it; one that has ended already is no error.
+    pub fn kill(&self) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// How it ended, if it has; reaps it.
+    pub fn try_reap(&mut self) -> Option<Ended> {
+        if self.reaped {
+            return Some(Ended::Unknown);
+        }
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        match waitid(WaitId::PidFd(self.pidfd.as_fd()), options) {
+            Ok(None) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => None,
+            Ok(Some(status)) => {
+                self.reaped = true;
+                Some(match (status.exit_status(), status.terminating_signal()) {
+                    (Some(code), _) => Ended::Exit(code),
+                    (_, Some(signal)) => Ended::Signal(signal),
+                    _ => Ended::Unknown,
+                })
+            }
+            Err(_) => {
+                self.reaped = true;
+                Some(Ended::Unknown)
+            }
+        }
+    }
+
+    /// Kills it and waits for its end.
+    pub fn kill_and_reap(&mut self) -> Ended {
+        self.kill();
+        loop {
+            if let Some(ended) = self.try_reap() {
+                return ended;
+            }
+            // The process was killed, so this ends as soon as the kernel has cleared it away.
+            let _ = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], None);
+        }
+    }
+}
+
+impl Drop for WorkerProcess {
+    fn drop(&mut self) {
+        if !self.reaped {
+            self.kill_and_reap();
+        }
+    }
+}
+
+/// Whether the other end of a socket is gone (or will send no more).
+pub fn peer_gone(socket: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(poll(&mut fds, Some(&now)), Ok(n) if n > 0)
+        && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
+}
+
+/// Whether `file` was opened so that it can be written.
+///
+/// # Errors
+/// What the system says.
+pub fn is_writable(file: BorrowedFd<'_>) -> io::Result<bool> {
+    use rustix::fs::OFlags;
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    Ok(flags & OFlags::RWMODE != OFlags::RDONLY)
+}
+
+/// A read-only descriptor of the same open file's inode, whatever its path is now.
+///
+/// # Errors
+/// What the system says (no /proc, no permission to read the file).
+pub fn reopen_read_only(file: BorrowedFd<'_>) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Whether any process (this one included) has `file`'s inode open for writing. The kernel refuses a read lease while
+/// there is a writer, fcntl(2) `F_SETLEASE`; the lease is given back at once. Needs to own the file or `CAP_LEASE`.
+///
+/// # Errors
+/// What the system says; `EINVAL` where the file system has no leases.
+pub fn has_writers(file: &File) -> io::Result<bool> {
+    // A lease needs a descriptor that can't write itself.
+    let probe = reopen_read_only(file.as_fd())?;
+    // SAFETY: F_SETLEASE takes a plain number; `probe` is open for the whole call.
+    let r = unsafe { libc::fcntl(probe.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) };
+    if r < 0 {
+        let e = io::Error::last_os_error();
+        return if e.raw_os_error() == Some(libc::EAGAIN) { Ok(true) } else { Err(e) };
+    }
+    // SAFETY: as above.
+    unsafe { libc::fcntl(probe.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+    Ok(false)
+}
