@@ -15,6 +15,7 @@
 
 #[cfg(target_os = "linux")]
 pub mod embedded;
+mod exchange;
 mod job;
 pub mod pool;
 mod stream;
