@@ -1,0 +1,2 @@
+//! Tests of the reader on archives made here byte by byte.
+use super::*;
