@@ -27,6 +27,7 @@ mod pax;
 mod reader;
 mod sparse;
 
+pub(crate) use chunk::fill;
 pub use chunk::{CHUNK_BYTES, ChunkSource, Chunks};
 pub use error::TarError;
 pub use pax::{MAX_PAX_BYTES, MAX_XATTRS};

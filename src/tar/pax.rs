@@ -150,11 +150,10 @@ impl SparseKeys {
             b"size" | b"realsize" => self.size = Some(number()?),
             b"numblocks" => self.numblocks = Some(number()?),
             b"name" => self.name = name(value)?,
-            b"offset" => {
-                if self.offset.replace(number()?).is_some() {
-                    return Err(PaxError::Corrupt("sparse segment without its length"));
-                }
-            }
+            b"offset" => match self.offset.replace(number()?) {
+                None => {}
+                Some(_) => return Err(PaxError::Corrupt("sparse segment without its length")),
+            },
             b"numbytes" => {
                 let offset =
                     self.offset.take().ok_or(PaxError::Corrupt("sparse segment without its offset"))?;
@@ -249,7 +248,8 @@ mod tests {
     #[test]
     fn empty_takes_back_and_later_wins() {
         let mut pax = Pax::default();
-        pax.parse(&[rec("path", b"a"), rec("uid", b"5"), rec("gid", b"1"), rec("gid", b"2")].concat(), true).unwrap();
+        pax.parse(&[rec("path", b"a"), rec("uid", b"5"), rec("gid", b"1"), rec("gid", b"2")].concat(), true)
+            .unwrap();
         pax.parse(&[rec("path", b""), rec("uid", b"")].concat(), false).unwrap();
         assert_eq!((pax.path, pax.uid, pax.gid), (None, None, Some(2)));
     }

@@ -200,6 +200,8 @@ pub struct TarReader<S> {
     /// First byte of the chunk that is not yet reported.
     pos: usize,
     state: State,
+    /// Where the end-of-archive blocks end.
+    trailing_from: u64,
     parser: Parser,
 }
 
@@ -213,12 +215,25 @@ impl<R: Read> TarReader<Chunks<R>> {
 impl<S: ChunkSource> TarReader<S> {
     /// Reads from a chunk source, which must not have been advanced yet.
     pub fn from_source(source: S) -> Self {
-        Self { source, base: 0, pos: 0, state: State::Header, parser: Parser::default() }
+        Self {
+            source,
+            base: 0,
+            pos: 0,
+            state: State::Header,
+            trailing_from: u64::MAX,
+            parser: Parser::default(),
+        }
     }
 
     /// Bytes of the stream that were reported.
     pub fn offset(&self) -> u64 {
         self.base + self.pos as u64
+    }
+
+    /// Bytes reported behind the end-of-archive blocks, or `None` before these.
+    pub fn trailing_bytes(&self) -> Option<u64> {
+        matches!(self.state, State::Trailing | State::End)
+            .then(|| self.offset().saturating_sub(self.trailing_from))
     }
 
     /// The source.
@@ -308,8 +323,11 @@ impl<S: ChunkSource> TarReader<S> {
                     let range = self.block("a sparse map")?;
                     let left = left - BLOCK as u64;
                     let done = self.parser.sparse_data(&self.source.chunk()[range.clone()], left);
-                    self.state =
-                        if done.map_err(|f| self.fault(f))? { State::Announce } else { State::SparseData { left } };
+                    self.state = if done.map_err(|f| self.fault(f))? {
+                        State::Announce
+                    } else {
+                        State::SparseData { left }
+                    };
                     return Ok(Step::Raw(range));
                 }
                 State::ZeroSeen => {
@@ -322,6 +340,7 @@ impl<S: ChunkSource> TarReader<S> {
                         return Err(self.fault(Fault::Corrupt("lone zero block with more behind it")));
                     }
                     self.state = State::Trailing;
+                    self.trailing_from = self.offset();
                     return Ok(Step::Raw(range));
                 }
                 State::Trailing => {
@@ -613,7 +632,9 @@ impl Parser {
             (None | Some(0), _) => {
                 self.map = keys.map.unwrap_or_default();
                 if keys.numblocks.is_some_and(|n| n != self.map.len() as u64) {
-                    return Err(Fault::Corrupt("sparse map does not have the count of segments that it tells"));
+                    return Err(Fault::Corrupt(
+                        "sparse map does not have the count of segments that it tells",
+                    ));
                 }
                 sparse::check(&self.map, size, self.entry.stored)?;
                 Ok(State::Announce)
