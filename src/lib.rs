@@ -41,3 +41,4 @@
 pub mod ext4;
 pub mod io;
 pub mod tar;
+pub mod vhd;
