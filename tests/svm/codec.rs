@@ -14,7 +14,7 @@ use lcow_graphdriver::{
 use std::io::{self, Read, Write};
 
 /// Magic first bytes of a "tar" make the codec misbehave.
-pub struct TestCodec;
+pub(crate) struct TestCodec;
 
 fn failed(e: io::Error) -> WireError {
     WireError::new(ErrorKind::Io, e.to_string())

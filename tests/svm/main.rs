@@ -423,11 +423,67 @@ async fn fault_8_the_time_out_is_for_idleness_not_for_the_whole_transfer() {
     let (pool, files) = (Pool::start(backend(), config), Files::new());
     let lease = pool.lease("a", Purpose::Work).await.unwrap();
     // Slower in all than the time-out, but never idle towards the VM's own answers.
-    let slow = body(&pattern(3 << 20, 0), 1 << 20).then(|c| async {
+    let slow = body(&pattern(10 << 20, 0), 1 << 20).then(|c| async {
         tokio::time::sleep(Duration::from_millis(100)).await;
         c
     });
+    let start = Instant::now();
     lease.tar_to_layer(files.apply("l"), slow).await.unwrap();
+    assert!(start.elapsed() > Duration::from_millis(800), "the transfer must outlast the time-out");
+    // An agent that is silent is given up, and its VM too (this one would sleep for an hour).
+    let pid = worker_pid(&lease.vm_description());
+    let live: Option<Arc<dyn LiveControl>> = Some(Arc::new(Writers::default()));
+    let e = lease.diff_size(files.compare(b"x", live)).await.unwrap_err();
+    assert!(matches!(e, SvmError::Timeout { .. }), "{e}");
+    drop(lease);
+    soon("the silent worker is ended", || !alive(pid)).await;
+    assert_eq!(pool.snapshot().poisoned, 1);
+}
+
+/// Figures for people: `cargo test --test svm -- --nocapture figures`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn figures() {
+    let files = Files::new();
+    for (what, spares) in [("cold", 0), ("spare", 1)] {
+        let pool = Pool::start(backend(), PoolConfig { spares, ..PoolConfig::default() });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let mut times = Vec::new();
+        for n in 0..20 {
+            let start = Instant::now();
+            let lease = pool.lease(&format!("{n}"), Purpose::Work).await.unwrap();
+            times.push(start.elapsed());
+            drop(lease);
+            tokio::time::sleep(Duration::from_millis(30)).await;
+        }
+        times.sort();
+        println!("lease, {what}: median {:?}, worst {:?}", times[10], times[19]);
+        pool.shutdown(Duration::ZERO).await;
+    }
+    let pool = pool(Mode::Global);
+    let lease = pool.lease("a", Purpose::Work).await.unwrap();
+    let (total, block) = (1usize << 30, Bytes::from(pattern(1 << 20, 1)));
+    for chunk in [4 << 10, 32 << 10, 1 << 20] {
+        let block = block.slice(..chunk);
+        let all = stream::iter((0..total / chunk).map(move |_| Ok(block.clone())));
+        let mut job = files.apply("l");
+        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+        job.image.file = Arc::new(null);
+        let start = Instant::now();
+        lease.tar_to_layer(job, all).await.unwrap();
+        let rate = total as f64 / start.elapsed().as_secs_f64() / 1e9;
+        println!("in, chunks of {chunk}: {rate:.2} GB/s");
+    }
+    drop(lease);
+    std::fs::write(files.path("l.image"), vec![1u8; 512 << 20]).unwrap();
+    let lease = pool.lease("a", Purpose::Export).await.unwrap();
+    let start = Instant::now();
+    let mut tar = lease.layer_to_tar(files.exact("l")).await.unwrap();
+    let mut n = 0;
+    while let Some(chunk) = tar.next().await {
+        n += chunk.unwrap().len();
+    }
+    println!("out: {:.2} GB/s", n as f64 / start.elapsed().as_secs_f64() / 1e9);
+    assert_eq!(n, 512 << 20);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
