@@ -94,6 +94,10 @@ impl ReadAt for OpDisk {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.cancel.check()?;
         let (at, len) = self.place(offset, buf.len())?;
+        // The kernel calls offsets beyond i64 an error; here they are just past the end.
+        if len == 0 || i64::try_from(at).is_err() {
+            return Ok(0);
+        }
         self.disk.file.read_at(&mut buf[..len], at)
     }
 
@@ -150,6 +154,7 @@ mod tests {
         assert_eq!(d.read_at(&mut buf, 3).unwrap(), 2);
         assert_eq!(&buf[..2], b"56");
         assert_eq!(d.read_at(&mut buf, u64::MAX - 5).unwrap(), 0);
+        assert_eq!(disk(None, true).read_at(&mut buf, u64::MAX - 5).unwrap(), 0);
         assert!(d.read_at(&mut buf, u64::MAX).is_err());
         assert_eq!(d.write_at(b"abc", 4).unwrap(), 1, "writes stop at the window's end");
         assert!(d.set_len(3).is_err());

@@ -12,8 +12,17 @@ use super::{Channel, ServiceVm, SvmError};
 use crate::agent::wire::{self, DATA_PAYLOAD, FrameType, HEADER_LEN, Operation, WireError};
 use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
-use std::{io, pin::pin, sync::Arc, time::Duration};
+use std::{
+    io,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf, split},
     time::timeout,
@@ -29,8 +38,26 @@ pub(super) enum Incoming {
     Result(Bytes),
 }
 
+/// What the reading half must know of the writing half: while a body is being sent the agent has nothing to say, and
+/// its silence counts from the last byte that it took.
+struct Progress {
+    sending: AtomicBool,
+    last: Mutex<Instant>,
+}
+
+impl Progress {
+    fn touch(&self) {
+        *self.last.lock() = Instant::now();
+    }
+
+    fn is_idle(&self, idle: Duration) -> bool {
+        !self.sending.load(Ordering::Relaxed) && self.last.lock().elapsed() >= idle
+    }
+}
+
 /// The reading half with its VM.
 pub(super) struct Receiver {
+    progress: Arc<Progress>,
     vm: Arc<dyn ServiceVm>,
     name: String,
     idle: Duration,
@@ -39,6 +66,7 @@ pub(super) struct Receiver {
 
 /// The writing half.
 pub(super) struct Sender {
+    progress: Arc<Progress>,
     idle: Duration,
     output: WriteHalf<Channel>,
 }
@@ -68,8 +96,10 @@ pub(super) async fn begin(
         Err(e) => return Err(explain(vm, name, e).await),
     };
     let (input, output) = split(channel);
-    let mut receiver = Receiver { vm: vm.clone(), name: name.to_owned(), idle, input };
-    let mut sender = Sender { idle, output };
+    let progress = Arc::new(Progress { sending: AtomicBool::new(false), last: Mutex::new(Instant::now()) });
+    let mut receiver =
+        Receiver { progress: progress.clone(), vm: vm.clone(), name: name.to_owned(), idle, input };
+    let mut sender = Sender { progress, idle, output };
     let request = serde_json::to_vec(operation)
         .map_err(|e| SvmError::Protocol { vm: name.to_owned(), reason: e.to_string() })?;
     if let Err(e) = sender.frame(FrameType::Request, &request).await {
@@ -101,6 +131,7 @@ impl Sender {
                 Ok(Ok(0)) => return Err(SendError::Channel(io::ErrorKind::WriteZero.into())),
                 Ok(Ok(n)) => bytes = &bytes[n..],
             }
+            self.progress.touch();
         }
         Ok(())
     }
@@ -108,6 +139,17 @@ impl Sender {
     /// Sends a body as Data frames and End. Tiny chunks are gathered into frames of [`DATA_PAYLOAD`], large ones sent
     /// from where they lie. How long the body itself may idle is its owner's business.
     pub(super) async fn body<S>(&mut self, body: S) -> Result<(), SendError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        self.progress.sending.store(true, Ordering::Relaxed);
+        let sent = self.gather(body).await;
+        self.progress.touch();
+        self.progress.sending.store(false, Ordering::Relaxed);
+        sent
+    }
+
+    async fn gather<S>(&mut self, body: S) -> Result<(), SendError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
@@ -191,9 +233,11 @@ impl Receiver {
         while have < buf.len() {
             let read = timeout(self.idle, self.input.read(&mut buf[have..])).await;
             let reason = match read {
+                Err(_) if !self.progress.is_idle(self.idle) => continue,
                 Err(_) => return Err(SvmError::Timeout { what: "the service VM", after: self.idle }),
                 Ok(Ok(0)) => "channel ended without a result".to_owned(),
                 Ok(Ok(n)) => {
+                    self.progress.touch();
                     have += n;
                     continue;
                 }

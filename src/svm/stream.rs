@@ -132,6 +132,11 @@ impl Freeze {
         Ok(())
     }
 
+    /// Whether writers wait now.
+    pub(super) fn is_frozen(&self) -> bool {
+        self.until.is_some()
+    }
+
     /// The agent's next word, within the time that a freeze may last; answers its events.
     pub(super) async fn next(
         &mut self,
@@ -157,10 +162,6 @@ impl Freeze {
                     if let Err(e) = sender.frame(FrameType::Resume, &[]).await {
                         return Err(receiver.after_send_error(e).await);
                     }
-                }
-                Incoming::Data(_) if self.until.is_some() => {
-                    // Bytes go out at the reader's pace, which nobody's writers may be made to wait for.
-                    return Err(receiver.protocol("data while the sandbox is frozen".into()));
                 }
                 Incoming::Result(json) => {
                     self.thaw().await?;

@@ -12,7 +12,7 @@ use crate::{
         wire::{self, Control, ControlReply, ControlRequest, FrameType, Hello},
         worker::{MAX_CONTROL, parse_message},
     },
-    sys::linux::fdpass,
+    sys::linux::{asyncfd, fdpass},
 };
 use std::{
     io,
@@ -37,7 +37,7 @@ struct State {
 impl ControlClient {
     pub(super) fn new(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        let socket = AsyncFd::with_interest(socket, Interest::READABLE | Interest::WRITABLE)?;
+        let socket = asyncfd::watch(socket, Interest::READABLE | Interest::WRITABLE)?;
         Ok(Self { state: Mutex::new(State { socket, seq: 0, buffer: vec![0; MAX_CONTROL] }) })
     }
 

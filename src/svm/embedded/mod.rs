@@ -22,7 +22,7 @@ use crate::{
         worker::MEMORY_VARIABLE,
     },
     sys::linux::{
-        fdpass,
+        asyncfd, fdpass,
         process::{WorkerCommand, WorkerProcess, is_writable, reopen_read_only, spawn_worker},
     },
 };
@@ -44,10 +44,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::watch,
-};
+use tokio::{io::Interest, sync::watch};
 
 /// Kernel buffer of a data channel, each way; bytes.
 const CHANNEL_BUFFER: usize = 256 << 10;
@@ -242,7 +239,7 @@ impl EmbeddedVm {
         let Some(pidfd) = self.worker.lock().as_ref().map(WorkerProcess::end_watch).transpose()? else {
             return Ok(());
         };
-        let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)?;
+        let pidfd = asyncfd::watch(pidfd, Interest::READABLE)?;
         // Weak: dropping the last user of a VM must end it, not wait for this task.
         let vm = Arc::downgrade(self);
         let (console, death) = (self.console.clone(), self.death.clone());

@@ -263,6 +263,10 @@ impl Lease {
         loop {
             match freeze.next(&mut sender, &mut receiver).await? {
                 Incoming::Data(bytes) if bytes.is_empty() => {}
+                // Bytes go out at the reader's pace, which nobody's writers may be made to wait for.
+                Incoming::Data(_) if freeze.is_frozen() => {
+                    return Err(receiver.protocol("data while the sandbox is frozen".into()));
+                }
                 Incoming::Data(bytes) => {
                     if out.send(Ok(Item::Data(bytes))).await.is_err() {
                         return Err(SvmError::Cancelled("the reader of the tar has gone"));

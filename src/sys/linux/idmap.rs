@@ -66,6 +66,9 @@ pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd,
         let mut byte = 0u8;
         // SAFETY: the descriptors are valid copies, `byte` outlives the read, and _exit does not return.
         unsafe {
+            // Copies of our descriptors would keep mounts and pipes of others busy while the child waits.
+            libc::syscall(libc::SYS_close_range, 0, (pipe[0] - 1).max(0), 0);
+            libc::syscall(libc::SYS_close_range, pipe[0] + 1, u32::MAX, 0);
             libc::syscall(libc::SYS_close, pipe[1]);
             libc::syscall(libc::SYS_read, pipe[0], &raw mut byte, 1);
             libc::syscall(libc::SYS_exit_group, 0);
