@@ -82,6 +82,11 @@ impl OpDisk {
         Self { disk, cancel }
     }
 
+    /// Whether both are the same window of the same attached file.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.disk.file, &other.disk.file) && self.disk.offset == other.disk.offset
+    }
+
     /// How many of `len` bytes at `offset` lie in the window, and where they are in the file.
     fn place(&self, offset: u64, len: usize) -> io::Result<(u64, usize)> {
         let at = self.disk.offset.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;

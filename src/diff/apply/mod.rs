@@ -37,6 +37,7 @@
 //! `trusted.overlay.*` xattrs of the tar do not go into the image (they live on in the record): overlayfs would follow
 //! them. Called by `agent`; the trait [`LowerLayers`] is implemented over `ext4::reader`.
 
+mod chain;
 mod input;
 mod layer;
 mod links;
@@ -44,6 +45,7 @@ mod lower;
 mod name;
 mod owner;
 
+pub use chain::LayerChain;
 pub use lower::{LowerLayers, LowerNode, NoLowers};
 pub use owner::IdMap;
 
