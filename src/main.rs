@@ -7,8 +7,12 @@ fn main() -> ExitCode {
     match args.split_first() {
         #[cfg(target_os = "linux")]
         Some((command, rest)) if command == "worker" => {
-            use lcow_graphdriver::agent::{codec::RealCodec, worker_main};
-            let status = worker_main(rest, std::sync::Arc::new(RealCodec));
+            use lcow_graphdriver::agent::{
+                codec::{Codec, RealCodec},
+                worker_main,
+            };
+            let codec: std::sync::Arc<dyn Codec> = std::sync::Arc::new(RealCodec);
+            let status = worker_main(rest, &codec);
             ExitCode::from(u8::try_from(status).unwrap_or(1))
         }
         _ => ExitCode::from(2),
