@@ -183,7 +183,7 @@ impl Receiver {
     pub(super) async fn next(&mut self) -> Result<Incoming, SvmError> {
         let mut head = [0u8; HEADER_LEN];
         self.fill(&mut head).await?;
-        let (kind, len) = wire::parse_header(head).map_err(|e| SvmError::from_frame(&self.name, e))?;
+        let (kind, len) = wire::parse_header(head).map_err(|e| SvmError::from_frame(&self.name, &e))?;
         let mut payload = BytesMut::zeroed(len);
         self.fill(&mut payload).await?;
         match kind {

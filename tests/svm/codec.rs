@@ -16,6 +16,7 @@ use std::io::{self, Read, Write};
 /// Magic first bytes of a "tar" make the codec misbehave.
 pub(crate) struct TestCodec;
 
+#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
 fn failed(e: io::Error) -> WireError {
     WireError::new(ErrorKind::Io, e.to_string())
 }
@@ -142,7 +143,7 @@ impl Codec for TestCodec {
     ) -> Result<u64, WireError> {
         if live.is_some() {
             // Never says that the metadata are read.
-            std::thread::sleep(std::time::Duration::from_secs(3600));
+            std::thread::sleep(std::time::Duration::from_hours(1));
         }
         target[0].disk.size().map_err(failed)
     }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use codec::TestCodec;
 use futures_util::{StreamExt, stream};
 use lcow_graphdriver::{
-    agent::{wire::ErrorKind, worker_main},
+    agent::{codec::Codec, wire::ErrorKind, worker_main},
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk,
         LayerKind, LiveControl, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError,
@@ -34,7 +34,8 @@ const MARK: &str = "LCOW_TEST_WORKER";
 #[test]
 fn worker_entry() {
     if std::env::var_os(MARK).is_some() {
-        std::process::exit(worker_main(&[], Arc::new(TestCodec)));
+        let codec: Arc<dyn Codec> = Arc::new(TestCodec);
+        std::process::exit(worker_main(&[], &codec));
     }
 }
 
@@ -253,7 +254,9 @@ async fn fault_9_and_10_a_worker_killed_in_mid_stream_fails_one_request_and_leav
         assert!(matches!(&e, SvmError::Died { cause, .. } if cause.contains("signal 9")), "{e}");
         drop(lease);
         soon("the worker is reaped", || !alive(pid)).await;
-        assert_eq!(pool.snapshot().deaths, 1);
+        // Seen first by the watch on the process or by the failed operation; counted once.
+        let s = pool.snapshot();
+        assert_eq!(s.deaths + s.poisoned, 1, "{s:?}");
         // The next one gets a living VM.
         let lease = pool.lease("a", Purpose::Work).await.unwrap();
         lease.tar_to_layer(files.apply("l"), body(b"good", 5)).await.unwrap();
@@ -336,7 +339,7 @@ async fn a_diff_that_streams_into_an_apply_does_not_dead_lock_with_the_fewest_vm
             })
             .collect();
         for task in tasks {
-            tokio::time::timeout(Duration::from_secs(60), task).await.expect("dead lock").unwrap();
+            tokio::time::timeout(Duration::from_mins(1), task).await.expect("dead lock").unwrap();
         }
     }
 }
@@ -403,7 +406,7 @@ async fn fault_24_a_live_sandbox_is_frozen_for_its_metadata_only_and_thawed_on_e
     assert_eq!(writers.frozen.load(Ordering::SeqCst), 0, "bytes flow only when thawed");
     drop(tar);
     let lease = pool.lease("a", Purpose::Work).await.unwrap();
-    let changes = lease.changes(files.compare(&[0; 50_000], live.clone())).await.unwrap();
+    let changes = lease.changes(files.compare(&vec![0; 50_000], live.clone())).await.unwrap();
     assert_eq!(changes.len(), 50_000);
     assert_eq!(changes[49_999].path, b"/path/49999");
     // An agent that never gets its metadata read: thawed after the limit, and the operation fails.
@@ -440,6 +443,10 @@ async fn fault_8_the_time_out_is_for_idleness_not_for_the_whole_transfer() {
     assert_eq!(pool.snapshot().poisoned, 1);
 }
 
+fn rate(bytes: usize, start: Instant) -> u128 {
+    bytes as u128 / start.elapsed().as_micros().max(1)
+}
+
 /// Figures for people: `cargo test --test svm -- --nocapture figures`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn figures() {
@@ -470,8 +477,7 @@ async fn figures() {
         job.image.file = Arc::new(null);
         let start = Instant::now();
         lease.tar_to_layer(job, all).await.unwrap();
-        let rate = total as f64 / start.elapsed().as_secs_f64() / 1e9;
-        println!("in, chunks of {chunk}: {rate:.2} GB/s");
+        println!("in, chunks of {chunk}: {} MB/s", rate(total, start));
     }
     drop(lease);
     std::fs::write(files.path("l.image"), vec![1u8; 512 << 20]).unwrap();
@@ -482,7 +488,7 @@ async fn figures() {
     while let Some(chunk) = tar.next().await {
         n += chunk.unwrap().len();
     }
-    println!("out: {:.2} GB/s", n as f64 / start.elapsed().as_secs_f64() / 1e9);
+    println!("out: {} MB/s", rate(n, start));
     assert_eq!(n, 512 << 20);
 }
 

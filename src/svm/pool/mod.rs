@@ -79,7 +79,7 @@ impl Default for PoolConfig {
             spares: 2,
             max_vms: 64,
             boot_timeout: Duration::from_secs(30),
-            idle_timeout: Duration::from_secs(300),
+            idle_timeout: Duration::from_mins(5),
             freeze_limit: Duration::from_secs(10),
             ping_interval: Duration::from_secs(30),
         }
@@ -352,14 +352,14 @@ impl Inner {
         prepare(&mut state);
         let actions = step(&mut state.machine);
         for action in actions {
-            self.carry_out(&mut state, action);
+            self.carry_out(&mut state, &action);
         }
         drop(state);
         self.changed.notify_waiters();
     }
 
-    fn carry_out(self: &Arc<Self>, state: &mut State, action: Action) {
-        match action {
+    fn carry_out(self: &Arc<Self>, state: &mut State, action: &Action) {
+        match *action {
             Action::Boot(vm) => {
                 let inner = self.clone();
                 self.runtime.spawn(async move { inner.boot(vm).await });
