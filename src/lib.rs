@@ -40,3 +40,4 @@
 
 pub mod ext4;
 pub mod io;
+pub mod tar;
