@@ -38,6 +38,7 @@
 //! * **exact record**: what of an applied tar the image itself does not hold, so that Diff gives back the very bytes.
 //! * **canonical diff**: the one tar that a written layer has, whoever makes it.
 
+pub mod diff;
 pub mod ext4;
 pub mod io;
 pub mod tar;
