@@ -42,3 +42,4 @@ pub mod diff;
 pub mod ext4;
 pub mod io;
 pub mod tar;
+pub mod vhd;

@@ -45,6 +45,10 @@ pub struct Extent {
 pub(in crate::ext4) trait Visitor {
     /// A block that holds part of the tree.
     fn node(&mut self, block: u64) -> Result<(), Ext4Error>;
+    /// Whether to refuse what the kernel tolerates but the writer never makes.
+    fn strict(&self) -> bool {
+        false
+    }
     /// An extent as stored.
     fn extent(&mut self, extent: Extent) -> Result<(), Ext4Error>;
 }
@@ -114,6 +118,9 @@ impl<R: ReadAt> Tree<'_, R> {
         if usize::from(max) > room || max == 0 || entries > max {
             return Err(self.bad(at, "an extent node has impossible counts"));
         }
+        if self.visitor.strict() && usize::from(max) != room {
+            return Err(self.bad(at, "an extent node has another capacity than its place"));
+        }
         match expect {
             None if depth > MAX_DEPTH => return Err(self.bad(at, "the extent tree is too deep")),
             None => {}
@@ -126,6 +133,9 @@ impl<R: ReadAt> Tree<'_, R> {
                     && bytes.get(..tail).is_none_or(|b| chksum(self.seed, b) != u32_at(bytes, tail))
                 {
                     return Err(self.bad(at, "checksum of an extent node does not match"));
+                }
+                if self.visitor.strict() && u64::from(u32_at(bytes, 12)) != self.next {
+                    return Err(self.bad(at, "an extent node does not begin where its parent says"));
                 }
                 self.visitor.node(block)?;
             }

@@ -31,29 +31,28 @@ pub use file::DataRange;
 pub use inode::{FileKind, Inode};
 pub use superblock::Geometry;
 
-use super::Ext4Error;
+use super::{Ext4Error, Place};
 use crate::io::ReadAt;
 use bytes::{chksum, crc16, u16_at, u32_at, wide};
 use source::{Block, Source};
-use std::borrow::Cow;
 use superblock::{SUPERBLOCK_LEN, SUPERBLOCK_OFFSET, compat, incompat, ro_compat};
 
 /// `EXT4_ROOT_INO`.
 pub const ROOT_INO: u32 = 2;
 
-/// The error for an image that breaks the format.
-pub(in crate::ext4) fn corrupt(place: impl Into<String>, reason: impl Into<Cow<'static, str>>) -> Ext4Error {
-    Ext4Error::Corrupt { place: place.into(), reason: reason.into() }
+/// The error for an image that breaks the format; `place` names the inode, block or structure.
+pub(in crate::ext4) fn corrupt(place: impl AsRef<str>, reason: impl AsRef<str>) -> Ext4Error {
+    Ext4Error::corrupt(format!("{}: {}", place.as_ref(), reason.as_ref()), Place::default())
 }
 
 /// The error for an image that uses what this program does not know, or is larger than it takes.
-pub(in crate::ext4) fn unsupported(what: impl Into<Cow<'static, str>>) -> Ext4Error {
-    Ext4Error::Unsupported(what.into())
+pub(in crate::ext4) fn unsupported(what: impl Into<String>) -> Ext4Error {
+    Ext4Error::unsupported(what, Place::default())
 }
 
-/// The error for a disk that fails.
-pub(in crate::ext4) fn io_error(what: &'static str, _offset: u64, source: std::io::Error) -> Ext4Error {
-    Ext4Error::Io { what, source }
+/// The error for a disk that fails at byte `offset`.
+pub(in crate::ext4) fn io_error(doing: &'static str, offset: u64, source: std::io::Error) -> Ext4Error {
+    Ext4Error::io(doing, Place::offset(offset), source)
 }
 
 /// An ext4 file system, opened for reading.
@@ -76,13 +75,22 @@ impl<R: ReadAt> Ext4<R> {
     /// # Errors
     /// `Corrupt`, `Unsupported` or `Io`; see [`Geometry`] for what is checked.
     pub fn open(disk: R) -> Result<Self, Ext4Error> {
+        Self::open_with(disk, true)
+    }
+
+    /// As [`Ext4::open`], for images that must not need recovery: the disk is taken as it is.
+    pub(in crate::ext4) fn open_without_recovery(disk: R) -> Result<Self, Ext4Error> {
+        Self::open_with(disk, false)
+    }
+
+    fn open_with(disk: R, recovery: bool) -> Result<Self, Ext4Error> {
         let size = disk.size().map_err(|e| io_error("asking for the image's size", 0, e))?;
         let mut sb = vec![0; SUPERBLOCK_LEN];
         disk.read_exact_at(&mut sb, SUPERBLOCK_OFFSET)
             .map_err(|e| io_error("reading the superblock", SUPERBLOCK_OFFSET, e))?;
         let geometry = Geometry::parse(&sb, size)?;
-        let recover =
-            geometry.has(incompat::RECOVER) && geometry.feature_compat & compat::HAS_JOURNAL != 0;
+        let recover = recovery
+            && geometry.has(incompat::RECOVER) && geometry.feature_compat & compat::HAS_JOURNAL != 0;
         if recover && geometry.feature_compat & compat::FAST_COMMIT != 0 {
             return Err(unsupported("recovery of fast commits"));
         }
