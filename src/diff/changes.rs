@@ -79,7 +79,7 @@ pub fn changes<R: ReadAt>(
     Ok(out)
 }
 
-/// Sum of the bytes of regular files in the diff, a hard-linked inode once, whiteouts 0.
+/// Sum of the bytes of regular files in the diff, a hard-linked inode once, whiteouts 0; what export leaves out is 0.
 ///
 /// # Errors
 /// As [`changes`].
@@ -92,8 +92,8 @@ pub fn diff_size<R: ReadAt>(
     let items = settled(&mut table, target, parent, false)?;
     let mut seen = HashSet::new();
     let mut sum = 0u64;
-    for item in &items.items {
-        let counts = matches!(item.status, Status::Added | Status::Modified) && item.kind == FileKind::File;
+    for (item, left_out) in items.items.iter().zip(items.inexpressible()) {
+        let counts = matches!(item.status, Status::Added | Status::Modified) && item.kind == FileKind::File && !left_out;
         if counts && (item.links <= 1 || seen.insert(item.node)) {
             sum = sum.saturating_add(item.size);
         }

@@ -281,8 +281,13 @@ pub fn export<R: ReadAt>(
         first: HashMap::new(),
         path: Vec::new(),
     };
-    for (item, _) in items.items.iter().zip(&kept).filter(|(_, keep)| **keep) {
-        export.item(&items, item)?;
+    let inexpressible = items.inexpressible();
+    for ((item, _), left_out) in items.items.iter().zip(&kept).zip(inexpressible).filter(|((_, keep), _)| **keep) {
+        if left_out {
+            export.summary.left_out += 1;
+        } else {
+            export.item(&items, item)?;
+        }
     }
     export.out.zeros(canonical::END_LEN)?;
     let summary = ExportSummary { tar_bytes: export.out.finish()?, ..export.summary };
@@ -334,10 +339,6 @@ impl<R: ReadAt> Export<'_, '_, R> {
     }
 
     fn entry(&mut self, items: &Items, item: &Item, path: &mut Vec<u8>) -> Result<(), DiffError> {
-        if path.starts_with(canonical::WHITEOUT) || path.windows(5).any(|w| w == b"/.wh.") {
-            self.summary.left_out += 1;
-            return Ok(());
-        }
         if matches!(item.status, Status::Deleted | Status::Whiteout) {
             let at = path.len() - items.name(item).len();
             path.splice(at..at, canonical::WHITEOUT.iter().copied());

@@ -91,6 +91,16 @@ impl Items {
         path.reverse();
     }
 
+    /// Which items a tar of layers can't express, because a name on their path would be read as a whiteout.
+    pub(super) fn inexpressible(&self) -> Vec<bool> {
+        let mut out: Vec<bool> = Vec::with_capacity(self.items.len());
+        for item in &self.items {
+            let above = out.get(item.parent as usize).copied().unwrap_or(false);
+            out.push(above || self.name(item).starts_with(super::canonical::WHITEOUT));
+        }
+        out
+    }
+
     /// Drops folders that neither differ nor hold a difference; gives what is kept. Pending items count as unchanged.
     pub(super) fn kept(&self) -> Vec<bool> {
         let mut keep: Vec<bool> = self
