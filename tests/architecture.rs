@@ -9,7 +9,10 @@ use std::{
 /// Each module and what it may use (`crate::X`).
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
-    ("cli", &["agent", "api", "config", "diff", "driver", "ext4", "io", "listen", "store", "telemetry", "vhd"]),
+    (
+        "cli",
+        &["agent", "api", "config", "diff", "driver", "ext4", "io", "listen", "store", "telemetry", "vhd"],
+    ),
     ("api", &["driver", "store", "telemetry"]),
     ("listen", &["sys"]),
     ("driver", &["config", "ext4", "io", "store", "svm", "sys", "telemetry", "vhd"]),
@@ -58,7 +61,8 @@ fn module_of(path: &Path) -> String {
 }
 
 fn is_test_file(path: &Path) -> bool {
-    path.components().any(|c| c.as_os_str() == "tests" || c.as_os_str() == "tests.rs" || c.as_os_str() == "testing")
+    path.components()
+        .any(|c| c.as_os_str() == "tests" || c.as_os_str() == "tests.rs" || c.as_os_str() == "testing")
         || path.file_stem().is_some_and(|s| s.to_string_lossy().ends_with("_tests"))
 }
 
@@ -168,7 +172,11 @@ fn every_file_begins_with_what_it_is_and_stays_readable() {
 fn no_glob_reexports_and_no_catch_all_modules() {
     for (path, text) in sources() {
         for line in code(&text).lines() {
-            assert!(!(line.trim_start().starts_with("pub use") && line.contains("::*")), "{}: {line}", path.display());
+            assert!(
+                !(line.trim_start().starts_with("pub use") && line.contains("::*")),
+                "{}: {line}",
+                path.display()
+            );
         }
         let name = path.file_stem().unwrap().to_str().unwrap();
         assert!(!["utils", "util", "helpers", "misc", "common"].contains(&name), "{}", path.display());

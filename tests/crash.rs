@@ -21,7 +21,8 @@ use std::{
 use support::{Plugin, Tar, noise};
 
 /// The calls that change what a store holds.
-const CLASSES: &[&str] = &["rename,renameat,renameat2", "fsync,fdatasync", "mkdir,unlink,unlinkat,rmdir", "ftruncate,pwrite64"];
+const CLASSES: &[&str] =
+    &["rename,renameat,renameat2", "fsync,fdatasync", "mkdir,unlink,unlinkat,rmdir", "ftruncate,pwrite64"];
 /// Kills per class: all if there are fewer.
 const KILLS: usize = 14;
 /// Longest wait for a socket or an end.
@@ -118,7 +119,10 @@ fn sequence(home: &Path) -> Vec<(String, Vec<u8>)> {
         ("GraphDriver.ApplyDiff?id=base&parent=".into(), base_tar()),
         ("GraphDriver.Create".into(), json(json!({"ID": "top", "Parent": "base"}))),
         ("GraphDriver.ApplyDiff?id=top&parent=base".into(), top_tar()),
-        ("GraphDriver.CreateReadWrite".into(), json(json!({"ID": "rw", "Parent": "top", "StorageOpt": {"size": "32m"}}))),
+        (
+            "GraphDriver.CreateReadWrite".into(),
+            json(json!({"ID": "rw", "Parent": "top", "StorageOpt": {"size": "32m"}})),
+        ),
         ("GraphDriver.Create".into(), json(json!({"ID": "gone", "Parent": "top"}))),
         ("GraphDriver.Remove".into(), json(json!({"ID": "gone"}))),
         ("GraphDriver.Remove".into(), json(json!({"ID": "rw"}))),
@@ -146,8 +150,10 @@ fn drive(plugin: &mut Traced, home: &Path) -> BTreeSet<usize> {
 fn count_calls(class: &str) -> usize {
     let folder = tempfile::tempdir().unwrap();
     let trace = folder.path().join("trace");
-    let mut plugin =
-        Traced::start(folder.path(), &["-o".into(), trace.to_str().unwrap().into(), "-e".into(), format!("trace={class}")]);
+    let mut plugin = Traced::start(
+        folder.path(),
+        &["-o".into(), trace.to_str().unwrap().into(), "-e".into(), format!("trace={class}")],
+    );
     let home = folder.path().join("home");
     let done = drive(&mut plugin, &home);
     assert_eq!(done.len(), sequence(&home).len(), "the sequence works without kills");
@@ -174,7 +180,14 @@ fn kill_at(class: &str, when: usize) {
     let (folder, home) = (plugin.folder.clone(), plugin.home());
     let mut traced = Traced::start(
         &folder,
-        &["-o".into(), "/dev/null".into(), "-e".into(), format!("trace={class}"), "-e".into(), format!("inject={class}:signal=KILL:when={when}")],
+        &[
+            "-o".into(),
+            "/dev/null".into(),
+            "-e".into(),
+            format!("trace={class}"),
+            "-e".into(),
+            format!("inject={class}:signal=KILL:when={when}"),
+        ],
     );
     let done = drive(&mut traced, &home);
     drop(traced);

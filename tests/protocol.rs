@@ -19,7 +19,10 @@ fn activation_init_and_capabilities_as_dockerd_asks() {
     assert_eq!((reply.status, reply.json()), (200, json!({"Implements": ["GraphDriver"]})));
     assert!(reply.head.contains("application/vnd.docker.plugins.v1.2+json"), "{}", reply.head);
     plugin.init();
-    assert_eq!(plugin.ok("GraphDriver.Capabilities", &json!({})), json!({"Capabilities": {"ReproducesExactDiffs": true}}));
+    assert_eq!(
+        plugin.ok("GraphDriver.Capabilities", &json!({})),
+        json!({"Capabilities": {"ReproducesExactDiffs": true}})
+    );
     let status = plugin.ok("GraphDriver.Status", &json!({}));
     let lines = status["Status"].as_array().unwrap();
     assert_eq!(lines[0][0], "LCOW");
@@ -33,7 +36,8 @@ fn wrong_requests_get_a_clear_error_and_change_nothing() {
     let plugin = Plugin::start(&[]);
     plugin.init();
     let before: Vec<_> = fs::read_dir(plugin.home()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    let methods = ["Create", "CreateReadWrite", "Remove", "Get", "Put", "GetMetadata", "Diff", "Changes", "DiffSize"];
+    let methods =
+        ["Create", "CreateReadWrite", "Remove", "Get", "Put", "GetMetadata", "Diff", "Changes", "DiffSize"];
     let broken_json = ["", "{", "[]", "\"x\"", "{\"ID\": 7}", "{\"ID\":\"a\"", "\0\0\0"];
     for method in methods {
         let method = format!("GraphDriver.{method}");
@@ -54,7 +58,8 @@ fn wrong_requests_get_a_clear_error_and_change_nothing() {
     }
     assert!(plugin.err("GraphDriver.Init", &json!({})).contains("Home"));
     assert!(plugin.err("GraphDriver.Init", &json!({"Home": "relative"})).contains("absolute"));
-    let text = plugin.err("GraphDriver.Init", &json!({"Home": plugin.folder.join("other"), "Opts": ["lcow.nonsense=1"]}));
+    let text = plugin
+        .err("GraphDriver.Init", &json!({"Home": plugin.folder.join("other"), "Opts": ["lcow.nonsense=1"]}));
     assert!(text.contains("lcow.nonsense") && text.contains("lcow.globalmode"), "{text}");
     assert!(!plugin.folder.join("other").exists());
     let huge = format!("{{\"ID\":\"{}\"}}", "x".repeat(2 << 20));
@@ -68,7 +73,10 @@ fn wrong_requests_get_a_clear_error_and_change_nothing() {
         plugin.err("GraphDriver.GetMetadata", &json!({"ID": "nobody"})),
         plugin.err("GraphDriver.Create", &json!({"ID": "a", "Parent": "nobody"})),
     ];
-    assert!(missing.iter().all(|t| t.contains("nobody does not exist") || t.contains("parent nobody")), "{missing:?}");
+    assert!(
+        missing.iter().all(|t| t.contains("nobody does not exist") || t.contains("parent nobody")),
+        "{missing:?}"
+    );
     let after: Vec<_> = fs::read_dir(plugin.home()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(before, after);
 }
@@ -119,7 +127,11 @@ fn an_applied_layer_gives_back_its_very_bytes() {
     assert_eq!(size["Size"], 300_006);
     let facts = restarted.ok("GraphDriver.GetMetadata", &json!({"ID": "sized"}))["Metadata"].clone();
     assert_eq!(facts["state"], "applied");
-    assert!(restarted.err("GraphDriver.Create", &json!({"ID": "x", "StorageOpt": {"nonsense": "1"}})).contains("nonsense"));
+    assert!(
+        restarted
+            .err("GraphDriver.Create", &json!({"ID": "x", "StorageOpt": {"nonsense": "1"}}))
+            .contains("nonsense")
+    );
     assert!(restarted.apply("sized", "", &small_tar()).text().contains("never changes"));
 }
 
@@ -202,15 +214,25 @@ fn get_shows_a_layer_and_put_hides_it_when_the_last_reference_goes() {
     let plugin = Plugin::start(&[]);
     plugin.init();
     plugin.layer("base", "", &small_tar());
-    plugin.layer("next", "base", &Tar::new().dir("etc/").file("etc/.wh.motd", b"").file("etc/issue", b"new\n").end());
-    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c-init", "Parent": "next", "StorageOpt": {"size": "64m"}}));
+    plugin.layer(
+        "next",
+        "base",
+        &Tar::new().dir("etc/").file("etc/.wh.motd", b"").file("etc/issue", b"new\n").end(),
+    );
+    plugin.ok(
+        "GraphDriver.CreateReadWrite",
+        &json!({"ID": "c-init", "Parent": "next", "StorageOpt": {"size": "64m"}}),
+    );
     let init = plugin.get("c-init");
     assert_eq!(fs::read(init.join("etc/issue")).unwrap(), b"new\n");
     assert!(!init.join("etc/motd").exists());
     assert_eq!(fs::read(init.join("big")).unwrap(), noise(1, 300_000));
     fs::write(init.join("etc/hosts"), "127.0.0.1\n").unwrap();
     plugin.put("c-init");
-    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c", "Parent": "c-init", "StorageOpt": {"size": "64m"}}));
+    plugin.ok(
+        "GraphDriver.CreateReadWrite",
+        &json!({"ID": "c", "Parent": "c-init", "StorageOpt": {"size": "64m"}}),
+    );
     let dir = plugin.get("c");
     assert_eq!(plugin.get("c"), dir);
     assert_eq!(dir, plugin.home().join("c/merged"));
@@ -227,7 +249,10 @@ fn get_shows_a_layer_and_put_hides_it_when_the_last_reference_goes() {
         {"Path": "/etc/issue", "Kind": 0},
     ]);
     for mounted in [true, false] {
-        assert_eq!(plugin.ok("GraphDriver.Changes", &json!({"ID": "c", "Parent": "c-init"}))["Changes"], expected);
+        assert_eq!(
+            plugin.ok("GraphDriver.Changes", &json!({"ID": "c", "Parent": "c-init"}))["Changes"],
+            expected
+        );
         let size = plugin.ok("GraphDriver.DiffSize", &json!({"ID": "c", "Parent": "c-init"}));
         assert_eq!(size["Size"], 5008, "mounted: {mounted}");
         plugin.put("c");
@@ -334,7 +359,12 @@ fn a_diff_into_an_apply_of_the_same_plugin_streams() {
         // The reader of the diff is the writer of the apply, with nothing stored in between but a pipe's worth.
         let mut from = std::os::unix::net::UnixStream::connect(plugin.socket()).unwrap();
         let body = json!({"ID": "a", "Parent": ""}).to_string();
-        write!(from, "POST /GraphDriver.Diff HTTP/1.1\r\nHost: \r\nContent-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+        write!(
+            from,
+            "POST /GraphDriver.Diff HTTP/1.1\r\nHost: \r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .unwrap();
         let mut to = plugin.begin_apply("b", "");
         let mut input = std::io::BufReader::new(from);
         let mut line = String::new();
@@ -455,7 +485,10 @@ fn the_store_commands_tell_what_is_there() {
 
 fn damage_is_found(plugin: &Plugin, image: &Path) {
     let mut bytes = fs::read(image).unwrap();
-    let motd = bytes.windows(6).position(|w| w == b"hello\n").expect("the file's bytes lie in the image as they are");
+    let motd = bytes
+        .windows(6)
+        .position(|w| w == b"hello\n")
+        .expect("the file's bytes lie in the image as they are");
     bytes[motd] = b'j';
     fs::write(image, bytes).unwrap();
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"))

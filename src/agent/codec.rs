@@ -10,9 +10,7 @@ pub use super::real::RealCodec;
 
 use super::{
     disk::OpDisk,
-    wire::{
-        ApplyOptions, ApplySummary, Change, CheckSummary, ExportSummary, IdMaps, LayerKind, WireError,
-    },
+    wire::{ApplyOptions, ApplySummary, Change, CheckSummary, ExportSummary, IdMaps, LayerKind, WireError},
 };
 use std::io::{Read, Write};
 

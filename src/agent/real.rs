@@ -130,7 +130,9 @@ fn export_options(maps: &wire::IdMaps) -> ExportOptions {
         ranges.iter().map(|r| IdMap { container: r.container_id, host: r.host_id, len: r.size }).collect()
     };
     let none = maps.uids.is_empty() && maps.gids.is_empty();
-    ExportOptions { ids: (!none).then(|| diff::IdMaps { uid: convert(&maps.uids), gid: convert(&maps.gids) }) }
+    ExportOptions {
+        ids: (!none).then(|| diff::IdMaps { uid: convert(&maps.uids), gid: convert(&maps.gids) }),
+    }
 }
 
 /// The daemon's hooks as `diff` wants them; keeps the daemon's own error.
@@ -205,10 +207,10 @@ impl Codec for RealCodec {
     }
 
     fn check(&self, image: OpDisk) -> Result<wire::CheckSummary, WireError> {
-        let report = ext4::check::check(image, &ext4::check::CheckLimits::default())?;
+        let report = ext4::check::check(image, ext4::check::CheckLimits::default())?;
         Ok(wire::CheckSummary {
             inodes: report.inodes,
-            blocks: report.blocks,
+            blocks: report.blocks_used,
             uuid: uuid::Uuid::from_bytes(report.uuid),
         })
     }
@@ -220,10 +222,7 @@ impl Codec for RealCodec {
         out: &mut dyn Write,
     ) -> Result<wire::ExportSummary, WireError> {
         let summary = record::replay(image, record, out)?;
-        Ok(wire::ExportSummary {
-            tar_bytes: summary.tar_bytes,
-            tar_sha256: Some(hex(&summary.tar_sha256)),
-        })
+        Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_sha256: Some(hex(&summary.tar_sha256)) })
     }
 
     fn export_canonical(
@@ -264,7 +263,8 @@ impl Codec for RealCodec {
         live: Option<&mut dyn Live>,
         sink: ChangeSink<'_>,
     ) -> Result<(), WireError> {
-        let (stack, below) = (sources(&target, live.is_some()), parent_layers(&target, &parent, live.is_some()));
+        let (stack, below) =
+            (sources(&target, live.is_some()), parent_layers(&target, &parent, live.is_some()));
         let found = diff::changes(&stack, parent_spec(&parent, &below), &ExportOptions::default())?;
         if let Some(live) = live {
             live.metadata_read()?;
@@ -280,8 +280,14 @@ impl Codec for RealCodec {
         Ok(())
     }
 
-    fn diff_size(&self, target: Vec<Layer>, parent: Parent, live: Option<&mut dyn Live>) -> Result<u64, WireError> {
-        let (stack, below) = (sources(&target, live.is_some()), parent_layers(&target, &parent, live.is_some()));
+    fn diff_size(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        live: Option<&mut dyn Live>,
+    ) -> Result<u64, WireError> {
+        let (stack, below) =
+            (sources(&target, live.is_some()), parent_layers(&target, &parent, live.is_some()));
         let size = diff::diff_size(&stack, parent_spec(&parent, &below), &ExportOptions::default())?;
         if let Some(live) = live {
             live.metadata_read()?;

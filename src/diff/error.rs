@@ -70,6 +70,12 @@ pub enum DiffError {
         /// What is not supported.
         reason: String,
     },
+    /// A mounted sandbox was written to while its data were read; what was sent so far is not a diff.
+    #[error("{path:?} changed while it was read")]
+    ChangedWhileReading {
+        /// The file, printable.
+        path: String,
+    },
     /// The caller asked for something impossible.
     #[error("{0}")]
     Usage(String),

@@ -10,13 +10,16 @@
 //! Invariants: nothing here knows paths, tar, HTTP or runtimes; the writer and the formatter only produce what
 //! `e2fsck -fn` passes; the reader and the checker take every image for hostile.
 
+pub mod check;
 pub mod error;
 pub mod format;
 pub mod layout;
+pub mod reader;
 pub mod writer;
 
 pub use error::{Ext4Error, Place};
 pub use layout::{BlockSize, Timestamp};
+pub use reader::{DataRange, DirEntry, Ext4, Extent, FileKind, Inode};
 
 /// One extended attribute as the system call interface sees it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

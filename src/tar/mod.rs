@@ -26,6 +26,7 @@ mod number;
 mod pax;
 mod reader;
 mod sparse;
+pub mod writer;
 
 pub(crate) use chunk::fill;
 pub use chunk::{CHUNK_BYTES, ChunkSource, Chunks};

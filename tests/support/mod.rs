@@ -111,7 +111,10 @@ impl Plugin {
     /// Init with this plugin's usual home.
     pub fn init(&self) {
         let home = self.home();
-        self.ok("GraphDriver.Init", &serde_json::json!({"Home": home, "Opts": null, "UIDMaps": null, "GIDMaps": null}));
+        self.ok(
+            "GraphDriver.Init",
+            &serde_json::json!({"Home": home, "Opts": null, "UIDMaps": null, "GIDMaps": null}),
+        );
     }
 
     /// A call that must succeed; its reply.
@@ -119,7 +122,12 @@ impl Plugin {
         let reply = self.call(method, request);
         assert_eq!(reply.status, 200, "{method} {request}: {}\n{}", reply.text(), self.log());
         let value = reply.json();
-        assert_eq!(value.get("Err").and_then(Value::as_str).unwrap_or(""), "", "{method} {request}\n{}", self.log());
+        assert_eq!(
+            value.get("Err").and_then(Value::as_str).unwrap_or(""),
+            "",
+            "{method} {request}\n{}",
+            self.log()
+        );
         value
     }
 
@@ -206,7 +214,12 @@ impl Plugin {
     pub fn mounts(&self) -> Vec<String> {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let prefix = self.folder.to_str().unwrap();
-        table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(prefix)).map(str::to_owned).collect()
+        table
+            .lines()
+            .filter_map(|l| l.split(' ').nth(4))
+            .filter(|p| p.starts_with(prefix))
+            .map(str::to_owned)
+            .collect()
     }
 }
 

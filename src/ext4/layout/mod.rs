@@ -18,6 +18,7 @@ pub mod extent;
 pub mod group;
 pub mod hash;
 pub mod inode;
+pub mod journal;
 pub mod superblock;
 pub mod time;
 pub mod xattr;
