@@ -1,20 +1,30 @@
-//! Layers and tars: what turns one into the other.
+//! Layers as differences: tar stream ⇄ ext4 image.
 //!
 //! ```text
-//!           ┌─ view: layers as overlayfs shows them
-//!  layers ──┤   walk: two trees side by side ──┬─► export ──► canonical tar
-//!           └──────────────────────────────────┴─► changes, diff_size
+//!                     ┌───────────── apply ─────────────┐
+//!   tar stream ──► tar::TarReader ──► tree, whiteouts ──► ext4::writer ──► VHD footer     = layer.vhd
+//!                     │                                      │ where the bytes went
+//!                     └── all other bytes ──► record::RecordWriter ◄──┘                   = exact record
+//!
+//!   layer.vhd + exact record ──► record::replay ──► the very tar stream
+//!
+//!            ┌─ view: layers as overlayfs shows them
+//!   layers ──┤  walk: two trees side by side ──┬─► export ──► canonical tar
+//!            └─────────────────────────────────┴─► changes, diff_size
 //! ```
 //!
-//! Invariants: images and tars are hostile; no path, no runtime and no clock is known here; memory is bounded by the
-//! number of entries, never by their data. Called by `agent` (in the jailed worker or the guest) and by `main`'s
-//! commands.
+//! Everything here works on [`ReadAt`](crate::io::ReadAt), [`WriteAt`](crate::io::WriteAt), `Read` and `Write`, and
+//! takes every byte it reads for hostile: images and tars alike. Memory is bounded by the number of entries, never by
+//! their data. Called by `agent`, inside the jail.
 
+pub mod apply;
 pub mod canonical;
 mod changes;
 mod error;
 mod export;
+mod hash;
 mod ids;
+pub mod record;
 mod stream;
 #[cfg(test)]
 mod tests;
