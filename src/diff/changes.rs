@@ -93,7 +93,9 @@ pub fn diff_size<R: ReadAt>(
     let mut seen = HashSet::new();
     let mut sum = 0u64;
     for (item, left_out) in items.items.iter().zip(items.inexpressible()) {
-        let counts = matches!(item.status, Status::Added | Status::Modified) && item.kind == FileKind::File && !left_out;
+        let counts = matches!(item.status, Status::Added | Status::Modified)
+            && item.kind == FileKind::File
+            && !left_out;
         if counts && (item.links <= 1 || seen.insert(item.node)) {
             sum = sum.saturating_add(item.size);
         }

@@ -132,7 +132,11 @@ fn slice<T>(arena: &[T], span: Span) -> &[T] {
 }
 
 /// The places of a file's bytes on the disk.
-pub(super) fn ranges_of<R: ReadAt>(fs: &Ext4<R>, inode: &Inode, out: &mut Vec<Range>) -> Result<(), DiffError> {
+pub(super) fn ranges_of<R: ReadAt>(
+    fs: &Ext4<R>,
+    inode: &Inode,
+    out: &mut Vec<Range>,
+) -> Result<(), DiffError> {
     for range in fs.data_map(inode)? {
         if let Some(disk) = range.disk_offset {
             out.push(Range { offset: range.offset, len: range.len, disk });
@@ -220,9 +224,9 @@ pub(super) fn compare<'a, R: ReadAt>(
         Some(ParentSpec::Layers(layers)) => {
             for layer in layers {
                 other.push(match layer {
-                    ParentLayer::OfTarget(n) => *all
-                        .get(*n)
-                        .ok_or_else(|| DiffError::Usage(format!("no layer {n} in a stack of {}", all.len())))?,
+                    ParentLayer::OfTarget(n) => *all.get(*n).ok_or_else(|| {
+                        DiffError::Usage(format!("no layer {n} in a stack of {}", all.len()))
+                    })?,
                     ParentLayer::Other(source) => table.open(source)?,
                 });
             }
@@ -282,7 +286,9 @@ pub fn export<R: ReadAt>(
         path: Vec::new(),
     };
     let inexpressible = items.inexpressible();
-    for ((item, _), left_out) in items.items.iter().zip(&kept).zip(inexpressible).filter(|((_, keep), _)| **keep) {
+    for ((item, _), left_out) in
+        items.items.iter().zip(&kept).zip(inexpressible).filter(|((_, keep), _)| **keep)
+    {
         if left_out {
             export.summary.left_out += 1;
         } else {
@@ -299,7 +305,11 @@ pub fn export<R: ReadAt>(
 }
 
 /// As [`settle`], but with the target's metadata from memory.
-fn settle_with<R: ReadAt>(table: &Table<'_, R>, items: &mut Items, details: &Details) -> Result<(), DiffError> {
+fn settle_with<R: ReadAt>(
+    table: &Table<'_, R>,
+    items: &mut Items,
+    details: &Details,
+) -> Result<(), DiffError> {
     for item in &mut items.items {
         let Status::Pending(was) = item.status else { continue };
         let Some(detail) = details.list.get(item.detail as usize) else { continue };
@@ -435,7 +445,9 @@ fn recheck<R: ReadAt>(
         fresh.open(layer)?;
     }
     let mut now = Vec::new();
-    for (item, _) in items.items.iter().zip(kept).filter(|(item, keep)| **keep || matches!(item.status, Status::Same)) {
+    for (item, _) in
+        items.items.iter().zip(kept).filter(|(item, keep)| **keep || matches!(item.status, Status::Same))
+    {
         let Some(detail) = details.list.get(item.detail as usize) else { continue };
         let Some(stamp) = details.stamps.get(detail.stamp as usize) else { continue };
         now.clear();

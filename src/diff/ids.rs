@@ -103,7 +103,10 @@ mod tests {
     fn ids_inside_are_mapped_and_others_become_nobody() {
         let maps = maps();
         let ids = Ids(Some(&maps));
-        assert_eq!([ids.uid(500_000), ids.gid(565_535), ids.uid(565_536), ids.uid(0)], [0, 65535, 65534, 65534]);
+        assert_eq!(
+            [ids.uid(500_000), ids.gid(565_535), ids.uid(565_536), ids.uid(0)],
+            [0, 65535, 65534, 65534]
+        );
         assert_eq!(Ids(None).uid(7), 7);
     }
 

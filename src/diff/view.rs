@@ -216,7 +216,10 @@ impl<'a, R: ReadAt> Table<'a, R> {
                 return Err(DiffError::Corrupt {
                     what: "folder of a layer",
                     offset: 0,
-                    reason: format!("it holds the name {:?} twice", name(&group[0]).escape_ascii().to_string()),
+                    reason: format!(
+                        "it holds the name {:?} twice",
+                        name(&group[0]).escape_ascii().to_string()
+                    ),
                 });
             }
             if let Some(child) = self.merge(group, keep_whiteouts)? {

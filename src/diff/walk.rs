@@ -73,7 +73,9 @@ pub(super) struct Items {
 impl Items {
     /// The name of an item.
     pub(super) fn name(&self, item: &Item) -> &[u8] {
-        self.names.get(item.name_at as usize..item.name_at as usize + usize::from(item.name_len)).unwrap_or(&[])
+        self.names
+            .get(item.name_at as usize..item.name_at as usize + usize::from(item.name_len))
+            .unwrap_or(&[])
     }
 
     /// Writes the path of an item to `path`, without a slash at either end.
@@ -179,7 +181,9 @@ pub(super) fn walk<R: ReadAt>(
     while let Some(frame) = frames.last_mut() {
         if let Some(next) = walk.step(frame)? {
             frames.push(next);
-        } else if frame.target.get(frame.next_target).is_none() && frame.parent.get(frame.next_parent).is_none() {
+        } else if frame.target.get(frame.next_target).is_none()
+            && frame.parent.get(frame.next_parent).is_none()
+        {
             frames.pop();
         }
     }
@@ -337,7 +341,11 @@ impl<R: ReadAt> Walk<'_, '_, R> {
             FileKind::File if inode.size > 0 => Status::Pending(was),
             FileKind::Symlink => {
                 let target = self.table.fs(node.layer)?.symlink_target(inode)?;
-                if target == self.table.fs(was.layer)?.symlink_target(&old)? { Status::Same } else { Status::Modified }
+                if target == self.table.fs(was.layer)?.symlink_target(&old)? {
+                    Status::Same
+                } else {
+                    Status::Modified
+                }
             }
             _ => Status::Same,
         })

@@ -258,6 +258,7 @@ fn finish(raw: &mut RawHeader, flag: u8, size: u64, uid: u64, gid: u64, mtime: u
     raw.magic = *MAGIC_USTAR;
     raw.chksum = *b"        ";
     let sum: u64 = raw.as_bytes().iter().map(|b| u64::from(*b)).sum();
+    raw.chksum[6] = 0;
     octal(&mut raw.chksum[..7], sum);
 }
 
@@ -308,7 +309,11 @@ mod tests {
         assert_eq!(out.len(), 512);
         assert_eq!(&out[..4], b"a/b\0");
         assert_eq!(&out[100..136], b"0000644\x000000001\x000000002\x0000000000003\0");
-        let sum: u64 = out.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u64::from(*b) }).sum();
+        let sum: u64 = out
+            .iter()
+            .enumerate()
+            .map(|(i, b)| if (148..156).contains(&i) { 32 } else { u64::from(*b) })
+            .sum();
         assert_eq!(&out[148..156], format!("{sum:06o}\0 ").as_bytes());
         for (h, record) in [
             (header("é".as_bytes()), "11 path=é\n".as_bytes().to_vec()),
@@ -319,7 +324,7 @@ mod tests {
                 Header { xattrs: &[(b"user.x", b"\0\n=")], ..header(b"a") },
                 b"27 SCHILY.xattr.user.x=\0\n=\n".to_vec(),
             ),
-            (header(b"\xFF"), b"21 hdrcharset=BINARY\n10 path=\xFF\n".to_vec()),
+            (header(b"\xFF"), b"21 hdrcharset=BINARY\n9 path=\xFF\n".to_vec()),
         ] {
             let mut out = Vec::new();
             append(&mut out, &h);

@@ -195,10 +195,15 @@ impl<R: ReadAt> Checker<R> {
         // Depth-first, so that bounds come in rising order: (block of the directory, level above leaves, bounds).
         let mut todo = vec![(0usize, u32::from(levels), (0u32, u32::MAX))];
         while let Some((index, level, bounds)) = todo.pop() {
-            let number = map.get(index).copied().ok_or_else(|| bad("it names a block outside the directory"))?;
+            let number =
+                map.get(index).copied().ok_or_else(|| bad("it names a block outside the directory"))?;
             let block = self.fs.source.block(number)?;
             let at = if index == 0 { 32 } else { 8 };
-            if index != 0 && (u32_at(&block, 0) != 0 || usize::from(u16_at(&block, 4)) != block.len() || u16_at(&block, 6) != 0) {
+            if index != 0
+                && (u32_at(&block, 0) != 0
+                    || usize::from(u16_at(&block, 4)) != block.len()
+                    || u16_at(&block, 6) != 0)
+            {
                 return Err(bad("a node does not look like an empty block"));
             }
             let limit = usize::from(u16_at(&block, at));
@@ -214,15 +219,19 @@ impl<R: ReadAt> Checker<R> {
                 let hash = if i == 0 { bounds.0 } else { u32_at(&block, at + i * 8) };
                 let child = u32_at(&block, at + i * 8 + 4) as usize;
                 let after = if i + 1 < count { u32_at(&block, at + (i + 1) * 8) } else { bounds.1 };
-                if i > 0 && (hash & !1) < (last & !1) || hash > bounds.1 {
-                    return Err(bad("hashes are out of order"));
-                }
-                if i > 0 && hash <= last && !(i == 1 && last == 0 && hash == 0) {
+                // Names of one hash may fill several blocks: equal entries then carry the collision bit.
+                if i > 0 && (hash < last || hash == last && hash & 1 == 0) || hash > bounds.1 {
                     return Err(bad("hashes are out of order"));
                 }
                 last = hash;
                 // A set lowest bit says that the hash goes on from the block before.
-                let to = if after == u32::MAX { after } else if after & 1 == 1 { after & !1 } else { after.wrapping_sub(1) };
+                let to = if after == u32::MAX {
+                    after
+                } else if after & 1 == 1 {
+                    after & !1
+                } else {
+                    after.wrapping_sub(1)
+                };
                 match places.get_mut(child) {
                     Some(place @ None) => {
                         *place = Some(if level == 0 { Place::Leaf((hash & !1, to)) } else { Place::Node });
@@ -231,7 +240,7 @@ impl<R: ReadAt> Checker<R> {
                 }
                 if level > 0 {
                     // The child's bounds keep the collision bit of the entry after it.
-                    todo.push((child, level - 1, (hash, if after == u32::MAX { after } else { after })));
+                    todo.push((child, level - 1, (hash, after)));
                 }
             }
         }

@@ -34,7 +34,8 @@ impl<R: ReadAt> Checker<R> {
         let (_, mut raw) = self.fs.raw_descriptor(number)?;
         self.fs.group(number)?;
         raw.resize(size_of::<GroupDesc>(), 0);
-        let desc = GroupDesc::read_from_bytes(&raw).map_err(|_| corrupt(place(), "its descriptor is cut off"))?;
+        let desc =
+            GroupDesc::read_from_bytes(&raw).map_err(|_| corrupt(place(), "its descriptor is cut off"))?;
         let known = GroupFlags::INODE_UNINIT | GroupFlags::BLOCK_UNINIT | GroupFlags::INODE_ZEROED;
         if !known.contains(desc.flags())
             || desc.bg_exclude_bitmap_lo.get() != 0
@@ -80,7 +81,9 @@ impl<R: ReadAt> Checker<R> {
             self.blocks.claim(first, fixed, &owner)?;
             let desc = self.descriptor(number)?;
             let table = u64::from(geometry.inode_table_blocks());
-            for (start, count) in [(desc.block_bitmap(), 1), (desc.inode_bitmap(), 1), (desc.inode_table(), table)] {
+            for (start, count) in
+                [(desc.block_bitmap(), 1), (desc.inode_bitmap(), 1), (desc.inode_table(), table)]
+            {
                 if !geometry.holds(start, count) {
                     return Err(corrupt(owner(), "its bitmaps or table lie outside the file system"));
                 }
@@ -113,12 +116,13 @@ impl<R: ReadAt> Checker<R> {
             bitmap = self.fs.source.block(desc.inode_bitmap())?.to_vec();
             let covered = bitmap.get(..per_group as usize / 8).unwrap_or(&[]);
             if !per_group.is_multiple_of(8)
-                || chksum(geometry.checksum_seed, covered) != desc_checksum(
-                    desc.bg_inode_bitmap_csum_lo.get(),
-                    desc.bg_inode_bitmap_csum_hi.get(),
-                    geometry.desc_size,
-                    chksum(geometry.checksum_seed, covered),
-                )
+                || chksum(geometry.checksum_seed, covered)
+                    != desc_checksum(
+                        desc.bg_inode_bitmap_csum_lo.get(),
+                        desc.bg_inode_bitmap_csum_hi.get(),
+                        geometry.desc_size,
+                        chksum(geometry.checksum_seed, covered),
+                    )
             {
                 return Err(corrupt(place(), "checksum of its inode bitmap does not match"));
             }
@@ -206,7 +210,10 @@ impl<R: ReadAt> Checker<R> {
             for i in 0..geometry.block_size * 8 {
                 let want = i >= blocks || self.blocks.is_used(first + u64::from(i));
                 if bit(&bitmap, i) != want {
-                    return Err(corrupt(place(), format!("its bitmap is wrong about block {}", first + u64::from(i))));
+                    return Err(corrupt(
+                        place(),
+                        format!("its bitmap is wrong about block {}", first + u64::from(i)),
+                    ));
                 }
             }
         }
@@ -236,7 +243,9 @@ impl<R: ReadAt> Checker<R> {
             };
         }
         let table = u64::from(geometry.inode_table_blocks());
-        for (start, count) in [(desc.block_bitmap(), 1), (desc.inode_bitmap(), 1), (desc.inode_table(), table)] {
+        for (start, count) in
+            [(desc.block_bitmap(), 1), (desc.inode_bitmap(), 1), (desc.inode_table(), table)]
+        {
             if start >= first && start + count <= end {
                 own += count;
             }
@@ -250,4 +259,3 @@ fn desc_checksum(low: u16, high: u16, desc_size: u16, computed: u32) -> u32 {
     let high = if desc_size >= 64 { u32::from(high) } else { computed >> 16 };
     u32::from(low) | high << 16
 }
-

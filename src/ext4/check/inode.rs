@@ -50,7 +50,8 @@ impl<R: ReadAt> Checker<R> {
         if ino < FIRST_INO && ino != ROOT_INO {
             // mke2fs gives the bad-blocks inode times, and every inode a checksum: both are harmless.
             let empty = [(0, 2), (4, 4), (20, 4), (26, 2), (28, 4), (32, 4), (40, 60), (104, 8), (116, 4)];
-            if empty.iter().any(|(at, len)| raw.get(*at..at + len).is_none_or(|f| f.iter().any(|b| *b != 0))) {
+            if empty.iter().any(|(at, len)| raw.get(*at..at + len).is_none_or(|f| f.iter().any(|b| *b != 0)))
+            {
                 return bad("a reserved inode is in use");
             }
             if let Some(node) = self.node(ino) {
@@ -80,7 +81,8 @@ impl<R: ReadAt> Checker<R> {
             return bad("its size is too large");
         }
         if inode.has(flags::INLINE_DATA) && !geometry.has(incompat::INLINE_DATA)
-            || inode.has(flags::EA_INODE) && (!geometry.has(incompat::EA_INODE) || inode.kind != FileKind::File)
+            || inode.has(flags::EA_INODE)
+                && (!geometry.has(incompat::EA_INODE) || inode.kind != FileKind::File)
             || inode.has(flags::INDEX) && inode.kind != FileKind::Directory
             || inode.has(flags::INLINE_DATA) && inode.flags & !flags::INLINE_DATA != 0
         {
@@ -106,7 +108,11 @@ impl<R: ReadAt> Checker<R> {
             FileKind::CharDevice | FileKind::BlockDevice => {
                 let old = u32_at(raw, 40);
                 let rest = if old != 0 { raw.get(44..100) } else { raw.get(48..100) };
-                if inode.flags != 0 || inode.size != 0 || old > 0xFFFF || rest.is_none_or(|r| r.iter().any(|b| *b != 0)) {
+                if inode.flags != 0
+                    || inode.size != 0
+                    || old > 0xFFFF
+                    || rest.is_none_or(|r| r.iter().any(|b| *b != 0))
+                {
                     return bad("a device that is malformed");
                 }
             }
@@ -131,7 +137,8 @@ impl<R: ReadAt> Checker<R> {
         if inode.size.div_ceil(u64::from(geometry.block_size)) > 1 << 32 {
             return bad("its size is too large");
         }
-        let stored = if inode.has(flags::HUGE_FILE) { inode.i_blocks() * block_sectors } else { inode.i_blocks() };
+        let stored =
+            if inode.has(flags::HUGE_FILE) { inode.i_blocks() * block_sectors } else { inode.i_blocks() };
         if stored != sectors {
             return bad("its count of blocks is wrong");
         }

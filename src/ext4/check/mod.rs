@@ -143,7 +143,12 @@ impl Blocks {
             let mask = (u64::MAX >> (64 - n)) << bit;
             match self.bits.get_mut(at) {
                 Some(word) if *word & mask == 0 => *word |= mask,
-                _ => return Err(corrupt(owner(), format!("block {block} or one next to it has another owner"))),
+                _ => {
+                    return Err(corrupt(
+                        owner(),
+                        format!("block {block} or one next to it has another owner"),
+                    ));
+                }
             }
             block += n;
         }
@@ -210,7 +215,8 @@ impl<R: ReadAt> Checker<R> {
         self.fs.source.read(SUPERBLOCK_OFFSET, &mut sb)?;
         let geometry = self.fs.geometry();
         let bad = |reason: &str| Err(corrupt("superblock", reason));
-        let strange = |what: String| Err(unsupported(format!("an image with {what}, which is not our writer's")));
+        let strange =
+            |what: String| Err(unsupported(format!("an image with {what}, which is not our writer's")));
         for (name, have, known, needed) in [
             ("compatible", geometry.feature_compat, COMPAT, 0),
             ("incompatible", geometry.feature_incompat, INCOMPAT, INCOMPAT_NEEDED),

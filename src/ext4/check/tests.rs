@@ -52,9 +52,12 @@ fn image(dir: &TempDir, options: &str, size: &str) -> std::path::PathBuf {
 
 #[test]
 fn good_images_pass_whatever_their_blocks() {
-    for (options, size) in
-        [("-b 1024", "16M"), ("-b 2048 -O meta_bg", "16M"), ("-b 4096", "160M"), ("-b 1024 -O meta_bg -g 1024", "24M")]
-    {
+    for (options, size) in [
+        ("-b 1024", "16M"),
+        ("-b 2048 -O meta_bg", "16M"),
+        ("-b 4096", "160M"),
+        ("-b 1024 -O meta_bg -g 1024", "24M"),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let path = image(&dir, options, size);
         let file = fs::File::open(&path).unwrap();
@@ -119,7 +122,8 @@ fn what_e2fsck_refuses_is_refused() {
     for round in 0..700 {
         let (at, len) = if round % 2 == 0 {
             // An inode in use, its checksum made right so that the change itself must be seen.
-            let ino = [2, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 30][random.below(16) as usize];
+            let ino =
+                [2, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 30][random.below(16) as usize];
             (table + (ino - 1) * 256, 256)
         } else {
             places[random.below(places.len() as u64) as usize]

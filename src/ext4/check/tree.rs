@@ -69,7 +69,9 @@ impl<R: ReadAt> Checker<R> {
                 if ino == ROOT_INO {
                     break;
                 }
-                let Some(node) = self.node(ino).filter(|node| node.kind == kind::DIRECTORY && node.dotdot != 0) else {
+                let Some(node) =
+                    self.node(ino).filter(|node| node.kind == kind::DIRECTORY && node.dotdot != 0)
+                else {
                     break;
                 };
                 if node.dotdot == u32::MAX {

@@ -142,7 +142,10 @@ impl<R: ReadAt> Checker<R> {
             return Err(bad("a value in an inode and outside it"));
         }
         let holder = self.fs.inode(x.value_inum)?;
-        if holder.kind != FileKind::File || !holder.has(flags::EA_INODE) || holder.size != u64::from(x.value_size) {
+        if holder.kind != FileKind::File
+            || !holder.has(flags::EA_INODE)
+            || holder.size != u64::from(x.value_size)
+        {
             return Err(bad("a value's inode is not what the entry says"));
         }
         let mut value = vec![0; x.value_size.min(MAX_VALUE) as usize];

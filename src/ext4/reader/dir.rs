@@ -49,14 +49,19 @@ pub(in crate::ext4) struct RawEntry<'a> {
 }
 
 /// Reads the entry at `at`; the error says what is wrong with it.
-pub(in crate::ext4) fn entry<'a>(buf: &'a [u8], at: usize, geometry: &Geometry) -> Result<RawEntry<'a>, &'static str> {
+pub(in crate::ext4) fn entry<'a>(
+    buf: &'a [u8],
+    at: usize,
+    geometry: &Geometry,
+) -> Result<RawEntry<'a>, &'static str> {
     let rest = buf.get(at..).unwrap_or(&[]);
     if rest.len() < HEAD {
         return Err("a directory entry is cut off");
     }
     let stored = usize::from(u16_at(rest, 4));
     // Blocks of 64 KiB need a length that 16 bits do not hold (`ext4_rec_len_from_disk`).
-    let rec_len = if geometry.block_size == 65536 && (stored == 65535 || stored == 0) { 65536 } else { stored };
+    let rec_len =
+        if geometry.block_size == 65536 && (stored == 65535 || stored == 0) { 65536 } else { stored };
     let (name_len, file_type) = if geometry.has(incompat::FILETYPE) {
         (usize::from(u8_at(rest, 6)), u8_at(rest, 7))
     } else {
@@ -81,7 +86,9 @@ pub(in crate::ext4) fn entry<'a>(buf: &'a [u8], at: usize, geometry: &Geometry) 
 /// Whether the last twelve bytes of a leaf block are its checksum entry.
 pub(in crate::ext4) fn has_tail(block: &[u8]) -> bool {
     let Some(at) = block.len().checked_sub(12) else { return false };
-    u32_at(block, at) == 0 && u16_at(block, at + 4) == 12 && u16_at(block, at + 6) == u16::from(CHECKSUM_TYPE) << 8
+    u32_at(block, at) == 0
+        && u16_at(block, at + 4) == 12
+        && u16_at(block, at + 6) == u16::from(CHECKSUM_TYPE) << 8
 }
 
 /// Where the count and limit of an index block stand, if this is one.

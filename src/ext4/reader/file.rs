@@ -58,7 +58,11 @@ impl<R: ReadAt> Ext4<R> {
     pub fn data_map(&self, inode: &Inode) -> Result<Vec<DataRange>, Ext4Error> {
         if inode.has(flags::INLINE_DATA) {
             let len = inode.size;
-            return Ok(if len == 0 { Vec::new() } else { vec![DataRange { offset: 0, len, disk_offset: None }] });
+            return Ok(if len == 0 {
+                Vec::new()
+            } else {
+                vec![DataRange { offset: 0, len, disk_offset: None }]
+            });
         }
         let block_size = u64::from(self.geometry().block_size);
         let mut ranges = Vec::new();
@@ -122,7 +126,9 @@ impl<R: ReadAt> Ext4<R> {
         let mut target = vec![0; inode.size as usize];
         // `ext4_inode_is_fast_symlink`: short targets stand in i_block, unless they are inline data.
         if inode.size < 60 && !inode.has(flags::INLINE_DATA | flags::EXTENTS) {
-            target.copy_from_slice(inode.i_block().get(..inode.size as usize).ok_or_else(|| bad("it is cut off"))?);
+            target.copy_from_slice(
+                inode.i_block().get(..inode.size as usize).ok_or_else(|| bad("it is cut off"))?,
+            );
         } else {
             self.read_file_at(inode, 0, &mut target)?;
         }

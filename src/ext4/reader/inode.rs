@@ -238,7 +238,11 @@ pub(in crate::ext4) fn checksum_matches(ino: u32, raw: &[u8], geometry: &Geometr
 
 /// Old (16-bit) and new (32-bit) device numbers (`ext4_iget`, `new_decode_dev`).
 fn decode_rdev(old: u32, new: u32) -> (u32, u32) {
-    if old != 0 { (old >> 8 & 0xFF, old & 0xFF) } else { (new >> 8 & 0xFFF, new & 0xFF | new >> 12 & 0xF_FF00) }
+    if old != 0 {
+        (old >> 8 & 0xFF, old & 0xFF)
+    } else {
+        (new >> 8 & 0xFFF, new & 0xFF | new >> 12 & 0xF_FF00)
+    }
 }
 
 #[cfg(test)]

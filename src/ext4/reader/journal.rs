@@ -17,8 +17,8 @@ use crate::{
     ext4::{
         Ext4Error,
         layout::journal::{
-            COMMIT_CHKSUM_AT, COMPAT_CHECKSUM, CRC32_TYPE, HEADER_LEN, REVOKE_HEADER_LEN, SUPERBLOCK_LEN, block_type,
-            feature, tag_flag,
+            COMMIT_CHKSUM_AT, COMPAT_CHECKSUM, CRC32_TYPE, HEADER_LEN, REVOKE_HEADER_LEN, SUPERBLOCK_LEN,
+            block_type, feature, tag_flag,
         },
         reader::extent::Extent,
     },
@@ -90,8 +90,7 @@ pub(in crate::ext4) fn recover<R: ReadAt>(fs: &Ext4<R>) -> Result<Overlay, Ext4E
     let extents = fs.extents(&inode)?;
     let block_size = fs.geometry().block_size;
     let blocks = u32::try_from(inode.size / u64::from(block_size)).map_err(|_| bad("it is too long"))?;
-    let mut journal =
-        Journal { fs, extents, first: 0, end: blocks, incompat: 0, compat: 0, seed: 0 };
+    let mut journal = Journal { fs, extents, first: 0, end: blocks, incompat: 0, compat: 0, seed: 0 };
     let sb = journal.read(0)?;
     if be32(&sb, 0) != MAGIC {
         return Err(bad("its superblock has no magic number"));
@@ -325,11 +324,8 @@ impl<R: ReadAt> Journal<'_, R> {
         }
         if self.checksummed() {
             let crc = chksum(chksum(self.seed, &sequence.to_be_bytes()), &self.read(at)?);
-            let matches = if self.has(feature::CSUM_V3) {
-                crc == tag.checksum
-            } else {
-                crc & 0xFFFF == tag.checksum
-            };
+            let matches =
+                if self.has(feature::CSUM_V3) { crc == tag.checksum } else { crc & 0xFFFF == tag.checksum };
             if !matches {
                 return Err(bad("checksum of a logged block does not match"));
             }

@@ -64,8 +64,6 @@ pub struct Ext4<R> {
 /// A group descriptor, parsed.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::ext4) struct Group {
-    pub(in crate::ext4) block_bitmap: u64,
-    pub(in crate::ext4) inode_bitmap: u64,
     pub(in crate::ext4) inode_table: u64,
 }
 
@@ -89,8 +87,8 @@ impl<R: ReadAt> Ext4<R> {
         disk.read_exact_at(&mut sb, SUPERBLOCK_OFFSET)
             .map_err(|e| io_error("reading the superblock", SUPERBLOCK_OFFSET, e))?;
         let geometry = Geometry::parse(&sb, size)?;
-        let recover = recovery
-            && geometry.has(incompat::RECOVER) && geometry.feature_compat & compat::HAS_JOURNAL != 0;
+        let recover =
+            recovery && geometry.has(incompat::RECOVER) && geometry.feature_compat & compat::HAS_JOURNAL != 0;
         if recover && geometry.feature_compat & compat::FAST_COMMIT != 0 {
             return Err(unsupported("recovery of fast commits"));
         }
@@ -150,9 +148,9 @@ impl<R: ReadAt> Ext4<R> {
         let (_, raw) = self.raw_descriptor(number)?;
         let geometry = self.geometry();
         let is_wide = raw.len() >= 64;
-        let field = |low: usize, high: usize| wide(u32_at(&raw, low), if is_wide { u32_at(&raw, high) } else { 0 });
-        let group =
-            Group { block_bitmap: field(0, 0x20), inode_bitmap: field(4, 0x24), inode_table: field(8, 0x28) };
+        let field =
+            |low: usize, high: usize| wide(u32_at(&raw, low), if is_wide { u32_at(&raw, high) } else { 0 });
+        let group = Group { inode_table: field(8, 0x28) };
         if !descriptor_checksum_matches(geometry, number, &raw) {
             return Err(corrupt(format!("group {number}"), "checksum of its descriptor does not match"));
         }
@@ -179,7 +177,10 @@ impl<R: ReadAt> Ext4<R> {
         let has_blocks = match inode.kind {
             FileKind::File | FileKind::Directory => !inode.has(inode::flags::INLINE_DATA),
             // A short target stands where the tree would.
-            FileKind::Symlink => !inode.has(inode::flags::INLINE_DATA) && (inode.size >= 60 || inode.has(inode::flags::EXTENTS)),
+            FileKind::Symlink => {
+                !inode.has(inode::flags::INLINE_DATA)
+                    && (inode.size >= 60 || inode.has(inode::flags::EXTENTS))
+            }
             _ => false,
         };
         if has_blocks {

@@ -55,7 +55,6 @@ pub(in crate::ext4) mod incompat {
 /// `s_feature_ro_compat`.
 pub(in crate::ext4) mod ro_compat {
     pub(in crate::ext4) const SPARSE_SUPER: u32 = 0x1;
-    pub(in crate::ext4) const HUGE_FILE: u32 = 0x8;
     pub(in crate::ext4) const GDT_CSUM: u32 = 0x10;
     pub(in crate::ext4) const BIGALLOC: u32 = 0x200;
     pub(in crate::ext4) const METADATA_CSUM: u32 = 0x400;
@@ -136,7 +135,7 @@ impl Geometry {
             return Err(unsupported(format!("incompatible feature bits {unknown:#x}")));
         }
         if feature_ro_compat & ro_compat::BIGALLOC != 0 {
-            return Err(unsupported("bigalloc".to_owned()));
+            return Err(unsupported("bigalloc"));
         }
         let log = u32_at(sb, 0x18);
         if log > 6 {
@@ -158,7 +157,8 @@ impl Geometry {
         if first_data_block != u32::from(block_size == 1024) || blocks_count <= u64::from(first_data_block) {
             return Err(bad("first data block is wrong"));
         }
-        if blocks_per_group < 256 || blocks_per_group > block_size * 8 || !blocks_per_group.is_multiple_of(8) {
+        if blocks_per_group < 256 || blocks_per_group > block_size * 8 || !blocks_per_group.is_multiple_of(8)
+        {
             return Err(bad("blocks per group are out of range"));
         }
         if u32_at(sb, 0x1C) != log {
@@ -177,9 +177,10 @@ impl Geometry {
             return Err(bad("inodes per group are out of range"));
         }
         let groups = (blocks_count - u64::from(first_data_block)).div_ceil(u64::from(blocks_per_group));
-        let Some(groups) = u32::try_from(groups).ok().filter(|g| {
-            u64::from(*g) * u64::from(inodes_per_group) == u64::from(inodes_count)
-        }) else {
+        let Some(groups) = u32::try_from(groups)
+            .ok()
+            .filter(|g| u64::from(*g) * u64::from(inodes_per_group) == u64::from(inodes_count))
+        else {
             return Err(bad("inode count does not fit the groups"));
         };
         if u64::from(inodes_count) * u64::from(inode_size) > disk_bytes {
@@ -187,11 +188,8 @@ impl Geometry {
         }
         let mut uuid = [0; 16];
         uuid.copy_from_slice(&sb[0x68..0x78]);
-        let checksum_seed = if feature_incompat & incompat::CSUM_SEED != 0 {
-            u32_at(sb, 0x270)
-        } else {
-            chksum(!0, &uuid)
-        };
+        let checksum_seed =
+            if feature_incompat & incompat::CSUM_SEED != 0 { u32_at(sb, 0x270) } else { chksum(!0, &uuid) };
         Ok(Self {
             block_size,
             blocks_count,
@@ -271,7 +269,8 @@ impl Geometry {
 
     /// Blocks of one group's inode table.
     pub(in crate::ext4) fn inode_table_blocks(&self) -> u32 {
-        (u64::from(self.inodes_per_group) * u64::from(self.inode_size)).div_ceil(u64::from(self.block_size)) as u32
+        (u64::from(self.inodes_per_group) * u64::from(self.inode_size)).div_ceil(u64::from(self.block_size))
+            as u32
     }
 
     /// Whether `count` blocks from `first` lie inside the file system, behind the superblock.

@@ -73,10 +73,19 @@ fn crashed(options: &str) -> (tempfile::TempDir, std::path::PathBuf) {
 
 #[test]
 fn a_dirty_journal_is_replayed_in_memory() {
-    for options in ["", "-O ^metadata_csum", "-b 1024 -O ^64bit,^metadata_csum", "-b 1024", "-O ^metadata_csum -J size=4"] {
+    for options in [
+        "",
+        "-O ^metadata_csum",
+        "-b 1024 -O ^64bit,^metadata_csum",
+        "-b 1024",
+        "-O ^metadata_csum -J size=4",
+    ] {
         let (_dir, copy) = crashed(options);
         let before = fs::read(&copy).unwrap();
-        assert!(sh(&format!("dumpe2fs -h {} 2>/dev/null", copy.display())).contains("needs_recovery"), "{options}");
+        assert!(
+            sh(&format!("dumpe2fs -h {} 2>/dev/null", copy.display())).contains("needs_recovery"),
+            "{options}"
+        );
         let dirty = Ext4::open(File::open(&copy).unwrap()).unwrap();
         assert!(!dirty.source.overlay.is_empty(), "{options}");
         // The kernel's own recovery must give the same.
