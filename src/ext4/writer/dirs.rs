@@ -102,10 +102,11 @@ fn names_of(tree: &Tree, dir: u32) -> Vec<Name<'_>> {
 }
 
 impl<W: WriteAt> ImageWriter<W> {
-    /// Bytes of entries that an inline directory holds in `i_block` and in its value, if the names fit.
+    /// Bytes of entries that an inline directory holds in its value (beyond `i_block`), if the names fit. The root is
+    /// never inline: the kernel mounts no root without blocks.
     pub(super) fn inline_directory(&self, dir: u32) -> Option<usize> {
         let room = self.inline_room(self.tree.nodes[dir as usize].xattrs) as usize;
-        if room < I_BLOCK_SIZE {
+        if room < I_BLOCK_SIZE || dir == 0 {
             return None;
         }
         let (mut first, mut second) = (INLINE_FIRST, 0);

@@ -99,7 +99,9 @@ impl<W: WriteAt> ImageWriter<W> {
         if plan.block.is_empty() {
             return Ok(());
         }
+        let mut value_blocks = 0;
         for &i in &plan.ea {
+            value_blocks += plan.block[i].value.len().div_ceil(bs) as u64;
             plan.block[i].ea = Some(self.write_value(&plan.block[i].value)?);
         }
         let (block, _) = self.space.take(1)?;
@@ -114,7 +116,7 @@ impl<W: WriteAt> ImageWriter<W> {
         header.h_checksum.set(checksum::xattr_block(CHECKSUM_SEED, block, &bytes));
         bytes[..BLOCK_HEADER_SIZE].copy_from_slice(header.as_bytes());
         self.sink.put(block * bs as u64, &bytes)?;
-        self.overflow.insert(id, Overflow { block });
+        self.overflow.insert(id, Overflow { block, value_blocks });
         Ok(())
     }
 

@@ -199,7 +199,7 @@ impl<W: WriteAt> ImageWriter<W> {
             if let Some(place) = place {
                 raw.i_file_acl_lo.set(place.block as u32);
                 raw.i_file_acl_high.set((place.block >> 32) as u16);
-                body.blocks += 1;
+                body.blocks += 1 + place.value_blocks;
             }
             let room = self.xattr_room(body.inline.as_ref().map(Vec::len));
             let mut items = Vec::new();

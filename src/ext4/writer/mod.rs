@@ -20,7 +20,7 @@ mod inodes;
 mod sink;
 mod space;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tree;
 mod xattrs;
 
@@ -206,7 +206,10 @@ struct Root {
 /// Attributes beyond a slot.
 #[derive(Debug)]
 struct Overflow {
+    /// The attribute block.
     block: u64,
+    /// Blocks of values in inodes of their own: charged to this inode too.
+    value_blocks: u64,
 }
 
 impl<W: WriteAt> ImageWriter<W> {

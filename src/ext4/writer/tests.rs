@@ -18,7 +18,8 @@ fn profiles() -> impl Iterator<Item = WriterOptions> {
     })
 }
 
-/// A mounted image; unmounted when dropped.
+/// A mounted image; unmounted when dropped (lazily: a child that another test has just forked may hold a descriptor for
+/// a moment). The loop device goes with the mount.
 pub(crate) struct Mount {
     dir: tempfile::TempDir,
 }
@@ -44,7 +45,7 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-d").arg(self.dir.path()).status();
+        let _ = Command::new("umount").arg("-l").arg(self.dir.path()).status();
     }
 }
 
@@ -95,6 +96,9 @@ fn bytes(len: usize, seed: u8) -> Vec<u8> {
 fn xattr(name: &str, value: &[u8]) -> Xattr {
     Xattr { name: name.into(), value: value.to_vec() }
 }
+
+/// `cap_net_raw+ep`: the kernel checks the form of this attribute when it is read.
+const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 fn getfattr(path: &Path, name: &str) -> Option<Vec<u8>> {
     let mut buf = vec![0u8; 70_000];
@@ -163,7 +167,7 @@ fn every_kind_of_node_reads_back_through_the_kernel() {
             vec![xattr("user.a", b"v")],
             vec![
                 xattr("user.empty", b""),
-                xattr("security.capability", &[1; 20]),
+                xattr("security.capability", &CAPABILITY),
                 xattr("user.b", &[0, 10, 255]),
             ],
             vec![xattr("system.posix_acl_access", &acl()), xattr("trusted.x", &bytes(300, 1))],
@@ -315,5 +319,326 @@ fn files_of_many_extents_and_far_ends() {
         let data = rustix::fs::seek(&far, rustix::fs::SeekFrom::Data(bs)).unwrap();
         assert_eq!(data, size - bs);
         assert_eq!(mount.path().join("hole").metadata().unwrap().len(), 1 << 40);
+    }
+}
+
+#[test]
+fn names_that_collide_in_the_hash() {
+    // Names of 255 bytes fill a leaf of 1 KiB by threes, so that colliding names often fall into two leaves.
+    let name = |i: u32| format!("{i:08x}{}", "n".repeat(247));
+    let mut hashes: Vec<(u32, u32)> = (0..3_000_000)
+        .map(|i| (super::super::layout::hash::half_md4(name(i).as_bytes(), &HASH_SEED).0, i))
+        .collect();
+    hashes.sort_unstable();
+    let mut names: Vec<String> = hashes
+        .chunk_by(|a, b| a.0 == b.0)
+        .filter(|group| group.len() > 1)
+        .flatten()
+        .map(|&(_, i)| name(i))
+        .collect();
+    assert!(names.len() > 2_000, "{}", names.len());
+    names.sort();
+    for options in profiles().filter(|o| o.inline_data) {
+        let file = image();
+        let mut w = ImageWriter::new(file.as_file(), options).unwrap();
+        let root = w.root();
+        for n in &names {
+            w.create(root, n.as_bytes(), NodeKind::Fifo, attributes(0o644), vec![]).unwrap();
+        }
+        w.finish().unwrap();
+        fsck(file.path());
+        assert_names(Mount::new(file.path(), "ro").path(), &names);
+    }
+}
+
+#[test]
+fn three_levels_need_large_dir() {
+    let file = image();
+    let mut w = ImageWriter::new(file.as_file(), WriterOptions::default()).unwrap();
+    let root = w.root();
+    let only = w.create(root, &[b'x'; 255], NodeKind::Fifo, attributes(0o644), vec![]).unwrap();
+    let names: Vec<String> = (0..60_000).map(|i| format!("{i:08}{}", "n".repeat(247))).collect();
+    for n in &names {
+        w.link(root, n.as_bytes(), only).unwrap();
+    }
+    w.unlink(root, &[b'x'; 255]).unwrap();
+    w.finish().unwrap();
+    fsck(file.path());
+    let out = Command::new("dumpe2fs").arg("-h").arg(file.path()).output().unwrap();
+    assert!(String::from_utf8_lossy(&out.stdout).contains("large_dir"));
+    let mount = Mount::new(file.path(), "ro");
+    assert_names(mount.path(), &names);
+    assert_eq!(mount.path().join(&names[0]).metadata().unwrap().nlink(), 60_000);
+}
+
+#[test]
+fn more_folders_than_links_can_count() {
+    let file = image();
+    let mut w = ImageWriter::new(file.as_file(), WriterOptions::default()).unwrap();
+    let root = w.root();
+    let parent = w.create(root, b"p", NodeKind::Directory, attributes(0o755), vec![]).unwrap();
+    for i in 0..65_010 {
+        w.create(parent, format!("{i}").as_bytes(), NodeKind::Directory, attributes(0o755), vec![]).unwrap();
+    }
+    let file_node = w.create(root, b"f", NodeKind::File, attributes(0o644), vec![]).unwrap();
+    for i in 1..65_000 {
+        w.link(root, format!("l{i}").as_bytes(), file_node).unwrap();
+    }
+    assert!(matches!(w.link(root, b"one more", file_node), Err(Ext4Error::Unsupported { .. })));
+    assert!(matches!(w.link(root, b"dir", parent), Err(Ext4Error::Usage { .. })));
+    w.finish().unwrap();
+    fsck(file.path());
+    let mount = Mount::new(file.path(), "ro");
+    assert_eq!(mount.path().join("p").metadata().unwrap().nlink(), 1);
+    assert_eq!(mount.path().join("f").metadata().unwrap().nlink(), 65_000);
+}
+
+/// A small tree with all that takes space: data, trees of extents, folders, attributes, dropped files.
+fn busy<W: WriteAt>(out: W, options: WriterOptions) -> Result<ImageSummary> {
+    let mut w = ImageWriter::new(out, options)?;
+    let root = w.root();
+    let bs = u64::from(options.block_size.bytes());
+    for d in 0..3 {
+        let dir =
+            w.create(root, format!("d{d}").as_bytes(), NodeKind::Directory, attributes(0o755), vec![])?;
+        for f in 0..150 {
+            let set = if f % 50 == 0 { vec![xattr("user.big", &bytes(5000, f as u8))] } else { vec![] };
+            let n =
+                w.create(dir, format!("some-file-{f}").as_bytes(), NodeKind::File, attributes(0o644), set)?;
+            w.begin_file(n, 40 * bs)?;
+            for i in 0..f % 9 {
+                w.write_data(i * 4 * bs, &bytes(bs as usize + 9, i as u8), &mut |_| ())?;
+            }
+            w.end_file()?;
+        }
+        for f in (0..150).step_by(3) {
+            w.unlink(dir, format!("some-file-{f}").as_bytes())?;
+        }
+    }
+    w.unlink(root, b"d1")?;
+    w.finish()
+}
+
+#[test]
+fn dropped_files_leave_free_space_and_the_same_calls_the_same_bytes() {
+    let mut uuids = Vec::new();
+    for options in profiles() {
+        let file = image();
+        let summary = busy(file.as_file(), options).unwrap();
+        fsck(file.path());
+        assert!(summary.blocks_used < summary.blocks);
+        let again = MemDisk::new();
+        assert_eq!(busy(&again, options).unwrap(), summary);
+        assert!(fs::read(file.path()).unwrap() == again.to_vec());
+        assert_eq!((summary.uuid[6] >> 4, summary.uuid[8] >> 6), (8, 2));
+        uuids.push(summary.uuid);
+        let mount = Mount::new(file.path(), "ro");
+        assert_eq!(fs::read_dir(mount.path()).unwrap().count(), 2);
+        assert_eq!(fs::read_dir(mount.path().join("d2")).unwrap().count(), 100);
+    }
+    uuids.sort_unstable();
+    uuids.dedup();
+    assert_eq!(uuids.len(), 6);
+}
+
+#[test]
+fn placed_bytes_are_where_they_are_said_to_be() {
+    for options in profiles() {
+        let disk = MemDisk::new();
+        let mut w = ImageWriter::new(&disk, options).unwrap();
+        let root = w.root();
+        let mut all = Vec::new();
+        for len in [100, 3000, 20_000_000] {
+            let n = w
+                .create(root, format!("{len}").as_bytes(), NodeKind::File, attributes(0o644), vec![])
+                .unwrap();
+            let data = bytes(len, 9);
+            w.begin_file(n, len as u64 + 5000).unwrap();
+            let mut at = 0;
+            for (offset, chunk) in [(0, &data[..len / 3]), (len / 3 + 5000, &data[len / 3..])] {
+                w.write_data(offset as u64, chunk, &mut |p| {
+                    let Placed::At { image_offset, len } = p else { panic!("{p:?}") };
+                    all.push((image_offset, data[at..at + len as usize].to_vec()));
+                    at += len as usize;
+                })
+                .unwrap();
+            }
+            assert_eq!(at, len);
+            w.end_file().unwrap();
+        }
+        w.finish().unwrap();
+        let image = disk.to_vec();
+        for (at, expected) in all {
+            assert!(image[at as usize..at as usize + expected.len()] == expected);
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_at_every_byte() {
+    let options = WriterOptions::default();
+    let whole = busy(MemDisk::new(), options).unwrap().image_bytes;
+    for budget in (0..whole).step_by(whole as usize / 150) {
+        match busy(FaultDisk::full_after(MemDisk::new(), budget), options) {
+            Err(Ext4Error::Io { .. }) => {}
+            Ok(s) => assert!(budget > s.image_bytes / 2, "success with {budget} bytes"),
+            Err(e) => panic!("{e}"),
+        }
+    }
+    for max_image_bytes in (0..whole).step_by(whole as usize / 150) {
+        let result = busy(MemDisk::new(), WriterOptions { max_image_bytes, ..options });
+        assert!(matches!(result, Err(Ext4Error::Full { .. })), "{max_image_bytes} of {whole}: {result:?}");
+    }
+    assert!(busy(MemDisk::new(), WriterOptions { max_image_bytes: whole, ..options }).is_ok());
+}
+
+#[test]
+fn misuse_is_an_error() {
+    let mut w = ImageWriter::new(MemDisk::new(), WriterOptions::default()).unwrap();
+    let root = w.root();
+    let f = add_file(&mut w, root, b"f", b"x");
+    for name in [&b""[..], b".", b"..", b"a/b", b"a\0b", &[b'x'; 256], b"f"] {
+        assert!(matches!(
+            w.create(root, name, NodeKind::Fifo, attributes(0), vec![]),
+            Err(Ext4Error::Usage { .. })
+        ));
+    }
+    assert!(w.create(f, b"below a file", NodeKind::Fifo, attributes(0), vec![]).is_err());
+    assert!(w.unlink(root, b"none").is_err() && w.end_file().is_err());
+    assert!(w.write_data(0, b"x", &mut |_| ()).is_err() && w.begin_file(root, 1).is_err());
+    assert!(matches!(w.begin_file(f, 1 << 50), Err(Ext4Error::Unsupported { .. })));
+    let kinds = [
+        NodeKind::CharDevice { major: 5000, minor: 0 },
+        NodeKind::Symlink { target: vec![b'x'; 1024] },
+        NodeKind::Symlink { target: vec![] },
+    ];
+    for kind in kinds {
+        assert!(w.create(root, b"n", kind, attributes(0), vec![]).is_err());
+    }
+    let sets = [
+        vec![xattr("com.apple.x", b"")],
+        vec![xattr("system.posix_acl_access", b"bad")],
+        vec![xattr("user.big", &[0; 65_537])],
+        (0..40).map(|i| xattr(&format!("user.{i}"), b"")).collect(),
+    ];
+    for set in sets {
+        assert!(w.set_xattrs(f, set).is_err());
+    }
+    assert_eq!(w.lookup(root, b"n"), None);
+    w.begin_file(f, 10).unwrap();
+    w.write_data(4, b"4567", &mut |_| ()).unwrap();
+    assert!(w.write_data(7, b"7", &mut |_| ()).is_err() && w.write_data(8, b"890", &mut |_| ()).is_err());
+    assert!(w.write_data(u64::MAX, b"89", &mut |_| ()).is_err());
+    assert!(matches!(w.finish(), Err(Ext4Error::Usage { .. })));
+}
+
+mod random {
+    use super::*;
+    use proptest::{collection::vec, prelude::*};
+    use std::collections::BTreeMap;
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Create(u8, u8, bool, Vec<(u16, u16)>),
+        Link(u8, u8, u8),
+        Unlink(u8, u8),
+        Label(u8, u16),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (any::<u8>(), any::<u8>(), any::<bool>(), vec((0u16..9000, 0u16..9000), 0..4))
+                .prop_map(|(d, n, dir, data)| Step::Create(d, n, dir, data)),
+            1 => (any::<u8>(), any::<u8>(), any::<u8>()).prop_map(|(d, n, f)| Step::Link(d, n, f)),
+            1 => (any::<u8>(), any::<u8>()).prop_map(|(d, n)| Step::Unlink(d, n)),
+            1 => (any::<u8>(), 0u16..3000).prop_map(|(n, len)| Step::Label(n, len)),
+        ]
+    }
+
+    /// Content of a file and its attribute, as the writer was told.
+    type Model = BTreeMap<u32, (Option<Vec<u8>>, Vec<u8>)>;
+
+    /// Compares a folder of the model with one of the mount; the writer's own tree gives the names.
+    fn compare(w: &BTreeMap<u32, Vec<(Vec<u8>, NodeId)>>, model: &Model, dir: u32, path: &Path) {
+        assert_eq!(fs::read_dir(path).unwrap().count(), w[&dir].len());
+        for (name, node) in &w[&dir] {
+            let path = path.join(std::str::from_utf8(name).unwrap());
+            let (data, label) = &model[&node.0];
+            assert_eq!(getfattr(&path, "user.label").unwrap_or_default(), *label);
+            match data {
+                Some(data) => assert!(fs::read(&path).unwrap() == *data, "{}", path.display()),
+                None => compare(w, model, node.0, &path),
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..Default::default() })]
+        #[test]
+        fn trees_read_back(steps in vec(step(), 1..120), size in 0usize..3, inline_data: bool) {
+            let file = image();
+            let options = WriterOptions { block_size: SIZES[size], inline_data, ..Default::default() };
+            let mut w = ImageWriter::new(file.as_file(), options).unwrap();
+            let mut model: Model = BTreeMap::from([(0, (None, vec![]))]);
+            let mut nodes = vec![w.root()];
+            let name = |n: u8| format!("{}-{n}", "name".repeat(usize::from(n % 60)));
+            for step in steps {
+                let dirs: Vec<NodeId> = nodes.iter().copied().filter(|n| model[&n.0].0.is_none()).collect();
+                let pick = |list: &[NodeId], i: u8| list[usize::from(i) % list.len()];
+                match step {
+                    Step::Create(d, n, true, _) => {
+                        let made = w.create(pick(&dirs, d), name(n).as_bytes(), NodeKind::Directory, attributes(0o755), vec![]);
+                        if let Ok(id) = made {
+                            model.insert(id.0, (None, vec![]));
+                            nodes.push(id);
+                        }
+                    }
+                    Step::Create(d, n, false, pieces) => {
+                        let made = w.create(pick(&dirs, d), name(n).as_bytes(), NodeKind::File, attributes(0o644), vec![]);
+                        let Ok(id) = made else { continue };
+                        let mut data = Vec::new();
+                        for (gap, len) in &pieces {
+                            data.resize(data.len() + usize::from(*gap), 0);
+                            data.extend(bytes(usize::from(*len), n));
+                        }
+                        w.begin_file(id, data.len() as u64).unwrap();
+                        let mut at = 0;
+                        for (gap, len) in &pieces {
+                            at += usize::from(*gap);
+                            w.write_data(at as u64, &data[at..at + usize::from(*len)], &mut |_| ()).unwrap();
+                            at += usize::from(*len);
+                        }
+                        w.end_file().unwrap();
+                        model.insert(id.0, (Some(data), vec![]));
+                        nodes.push(id);
+                    }
+                    Step::Link(d, n, f) => {
+                        let _ = w.link(pick(&dirs, d), name(n).as_bytes(), pick(&nodes, f));
+                    }
+                    Step::Unlink(d, n) => {
+                        if w.unlink(pick(&dirs, d), name(n).as_bytes()).is_ok() {
+                            // Only what can still be reached from the root is left.
+                            let (mut reached, mut i) = (vec![w.root()], 0);
+                            while i < reached.len() {
+                                reached.extend(w.children(reached[i]).into_iter().map(|(_, n)| n));
+                                i += 1;
+                            }
+                            nodes.retain(|n| reached.contains(n));
+                        }
+                    }
+                    Step::Label(n, len) => {
+                        let node = pick(&nodes, n);
+                        let label = bytes(usize::from(len), n);
+                        w.set_xattrs(node, vec![xattr("user.label", &label)]).unwrap();
+                        model.get_mut(&node.0).unwrap().1 = label;
+                    }
+                }
+            }
+            let tree: BTreeMap<u32, Vec<(Vec<u8>, NodeId)>> =
+                nodes.iter().map(|&n| (n.0, w.children(n))).collect();
+            w.finish().unwrap();
+            fsck(file.path());
+            compare(&tree, &model, 0, Mount::new(file.path(), "ro").path());
+        }
     }
 }
