@@ -3,8 +3,14 @@
 //! These tests need root, loop devices and e2fsprogs, and say so if they are missing.
 
 use super::*;
-use crate::io::{MemDisk, WriteAt};
-use std::{fs, path::Path, process::Command};
+use crate::{
+    ext4::{
+        BlockSize, Xattr,
+        writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
+    },
+    io::{MemDisk, WriteAt},
+};
+use std::{fs, path::Path, process::Command, sync::Arc};
 use tempfile::TempDir;
 
 fn sh(script: &str) -> String {
@@ -194,5 +200,95 @@ fn a_journal_or_a_strange_xattr_is_refused() {
         let script = script.replace("{m}", &mount.display().to_string());
         sh(&format!("mount -o loop {} {1}; {script}; umount {1}", path.display(), mount.display()));
         assert!(check(fs::File::open(&path).unwrap(), CheckLimits::default()).is_err(), "{script}");
+    }
+}
+
+/// Builds an image with our writer that has one of everything.
+fn written(block_size: BlockSize, inline_data: bool, files: u32) -> Arc<MemDisk> {
+    let disk = Arc::new(MemDisk::new());
+    let options = WriterOptions { block_size, inline_data, ..WriterOptions::default() };
+    let mut w = ImageWriter::new(disk.clone(), options).unwrap();
+    let attributes = Attributes { permissions: 0o755, uid: 70_000, gid: 5, ..Attributes::default() };
+    let x = |name: &str, value: &[u8]| Xattr { name: name.as_bytes().to_vec(), value: value.to_vec() };
+    let root = w.root();
+    let dir = w
+        .create(root, b"dir", NodeKind::Directory, attributes, vec![x("trusted.overlay.opaque", b"y")])
+        .unwrap();
+    let mut acl = 2u32.to_le_bytes().to_vec();
+    for (tag, id) in [(1u8, u32::MAX), (2, 1000), (4, u32::MAX), (0x10, u32::MAX), (0x20, u32::MAX)] {
+        acl.extend_from_slice(&[tag, 0, 5, 0]);
+        acl.extend_from_slice(&id.to_le_bytes());
+    }
+    for (name, size) in [("empty", 0u64), ("tiny", 20), ("small", 300), ("block", 4096), ("large", 300_000)] {
+        let xattrs = match name {
+            "tiny" => vec![x("user.a", b"1"), x("system.posix_acl_access", &acl)],
+            "small" => vec![x("user.block", &[7; 600]), x("security.capability", &[1; 20])],
+            "large" => vec![x("user.huge", &[9; 20_000])],
+            _ => Vec::new(),
+        };
+        let node = w.create(dir, name.as_bytes(), NodeKind::File, attributes, xattrs).unwrap();
+        w.begin_file(node, size).unwrap();
+        w.write_data(0, &vec![b'x'; size as usize], &mut |_| {}).unwrap();
+        w.end_file().unwrap();
+    }
+    let frag = w.create(root, b"fragments", NodeKind::File, attributes, Vec::new()).unwrap();
+    w.begin_file(frag, 40 << 20).unwrap();
+    for i in 0..1200u64 {
+        w.write_data(i * 32768, b"data", &mut |_| {}).unwrap();
+    }
+    w.end_file().unwrap();
+    w.link(root, b"again", frag).unwrap();
+    for (name, kind) in [
+        ("short", NodeKind::Symlink { target: b"dir/tiny".to_vec() }),
+        ("long", NodeKind::Symlink { target: vec![b'l'; 900] }),
+        ("chr", NodeKind::CharDevice { major: 5, minor: 1 }),
+        ("white", NodeKind::CharDevice { major: 0, minor: 0 }),
+        ("blk", NodeKind::BlockDevice { major: 259, minor: 70_000 }),
+        ("fifo", NodeKind::Fifo),
+        ("sock", NodeKind::Socket),
+    ] {
+        w.create(root, name.as_bytes(), kind, attributes, Vec::new()).unwrap();
+    }
+    let many = w.create(root, b"many", NodeKind::Directory, attributes, Vec::new()).unwrap();
+    for i in 0..files {
+        let name = format!("a-file-with-a-name-of-common-length-{i}");
+        w.create(many, name.as_bytes(), NodeKind::File, attributes, Vec::new()).unwrap();
+    }
+    let gone = w.create(root, b"gone", NodeKind::Directory, attributes, Vec::new()).unwrap();
+    w.create(gone, b"inside", NodeKind::File, attributes, Vec::new()).unwrap();
+    w.unlink(root, b"gone").unwrap();
+    w.finish().unwrap();
+    disk
+}
+
+#[test]
+fn images_of_our_writer_pass_and_read_well() {
+    for block_size in [BlockSize::B1024, BlockSize::B2048, BlockSize::B4096] {
+        for inline_data in [true, false] {
+            let disk = written(block_size, inline_data, 3000);
+            let report = check(&disk, CheckLimits::default())
+                .unwrap_or_else(|e| panic!("{block_size:?} {inline_data}: {e}"));
+            assert_eq!(report.directories, 3, "{block_size:?} {inline_data}");
+            let fs = Ext4::open(&disk).unwrap();
+            let root = fs.inode(fs.root()).unwrap();
+            let open = |dir: &crate::ext4::Inode, name: &[u8]| {
+                fs.inode(fs.lookup(dir, name).unwrap().unwrap()).unwrap()
+            };
+            let dir = open(&root, b"dir");
+            for (name, size) in
+                [("empty", 0u64), ("tiny", 20), ("small", 300), ("block", 4096), ("large", 300_000)]
+            {
+                let file = open(&dir, name.as_bytes());
+                let mut bytes = vec![0; size as usize + 10];
+                assert_eq!(fs.read_file_at(&file, 0, &mut bytes).unwrap() as u64, size);
+                assert!(bytes[..size as usize].iter().all(|b| *b == b'x'), "{name}");
+            }
+            assert_eq!(fs.xattrs(&open(&dir, b"large")).unwrap()[0].value, [9; 20_000]);
+            assert_eq!(fs.xattrs(&open(&dir, b"tiny")).unwrap().len(), 2);
+            assert_eq!(fs.symlink_target(&open(&root, b"long")).unwrap(), [b'l'; 900]);
+            assert_eq!(open(&root, b"blk").rdev, (259, 70_000));
+            assert_eq!(fs.data_map(&open(&root, b"again")).unwrap().len(), 1200);
+            assert_eq!(fs.read_dir(&open(&root, b"many")).unwrap().len(), 3000);
+        }
     }
 }

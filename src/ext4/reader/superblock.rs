@@ -111,7 +111,7 @@ impl Geometry {
     /// # Errors
     /// `Corrupt` for impossible counts or a wrong checksum, `Unsupported` for features that this program does not know.
     pub(in crate::ext4) fn parse(sb: &[u8], disk_bytes: u64) -> Result<Self, Ext4Error> {
-        let bad = |reason: &str| corrupt("superblock", reason.to_owned());
+        let bad = |reason: &str| corrupt("superblock", reason);
         if sb.len() < SUPERBLOCK_LEN || u16_at(sb, 0x38) != MAGIC {
             return Err(bad("no ext4 magic number"));
         }
