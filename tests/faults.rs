@@ -221,6 +221,8 @@ fn a_killed_worker_fails_one_request_and_leaves_nothing_behind() {
     plugin.ok("GraphDriver.Create", &json!({"ID": "bad"}));
     let mut stream = plugin.begin_apply("bad", "");
     send_chunks(&mut stream, &tar[..100_000], 10_000).unwrap();
+    // Time to get into the middle of the stream.
+    std::thread::sleep(Duration::from_millis(300));
     let worker = wait_for_child(&plugin);
     rustix::process::kill_process(worker, rustix::process::Signal::KILL).unwrap();
     let reply = Reply::read(stream).unwrap();
