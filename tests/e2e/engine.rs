@@ -507,7 +507,7 @@ impl Engine {
 
     /// Starts a container that stays.
     pub(crate) fn run_container(&self, name: &str, image: &str, args: &[&str]) {
-        let head = ["run", "-d", "--init", "--network", "none", "--name", name];
+        let head = ["run", "-d", "--network", "none", "--name", name];
         self.docker(&[&head, args, &[image, "sleep", "100000"]].concat());
     }
 
