@@ -1,17 +1,16 @@
-//! What an agent needs of the codec, and the adaptor to the real one.
+//! What an agent needs of the codec.
 //!
 //! ```text
-//!   operation ──► Codec ──► diff::{apply, record, export, changes}, ext4::check
+//!   operation ──► Codec ──► real::RealCodec ──► diff::{apply, record, export, changes}, ext4::check
 //! ```
 //!
 //! The trait exists so that channels, pool and jail are tested without a codec. Called by `operation`.
 
+pub use super::real::RealCodec;
+
 use super::{
     disk::OpDisk,
-    wire::{
-        ApplyOptions, ApplySummary, Change, CheckSummary, ErrorKind, ExportSummary, IdMaps, LayerKind,
-        WireError,
-    },
+    wire::{ApplyOptions, ApplySummary, Change, CheckSummary, ExportSummary, IdMaps, LayerKind, WireError},
 };
 use std::io::{Read, Write};
 
@@ -106,59 +105,4 @@ pub trait Codec: Send + Sync + 'static {
         parent: Parent,
         live: Option<&mut dyn Live>,
     ) -> Result<u64, WireError>;
-}
-
-/// The codec of this program.
-#[derive(Debug, Default)]
-pub struct RealCodec;
-
-fn missing<T>() -> Result<T, WireError> {
-    Err(WireError::new(ErrorKind::Unsupported, "this build has no codec"))
-}
-
-impl Codec for RealCodec {
-    fn apply(
-        &self,
-        _: &mut dyn Read,
-        _: OpDisk,
-        _: OpDisk,
-        _: Vec<Layer>,
-        _: &ApplyOptions,
-    ) -> Result<ApplySummary, WireError> {
-        missing()
-    }
-
-    fn check(&self, _: OpDisk) -> Result<CheckSummary, WireError> {
-        missing()
-    }
-
-    fn export_exact(&self, _: OpDisk, _: OpDisk, _: &mut dyn Write) -> Result<ExportSummary, WireError> {
-        missing()
-    }
-
-    fn export_canonical(
-        &self,
-        _: Vec<Layer>,
-        _: Parent,
-        _: u32,
-        _: &IdMaps,
-        _: Option<&mut dyn Live>,
-        _: &mut dyn Write,
-    ) -> Result<ExportSummary, WireError> {
-        missing()
-    }
-
-    fn changes(
-        &self,
-        _: Vec<Layer>,
-        _: Parent,
-        _: Option<&mut dyn Live>,
-        _: ChangeSink<'_>,
-    ) -> Result<(), WireError> {
-        missing()
-    }
-
-    fn diff_size(&self, _: Vec<Layer>, _: Parent, _: Option<&mut dyn Live>) -> Result<u64, WireError> {
-        missing()
-    }
 }

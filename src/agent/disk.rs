@@ -82,6 +82,11 @@ impl OpDisk {
         Self { disk, cancel }
     }
 
+    /// Whether both are the same window of the same attached file.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.disk.file, &other.disk.file) && self.disk.offset == other.disk.offset
+    }
+
     /// How many of `len` bytes at `offset` lie in the window, and where they are in the file.
     fn place(&self, offset: u64, len: usize) -> io::Result<(u64, usize)> {
         let at = self.disk.offset.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
@@ -94,6 +99,10 @@ impl ReadAt for OpDisk {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.cancel.check()?;
         let (at, len) = self.place(offset, buf.len())?;
+        // The kernel calls offsets beyond i64 an error; here they are just past the end.
+        if len == 0 || i64::try_from(at).is_err() {
+            return Ok(0);
+        }
         self.disk.file.read_at(&mut buf[..len], at)
     }
 
@@ -150,6 +159,7 @@ mod tests {
         assert_eq!(d.read_at(&mut buf, 3).unwrap(), 2);
         assert_eq!(&buf[..2], b"56");
         assert_eq!(d.read_at(&mut buf, u64::MAX - 5).unwrap(), 0);
+        assert_eq!(disk(None, true).read_at(&mut buf, u64::MAX - 5).unwrap(), 0);
         assert!(d.read_at(&mut buf, u64::MAX).is_err());
         assert_eq!(d.write_at(b"abc", 4).unwrap(), 1, "writes stop at the window's end");
         assert!(d.set_len(3).is_err());

@@ -13,6 +13,7 @@
 pub mod codec;
 pub mod disk;
 pub mod operation;
+mod real;
 pub mod serve;
 pub mod wire;
 #[cfg(target_os = "linux")]

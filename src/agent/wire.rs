@@ -96,9 +96,9 @@ pub enum FrameError {
 /// # Errors
 /// [`FrameError::Type`], [`FrameError::TooLong`].
 pub fn parse_header(header: [u8; HEADER_LEN]) -> Result<(FrameType, usize), FrameError> {
-    let [a, b, c, d, t] = header;
-    let len = u32::from_le_bytes([a, b, c, d]);
-    let kind = FrameType::from_byte(t).ok_or(FrameError::Type(t))?;
+    let [len @ .., byte] = header;
+    let len = u32::from_le_bytes(len);
+    let kind = FrameType::from_byte(byte).ok_or(FrameError::Type(byte))?;
     if len as usize > MAX_PAYLOAD {
         return Err(FrameError::TooLong(len));
     }
@@ -599,7 +599,9 @@ mod tests {
             Change { path: vec![], kind: ChangeKind::Deleted },
         ];
         let mut bytes = Vec::new();
-        all.iter().for_each(|c| encode_change(&mut bytes, c));
+        for change in &all {
+            encode_change(&mut bytes, change);
+        }
         let mut rest = bytes.as_slice();
         assert_eq!(decode_change(&mut rest).unwrap().as_ref(), Some(&all[0]));
         assert_eq!(decode_change(&mut rest).unwrap().as_ref(), Some(&all[1]));

@@ -44,7 +44,7 @@ const DESCRIPTORS: u64 = 4096;
 pub const MAX_CONTROL: usize = 64 << 10;
 
 /// Runs a worker to its end; the process's exit status. `args` is what follows `worker`.
-pub fn worker_main(args: &[String], codec: Arc<dyn Codec>) -> i32 {
+pub fn worker_main(args: &[String], codec: &Arc<dyn Codec>) -> i32 {
     let memory = std::env::var(MEMORY_VARIABLE).ok().and_then(|v| v.parse().ok()).unwrap_or(DEFAULT_MEMORY);
     let mut spec = Spec { memory, descriptors: DESCRIPTORS, file_size: None, without_seccomp: false };
     let self_test = match args {
@@ -68,7 +68,7 @@ pub fn worker_main(args: &[String], codec: Arc<dyn Codec>) -> i32 {
     if let Some(name) = self_test {
         return run_self_test(name, &report);
     }
-    match run(report, &codec) {
+    match run(report, codec) {
         Ok(()) => 0,
         Err(e) => {
             eprintln!("worker: control channel: {e}");

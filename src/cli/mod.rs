@@ -16,7 +16,11 @@ mod layer;
 mod serve;
 mod store;
 
-use crate::{agent::codec::RealCodec, config, telemetry::LogFormat};
+use crate::{
+    agent::codec::{Codec, RealCodec},
+    config,
+    telemetry::LogFormat,
+};
 use clap::{Args, Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
@@ -119,7 +123,8 @@ pub fn run() -> ExitCode {
         Command::Layer(command) => layer::run(command),
         Command::Call(args) => call::run(args),
         Command::Worker { args } => {
-            let status = crate::agent::worker_main(&args, Arc::new(RealCodec));
+            let codec: Arc<dyn Codec> = Arc::new(RealCodec);
+            let status = crate::agent::worker_main(&args, &codec);
             return u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from);
         }
     };

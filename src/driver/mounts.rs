@@ -268,7 +268,7 @@ impl Mounts {
         }
         let length = file.metadata().map_err(DriverError::io("measure", self.layout.layer(id)))?.len();
         let spec = LoopSpec {
-            sizelimit: length.saturating_sub(vhd::FOOTER_BYTES),
+            sizelimit: length.saturating_sub(vhd::FOOTER_SIZE as u64),
             autoclear: true,
             name: id.to_string(),
             ..LoopSpec::default()

@@ -214,7 +214,7 @@ impl Home {
                     let file = open(&path)?;
                     let length = file.metadata().map_err(DriverError::io("measure", &path))?.len();
                     let disk = DiskSource::read_only(Arc::new(file), path)
-                        .window(0, length.saturating_sub(vhd::FOOTER_BYTES));
+                        .window(0, length.saturating_sub(vhd::FOOTER_SIZE as u64));
                     disks.push(LayerDisk { disk, kind: LayerKind::Sandbox });
                     if !sandboxes.contains(id) {
                         sandboxes.push(id.clone());

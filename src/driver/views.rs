@@ -151,8 +151,9 @@ impl Home {
             let uuid = uuid::Uuid::new_v4();
             let blank = ext4::format::blank(bytes, &ext4::format::BlankOptions::sandbox(uuid, uid, gid))
                 .map_err(std::io::Error::other)?;
-            let footer = vhd::fixed_footer(bytes, uuid).map_err(std::io::Error::other)?;
-            crate::io::WriteAt::set_len(&file, bytes + vhd::FOOTER_BYTES)?;
+            let footer =
+                vhd::Footer::new(bytes, 0, uuid.into_bytes()).map_err(std::io::Error::other)?.to_bytes();
+            crate::io::WriteAt::set_len(&file, bytes + vhd::FOOTER_SIZE as u64)?;
             for (offset, data) in &blank {
                 crate::io::WriteAt::write_all_at(&file, data, *offset)?;
             }

@@ -15,6 +15,7 @@
 
 #[cfg(target_os = "linux")]
 pub mod embedded;
+mod exchange;
 mod job;
 pub mod pool;
 mod stream;
@@ -117,7 +118,7 @@ impl SvmError {
         matches!(self, Self::Died { .. } | Self::Timeout { .. } | Self::Protocol { .. } | Self::Disk { .. })
     }
 
-    pub(crate) fn from_frame(vm: &str, error: FrameError) -> Self {
+    pub(crate) fn from_frame(vm: &str, error: &FrameError) -> Self {
         Self::Protocol { vm: vm.to_owned(), reason: error.to_string() }
     }
 }

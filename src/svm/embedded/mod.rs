@@ -1,31 +1,146 @@
 //! The embedded backend: a jailed child process of this very program.
-use super::{BackendLimits, ServiceVm, SvmError, VmBackend, VmSpec};
-use futures_util::future::BoxFuture;
-use std::{path::PathBuf, sync::Arc};
+//!
+//! ```text
+//!   spawner thread ─► lcow-graphdriver worker       0 ◄═ control: messages + descriptors ═► EmbeddedVm
+//!                       (jail, then Hello)          2 ══ stderr ═► tracing, tail kept
+//!   attach(disk)  ─► descriptor by SCM_RIGHTS       open_channel ─► one end of a socketpair
+//! ```
+//!
+//! Needs nothing installed. The worker gets descriptors only; a read-only disk is a descriptor that can't write. A
+//! dead worker is noticed by its pidfd, reaped at once, and leaves neither files nor processes. Called by `pool`
+//! through the traits in `svm`.
+
+mod control;
+
+use super::{
+    Access, BackendLimits, Channel, Death, DiskId, DiskSource, JailReport, ServiceVm, SvmError, VmBackend,
+    VmSpec,
+};
+use crate::{
+    agent::{
+        wire::{Control, Hello, PROTOCOL_VERSION},
+        worker::MEMORY_VARIABLE,
+    },
+    sys::linux::{
+        asyncfd, fdpass,
+        process::{WorkerCommand, WorkerProcess, is_writable, reopen_read_only, spawn_worker},
+    },
+};
+use control::ControlClient;
+use futures_util::{FutureExt, future::BoxFuture};
+use parking_lot::Mutex;
+use std::{
+    collections::VecDeque,
+    ffi::OsString,
+    fmt, io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::PathBuf,
+    process::ChildStderr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+use tokio::{io::Interest, sync::watch};
+
+/// Kernel buffer of a data channel, each way; bytes.
+const CHANNEL_BUFFER: usize = 256 << 10;
+/// How much of what a worker said is kept; lines and bytes per line.
+const CONSOLE_LINES: usize = 64;
+const CONSOLE_LINE: usize = 1024;
 
 /// How workers are started.
 #[derive(Debug, Clone)]
 pub struct EmbeddedConfig {
     /// The program with the hidden `worker` subcommand; `/proc/self/exe` unless a test says otherwise.
     pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Environment besides what the backend itself sets; workers inherit nothing else.
+    pub env: Vec<(OsString, OsString)>,
     /// Address space of a worker; bytes.
     pub memory_limit: u64,
 }
 
 impl Default for EmbeddedConfig {
     fn default() -> Self {
-        Self { program: "/proc/self/exe".into(), memory_limit: 8 << 30 }
+        Self {
+            program: "/proc/self/exe".into(),
+            args: vec!["worker".into()],
+            env: Vec::new(),
+            memory_limit: 8 << 30,
+        }
     }
 }
 
 /// Starts jailed workers.
 #[derive(Debug)]
-pub struct EmbeddedBackend {}
+pub struct EmbeddedBackend {
+    config: EmbeddedConfig,
+}
 
 impl EmbeddedBackend {
     /// A backend.
-    pub fn new(_config: EmbeddedConfig) -> Self {
-        Self {}
+    pub fn new(config: EmbeddedConfig) -> Self {
+        Self { config }
+    }
+
+    fn command(&self) -> WorkerCommand {
+        let mut env = self.config.env.clone();
+        env.push((MEMORY_VARIABLE.into(), self.config.memory_limit.to_string().into()));
+        // glibc reserves 64 MiB of address space per arena, which would eat the limit; two are plenty for our threads.
+        env.push(("MALLOC_ARENA_MAX".into(), "2".into()));
+        WorkerCommand { program: self.config.program.clone(), args: self.config.args.clone(), env }
+    }
+
+    async fn start(&self, spec: VmSpec) -> Result<Arc<dyn ServiceVm>, SvmError> {
+        let failed = |reason: String, console: String| SvmError::Boot { reason, console };
+        let (sender, started) = tokio::sync::oneshot::channel();
+        spawn_worker(self.command(), move |worker| {
+            // If nobody waits any more, the worker is killed and reaped by being dropped here.
+            let _ = sender.send(worker);
+        })
+        .map_err(|e| failed(e.to_string(), String::new()))?;
+        let program = self.config.program.display();
+        let mut worker = started
+            .await
+            .map_err(|_| failed("the spawner thread is gone".into(), String::new()))?
+            .map_err(|e| failed(format!("{program}: {e}"), String::new()))?;
+        let console = Console::default();
+        let (Some(stderr), Some(socket)) = (worker.stderr.take(), worker.control.take()) else {
+            return Err(failed("worker without control socket".into(), String::new()));
+        };
+        let pid = worker.pid();
+        console.follow(stderr, pid).map_err(|e| failed(e.to_string(), String::new()))?;
+        let control = ControlClient::new(socket).map_err(|e| failed(e.to_string(), String::new()))?;
+        let vm = Arc::new(EmbeddedVm {
+            label: format!("worker {pid} (vm {})", spec.number),
+            control,
+            console,
+            death: watch::channel(None).0,
+            next_disk: AtomicU32::new(0),
+            worker: Mutex::new(Some(worker)),
+            jail: Mutex::new(None),
+        });
+        vm.watch().map_err(|e| failed(e.to_string(), String::new()))?;
+        let hello: Hello = match vm.control.hello().await {
+            Ok(hello) => hello,
+            Err(e) => {
+                vm.terminate().await;
+                let cause =
+                    vm.death.borrow().as_ref().map_or_else(String::new, |d| format!(" ({})", d.cause));
+                return Err(failed(format!("{program} did not greet: {e}{cause}"), vm.console.tail()));
+            }
+        };
+        if hello.version != PROTOCOL_VERSION {
+            let reason = format!("it speaks protocol {}, we speak {PROTOCOL_VERSION}", hello.version);
+            return Err(failed(reason, vm.console.tail()));
+        }
+        *vm.jail.lock() = Some(hello.jail);
+        Ok(vm)
     }
 }
 
@@ -33,13 +148,200 @@ impl VmBackend for EmbeddedBackend {
     fn name(&self) -> &'static str {
         "embedded"
     }
+
     fn limits(&self) -> BackendLimits {
-        BackendLimits { disks: 1000, vms: 1000 }
+        BackendLimits { disks: crate::agent::serve::MAX_DISKS, vms: 4096 }
     }
-    fn boot(&self, _spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {
-        todo!()
+
+    fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {
+        self.start(spec).boxed()
     }
+
     fn reap(&self) -> BoxFuture<'_, Result<usize, SvmError>> {
-        todo!()
+        // Workers die with the daemon (parent-death signal, end of the control socket) and own nothing but memory.
+        async { Ok(0) }.boxed()
+    }
+}
+
+/// What a worker said last.
+#[derive(Debug, Clone, Default)]
+struct Console(Arc<Mutex<VecDeque<String>>>);
+
+impl Console {
+    /// Keeps and logs what comes from `stderr` until its end.
+    fn follow(&self, stderr: ChildStderr, pid: i32) -> io::Result<()> {
+        let mut pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(OwnedFd::from(stderr))?;
+        let lines = self.0.clone();
+        tokio::spawn(async move {
+            use tokio::io::AsyncReadExt;
+            let (mut buffer, mut line) = ([0u8; 4096], Vec::new());
+            loop {
+                let n = pipe.read(&mut buffer).await.unwrap_or(0);
+                for &b in &buffer[..n] {
+                    if b != b'\n' {
+                        line.push(b);
+                    }
+                    if b == b'\n' || line.len() >= CONSOLE_LINE {
+                        keep(&lines, &mut line, pid);
+                    }
+                }
+                if n == 0 {
+                    keep(&lines, &mut line, pid);
+                    return;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn tail(&self) -> String {
+        let lines = self.0.lock();
+        lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
+    }
+}
+
+fn keep(lines: &Mutex<VecDeque<String>>, line: &mut Vec<u8>, pid: i32) {
+    if line.is_empty() {
+        return;
+    }
+    // Escaped, because a taken-over worker may speak to the terminal of whoever reads the log.
+    let text = line.escape_ascii().to_string();
+    line.clear();
+    tracing::warn!(worker = pid, "{text}");
+    let mut lines = lines.lock();
+    if lines.len() == CONSOLE_LINES {
+        lines.pop_front();
+    }
+    lines.push_back(text);
+}
+
+/// A running worker.
+struct EmbeddedVm {
+    label: String,
+    control: ControlClient,
+    console: Console,
+    death: watch::Sender<Option<Death>>,
+    next_disk: AtomicU32,
+    /// `None` once reaped.
+    worker: Mutex<Option<WorkerProcess>>,
+    jail: Mutex<Option<JailReport>>,
+}
+
+impl fmt::Debug for EmbeddedVm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EmbeddedVm").field("label", &self.label).finish_non_exhaustive()
+    }
+}
+
+impl EmbeddedVm {
+    /// Starts the task that reaps the worker and tells of its end.
+    fn watch(self: &Arc<Self>) -> io::Result<()> {
+        let Some(pidfd) = self.worker.lock().as_ref().map(WorkerProcess::end_watch).transpose()? else {
+            return Ok(());
+        };
+        let pidfd = asyncfd::watch(pidfd, Interest::READABLE)?;
+        // Weak: dropping the last user of a VM must end it, not wait for this task.
+        let vm = Arc::downgrade(self);
+        let (console, death) = (self.console.clone(), self.death.clone());
+        tokio::spawn(async move {
+            let _ = pidfd.readable().await;
+            // The pipe usually still holds its last words.
+            tokio::task::yield_now().await;
+            let ended = vm.upgrade().and_then(|vm| {
+                let mut worker = vm.worker.lock();
+                let ended = worker.as_mut().and_then(WorkerProcess::try_reap);
+                *worker = None;
+                ended
+            });
+            let cause = ended.map_or_else(|| "ended".to_owned(), |e| e.to_string());
+            death.send_replace(Some(Death { cause, console: console.tail() }));
+        });
+        Ok(())
+    }
+
+    fn disk_error(&self, disk: impl fmt::Display, e: impl fmt::Display) -> SvmError {
+        SvmError::Disk { vm: self.label.clone(), disk: disk.to_string(), reason: e.to_string() }
+    }
+}
+
+impl ServiceVm for EmbeddedVm {
+    fn describe(&self) -> String {
+        self.label.clone()
+    }
+
+    fn attach<'a>(&'a self, disk: &'a DiskSource) -> BoxFuture<'a, Result<DiskId, SvmError>> {
+        async move {
+            let path = disk.path.display();
+            let id = DiskId(self.next_disk.fetch_add(1, Ordering::Relaxed));
+            let writable = disk.access == Access::ReadWrite;
+            let reopened;
+            let mut fd = disk.file.as_fd();
+            if !writable && is_writable(fd).map_err(|e| self.disk_error(path, e))? {
+                reopened = reopen_read_only(fd).map_err(|e| self.disk_error(disk.path.display(), e))?;
+                fd = reopened.as_fd();
+            }
+            let control =
+                Control::Attach { disk: id, writable, offset: disk.offset, len: disk.len, serial: None };
+            let reply = self.control.call(control, &[fd]).await;
+            reply.map_err(|e| self.disk_error(disk.path.display(), e))?;
+            Ok(id)
+        }
+        .boxed()
+    }
+
+    fn detach(&self, disk: DiskId) -> BoxFuture<'_, Result<(), SvmError>> {
+        async move {
+            self.control.call(Control::Detach { disk }, &[]).await.map_err(|e| self.disk_error(disk.0, e))
+        }
+        .boxed()
+    }
+
+    fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>> {
+        async move {
+            let protocol =
+                |e: &dyn fmt::Display| SvmError::Protocol { vm: self.label.clone(), reason: e.to_string() };
+            let (ours, theirs) = fdpass::stream_pair(CHANNEL_BUFFER).map_err(|e| protocol(&e))?;
+            self.control.call(Control::Open, &[theirs.as_fd()]).await.map_err(|e| protocol(&e))?;
+            let stream = UnixStream::from(ours);
+            stream.set_nonblocking(true).map_err(|e| protocol(&e))?;
+            let stream = tokio::net::UnixStream::from_std(stream).map_err(|e| protocol(&e))?;
+            Ok(Box::new(stream) as Channel)
+        }
+        .boxed()
+    }
+
+    fn ping(&self) -> BoxFuture<'_, Result<(), SvmError>> {
+        async move {
+            let reply = self.control.call(Control::Ping, &[]).await;
+            reply.map_err(|e| SvmError::Protocol { vm: self.label.clone(), reason: e.to_string() })
+        }
+        .boxed()
+    }
+
+    fn terminate(&self) -> BoxFuture<'_, ()> {
+        async move {
+            if let Some(worker) = self.worker.lock().as_ref() {
+                worker.kill();
+            }
+            self.death().await;
+        }
+        .boxed()
+    }
+
+    fn death(&self) -> BoxFuture<'_, Death> {
+        let mut watch = self.death.subscribe();
+        async move {
+            let seen = watch.wait_for(Option::is_some).await.ok().and_then(|d| d.clone());
+            seen.unwrap_or_else(|| Death { cause: "ended".into(), console: String::new() })
+        }
+        .boxed()
+    }
+
+    fn console(&self) -> String {
+        self.console.tail()
+    }
+
+    fn jail(&self) -> Option<JailReport> {
+        self.jail.lock().clone()
     }
 }

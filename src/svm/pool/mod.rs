@@ -1,11 +1,38 @@
-//! The pool's tokio shell.
+//! The pool's tokio shell: carries out what [`machine`] decides.
+//!
+//! ```text
+//!   lease(), drop(Lease), VM died, … ─► Event ─► Machine::step ─► Actions ─► tasks (boot, end, attach, detach)
+//!                                        ▲                                         │
+//!                                        └───────────── Booted, Ended, … ──────────┘
+//! ```
+//!
+//! The machine is behind a lock that is never held across an await. Called by `driver`.
+
+mod lease;
+pub mod machine;
+
+pub use lease::Lease;
+
 use super::{
-    ApplyJob, ApplySummary, Change, CheckJob, CheckSummary, CompareJob, ExportJob, JailReport, SvmError,
-    TarStream, VmBackend,
+    CheckJob, CheckSummary, DiskId, DiskSource, JailReport, ServiceVm, SvmError, VmBackend, VmSpec,
+    no_writer_left,
 };
-use bytes::Bytes;
-use futures_util::Stream;
-use std::{io, sync::Arc, time::Duration};
+use lease::check;
+use machine::{Action, DiskKey, Event, LeaseId, Machine, Name, Settings, UseId, VmId};
+use parking_lot::Mutex;
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::{
+    sync::{Notify, oneshot},
+    time::timeout,
+};
 
 /// How VMs are shared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +68,8 @@ pub struct PoolConfig {
     pub idle_timeout: Duration,
     /// A live sandbox is thawed after that, come what may, and the operation fails.
     pub freeze_limit: Duration,
+    /// Every VM is asked this often whether it is there; zero = never.
+    pub ping_interval: Duration,
 }
 
 impl Default for PoolConfig {
@@ -50,8 +79,9 @@ impl Default for PoolConfig {
             spares: 2,
             max_vms: 64,
             boot_timeout: Duration::from_secs(30),
-            idle_timeout: Duration::from_secs(300),
+            idle_timeout: Duration::from_mins(5),
             freeze_limit: Duration::from_secs(10),
+            ping_interval: Duration::from_secs(30),
         }
     }
 }
@@ -91,92 +121,397 @@ pub struct PoolSnapshot {
     pub jail: Option<JailReport>,
 }
 
+/// How long an image's former writers may take to vanish before a check gives up.
+const WRITERS_GRACE: Duration = Duration::from_secs(5);
+
+type Granted = Result<(VmId, Arc<dyn ServiceVm>), SvmError>;
+type DiskAnswer = Result<DiskId, SvmError>;
+
+struct State {
+    machine: Machine,
+    vms: HashMap<VmId, Arc<dyn ServiceVm>>,
+    grants: HashMap<LeaseId, oneshot::Sender<Granted>>,
+    disk_waiters: HashMap<UseId, oneshot::Sender<DiskAnswer>>,
+    sources: HashMap<UseId, (DiskKey, DiskSource)>,
+    disks: HashMap<(VmId, DiskKey), DiskId>,
+    boot_error: Option<SvmError>,
+    disk_errors: HashMap<(VmId, DiskKey), SvmError>,
+    waited: Duration,
+    jail: Option<JailReport>,
+}
+
+struct Inner {
+    backend: Arc<dyn VmBackend>,
+    config: PoolConfig,
+    runtime: tokio::runtime::Handle,
+    state: Mutex<State>,
+    next: AtomicU64,
+    /// Told after every change.
+    changed: Notify,
+}
+
 /// Service VMs, handed out by lease. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Pool {}
+#[derive(Clone)]
+pub struct Pool {
+    inner: Arc<Inner>,
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("snapshot", &self.snapshot()).finish()
+    }
+}
 
 impl Pool {
     /// Starts a pool on the current tokio runtime; spares start at once.
-    pub fn start(_backend: Arc<dyn VmBackend>, _config: PoolConfig) -> Self {
-        todo!()
+    pub fn start(backend: Arc<dyn VmBackend>, config: PoolConfig) -> Self {
+        let max_vms = config.max_vms.min(backend.limits().vms).max(2);
+        let machine = Machine::new(Settings { spares: config.spares.min(max_vms), max_vms });
+        let ping = config.ping_interval;
+        let inner = Arc::new(Inner {
+            backend,
+            config,
+            runtime: tokio::runtime::Handle::current(),
+            state: Mutex::new(State {
+                machine,
+                vms: HashMap::new(),
+                grants: HashMap::new(),
+                disk_waiters: HashMap::new(),
+                sources: HashMap::new(),
+                disks: HashMap::new(),
+                boot_error: None,
+                disk_errors: HashMap::new(),
+                waited: Duration::ZERO,
+                jail: None,
+            }),
+            next: AtomicU64::new(1),
+            changed: Notify::new(),
+        });
+        inner.run(Machine::start, |_| {});
+        if !ping.is_zero() {
+            let pool = Arc::downgrade(&inner);
+            inner.runtime.spawn(async move {
+                loop {
+                    tokio::time::sleep(ping).await;
+                    let Some(inner) = pool.upgrade() else { return };
+                    inner.ping_all();
+                }
+            });
+        }
+        Self { inner }
     }
 
     /// A VM for work on layer `id`; waits, in order of asking, while all VMs are taken.
     ///
     /// # Errors
     /// [`SvmError::Boot`], [`SvmError::Cancelled`].
-    pub async fn lease(&self, _id: &str, _purpose: Purpose) -> Result<Lease, SvmError> {
-        todo!()
+    pub async fn lease(&self, id: &str, purpose: Purpose) -> Result<Lease, SvmError> {
+        let name = match self.inner.config.mode {
+            Mode::Safe => Name::Layer(id.to_owned()),
+            Mode::Global => Name::Global,
+        };
+        self.acquire(name, purpose).await
+    }
+
+    async fn acquire(&self, name: Name, purpose: Purpose) -> Result<Lease, SvmError> {
+        let lease = self.inner.number();
+        let (sender, granted) = oneshot::channel();
+        let shown = shown(&name);
+        // From here on a dropped future gives back what was granted meanwhile.
+        let mut ticket = Lease::ticket(self.inner.clone(), lease, shown);
+        let asked = Instant::now();
+        let export = purpose == Purpose::Export;
+        self.inner.run(
+            |m| m.step(Event::Acquire { lease, name, export }),
+            |state| {
+                state.grants.insert(lease, sender);
+            },
+        );
+        let answer = granted.await.unwrap_or(Err(SvmError::Cancelled("the pool is gone")));
+        self.inner.state.lock().waited += asked.elapsed();
+        let (_, vm) = answer?;
+        ticket.granted(vm);
+        Ok(ticket)
     }
 
     /// Checks an image in a VM that has seen nothing before and nothing after.
     ///
     /// # Errors
-    /// [`SvmError::Refused`] says what is wrong with the image.
-    pub async fn check_image(&self, _job: CheckJob) -> Result<CheckSummary, SvmError> {
-        todo!()
+    /// [`SvmError::Refused`] says what is wrong with the image; [`SvmError::StillWritable`].
+    pub async fn check_image(&self, job: CheckJob) -> Result<CheckSummary, SvmError> {
+        if job.require_no_writers {
+            self.wait_for_writers(&job).await?;
+        }
+        let lease = self.inner.number();
+        let lease = self.acquire(Name::Check(lease), Purpose::Work).await?;
+        check(&lease, &job).await
+    }
+
+    /// Waits until nobody can write the image any more. The VM that wrote it is ended (safe mode) or has been told to
+    /// let go (global mode); one that does not let go is ended too.
+    async fn wait_for_writers(&self, job: &CheckJob) -> Result<(), SvmError> {
+        let start = Instant::now();
+        let mut pause = Duration::from_millis(1);
+        let mut ended = false;
+        loop {
+            match no_writer_left(&job.image) {
+                Err(SvmError::StillWritable(_)) if start.elapsed() < WRITERS_GRACE => {}
+                other => return other,
+            }
+            if !ended && self.inner.config.mode == Mode::Global && start.elapsed() > WRITERS_GRACE / 2 {
+                tracing::error!(image = %job.image.path.display(), "the global service VM keeps an image open: ending it");
+                ended = true;
+                self.retire(Duration::ZERO).await;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
     }
 
     /// What it is doing now.
     pub fn snapshot(&self) -> PoolSnapshot {
-        todo!()
+        let state = self.inner.state.lock();
+        let m = &state.machine;
+        let (counters, (leases, waiting), (spares, booting)) = (m.counters(), m.leases(), m.reserves());
+        PoolSnapshot {
+            mode: self.inner.config.mode,
+            backend: self.inner.backend.name(),
+            vms: m.in_use().into_iter().map(|(_, name, leases)| (shown(&name), leases)).collect(),
+            spares,
+            booting,
+            leases,
+            waiting,
+            boots: counters.boots,
+            boot_failures: counters.boot_failures,
+            deaths: counters.deaths,
+            poisoned: counters.poisoned,
+            granted: counters.granted,
+            waits: counters.waits,
+            wait_seconds: state.waited.as_secs_f64(),
+            jail: state.jail.clone(),
+        }
     }
 
     /// GraphDriver.Cleanup: no VM of now is used for new leases, and all are ended: idle ones at once, the others
     /// when their leases end or after `grace`. The pool stays usable.
-    pub async fn retire(&self, _grace: Duration) {
-        todo!()
+    pub async fn retire(&self, grace: Duration) {
+        self.inner.event(Event::Retire);
+        if timeout(grace, self.inner.until(|m| !m.retiring())).await.is_err() {
+            self.inner.event(Event::EndRetired);
+            self.inner.until(|m| !m.retiring()).await;
+        }
     }
 
     /// Stop: no new leases; running ones get `grace`, then their VMs are ended. Returns when no VM is left.
-    pub async fn shutdown(&self, _grace: Duration) {
-        todo!()
+    pub async fn shutdown(&self, grace: Duration) {
+        self.inner.event(Event::Drain);
+        if timeout(grace, self.inner.until(Machine::drained)).await.is_err() {
+            self.inner.event(Event::EndRetired);
+            self.inner.until(Machine::drained).await;
+        }
     }
 }
 
-/// The right to use a VM; dropping it gives the VM back.
-#[derive(Debug)]
-pub struct Lease {}
+fn shown(name: &Name) -> String {
+    match name {
+        Name::Layer(id) => format!("{id}_svm"),
+        Name::Global => "_lcow_global_svm_".to_owned(),
+        Name::Check(n) => format!("check-{n}_svm"),
+    }
+}
 
-impl Lease {
-    /// Name of the VM (`<id>_svm` or `_lcow_global_svm_`).
-    pub fn vm_name(&self) -> &str {
-        todo!()
+impl Inner {
+    fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Writes the tar `body` as an image with its record.
-    ///
-    /// # Errors
-    /// [`SvmError::Body`] if the body fails (a cut upload), [`SvmError::Refused`] for a bad tar, and so on.
-    pub async fn tar_to_layer<S>(&self, _job: ApplyJob, _body: S) -> Result<ApplySummary, SvmError>
-    where
-        S: Stream<Item = io::Result<Bytes>> + Send,
-    {
-        todo!()
+    fn event(self: &Arc<Self>, event: Event) {
+        self.run(|m| m.step(event), |_| {});
     }
 
-    /// Streams a layer's tar. Returns when the first bytes (or a complete empty tar) are there, so an early failure is
-    /// an error here. The stream keeps the lease.
-    ///
-    /// # Errors
-    /// As [`Lease::tar_to_layer`].
-    pub async fn layer_to_tar(self, _job: ExportJob) -> Result<TarStream, SvmError> {
-        todo!()
+    /// Waits until the machine is in a certain state.
+    async fn until(&self, reached: impl Fn(&Machine) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            if reached(&self.state.lock().machine) {
+                return;
+            }
+            changed.await;
+        }
     }
 
-    /// Paths that differ, in the agent's order. At most 256 MiB of paths.
-    ///
-    /// # Errors
-    /// As [`Lease::tar_to_layer`].
-    pub async fn changes(&self, _job: CompareJob) -> Result<Vec<Change>, SvmError> {
-        todo!()
+    /// Prepares the shell's own tables, takes a step, and carries out what comes of it.
+    fn run(
+        self: &Arc<Self>,
+        step: impl FnOnce(&mut Machine) -> Vec<Action>,
+        prepare: impl FnOnce(&mut State),
+    ) {
+        let mut state = self.state.lock();
+        prepare(&mut state);
+        let actions = step(&mut state.machine);
+        for action in actions {
+            self.carry_out(&mut state, &action);
+        }
+        drop(state);
+        self.changed.notify_waiters();
     }
 
-    /// Sum of the regular-file bytes of the difference.
-    ///
-    /// # Errors
-    /// As [`Lease::tar_to_layer`].
-    pub async fn diff_size(&self, _job: CompareJob) -> Result<u64, SvmError> {
-        todo!()
+    fn carry_out(self: &Arc<Self>, state: &mut State, action: &Action) {
+        match *action {
+            Action::Boot(vm) => {
+                let inner = self.clone();
+                self.runtime.spawn(async move { inner.boot(vm).await });
+            }
+            Action::End(vm) => {
+                let gone = state.vms.remove(&vm);
+                state.disks.retain(|(v, _), _| *v != vm);
+                state.disk_errors.retain(|(v, _), _| *v != vm);
+                let inner = self.clone();
+                self.runtime.spawn(async move {
+                    if let Some(gone) = gone {
+                        gone.terminate().await;
+                    }
+                    inner.event(Event::Ended(vm));
+                });
+            }
+            Action::Grant(lease, vm) => {
+                let answer = state.vms.get(&vm).map(|v| (vm, v.clone()));
+                let answer = answer.ok_or(SvmError::Cancelled("the service VM went away"));
+                if let Some(waiter) = state.grants.remove(&lease) {
+                    // If nobody waits, the ticket's drop releases the lease.
+                    let _ = waiter.send(answer);
+                }
+            }
+            Action::RefuseBoot(lease) => {
+                let unknown = || SvmError::Boot { reason: "unknown".into(), console: String::new() };
+                let e = state.boot_error.clone().unwrap_or_else(unknown);
+                if let Some(waiter) = state.grants.remove(&lease) {
+                    let _ = waiter.send(Err(e));
+                }
+            }
+            Action::RefuseDraining(lease) => {
+                if let Some(waiter) = state.grants.remove(&lease) {
+                    let _ = waiter.send(Err(SvmError::Cancelled("the service VM pool is being stopped")));
+                }
+            }
+            // Its operations see their channels break and ask the VM how it died.
+            Action::Lost(lease) => {
+                state.grants.remove(&lease);
+            }
+            Action::Attach(vm, disk) => self.attach(state, vm, disk),
+            Action::Detach(vm, disk) => self.detach(state, vm, disk),
+            Action::DiskReady(usage, vm, disk) => {
+                state.sources.remove(&usage);
+                let answer = state.disks.get(&(vm, disk)).copied();
+                if let Some(waiter) = state.disk_waiters.remove(&usage) {
+                    let _ = waiter.send(answer.ok_or(SvmError::Cancelled("the disk went away")));
+                }
+            }
+            Action::DiskFailed(usage) => {
+                let key = state.sources.remove(&usage).map(|(key, _)| key);
+                let known =
+                    state.disk_errors.iter().find(|((_, k), _)| Some(*k) == key).map(|(_, e)| e.clone());
+                if let Some(waiter) = state.disk_waiters.remove(&usage) {
+                    let _ =
+                        waiter.send(Err(known.unwrap_or(SvmError::Cancelled("the service VM went away"))));
+                }
+            }
+        }
+    }
+
+    async fn boot(self: Arc<Self>, number: VmId) {
+        let after = self.config.boot_timeout;
+        let booted = timeout(after, self.backend.boot(VmSpec { number })).await;
+        let booted = booted.unwrap_or(Err(SvmError::Timeout { what: "starting a service VM", after }));
+        match booted {
+            Ok(vm) => {
+                let (watched, jail) = (vm.clone(), vm.jail());
+                self.run(
+                    |m| m.step(Event::Booted(number)),
+                    |state| {
+                        state.vms.insert(number, vm);
+                        state.jail = jail;
+                    },
+                );
+                let death = watched.death();
+                let inner = Arc::downgrade(&self);
+                drop(self);
+                let death = death.await;
+                drop(watched);
+                if let Some(inner) = inner.upgrade() {
+                    tracing::debug!(vm = number, cause = death.cause, "service VM ended");
+                    inner.event(Event::Died(number));
+                }
+            }
+            Err(e) => {
+                tracing::error!("{e}");
+                self.run(|m| m.step(Event::BootFailed(number)), |state| state.boot_error = Some(e));
+            }
+        }
+    }
+
+    fn attach(self: &Arc<Self>, state: &mut State, number: VmId, disk: DiskKey) {
+        let source = state.sources.values().find(|(key, _)| *key == disk).map(|(_, s)| s.clone());
+        let vm = state.vms.get(&number).cloned();
+        let inner = self.clone();
+        let after = self.config.idle_timeout;
+        self.runtime.spawn(async move {
+            let attached = match (vm, source) {
+                (Some(vm), Some(source)) => timeout(after, vm.attach(&source))
+                    .await
+                    .unwrap_or(Err(SvmError::Timeout { what: "attaching a disk", after })),
+                _ => Err(SvmError::Cancelled("the service VM went away")),
+            };
+            match attached {
+                Ok(id) => inner.run(
+                    |m| m.step(Event::Attached(number, disk)),
+                    |state| {
+                        state.disks.insert((number, disk), id);
+                    },
+                ),
+                Err(e) => inner.run(
+                    |m| m.step(Event::AttachFailed(number, disk)),
+                    |state| {
+                        state.disk_errors.insert((number, disk), e);
+                    },
+                ),
+            }
+        });
+    }
+
+    fn detach(self: &Arc<Self>, state: &mut State, number: VmId, disk: DiskKey) {
+        let id = state.disks.remove(&(number, disk));
+        let vm = state.vms.get(&number).cloned();
+        let inner = self.clone();
+        let after = self.config.idle_timeout;
+        self.runtime.spawn(async move {
+            let detached = match (vm, id) {
+                (Some(vm), Some(id)) => {
+                    matches!(timeout(after, vm.detach(id)).await, Ok(Ok(())))
+                }
+                _ => false,
+            };
+            inner.event(if detached {
+                Event::Detached(number, disk)
+            } else {
+                Event::DetachFailed(number, disk)
+            });
+        });
+    }
+
+    fn ping_all(self: &Arc<Self>) {
+        let vms: Vec<_> = self.state.lock().vms.iter().map(|(n, v)| (*n, v.clone())).collect();
+        for (number, vm) in vms {
+            let inner = self.clone();
+            let after = self.config.boot_timeout;
+            self.runtime.spawn(async move {
+                if !matches!(timeout(after, vm.ping()).await, Ok(Ok(()))) {
+                    tracing::error!(vm = vm.describe(), "service VM does not answer: ending it");
+                    inner.event(Event::Sick(number));
+                }
+            });
+        }
     }
 }

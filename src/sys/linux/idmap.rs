@@ -66,11 +66,17 @@ pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd,
         let mut byte = 0u8;
         // SAFETY: the descriptors are valid copies, `byte` outlives the read, and _exit does not return.
         unsafe {
+            // Copies of our descriptors would keep mounts and pipes of others busy while the child waits.
+            libc::syscall(libc::SYS_close_range, 0, (pipe[0] - 1).max(0), 0);
+            libc::syscall(libc::SYS_close_range, pipe[0] + 1, u32::MAX, 0);
             libc::syscall(libc::SYS_close, pipe[1]);
             libc::syscall(libc::SYS_read, pipe[0], &raw mut byte, 1);
             libc::syscall(libc::SYS_exit_group, 0);
         }
-        loop {}
+        // Not reached; a panic here would run code that a forked child must not.
+        loop {
+            std::hint::spin_loop();
+        }
     }
     let pid = i32::try_from(pid).ok().filter(|p| *p > 0);
     let Some(pid) = pid.and_then(Pid::from_raw) else {
@@ -111,7 +117,7 @@ pub fn mount_idmapped(
 ) -> Result<(), SysError> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, source, flags).context("clone the mount", source)?;
-    let read_only_bit = if read_only { 1 } else { 0 };
+    let read_only_bit = u64::from(read_only);
     let attr = MountAttr {
         attr_set: MOUNT_ATTR_IDMAP | read_only_bit,
         attr_clr: 0,

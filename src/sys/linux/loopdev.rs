@@ -47,6 +47,7 @@ const ATTEMPTS: usize = 256;
 /// `struct loop_info64`.
 #[repr(C)]
 #[derive(Clone, Copy)]
+#[allow(clippy::struct_field_names, reason = "the kernel's own names")]
 struct LoopInfo64 {
     lo_device: u64,
     lo_inode: u64,

@@ -10,6 +10,7 @@
 //!
 //! Errors are [`SysError`]: what was tried, on what, and the kernel's answer.
 
+pub mod asyncfd;
 pub mod fdpass;
 pub mod idmap;
 pub mod jail;

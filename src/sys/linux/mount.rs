@@ -17,6 +17,7 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
+    time::Duration,
 };
 
 /// `_IOWR('X', 119, int)`, `include/uapi/linux/fs.h`.
@@ -74,7 +75,13 @@ pub fn mount_ext4(device: &Path, target: &Path, options: Ext4Options) -> Result<
         .context("mount ext4 on", target)
 }
 
-/// Unmounts `target`. With `detach` it vanishes from the tree at once, and for good when its last user is gone.
+/// How often and how long apart a busy mount is tried again: a child between fork and exec holds copies of all our
+/// descriptors for a moment, and a mount is not in use because of that.
+const BUSY_ATTEMPTS: u32 = 20;
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
+
+/// Unmounts `target`. With `detach` it vanishes from the tree at once, and for good when its last user is gone;
+/// without, a busy one is tried again for at most 40 ms.
 ///
 /// # Errors
 /// [`SysError::Os`]: `EBUSY` while in use (without `detach`), `EINVAL` if it is no mount point.
@@ -82,6 +89,12 @@ pub fn umount(target: &Path, detach: bool) -> Result<(), SysError> {
     let mut flags = UnmountFlags::NOFOLLOW;
     if detach {
         flags |= UnmountFlags::DETACH;
+    }
+    for _ in 0..BUSY_ATTEMPTS {
+        match rustix::mount::unmount(target, flags) {
+            Err(rustix::io::Errno::BUSY) => std::thread::sleep(BUSY_PAUSE),
+            other => return other.context("unmount", target),
+        }
     }
     rustix::mount::unmount(target, flags).context("unmount", target)
 }

@@ -59,7 +59,7 @@ pub fn attempt(name: &str) -> Option<Outcome> {
                 libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/etc/passwd".as_ptr(), libc::O_RDONLY)
             }
             "create" => {
-                let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TMPFILE;
+                let flags = libc::O_WRONLY | libc::O_TMPFILE;
                 libc::syscall(libc::SYS_openat, libc::AT_FDCWD, c"/tmp".as_ptr(), flags, 0o600)
             }
             "stat" => {

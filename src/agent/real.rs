@@ -1,0 +1,297 @@
+//! The real codec: the wire's terms to those of `diff` and `ext4`, and their errors back.
+//!
+//! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
+
+use super::{
+    codec::{ChangeSink, Codec, Layer, Live, Parent},
+    disk::OpDisk,
+    wire::{self, ErrorKind, WireError},
+};
+use crate::{
+    diff::{
+        self, DiffError, ExportOptions, IdMap, LayerSource, LiveHooks, NoHooks, ParentLayer, ParentSpec,
+        apply::{self, LayerChain},
+        canonical, record,
+    },
+    ext4::{self, Ext4Error, writer::WriterOptions},
+    tar::TarError,
+};
+use std::{
+    error::Error,
+    fmt::Write as _,
+    io::{self, Read, Write},
+};
+
+/// The codec of this program.
+#[derive(Debug, Default)]
+pub struct RealCodec;
+
+/// An error with its causes in one line.
+fn text(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        // Writing to a String cannot fail.
+        let _ = write!(text, ": {inner}");
+        cause = inner.source();
+    }
+    text
+}
+
+fn io_kind(kind: io::ErrorKind) -> ErrorKind {
+    match kind {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+        io::ErrorKind::FileTooLarge => ErrorKind::Limit,
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe => ErrorKind::Cancelled,
+        _ => ErrorKind::Io,
+    }
+}
+
+fn ext4_kind(error: &Ext4Error) -> ErrorKind {
+    match error {
+        Ext4Error::Corrupt { .. } => ErrorKind::Corrupt,
+        Ext4Error::Unsupported { .. } => ErrorKind::Unsupported,
+        Ext4Error::Io { source, .. } => io_kind(source.kind()),
+        Ext4Error::Usage { .. } => ErrorKind::Usage,
+        Ext4Error::Full { .. } => ErrorKind::Limit,
+        _ => ErrorKind::Internal,
+    }
+}
+
+fn diff_kind(error: &DiffError) -> ErrorKind {
+    match error {
+        DiffError::Tar(TarError::Io { source, .. }) | DiffError::Io { source, .. } => io_kind(source.kind()),
+        DiffError::Tar(_) | DiffError::Entry { .. } | DiffError::Corrupt { .. } => ErrorKind::Corrupt,
+        DiffError::Ext4(e) | DiffError::Image { source: e, .. } => ext4_kind(e),
+        DiffError::Vhd(_) | DiffError::Limit { .. } => ErrorKind::Limit,
+        DiffError::Unsupported { .. } => ErrorKind::Unsupported,
+        DiffError::ChangedWhileReading { .. } => ErrorKind::Changed,
+        DiffError::Usage(_) => ErrorKind::Usage,
+        _ => ErrorKind::Internal,
+    }
+}
+
+impl From<DiffError> for WireError {
+    fn from(error: DiffError) -> Self {
+        Self::new(diff_kind(&error), text(&error))
+    }
+}
+
+impl From<Ext4Error> for WireError {
+    fn from(error: Ext4Error) -> Self {
+        Self::new(ext4_kind(&error), text(&error))
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn source(layer: &Layer, live: bool) -> LayerSource<OpDisk> {
+    let sandbox = layer.kind == wire::LayerKind::Sandbox;
+    LayerSource {
+        disk: layer.disk.clone(),
+        kind: if sandbox { diff::LayerKind::Sandbox } else { diff::LayerKind::Applied },
+        live: live && sandbox,
+        // With userns-remap, what was written through a mount has host ids; applied layers have the tar's.
+        host_ids: sandbox,
+    }
+}
+
+fn sources(layers: &[Layer], live: bool) -> Vec<LayerSource<OpDisk>> {
+    layers.iter().map(|layer| source(layer, live)).collect()
+}
+
+/// The parent's stack in terms of the target's where they share layers.
+fn parent_layers(target: &[Layer], parent: &Parent, live: bool) -> Vec<ParentLayer<OpDisk>> {
+    let Parent::Chain(layers) = parent else { return Vec::new() };
+    layers
+        .iter()
+        .map(|layer| match target.iter().position(|t| t.disk.is_same(&layer.disk)) {
+            Some(shared) => ParentLayer::OfTarget(shared),
+            None => ParentLayer::Other(source(layer, live)),
+        })
+        .collect()
+}
+
+fn parent_spec<'a>(parent: &Parent, layers: &'a [ParentLayer<OpDisk>]) -> Option<ParentSpec<'a, OpDisk>> {
+    match parent {
+        Parent::None => None,
+        Parent::Own => Some(ParentSpec::Own),
+        Parent::Chain(_) => Some(ParentSpec::Layers(layers)),
+    }
+}
+
+fn export_options(maps: &wire::IdMaps) -> ExportOptions {
+    let convert = |ranges: &[wire::IdRange]| {
+        ranges.iter().map(|r| IdMap { container: r.container_id, host: r.host_id, len: r.size }).collect()
+    };
+    let none = maps.uids.is_empty() && maps.gids.is_empty();
+    ExportOptions {
+        ids: (!none).then(|| diff::IdMaps { uid: convert(&maps.uids), gid: convert(&maps.gids) }),
+    }
+}
+
+/// The daemon's hooks as `diff` wants them; keeps the daemon's own error.
+struct Hooks<'a> {
+    live: &'a mut dyn Live,
+    refused: Option<WireError>,
+}
+
+impl Hooks<'_> {
+    fn tell(&mut self, outcome: Result<(), WireError>) -> Result<(), DiffError> {
+        outcome.map_err(|e| {
+            let error = DiffError::Usage(e.message.clone());
+            self.refused = Some(e);
+            error
+        })
+    }
+}
+
+impl LiveHooks for Hooks<'_> {
+    fn metadata_read(&mut self) -> Result<(), DiffError> {
+        let outcome = self.live.metadata_read();
+        self.tell(outcome)
+    }
+
+    fn before_recheck(&mut self) -> Result<(), DiffError> {
+        let outcome = self.live.before_recheck();
+        self.tell(outcome)
+    }
+}
+
+impl Codec for RealCodec {
+    fn apply(
+        &self,
+        input: &mut dyn Read,
+        image: OpDisk,
+        record: OpDisk,
+        lowers: Vec<Layer>,
+        options: &wire::ApplyOptions,
+    ) -> Result<wire::ApplySummary, WireError> {
+        if options.profile != wire::Profile::Default || options.verity {
+            return Err(WireError::new(
+                ErrorKind::Unsupported,
+                "this program writes the default profile without dm-verity only",
+            ));
+        }
+        let mut settings = apply::ApplyOptions::new(WriterOptions {
+            max_image_bytes: options.max_image_bytes,
+            ..WriterOptions::default()
+        });
+        settings.max_tar_bytes = settings.max_tar_bytes.min(options.max_image_bytes.saturating_mul(2));
+        let convert = |ranges: &[wire::IdRange]| {
+            ranges
+                .iter()
+                .map(|r| apply::IdMap { container: r.container_id, host: r.host_id, len: r.size })
+                .collect()
+        };
+        settings.uid_map = convert(&options.id_maps.uids);
+        settings.gid_map = convert(&options.id_maps.gids);
+        let mut chain = LayerChain::new(sources(&lowers, false));
+        let summary = apply::apply(&mut *input, image, record, &mut chain, &settings)?;
+        Ok(wire::ApplySummary {
+            image_bytes: summary.image_bytes,
+            file_bytes: summary.file_bytes,
+            diff_size: summary.diff_size,
+            tar_bytes: summary.tar_bytes,
+            tar_sha256: hex(&summary.tar_sha256),
+            record_bytes: summary.record_bytes,
+            uuid: uuid::Uuid::from_bytes(summary.uuid),
+            entries: summary.entries,
+            verity_root: None,
+        })
+    }
+
+    fn check(&self, image: OpDisk) -> Result<wire::CheckSummary, WireError> {
+        let report = ext4::check::check(image, ext4::check::CheckLimits::default())?;
+        Ok(wire::CheckSummary {
+            inodes: report.inodes,
+            blocks: report.blocks_used,
+            uuid: uuid::Uuid::from_bytes(report.uuid),
+        })
+    }
+
+    fn export_exact(
+        &self,
+        image: OpDisk,
+        record: OpDisk,
+        out: &mut dyn Write,
+    ) -> Result<wire::ExportSummary, WireError> {
+        let summary = record::replay(image, record, out)?;
+        Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_sha256: Some(hex(&summary.tar_sha256)) })
+    }
+
+    fn export_canonical(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        format: u32,
+        id_maps: &wire::IdMaps,
+        live: Option<&mut dyn Live>,
+        out: &mut dyn Write,
+    ) -> Result<wire::ExportSummary, WireError> {
+        if format != canonical::VERSION {
+            return Err(WireError::new(
+                ErrorKind::Unsupported,
+                format!("canonical tar version {format} (version {} is known)", canonical::VERSION),
+            ));
+        }
+        let is_live = live.is_some();
+        let (stack, below) = (sources(&target, is_live), parent_layers(&target, &parent, is_live));
+        let (spec, options) = (parent_spec(&parent, &below), export_options(id_maps));
+        let summary = match live {
+            None => diff::export(&stack, spec, &options, &mut NoHooks, out)?,
+            Some(live) => {
+                let mut hooks = Hooks { live, refused: None };
+                match diff::export(&stack, spec, &options, &mut hooks, out) {
+                    Ok(summary) => summary,
+                    Err(error) => return Err(hooks.refused.unwrap_or_else(|| error.into())),
+                }
+            }
+        };
+        Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_sha256: None })
+    }
+
+    fn changes(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        live: Option<&mut dyn Live>,
+        sink: ChangeSink<'_>,
+    ) -> Result<(), WireError> {
+        let (stack, below) =
+            (sources(&target, live.is_some()), parent_layers(&target, &parent, live.is_some()));
+        let found = diff::changes(&stack, parent_spec(&parent, &below), &ExportOptions::default())?;
+        if let Some(live) = live {
+            live.metadata_read()?;
+        }
+        for change in found {
+            let kind = match change.kind {
+                diff::ChangeKind::Modified => wire::ChangeKind::Modified,
+                diff::ChangeKind::Added => wire::ChangeKind::Added,
+                diff::ChangeKind::Deleted => wire::ChangeKind::Deleted,
+            };
+            sink(&wire::Change { path: change.path, kind })?;
+        }
+        Ok(())
+    }
+
+    fn diff_size(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        live: Option<&mut dyn Live>,
+    ) -> Result<u64, WireError> {
+        let (stack, below) =
+            (sources(&target, live.is_some()), parent_layers(&target, &parent, live.is_some()));
+        let size = diff::diff_size(&stack, parent_spec(&parent, &below), &ExportOptions::default())?;
+        if let Some(live) = live {
+            live.metadata_read()?;
+        }
+        Ok(size)
+    }
+}

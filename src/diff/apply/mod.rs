@@ -1,0 +1,227 @@
+//! Apply: one streaming pass from a layer's tar to an ext4 image in a VHD, with the exact record written alongside.
+//!
+//! ```text
+//!   input ─► chunks ─┬─► TarReader ─┬─ Entry ─► Layer (names, whiteouts, links) ─► ImageWriter ─► image ─► VHD footer
+//!                    │              ├─ Data ──────────────────────────────────────►│  │ Placed::At → image op
+//!                    │              │                                                 └ Placed::Inline → literal op
+//!                    │              └─ Raw ───────────────────────────────────────────► literal op     ─► record
+//!                    └─► SHA-256 on a second thread ──────────────────────────────────► trailer        ─► record
+//! ```
+//!
+//! Invariants:
+//! * The record's ops cover every byte of the stream in order; it is held against the reader's offset at the end.
+//! * Nothing is written outside of `image` and `record`; on an error both are garbage and the caller drops them.
+//! * Memory is bounded by the read buffers, one record frame, and what the image writer keeps per entry.
+//! * Nothing is synced: when an image becomes durable is the store's decision.
+//!
+//! # What the names of a layer tar mean here
+//! Leading `/` and `./` are stripped, empty and `.` components dropped, `..` resolved by the letters of the name; a
+//! name that leaves the root is an error. Then, in the order of the stream, each entry against what the *same layer*
+//! already holds (lower layers are never consulted for names):
+//!
+//! | the tar has | and the layer already has | then |
+//! |---|---|---|
+//! | a parent that is missing | – | folder 0755 root:root, time 0; a later entry of that name sets its attributes |
+//! | a parent that is a symlink | – | followed inside the layer's root (`..` stops there), at most 40 hops, missing targets made as folders: as dockerd's unpack does in its chroot |
+//! | a parent that is a whiteout | – | an opaque folder replaces it |
+//! | a parent that is anything else | – | error |
+//! | a folder | a folder | merged, attributes and xattrs of the new one |
+//! | a folder | a whiteout | an opaque folder: what the whiteout hid stays hidden |
+//! | anything | anything else | replaced |
+//! | `.wh.NAME` or device 0/0 `NAME` | anything | `NAME` is removed and a whiteout left |
+//! | `.wh..wh..opq` | – | its folder gets `trusted.overlay.opaque=y`, before or after other entries |
+//! | other `.wh..wh.*`, at any depth | – | AUFS's own: skipped; files of `/.wh..wh.plnk` can be link targets |
+//! | a hard link | its target | one more name (a symlink itself is linked, not what it points to) |
+//! | a hard link | no target yet | decided at the end: this layer first, then a copy from the layers below, else an error |
+//!
+//! `trusted.overlay.*` xattrs of the tar do not go into the image (they live on in the record): overlayfs would follow
+//! them. Called by `agent`; the trait [`LowerLayers`] is implemented over `ext4::reader`.
+
+mod chain;
+mod input;
+mod layer;
+mod links;
+mod lower;
+mod name;
+mod owner;
+
+pub use chain::LayerChain;
+pub use lower::{LowerLayers, LowerNode, NoLowers};
+pub use owner::IdMap;
+
+use crate::{
+    diff::{DiffError, record::RecordWriter},
+    ext4::writer::{ImageWriter, Placed, WriterOptions},
+    io::WriteAt,
+    tar::{Event, TarReader},
+    vhd::{self, Footer},
+};
+use input::HashedChunks;
+use layer::{Layer, Placement};
+use std::io::Read;
+
+/// How to apply, and what to refuse.
+#[derive(Debug, Clone)]
+pub struct ApplyOptions {
+    /// Block size, size limit and UUID of the image.
+    pub writer: WriterOptions,
+    /// The most names in the layer, folders that are only implied and whiteouts included.
+    pub max_entries: u64,
+    /// The most bytes of an entry's name and of a link's target.
+    pub max_path_bytes: usize,
+    /// The most components of a path.
+    pub max_depth: usize,
+    /// The most bytes of one entry's xattrs, names and values together.
+    pub max_xattr_bytes: usize,
+    /// The most bytes of tar.
+    pub max_tar_bytes: u64,
+    /// The most bytes behind the end-of-archive blocks.
+    pub max_trailing_bytes: u64,
+    /// Shifts owners at apply, for kernels that cannot map ids of a mounted lower layer. Empty: ids stay.
+    pub uid_map: Vec<IdMap>,
+    /// The same for groups.
+    pub gid_map: Vec<IdMap>,
+}
+
+impl ApplyOptions {
+    /// The usual limits around the given writer options.
+    pub fn new(writer: WriterOptions) -> Self {
+        Self {
+            writer,
+            max_entries: 8 << 20,
+            // Linux' PATH_MAX: nothing longer can be reached by one system call.
+            max_path_bytes: 4096,
+            max_depth: 1024,
+            max_xattr_bytes: 128 << 10,
+            max_tar_bytes: 16 << 40,
+            max_trailing_bytes: 1 << 30,
+            uid_map: Vec::new(),
+            gid_map: Vec::new(),
+        }
+    }
+}
+
+/// What was applied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApplySummary {
+    /// Size of the ext4 file system.
+    pub image_bytes: u64,
+    /// Size of the file: the image and the VHD footer.
+    pub file_bytes: u64,
+    /// Sum of the sizes of regular files, a hard-linked one once, whiteouts 0: the layer's size as engines count.
+    pub diff_size: u64,
+    /// Length of the tar.
+    pub tar_bytes: u64,
+    /// Digest of the tar, all bytes.
+    pub tar_sha256: [u8; 32],
+    /// Size of the exact record.
+    pub record_bytes: u64,
+    /// UUID of the file system.
+    pub uuid: [u8; 16],
+    /// Entries of the tar, extended headers not counted.
+    pub entries: u64,
+}
+
+/// Applies `input` to an empty `image` and an empty `record`.
+///
+/// `lowers` is asked only for the targets of hard links that the layer itself does not have.
+///
+/// # Errors
+/// [`DiffError`]; what was written so far is of no use then.
+pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
+    input: I,
+    image: W,
+    record: S,
+    lowers: &mut dyn LowerLayers,
+    options: &ApplyOptions,
+) -> Result<ApplySummary, DiffError> {
+    let mut reader = TarReader::from_source(HashedChunks::new(input));
+    let mut record = RecordWriter::new(record)?;
+    let mut layer = Layer::new(ImageWriter::new(&image, options.writer)?, options);
+    let mut open = false;
+    let mut entries = 0u64;
+    loop {
+        match reader.next_event()? {
+            Event::Raw(bytes) => record.literal(bytes),
+            Event::Entry(entry) => {
+                if open {
+                    layer.end_file()?;
+                }
+                entries += 1;
+                open = match layer.entry(entry)? {
+                    Placement::Data(node) => {
+                        layer.begin_file(node, entry.size)?;
+                        true
+                    }
+                    Placement::Nothing => false,
+                };
+                record.check()?;
+                let limit = options.max_tar_bytes;
+                if entry.offset > limit || entry.stored > limit {
+                    return Err(layer.limit("bytes of tar", limit));
+                }
+            }
+            Event::Data { bytes, .. } if !open => record.literal(bytes),
+            Event::Data { offset, bytes } => {
+                let mut rest = bytes;
+                let record = &mut record;
+                layer.write_data(offset, bytes, &mut |placed| {
+                    let len = match placed {
+                        Placed::At { len, .. } | Placed::Inline { len } => len,
+                    };
+                    let (now, later) =
+                        rest.split_at(usize::try_from(len).map_or(rest.len(), |n| n.min(rest.len())));
+                    rest = later;
+                    match placed {
+                        Placed::At { image_offset, .. } => record.image(image_offset, now.len() as u64),
+                        Placed::Inline { .. } => record.literal(now),
+                    }
+                })?;
+                record.check()?;
+            }
+            Event::End => break,
+        }
+        if let Some(n) = reader.trailing_bytes()
+            && n > options.max_trailing_bytes
+        {
+            return Err(layer.limit("bytes behind the end of the archive", options.max_trailing_bytes));
+        }
+    }
+    if open {
+        layer.end_file()?;
+    }
+    if record.tar_bytes() != reader.offset() {
+        return Err(DiffError::Usage(format!(
+            "the exact record has {} of {} bytes: the image writer lost some",
+            record.tar_bytes(),
+            reader.offset()
+        )));
+    }
+    let tar_bytes = reader.offset();
+    let (writer, diff_size) = layer.finish(lowers)?;
+    let summary = writer.finish()?;
+    let file_bytes = append_footer(&image, summary.image_bytes, summary.uuid)?;
+    let tar_sha256 = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
+    let record_bytes = record.finish(tar_sha256, summary.image_bytes)?;
+    Ok(ApplySummary {
+        image_bytes: summary.image_bytes,
+        file_bytes,
+        diff_size,
+        tar_bytes,
+        tar_sha256,
+        record_bytes,
+        uuid: summary.uuid,
+        entries,
+    })
+}
+/// Puts the VHD footer behind the image; the size of the file.
+fn append_footer<W: WriteAt>(image: &W, image_bytes: u64, uuid: [u8; 16]) -> Result<u64, DiffError> {
+    // The time is the epoch and the id that of the file system: equal tars give equal files.
+    let footer = Footer::new(image_bytes, 0, uuid)?;
+    let file_bytes = image_bytes + vhd::FOOTER_SIZE as u64;
+    image
+        .write_all_at(&footer.to_bytes(), image_bytes)
+        .and_then(|()| image.set_len(file_bytes))
+        .map_err(DiffError::io("writing the vhd footer"))?;
+    Ok(file_bytes)
+}

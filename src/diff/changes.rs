@@ -1,0 +1,104 @@
+//! What a layer changes, as a list of paths and as a size, from metadata.
+//!
+//! ```text
+//!  own parent:  in the layer and in the parent ─► modified    whiteout, or gone from an opaque folder ─► deleted
+//!               in the layer only              ─► added
+//!  any other:   merged views compared; bytes are read only for pairs of equal metadata in different inodes
+//! ```
+//!
+//! Paths begin with `/` and are sorted as the canonical tar is; `/` itself is never listed. A folder that became
+//! something else lists none of its former names; a folder on the way to a change is modified. Called by `agent`.
+
+use super::{
+    DiffError, ExportOptions, ParentSpec,
+    export::{compare_only, settle},
+    view::{LayerSource, Table},
+    walk::{Items, Status},
+};
+use crate::{ext4::FileKind, io::ReadAt};
+use std::collections::HashSet;
+
+/// How a path changed; the numbers are the protocol's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum ChangeKind {
+    /// It is in both, but different.
+    Modified = 0,
+    /// It is new.
+    Added = 1,
+    /// It is gone.
+    Deleted = 2,
+}
+
+/// A changed path.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Change {
+    /// Absolute path.
+    pub path: Vec<u8>,
+    /// How it changed.
+    pub kind: ChangeKind,
+}
+
+fn settled<'a, R: ReadAt>(
+    table: &mut Table<'a, R>,
+    target: &'a [LayerSource<R>],
+    parent: Option<ParentSpec<'a, R>>,
+    needs_parent: bool,
+) -> Result<Items, DiffError> {
+    let mut items = compare_only(table, target, parent, needs_parent)?;
+    settle(table, &mut items)?;
+    Ok(items)
+}
+
+/// Lists what `target` (nearest layer first) changes relative to `parent`; without a parent all is added.
+///
+/// # Errors
+/// As [`super::export()`], without those of a live target: a mounted target must be frozen while this runs.
+pub fn changes<R: ReadAt>(
+    target: &[LayerSource<R>],
+    parent: Option<ParentSpec<'_, R>>,
+    options: &ExportOptions,
+) -> Result<Vec<Change>, DiffError> {
+    let mut table = Table::new(options.ids.as_ref());
+    let items = settled(&mut table, target, parent, true)?;
+    let kept = items.kept();
+    let mut out = Vec::new();
+    let mut path = Vec::new();
+    for (item, keep) in items.items.iter().zip(kept) {
+        let kind = match item.status {
+            Status::Added => ChangeKind::Added,
+            Status::Modified => ChangeKind::Modified,
+            Status::Deleted => ChangeKind::Deleted,
+            Status::Same | Status::Pending(_) if keep => ChangeKind::Modified,
+            Status::Same | Status::Pending(_) | Status::Whiteout => continue,
+        };
+        items.path(item, &mut path);
+        out.push(Change { path: [b"/", &path[..]].concat(), kind });
+    }
+    out.sort();
+    Ok(out)
+}
+
+/// Sum of the bytes of regular files in the diff, a hard-linked inode once, whiteouts 0; what export leaves out is 0.
+///
+/// # Errors
+/// As [`changes`].
+pub fn diff_size<R: ReadAt>(
+    target: &[LayerSource<R>],
+    parent: Option<ParentSpec<'_, R>>,
+    options: &ExportOptions,
+) -> Result<u64, DiffError> {
+    let mut table = Table::new(options.ids.as_ref());
+    let items = settled(&mut table, target, parent, false)?;
+    let mut seen = HashSet::new();
+    let mut sum = 0u64;
+    for (item, left_out) in items.items.iter().zip(items.inexpressible()) {
+        let counts = matches!(item.status, Status::Added | Status::Modified)
+            && item.kind == FileKind::File
+            && !left_out;
+        if counts && (item.links <= 1 || seen.insert(item.node)) {
+            sum = sum.saturating_add(item.size);
+        }
+    }
+    Ok(sum)
+}

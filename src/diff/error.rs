@@ -1,0 +1,109 @@
+//! What can go wrong between a tar and an image.
+
+use crate::{ext4::Ext4Error, tar::TarError, vhd::VhdError};
+use std::io;
+
+/// Why a diff could not be applied, replayed or made.
+///
+/// Kinds are kept apart because the caller acts on them: corrupt input fails the request for good, a corrupt stored
+/// layer is for `scrub`, a full disk may be retried, a limit is the operator's to raise.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiffError {
+    /// The tar stream itself is bad.
+    #[error(transparent)]
+    Tar(#[from] TarError),
+    /// The tar is well formed, but an entry makes no sense in a layer.
+    #[error("tar entry {entry:?} at byte {offset}: {reason}")]
+    Entry {
+        /// Name in the tar, printable.
+        entry: String,
+        /// Offset of its header in the stream.
+        offset: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The image refuses an entry.
+    #[error("tar entry {entry:?} at byte {offset} does not go into the image")]
+    Image {
+        /// Name in the tar, printable.
+        entry: String,
+        /// Offset of its header in the stream.
+        offset: u64,
+        /// The image's reason.
+        #[source]
+        source: Ext4Error,
+    },
+    /// The image as a whole fails.
+    #[error("the ext4 image fails")]
+    Ext4(#[from] Ext4Error),
+    /// The image cannot be a VHD.
+    #[error("the image does not make a vhd")]
+    Vhd(#[from] VhdError),
+    /// More than the options allow.
+    #[error("limit of {limit} {what} is exceeded (entry {entry:?} at byte {offset})")]
+    Limit {
+        /// Name in the tar, printable.
+        entry: String,
+        /// Offset in the stream.
+        offset: u64,
+        /// What is limited, with its unit.
+        what: &'static str,
+        /// The limit.
+        limit: u64,
+    },
+    /// A stored record, or the image it points into, is not what was written.
+    #[error("{what} is corrupt at byte {offset}: {reason}")]
+    Corrupt {
+        /// The damaged thing.
+        what: &'static str,
+        /// Where in it.
+        offset: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A stored thing is of a version or kind that this program does not know.
+    #[error("{what} is not supported: {reason}")]
+    Unsupported {
+        /// The thing.
+        what: &'static str,
+        /// What is not supported.
+        reason: String,
+    },
+    /// A mounted sandbox was written to while its data were read; what was sent so far is not a diff.
+    #[error("{path:?} changed while it was read")]
+    ChangedWhileReading {
+        /// The file, printable.
+        path: String,
+    },
+    /// The caller asked for something impossible.
+    #[error("{0}")]
+    Usage(String),
+    /// Reading or writing failed.
+    #[error("{what} failed")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl DiffError {
+    /// The kind of the I/O error at the bottom, if it is one: `StorageFull` tells a full disk from bad input.
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Self::Io { source, .. }
+            | Self::Tar(TarError::Io { source, .. })
+            | Self::Ext4(Ext4Error::Io { source, .. })
+            | Self::Image { source: Ext4Error::Io { source, .. }, .. } => Some(source.kind()),
+            _ => None,
+        }
+    }
+
+    /// Makes an I/O error that says what was being done.
+    pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}

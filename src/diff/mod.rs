@@ -1,0 +1,70 @@
+//! Layers as differences: tar stream ⇄ ext4 image.
+//!
+//! ```text
+//!                     ┌───────────── apply ─────────────┐
+//!   tar stream ──► tar::TarReader ──► tree, whiteouts ──► ext4::writer ──► VHD footer     = layer.vhd
+//!                     │                                      │ where the bytes went
+//!                     └── all other bytes ──► record::RecordWriter ◄──┘                   = exact record
+//!
+//!   layer.vhd + exact record ──► record::replay ──► the very tar stream
+//!
+//!           ┌─ view: layers as overlayfs shows them
+//!  layers ──┤   walk: two trees side by side ──┬─► export ──► canonical tar
+//!           └──────────────────────────────────┴─► changes, diff_size
+//! ```
+//!
+//! Invariants: images and tars are hostile; no path, no runtime and no clock is known here; memory is bounded by the
+//! number of entries, never by their data. Called by `agent` (in the jailed worker or the guest) and by `cli`.
+
+pub mod apply;
+pub mod canonical;
+mod changes;
+mod error;
+mod export;
+mod hash;
+mod ids;
+pub mod record;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod view;
+mod walk;
+
+pub use changes::{Change, ChangeKind, changes, diff_size};
+pub use error::DiffError;
+pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};
+pub use ids::{IdMap, IdMaps};
+pub use view::{LayerKind, LayerSource};
+
+/// A layer of a parent's stack.
+#[derive(Debug)]
+pub enum ParentLayer<R> {
+    /// The target's layer of this index: shared, so equal subtrees are skipped unread.
+    OfTarget(usize),
+    /// A layer that the target does not have.
+    Other(LayerSource<R>),
+}
+
+/// What a diff is relative to.
+#[derive(Debug)]
+pub enum ParentSpec<'a, R> {
+    /// The target's own parent: what stands in `target[0]` is the diff.
+    Own,
+    /// The stack that begins at `target[n]`, n ≥ 1 (1 is [`ParentSpec::Own`]).
+    Ancestor(usize),
+    /// Any other stack, nearest layer first.
+    Layers(&'a [ParentLayer<R>]),
+}
+
+impl<R> Clone for ParentSpec<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R> Copy for ParentSpec<'_, R> {}
+
+/// The error for what is sound but beyond the limits here.
+fn unsupported(what: &'static str, reason: &str) -> DiffError {
+    DiffError::Unsupported { what, reason: reason.to_owned() }
+}

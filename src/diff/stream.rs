@@ -1,0 +1,198 @@
+//! File bytes from their places on the disk into the tar, through one buffer.
+//!
+//! ```text
+//!  disk ──pread──► buffer 512 KiB (headers, data, padding, in order) ──write──► out
+//! ```
+//!
+//! Called by [`super::export`].
+
+use super::DiffError;
+use crate::{
+    ext4::{Ext4, Inode},
+    io::ReadAt,
+    tar::writer::{Header, append},
+};
+use std::{borrow::Cow, io::Write};
+
+/// Bytes gathered before they are written.
+const BUFFER: usize = 512 << 10;
+/// Bytes compared at once.
+const COMPARE: usize = 256 << 10;
+
+/// Bytes of a file on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Range {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) disk: u64,
+}
+
+/// A file to be read from front to back.
+pub(super) struct FileBytes<'a, R> {
+    fs: &'a Ext4<R>,
+    size: u64,
+    inline: Option<Cow<'a, [u8]>>,
+    ranges: Cow<'a, [Range]>,
+    /// The first range that is not wholly behind.
+    next: usize,
+}
+
+impl<'a, R: ReadAt> FileBytes<'a, R> {
+    pub(super) fn new(fs: &'a Ext4<R>, size: u64, ranges: &'a [Range]) -> Self {
+        Self { fs, size, inline: None, ranges: ranges.into(), next: 0 }
+    }
+
+    pub(super) fn inline(fs: &'a Ext4<R>, bytes: &'a [u8]) -> Self {
+        Self { fs, size: bytes.len() as u64, inline: Some(bytes.into()), ranges: Cow::default(), next: 0 }
+    }
+
+    /// Reads the metadata now.
+    pub(super) fn open(fs: &'a Ext4<R>, inode: &Inode) -> Result<Self, DiffError> {
+        let inline = fs.inline_bytes(inode)?.map(Cow::Owned);
+        let mut ranges = Vec::new();
+        super::export::ranges_of(fs, inode, &mut ranges)?;
+        Ok(Self { fs, size: inode.size, inline, ranges: ranges.into(), next: 0 })
+    }
+
+    /// Whether it is without holes and one range at most.
+    pub(super) fn is_dense(&self) -> bool {
+        match &self.ranges[..] {
+            [] => self.size == 0,
+            [range] => range.offset == 0 && range.len == self.size,
+            _ => false,
+        }
+    }
+
+    /// The data ranges, those that touch joined.
+    pub(super) fn joined(&self) -> Vec<(u64, u64)> {
+        let mut out: Vec<(u64, u64)> = Vec::new();
+        for range in self.ranges.iter() {
+            match out.last_mut() {
+                Some((offset, len)) if *offset + *len == range.offset => *len += range.len,
+                _ => out.push((range.offset, range.len)),
+            }
+        }
+        out
+    }
+
+    /// Fills `buf` with the bytes at `offset`, which must not be before the last one asked for.
+    pub(super) fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<(), DiffError> {
+        if let Some(inline) = &self.inline {
+            let at = offset as usize;
+            match inline.get(at..at + buf.len()) {
+                Some(bytes) => buf.copy_from_slice(bytes),
+                None => buf.fill(0),
+            }
+            return Ok(());
+        }
+        let end = offset + buf.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let part = &mut buf[(at - offset) as usize..];
+            let Some(range) = self.ranges.get(self.next).copied().filter(|r| r.offset < end) else {
+                part.fill(0);
+                return Ok(());
+            };
+            if range.offset + range.len <= at {
+                self.next += 1;
+            } else if at < range.offset {
+                part[..(range.offset - at) as usize].fill(0);
+                at = range.offset;
+            } else {
+                let n = (range.offset + range.len).min(end) - at;
+                self.fs.read_disk(range.disk + (at - range.offset), &mut part[..n as usize])?;
+                at += n;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether two files of equal size hold the same bytes.
+pub(super) fn same_bytes<R: ReadAt, S: ReadAt>(
+    a: &mut FileBytes<'_, R>,
+    b: &mut FileBytes<'_, S>,
+) -> Result<bool, DiffError> {
+    if a.size != b.size {
+        return Ok(false);
+    }
+    let len = COMPARE.min(usize::try_from(a.size).unwrap_or(COMPARE));
+    let (mut left, mut right) = (vec![0; len], vec![0; len]);
+    let mut at = 0;
+    while at < a.size {
+        let n = (a.size - at).min(len as u64) as usize;
+        a.read(at, &mut left[..n])?;
+        b.read(at, &mut right[..n])?;
+        if left[..n] != right[..n] {
+            return Ok(false);
+        }
+        at += n as u64;
+    }
+    Ok(true)
+}
+
+/// The tar being written.
+pub(super) struct Out<'a> {
+    out: &'a mut dyn Write,
+    buf: Vec<u8>,
+    written: u64,
+}
+
+impl<'a> Out<'a> {
+    pub(super) fn new(out: &'a mut dyn Write) -> Self {
+        Self { out, buf: Vec::with_capacity(BUFFER + 4096), written: 0 }
+    }
+
+    fn flush(&mut self) -> Result<(), DiffError> {
+        self.out.write_all(&self.buf).map_err(DiffError::io("writing the tar"))?;
+        self.written += self.buf.len() as u64;
+        self.buf.clear();
+        Ok(())
+    }
+
+    /// Writes an entry's header; gives how many bytes of data belong to it.
+    pub(super) fn header(&mut self, header: &Header<'_>) -> Result<u64, DiffError> {
+        let data = append(&mut self.buf, header);
+        if self.buf.len() >= BUFFER {
+            self.flush()?;
+        }
+        Ok(data)
+    }
+
+    /// Writes zeros.
+    pub(super) fn zeros(&mut self, len: usize) -> Result<(), DiffError> {
+        self.buf.resize(self.buf.len() + len, 0);
+        if self.buf.len() >= BUFFER {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Writes `len` bytes of a file from `offset`.
+    pub(super) fn copy<R: ReadAt>(
+        &mut self,
+        file: &mut FileBytes<'_, R>,
+        mut offset: u64,
+        mut len: u64,
+    ) -> Result<(), DiffError> {
+        while len > 0 {
+            if self.buf.len() >= BUFFER {
+                self.flush()?;
+            }
+            let n = len.min((BUFFER - self.buf.len()) as u64) as usize;
+            let at = self.buf.len();
+            self.buf.resize(at + n, 0);
+            file.read(offset, &mut self.buf[at..])?;
+            offset += n as u64;
+            len -= n as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes what is left; gives the bytes of the whole tar.
+    pub(super) fn finish(&mut self) -> Result<u64, DiffError> {
+        self.flush()?;
+        self.out.flush().map_err(DiffError::io("writing the tar"))?;
+        Ok(self.written)
+    }
+}

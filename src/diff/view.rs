@@ -1,0 +1,265 @@
+//! A stack of layers seen as overlayfs shows it.
+//!
+//! ```text
+//!  nearest  ┌ sandbox: /upper ┐   name found in layer 0?  whiteout ─► the name is gone
+//!           │ applied: /      │                           file     ─► it hides all below
+//!  farthest └ applied: /      ┘                           folder   ─► joined with folders below,
+//!                                                                     down to an opaque one
+//! ```
+//!
+//! A whiteout is a character device 0/0; a folder is opaque if `trusted.overlay.opaque` is `y` (`user.overlay.*` means
+//! nothing: the mounts are made by root). A folder node is the list of its (layer, inode) pairs, nearest first; equal
+//! lists mean equal subtrees. The root folder of each layer is joined, opaque or not, as the kernel does. Redirects and
+//! metacopies are not followed (`redirect_dir=nofollow,metacopy=off`). Called by [`super::walk`].
+
+use super::{
+    DiffError,
+    ids::{IdMaps, Ids},
+};
+use crate::{
+    ext4::{Ext4, FileKind, Inode, Xattr},
+    io::ReadAt,
+};
+
+/// What kind of image a layer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerKind {
+    /// Made by apply: the layer's root is `/` of the image.
+    Applied,
+    /// Written through a mount: the layer's root is `/upper` of the image.
+    Sandbox,
+}
+
+/// One layer of a stack.
+#[derive(Debug)]
+pub struct LayerSource<R> {
+    /// The ext4 image (without VHD header or footer).
+    pub disk: R,
+    /// Where its root is.
+    pub kind: LayerKind,
+    /// It is mounted read-write somewhere: see [`super::export`].
+    pub live: bool,
+    /// Its ids are host ids, to be mapped back by [`super::ExportOptions::ids`].
+    pub host_ids: bool,
+}
+
+impl<R> LayerSource<R> {
+    /// A layer at rest with container ids.
+    pub fn new(disk: R, kind: LayerKind) -> Self {
+        Self { disk, kind, live: false, host_ids: false }
+    }
+}
+
+/// Prefix of the xattrs that belong to overlayfs.
+pub(super) const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
+const OPAQUE: &[u8] = b"trusted.overlay.opaque";
+
+/// An inode of one layer of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Node {
+    pub(super) layer: u16,
+    pub(super) ino: u32,
+}
+
+/// A folder: its inodes, nearest first.
+pub(super) type Stack = Vec<Node>;
+
+struct Layer<'a, R> {
+    fs: Ext4<&'a R>,
+    root: u32,
+    live: bool,
+    host_ids: bool,
+}
+
+/// All opened layers of one operation.
+pub(super) struct Table<'a, R> {
+    layers: Vec<Layer<'a, R>>,
+    ids: Ids<'a>,
+}
+
+/// One name of a listed folder.
+#[derive(Debug, Clone, Copy)]
+struct Found {
+    at: u32,
+    len: u8,
+    order: u16,
+    kind: Option<FileKind>,
+    node: Node,
+}
+
+/// A name of a merged folder.
+#[derive(Debug)]
+pub(super) struct Child {
+    at: u32,
+    len: u8,
+    /// The inode that shows.
+    pub(super) node: Node,
+    /// All inodes, if it is a folder.
+    pub(super) stack: Option<Stack>,
+    /// It is a whiteout (only in lists that keep them).
+    pub(super) whiteout: bool,
+}
+
+/// The names of a folder in bytewise order.
+#[derive(Debug, Default)]
+pub(super) struct Listing {
+    names: Vec<u8>,
+    children: Vec<Child>,
+}
+
+impl Listing {
+    pub(super) fn get(&self, i: usize) -> Option<(&[u8], &Child)> {
+        let child = self.children.get(i)?;
+        Some((self.names.get(child.at as usize..child.at as usize + usize::from(child.len))?, child))
+    }
+}
+
+impl<'a, R: ReadAt> Table<'a, R> {
+    pub(super) fn new(ids: Option<&'a IdMaps>) -> Self {
+        Self { layers: Vec::new(), ids: Ids(ids) }
+    }
+
+    /// Opens a layer and gives its number.
+    pub(super) fn open(&mut self, source: &'a LayerSource<R>) -> Result<u16, DiffError> {
+        let number = u16::try_from(self.layers.len())
+            .map_err(|_| DiffError::Usage("a stack of more than 65,536 layers".to_owned()))?;
+        let fs = Ext4::open(&source.disk)?;
+        let root = match source.kind {
+            LayerKind::Applied => fs.root(),
+            LayerKind::Sandbox => {
+                let top = fs.inode(fs.root())?;
+                fs.lookup(&top, b"upper")?.ok_or_else(|| DiffError::Unsupported {
+                    what: "sandbox image",
+                    reason: "it has no folder `upper`".to_owned(),
+                })?
+            }
+        };
+        self.layers.push(Layer { fs, root, live: source.live, host_ids: source.host_ids });
+        Ok(number)
+    }
+
+    fn layer(&self, number: u16) -> Result<&Layer<'a, R>, DiffError> {
+        self.layers.get(usize::from(number)).ok_or_else(|| DiffError::Usage(format!("no layer {number}")))
+    }
+
+    pub(super) fn fs(&self, number: u16) -> Result<&Ext4<&'a R>, DiffError> {
+        Ok(&self.layer(number)?.fs)
+    }
+
+    pub(super) fn is_live(&self, number: u16) -> bool {
+        self.layer(number).is_ok_and(|layer| layer.live)
+    }
+
+    /// The root folder of a stack of layers.
+    pub(super) fn root(&self, layers: &[u16]) -> Result<Stack, DiffError> {
+        layers.iter().map(|layer| Ok(Node { layer: *layer, ino: self.layer(*layer)?.root })).collect()
+    }
+
+    pub(super) fn inode(&self, node: Node) -> Result<Inode, DiffError> {
+        Ok(self.fs(node.layer)?.inode(node.ino)?)
+    }
+
+    /// Owner and group as the container sees them.
+    pub(super) fn owner(&self, node: Node, inode: &Inode) -> (u32, u32) {
+        if self.layer(node.layer).is_ok_and(|layer| layer.host_ids) {
+            (self.ids.uid(inode.uid), self.ids.gid(inode.gid))
+        } else {
+            (inode.uid, inode.gid)
+        }
+    }
+
+    /// The xattrs that belong to the layer's content: sorted, without overlayfs' own, ids mapped.
+    pub(super) fn xattrs(&self, node: Node, inode: &Inode) -> Result<Vec<Xattr>, DiffError> {
+        let layer = self.layer(node.layer)?;
+        let mut found = layer.fs.xattrs(inode)?;
+        found.retain(|x| !x.name.starts_with(OVERLAY_PREFIX));
+        found.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        if layer.host_ids {
+            for xattr in &mut found {
+                self.ids.xattr(xattr);
+            }
+        }
+        Ok(found)
+    }
+
+    pub(super) fn is_opaque(&self, node: Node, inode: &Inode) -> Result<bool, DiffError> {
+        let xattrs = self.fs(node.layer)?.xattrs(inode)?;
+        Ok(xattrs.iter().any(|x| x.name == OPAQUE && x.value == b"y"))
+    }
+
+    /// Lists a folder. `keep_whiteouts`: of a single layer, with its whiteouts.
+    pub(super) fn list(&self, stack: &[Node], keep_whiteouts: bool) -> Result<Listing, DiffError> {
+        let mut names = Vec::new();
+        let mut found: Vec<Found> = Vec::new();
+        for (order, node) in stack.iter().enumerate() {
+            let fs = self.fs(node.layer)?;
+            let inode = fs.inode(node.ino)?;
+            fs.visit_dir(&inode, |name, ino, kind| {
+                let at = u32::try_from(names.len())
+                    .map_err(|_| super::unsupported("folder", "its names take more than 4 GiB"))?;
+                names.extend_from_slice(name);
+                found.push(Found {
+                    at,
+                    len: name.len().min(255) as u8,
+                    order: order.min(usize::from(u16::MAX)) as u16,
+                    kind,
+                    node: Node { layer: node.layer, ino },
+                });
+                Ok::<(), DiffError>(())
+            })?;
+        }
+        let name = |f: &Found| names.get(f.at as usize..f.at as usize + usize::from(f.len)).unwrap_or(&[]);
+        found.sort_unstable_by(|a, b| name(a).cmp(name(b)).then(a.order.cmp(&b.order)));
+        let mut children = Vec::with_capacity(found.len());
+        for group in found.chunk_by(|a, b| name(a) == name(b)) {
+            if group.windows(2).any(|pair| matches!(pair, [a, b] if a.order == b.order)) {
+                return Err(DiffError::Corrupt {
+                    what: "folder of a layer",
+                    offset: 0,
+                    reason: format!(
+                        "it holds the name {:?} twice",
+                        name(&group[0]).escape_ascii().to_string()
+                    ),
+                });
+            }
+            if let Some(child) = self.merge(group, keep_whiteouts)? {
+                children.push(child);
+            }
+        }
+        Ok(Listing { names, children })
+    }
+
+    /// What one name of several layers shows.
+    fn merge(&self, group: &[Found], keep_whiteouts: bool) -> Result<Option<Child>, DiffError> {
+        let Some(top) = group.first() else { return Ok(None) };
+        let child = |stack, whiteout| Child { at: top.at, len: top.len, node: top.node, stack, whiteout };
+        match self.kind(top)? {
+            (FileKind::Directory, _) => {}
+            (FileKind::CharDevice, true) => return Ok(keep_whiteouts.then(|| child(None, true))),
+            _ => return Ok(Some(child(None, false))),
+        }
+        let mut stack = vec![top.node];
+        for pair in group.windows(2) {
+            let [upper, lower] = pair else { break };
+            if self.is_opaque(upper.node, &self.inode(upper.node)?)? {
+                break;
+            }
+            if self.kind(lower)?.0 != FileKind::Directory {
+                break;
+            }
+            stack.push(lower.node);
+        }
+        Ok(Some(child(Some(stack), false)))
+    }
+
+    /// The kind of a name, and whether it is a whiteout. Reads the inode only where the name does not tell.
+    fn kind(&self, found: &Found) -> Result<(FileKind, bool), DiffError> {
+        match found.kind {
+            None | Some(FileKind::CharDevice) => {
+                let inode = self.inode(found.node)?;
+                Ok((inode.kind, inode.is_whiteout()))
+            }
+            Some(kind) => Ok((kind, false)),
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! One inode: fields, flags, extents, devices, symbolic links.
+//!
+//! Called by [`super::Checker::inode_table`] for each inode that the bitmap calls used.
+
+use super::{Checker, FIRST_INO, ROOT_INO, file_type, kind};
+use crate::{
+    ext4::{
+        Ext4Error, Extent, FileKind, Inode,
+        reader::{
+            bytes::{u16_at, u32_at},
+            corrupt, extent,
+            inode::flags,
+            superblock::incompat,
+        },
+    },
+    io::ReadAt,
+};
+
+/// `i_flags` that our writer sets.
+const FLAGS: u32 = flags::EXTENTS | flags::INDEX | flags::INLINE_DATA | flags::EA_INODE | flags::HUGE_FILE;
+
+/// Collects the blocks of an inode.
+struct Claims {
+    extents: Vec<Extent>,
+    nodes: Vec<u64>,
+}
+
+impl extent::Visitor for Claims {
+    fn strict(&self) -> bool {
+        true
+    }
+
+    fn node(&mut self, block: u64) -> Result<(), Ext4Error> {
+        self.nodes.push(block);
+        Ok(())
+    }
+
+    fn extent(&mut self, extent: Extent) -> Result<(), Ext4Error> {
+        if extent.unwritten {
+            return Err(corrupt(format!("block {}", extent.physical_block), "an unwritten extent"));
+        }
+        extent::Visitor::extent(&mut self.extents, extent)
+    }
+}
+
+impl<R: ReadAt> Checker<R> {
+    pub(super) fn inode(&mut self, ino: u32, raw: &[u8]) -> Result<(), Ext4Error> {
+        let place = || format!("inode {ino}");
+        let bad = |reason: &'static str| Err(corrupt(place(), reason));
+        if ino < FIRST_INO && ino != ROOT_INO {
+            // mke2fs gives the bad-blocks inode times, and every inode a checksum: both are harmless.
+            let empty = [(0, 2), (4, 4), (20, 4), (26, 2), (28, 4), (32, 4), (40, 60), (104, 8), (116, 4)];
+            if empty.iter().any(|(at, len)| raw.get(*at..at + len).is_none_or(|f| f.iter().any(|b| *b != 0)))
+            {
+                return bad("a reserved inode is in use");
+            }
+            if let Some(node) = self.node(ino) {
+                node.kind = kind::RESERVED;
+            }
+            return Ok(());
+        }
+        let geometry = self.fs.geometry().clone();
+        let inode = Inode::parse(ino, raw, &geometry)?;
+        let extra = usize::from(u16_at(raw, 128));
+        if !(24..=32).contains(&extra) {
+            return bad("unusual i_extra_isize");
+        }
+        if u32_at(raw, 20) != 0 || inode.links == 0 {
+            return bad("used, but deleted");
+        }
+        if inode.flags & !FLAGS != 0 {
+            return bad("flags that our writer does not set");
+        }
+        if [132, 136, 140, 148].iter().any(|at| u32_at(raw, *at) >> 2 > 999_999_999) {
+            return bad("more nanoseconds than a second has");
+        }
+        if u16_at(raw, 126) != 0 || u32_at(raw, 112) != 0 || (extra >= 32 && u32_at(raw, 156) != 0) {
+            return bad("unknown fields are not zero");
+        }
+        if inode.kind != FileKind::File && inode.kind != FileKind::Directory && u32_at(raw, 108) != 0 {
+            return bad("its size is too large");
+        }
+        if inode.has(flags::INLINE_DATA) && !geometry.has(incompat::INLINE_DATA)
+            || inode.has(flags::EA_INODE)
+                && (!geometry.has(incompat::EA_INODE) || inode.kind != FileKind::File)
+            || inode.has(flags::INDEX) && inode.kind != FileKind::Directory
+            || inode.has(flags::INLINE_DATA) && inode.flags & !flags::INLINE_DATA != 0
+        {
+            return bad("flags that do not go together");
+        }
+        let mut sectors = self.xattrs(&inode)?;
+        let block_sectors = u64::from(geometry.block_size) / 512;
+        let mut claims = Claims { extents: Vec::new(), nodes: Vec::new() };
+        match inode.kind {
+            FileKind::File | FileKind::Directory | FileKind::Symlink if inode.has(flags::INLINE_DATA) => {}
+            FileKind::Symlink if inode.size < 60 && !inode.has(flags::EXTENTS) => {
+                let rest = inode.i_block().get(inode.size as usize..).unwrap_or(&[]);
+                if rest.iter().any(|b| *b != 0) {
+                    return bad("a symbolic link's target is longer than its size");
+                }
+            }
+            FileKind::File | FileKind::Directory | FileKind::Symlink => {
+                if !inode.has(flags::EXTENTS) {
+                    return bad("it has no extents");
+                }
+                extent::walk(&self.fs.source, &inode, &mut claims)?;
+            }
+            FileKind::CharDevice | FileKind::BlockDevice => {
+                let old = u32_at(raw, 40);
+                let rest = if old != 0 { raw.get(44..100) } else { raw.get(48..100) };
+                if inode.flags != 0
+                    || inode.size != 0
+                    || old > 0xFFFF
+                    || rest.is_none_or(|r| r.iter().any(|b| *b != 0))
+                {
+                    return bad("a device that is malformed");
+                }
+            }
+            FileKind::Fifo | FileKind::Socket => {
+                if inode.flags != 0 || inode.size != 0 || inode.i_block().iter().any(|b| *b != 0) {
+                    return bad("a pipe or socket with contents");
+                }
+            }
+        }
+        for block in &claims.nodes {
+            self.blocks.claim(*block, 1, &place)?;
+            sectors += block_sectors;
+        }
+        for extent in &claims.extents {
+            self.blocks.claim(extent.physical_block, u64::from(extent.blocks), &place)?;
+            sectors += u64::from(extent.blocks) * block_sectors;
+        }
+        let end = claims.extents.last().map_or(0, |e| u64::from(e.logical_block) + u64::from(e.blocks));
+        if !inode.has(flags::INLINE_DATA) && end > inode.size.div_ceil(u64::from(geometry.block_size)) {
+            return bad("blocks behind its end");
+        }
+        if inode.size.div_ceil(u64::from(geometry.block_size)) > 1 << 32 {
+            return bad("its size is too large");
+        }
+        let stored =
+            if inode.has(flags::HUGE_FILE) { inode.i_blocks() * block_sectors } else { inode.i_blocks() };
+        if stored != sectors {
+            return bad("its count of blocks is wrong");
+        }
+        let is_ea = inode.has(flags::EA_INODE);
+        match inode.kind {
+            FileKind::Symlink => {
+                self.fs.symlink_target(&inode)?;
+                if inode.size >= u64::from(geometry.block_size) {
+                    return bad("a symbolic link's target is too long");
+                }
+            }
+            FileKind::File if inode.has(flags::INLINE_DATA) => {
+                self.fs.inline_bytes(&inode)?;
+            }
+            FileKind::Directory => self.directory(&inode)?,
+            _ => {}
+        }
+        if is_ea && (inode.size > u64::from(super::xattr::MAX_VALUE) || inode.links != 1) {
+            return bad("an xattr's value of impossible size");
+        }
+        let Some(node) = self.node(ino) else { return bad("it lies outside the file system") };
+        node.kind = if is_ea { kind::EA } else { file_type(inode.kind) };
+        node.links = if is_ea {
+            // The reference count of a value: low half in i_version, high half in i_ctime (fs/ext4/xattr.c).
+            if u32_at(raw, 12) == 0 { u32_at(raw, 36) } else { u32::MAX }
+        } else {
+            u32::from(inode.links)
+        };
+        Ok(())
+    }
+}

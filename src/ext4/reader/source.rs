@@ -1,0 +1,119 @@
+//! Reads of file-system bytes: the disk, the journal's overlay, and a small cache for metadata.
+//!
+//! ```text
+//!  read(offset) ──► overlay has the block? ──yes──► the journal's copy (escaped magic put back)
+//!                          │no
+//!                          └──► disk
+//! ```
+//!
+//! The overlay holds places, not bytes: its memory is 32 bytes for each distinct block in the journal. The cache is
+//! direct-mapped and of fixed size. Called by every part of the reader.
+
+use super::{corrupt, journal::Overlay, superblock::Geometry};
+use crate::{ext4::Ext4Error, io::ReadAt};
+use parking_lot::Mutex;
+use std::sync::Arc;
+
+/// Bytes read at once for metadata, at least.
+const CHUNK: usize = 16 * 1024;
+/// Chunks kept.
+const SLOTS: usize = 64;
+
+/// Bytes of the file system as they are after recovery.
+#[derive(Debug)]
+pub(in crate::ext4) struct Source<R> {
+    disk: R,
+    pub(in crate::ext4) overlay: Overlay,
+    pub(in crate::ext4) geometry: Geometry,
+    chunk: usize,
+    cache: Mutex<Vec<Option<(u64, Arc<[u8]>)>>>,
+}
+
+/// A block inside a cached chunk.
+#[derive(Debug, Clone)]
+pub(in crate::ext4) struct Block {
+    chunk: Arc<[u8]>,
+    at: usize,
+    len: usize,
+}
+
+impl std::ops::Deref for Block {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.chunk.get(self.at..self.at + self.len).unwrap_or(&[])
+    }
+}
+
+/// An I/O error that says what was read.
+fn io_error(offset: u64) -> impl FnOnce(std::io::Error) -> Ext4Error {
+    move |source| super::io_error("reading the image", offset, source)
+}
+
+impl<R: ReadAt> Source<R> {
+    pub(in crate::ext4) fn new(disk: R, geometry: Geometry) -> Self {
+        let chunk = CHUNK.max(geometry.block_size as usize);
+        Self { disk, overlay: Overlay::default(), geometry, chunk, cache: Mutex::new(vec![None; SLOTS]) }
+    }
+
+    /// Forgets cached chunks (after the overlay changed).
+    pub(in crate::ext4) fn forget(&self) {
+        self.cache.lock().fill(None);
+    }
+
+    /// Fills `buf` with file-system bytes from `offset`, past the cache.
+    pub(in crate::ext4) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Ext4Error> {
+        if self.overlay.is_empty() {
+            return self.disk.read_exact_at(buf, offset).map_err(io_error(offset));
+        }
+        let block_size = u64::from(self.geometry.block_size);
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let (block, within) = (at / block_size, at % block_size);
+            let n = (buf.len() - done).min((block_size - within) as usize);
+            let part = &mut buf[done..done + n];
+            match self.overlay.get(block) {
+                None => self.disk.read_exact_at(part, at).map_err(io_error(at))?,
+                Some(copy) => {
+                    let place = copy.block * block_size + within;
+                    self.disk.read_exact_at(part, place).map_err(io_error(place))?;
+                    if copy.escaped && within < 4 {
+                        let magic = super::journal::MAGIC.to_be_bytes();
+                        for (byte, m) in part.iter_mut().zip(&magic[within as usize..]) {
+                            *byte = *m;
+                        }
+                    }
+                }
+            }
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// One metadata block.
+    pub(in crate::ext4) fn block(&self, number: u64) -> Result<Block, Ext4Error> {
+        if number >= self.geometry.blocks_count {
+            return Err(corrupt(format!("block {number}"), "it lies behind the end of the file system"));
+        }
+        let len = self.geometry.block_size as usize;
+        let offset = number * len as u64;
+        let index = offset / self.chunk as u64;
+        let at = (offset % self.chunk as u64) as usize;
+        let slot = (index % SLOTS as u64) as usize;
+        if let Some(Some((cached, chunk))) = self.cache.lock().get(slot)
+            && *cached == index
+        {
+            return Ok(Block { chunk: chunk.clone(), at, len });
+        }
+        let start = index * self.chunk as u64;
+        let end = (start + self.chunk as u64).min(self.geometry.blocks_count * len as u64);
+        let mut bytes = vec![0; (end - start) as usize];
+        self.read(start, &mut bytes)?;
+        let chunk: Arc<[u8]> = bytes.into();
+        if let Some(place) = self.cache.lock().get_mut(slot) {
+            *place = Some((index, chunk.clone()));
+        }
+        Ok(Block { chunk, at, len })
+    }
+}

@@ -1,0 +1,251 @@
+//! One operation on one channel, seen from the daemon.
+//!
+//! ```text
+//!   Request ─►  [Data… End ─►]  ◄─ Data… / Event (Resume ─►)  ◄─ Result │ Error
+//! ```
+//!
+//! Every read and write that makes no progress for the idle time-out ends the operation; there is no other clock. A
+//! channel that ends without Result or Error means that the VM died or cut it, never that the stream is complete.
+//! Called by `lease` and `stream`.
+
+use super::{Channel, ServiceVm, SvmError};
+use crate::agent::wire::{self, DATA_PAYLOAD, FrameType, HEADER_LEN, Operation, WireError};
+use bytes::{Bytes, BytesMut};
+use futures_util::{Stream, StreamExt};
+use parking_lot::Mutex;
+use serde::de::DeserializeOwned;
+use std::{
+    io,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf, split},
+    time::timeout,
+};
+
+/// How long a VM whose channel broke may take to be seen dead.
+const DEATH_GRACE: Duration = Duration::from_secs(2);
+
+/// What the agent sent.
+pub(super) enum Incoming {
+    Data(Bytes),
+    Event(wire::Event),
+    Result(Bytes),
+}
+
+/// What the reading half must know of the writing half: while a body is being sent the agent has nothing to say, and
+/// its silence counts from the last byte that it took.
+struct Progress {
+    sending: AtomicBool,
+    last: Mutex<Instant>,
+}
+
+impl Progress {
+    fn touch(&self) {
+        *self.last.lock() = Instant::now();
+    }
+
+    fn is_idle(&self, idle: Duration) -> bool {
+        !self.sending.load(Ordering::Relaxed) && self.last.lock().elapsed() >= idle
+    }
+}
+
+/// The reading half with its VM.
+pub(super) struct Receiver {
+    progress: Arc<Progress>,
+    vm: Arc<dyn ServiceVm>,
+    name: String,
+    idle: Duration,
+    input: ReadHalf<Channel>,
+}
+
+/// The writing half.
+pub(super) struct Sender {
+    progress: Arc<Progress>,
+    idle: Duration,
+    output: WriteHalf<Channel>,
+}
+
+/// Why sending stopped.
+pub(super) enum SendError {
+    /// The channel broke: the receiver will say why.
+    Channel(io::Error),
+    /// No progress.
+    Timeout,
+    /// The body failed.
+    Body(io::Error),
+}
+
+/// Opens a channel and sends the request.
+pub(super) async fn begin(
+    vm: &Arc<dyn ServiceVm>,
+    name: &str,
+    idle: Duration,
+    operation: &Operation,
+) -> Result<(Sender, Receiver), SvmError> {
+    let channel = timeout(idle, vm.open_channel())
+        .await
+        .map_err(|_| SvmError::Timeout { what: "opening a channel to the service VM", after: idle })?;
+    let channel = match channel {
+        Ok(channel) => channel,
+        Err(e) => return Err(explain(vm, name, e).await),
+    };
+    let (input, output) = split(channel);
+    let progress = Arc::new(Progress { sending: AtomicBool::new(false), last: Mutex::new(Instant::now()) });
+    let mut receiver =
+        Receiver { progress: progress.clone(), vm: vm.clone(), name: name.to_owned(), idle, input };
+    let mut sender = Sender { progress, idle, output };
+    let request = serde_json::to_vec(operation)
+        .map_err(|e| SvmError::Protocol { vm: name.to_owned(), reason: e.to_string() })?;
+    if let Err(e) = sender.frame(FrameType::Request, &request).await {
+        return Err(receiver.after_send_error(e).await);
+    }
+    Ok((sender, receiver))
+}
+
+/// Says of a failed channel whether its VM died of it.
+async fn explain(vm: &Arc<dyn ServiceVm>, name: &str, otherwise: SvmError) -> SvmError {
+    match timeout(DEATH_GRACE, vm.death()).await {
+        Ok(death) => SvmError::Died { vm: name.to_owned(), cause: death.cause, console: death.console },
+        Err(_) => otherwise,
+    }
+}
+
+impl Sender {
+    /// Sends one frame.
+    pub(super) async fn frame(&mut self, kind: FrameType, payload: &[u8]) -> Result<(), SendError> {
+        self.all(&wire::header(kind, payload.len())).await?;
+        self.all(payload).await
+    }
+
+    async fn all(&mut self, mut bytes: &[u8]) -> Result<(), SendError> {
+        while !bytes.is_empty() {
+            match timeout(self.idle, self.output.write(bytes)).await {
+                Err(_) => return Err(SendError::Timeout),
+                Ok(Err(e)) => return Err(SendError::Channel(e)),
+                Ok(Ok(0)) => return Err(SendError::Channel(io::ErrorKind::WriteZero.into())),
+                Ok(Ok(n)) => bytes = &bytes[n..],
+            }
+            self.progress.touch();
+        }
+        Ok(())
+    }
+
+    /// Sends a body as Data frames and End. Tiny chunks are gathered into frames of [`DATA_PAYLOAD`], large ones sent
+    /// from where they lie. How long the body itself may idle is its owner's business.
+    pub(super) async fn body<S>(&mut self, body: S) -> Result<(), SendError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        self.progress.sending.store(true, Ordering::Relaxed);
+        let sent = self.gather(body).await;
+        self.progress.touch();
+        self.progress.sending.store(false, Ordering::Relaxed);
+        sent
+    }
+
+    async fn gather<S>(&mut self, body: S) -> Result<(), SendError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        let mut body = pin!(body);
+        let mut gathered = Vec::with_capacity(DATA_PAYLOAD);
+        while let Some(chunk) = body.next().await {
+            let mut chunk = chunk.map_err(SendError::Body)?;
+            while !chunk.is_empty() {
+                if gathered.is_empty() && chunk.len() >= DATA_PAYLOAD {
+                    let frame = chunk.split_to(DATA_PAYLOAD);
+                    self.frame(FrameType::Data, &frame).await?;
+                    continue;
+                }
+                let n = chunk.len().min(DATA_PAYLOAD - gathered.len());
+                gathered.extend_from_slice(&chunk.split_to(n));
+                if gathered.len() == DATA_PAYLOAD {
+                    self.frame(FrameType::Data, &gathered).await?;
+                    gathered.clear();
+                }
+            }
+        }
+        if !gathered.is_empty() {
+            self.frame(FrameType::Data, &gathered).await?;
+        }
+        self.frame(FrameType::End, &[]).await
+    }
+}
+
+impl Receiver {
+    /// The agent's next word. An Error frame becomes [`SvmError::Refused`].
+    pub(super) async fn next(&mut self) -> Result<Incoming, SvmError> {
+        let mut head = [0u8; HEADER_LEN];
+        self.fill(&mut head).await?;
+        let (kind, len) = wire::parse_header(head).map_err(|e| SvmError::from_frame(&self.name, &e))?;
+        let mut payload = BytesMut::zeroed(len);
+        self.fill(&mut payload).await?;
+        match kind {
+            FrameType::Data => Ok(Incoming::Data(payload.freeze())),
+            FrameType::Event => Ok(Incoming::Event(self.decode(&payload)?)),
+            FrameType::Result => Ok(Incoming::Result(payload.freeze())),
+            FrameType::Error => Err(SvmError::Refused(self.decode::<WireError>(&payload)?)),
+            other => Err(self.protocol(format!("unexpected {other:?} frame"))),
+        }
+    }
+
+    /// Waits for the Result of an operation that sends nothing else.
+    pub(super) async fn result<T: DeserializeOwned>(&mut self) -> Result<T, SvmError> {
+        match self.next().await? {
+            Incoming::Result(json) => self.decode(&json),
+            Incoming::Data(_) => Err(self.protocol("unexpected data".into())),
+            Incoming::Event(_) => Err(self.protocol("unexpected event".into())),
+        }
+    }
+
+    /// Parses a message of the agent.
+    pub(super) fn decode<T: DeserializeOwned>(&self, json: &[u8]) -> Result<T, SvmError> {
+        serde_json::from_slice(json).map_err(|e| self.protocol(format!("malformed message: {e}")))
+    }
+
+    pub(super) fn protocol(&self, reason: String) -> SvmError {
+        SvmError::Protocol { vm: self.name.clone(), reason }
+    }
+
+    /// What is behind a failure to send: the agent's own Error if it left one, else its death.
+    pub(super) async fn after_send_error(&mut self, e: SendError) -> SvmError {
+        match e {
+            SendError::Body(e) => SvmError::Body(e.to_string()),
+            SendError::Timeout => SvmError::Timeout { what: "sending to the service VM", after: self.idle },
+            SendError::Channel(e) => loop {
+                match self.next().await {
+                    Ok(Incoming::Data(_)) => {}
+                    Ok(_) => return self.protocol(format!("channel broke while sending: {e}")),
+                    Err(e) => return e,
+                }
+            },
+        }
+    }
+
+    async fn fill(&mut self, buf: &mut [u8]) -> Result<(), SvmError> {
+        let mut have = 0;
+        while have < buf.len() {
+            let read = timeout(self.idle, self.input.read(&mut buf[have..])).await;
+            let reason = match read {
+                Err(_) if !self.progress.is_idle(self.idle) => continue,
+                Err(_) => return Err(SvmError::Timeout { what: "the service VM", after: self.idle }),
+                Ok(Ok(0)) => "channel ended without a result".to_owned(),
+                Ok(Ok(n)) => {
+                    self.progress.touch();
+                    have += n;
+                    continue;
+                }
+                Ok(Err(e)) => format!("channel broke: {e}"),
+            };
+            let otherwise = self.protocol(reason);
+            return Err(explain(&self.vm, &self.name, otherwise).await);
+        }
+        Ok(())
+    }
+}

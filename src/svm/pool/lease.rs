@@ -1,0 +1,350 @@
+//! A lease and the operations that it allows.
+//!
+//! ```text
+//!   Lease ─ attach disks (counted) ─ channel ─ Request ─ stream ─ Result      dropped: disks, then VM, given back
+//! ```
+//!
+//! Called by `driver`.
+
+use super::{Inner, machine::Event};
+use crate::{
+    agent::wire::{
+        ApplySummary, Change, CheckSummary, DiskId, ErrorKind, LayerRef, Operation, ParentRef, decode_change,
+    },
+    svm::{
+        ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk, ParentDisks, ServiceVm,
+        SvmError, TarStream,
+        exchange::{self, Incoming, Receiver, Sender},
+        stream::{Freeze, Item, QUEUED_CHUNKS},
+    },
+};
+use bytes::Bytes;
+use futures_util::Stream;
+use serde::de::DeserializeOwned;
+use std::{
+    collections::HashMap,
+    fmt, io,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+use tokio::sync::{mpsc, oneshot};
+
+/// Most bytes of changed paths that are taken from a VM.
+const MAX_CHANGES: usize = 256 << 20;
+
+/// The right to use a VM; dropping it gives the VM back.
+pub struct Lease {
+    inner: Arc<Inner>,
+    id: u64,
+    name: String,
+    vm: Option<Arc<dyn ServiceVm>>,
+    poison: AtomicBool,
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease").field("id", &self.id).field("vm", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Before the event, so that ending the VM is not put off until a clone of it here is gone.
+        self.vm = None;
+        let poison = self.poison.load(Ordering::Relaxed);
+        self.inner.run(
+            |m| m.step(Event::Release { lease: self.id, poison }),
+            |state| {
+                state.grants.remove(&self.id);
+            },
+        );
+    }
+}
+
+/// A disk in use by one operation.
+struct DiskUse {
+    inner: Arc<Inner>,
+    lease: u64,
+    usage: u64,
+}
+
+impl Drop for DiskUse {
+    fn drop(&mut self) {
+        self.inner.run(
+            |m| m.step(Event::Detach { lease: self.lease, usage: self.usage }),
+            |state| {
+                state.disk_waiters.remove(&self.usage);
+                state.sources.remove(&self.usage);
+            },
+        );
+    }
+}
+
+/// The disks of one operation, each attached once.
+#[derive(Default)]
+struct Attached {
+    uses: Vec<DiskUse>,
+    known: HashMap<super::DiskKey, DiskId>,
+}
+
+impl Lease {
+    pub(super) fn ticket(inner: Arc<Inner>, id: u64, name: String) -> Self {
+        Self { inner, id, name, vm: None, poison: AtomicBool::new(false) }
+    }
+
+    pub(super) fn granted(&mut self, vm: Arc<dyn ServiceVm>) {
+        self.vm = Some(vm);
+    }
+
+    /// Name of the VM (`<id>_svm` or `_lcow_global_svm_`).
+    pub fn vm_name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the backend calls the VM ("worker 1234"), for logs.
+    pub fn vm_description(&self) -> String {
+        self.vm.as_ref().map(|vm| vm.describe()).unwrap_or_default()
+    }
+
+    /// Remembers a failure that the VM is to blame for.
+    fn judge<T>(&self, result: Result<T, SvmError>) -> Result<T, SvmError> {
+        if let Err(e) = &result
+            && e.blames_vm()
+        {
+            self.poison.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    async fn attach(&self, attached: &mut Attached, disk: &DiskSource) -> Result<DiskId, SvmError> {
+        let identity = disk.identity().map_err(|e| SvmError::Disk {
+            vm: self.name.clone(),
+            disk: disk.path.display().to_string(),
+            reason: e.to_string(),
+        })?;
+        let key = (identity, disk.access, disk.offset, disk.len);
+        if let Some(id) = attached.known.get(&key) {
+            return Ok(*id);
+        }
+        let (lease, usage) = (self.id, self.inner.number());
+        let (sender, ready) = oneshot::channel();
+        attached.uses.push(DiskUse { inner: self.inner.clone(), lease, usage });
+        self.inner.run(
+            |m| m.step(Event::Attach { lease, usage, disk: key }),
+            |state| {
+                state.disk_waiters.insert(usage, sender);
+                state.sources.insert(usage, (key, disk.clone()));
+            },
+        );
+        let id = ready.await.unwrap_or(Err(SvmError::Cancelled("the service VM went away")))?;
+        attached.known.insert(key, id);
+        Ok(id)
+    }
+
+    async fn attach_layers(
+        &self,
+        attached: &mut Attached,
+        layers: &[LayerDisk],
+    ) -> Result<Vec<LayerRef>, SvmError> {
+        let mut refs = Vec::with_capacity(layers.len());
+        for layer in layers {
+            refs.push(LayerRef { disk: self.attach(attached, &layer.disk).await?, kind: layer.kind });
+        }
+        Ok(refs)
+    }
+
+    async fn attach_parent(
+        &self,
+        attached: &mut Attached,
+        parent: &ParentDisks,
+    ) -> Result<ParentRef, SvmError> {
+        Ok(match parent {
+            ParentDisks::None => ParentRef::None,
+            ParentDisks::Own => ParentRef::Own,
+            ParentDisks::Chain(layers) => ParentRef::Chain(self.attach_layers(attached, layers).await?),
+        })
+    }
+
+    async fn begin(&self, operation: &Operation) -> Result<(Sender, Receiver), SvmError> {
+        let vm = self.vm.as_ref().ok_or(SvmError::Cancelled("the lease has no service VM"))?;
+        exchange::begin(vm, &self.name, self.inner.config.idle_timeout, operation).await
+    }
+
+    /// Writes the tar `body` as an image with its record. Both files are written but not synced.
+    ///
+    /// # Errors
+    /// [`SvmError::Body`] if the body fails (a cut upload), [`SvmError::Refused`] for a bad tar, and so on.
+    pub async fn tar_to_layer<S>(&self, job: ApplyJob, body: S) -> Result<ApplySummary, SvmError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        self.judge(self.apply(&job, body).await)
+    }
+
+    async fn apply<S>(&self, job: &ApplyJob, body: S) -> Result<ApplySummary, SvmError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        let mut attached = Attached::default();
+        let image = self.attach(&mut attached, &job.image).await?;
+        let record = self.attach(&mut attached, &job.record).await?;
+        let lowers = self.attach_layers(&mut attached, &job.lowers).await?;
+        let operation = Operation::Apply { image, record, lowers, options: job.options.clone() };
+        let (mut sender, mut receiver) = self.begin(&operation).await?;
+        let sent = {
+            let mut sending = pin!(sender.body(body));
+            let mut receiving = pin!(receiver.result::<ApplySummary>());
+            tokio::select! {
+                biased;
+                early = &mut receiving => match early {
+                    // The agent may refuse before it has seen all; it can't be content.
+                    Err(e) => return Err(e),
+                    Ok(_) => None,
+                },
+                sent = &mut sending => match sent {
+                    Ok(()) => return receiving.await,
+                    Err(e) => Some(e),
+                },
+            }
+        };
+        match sent {
+            Some(e) => Err(receiver.after_send_error(e).await),
+            None => Err(receiver.protocol("a result before the end of the tar".into())),
+        }
+    }
+
+    /// Streams a layer's tar. Returns when the first bytes (or a complete empty tar) are there, so an early failure is
+    /// an error here. The stream keeps the lease.
+    ///
+    /// # Errors
+    /// As [`Lease::tar_to_layer`]; [`SvmError::Live`].
+    pub async fn layer_to_tar(self, job: ExportJob) -> Result<TarStream, SvmError> {
+        let (sender, stream) = mpsc::channel(QUEUED_CHUNKS);
+        tokio::spawn(async move {
+            let failed = tokio::select! {
+                biased;
+                () = sender.closed() => None,
+                done = self.export(job, &sender) => self.judge(done).err(),
+            };
+            // The lease goes first: whoever sees the end of the stream finds the VM given back.
+            drop(self);
+            if let Some(e) = failed {
+                let _ = sender.send(Err(e)).await;
+            }
+        });
+        TarStream::begin(stream).await
+    }
+
+    async fn export(
+        &self,
+        job: ExportJob,
+        out: &mpsc::Sender<Result<Item, SvmError>>,
+    ) -> Result<(), SvmError> {
+        let mut attached = Attached::default();
+        let operation = match &job.kind {
+            ExportKind::Exact { image, record } => Operation::ExportExact {
+                image: self.attach(&mut attached, image).await?,
+                record: self.attach(&mut attached, record).await?,
+            },
+            ExportKind::Canonical { target, parent, format, id_maps } => Operation::ExportCanonical {
+                target: self.attach_layers(&mut attached, target).await?,
+                parent: self.attach_parent(&mut attached, parent).await?,
+                format: *format,
+                id_maps: id_maps.clone(),
+                live: job.live.is_some(),
+            },
+        };
+        let mut freeze = Freeze::new(job.live, self.inner.config.freeze_limit);
+        freeze.freeze().await?;
+        let (mut sender, mut receiver) = self.begin(&operation).await?;
+        loop {
+            match freeze.next(&mut sender, &mut receiver).await? {
+                Incoming::Data(bytes) if bytes.is_empty() => {}
+                // Bytes go out at the reader's pace, which nobody's writers may be made to wait for.
+                Incoming::Data(_) if freeze.is_frozen() => {
+                    return Err(receiver.protocol("data while the sandbox is frozen".into()));
+                }
+                Incoming::Data(bytes) => {
+                    if out.send(Ok(Item::Data(bytes))).await.is_err() {
+                        return Err(SvmError::Cancelled("the reader of the tar has gone"));
+                    }
+                }
+                Incoming::Result(json) => {
+                    let _ = out.send(Ok(Item::Done(receiver.decode(&json)?))).await;
+                    return Ok(());
+                }
+                Incoming::Event(_) => return Err(receiver.protocol("unexpected event".into())),
+            }
+        }
+    }
+
+    /// Paths that differ, in the agent's order. At most 256 MiB of paths.
+    ///
+    /// # Errors
+    /// As [`Lease::layer_to_tar`].
+    pub async fn changes(&self, job: CompareJob) -> Result<Vec<Change>, SvmError> {
+        let operation = |target, parent, live| Operation::Changes { target, parent, live };
+        let (data, ()) = self.judge(self.compare(job, operation).await)?;
+        let mut rest = data.as_slice();
+        let mut changes = Vec::new();
+        let bad = |reason: &str| SvmError::Protocol { vm: self.name.clone(), reason: reason.to_owned() };
+        while let Some(change) = self.judge(decode_change(&mut rest).map_err(bad))? {
+            changes.push(change);
+        }
+        Ok(changes)
+    }
+
+    /// Sum of the regular-file bytes of the difference.
+    ///
+    /// # Errors
+    /// As [`Lease::layer_to_tar`].
+    pub async fn diff_size(&self, job: CompareJob) -> Result<u64, SvmError> {
+        let operation = |target, parent, live| Operation::DiffSize { target, parent, live };
+        self.judge(self.compare(job, operation).await).map(|(_, size)| size)
+    }
+
+    async fn compare<T: DeserializeOwned>(
+        &self,
+        job: CompareJob,
+        operation: impl FnOnce(Vec<LayerRef>, ParentRef, bool) -> Operation,
+    ) -> Result<(Vec<u8>, T), SvmError> {
+        let mut attached = Attached::default();
+        let target = self.attach_layers(&mut attached, &job.target).await?;
+        let parent = self.attach_parent(&mut attached, &job.parent).await?;
+        let operation = operation(target, parent, job.live.is_some());
+        let mut freeze = Freeze::new(job.live, self.inner.config.freeze_limit);
+        freeze.freeze().await?;
+        let (mut sender, mut receiver) = self.begin(&operation).await?;
+        let mut data = Vec::new();
+        loop {
+            match freeze.next(&mut sender, &mut receiver).await? {
+                Incoming::Data(bytes) => {
+                    if data.len() + bytes.len() > MAX_CHANGES {
+                        let message = format!("more than {MAX_CHANGES} bytes of changed paths");
+                        return Err(SvmError::Refused(crate::agent::wire::WireError::new(
+                            ErrorKind::Limit,
+                            message,
+                        )));
+                    }
+                    data.extend_from_slice(&bytes);
+                }
+                Incoming::Result(json) => return Ok((data, receiver.decode(&json)?)),
+                Incoming::Event(_) => return Err(receiver.protocol("unexpected event".into())),
+            }
+        }
+    }
+}
+
+/// The check of an image on a lease of its own.
+pub(super) async fn check(lease: &Lease, job: &CheckJob) -> Result<CheckSummary, SvmError> {
+    let run = async {
+        let mut attached = Attached::default();
+        let image = lease.attach(&mut attached, &job.image).await?;
+        let (_sender, mut receiver) = lease.begin(&Operation::Check { image }).await?;
+        receiver.result().await
+    };
+    lease.judge(run.await)
+}

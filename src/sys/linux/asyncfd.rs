@@ -1,0 +1,16 @@
+//! Descriptors that are not sockets of tokio's own (message sockets, pidfds) on its event loop.
+//!
+//! Called by `svm::embedded`, within a runtime.
+
+use std::{io, os::fd::OwnedFd};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Watches `fd`, which should be non-blocking, for `interest`.
+///
+/// # Errors
+/// What the event loop says.
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` returns the same descriptor for as long as it lives and closes it only when dropped; the
+    // `AsyncFd` owns it from here on and deregisters it first.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
+}

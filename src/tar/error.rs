@@ -1,0 +1,92 @@
+//! What can be wrong with a tar stream.
+
+use std::{fmt, io};
+
+/// The name of an entry as it is shown in errors: lossy, and cut to a length that fits a log line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EntryName(String);
+
+impl EntryName {
+    const MAX_CHARS: usize = 256;
+
+    /// Makes `path` printable.
+    pub fn new(path: &[u8]) -> Self {
+        let head = path.get(..Self::MAX_CHARS * 4).unwrap_or(path);
+        let mut name: String = String::from_utf8_lossy(head)
+            .chars()
+            .take(Self::MAX_CHARS)
+            .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
+            .collect();
+        if head.len() < path.len() {
+            name.push('…');
+        }
+        Self(name)
+    }
+}
+
+impl fmt::Display for EntryName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.0)
+    }
+}
+
+/// Why a tar stream was refused. `offset` counts bytes from the start of the stream, `entry` is the entry that was
+/// being read (empty before the first).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TarError {
+    /// The stream held no byte at all. (An empty archive has at least its end blocks.)
+    #[error("tar stream is empty: not even an end-of-archive block")]
+    Empty,
+    /// The stream ended inside an entry or a header.
+    #[error("tar stream ends at byte {offset} inside {what} (entry {entry})")]
+    Truncated {
+        /// Entry being read.
+        entry: EntryName,
+        /// Length of the stream.
+        offset: u64,
+        /// The part that is cut.
+        what: &'static str,
+    },
+    /// A field contradicts the format.
+    #[error("tar stream is corrupt at byte {offset} (entry {entry}): {reason}")]
+    Corrupt {
+        /// Entry being read.
+        entry: EntryName,
+        /// Start of the header or data at fault.
+        offset: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// Valid, but of a kind that no layer can hold.
+    #[error("tar stream has an unsupported entry at byte {offset} (entry {entry}): {reason}")]
+    Unsupported {
+        /// Entry being read.
+        entry: EntryName,
+        /// Start of the header.
+        offset: u64,
+        /// What is not supported.
+        reason: String,
+    },
+    /// Larger than this reader accepts.
+    #[error("tar entry {entry} at byte {offset} has more than {limit} {what}")]
+    Limit {
+        /// Entry being read.
+        entry: EntryName,
+        /// Start of the header.
+        offset: u64,
+        /// What there is too much of.
+        what: &'static str,
+        /// The most that is accepted.
+        limit: u64,
+    },
+    /// The stream could not be read.
+    #[error("reading the tar stream failed at byte {offset}")]
+    Io {
+        /// Bytes read before.
+        offset: u64,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+}

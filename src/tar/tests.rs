@@ -1,0 +1,688 @@
+//! Tests of the reader on archives made here byte by byte. Archives of foreign tools: `tests/apply`.
+
+use super::*;
+use super::{
+    chunk::Chunks,
+    layout::{BLOCK, MAGIC_GNU, MAGIC_USTAR},
+};
+use proptest::prelude::*;
+use std::io::{self, Read};
+
+/// An archive in the making.
+#[derive(Default, Clone)]
+struct Builder(Vec<u8>);
+
+fn field(block: &mut [u8], at: usize, text: &[u8]) {
+    block[at..at + text.len()].copy_from_slice(text);
+}
+
+fn seal(block: &mut [u8]) {
+    block[148..156].fill(b' ');
+    let sum: u32 = block.iter().map(|&b| u32::from(b)).sum();
+    field(block, 148, format!("{sum:06o}\0 ").as_bytes());
+}
+
+fn header(name: &[u8], flag: u8, size: u64) -> Vec<u8> {
+    let mut b = vec![0; BLOCK];
+    field(&mut b, 0, name);
+    field(&mut b, 100, b"0000644\0");
+    field(&mut b, 108, b"0001750\0");
+    field(&mut b, 116, b"0000144\0");
+    field(&mut b, 124, format!("{size:011o}\0").as_bytes());
+    field(&mut b, 136, b"14000000000\0");
+    b[156] = flag;
+    field(&mut b, 257, MAGIC_USTAR);
+    seal(&mut b);
+    b
+}
+
+fn pax_record(key: &str, value: &[u8]) -> Vec<u8> {
+    let body = key.len() + value.len() + 3;
+    let mut len = body + 1;
+    while len != body + len.to_string().len() {
+        len += 1;
+    }
+    [len.to_string().as_bytes(), b" ", key.as_bytes(), b"=", value, b"\n"].concat()
+}
+
+impl Builder {
+    fn block(mut self, block: &[u8]) -> Self {
+        assert_eq!(block.len(), BLOCK);
+        self.0.extend_from_slice(block);
+        self
+    }
+
+    fn data(mut self, data: &[u8], padding: u8) -> Self {
+        self.0.extend_from_slice(data);
+        self.0.resize(self.0.len().next_multiple_of(BLOCK), padding);
+        self
+    }
+
+    fn entry(self, name: &str, flag: u8, data: &[u8]) -> Self {
+        self.block(&header(name.as_bytes(), flag, data.len() as u64)).data(data, 0)
+    }
+
+    fn pax(self, flag: u8, records: &[(&str, &[u8])]) -> Self {
+        let data: Vec<u8> = records.iter().flat_map(|(k, v)| pax_record(k, v)).collect();
+        let name = "PaxHeaders/x";
+        self.entry(name, flag, &data)
+    }
+
+    /// A header with some bytes changed before the checksum is made.
+    fn odd(self, mut block: Vec<u8>, patches: &[(usize, &[u8])]) -> Self {
+        for (at, text) in patches {
+            field(&mut block, *at, text);
+        }
+        seal(&mut block);
+        self.block(&block)
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.0.resize(self.0.len() + 2 * BLOCK, 0);
+        self.0
+    }
+}
+
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+struct Seen {
+    entries: Vec<(Entry, Vec<(u64, Vec<u8>)>)>,
+    bytes: Vec<u8>,
+}
+
+/// Reads all of `tar` in chunks of some size.
+fn read_in(tar: &[u8], chunk: usize) -> (Seen, Result<(), TarError>) {
+    let mut reader = TarReader::from_source(Chunks::with_chunk_bytes(tar, chunk));
+    let mut seen = Seen::default();
+    loop {
+        let event = match reader.next_event() {
+            Ok(event) => event,
+            Err(e) => return (seen, Err(e)),
+        };
+        match event {
+            Event::Raw(bytes) => seen.bytes.extend_from_slice(bytes),
+            Event::Entry(entry) => seen.entries.push((entry.clone(), Vec::new())),
+            Event::Data { offset, bytes } => {
+                assert!(!bytes.is_empty());
+                seen.bytes.extend_from_slice(bytes);
+                let data = &mut seen.entries.last_mut().expect("data follow an entry").1;
+                match data.last_mut() {
+                    Some((start, run)) if *start + run.len() as u64 == offset => run.extend_from_slice(bytes),
+                    _ => data.push((offset, bytes.to_vec())),
+                }
+            }
+            Event::End => break,
+        }
+        assert_eq!(reader.offset(), seen.bytes.len() as u64);
+    }
+    assert_eq!(reader.next_event().unwrap(), Event::End);
+    (seen, Ok(()))
+}
+
+/// Reads a good archive: all bytes come by, whatever the chunks.
+fn read(tar: &[u8]) -> Vec<(Entry, Vec<(u64, Vec<u8>)>)> {
+    let (seen, result) = read_in(tar, CHUNK_BYTES);
+    result.unwrap();
+    assert!(seen.bytes == tar, "all bytes are reported once, in order");
+    let (small, result) = read_in(tar, BLOCK);
+    result.unwrap();
+    assert_eq!(small, seen);
+    seen.entries
+}
+
+fn only(tar: &[u8]) -> Entry {
+    let mut entries = read(tar);
+    assert_eq!(entries.len(), 1);
+    entries.remove(0).0
+}
+
+fn refused(tar: &[u8]) -> TarError {
+    read_in(tar, CHUNK_BYTES).1.expect_err("the archive is refused")
+}
+
+fn time(secs: i64, nanos: u32) -> Time {
+    Time { secs, nanos }
+}
+
+#[test]
+fn a_plain_file() {
+    let tar = Builder::default().entry("a/b", b'0', b"hello").end();
+    let entries = read(&tar);
+    let e = &entries[0].0;
+    assert_eq!(e.path, b"a/b");
+    assert_eq!((e.kind, e.mode, e.uid, e.gid, e.size, e.offset), (EntryKind::File, 0o644, 1000, 100, 5, 0));
+    assert_eq!(e.mtime, time(0o14000000000, 0));
+    assert_eq!(entries[0].1, [(0, b"hello".to_vec())]);
+}
+
+#[test]
+fn kinds() {
+    let cases: &[(u8, &str, EntryKind)] = &[
+        (0, "a", EntryKind::File),
+        (b'0', "a", EntryKind::File),
+        (b'7', "a", EntryKind::File),
+        (0, "a/", EntryKind::Directory),
+        (b'0', "a/", EntryKind::Directory),
+        (b'5', "a", EntryKind::Directory),
+        (b'D', "a", EntryKind::Directory),
+        (b'1', "a", EntryKind::HardLink),
+        (b'2', "a", EntryKind::Symlink),
+        (b'3', "a", EntryKind::CharDevice),
+        (b'4', "a", EntryKind::BlockDevice),
+        (b'6', "a", EntryKind::Fifo),
+    ];
+    for &(flag, name, kind) in cases {
+        let block = header(name.as_bytes(), flag, 0);
+        let tar = Builder::default()
+            .odd(block, &[(157, b"target"), (329, b"0000010\0"), (337, b"0000003\0")])
+            .end();
+        let e = only(&tar);
+        assert_eq!((e.kind, &e.link[..]), (kind, &b"target"[..]), "{}", flag as char);
+        if matches!(kind, EntryKind::CharDevice | EntryKind::BlockDevice) {
+            assert_eq!((e.major, e.minor), (8, 3));
+        }
+    }
+}
+
+#[test]
+fn links_and_devices_have_no_data_whatever_their_size_says() {
+    for flag in b'1'..=b'6' {
+        let tar = Builder::default().block(&header(b"a", flag, 5000)).entry("b", b'0', b"x").end();
+        assert_eq!(read(&tar).len(), 2, "{}", flag as char);
+    }
+}
+
+#[test]
+fn data_of_what_is_no_file_pass_by() {
+    let tar = Builder::default()
+        .entry("label", b'V', b"")
+        .entry("dump", b'D', b"Yname\0\0")
+        .entry("folder/", b'0', b"junk")
+        .entry("b", b'0', b"x")
+        .end();
+    let entries = read(&tar);
+    assert_eq!(
+        entries.iter().map(|(e, _)| &e.path[..]).collect::<Vec<_>>(),
+        [&b"dump"[..], b"folder/", b"b"]
+    );
+    assert!(entries[..2].iter().all(|(e, data)| e.size == 0 && data.is_empty()));
+}
+
+#[test]
+fn long_names() {
+    let long = "d/".repeat(100) + "file";
+    let target = "t".repeat(300);
+    let gnu = Builder::default()
+        .entry("././@LongLink", b'L', format!("{long}\0").as_bytes())
+        .entry("././@LongLink", b'K', format!("{target}\0").as_bytes())
+        .entry("clipped", b'2', b"")
+        .end();
+    let pax = Builder::default()
+        .pax(b'x', &[("path", long.as_bytes()), ("linkpath", target.as_bytes())])
+        .entry("clipped", b'2', b"")
+        .end();
+    for tar in [gnu, pax] {
+        let e = only(&tar);
+        assert_eq!((&e.path[..], &e.link[..]), (long.as_bytes(), target.as_bytes()));
+    }
+    let prefix = Builder::default().odd(header(b"file", b'0', 0), &[(345, b"some/prefix")]).end();
+    assert_eq!(only(&prefix).path, b"some/prefix/file");
+}
+
+#[test]
+fn extended_headers_hold_for_one_entry_and_global_ones_for_all() {
+    let tar = Builder::default()
+        .pax(b'g', &[("mtime", b"5.5"), ("uid", b"3000000")])
+        .pax(b'x', &[("mtime", b"-1.25"), ("atime", b"7"), ("ctime", b"8.000000001"), ("gid", b"4000000000")])
+        .entry("a", b'0', b"")
+        .pax(b'x', &[("uid", b"")])
+        .entry("b", b'0', b"")
+        .entry("c", b'0', b"")
+        .end();
+    let e: Vec<_> = read(&tar).into_iter().map(|(e, _)| e).collect();
+    assert_eq!(
+        (e[0].mtime, e[0].atime, e[0].ctime),
+        (time(-2, 750_000_000), Some(time(7, 0)), Some(time(8, 1)))
+    );
+    assert_eq!((e[0].uid, e[0].gid), (3_000_000, 4_000_000_000));
+    assert_eq!((e[1].mtime, e[1].uid, e[1].gid, e[1].atime), (time(5, 500_000_000), 1000, 100, None));
+    assert_eq!((e[2].mtime, e[2].uid), (time(5, 500_000_000), 3_000_000));
+}
+
+#[test]
+fn values_that_pax_replaces_may_be_junk_in_the_block() {
+    let tar = Builder::default()
+        .pax(b'x', &[("uid", b"5"), ("gid", b"6"), ("mtime", b"7")])
+        .odd(header(b"a", b'0', 0), &[(108, b"????????"), (116, b"????????"), (136, b"????????????")])
+        .end();
+    let e = only(&tar);
+    assert_eq!((e.uid, e.gid, e.mtime), (5, 6, time(7, 0)));
+}
+
+#[test]
+fn binary_xattrs() {
+    let value = b"\0\n\xff=1";
+    let tar = Builder::default()
+        .pax(
+            b'x',
+            &[
+                ("SCHILY.xattr.security.capability", value),
+                ("SCHILY.xattr.user.empty", b""),
+                ("LIBARCHIVE.xattr.user.a%3Db", b"AAo"),
+                ("LIBARCHIVE.xattr.user.empty", b"AAo"),
+            ],
+        )
+        .entry("a", b'0', b"")
+        .entry("b", b'0', b"")
+        .end();
+    let entries = read(&tar);
+    let x = |name: &[u8], value: &[u8]| Xattr { name: name.to_vec(), value: value.to_vec() };
+    assert_eq!(
+        entries[0].0.xattrs,
+        [x(b"security.capability", value), x(b"user.empty", b""), x(b"user.a=b", b"\0\n")]
+    );
+    assert_eq!(entries[1].0.xattrs, []);
+}
+
+#[test]
+fn gnu_headers_with_times_and_with_the_prefix_of_old_go() {
+    let gnu: (usize, &[u8]) = (257, MAGIC_GNU);
+    let tar = Builder::default()
+        .odd(header(b"a", b'0', 0), &[gnu, (345, b"00000000007\0"), (357, b"00000000010\0")])
+        .end();
+    let e = only(&tar);
+    assert_eq!((&e.path[..], e.atime, e.ctime), (&b"a"[..], Some(time(7, 0)), Some(time(8, 0))));
+    let tar = Builder::default().odd(header(b"a", b'0', 0), &[gnu, (345, b"a/prefix/that/is/long")]).end();
+    assert_eq!(only(&tar).path, b"a/prefix/that/is/long/a");
+}
+
+#[test]
+fn star_headers() {
+    let tar = Builder::default()
+        .odd(
+            header(b"a", b'0', 0),
+            &[(345, b"dir"), (476, b"00000000007\0"), (488, b"00000000010\0"), (508, b"tar\0")],
+        )
+        .end();
+    let e = only(&tar);
+    assert_eq!((&e.path[..], e.atime, e.ctime), (&b"dir/a"[..], Some(time(7, 0)), Some(time(8, 0))));
+}
+
+#[test]
+fn base_256_numbers_and_signed_checksums() {
+    let tar = Builder::default()
+        .odd(
+            header(b"a", b'0', 0),
+            &[
+                (108, b"\x80\0\0\0\xee\x6b\x28\0"),
+                (116, b"\xff\xff\xff\xff\xff\xff\xff\xfe"),
+                (136, b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xf0"),
+            ],
+        )
+        .end();
+    let e = only(&tar);
+    assert_eq!((e.uid, e.gid, e.mtime), (4_000_000_000, u32::MAX - 1, time(-16, 0)));
+
+    let mut block = header(b"a\xff\xfe", b'0', 0);
+    block[148..156].fill(b' ');
+    let sum: i32 = block.iter().map(|&b| i32::from(b.cast_signed())).sum();
+    field(&mut block, 148, format!("{sum:06o}\0 ").as_bytes());
+    assert_eq!(only(&Builder::default().block(&block).end()).path, b"a\xff\xfe");
+}
+
+#[test]
+fn v7_has_no_prefix_and_no_devices() {
+    let tar = Builder::default()
+        .odd(header(b"a", 0, 3), &[(257, b"junk\0\0\0\0"), (345, b"junk")])
+        .data(b"abc", 0)
+        .end();
+    assert_eq!(only(&tar).path, b"a");
+}
+
+const HOLES: [(u64, &[u8]); 3] = [(512, b"abc"), (1 << 20, b"defg"), (1 << 33, b"")];
+
+fn sparse_variants() -> Vec<(&'static str, Vec<u8>)> {
+    let size = 1u64 << 33;
+    let stored = b"abcdefg";
+    let octal = |n: u64| format!("{n:011o}\0");
+    let big = |n: u64| {
+        if n < 1 << 33 { octal(n).into_bytes() } else { [&[0x80, 0, 0, 0], &n.to_be_bytes()[..]].concat() }
+    };
+    let at = |i: usize| [big(HOLES[i].0), big(HOLES[i].1.len() as u64)].concat();
+    let (seg0, seg1, seg2, real) = (at(0), at(1), at(2), big(size));
+    let mut extension = vec![0; BLOCK];
+    field(&mut extension, 0, &seg1);
+    field(&mut extension, 24, &seg2);
+    let old = |patches: &[(usize, &[u8])]| {
+        let mut all: Vec<(usize, &[u8])> = vec![(257, MAGIC_GNU), (483, &real)];
+        all.extend_from_slice(patches);
+        Builder::default().odd(header(b"f", b'S', 7), &all)
+    };
+    let text = |n: u64| n.to_string().into_bytes();
+    let (real_text, o): (_, Vec<_>) =
+        (text(size), HOLES.iter().map(|h| (text(h.0), text(h.1.len() as u64))).collect());
+    let v00 = [
+        ("GNU.sparse.size", &real_text[..]),
+        ("GNU.sparse.numblocks", b"3"),
+        ("GNU.sparse.offset", &o[0].0),
+        ("GNU.sparse.numbytes", &o[0].1),
+        ("GNU.sparse.offset", &o[1].0),
+        ("GNU.sparse.numbytes", &o[1].1),
+        ("GNU.sparse.offset", &o[2].0),
+        ("GNU.sparse.numbytes", &o[2].1),
+    ];
+    let map = HOLES.map(|h| format!("{},{}", h.0, h.1.len())).join(",");
+    let v01 = [
+        ("GNU.sparse.size", &real_text[..]),
+        ("GNU.sparse.numblocks", b"3"),
+        ("GNU.sparse.map", map.as_bytes()),
+        ("GNU.sparse.name", b"f"),
+    ];
+    let v10 = [
+        ("GNU.sparse.major", &b"1"[..]),
+        ("GNU.sparse.minor", b"0"),
+        ("GNU.sparse.name", b"f"),
+        ("GNU.sparse.realsize", &real_text),
+    ];
+    let data_map = format!("3\n{}\n", HOLES.map(|h| format!("{}\n{}", h.0, h.1.len())).join("\n"));
+    let mut v10_data = data_map.into_bytes();
+    v10_data.resize(BLOCK, 0);
+    v10_data.extend_from_slice(stored);
+    vec![
+        ("old", old(&[(386, &seg0), (410, &seg1), (434, &seg2)]).data(stored, 0).end()),
+        ("old, extended", old(&[(386, &seg0), (482, b"\x01")]).block(&extension).data(stored, 0).end()),
+        ("0.0", Builder::default().pax(b'x', &v00).entry("f", b'0', stored).end()),
+        ("0.1", Builder::default().pax(b'x', &v01).entry("GNUSparseFile.0/f", b'0', stored).end()),
+        ("1.0", Builder::default().pax(b'x', &v10).entry("GNUSparseFile.0/f", b'0', &v10_data).end()),
+    ]
+}
+
+#[test]
+fn sparse_files_in_all_formats() {
+    for (what, tar) in sparse_variants() {
+        let entries = read(&tar);
+        let (e, data) = &entries[0];
+        assert_eq!((&e.path[..], e.size), (&b"f"[..], 1 << 33), "{what}");
+        let want: Vec<_> = HOLES.iter().filter(|h| !h.1.is_empty()).map(|h| (h.0, h.1.to_vec())).collect();
+        assert_eq!(*data, want, "{what}");
+    }
+}
+
+#[test]
+fn ends_of_archives() {
+    let one = Builder::default().entry("a", b'0', b"x");
+    let zero = vec![0; BLOCK];
+    let cases: Vec<(&str, Vec<u8>, usize)> = vec![
+        ("empty layer", vec![0; 1024], 0),
+        ("GNU's empty archive", vec![0; 10_240], 0),
+        ("no end blocks", one.0.clone(), 1),
+        ("one end block", [&one.0[..], &zero].concat(), 1),
+        ("blocked", [&one.clone().end()[..], &[0; 7168]].concat(), 1),
+        ("garbage behind the end", [&one.clone().end()[..], b"garbage \xff"].concat(), 1),
+        ("archive behind the end", [one.clone().end(), one.clone().end()].concat(), 1),
+        ("non-zero padding", Builder::default().block(&header(b"a", b'0', 1)).data(b"x", 0xaa).end(), 1),
+    ];
+    for (what, tar, count) in cases {
+        assert_eq!(read(&tar).len(), count, "{what}");
+    }
+}
+
+#[test]
+fn trailing_bytes_are_counted() {
+    let tar = [Builder::default().end(), vec![7; 1000]].concat();
+    let mut reader = TarReader::new(&tar[..]);
+    assert_eq!(reader.trailing_bytes(), None);
+    while reader.next_event().unwrap() != Event::End {}
+    assert_eq!(reader.trailing_bytes(), Some(1000));
+}
+
+#[test]
+fn streams_that_are_no_archive() {
+    assert!(matches!(refused(b""), TarError::Empty));
+    assert!(matches!(refused(b"x"), TarError::Truncated { .. }));
+    assert!(matches!(refused(&[0; 511]), TarError::Truncated { .. }));
+    assert!(matches!(refused(&[7; 4096]), TarError::Corrupt { offset: 0, .. }));
+    assert!(matches!(refused(&[0x1f, 0x8b].repeat(600)), TarError::Corrupt { offset: 0, .. }));
+}
+
+#[test]
+fn bad_archives_name_entry_and_place() {
+    let first = || Builder::default().entry("first", b'0', b"x");
+    let huge = |n: u64| header(b"bomb", b'x', n);
+    let sparse =
+        |records: &[(&str, &[u8])], data: &[u8]| first().pax(b'x', records).entry("s", b'0', data).end();
+    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+        (
+            "checksum",
+            first()
+                .block(&{
+                    let mut b = header(b"a", b'0', 0);
+                    b[0] = b'b';
+                    b
+                })
+                .end(),
+            "checksum",
+        ),
+        ("lone zero block", first().block(&[0; BLOCK]).entry("a", b'0', b"").end(), "lone zero block"),
+        ("unknown type", first().entry("a", b'A', b"").end(), "type flag"),
+        ("multi-volume", first().entry("a", b'M', b"").end(), "multi-volume"),
+        ("bad mode", first().odd(header(b"a", b'0', 0), &[(100, b"000064x\0")]).end(), "bad mode"),
+        ("negative size", first().odd(header(b"a", b'0', 0), &[(124, &[0xff; 12])]).end(), "bad size"),
+        (
+            "size past 2^63",
+            first().odd(header(b"a", b'0', 0), &[(124, b"\x80\0\0\0\x80\0\0\0\0\0\0\0")]).end(),
+            "bad size",
+        ),
+        (
+            "uid past 2^32",
+            first().odd(header(b"a", b'0', 0), &[(108, b"\x80\0\0\x01\0\0\0\0")]).end(),
+            "bad owner",
+        ),
+        ("pax bomb", first().block(&huge(1 << 40)).end(), "extended header"),
+        ("long name bomb", first().block(&header(b"a", b'L', (1 << 20) + 1)).end(), "extended header"),
+        ("pax syntax", first().entry("p", b'x', b"99 path=a\n").entry("a", b'0', b"").end(), "pax header"),
+        ("pax without entry", first().pax(b'x', &[("path", b"a")]).end(), "without its entry"),
+        ("long name without entry", first().entry("p", b'L', b"abc\0").end(), "without its entry"),
+        ("sparse without size", sparse(&[("GNU.sparse.map", b"0,1")], b"x"), "real size"),
+        (
+            "sparse past its size",
+            sparse(&[("GNU.sparse.size", b"3"), ("GNU.sparse.map", b"3,1")], b"x"),
+            "past the file's size",
+        ),
+        (
+            "sparse overlap",
+            sparse(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"3,2,4,2")], b"abcd"),
+            "overlap",
+        ),
+        ("sparse sum", sparse(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"3,2")], b"abcd"), "sum up"),
+        (
+            "sparse count",
+            sparse(
+                &[("GNU.sparse.size", b"9"), ("GNU.sparse.numblocks", b"2"), ("GNU.sparse.map", b"3,2")],
+                b"ab",
+            ),
+            "count of segments",
+        ),
+        (
+            "sparse version",
+            sparse(&[("GNU.sparse.major", b"2"), ("GNU.sparse.realsize", b"9")], b"ab"),
+            "sparse format 2.0",
+        ),
+        (
+            "sparse map in too little data",
+            sparse(&[("GNU.sparse.major", b"1"), ("GNU.sparse.realsize", b"9")], b"1\n0\n1\n"),
+            "does not fit",
+        ),
+        (
+            "sparse folder",
+            first().pax(b'x', &[("GNU.sparse.size", b"9")]).entry("s", b'5', b"").end(),
+            "no file",
+        ),
+        ("global sparse", first().pax(b'g', &[("GNU.sparse.size", b"9")]).end(), "global"),
+        (
+            "empty sparse block",
+            first()
+                .odd(header(b"s", b'S', 0), &[(257, MAGIC_GNU), (482, b"\x01")])
+                .block(&{
+                    let mut b = vec![0; BLOCK];
+                    b[504] = 1;
+                    b
+                })
+                .end(),
+            "empty sparse map block",
+        ),
+        (
+            "exabytes",
+            first().odd(header(b"a", b'0', 0), &[(124, b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff")]).end(),
+            "ends at byte",
+        ),
+    ];
+    for (what, tar, text) in cases {
+        let message = refused(&tar).to_string();
+        assert!(message.contains(text), "{what}: {message}");
+        assert!(message.contains("byte") && message.contains("entry"), "{what}: {message}");
+        let Err(in_blocks) = read_in(&tar, BLOCK).1 else { panic!("{what}") };
+        assert_eq!(in_blocks.to_string(), message, "{what}: whatever the chunks");
+    }
+}
+
+#[test]
+fn sparse_map_bombs_are_bounded() {
+    let mut tar = Builder::default().odd(header(b"s", b'S', 0), &[(257, MAGIC_GNU), (482, b"\x01")]);
+    let mut block = vec![0; BLOCK];
+    for i in 0..21 {
+        field(&mut block, i * 24, b"00000000000\000000000000\0");
+    }
+    block[504] = 1;
+    for _ in 0..=MAX_SPARSE_SEGMENTS / 21 {
+        tar = tar.block(&block);
+    }
+    assert!(matches!(refused(&tar.0), TarError::Limit { what: "sparse segments", .. }));
+}
+
+/// Archives that have a bit of everything.
+fn mixed() -> Vec<u8> {
+    let mut all = Builder::default()
+        .pax(b'g', &[("comment", b"x")])
+        .entry("dir/", b'5', b"")
+        .entry("dir/a", b'0', b"hello")
+        .pax(b'x', &[("path", b"dir/\xff"), ("SCHILY.xattr.user.x", b"\0\n")])
+        .entry("b", b'0', &[7; 700])
+        .entry("././@LongLink", b'L', b"some/long/name\0")
+        .entry("c", b'2', b"");
+    for (_, tar) in sparse_variants() {
+        all.0.extend_from_slice(&tar[..tar.len() - 2 * BLOCK]);
+    }
+    all.entry("last", b'0', b"!").end()
+}
+
+#[test]
+fn truncation_at_every_byte_is_an_error_unless_the_rest_is_an_archive() {
+    let tar = mixed();
+    let whole = read(&tar);
+    let mut legal = Vec::new();
+    for len in 0..tar.len() {
+        let (seen, result) = read_in(&tar[..len], CHUNK_BYTES);
+        match result {
+            Err(TarError::Empty) => assert_eq!(len, 0),
+            Err(TarError::Truncated { offset, .. }) => assert_eq!(offset, len as u64),
+            Err(e) => panic!("{len}: {e}"),
+            Ok(()) => {
+                assert!(whole.starts_with(&seen.entries), "{len}");
+                legal.push(len);
+            }
+        }
+    }
+    // Only where an entry is complete, or an end block is.
+    assert!(legal.iter().all(|l| l % BLOCK == 0), "{legal:?}");
+    assert_eq!(legal.iter().filter(|&&l| l > tar.len() - 2 * BLOCK).count(), 1);
+    let entries = whole.len();
+    // Behind each entry, behind the global header, and behind the first end block.
+    assert_eq!(legal.len(), entries + 2, "{legal:?}");
+}
+
+#[test]
+fn a_failing_stream_is_an_io_error() {
+    struct Broken<'a>(&'a [u8]);
+    impl Read for Broken<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            match self.0.read(buf)? {
+                0 => Err(io::ErrorKind::ConnectionReset.into()),
+                n => Ok(n),
+            }
+        }
+    }
+    let tar = mixed();
+    let mut reader = TarReader::from_source(Chunks::with_chunk_bytes(Broken(&tar), BLOCK));
+    let error = loop {
+        match reader.next_event() {
+            Ok(event) => assert_ne!(event, Event::End),
+            Err(e) => break e,
+        }
+    };
+    assert!(matches!(error, TarError::Io { offset, .. } if offset == tar.len() as u64), "{error}");
+}
+
+#[test]
+fn short_reads_make_no_difference() {
+    struct Dribble<'a>(&'a [u8], usize);
+    impl Read for Dribble<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            self.1 += 1;
+            if self.1.is_multiple_of(7) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let n = (self.1 % 97 + 1).min(buf.len());
+            self.0.read(&mut buf[..n])
+        }
+    }
+    let tar = mixed();
+    let mut reader = TarReader::new(Dribble(&tar, 0));
+    let mut bytes = Vec::new();
+    loop {
+        match reader.next_event().unwrap() {
+            Event::Raw(b) | Event::Data { bytes: b, .. } => bytes.extend_from_slice(b),
+            Event::Entry(_) => {}
+            Event::End => break,
+        }
+    }
+    assert!(bytes == tar);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Random damage, with the checksums made right again half of the time so that it gets past them.
+    #[test]
+    fn mutated_archives_are_refused_or_read_whole(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        reseal in any::<bool>(),
+    ) {
+        let mut tar = mixed();
+        for (at, byte) in changes {
+            let at = at.index(tar.len());
+            tar[at] = byte;
+            let block = at / BLOCK * BLOCK;
+            if reseal && tar[block + 257..].starts_with(b"ustar") {
+                seal(&mut tar[block..block + BLOCK]);
+            }
+        }
+        let (seen, result) = read_in(&tar, CHUNK_BYTES);
+        prop_assert!(tar.starts_with(&seen.bytes));
+        if result.is_ok() {
+            prop_assert!(seen.bytes == tar);
+        }
+        let (small, small_result) = read_in(&tar, BLOCK);
+        prop_assert_eq!(small, seen);
+        prop_assert_eq!(small_result.map_err(|e| e.to_string()), result.map_err(|e| e.to_string()));
+    }
+
+    #[test]
+    fn any_header_is_refused_or_read(block in prop::collection::vec(any::<u8>(), BLOCK)) {
+        let mut block = block;
+        for flag in [block[156], b'0', b'x', b'S', b'3'] {
+            block[156] = flag;
+            seal(&mut block);
+            let _ = read_in(&[&block[..], &[0; 4096]].concat(), CHUNK_BYTES);
+        }
+    }
+}

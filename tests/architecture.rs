@@ -1,0 +1,184 @@
+//! Holds the code to the picture in `src/lib.rs`: arrows point down only, `unsafe` lives in `sys`, files stay readable.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Each module and what it may use (`crate::X`).
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("main", &["cli"]),
+    (
+        "cli",
+        &["agent", "api", "config", "diff", "driver", "ext4", "io", "listen", "store", "telemetry", "vhd"],
+    ),
+    ("api", &["driver", "store", "telemetry"]),
+    ("listen", &["sys"]),
+    ("driver", &["config", "ext4", "io", "store", "svm", "sys", "telemetry", "vhd"]),
+    ("store", &["sys"]),
+    ("svm", &["agent", "sys"]),
+    ("agent", &["diff", "ext4", "io", "sys", "tar", "vhd"]),
+    ("diff", &["ext4", "io", "tar", "vhd"]),
+    ("tar", &["io"]),
+    ("ext4", &["io"]),
+    ("vhd", &["io"]),
+    ("io", &[]),
+    ("sys", &[]),
+    ("config", &[]),
+    ("telemetry", &[]),
+];
+
+/// Modules that know no runtime, no HTTP, no configuration.
+const PLAIN: &[&str] = &["agent", "diff", "tar", "ext4", "vhd", "io"];
+/// Crates that plain modules must not use.
+const RUNTIME_CRATES: &[&str] = &["tokio", "axum", "hyper", "hyper_util", "tower_http", "figment", "clap"];
+/// Lines of a file without its tests.
+const MAX_LINES: usize = 800;
+
+fn sources() -> Vec<(PathBuf, String)> {
+    fn walk(folder: &Path, found: &mut Vec<(PathBuf, String)>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, found);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = fs::read_to_string(&path).unwrap();
+                found.push((path, text));
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    walk(&root, &mut found);
+    assert!(found.len() > 30, "the sources were not found");
+    found.into_iter().map(|(path, text)| (path.strip_prefix(&root).unwrap().to_owned(), text)).collect()
+}
+
+fn module_of(path: &Path) -> String {
+    let first = path.components().next().unwrap().as_os_str().to_str().unwrap();
+    first.trim_end_matches(".rs").to_owned()
+}
+
+fn is_test_file(path: &Path) -> bool {
+    path.components()
+        .any(|c| c.as_os_str() == "tests" || c.as_os_str() == "tests.rs" || c.as_os_str() == "testing")
+        || path.file_stem().is_some_and(|s| s.to_string_lossy().ends_with("_tests"))
+}
+
+/// Code without comments and without the test module at its end.
+fn code(text: &str) -> String {
+    let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+    text.lines().map(|line| line.split("//").next().unwrap()).collect::<Vec<_>>().join("\n")
+}
+
+/// Names right behind each `crate::`, groups opened.
+fn uses(code: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    for rest in code.split("crate::").skip(1) {
+        if let Some(group) = rest.strip_prefix('{') {
+            let (mut depth, mut item) = (0, String::new());
+            for c in group.chars() {
+                match c {
+                    '{' => depth += 1,
+                    '}' if depth == 0 => break,
+                    '}' => depth -= 1,
+                    ',' if depth == 0 => names.push(std::mem::take(&mut item)),
+                    c if depth == 0 => item.push(c),
+                    _ => {}
+                }
+            }
+            names.push(item);
+        } else {
+            names.push(rest.to_owned());
+        }
+    }
+    names
+        .iter()
+        .map(|n| n.trim().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect::<String>())
+        .filter(|n| !n.is_empty())
+        .collect()
+}
+
+#[test]
+fn arrows_point_down_only() {
+    let allowed: BTreeMap<_, _> = MAY_USE.iter().copied().collect();
+    let mut faults = Vec::new();
+    let mut seen = 0;
+    for (path, text) in sources() {
+        let module = module_of(&path);
+        if module == "lib" || is_test_file(&path) {
+            continue;
+        }
+        let Some(allowed) = allowed.get(module.as_str()) else {
+            faults.push(format!("{}: module '{module}' is not in the picture", path.display()));
+            continue;
+        };
+        for used in uses(&code(&text)) {
+            seen += 1;
+            if used != module && !allowed.contains(&used.as_str()) {
+                faults.push(format!("{}: '{module}' must not use '{used}'", path.display()));
+            }
+        }
+    }
+    assert!(seen > 40, "too few `crate::` paths were found: the reader is broken");
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+#[test]
+fn the_reader_of_this_test_sees_groups_and_paths() {
+    let code = "use crate::{\n a::B,\n c,\n};\nuse crate::d::e;\nlet x = crate::f::g();";
+    assert_eq!(uses(code), ["a", "c", "d", "f"]);
+}
+
+#[test]
+fn formats_know_no_runtime() {
+    for (path, text) in sources() {
+        if !PLAIN.contains(&module_of(&path).as_str()) {
+            continue;
+        }
+        for name in RUNTIME_CRATES {
+            assert!(!code(&text).contains(&format!("{name}::")), "{} uses {name}", path.display());
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_lives_in_sys_and_each_block_says_why() {
+    for (path, text) in sources() {
+        let lines: Vec<&str> = text.lines().collect();
+        for (n, line) in lines.iter().enumerate() {
+            let bare = line.split("//").next().unwrap();
+            if !bare.contains("unsafe {") && !bare.contains("unsafe fn") && !bare.contains("unsafe impl") {
+                continue;
+            }
+            assert_eq!(module_of(&path), "sys", "{}:{} has unsafe code", path.display(), n + 1);
+            let before = lines[n.saturating_sub(8)..=n].join("\n");
+            assert!(before.contains("SAFETY"), "{}:{} lacks its SAFETY reason", path.display(), n + 1);
+        }
+    }
+}
+
+#[test]
+fn every_file_begins_with_what_it_is_and_stays_readable() {
+    for (path, text) in sources() {
+        assert!(text.starts_with("//!"), "{} lacks its first screen", path.display());
+        let lines = text.split("#[cfg(test)]\nmod tests").next().unwrap().lines().count();
+        assert!(is_test_file(&path) || lines <= MAX_LINES, "{} has {lines} lines", path.display());
+    }
+}
+
+#[test]
+fn no_glob_reexports_and_no_catch_all_modules() {
+    for (path, text) in sources() {
+        for line in code(&text).lines() {
+            assert!(
+                !(line.trim_start().starts_with("pub use") && line.contains("::*")),
+                "{}: {line}",
+                path.display()
+            );
+        }
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        assert!(!["utils", "util", "helpers", "misc", "common"].contains(&name), "{}", path.display());
+    }
+}

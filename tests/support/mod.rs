@@ -1,0 +1,370 @@
+//! A running plugin and a client that speaks to it as dockerd does, byte by byte.
+//!
+//! The client is written on bare sockets, not on the HTTP library that the plugin uses: it can cut a body, send
+//! nothing, send too much, and it sees how a reply really ends.
+#![allow(dead_code, reason = "each test program uses its own part")]
+
+use serde_json::Value;
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, Read, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// Longest wait for a plugin to answer.
+const READY: Duration = Duration::from_secs(20);
+/// Longest wait for one reply.
+const REPLY: Duration = Duration::from_secs(60);
+
+/// A plugin process with its own folder; ended and cleared on drop, mounts included.
+pub struct Plugin {
+    child: Child,
+    pub folder: PathBuf,
+    pub arguments: Vec<String>,
+    _temporary: tempfile::TempDir,
+}
+
+impl Plugin {
+    pub fn start(arguments: &[&str]) -> Self {
+        let temporary = tempfile::tempdir().unwrap();
+        let folder = temporary.path().canonicalize().unwrap();
+        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+        let child = Self::spawn(&folder, &arguments);
+        let plugin = Self { child, folder, arguments, _temporary: temporary };
+        plugin.wait_until_ready();
+        plugin
+    }
+
+    fn spawn(folder: &Path, arguments: &[String]) -> Child {
+        let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).unwrap();
+        Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"))
+            .args(["serve", "--root"])
+            .arg(folder.join("root"))
+            .arg("--socket")
+            .arg(folder.join("lcow.sock"))
+            .args(arguments)
+            .env("RUST_LOG", "lcow_graphdriver=debug,info")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    fn wait_until_ready(&self) {
+        let begin = Instant::now();
+        while UnixStream::connect(self.socket()).is_err() {
+            assert!(begin.elapsed() < READY, "the plugin does not answer:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("lcow.sock")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    pub fn home(&self) -> PathBuf {
+        self.folder.join("home")
+    }
+
+    /// kill -9 and a new process on the same folders.
+    pub fn kill_and_restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = Self::spawn(&self.folder, &self.arguments);
+        self.wait_until_ready();
+    }
+
+    /// SIGTERM; the exit status.
+    pub fn terminate(&mut self) -> Option<i32> {
+        rustix::process::kill_process(
+            rustix::process::Pid::from_child(&self.child),
+            rustix::process::Signal::TERM,
+        )
+        .unwrap();
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(begin.elapsed() < READY, "the plugin does not stop:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    pub fn start_again(&mut self) {
+        self.child = Self::spawn(&self.folder, &self.arguments);
+        self.wait_until_ready();
+    }
+
+    /// Init with this plugin's usual home.
+    pub fn init(&self) {
+        let home = self.home();
+        self.ok(
+            "GraphDriver.Init",
+            &serde_json::json!({"Home": home, "Opts": null, "UIDMaps": null, "GIDMaps": null}),
+        );
+    }
+
+    /// A call that must succeed; its reply.
+    pub fn ok(&self, method: &str, request: &Value) -> Value {
+        let reply = self.call(method, request);
+        assert_eq!(reply.status, 200, "{method} {request}: {}\n{}", reply.text(), self.log());
+        let value = reply.json();
+        assert_eq!(
+            value.get("Err").and_then(Value::as_str).unwrap_or(""),
+            "",
+            "{method} {request}\n{}",
+            self.log()
+        );
+        value
+    }
+
+    /// A call that must fail; its `Err`.
+    pub fn err(&self, method: &str, request: &Value) -> String {
+        let reply = self.call(method, request);
+        assert_ne!(reply.status, 200, "{method} {request} worked: {}", reply.text());
+        reply.json()["Err"].as_str().unwrap().to_owned()
+    }
+
+    pub fn call(&self, method: &str, request: &Value) -> Reply {
+        self.send(method, format!("{request}\n").as_bytes())
+    }
+
+    /// A POST as dockerd's client makes it: no Content-Type, an empty Host.
+    pub fn send(&self, method: &str, body: &[u8]) -> Reply {
+        let head = format!(
+            "POST /{method} HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http-client/1.1\r\nContent-Length: {}\r\n\
+             Accept: application/vnd.docker.plugins.v1.2+json\r\nAccept-Encoding: gzip\r\n\r\n",
+            body.len()
+        );
+        self.raw(&[head.as_bytes(), body].concat())
+    }
+
+    /// Any bytes, and what comes back.
+    pub fn raw(&self, bytes: &[u8]) -> Reply {
+        let mut stream = UnixStream::connect(self.socket()).unwrap();
+        stream.set_read_timeout(Some(REPLY)).unwrap();
+        // A server that answers before it has read everything may close its side early.
+        let _ = stream.write_all(bytes);
+        Reply::read(stream).unwrap_or_else(|e| panic!("no reply: {e}\n{}", self.log()))
+    }
+
+    /// ApplyDiff with a chunked body.
+    pub fn apply(&self, id: &str, parent: &str, tar: &[u8]) -> Reply {
+        let mut stream = self.begin_apply(id, parent);
+        // A failed layer may be refused before its end.
+        let _ = send_chunks(&mut stream, tar, 1000).and_then(|()| stream.write_all(b"0\r\n\r\n"));
+        Reply::read(stream).unwrap_or_else(|e| panic!("no reply: {e}\n{}", self.log()))
+    }
+
+    /// The head of an ApplyDiff; the body is the caller's.
+    pub fn begin_apply(&self, id: &str, parent: &str) -> UnixStream {
+        let mut stream = UnixStream::connect(self.socket()).unwrap();
+        stream.set_read_timeout(Some(REPLY)).unwrap();
+        write!(
+            stream,
+            "POST /GraphDriver.ApplyDiff?id={id}&parent={parent} HTTP/1.1\r\nHost: plugin.moby.localhost\r\n\
+             Transfer-Encoding: chunked\r\n\r\n"
+        )
+        .unwrap();
+        stream
+    }
+
+    /// Create + ApplyDiff that must work; the size.
+    pub fn layer(&self, id: &str, parent: &str, tar: &[u8]) -> u64 {
+        self.ok("GraphDriver.Create", &serde_json::json!({"ID": id, "Parent": parent}));
+        let reply = self.apply(id, parent, tar);
+        assert_eq!(reply.status, 200, "ApplyDiff {id}: {}\n{}", reply.text(), self.log());
+        reply.json()["Size"].as_u64().unwrap()
+    }
+
+    /// Diff that must work: the tar.
+    pub fn diff(&self, id: &str, parent: &str) -> Vec<u8> {
+        let reply = self.call("GraphDriver.Diff", &serde_json::json!({"ID": id, "Parent": parent}));
+        assert_eq!(reply.status, 200, "Diff {id}: {}\n{}", reply.text(), self.log());
+        assert!(reply.complete, "the diff was cut\n{}", self.log());
+        reply.body
+    }
+
+    pub fn get(&self, id: &str) -> PathBuf {
+        PathBuf::from(self.ok("GraphDriver.Get", &serde_json::json!({"ID": id}))["Dir"].as_str().unwrap())
+    }
+
+    pub fn put(&self, id: &str) {
+        self.ok("GraphDriver.Put", &serde_json::json!({"ID": id}));
+    }
+
+    pub fn remove(&self, id: &str) {
+        self.ok("GraphDriver.Remove", &serde_json::json!({"ID": id}));
+    }
+
+    /// Mount points below this plugin's folder now.
+    pub fn mounts(&self) -> Vec<String> {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let prefix = self.folder.to_str().unwrap();
+        table
+            .lines()
+            .filter_map(|l| l.split(' ').nth(4))
+            .filter(|p| p.starts_with(prefix))
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+impl Drop for Plugin {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // Latest mounts first: views before the disks below them, stacked ones once each.
+        for point in self.mounts().into_iter().rev() {
+            let _ = rustix::mount::unmount(&point, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
+
+/// Sends bytes as HTTP chunks.
+pub fn send_chunks(stream: &mut UnixStream, bytes: &[u8], size: usize) -> io::Result<()> {
+    for chunk in bytes.chunks(size) {
+        stream.write_all(format!("{:x}\r\n", chunk.len()).as_bytes())?;
+        stream.write_all(chunk)?;
+        stream.write_all(b"\r\n")?;
+    }
+    Ok(())
+}
+
+/// A reply as it came.
+#[derive(Debug)]
+pub struct Reply {
+    pub status: u16,
+    pub head: String,
+    pub body: Vec<u8>,
+    /// The body ended as HTTP wants it (last chunk, or all of Content-Length).
+    pub complete: bool,
+}
+
+impl Reply {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("no JSON ({e}): {}", self.text()))
+    }
+
+    pub fn read(stream: UnixStream) -> io::Result<Self> {
+        let mut input = BufReader::new(stream);
+        let mut head = String::new();
+        loop {
+            let mut line = String::new();
+            if input.read_line(&mut line)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if line == "\r\n" {
+                break;
+            }
+            head.push_str(&line);
+        }
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
+        let lower = head.to_ascii_lowercase();
+        let mut body = Vec::new();
+        let complete = if lower.contains("transfer-encoding: chunked") {
+            read_chunks(&mut input, &mut body).is_ok()
+        } else {
+            let length = lower
+                .lines()
+                .find_map(|l| l.strip_prefix("content-length: ")?.trim().parse::<usize>().ok())
+                .unwrap_or(0);
+            body.resize(length, 0);
+            input.read_exact(&mut body).is_ok()
+        };
+        Ok(Self { status, head, body, complete })
+    }
+}
+
+fn read_chunks(input: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> {
+    loop {
+        let mut line = String::new();
+        if input.read_line(&mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let size = usize::from_str_radix(line.trim(), 16).map_err(|_| io::ErrorKind::InvalidData)?;
+        let start = body.len();
+        body.resize(start + size, 0);
+        input.read_exact(&mut body[start..])?;
+        input.read_line(&mut String::new())?;
+        if size == 0 {
+            return Ok(());
+        }
+    }
+}
+
+/// A small tar writer for tests: plain ustar, made by hand so that odd streams can be made as well.
+#[derive(Default)]
+pub struct Tar {
+    pub bytes: Vec<u8>,
+}
+
+impl Tar {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn entry(mut self, name: &str, kind: u8, mode: u32, link: &str, data: &[u8]) -> Self {
+        let mut header = [0u8; 512];
+        let mut put = |at: usize, text: &str| header[at..at + text.len()].copy_from_slice(text.as_bytes());
+        put(0, name);
+        put(100, &format!("{mode:07o}"));
+        put(108, "0000000");
+        put(116, "0000000");
+        put(124, &format!("{:011o}", data.len()));
+        put(136, "14735672000");
+        put(148, "        ");
+        put(157, link);
+        put(257, "ustar\x0000");
+        header[156] = kind;
+        let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        self.bytes.extend_from_slice(&header);
+        self.bytes.extend_from_slice(data);
+        self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
+        self
+    }
+
+    pub fn file(self, name: &str, data: &[u8]) -> Self {
+        self.entry(name, b'0', 0o644, "", data)
+    }
+
+    pub fn dir(self, name: &str) -> Self {
+        self.entry(name, b'5', 0o755, "", b"")
+    }
+
+    pub fn end(mut self) -> Vec<u8> {
+        self.bytes.extend_from_slice(&[0; 1024]);
+        self.bytes
+    }
+}
+
+/// Bytes that do not compress and do not repeat, the same for a seed.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..length)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 32) as u8
+        })
+        .collect()
+}

@@ -1,0 +1,150 @@
+//! A codec that makes channels, jail and pool visible without a file system: an image is the tar itself.
+
+use lcow_graphdriver::{
+    agent::{
+        codec::{ChangeSink, Codec, Layer, Live, Parent},
+        disk::OpDisk,
+        wire::{
+            ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, ErrorKind, ExportSummary, IdMaps,
+            WireError,
+        },
+    },
+    io::{ReadAt, WriteAt},
+};
+use std::io::{self, Read, Write};
+
+/// Magic first bytes of a "tar" make the codec misbehave.
+pub(crate) struct TestCodec;
+
+#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
+fn failed(e: io::Error) -> WireError {
+    WireError::new(ErrorKind::Io, e.to_string())
+}
+
+fn copy_out(disk: &OpDisk, out: &mut dyn Write) -> Result<u64, WireError> {
+    let size = disk.size().map_err(failed)?;
+    let (mut buf, mut at) = (vec![0; 256 << 10], 0);
+    while at < size {
+        let n = disk.read_at(&mut buf, at).map_err(failed)?;
+        if n == 0 {
+            break;
+        }
+        out.write_all(&buf[..n]).map_err(failed)?;
+        at += n as u64;
+    }
+    Ok(at)
+}
+
+impl Codec for TestCodec {
+    fn apply(
+        &self,
+        input: &mut dyn Read,
+        image: OpDisk,
+        record: OpDisk,
+        lowers: Vec<Layer>,
+        options: &ApplyOptions,
+    ) -> Result<ApplySummary, WireError> {
+        let (mut buf, mut at) = (vec![0; 256 << 10], 0u64);
+        loop {
+            let n = input.read(&mut buf).map_err(failed)?;
+            if n == 0 {
+                break;
+            }
+            if at == 0 {
+                match &buf[..n.min(5)] {
+                    b"panic" => panic!("on request"),
+                    b"crash" => std::process::abort(),
+                    b"bad!!" => return Err(WireError::new(ErrorKind::Corrupt, "entry x at offset 0: bad")),
+                    _ => {}
+                }
+            }
+            if at + n as u64 > options.max_image_bytes {
+                return Err(WireError::new(ErrorKind::Limit, "too large"));
+            }
+            image.write_all_at(&buf[..n], at).map_err(failed)?;
+            at += n as u64;
+        }
+        record.write_all_at(b"record", 0).map_err(failed)?;
+        Ok(ApplySummary {
+            image_bytes: at,
+            tar_bytes: at,
+            entries: lowers.len() as u64,
+            ..ApplySummary::default()
+        })
+    }
+
+    fn check(&self, image: OpDisk) -> Result<CheckSummary, WireError> {
+        if image.write_at(b"x", 0).is_ok() {
+            return Err(WireError::new(ErrorKind::Internal, "a read-only disk took a write"));
+        }
+        Ok(CheckSummary { blocks: image.size().map_err(failed)?, ..CheckSummary::default() })
+    }
+
+    fn export_exact(
+        &self,
+        image: OpDisk,
+        _: OpDisk,
+        out: &mut dyn Write,
+    ) -> Result<ExportSummary, WireError> {
+        let tar_bytes = copy_out(&image, out)?;
+        let mut head = [0; 5];
+        let n = image.read_at(&mut head, 0).map_err(failed)?;
+        match &head[..n] {
+            b"later" => Err(WireError::new(ErrorKind::Corrupt, "digest differs")),
+            b"died!" => {
+                let _ = out.flush();
+                std::process::abort()
+            }
+            _ => Ok(ExportSummary { tar_bytes, tar_sha256: None }),
+        }
+    }
+
+    fn export_canonical(
+        &self,
+        target: Vec<Layer>,
+        _: Parent,
+        _: u32,
+        _: &IdMaps,
+        live: Option<&mut dyn Live>,
+        out: &mut dyn Write,
+    ) -> Result<ExportSummary, WireError> {
+        if let Some(live) = live {
+            live.metadata_read()?;
+            live.before_recheck()?;
+            live.metadata_read()?;
+        }
+        // Endless, so that only a cancel ends it.
+        loop {
+            copy_out(&target[0].disk, out)?;
+        }
+    }
+
+    fn changes(
+        &self,
+        target: Vec<Layer>,
+        _: Parent,
+        live: Option<&mut dyn Live>,
+        sink: ChangeSink<'_>,
+    ) -> Result<(), WireError> {
+        if let Some(live) = live {
+            live.metadata_read()?;
+        }
+        for n in 0..target[0].disk.size().map_err(failed)? {
+            sink(&Change { path: format!("/path/{n}").into_bytes(), kind: ChangeKind::Added })?;
+        }
+        Ok(())
+    }
+
+    fn diff_size(
+        &self,
+        target: Vec<Layer>,
+        _: Parent,
+        live: Option<&mut dyn Live>,
+    ) -> Result<u64, WireError> {
+        if live.is_some() {
+            // Never says that the metadata are read.
+            std::thread::sleep(std::time::Duration::from_hours(1));
+        }
+        target[0].disk.size().map_err(failed)
+    }
+}

@@ -1,0 +1,286 @@
+//! Loop devices and mounts with the real kernel. Needs root, loop devices, mkfs.ext4 and overlayfs; where one is
+//! missing the test fails with the reason.
+
+use lcow_graphdriver::sys::linux::{
+    idmap::{self, IdMapping},
+    loopdev::{self, LoopDevice, LoopSpec},
+    mount::{self, Ext4Options},
+    mountinfo,
+    overlay::{self, OverlayMethod, OverlaySpec},
+};
+use std::{
+    fs::{self, File},
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::mpsc,
+    time::Duration,
+};
+
+/// A folder whose mounts go away with it, in reverse order, also after a failure.
+struct Scene {
+    folder: tempfile::TempDir,
+    mounts: Vec<PathBuf>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        assert!(rustix::process::geteuid().is_root(), "these tests need root");
+        Self { folder: tempfile::tempdir().unwrap(), mounts: Vec::new() }
+    }
+
+    fn dir(&self, name: &str) -> PathBuf {
+        let path = self.folder.path().join(name);
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    fn image(&self, name: &str) -> PathBuf {
+        let path = self.folder.path().join(name);
+        File::create(&path).unwrap().set_len(16 << 20).unwrap();
+        let status = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&path).status();
+        assert!(status.expect("mkfs.ext4 is needed").success());
+        path
+    }
+
+    fn attach(image: &Path, read_only: bool) -> LoopDevice {
+        let file = File::options().read(true).write(true).open(image).unwrap();
+        let spec = LoopSpec { read_only, autoclear: true, name: "lcow-test".into(), ..LoopSpec::default() };
+        loopdev::attach(file.as_fd(), &spec).expect("loop devices are needed")
+    }
+
+    fn mount_image(&mut self, image: &Path, at: &str, options: Ext4Options) -> PathBuf {
+        let device = Self::attach(image, options.read_only);
+        let target = self.dir(at);
+        mount::mount_ext4(&device.path, &target, options).unwrap();
+        self.mounts.push(target.clone());
+        target
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        for target in self.mounts.iter().rev() {
+            let _ = mount::thaw(target);
+            let _ = mount::umount(target, true);
+        }
+    }
+}
+
+#[test]
+fn a_window_of_a_file_becomes_a_device_and_goes_with_its_last_user() {
+    let scene = Scene::new();
+    let path = scene.folder.path().join("file");
+    fs::write(&path, (0..8u8).flat_map(|n| [n; 512]).collect::<Vec<_>>()).unwrap();
+    let file = File::open(&path).unwrap();
+    let spec = LoopSpec {
+        offset: 1024,
+        sizelimit: 1536,
+        read_only: true,
+        autoclear: true,
+        direct_io: false,
+        name: "x".repeat(100),
+    };
+    let device = loopdev::attach(file.as_fd(), &spec).unwrap();
+    let expected: Vec<u8> = (2..5u8).flat_map(|n| [n; 512]).collect();
+    assert_eq!(fs::read(&device.path).unwrap(), expected);
+    let written = File::options().write(true).open(&device.path).and_then(|f| {
+        use std::os::unix::fs::FileExt;
+        f.write_all_at(&[9; 512], 0)?;
+        f.sync_all()
+    });
+    assert!(written.is_err(), "read-only");
+    assert_eq!(fs::read(&path).unwrap()[1024], 2, "nothing was written");
+    let status = loopdev::status(device.number).unwrap().unwrap();
+    let meta = file.metadata().unwrap();
+    assert_eq!((status.backing_dev, status.backing_inode), (meta.dev(), meta.ino()));
+    assert_eq!((status.offset, status.sizelimit, status.name.len()), (1024, 1536, 63));
+    assert!(status.read_only && status.autoclear);
+    assert!(loopdev::list().unwrap().contains(&status));
+    assert_eq!(loopdev::find_by_backing(file.as_fd()).unwrap(), [status]);
+    drop(device);
+    let mut left = Vec::new();
+    for _ in 0..100 {
+        left = loopdev::find_by_backing(file.as_fd()).unwrap();
+        if left.is_empty() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn many_starters_at_once_each_get_their_own_device() {
+    let scene = Scene::new();
+    let path = scene.folder.path().join("file");
+    fs::write(&path, [0; 4096]).unwrap();
+    let file = File::open(&path).unwrap();
+    let spec = LoopSpec { read_only: true, autoclear: true, ..LoopSpec::default() };
+    let mut numbers: Vec<u32> = std::thread::scope(|s| {
+        let attach = || loopdev::attach(file.as_fd(), &spec).unwrap();
+        let all: Vec<_> = (0..16).map(|_| s.spawn(attach)).collect();
+        let devices: Vec<_> = all.into_iter().map(|t| t.join().unwrap()).collect();
+        let numbers = devices.iter().map(|d| d.number).collect();
+        for device in devices {
+            device.detach().unwrap();
+        }
+        numbers
+    });
+    numbers.sort_unstable();
+    numbers.dedup();
+    assert_eq!(numbers.len(), 16);
+}
+
+#[test]
+fn ext4_mounts_show_up_in_the_table_freeze_and_thaw() {
+    let mut scene = Scene::new();
+    let image = scene.image("image");
+    let target = scene.mount_image(
+        &image,
+        "a b\\c",
+        Ext4Options { discard: true, noatime: true, ..Ext4Options::default() },
+    );
+    let entry = mountinfo::read().unwrap().into_iter().find(|m| m.mount_point == target).unwrap();
+    assert_eq!((entry.fs_type.as_str(), entry.major), ("ext4", loopdev::LOOP_MAJOR));
+    assert!(entry.super_options.contains("discard") && entry.options.contains("noatime"), "{entry:?}");
+    assert!(mount::space(&target).unwrap().available > 1 << 20);
+    fs::write(target.join("before"), "x").unwrap();
+    mount::syncfs(&target).unwrap();
+    let frozen = mount::freeze(&target).unwrap();
+    assert_eq!(mount::freeze(&target).unwrap_err().raw_os_error(), Some(16), "EBUSY: frozen once only");
+    let (sender, done) = mpsc::channel();
+    let blocked = target.join("blocked");
+    let writer = std::thread::spawn(move || {
+        fs::write(blocked, "y").unwrap();
+        sender.send(()).unwrap();
+    });
+    assert!(done.recv_timeout(Duration::from_millis(200)).is_err(), "a frozen file system takes no writes");
+    frozen.thaw().unwrap();
+    done.recv_timeout(Duration::from_secs(10)).unwrap();
+    writer.join().unwrap();
+    drop(mount::freeze(&target).unwrap());
+    fs::write(target.join("after"), "z").unwrap();
+    // Whoever froze it is gone: what start-up repair meets.
+    assert!(Command::new("fsfreeze").arg("-f").arg(&target).status().unwrap().success());
+    mount::thaw(&target).unwrap();
+    mount::thaw(&target).unwrap();
+    fs::write(target.join("repaired"), "z").unwrap();
+    mount::make_private(&target).unwrap();
+    mount::make_shared(&target).unwrap();
+    mount::make_slave(&target).unwrap();
+    let busy = File::open(target.join("after")).unwrap();
+    assert_eq!(mount::umount(&target, false).unwrap_err().raw_os_error(), Some(16));
+    drop(busy);
+    mount::umount(&target, false).unwrap();
+    scene.mounts.clear();
+}
+
+fn overlay_of(lowers: usize, method: OverlayMethod) {
+    let mut scene = Scene::new();
+    let image = scene.image("image");
+    // noexec, nodev and nosuid of the layer's own mount must not reach through the overlay.
+    let limits = Ext4Options { nodev: true, nosuid: true, noexec: true, ..Ext4Options::default() };
+    let base = scene.mount_image(&image, "base", limits);
+    for n in 0..lowers {
+        let lower = base.join(format!("l/{n}"));
+        fs::create_dir_all(&lower).unwrap();
+        fs::write(lower.join(format!("own{n}")), n.to_string()).unwrap();
+        fs::write(lower.join("same"), n.to_string()).unwrap();
+    }
+    fs::copy("/bin/true", base.join("l/0/true")).unwrap();
+    for folder in ["u/upper", "u/work"] {
+        fs::create_dir_all(base.join(folder)).unwrap();
+    }
+    let target = scene.dir("merged");
+    let spec = OverlaySpec {
+        base: base.clone(),
+        lowers: (0..lowers).map(|n| format!("l/{n}").into()).collect(),
+        upper: Some(("u/upper".into(), "u/work".into())),
+        context: None,
+        target: target.clone(),
+        read_only: false,
+    };
+    assert_eq!(overlay::mount_overlay(&spec, method).unwrap(), method);
+    scene.mounts.push(target.clone());
+    assert_eq!(fs::read_to_string(target.join("same")).unwrap(), "0", "nearest first");
+    for n in 0..lowers {
+        assert_eq!(fs::read_to_string(target.join(format!("own{n}"))).unwrap(), n.to_string());
+    }
+    fs::write(target.join("new"), "up").unwrap();
+    assert_eq!(fs::read_to_string(base.join("u/upper/new")).unwrap(), "up");
+    assert!(Command::new(target.join("true")).status().unwrap().success());
+    let entry = mountinfo::read().unwrap().into_iter().find(|m| m.mount_point == target).unwrap();
+    assert_eq!(entry.fs_type, "overlay");
+    for option in ["redirect_dir=nofollow", "index=off", "metacopy=off"] {
+        // The kernel leaves options out of the table that equal its defaults.
+        let key = option.split('=').next().unwrap();
+        let other = entry.super_options.split(',').find(|o| o.starts_with(key) && *o != option);
+        assert_eq!(other, None, "{entry:?}");
+    }
+}
+
+#[test]
+fn overlay_of_3_lowers_by_the_new_api() {
+    overlay_of(3, OverlayMethod::NewApi);
+}
+
+#[test]
+fn overlay_of_3_lowers_by_one_page() {
+    overlay_of(3, OverlayMethod::OnePage);
+}
+
+#[test]
+fn overlay_of_127_lowers_by_the_new_api() {
+    overlay_of(127, OverlayMethod::NewApi);
+}
+
+#[test]
+fn overlay_of_127_lowers_by_one_page() {
+    overlay_of(127, OverlayMethod::OnePage);
+}
+
+#[test]
+fn overlay_errors_name_what_is_wrong() {
+    let scene = Scene::new();
+    let target = scene.dir("t");
+    let mut spec = OverlaySpec { base: scene.folder.path().into(), target, ..OverlaySpec::default() };
+    let e = overlay::mount_overlay(&spec, OverlayMethod::Auto).unwrap_err();
+    assert!(e.to_string().contains("no lower"), "{e}");
+    spec.lowers = vec!["missing".into(), "too".into()];
+    let e = overlay::mount_overlay(&spec, OverlayMethod::Auto).unwrap_err();
+    assert_eq!(e.raw_os_error(), Some(2), "{e}");
+}
+
+#[test]
+fn an_idmapped_view_shows_shifted_ids() {
+    let mut scene = Scene::new();
+    let image = scene.image("image");
+    let source = scene.mount_image(&image, "source", Ext4Options::default());
+    fs::write(source.join("file"), "x").unwrap();
+    std::os::unix::fs::chown(source.join("file"), Some(33), Some(44)).unwrap();
+    let map = [IdMapping { inside: 0, outside: 500_000, count: 65_536 }];
+    let namespace = idmap::user_namespace(&map, &map).unwrap();
+    let target = scene.dir("mapped");
+    idmap::mount_idmapped(&source, &target, &namespace, true).unwrap();
+    scene.mounts.push(target.clone());
+    let meta = fs::metadata(target.join("file")).unwrap();
+    assert_eq!((meta.uid(), meta.gid()), (500_033, 500_044));
+    assert!(fs::write(target.join("file"), "y").is_err(), "read-only view");
+    assert_eq!(fs::metadata(source.join("file")).unwrap().uid(), 33);
+    // As a lower of an overlay, as the driver uses it.
+    let upper = scene.dir("u/upper");
+    let work = scene.dir("u/work");
+    let merged = scene.dir("merged");
+    let spec = OverlaySpec {
+        base: scene.folder.path().into(),
+        lowers: vec![target],
+        upper: Some((upper, work)),
+        target: merged.clone(),
+        ..OverlaySpec::default()
+    };
+    overlay::mount_overlay(&spec, OverlayMethod::Auto).unwrap();
+    scene.mounts.push(merged.clone());
+    assert_eq!(fs::metadata(merged.join("file")).unwrap().uid(), 500_033);
+    assert!(idmap::user_namespace(&[IdMapping { inside: 0, outside: 0, count: 0 }], &map).is_err());
+}
