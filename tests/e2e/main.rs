@@ -13,8 +13,20 @@
 //! `LCOW_E2E_PATH` is put before the search path (another engine); `LCOW_E2E_KEEP` keeps the engines' folders;
 //! `LCOW_E2E_SEED` repeats a run of the chaos test.
 
+mod archive;
 mod basics;
+mod buildkit;
+mod chaos;
+mod classic_build;
+mod deep;
 mod engine;
+mod hostile;
+mod images;
 mod manifest;
+mod parallel;
+mod quota;
+mod removal;
+mod restarts;
 mod rootfs;
 mod tarball;
+mod userns;
