@@ -67,11 +67,12 @@ fn damaged_layers_are_refused_and_leave_nothing() {
     huge[header + 124..header + 136].copy_from_slice(b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff");
     let sum: u64 = (0..512).map(|n| if (148..156).contains(&n) { 32 } else { u64::from(huge[header + n]) }).sum();
     huge[header + 148..header + 156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    let cases: [(&str, Vec<u8>); 6] = [
+    let cases: [(&str, Vec<u8>); 7] = [
         ("header-checksum", checksum),
         ("later-checksum", second_checksum),
         ("cut-in-data", good[..60_000].to_vec()),
-        ("cut-in-header", good[..700].to_vec()),
+        ("cut-in-extension", good[..520].to_vec()),
+        ("cut-in-header", good[..1024 + 300].to_vec()),
         ("exabytes", huge),
         ("noise", random_bytes(3, 64 << 10)),
     ];

@@ -347,6 +347,16 @@ impl Tree {
         self.touched(path.as_ref());
     }
 
+    /// The same tree with the times of these paths left out.
+    pub(crate) fn except_times_of(mut self, paths: &[&str]) -> Self {
+        for path in paths {
+            if let Some(node) = self.0.get_mut(path.as_bytes()) {
+                node.mtime = None;
+            }
+        }
+        self
+    }
+
     /// The same tree with all times left out.
     pub(crate) fn without_times(mut self) -> Self {
         for node in self.0.values_mut() {

@@ -21,7 +21,7 @@ fn remapped_containers_see_their_own_ids() {
         "0", "0", "500000", "65536"
     ]);
     engine.exec("box1", "mkdir /work && echo own >/work/own && echo other >/work/other && chown 1000:1001 /work/other");
-    engine.exec("box1", "echo appended >>/data/nested/deeper/file && chown 5:6 /data/setgid && chmod 2711 /data/setgid");
+    engine.exec("box1", "echo appended >>/data/nested/deeper/file && chown 5:6 /data/setgid && chmod 2711 /data/setgid && touch -d @1111111111 /data/setgid");
     engine.exec("box1", "rm -r /data/odd && mkdir /data/odd");
     expected.dir("/work", 0o755);
     expected.file("/work/own", 0o644, "own\n");
@@ -29,8 +29,8 @@ fn remapped_containers_see_their_own_ids() {
     (other.uid, other.gid) = (1000, 1001);
     let file = expected.file("/data/nested/deeper/file", 0o600, "deep\nappended\n");
     (file.uid, file.gid) = (1000, 1000);
-    let setgid = expected.0.get_mut(b"/data/setgid".as_slice()).expect("setgid");
-    (setgid.uid, setgid.gid) = (5, 6);
+    let setgid = expected.file("/data/setgid", 0o2711, "#!/bin/sh\n");
+    (setgid.uid, setgid.gid, setgid.mtime) = (5, 6, Some((1_111_111_111, 0)));
     expected.delete("/data/odd");
     expected.dir("/data/odd", 0o755);
     expected.assert_same(&Tree::of_container(&engine, "box1"), "what the remapped container wrote");
