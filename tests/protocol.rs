@@ -485,11 +485,11 @@ fn the_store_commands_tell_what_is_there() {
 
 fn damage_is_found(plugin: &Plugin, image: &Path) {
     let mut bytes = fs::read(image).unwrap();
-    let motd = bytes
-        .windows(6)
-        .position(|w| w == b"hello\n")
-        .expect("the file's bytes lie in the image as they are");
-    bytes[motd] = b'j';
+    // The larger file: a small one lies in its inode, and the record holds its bytes.
+    let big = noise(1, 300_000);
+    let at =
+        bytes.windows(64).position(|w| w == &big[..64]).expect("a file's bytes lie in the image as they are");
+    bytes[at + 10] ^= 1;
     fs::write(image, bytes).unwrap();
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"))
         .args(["store", "scrub", "--home"])

@@ -1,6 +1,7 @@
 //! Replies and request bodies, by dockerd's rules instead of the web's.
 
 use super::wire::Outcome;
+use crate::driver::DriverError;
 use axum::{
     body::{Body, Bytes},
     extract::{FromRequest, Request},
@@ -31,9 +32,11 @@ impl Failure {
     }
 }
 
-impl<E: std::error::Error> From<E> for Failure {
-    fn from(error: E) -> Self {
-        Self { status: StatusCode::INTERNAL_SERVER_ERROR, message: chained(&error) }
+impl From<DriverError> for Failure {
+    fn from(error: DriverError) -> Self {
+        let status =
+            if error.is_usage() { StatusCode::BAD_REQUEST } else { StatusCode::INTERNAL_SERVER_ERROR };
+        Self { status, message: chained(&error) }
     }
 }
 

@@ -8,13 +8,14 @@
 //!
 //!   layer.vhd + exact record ──► record::replay ──► the very tar stream
 //!
-//!           ┌─ view: layers as overlayfs shows them
-//!  layers ──┤   walk: two trees side by side ──┬─► export ──► canonical tar
-//!           └──────────────────────────────────┴─► changes, diff_size
+//!            ┌─ view: layers as overlayfs shows them
+//!   layers ──┤  walk: two trees side by side ──┬─► export ──► canonical tar
+//!            └─────────────────────────────────┴─► changes, diff_size
 //! ```
 //!
-//! Invariants: images and tars are hostile; no path, no runtime and no clock is known here; memory is bounded by the
-//! number of entries, never by their data. Called by `agent` (in the jailed worker or the guest) and by `cli`.
+//! Everything here works on [`ReadAt`](crate::io::ReadAt), [`WriteAt`](crate::io::WriteAt), `Read` and `Write`, and
+//! takes every byte it reads for hostile: images and tars alike. Memory is bounded by the number of entries, never by
+//! their data. Called by `agent`, inside the jail.
 
 pub mod apply;
 pub mod canonical;

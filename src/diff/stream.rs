@@ -133,18 +133,18 @@ pub(super) fn same_bytes<R: ReadAt, S: ReadAt>(
 
 /// The tar being written.
 pub(super) struct Out<'a> {
-    out: &'a mut dyn Write,
+    sink: &'a mut dyn Write,
     buf: Vec<u8>,
     written: u64,
 }
 
 impl<'a> Out<'a> {
     pub(super) fn new(out: &'a mut dyn Write) -> Self {
-        Self { out, buf: Vec::with_capacity(BUFFER + 4096), written: 0 }
+        Self { sink: out, buf: Vec::with_capacity(BUFFER + 4096), written: 0 }
     }
 
     fn flush(&mut self) -> Result<(), DiffError> {
-        self.out.write_all(&self.buf).map_err(DiffError::io("writing the tar"))?;
+        self.sink.write_all(&self.buf).map_err(DiffError::io("writing the tar"))?;
         self.written += self.buf.len() as u64;
         self.buf.clear();
         Ok(())
@@ -192,7 +192,7 @@ impl<'a> Out<'a> {
     /// Writes what is left; gives the bytes of the whole tar.
     pub(super) fn finish(&mut self) -> Result<u64, DiffError> {
         self.flush()?;
-        self.out.flush().map_err(DiffError::io("writing the tar"))?;
+        self.sink.flush().map_err(DiffError::io("writing the tar"))?;
         Ok(self.written)
     }
 }

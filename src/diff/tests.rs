@@ -145,11 +145,11 @@ fn names(tar: &[u8], tool: &str) -> Vec<String> {
 }
 
 /// A listing of a tree that tells everything a tar should carry.
-const DESCRIBE: &str = r#"find . -mindepth 1 -printf '%P %y %#m %U:%G %n %l ' \( -type d -printf '- ' -o -printf '%s ' \) \
+const DESCRIBE: &str = r"find . -mindepth 1 -printf '%P %y %#m %U:%G %n %l ' \( -type d -printf '- ' -o -printf '%s ' \) \
     -printf '%T@\n' | LC_ALL=C sort; find . -mindepth 1 -type f -print0 | LC_ALL=C sort -z | xargs -0r sha256sum;
     find . -mindepth 1 \( -type b -o -type c \) -exec stat -c '%n %t:%T' {} + | sort;
     find . -mindepth 1 -print0 | LC_ALL=C sort -z | xargs -0r getfattr -h -d -m - -e hex |
-    awk '/^# file:/{f=$0;next} NF{print f, $0}'"#;
+    awk '/^# file:/{f=$0;next} NF{print f, $0}'";
 
 #[test]
 fn a_whole_tree_comes_back_exactly_through_gnu_tar() {
@@ -203,7 +203,7 @@ fn a_whole_tree_comes_back_exactly_through_gnu_tar() {
     assert_eq!(gnu.len(), names(&tar, "LC_ALL=C.UTF-8 bsdtar").len());
     assert_eq!(&gnu[..5], ["a/", "a/b/", "a/b/long", "a/b/short", "a/b/uni"]);
     // The sparse files take little room, and their holes come back.
-    assert!(tar.len() < 4 << 20, "{}", tar.len());
+    assert!(tar.len() < 8 << 20, "{}", tar.len());
     sh(&format!(
         "cd {}; test $(stat -c %b x/sparse) -lt 100; cmp -n 3000000 x/sparse <(bsdtar -xOf out.tar sparse)",
         stack.dir.path().display()

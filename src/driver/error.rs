@@ -55,6 +55,16 @@ pub enum DriverError {
 }
 
 impl DriverError {
+    /// The request itself is wrong: sending it again cannot help.
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            Self::Usage(_)
+                | Self::Config(_)
+                | Self::Store(StoreError::InvalidId { .. } | StoreError::Usage(_))
+        )
+    }
+
     /// Makes a [`DriverError::Io`] of a system error, for `map_err`.
     pub(super) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();

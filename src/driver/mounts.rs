@@ -17,7 +17,10 @@
 //!
 //! All functions block. Called by `lifecycle`, `transfer` and `live` of this module.
 
-use super::DriverError;
+use super::{
+    DriverError,
+    views::{UPPER, WORK},
+};
 use crate::{
     config::OverlayApi,
     store::{Layer, LayerId, LayerMeta, LayerState, Layout, layout},
@@ -39,11 +42,6 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
-
-/// Folder of a sandbox that holds what was written.
-pub(super) const UPPER: &str = "upper";
-/// Folder of a sandbox that overlayfs works in.
-pub(super) const WORK: &str = "work";
 
 #[derive(Debug, Default)]
 struct State {

@@ -8,11 +8,20 @@
 use super::{Driver, DriverError, blocking, home::Home};
 use crate::{
     config::MountKind,
-    ext4,
+    ext4::{self, Timestamp, format::BlankOptions, writer::Attributes},
     store::{LayerId, LayerMeta, LayerState, StoreError, durable, layout},
     vhd,
 };
-use std::{path::Path, path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// Folder of a sandbox that holds what was written.
+pub(super) const UPPER: &str = "upper";
+/// Folder of a sandbox that overlayfs works in.
+pub(super) const WORK: &str = "work";
 
 impl Driver {
     /// `GraphDriver.Get`: shows a layer and says where. Counted: as many Puts are needed.
@@ -147,9 +156,8 @@ impl Home {
         let path = folder.join(layout::SANDBOX_FILE);
         let write = || -> std::io::Result<()> {
             let file = durable::create_private(&path)?;
-            let (uid, gid) = self.root_ids();
             let uuid = uuid::Uuid::new_v4();
-            let blank = ext4::format::blank(bytes, &ext4::format::BlankOptions::sandbox(uuid, uid, gid))
+            let blank = ext4::format::blank(bytes, &sandbox_options(uuid, self.root_ids()))
                 .map_err(std::io::Error::other)?;
             let footer =
                 vhd::Footer::new(bytes, 0, uuid.into_bytes()).map_err(std::io::Error::other)?.to_bytes();
@@ -162,5 +170,35 @@ impl Home {
         };
         write().map_err(DriverError::io("format the sandbox", &path))?;
         Ok(durable::sync_dir(folder)?)
+    }
+}
+
+/// What a blank sandbox looks like: folders `upper` and `work`, owned by the containers' root, whose mode and owner
+/// become those of the containers' `/`.
+fn sandbox_options(uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> BlankOptions {
+    /// Label of every sandbox, at most 16 bytes.
+    const LABEL: &[u8] = b"lcow-sandbox";
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mtime = Timestamp { secs: now.as_secs().cast_signed(), nanos: now.subsec_nanos() };
+    let folder = |permissions, uid, gid| Attributes {
+        permissions,
+        uid,
+        gid,
+        mtime,
+        atime: Some(mtime),
+        ctime: Some(mtime),
+    };
+    BlankOptions {
+        uuid: uuid.into_bytes(),
+        label: LABEL.to_vec(),
+        // The mapped root must be able to walk through.
+        root: folder(0o711, 0, 0),
+        directories: vec![
+            (UPPER.as_bytes().to_vec(), folder(0o755, uid, gid)),
+            (WORK.as_bytes().to_vec(), folder(0o755, uid, gid)),
+        ],
+        journal_bytes: None,
+        // The field has 32 bits; it is for people only.
+        mkfs_time: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
     }
 }

@@ -20,7 +20,9 @@
 //! Called by `diff::apply`.
 
 mod chunk;
+mod entry;
 mod error;
+mod header;
 pub mod layout;
 mod number;
 mod pax;
@@ -30,9 +32,10 @@ pub mod writer;
 
 pub(crate) use chunk::fill;
 pub use chunk::{CHUNK_BYTES, ChunkSource, Chunks};
-pub use error::TarError;
+pub use entry::{Entry, EntryKind, Time, Xattr};
+pub use error::{EntryName, TarError};
 pub use pax::{MAX_PAX_BYTES, MAX_XATTRS};
-pub use reader::{Entry, EntryKind, Event, TarReader, Time, Xattr};
+pub use reader::{Event, TarReader};
 pub use sparse::MAX_SPARSE_SEGMENTS;
 
 #[cfg(test)]

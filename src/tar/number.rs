@@ -2,7 +2,7 @@
 //!
 //! Invariant: every function is total; what is not a number, or does not fit, is `None`.
 
-use super::reader::Time;
+use super::entry::Time;
 
 /// Octal digits after blanks or NULs, ended by a blank, a NUL or the field's end. An empty field is 0.
 pub(super) fn octal(field: &[u8]) -> Option<i64> {
@@ -161,7 +161,8 @@ mod tests {
 
     #[test]
     fn pax_times() {
-        let cases: &[(&[u8], Option<(i64, u32)>)] = &[
+        type Case<'a> = (&'a [u8], Option<(i64, u32)>);
+        let cases: &[Case<'_>] = &[
             (b"0", Some((0, 0))),
             (b"1.5", Some((1, 500_000_000))),
             (b"1.", Some((1, 0))),

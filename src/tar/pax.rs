@@ -12,8 +12,8 @@
 //! bytes live on in the exact record.
 
 use super::{
+    entry::{Time, Xattr},
     number,
-    reader::{Time, Xattr},
     sparse::{self, MapError, Segment},
 };
 

@@ -124,7 +124,8 @@ mod tests {
         let seg = |pairs: &[(u64, u64)]| {
             pairs.iter().map(|&(offset, len)| Segment { offset, len }).collect::<Vec<_>>()
         };
-        let cases: &[(&[(u64, u64)], u64, u64, bool)] = &[
+        type Case<'a> = (&'a [(u64, u64)], u64, u64, bool);
+        let cases: &[Case<'_>] = &[
             (&[], 10, 0, true),
             (&[(0, 5), (5, 5)], 10, 10, true),
             (&[(0, 5), (10, 0)], 10, 5, true),

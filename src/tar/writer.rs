@@ -258,6 +258,7 @@ fn finish(raw: &mut RawHeader, flag: u8, size: u64, uid: u64, gid: u64, mtime: u
     raw.magic = *MAGIC_USTAR;
     raw.chksum = *b"        ";
     let sum: u64 = raw.as_bytes().iter().map(|b| u64::from(*b)).sum();
+    raw.chksum[6] = 0;
     octal(&mut raw.chksum[..7], sum);
 }
 
@@ -323,7 +324,7 @@ mod tests {
                 Header { xattrs: &[(b"user.x", b"\0\n=")], ..header(b"a") },
                 b"27 SCHILY.xattr.user.x=\0\n=\n".to_vec(),
             ),
-            (header(b"\xFF"), b"21 hdrcharset=BINARY\n10 path=\xFF\n".to_vec()),
+            (header(b"\xFF"), b"21 hdrcharset=BINARY\n9 path=\xFF\n".to_vec()),
         ] {
             let mut out = Vec::new();
             append(&mut out, &h);

@@ -20,15 +20,15 @@ const READY: Duration = Duration::from_secs(20);
 const REPLY: Duration = Duration::from_secs(60);
 
 /// A plugin process with its own folder; ended and cleared on drop, mounts included.
-pub struct Plugin {
+pub(crate) struct Plugin {
     child: Child,
-    pub folder: PathBuf,
-    pub arguments: Vec<String>,
+    pub(crate) folder: PathBuf,
+    pub(crate) arguments: Vec<String>,
     _temporary: tempfile::TempDir,
 }
 
 impl Plugin {
-    pub fn start(arguments: &[&str]) -> Self {
+    pub(crate) fn start(arguments: &[&str]) -> Self {
         let temporary = tempfile::tempdir().unwrap();
         let folder = temporary.path().canonicalize().unwrap();
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
@@ -62,24 +62,24 @@ impl Plugin {
         }
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.folder.join("lcow.sock")
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }
 
-    pub fn home(&self) -> PathBuf {
+    pub(crate) fn home(&self) -> PathBuf {
         self.folder.join("home")
     }
 
     /// kill -9 and a new process on the same folders.
-    pub fn kill_and_restart(&mut self) {
+    pub(crate) fn kill_and_restart(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         self.child = Self::spawn(&self.folder, &self.arguments);
@@ -87,7 +87,7 @@ impl Plugin {
     }
 
     /// SIGTERM; the exit status.
-    pub fn terminate(&mut self) -> Option<i32> {
+    pub(crate) fn terminate(&mut self) -> Option<i32> {
         rustix::process::kill_process(
             rustix::process::Pid::from_child(&self.child),
             rustix::process::Signal::TERM,
@@ -103,13 +103,13 @@ impl Plugin {
         }
     }
 
-    pub fn start_again(&mut self) {
+    pub(crate) fn start_again(&mut self) {
         self.child = Self::spawn(&self.folder, &self.arguments);
         self.wait_until_ready();
     }
 
     /// Init with this plugin's usual home.
-    pub fn init(&self) {
+    pub(crate) fn init(&self) {
         let home = self.home();
         self.ok(
             "GraphDriver.Init",
@@ -118,7 +118,7 @@ impl Plugin {
     }
 
     /// A call that must succeed; its reply.
-    pub fn ok(&self, method: &str, request: &Value) -> Value {
+    pub(crate) fn ok(&self, method: &str, request: &Value) -> Value {
         let reply = self.call(method, request);
         assert_eq!(reply.status, 200, "{method} {request}: {}\n{}", reply.text(), self.log());
         let value = reply.json();
@@ -132,18 +132,18 @@ impl Plugin {
     }
 
     /// A call that must fail; its `Err`.
-    pub fn err(&self, method: &str, request: &Value) -> String {
+    pub(crate) fn err(&self, method: &str, request: &Value) -> String {
         let reply = self.call(method, request);
         assert_ne!(reply.status, 200, "{method} {request} worked: {}", reply.text());
         reply.json()["Err"].as_str().unwrap().to_owned()
     }
 
-    pub fn call(&self, method: &str, request: &Value) -> Reply {
+    pub(crate) fn call(&self, method: &str, request: &Value) -> Reply {
         self.send(method, format!("{request}\n").as_bytes())
     }
 
     /// A POST as dockerd's client makes it: no Content-Type, an empty Host.
-    pub fn send(&self, method: &str, body: &[u8]) -> Reply {
+    pub(crate) fn send(&self, method: &str, body: &[u8]) -> Reply {
         let head = format!(
             "POST /{method} HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http-client/1.1\r\nContent-Length: {}\r\n\
              Accept: application/vnd.docker.plugins.v1.2+json\r\nAccept-Encoding: gzip\r\n\r\n",
@@ -153,7 +153,7 @@ impl Plugin {
     }
 
     /// Any bytes, and what comes back.
-    pub fn raw(&self, bytes: &[u8]) -> Reply {
+    pub(crate) fn raw(&self, bytes: &[u8]) -> Reply {
         let mut stream = UnixStream::connect(self.socket()).unwrap();
         stream.set_read_timeout(Some(REPLY)).unwrap();
         // A server that answers before it has read everything may close its side early.
@@ -162,7 +162,7 @@ impl Plugin {
     }
 
     /// ApplyDiff with a chunked body.
-    pub fn apply(&self, id: &str, parent: &str, tar: &[u8]) -> Reply {
+    pub(crate) fn apply(&self, id: &str, parent: &str, tar: &[u8]) -> Reply {
         let mut stream = self.begin_apply(id, parent);
         // A failed layer may be refused before its end.
         let _ = send_chunks(&mut stream, tar, 1000).and_then(|()| stream.write_all(b"0\r\n\r\n"));
@@ -170,7 +170,7 @@ impl Plugin {
     }
 
     /// The head of an ApplyDiff; the body is the caller's.
-    pub fn begin_apply(&self, id: &str, parent: &str) -> UnixStream {
+    pub(crate) fn begin_apply(&self, id: &str, parent: &str) -> UnixStream {
         let mut stream = UnixStream::connect(self.socket()).unwrap();
         stream.set_read_timeout(Some(REPLY)).unwrap();
         write!(
@@ -183,7 +183,7 @@ impl Plugin {
     }
 
     /// Create + ApplyDiff that must work; the size.
-    pub fn layer(&self, id: &str, parent: &str, tar: &[u8]) -> u64 {
+    pub(crate) fn layer(&self, id: &str, parent: &str, tar: &[u8]) -> u64 {
         self.ok("GraphDriver.Create", &serde_json::json!({"ID": id, "Parent": parent}));
         let reply = self.apply(id, parent, tar);
         assert_eq!(reply.status, 200, "ApplyDiff {id}: {}\n{}", reply.text(), self.log());
@@ -191,27 +191,27 @@ impl Plugin {
     }
 
     /// Diff that must work: the tar.
-    pub fn diff(&self, id: &str, parent: &str) -> Vec<u8> {
+    pub(crate) fn diff(&self, id: &str, parent: &str) -> Vec<u8> {
         let reply = self.call("GraphDriver.Diff", &serde_json::json!({"ID": id, "Parent": parent}));
         assert_eq!(reply.status, 200, "Diff {id}: {}\n{}", reply.text(), self.log());
         assert!(reply.complete, "the diff was cut\n{}", self.log());
         reply.body
     }
 
-    pub fn get(&self, id: &str) -> PathBuf {
+    pub(crate) fn get(&self, id: &str) -> PathBuf {
         PathBuf::from(self.ok("GraphDriver.Get", &serde_json::json!({"ID": id}))["Dir"].as_str().unwrap())
     }
 
-    pub fn put(&self, id: &str) {
+    pub(crate) fn put(&self, id: &str) {
         self.ok("GraphDriver.Put", &serde_json::json!({"ID": id}));
     }
 
-    pub fn remove(&self, id: &str) {
+    pub(crate) fn remove(&self, id: &str) {
         self.ok("GraphDriver.Remove", &serde_json::json!({"ID": id}));
     }
 
     /// Mount points below this plugin's folder now.
-    pub fn mounts(&self) -> Vec<String> {
+    pub(crate) fn mounts(&self) -> Vec<String> {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let prefix = self.folder.to_str().unwrap();
         table
@@ -235,7 +235,7 @@ impl Drop for Plugin {
 }
 
 /// Sends bytes as HTTP chunks.
-pub fn send_chunks(stream: &mut UnixStream, bytes: &[u8], size: usize) -> io::Result<()> {
+pub(crate) fn send_chunks(stream: &mut UnixStream, bytes: &[u8], size: usize) -> io::Result<()> {
     for chunk in bytes.chunks(size) {
         stream.write_all(format!("{:x}\r\n", chunk.len()).as_bytes())?;
         stream.write_all(chunk)?;
@@ -246,24 +246,24 @@ pub fn send_chunks(stream: &mut UnixStream, bytes: &[u8], size: usize) -> io::Re
 
 /// A reply as it came.
 #[derive(Debug)]
-pub struct Reply {
-    pub status: u16,
-    pub head: String,
-    pub body: Vec<u8>,
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) head: String,
+    pub(crate) body: Vec<u8>,
     /// The body ended as HTTP wants it (last chunk, or all of Content-Length).
-    pub complete: bool,
+    pub(crate) complete: bool,
 }
 
 impl Reply {
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("no JSON ({e}): {}", self.text()))
     }
 
-    pub fn read(stream: UnixStream) -> io::Result<Self> {
+    pub(crate) fn read(stream: UnixStream) -> io::Result<Self> {
         let mut input = BufReader::new(stream);
         let mut head = String::new();
         loop {
@@ -312,16 +312,16 @@ fn read_chunks(input: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> {
 
 /// A small tar writer for tests: plain ustar, made by hand so that odd streams can be made as well.
 #[derive(Default)]
-pub struct Tar {
-    pub bytes: Vec<u8>,
+pub(crate) struct Tar {
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl Tar {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
-    pub fn entry(mut self, name: &str, kind: u8, mode: u32, link: &str, data: &[u8]) -> Self {
+    pub(crate) fn entry(mut self, name: &str, kind: u8, mode: u32, link: &str, data: &[u8]) -> Self {
         let mut header = [0u8; 512];
         let mut put = |at: usize, text: &str| header[at..at + text.len()].copy_from_slice(text.as_bytes());
         put(0, name);
@@ -342,22 +342,22 @@ impl Tar {
         self
     }
 
-    pub fn file(self, name: &str, data: &[u8]) -> Self {
+    pub(crate) fn file(self, name: &str, data: &[u8]) -> Self {
         self.entry(name, b'0', 0o644, "", data)
     }
 
-    pub fn dir(self, name: &str) -> Self {
+    pub(crate) fn dir(self, name: &str) -> Self {
         self.entry(name, b'5', 0o755, "", b"")
     }
 
-    pub fn end(mut self) -> Vec<u8> {
+    pub(crate) fn end(mut self) -> Vec<u8> {
         self.bytes.extend_from_slice(&[0; 1024]);
         self.bytes
     }
 }
 
 /// Bytes that do not compress and do not repeat, the same for a seed.
-pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..length)
         .map(|_| {

@@ -100,8 +100,8 @@ pub(super) struct Layer<'o, W> {
 }
 
 impl<'o, W: WriteAt> Layer<'o, W> {
-    pub(super) fn new(writer: ImageWriter<W>, options: &'o ApplyOptions) -> Self {
-        Self {
+    pub(super) fn new(writer: ImageWriter<W>, options: &'o ApplyOptions) -> Result<Self, DiffError> {
+        let mut layer = Self {
             writer,
             options,
             links: Links::default(),
@@ -111,7 +111,11 @@ impl<'o, W: WriteAt> Layer<'o, W> {
             size: 0,
             sizes: Vec::new(),
             removed: false,
-        }
+        };
+        // The root is implied, too, and its owner shifted.
+        let (root, attributes) = (layer.writer.root(), layer.implied()?);
+        layer.writer.set_attributes(root, attributes);
+        Ok(layer)
     }
 
     pub(super) fn limit(&self, what: &'static str, limit: u64) -> DiffError {

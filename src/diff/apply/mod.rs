@@ -137,7 +137,7 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
 ) -> Result<ApplySummary, DiffError> {
     let mut reader = TarReader::from_source(HashedChunks::new(input));
     let mut record = RecordWriter::new(record)?;
-    let mut layer = Layer::new(ImageWriter::new(&image, options.writer)?, options);
+    let mut layer = Layer::new(ImageWriter::new(&image, options.writer)?, options)?;
     let mut open = false;
     let mut entries = 0u64;
     loop {

@@ -75,7 +75,8 @@ mod tests {
 
     #[test]
     fn names_are_split() {
-        let cases: &[(&[u8], Result<&[&[u8]], NameError>)] = &[
+        type Case<'a> = (&'a [u8], Result<&'a [&'a [u8]], NameError>);
+        let cases: &[Case<'_>] = &[
             (b"", Ok(&[])),
             (b"./", Ok(&[])),
             (b"/", Ok(&[])),

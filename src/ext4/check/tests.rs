@@ -3,8 +3,14 @@
 //! These tests need root, loop devices and e2fsprogs, and say so if they are missing.
 
 use super::*;
-use crate::io::{MemDisk, WriteAt};
-use std::{fs, path::Path, process::Command};
+use crate::{
+    ext4::{
+        BlockSize, Xattr,
+        writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
+    },
+    io::{MemDisk, WriteAt},
+};
+use std::{fs, path::Path, process::Command, sync::Arc};
 use tempfile::TempDir;
 
 fn sh(script: &str) -> String {
@@ -32,7 +38,7 @@ fn image(dir: &TempDir, options: &str, size: &str) -> std::path::PathBuf {
     fs::create_dir_all(&mount).unwrap();
     let _unmount = Unmount(&mount);
     sh(&format!(
-        r#"truncate -s {size} {0}; mkfs.ext4 -q -m 0 -I 256 -O ^has_journal,^resize_inode,^orphan_file,64bit,inline_data,ea_inode,metadata_csum,metadata_csum_seed,large_dir \
+        r"truncate -s {size} {0}; mkfs.ext4 -q -m 0 -I 256 -O ^has_journal,^resize_inode,^orphan_file,64bit,inline_data,ea_inode,metadata_csum,metadata_csum_seed,large_dir \
            -E lazy_itable_init=0,hash_seed=01020304-0506-0708-090a-0b0c0d0e0f10 {options} {0}
         mount -o loop {0} {1}; cd {1}; rmdir lost+found
         mkdir -p a/b many inl; echo hi > a/tiny; head -c 20000 /dev/urandom > a/file; ln a/file a/b/link
@@ -43,7 +49,7 @@ fn image(dir: &TempDir, options: &str, size: &str) -> std::path::PathBuf {
         setfattr -n user.huge -v 0x$(head -c 5000 /dev/zero | xxd -p | tr -d '\n') a/b
         for i in $(seq 600); do : > many/some-rather-long-name-of-a-file-number-$i; done
         for i in $(seq 0 2 40); do dd if=/dev/urandom of=frag bs=4096 seek=$i count=1 conv=notrunc status=none; done
-        cd /; umount {1}; debugfs -w -R 'ssv flags 2' {0} 2>/dev/null; e2fsck -fn {0} >/dev/null 2>&1"#,
+        cd /; umount {1}; debugfs -w -R 'ssv flags 2' {0} 2>/dev/null; e2fsck -fn {0} >/dev/null 2>&1",
         path.display(),
         mount.display()
     ));
@@ -100,10 +106,11 @@ fn what_e2fsck_refuses_is_refused() {
     let good = fs::read(&path).unwrap();
     let fs_good = Ext4::open(MemDisk::from(good.clone())).unwrap();
     let geometry = fs_good.geometry().clone();
-    let group = fs_good.group(0).unwrap();
+    let raw = fs_good.raw_descriptor(0).unwrap().1;
+    let place = |at| u64::from(u32_at(&raw, at)) * 1024;
     let mut places: Vec<(u64, u64)> = vec![(1024, 1024), (2048, 64)];
-    places.push((group.block_bitmap * 1024, 1024));
-    places.push((group.inode_bitmap * 1024, 256));
+    places.push((place(0), 1024));
+    places.push((place(4), 256));
     // Directory, extent and xattr blocks of used inodes.
     for ino in 11..700 {
         let Ok(inode) = fs_good.inode(ino) else { continue };
@@ -114,7 +121,7 @@ fn what_e2fsck_refuses_is_refused() {
             places.push((inode.file_acl * 1024, 1024));
         }
     }
-    let table = group.inode_table * 1024;
+    let table = place(8);
     let mut random = Random(0x1234_5678_9ABC_DEF1);
     let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let mut missed = Vec::new();
@@ -171,7 +178,7 @@ fn what_e2fsck_refuses_is_refused() {
     }
     assert!(missed.is_empty(), "{} of {refused} missed:\n{}", missed.len(), missed.join("\n"));
     assert!(both > 200, "only {both} mutations were refused by e2fsck");
-    assert_eq!(check(&file, CheckLimits::default()).map(|r| r.directories).unwrap_or(0), 5);
+    assert_eq!(check(&file, CheckLimits::default()).map_or(0, |r| r.directories), 5);
 }
 
 #[test]
@@ -193,5 +200,95 @@ fn a_journal_or_a_strange_xattr_is_refused() {
         let script = script.replace("{m}", &mount.display().to_string());
         sh(&format!("mount -o loop {} {1}; {script}; umount {1}", path.display(), mount.display()));
         assert!(check(fs::File::open(&path).unwrap(), CheckLimits::default()).is_err(), "{script}");
+    }
+}
+
+/// Builds an image with our writer that has one of everything.
+fn written(block_size: BlockSize, inline_data: bool, files: u32) -> Arc<MemDisk> {
+    let disk = Arc::new(MemDisk::new());
+    let options = WriterOptions { block_size, inline_data, ..WriterOptions::default() };
+    let mut w = ImageWriter::new(disk.clone(), options).unwrap();
+    let attributes = Attributes { permissions: 0o755, uid: 70_000, gid: 5, ..Attributes::default() };
+    let x = |name: &str, value: &[u8]| Xattr { name: name.as_bytes().to_vec(), value: value.to_vec() };
+    let root = w.root();
+    let dir = w
+        .create(root, b"dir", NodeKind::Directory, attributes, vec![x("trusted.overlay.opaque", b"y")])
+        .unwrap();
+    let mut acl = 2u32.to_le_bytes().to_vec();
+    for (tag, id) in [(1u8, u32::MAX), (2, 1000), (4, u32::MAX), (0x10, u32::MAX), (0x20, u32::MAX)] {
+        acl.extend_from_slice(&[tag, 0, 5, 0]);
+        acl.extend_from_slice(&id.to_le_bytes());
+    }
+    for (name, size) in [("empty", 0u64), ("tiny", 20), ("small", 300), ("block", 4096), ("large", 300_000)] {
+        let xattrs = match name {
+            "tiny" => vec![x("user.a", b"1"), x("system.posix_acl_access", &acl)],
+            "small" => vec![x("user.block", &[7; 600]), x("security.capability", &[1; 20])],
+            "large" => vec![x("user.huge", &[9; 20_000])],
+            _ => Vec::new(),
+        };
+        let node = w.create(dir, name.as_bytes(), NodeKind::File, attributes, xattrs).unwrap();
+        w.begin_file(node, size).unwrap();
+        w.write_data(0, &vec![b'x'; size as usize], &mut |_| {}).unwrap();
+        w.end_file().unwrap();
+    }
+    let frag = w.create(root, b"fragments", NodeKind::File, attributes, Vec::new()).unwrap();
+    w.begin_file(frag, 40 << 20).unwrap();
+    for i in 0..1200u64 {
+        w.write_data(i * 32768, b"data", &mut |_| {}).unwrap();
+    }
+    w.end_file().unwrap();
+    w.link(root, b"again", frag).unwrap();
+    for (name, kind) in [
+        ("short", NodeKind::Symlink { target: b"dir/tiny".to_vec() }),
+        ("long", NodeKind::Symlink { target: vec![b'l'; 900] }),
+        ("chr", NodeKind::CharDevice { major: 5, minor: 1 }),
+        ("white", NodeKind::CharDevice { major: 0, minor: 0 }),
+        ("blk", NodeKind::BlockDevice { major: 259, minor: 70_000 }),
+        ("fifo", NodeKind::Fifo),
+        ("sock", NodeKind::Socket),
+    ] {
+        w.create(root, name.as_bytes(), kind, attributes, Vec::new()).unwrap();
+    }
+    let many = w.create(root, b"many", NodeKind::Directory, attributes, Vec::new()).unwrap();
+    for i in 0..files {
+        let name = format!("a-file-with-a-name-of-common-length-{i}");
+        w.create(many, name.as_bytes(), NodeKind::File, attributes, Vec::new()).unwrap();
+    }
+    let gone = w.create(root, b"gone", NodeKind::Directory, attributes, Vec::new()).unwrap();
+    w.create(gone, b"inside", NodeKind::File, attributes, Vec::new()).unwrap();
+    w.unlink(root, b"gone").unwrap();
+    w.finish().unwrap();
+    disk
+}
+
+#[test]
+fn images_of_our_writer_pass_and_read_well() {
+    for block_size in [BlockSize::B1024, BlockSize::B2048, BlockSize::B4096] {
+        for inline_data in [true, false] {
+            let disk = written(block_size, inline_data, 3000);
+            let report = check(&disk, CheckLimits::default())
+                .unwrap_or_else(|e| panic!("{block_size:?} {inline_data}: {e}"));
+            assert_eq!(report.directories, 3, "{block_size:?} {inline_data}");
+            let fs = Ext4::open(&disk).unwrap();
+            let root = fs.inode(fs.root()).unwrap();
+            let open = |dir: &crate::ext4::Inode, name: &[u8]| {
+                fs.inode(fs.lookup(dir, name).unwrap().unwrap()).unwrap()
+            };
+            let dir = open(&root, b"dir");
+            for (name, size) in
+                [("empty", 0u64), ("tiny", 20), ("small", 300), ("block", 4096), ("large", 300_000)]
+            {
+                let file = open(&dir, name.as_bytes());
+                let mut bytes = vec![0; size as usize + 10];
+                assert_eq!(fs.read_file_at(&file, 0, &mut bytes).unwrap() as u64, size);
+                assert!(bytes[..size as usize].iter().all(|b| *b == b'x'), "{name}");
+            }
+            assert_eq!(fs.xattrs(&open(&dir, b"large")).unwrap()[0].value, [9; 20_000]);
+            assert_eq!(fs.xattrs(&open(&dir, b"tiny")).unwrap().len(), 2);
+            assert_eq!(fs.symlink_target(&open(&root, b"long")).unwrap(), [b'l'; 900]);
+            assert_eq!(open(&root, b"blk").rdev, (259, 70_000));
+            assert_eq!(fs.data_map(&open(&root, b"again")).unwrap().len(), 1200);
+            assert_eq!(fs.read_dir(&open(&root, b"many")).unwrap().len(), 3000);
+        }
     }
 }

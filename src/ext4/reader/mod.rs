@@ -64,8 +64,6 @@ pub struct Ext4<R> {
 /// A group descriptor, parsed.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::ext4) struct Group {
-    pub(in crate::ext4) block_bitmap: u64,
-    pub(in crate::ext4) inode_bitmap: u64,
     pub(in crate::ext4) inode_table: u64,
 }
 
@@ -152,8 +150,7 @@ impl<R: ReadAt> Ext4<R> {
         let is_wide = raw.len() >= 64;
         let field =
             |low: usize, high: usize| wide(u32_at(&raw, low), if is_wide { u32_at(&raw, high) } else { 0 });
-        let group =
-            Group { block_bitmap: field(0, 0x20), inode_bitmap: field(4, 0x24), inode_table: field(8, 0x28) };
+        let group = Group { inode_table: field(8, 0x28) };
         if !descriptor_checksum_matches(geometry, number, &raw) {
             return Err(corrupt(format!("group {number}"), "checksum of its descriptor does not match"));
         }

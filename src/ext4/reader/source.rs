@@ -19,6 +19,9 @@ const CHUNK: usize = 16 * 1024;
 /// Chunks kept.
 const SLOTS: usize = 64;
 
+/// A place in the cache: the chunk's number and bytes.
+type Slot = Option<(u64, Arc<[u8]>)>;
+
 /// Bytes of the file system as they are after recovery.
 #[derive(Debug)]
 pub(in crate::ext4) struct Source<R> {
@@ -26,7 +29,7 @@ pub(in crate::ext4) struct Source<R> {
     pub(in crate::ext4) overlay: Overlay,
     pub(in crate::ext4) geometry: Geometry,
     chunk: usize,
-    cache: Mutex<Vec<Option<(u64, Arc<[u8]>)>>>,
+    cache: Mutex<Vec<Slot>>,
 }
 
 /// A block inside a cached chunk.

@@ -55,7 +55,6 @@ pub(in crate::ext4) mod incompat {
 /// `s_feature_ro_compat`.
 pub(in crate::ext4) mod ro_compat {
     pub(in crate::ext4) const SPARSE_SUPER: u32 = 0x1;
-    pub(in crate::ext4) const HUGE_FILE: u32 = 0x8;
     pub(in crate::ext4) const GDT_CSUM: u32 = 0x10;
     pub(in crate::ext4) const BIGALLOC: u32 = 0x200;
     pub(in crate::ext4) const METADATA_CSUM: u32 = 0x400;
@@ -112,7 +111,7 @@ impl Geometry {
     /// # Errors
     /// `Corrupt` for impossible counts or a wrong checksum, `Unsupported` for features that this program does not know.
     pub(in crate::ext4) fn parse(sb: &[u8], disk_bytes: u64) -> Result<Self, Ext4Error> {
-        let bad = |reason: &str| corrupt("superblock", reason.to_owned());
+        let bad = |reason: &str| corrupt("superblock", reason);
         if sb.len() < SUPERBLOCK_LEN || u16_at(sb, 0x38) != MAGIC {
             return Err(bad("no ext4 magic number"));
         }
@@ -136,7 +135,7 @@ impl Geometry {
             return Err(unsupported(format!("incompatible feature bits {unknown:#x}")));
         }
         if feature_ro_compat & ro_compat::BIGALLOC != 0 {
-            return Err(unsupported("bigalloc".to_owned()));
+            return Err(unsupported("bigalloc"));
         }
         let log = u32_at(sb, 0x18);
         if log > 6 {

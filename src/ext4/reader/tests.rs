@@ -57,12 +57,12 @@ fn crashed(options: &str) -> (tempfile::TempDir, std::path::PathBuf) {
     {
         let _unmount = Unmount(&mount);
         sh(&format!(
-            r#"truncate -s 48M {0}; mkfs.ext4 -q {options} {0}; mount -o loop,commit=600 {0} {1}; cd {1}
+            r"truncate -s 48M {0}; mkfs.ext4 -q {options} {0}; mount -o loop,commit=600 {0} {1}; cd {1}
             mkdir d; for i in $(seq 200); do echo $i > d/f$i; done; sync -f .
             for i in $(seq 1 2 199); do rm d/f$i; done; printf '\xc0\x3b\x39\x98escaped' > magic
             for i in $(seq 20); do mkdir x; touch x/y; sync x; rm -r x; done
             echo new > d/new; mkdir e; echo e > e/e; head -c 100000 /dev/urandom > big; sync
-            cp --sparse=always {0} {2}; cd /; umount {1}"#,
+            cp --sparse=always {0} {2}; cd /; umount {1}",
             image.display(),
             mount.display(),
             copy.display()

@@ -12,8 +12,43 @@
 //! cursor is written twice save the fixed meta blocks; no journal, no lost+found. The disk must be empty (or read as
 //! zeros) at the start. Knows nothing of tar. Called by `diff::apply`.
 
-use super::{BlockSize, Ext4Error, Timestamp, Xattr};
+mod data;
+mod dirs;
+mod extents;
+mod finish;
+mod inodes;
+mod sink;
+mod space;
+#[cfg(test)]
+pub(crate) mod tests;
+mod tree;
+mod xattrs;
+
+use super::{
+    BlockSize, Ext4Error, Place, Timestamp, Xattr,
+    layout::{
+        LINK_MAX,
+        inode::{
+            I_BLOCK_SIZE, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK,
+            encode_device,
+        },
+    },
+};
 use crate::io::WriteAt;
+use data::OpenFile;
+use sink::Sink;
+use space::{Geometry, Space};
+use std::collections::HashMap;
+use tree::{Content, NONE, Node, Payload, Tree};
+
+/// Seed of all metadata checksums (feature metadata_csum_seed): constant, so that the UUID can be known last.
+const CHECKSUM_SEED: u32 = 0x4c43_4f57;
+/// Seed of the directory hash: constant, so that equal content gives equal bytes.
+const HASH_SEED: [u32; 4] = [0x6c63_6f77, 0x2d67_7261, 0x7068_6472, 0x6976_6572];
+/// Inode size with inline data.
+const INODE_SIZE_INLINE: usize = 512;
+/// Inode size without.
+const INODE_SIZE_PLAIN: usize = 256;
 
 /// Result of the writer.
 pub type Result<T> = std::result::Result<T, Ext4Error>;
@@ -140,15 +175,62 @@ pub struct ImageSummary {
 /// Builds one image on `W`.
 #[derive(Debug)]
 pub struct ImageWriter<W> {
-    out: W,
     options: WriterOptions,
+    inode_size: usize,
+    tree: Tree,
+    sets: xattrs::Sets,
+    space: Space,
+    sink: Sink<W>,
+    roots: Vec<Root>,
+    /// Inline data of files.
+    spool: Vec<u8>,
+    open: Option<OpenFile>,
+    /// Kept between files for its allocation.
+    extent_buffer: Vec<extents::Extent>,
+    /// Nodes with attributes beyond their slot.
+    overflow: HashMap<u32, Overflow>,
+    data_crc: u32,
+    large_dir: bool,
 }
 
-#[expect(unused_variables, reason = "signatures first")]
+/// Content that is not one extent from block 0.
+#[derive(Debug)]
+struct Root {
+    i_block: [u8; I_BLOCK_SIZE],
+    /// Blocks of data and of the tree.
+    blocks: u64,
+    /// All blocks lie from the first to before the second, and no other file's do.
+    span: (u64, u64),
+}
+
+/// Attributes beyond a slot.
+#[derive(Debug)]
+struct Overflow {
+    /// The attribute block.
+    block: u64,
+    /// Blocks of values in inodes of their own: charged to this inode too.
+    value_blocks: u64,
+}
+
 impl<W: WriteAt> ImageWriter<W> {
     /// Starts an image with an empty root directory (0755, owner 0, time 0). `out` must be empty or read as zeros.
     pub fn new(out: W, options: WriterOptions) -> Result<Self> {
-        Ok(Self { out, options })
+        let space = Space::new(Geometry::new(options.block_size), options.max_image_bytes);
+        Ok(Self {
+            options,
+            inode_size: if options.inline_data { INODE_SIZE_INLINE } else { INODE_SIZE_PLAIN },
+            tree: Tree::new(),
+            sets: xattrs::Sets::default(),
+            space,
+            sink: Sink::new(out),
+            roots: Vec::new(),
+            spool: Vec::new(),
+            open: None,
+            extent_buffer: Vec::new(),
+            overflow: HashMap::new(),
+            data_crc: 0,
+            large_dir: false,
+        })
     }
 
     /// The root directory.
@@ -158,32 +240,51 @@ impl<W: WriteAt> ImageWriter<W> {
 
     /// The node called `name` in `dir`; `None` if there is none or `dir` is no directory. Constant time.
     pub fn lookup(&self, dir: NodeId, name: &[u8]) -> Option<NodeId> {
-        todo!()
+        self.tree.lookup(dir, name)
     }
 
     /// Names and nodes of a directory in order of creation.
     pub fn children(&self, dir: NodeId) -> Vec<(Vec<u8>, NodeId)> {
-        todo!()
+        self.tree.children(dir.0).map(|(name, node)| (name.to_vec(), NodeId(node))).collect()
     }
 
     /// What a node is.
     pub fn kind(&self, node: NodeId) -> NodeKind {
-        todo!()
+        let node = &self.tree.nodes[node.0 as usize];
+        match (node.mode & S_IFMT, node.payload) {
+            (S_IFDIR, _) => NodeKind::Directory,
+            (_, Payload::Symlink { at, len, .. }) => {
+                NodeKind::Symlink { target: self.tree.stored(at, usize::from(len)).to_vec() }
+            }
+            (S_IFCHR, Payload::Device { major, minor }) => NodeKind::CharDevice { major, minor },
+            (_, Payload::Device { major, minor }) => NodeKind::BlockDevice { major, minor },
+            (S_IFIFO, _) => NodeKind::Fifo,
+            (S_IFSOCK, _) => NodeKind::Socket,
+            _ => NodeKind::File,
+        }
     }
 
     /// Attributes of a node, as the image will hold them (times within ext4's range).
     pub fn attributes(&self, node: NodeId) -> Attributes {
-        todo!()
+        let n = &self.tree.nodes[node.0 as usize];
+        Attributes {
+            permissions: n.mode & 0o7777,
+            uid: n.uid,
+            gid: n.gid,
+            mtime: Timestamp::decode(n.mtime.0, n.mtime.1),
+            atime: Some(Timestamp::decode(n.atime.0, n.atime.1)),
+            ctime: Some(Timestamp::decode(n.ctime.0, n.ctime.1)),
+        }
     }
 
     /// Extended attributes of a node, sorted by name.
     pub fn xattrs(&self, node: NodeId) -> Vec<Xattr> {
-        todo!()
+        self.sets.get(self.tree.nodes[node.0 as usize].xattrs).to_vec()
     }
 
     /// Number of names of a node that is no directory.
     pub fn link_count(&self, node: NodeId) -> u32 {
-        todo!()
+        self.tree.nodes[node.0 as usize].links
     }
 
     /// Makes a node with its first name.
@@ -200,17 +301,40 @@ impl<W: WriteAt> ImageWriter<W> {
         attributes: Attributes,
         xattrs: Vec<Xattr>,
     ) -> Result<NodeId> {
-        todo!()
+        self.tree.check_new(dir, name)?;
+        let device = |major, minor| match encode_device(major, minor) {
+            Some(_) => Ok(Payload::Device { major, minor }),
+            None => Err(Ext4Error::unsupported(format!("device number {major}:{minor}"), Place::default())),
+        };
+        let (file_type, payload) = match &kind {
+            NodeKind::Directory => {
+                (S_IFDIR, Payload::Dir { first: NONE, last: NONE, parent: dir.0, subdirs: 0 })
+            }
+            NodeKind::File => (S_IFREG, Payload::File { size: 0, content: Content::Empty }),
+            NodeKind::Symlink { target } => (S_IFLNK, self.symlink(target)?),
+            NodeKind::CharDevice { major, minor } => (S_IFCHR, device(*major, *minor)?),
+            NodeKind::BlockDevice { major, minor } => (S_IFBLK, device(*major, *minor)?),
+            NodeKind::Fifo => (S_IFIFO, Payload::Plain),
+            NodeKind::Socket => (S_IFSOCK, Payload::Plain),
+        };
+        let mut node = Node::new(file_type, payload);
+        node.set_attributes(&attributes);
+        node.xattrs = self.sets.add(xattrs, self.options.block_size.bytes() as usize)?;
+        let id = self.tree.add_node(node)?;
+        self.tree.add_name(dir, name, id)?;
+        Ok(NodeId(id))
     }
 
     /// Replaces the attributes of a node.
     pub fn set_attributes(&mut self, node: NodeId, attributes: Attributes) {
-        todo!()
+        self.tree.nodes[node.0 as usize].set_attributes(&attributes);
     }
 
     /// Replaces all extended attributes of a node. Of two with one name the last counts.
     pub fn set_xattrs(&mut self, node: NodeId, xattrs: Vec<Xattr>) -> Result<()> {
-        todo!()
+        let set = self.sets.add(xattrs, self.options.block_size.bytes() as usize)?;
+        self.tree.nodes[node.0 as usize].xattrs = set;
+        Ok(())
     }
 
     /// Gives a node another name.
@@ -218,36 +342,68 @@ impl<W: WriteAt> ImageWriter<W> {
     /// # Errors
     /// As [`Self::create`]; `Usage` for a directory; `Unsupported` beyond 65,000 names (`EMLINK`).
     pub fn link(&mut self, dir: NodeId, name: &[u8], node: NodeId) -> Result<()> {
-        todo!()
+        self.tree.check_new(dir, name)?;
+        let n = &self.tree.nodes[node.0 as usize];
+        if n.is_dir() || matches!(n.payload, Payload::Gone) {
+            return Err(Ext4Error::usage("only a file that exists takes a further name"));
+        }
+        if n.links >= LINK_MAX {
+            let place = Place::inode(inodes::ino_of(node.0));
+            return Err(Ext4Error::unsupported(format!("more than {LINK_MAX} names of a file"), place));
+        }
+        self.tree.add_name(dir, name, node.0)
     }
 
-    /// Removes a name, of a directory with all that is below it. A node that lost its last name is gone, its blocks
+    /// Removes a name, of a directory with all that is below it; no file may be open. A node that lost its last name is gone, its blocks
     /// become free space; their bytes stay where they were.
     ///
     /// # Errors
-    /// `Usage` if there is no such name, or the file being written would go.
+    /// `Usage` if there is no such name, or a file is open.
     pub fn unlink(&mut self, dir: NodeId, name: &[u8]) -> Result<()> {
-        todo!()
+        if self.open.is_some() {
+            return Err(Ext4Error::usage("unlink while a file is open"));
+        }
+        let mut dropped = Vec::new();
+        self.tree.unlink(dir, name, |_, payload| {
+            if let Payload::File { content, .. } = payload {
+                dropped.push(content);
+            }
+        })?;
+        for content in dropped {
+            self.release(content);
+        }
+        Ok(())
     }
 
     /// Opens a regular file for writing `size` bytes; earlier content is dropped. One file is open at a time.
     pub fn begin_file(&mut self, node: NodeId, size: u64) -> Result<()> {
-        todo!()
+        self.open_file(node, size)
     }
 
     /// Writes at a logical offset that is not below the end of the last write; what is left out is a hole.
     /// `placed` is told where the bytes of `data` live, in order and without gaps.
     pub fn write_data(&mut self, offset: u64, data: &[u8], placed: &mut dyn FnMut(Placed)) -> Result<()> {
-        todo!()
+        self.write_open(offset, data, placed)
     }
 
     /// Ends the open file; what was not written of its size is a hole.
     pub fn end_file(&mut self) -> Result<()> {
-        todo!()
+        self.close_file()
     }
 
     /// Writes all metadata and sets the image's size. Does not sync.
     pub fn finish(self) -> Result<ImageSummary> {
-        todo!()
+        self.finish_image()
+    }
+
+    fn symlink(&mut self, target: &[u8]) -> Result<Payload> {
+        if target.is_empty() || target.contains(&0) {
+            return Err(Ext4Error::usage("target of a symbolic link is empty or holds a NUL"));
+        }
+        if target.len() >= self.options.block_size.bytes() as usize {
+            let what = format!("target of a symbolic link of {} bytes", target.len());
+            return Err(Ext4Error::unsupported(what, Place::default()));
+        }
+        Ok(Payload::Symlink { at: self.tree.store(target)?, len: target.len() as u16, block: 0 })
     }
 }

@@ -1,0 +1,314 @@
+//! Headers: from blocks and extended headers to an [`Entry`].
+//!
+//! ```text
+//!   g ──► global ─┐
+//!   x ──► pax ────┤
+//!   L K ► names ──┼──► entry_header(block) ──► Entry, sparse map, padding
+//!   block ────────┘       GNU long name > PAX > block
+//! ```
+//!
+//! Invariant: knows nothing of where bytes come from, so a fault has no place yet; extended headers are used up by the
+//! entry they stand before. Called by `reader` only.
+
+use super::{
+    entry::{Entry, EntryKind, Time},
+    layout::{
+        BLOCK, Dialect, RawGnuTail, RawHeader, RawSparseExtension, STAR_PREFIX, USTAR_PREFIX, text, typeflag,
+    },
+    number,
+    pax::{MAX_PAX_BYTES, MAX_XATTRS, Pax, PaxError},
+    sparse::{self, DataMap, MAX_SPARSE_SEGMENTS, MapError, Segment},
+};
+use zerocopy::FromBytes;
+
+/// Kinds of extended headers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Extension {
+    Pax,
+    PaxGlobal,
+    LongName,
+    LongLink,
+}
+
+/// What the stream goes on with after a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// The data of an extended header, this many bytes.
+    Extension { kind: Extension, bytes: u64 },
+    /// Blocks that continue an old GNU sparse map.
+    SparseBlocks,
+    /// A PAX 1.0 sparse map, within the entry's data of this many bytes.
+    SparseData { bytes: u64 },
+    /// The entry is complete.
+    Announce,
+    /// Data of something that is no entry.
+    Skip { bytes: u64 },
+}
+
+/// A fault without its place.
+#[derive(Debug)]
+pub(super) enum Fault {
+    Corrupt(&'static str),
+    Unsupported(String),
+    Limit(&'static str, u64),
+}
+
+impl From<PaxError> for Fault {
+    fn from(e: PaxError) -> Self {
+        match e {
+            PaxError::Corrupt(reason) => Self::Corrupt(reason),
+            PaxError::TooManyXattrs => Self::Limit("xattrs", MAX_XATTRS as u64),
+            PaxError::TooManySegments => Self::Limit("sparse segments", MAX_SPARSE_SEGMENTS as u64),
+        }
+    }
+}
+
+impl From<MapError> for Fault {
+    fn from(e: MapError) -> Self {
+        PaxError::from(e).into()
+    }
+}
+
+/// The part that knows headers and not where bytes come from.
+#[derive(Debug, Default)]
+pub(super) struct Parser {
+    pub(super) entry: Entry,
+    /// Extended headers for the next entry; global ones are merged in when a local one is read or the entry comes.
+    pax: Option<Pax>,
+    global: Option<Pax>,
+    long_name: Option<Vec<u8>>,
+    long_link: Option<Vec<u8>>,
+    /// Bytes of the extension that is being read.
+    pub(super) extension: Vec<u8>,
+    pub(super) map: Vec<Segment>,
+    pub(super) sparse: bool,
+    data_map: DataMap,
+    /// Padding after the data of the current entry or extension.
+    pub(super) pad: usize,
+}
+
+impl Parser {
+    pub(super) fn extension_pending(&self) -> bool {
+        self.pax.is_some() || self.long_name.is_some() || self.long_link.is_some()
+    }
+
+    /// Reads a header whose checksum holds; what comes next.
+    pub(super) fn header(&mut self, h: &RawHeader, at: u64) -> Result<Next, Fault> {
+        let size = number::numeric(&h.size)
+            .and_then(|n| u64::try_from(n).ok())
+            .ok_or(Fault::Corrupt("bad size in the header"))?;
+        let extension = match h.typeflag {
+            typeflag::PAX | typeflag::PAX_SOLARIS => Extension::Pax,
+            typeflag::PAX_GLOBAL => Extension::PaxGlobal,
+            typeflag::GNU_LONGNAME => Extension::LongName,
+            typeflag::GNU_LONGLINK => Extension::LongLink,
+            _ => return self.entry_header(h, at, size),
+        };
+        if size > MAX_PAX_BYTES {
+            return Err(Fault::Limit("bytes of extended header", MAX_PAX_BYTES));
+        }
+        self.extension.clear();
+        self.pad = padding(size);
+        Ok(Next::Extension { kind: extension, bytes: size })
+    }
+
+    pub(super) fn extension_done(&mut self, kind: Extension) -> Result<(), Fault> {
+        match kind {
+            Extension::Pax => {
+                let mut pax = self.global.clone().unwrap_or_default();
+                pax.parse(&self.extension, false)?;
+                self.pax = Some(pax);
+            }
+            Extension::PaxGlobal => {
+                self.global.get_or_insert_default().parse(&self.extension, true)?;
+            }
+            Extension::LongName => self.long_name = Some(text(&self.extension).to_vec()),
+            Extension::LongLink => self.long_link = Some(text(&self.extension).to_vec()),
+        }
+        Ok(())
+    }
+
+    fn entry_header(&mut self, h: &RawHeader, at: u64, size: u64) -> Result<Next, Fault> {
+        const BAD_ID: Fault = Fault::Corrupt("bad owner in the header");
+        let mut pax = self.pax.take().or_else(|| self.global.clone());
+        let dialect = h.dialect();
+        let gnu = if dialect == Dialect::Gnu { RawGnuTail::ref_from_bytes(&h.tail).ok() } else { None };
+        let e = &mut self.entry;
+        e.offset = at;
+
+        // Old GNU headers have times where ustar has its prefix. Some writers put a prefix there all the same (Go
+        // before 1.8); it cannot be taken for numbers.
+        let optional_time = |field: &[u8]| -> Option<Option<Time>> {
+            if field.first().is_none_or(|&b| b == 0) {
+                return Some(None);
+            }
+            number::numeric(field).map(|secs| Some(Time { secs, nanos: 0 }))
+        };
+        let (mut prefix, mut atime, mut ctime): (&[u8], _, _) = (b"", None, None);
+        match (dialect, gnu) {
+            (Dialect::Gnu, Some(gnu)) => match (optional_time(&gnu.atime), optional_time(&gnu.ctime)) {
+                (Some(a), Some(c)) => (atime, ctime) = (a, c),
+                _ => prefix = text(&h.tail[..USTAR_PREFIX]),
+            },
+            (Dialect::Star, _) => {
+                prefix = text(&h.tail[..STAR_PREFIX]);
+                atime = optional_time(&h.tail[STAR_PREFIX..STAR_PREFIX + 12]).flatten();
+                ctime = optional_time(&h.tail[STAR_PREFIX + 12..STAR_PREFIX + 24]).flatten();
+            }
+            (Dialect::Ustar, _) => prefix = text(&h.tail[..USTAR_PREFIX]),
+            _ => {}
+        }
+        e.path.clear();
+        e.link.clear();
+        let sparse_name = pax.as_mut().and_then(|p| p.sparse.name.take());
+        let pax_path = pax.as_mut().and_then(|p| p.path.take());
+        if let Some(path) = sparse_name.or(self.long_name.take()).or(pax_path) {
+            e.path = path;
+        } else {
+            if !prefix.is_empty() {
+                e.path.extend_from_slice(prefix);
+                e.path.push(b'/');
+            }
+            e.path.extend_from_slice(text(&h.name));
+        }
+        match self.long_link.take().or_else(|| pax.as_mut().and_then(|p| p.linkpath.take())) {
+            Some(link) => e.link = link,
+            None => e.link.extend_from_slice(text(&h.linkname)),
+        }
+
+        e.mode = (number::numeric(&h.mode).ok_or(Fault::Corrupt("bad mode in the header"))? & 0o7777) as u16;
+        // A value that a PAX header replaces may be junk in the block: writers clip what does not fit.
+        let pax_ref = pax.as_ref();
+        let block_id = |field: &[u8]| number::numeric(field).and_then(number::id).ok_or(BAD_ID);
+        e.uid = pax_ref.and_then(|p| p.uid).map_or_else(|| block_id(&h.uid), Ok)?;
+        e.gid = pax_ref.and_then(|p| p.gid).map_or_else(|| block_id(&h.gid), Ok)?;
+        e.mtime = match pax_ref.and_then(|p| p.mtime) {
+            Some(time) => time,
+            None => Time {
+                secs: number::numeric(&h.mtime).ok_or(Fault::Corrupt("bad mtime in the header"))?,
+                nanos: 0,
+            },
+        };
+        e.atime = pax_ref.and_then(|p| p.atime).or(atime);
+        e.ctime = pax_ref.and_then(|p| p.ctime).or(ctime);
+        e.stored = pax_ref.and_then(|p| p.size).unwrap_or(size);
+
+        let named_as_folder = e.path.last() == Some(&b'/');
+        let mut sparse_gnu = false;
+        e.kind = match h.typeflag {
+            typeflag::REGULAR_V7 | typeflag::REGULAR if named_as_folder => EntryKind::Directory,
+            typeflag::REGULAR_V7 | typeflag::REGULAR | typeflag::CONTIGUOUS => EntryKind::File,
+            typeflag::GNU_SPARSE => {
+                sparse_gnu = true;
+                EntryKind::File
+            }
+            typeflag::LINK => EntryKind::HardLink,
+            typeflag::SYMLINK => EntryKind::Symlink,
+            typeflag::CHAR => EntryKind::CharDevice,
+            typeflag::BLOCK => EntryKind::BlockDevice,
+            typeflag::DIRECTORY | typeflag::GNU_DUMPDIR => EntryKind::Directory,
+            typeflag::FIFO => EntryKind::Fifo,
+            typeflag::GNU_VOLUME => {
+                self.pad = padding(e.stored);
+                return Ok(Next::Skip { bytes: e.stored });
+            }
+            typeflag::GNU_MULTIVOLUME => {
+                return Err(Fault::Unsupported("continuation of a multi-volume archive".into()));
+            }
+            other => return Err(Fault::Unsupported(format!("type flag {:?}", other as char))),
+        };
+        if matches!(h.typeflag, typeflag::LINK..=typeflag::FIFO) {
+            e.stored = 0;
+        }
+        (e.major, e.minor) = (0, 0);
+        if matches!(e.kind, EntryKind::CharDevice | EntryKind::BlockDevice) {
+            let device = |field: &[u8]| {
+                number::numeric(field)
+                    .and_then(|n| u32::try_from(n).ok())
+                    .ok_or(Fault::Corrupt("bad device number in the header"))
+            };
+            e.major = pax_ref.and_then(|p| p.devmajor).map_or_else(|| device(&h.devmajor), Ok)?;
+            e.minor = pax_ref.and_then(|p| p.devminor).map_or_else(|| device(&h.devminor), Ok)?;
+        }
+        e.size = if e.kind == EntryKind::File { e.stored } else { 0 };
+        e.xattrs.clear();
+        if let Some(pax) = &mut pax {
+            e.xattrs.append(&mut pax.xattrs);
+        }
+        self.pad = padding(e.stored);
+
+        self.map.clear();
+        self.sparse = sparse_gnu;
+        if sparse_gnu {
+            let gnu = gnu.ok_or(Fault::Corrupt("sparse file in an archive that is not GNU's"))?;
+            e.size = number::numeric(&gnu.realsize)
+                .and_then(|n| u64::try_from(n).ok())
+                .ok_or(Fault::Corrupt("bad real size of a sparse file"))?;
+            sparse::push_gnu(&mut self.map, &gnu.sp)?;
+            if gnu.isextended != 0 {
+                return Ok(Next::SparseBlocks);
+            }
+            sparse::check(&self.map, e.size, e.stored)?;
+            return Ok(Next::Announce);
+        }
+        match pax {
+            Some(pax) if pax.sparse.any() => self.pax_sparse(pax),
+            _ => Ok(Next::Announce),
+        }
+    }
+
+    fn pax_sparse(&mut self, pax: Pax) -> Result<Next, Fault> {
+        let keys = pax.sparse;
+        if self.entry.kind != EntryKind::File {
+            return Err(Fault::Corrupt("sparse keywords on an entry that is no file"));
+        }
+        let size = keys.size.ok_or(Fault::Corrupt("sparse file without its real size"))?;
+        self.entry.size = size;
+        self.sparse = true;
+        match (keys.major, keys.minor.unwrap_or(0)) {
+            (Some(1), 0) => {
+                self.data_map = DataMap::default();
+                Ok(Next::SparseData { bytes: self.entry.stored })
+            }
+            (None | Some(0), _) => {
+                self.map = keys.map.unwrap_or_default();
+                if keys.numblocks.is_some_and(|n| n != self.map.len() as u64) {
+                    return Err(Fault::Corrupt(
+                        "sparse map does not have the count of segments that it tells",
+                    ));
+                }
+                sparse::check(&self.map, size, self.entry.stored)?;
+                Ok(Next::Announce)
+            }
+            (Some(major), minor) => Err(Fault::Unsupported(format!("sparse format {major}.{minor}"))),
+        }
+    }
+
+    /// Takes an extension block of an old GNU sparse map; true if another follows.
+    pub(super) fn sparse_block(&mut self, block: &[u8]) -> Result<bool, Fault> {
+        let Ok(block) = RawSparseExtension::ref_from_bytes(block) else { return Ok(false) };
+        sparse::push_gnu(&mut self.map, &block.sp)?;
+        if block.isextended != 0 {
+            // An empty block that claims more would let a stream of them pass without end.
+            if block.sp[0].offset[0] == 0 {
+                return Err(Fault::Corrupt("empty sparse map block"));
+            }
+            return Ok(true);
+        }
+        sparse::check(&self.map, self.entry.size, self.entry.stored)?;
+        Ok(false)
+    }
+
+    /// Takes a block of a PAX 1.0 sparse map; true when the map is complete. `left` bytes of data follow the block.
+    pub(super) fn sparse_data(&mut self, block: &[u8], left: u64) -> Result<bool, Fault> {
+        if !self.data_map.feed(block, &mut self.map)? {
+            return Ok(false);
+        }
+        sparse::check(&self.map, self.entry.size, left)?;
+        Ok(true)
+    }
+}
+
+fn padding(size: u64) -> usize {
+    (BLOCK - (size % BLOCK as u64) as usize) % BLOCK
+}

@@ -1,0 +1,8 @@
+//! Layers applied and seen through the kernel: needs root, loop devices, e2fsprogs, GNU tar, bsdtar and python3.
+
+mod build;
+mod faults;
+mod foreign;
+mod layer;
+mod semantics;
+mod tree;
