@@ -77,7 +77,8 @@ pub(crate) fn write(tag: &str, layers: &[Vec<u8>]) -> Vec<u8> {
     .to_string();
     let name = format!("{}.json", sha256(config.as_bytes()));
     let paths: Vec<String> = (0..layers.len()).map(|n| format!("{n:04}/layer.tar")).collect();
-    let manifest = json!([{"Config": name, "RepoTags": [format!("{tag}:latest")], "Layers": paths}]).to_string();
+    let manifest =
+        json!([{"Config": name, "RepoTags": [format!("{tag}:latest")], "Layers": paths}]).to_string();
     let mut entries = vec![Entry::file(&name, config), Entry::file("manifest.json", manifest)];
     for (path, layer) in paths.iter().zip(layers) {
         entries.push(Entry::dir(path.split_once('/').expect("a folder").0));

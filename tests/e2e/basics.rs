@@ -23,7 +23,8 @@ fn size_of(engine: &Engine, entries: &[Entry]) -> u64 {
 fn xattrs(engine: &Engine, container: &str, path: &str) -> String {
     let pid = engine.docker(&["inspect", "-f", "{{.State.Pid}}", container]);
     let file = format!("/proc/{pid}/root{path}");
-    let run = engine.run(&["getfattr", "--absolute-names", "-d", "-m", "^user", "-e", "hex", &file]).expect_ok();
+    let run =
+        engine.run(&["getfattr", "--absolute-names", "-d", "-m", "^user", "-e", "hex", &file]).expect_ok();
     String::from_utf8_lossy(&run.stdout).lines().skip(1).collect::<Vec<_>>().join("\n").trim().to_owned()
 }
 
@@ -33,10 +34,16 @@ fn an_imported_image_shows_exactly_its_tar() {
     let (engine, expected) = rootfs::engine_with(EngineOptions::default(), &entries);
     engine.run_container("box1", "base", &[]);
     expected.assert_same(&Tree::of_container(&engine, "box1"), "a container of the imported tar");
-    assert_eq!(xattrs(&engine, "box1", "/data/xattr"), "user.note=0x76616c75650077697468 0a6279746573ff".replace(' ', ""));
+    assert_eq!(
+        xattrs(&engine, "box1", "/data/xattr"),
+        "user.note=0x76616c75650077697468 0a6279746573ff".replace(' ', "")
+    );
     assert_eq!(xattrs(&engine, "box1", "/data/xattr-dir"), "user.on=0x6120666f6c646572");
 
-    assert_eq!(engine.docker(&["inspect", "-f", "{{.Size}}", "base"]), size_of(&engine, &entries).to_string());
+    assert_eq!(
+        engine.docker(&["inspect", "-f", "{{.Size}}", "base"]),
+        size_of(&engine, &entries).to_string()
+    );
     assert_eq!(engine.docker(&["history", "-q", "base"]).lines().count(), 1);
     let diff_id = format!("sha256:{}", crate::manifest::sha256(&tarball::build(&entries)));
     assert_eq!(engine.docker(&["inspect", "-f", "{{join .RootFS.Layers \" \"}}", "base"]), diff_id);
@@ -98,9 +105,25 @@ fn changed(mut tree: Tree) -> Tree {
 }
 
 const CHANGES: &[&str] = &[
-    "C /data", "C /data/old", "D /data/empty", "D /data/nested", "A /work", "A /work/a", "A /work/a/b",
-    "A /work/a/b/new", "A /work/link", "A /work/hard", "C /data/setuid", "C /data/odd", "C /data/odd/-dash",
-    "C /data/relative", "A /data/relative/x", "A /work/node", "A /work/pipe", "C /data/linked", "A /work/zeros",
+    "C /data",
+    "C /data/old",
+    "D /data/empty",
+    "D /data/nested",
+    "A /work",
+    "A /work/a",
+    "A /work/a/b",
+    "A /work/a/b/new",
+    "A /work/link",
+    "A /work/hard",
+    "C /data/setuid",
+    "C /data/odd",
+    "C /data/odd/-dash",
+    "C /data/relative",
+    "A /data/relative/x",
+    "A /work/node",
+    "A /work/pipe",
+    "C /data/linked",
+    "A /work/zeros",
 ];
 
 #[test]
@@ -133,7 +156,10 @@ fn what_a_container_writes_is_seen_by_diff_commit_export_and_size() {
     let symlinks = if engine.is_lcow() { 0 } else { "../a/b/new".len() as u64 };
     assert_eq!(size, wanted + symlinks, "SizeRw");
     assert!(engine.docker(&["ps", "-s", "--format", "{{.Size}}"]).contains("virtual"), "ps -s shows no size");
-    let root = engine.docker(&["inspect", "-s", "-f", "{{.SizeRootFs}}", "box1"]).parse::<u64>().expect("SizeRootFs");
+    let root = engine
+        .docker(&["inspect", "-s", "-f", "{{.SizeRootFs}}", "box1"])
+        .parse::<u64>()
+        .expect("SizeRootFs");
     assert!(root > rootfs::LARGE as u64 + size, "SizeRootFs is {root}");
 
     engine.docker(&["commit", "box1", "committed"]);
@@ -186,7 +212,11 @@ fn copies_in_and_out_keep_everything() {
     engine.docker(&["create", "--name", "still", "--network", "none", "base", "sleep", "100000"]);
     for container in ["box1", "still"] {
         engine.docker(&["cp", tree, &format!("{container}:/data/")]);
-        engine.docker(&["cp", &format!("{tree}/one/two/file"), &format!("{container}:/data/folder-link/by-link")]);
+        engine.docker(&[
+            "cp",
+            &format!("{tree}/one/two/file"),
+            &format!("{container}:/data/folder-link/by-link"),
+        ]);
     }
     engine.docker(&["start", "still"]);
     expected.dir("/data/tree", 0o755);

@@ -49,14 +49,18 @@ fn buildkit_layers_keep_their_digests_over_restarts_and_children() {
     engine.start_dockerd();
     expected.assert_same(&Tree::of_image(&engine, "built"), "the image after restarts");
     let child = engine.scratch("child");
-    fs::write(child.join("Dockerfile"), "FROM built\nRUN echo child >/child && rm -r /made\n").expect("Dockerfile");
+    fs::write(child.join("Dockerfile"), "FROM built\nRUN echo child >/child && rm -r /made\n")
+        .expect("Dockerfile");
     engine.build_by("1", "child", &child, &[]).expect_ok();
     let mut childs = expected.clone();
     childs.delete("/made");
     childs.file("/child", 0o644, "child\n");
     childs.assert_same(&Tree::of_image(&engine, "child"), "a child built after restarts");
     let after = engine.docker_bytes(&["save", "built"]);
-    assert!(archive::read(&after)[0].layers == images[0].layers, "layers have other bytes once they have children");
+    assert!(
+        archive::read(&after)[0].layers == images[0].layers,
+        "layers have other bytes once they have children"
+    );
     let both = archive::read(&engine.docker_bytes(&["save", "child"]));
     both[0].assert_digests();
     assert_eq!(both[0].layers[..images[0].layers.len()], images[0].layers[..]);

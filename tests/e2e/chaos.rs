@@ -96,7 +96,7 @@ fn nothing_is_lost_or_broken_by_kills_at_random_moments() {
             }
         }
         // Whether the command came through is a matter of luck; that it ends is not.
-        let _ = running.wait();
+        eprintln!("round {round}: {}", if running.wait().ok() { "it succeeded" } else { "it failed" });
         assert_eq!(engine.exec("kept", "cat /data/kept"), "kept", "round {round}");
         assert_eq!(engine.shell("base", "echo works >/x && cat /x"), "works", "round {round}");
         engine.scrub();
@@ -112,5 +112,19 @@ fn nothing_is_lost_or_broken_by_kills_at_random_moments() {
     assert_eq!(sums, format!("{sum}  -\n{sum}  -\nbuilt"));
     engine.scrub();
     engine.remove_everything();
+    // A killed dockerd forgets what its builder had mounted, but keeps a note of it; nothing else may be left.
+    let noted = engine.noted_by_the_engine();
+    for mount in engine.mounts() {
+        let id = mount.strip_suffix("/merged").and_then(|m| m.rsplit('/').next());
+        assert!(
+            id.is_none_or(|id| noted.contains(id)),
+            "{mount} is left, and the engine knows nothing of it"
+        );
+    }
+    assert!(noted.len() <= 4 * ROUNDS as usize, "{noted:?}");
+    if noted.is_empty() {
+        engine.assert_nothing_mounted();
+    }
+    engine.stop_dockerd();
     engine.assert_nothing_mounted();
 }

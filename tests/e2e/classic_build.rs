@@ -43,7 +43,15 @@ fn context(engine: &Engine, base: &Tree) -> (PathBuf, Tree) {
     write("Dockerfile", DOCKERFILE.as_bytes(), 0o644);
 
     let mut tree = base.clone();
-    for dir in ["/app", "/app/opaque", "/app/file", "/app/added", "/app/made", "/app/made/by", "/app/made/by/workdir"] {
+    for dir in [
+        "/app",
+        "/app/opaque",
+        "/app/file",
+        "/app/added",
+        "/app/made",
+        "/app/made/by",
+        "/app/made/by/workdir",
+    ] {
         tree.dir(dir, 0o755);
     }
     tree.file("/app/opaque/new", 0o644, "new\n");

@@ -20,7 +20,7 @@ fn layer(n: usize) -> Vec<Entry> {
         Entry::file(format!("layers/{n:03}"), format!("made by layer {n}\n")).owner(n as u32, 0),
         Entry::file("newest", format!("{n}\n")),
     ];
-    if n % 5 == 0 {
+    if n.is_multiple_of(5) {
         entries.push(Entry::file(format!("layers/.wh.{:03}", n - 3), ""));
     }
     match n % 4 {
@@ -30,7 +30,7 @@ fn layer(n: usize) -> Vec<Entry> {
         _ => entries.push(Entry::file(".wh.changing", "")),
     }
     entries.push(Entry::dir("opaque/"));
-    if n % 30 == 0 {
+    if n.is_multiple_of(30) {
         entries.push(Entry::file("opaque/.wh..wh..opq", ""));
     }
     entries.push(Entry::file(format!("opaque/{n}"), "o"));
@@ -58,7 +58,18 @@ fn many_layers(options: EngineOptions) {
     for n in LAYERS + 1..ENGINES_LIMIT {
         let next = format!("level-{n}");
         let name = format!("box-{n}");
-        engine.docker(&["run", "--network", "none", "--name", &name, &tag, "/bin/sh", "-c", "echo $0 >/level", &next]);
+        engine.docker(&[
+            "run",
+            "--network",
+            "none",
+            "--name",
+            &name,
+            &tag,
+            "/bin/sh",
+            "-c",
+            "echo $0 >/level",
+            &next,
+        ]);
         engine.docker(&["commit", &name, &next]);
         engine.docker(&["rm", &name]);
         tag = next;

@@ -16,6 +16,7 @@
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
     cell::RefCell,
+    collections::BTreeSet,
     ffi::OsString,
     fs,
     io::{Read, Write},
@@ -27,9 +28,9 @@ use std::{
 };
 
 /// Longest time that one command may take.
-const COMMAND_LIMIT: Duration = Duration::from_secs(180);
+const COMMAND_LIMIT: Duration = Duration::from_mins(3);
 /// Longest time that a daemon may take to answer.
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_mins(1);
 /// Time between two looks at something that is waited for.
 const TICK: Duration = Duration::from_millis(20);
 /// Bytes of each log that a failed test shows.
@@ -185,8 +186,10 @@ fn start(mut command: Command, input: Option<Vec<u8>>) -> Running {
 
 /// A command as people would type it, without the way into the room.
 fn shown(command: &Command) -> String {
-    let words: Vec<_> =
-        std::iter::once(command.get_program()).chain(command.get_args()).map(|w| w.to_string_lossy()).collect();
+    let words: Vec<_> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|w| w.to_string_lossy())
+        .collect();
     let text = words.join(" ");
     let text = text.split_once(" -- ").map_or(text.as_str(), |(_, inner)| inner);
     if text.len() > 600 { format!("{}…", &text[..text.floor_char_boundary(600)]) } else { text.to_owned() }
@@ -260,7 +263,10 @@ impl Engine {
 
     /// A room without daemons.
     fn room(options: EngineOptions) -> Self {
-        assert!(rustix::process::geteuid().is_root(), "the end-to-end tests need root: they mount and run dockerd");
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "the end-to-end tests need root: they mount and run dockerd"
+        );
         for (program, package) in
             [("dockerd", "docker.io"), ("runc", "runc"), ("busybox", "busybox-static"), ("getfattr", "attr")]
         {
@@ -279,7 +285,17 @@ impl Engine {
             && echo ready || exit 1; while :; do sleep 1000 & wait $!; done";
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]);
-        command.args(["--mount-proc", "--ipc", "--uts", "--propagation", "private", "busybox", "sh", "-c", ROOM]);
+        command.args([
+            "--mount-proc",
+            "--ipc",
+            "--uts",
+            "--propagation",
+            "private",
+            "busybox",
+            "sh",
+            "-c",
+            ROOM,
+        ]);
         command.env("PATH", path()).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut room = command.spawn().expect("setpriv and unshare (util-linux)");
         let mut ready = [0_u8; 6];
@@ -333,7 +349,16 @@ impl Engine {
     /// A command in the room.
     fn inside(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
-        command.args(["--target", &self.init.to_string(), "--mount", "--pid", "--ipc", "--uts", "--wd=/", "--"]);
+        command.args([
+            "--target",
+            &self.init.to_string(),
+            "--mount",
+            "--pid",
+            "--ipc",
+            "--uts",
+            "--wd=/",
+            "--",
+        ]);
         command.arg(program);
         command.env_clear().env("PATH", path()).env("HOME", self.folder()).env("LC_ALL", "C.UTF-8");
         command.env("DOCKER_CONFIG", self.folder().join("client")).env("DOCKER_HOST", "unix:///run/e2e.sock");
@@ -412,7 +437,14 @@ impl Engine {
         let mut command = self.inside("dockerd");
         command.args(["--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false"]);
         command.arg("--data-root").arg(self.folder().join("data")).arg("--config-file").arg(config);
-        command.args(["--exec-root", "/run/e2e-exec", "--pidfile", "/run/e2e.pid", "-H", "unix:///run/e2e.sock"]);
+        command.args([
+            "--exec-root",
+            "/run/e2e-exec",
+            "--pidfile",
+            "/run/e2e.pid",
+            "-H",
+            "unix:///run/e2e.sock",
+        ]);
         command.args(["-D", "--experimental", "--exec-opt", "native.cgroupdriver=cgroupfs"]);
         command.arg(format!("--cgroup-parent=/{}", self.cgroup));
         command.args(["--storage-driver", self.options.driver.name()]);
@@ -446,7 +478,8 @@ impl Engine {
         let Some(mut daemon) = self.dockerd.borrow_mut().take() else { panic!("dockerd does not run") };
         let pid = Pid::from_raw(daemon.pid.cast_signed()).expect("a pid");
         kill_process(pid, Signal::TERM).expect("SIGTERM to dockerd");
-        let ended = wait_until("dockerd to end", START_LIMIT, || daemon.outer.try_wait().expect("wait for dockerd"));
+        let ended =
+            wait_until("dockerd to end", START_LIMIT, || daemon.outer.try_wait().expect("wait for dockerd"));
         assert!(ended.success(), "dockerd ended with {ended}");
     }
 
@@ -538,10 +571,18 @@ impl Engine {
     /// Mount points in the room that lie in the storage driver's home.
     pub(crate) fn mounts(&self) -> Vec<String> {
         let home = self.home().to_string_lossy().into_owned();
-        let table = fs::read_to_string(format!("/proc/{}/mountinfo", self.init)).expect("mount table of the room");
+        let table =
+            fs::read_to_string(format!("/proc/{}/mountinfo", self.init)).expect("mount table of the room");
         let points = table.lines().filter_map(|l| l.split(' ').nth(4));
         // dockerd itself keeps a bind mount of a native driver's home.
         points.filter(|p| p.starts_with(&home) && **p != home).map(str::to_owned).collect()
+    }
+
+    /// Ids of the read-write layers that dockerd has a note of.
+    pub(crate) fn noted_by_the_engine(&self) -> BTreeSet<String> {
+        let notes = self.data_root().join("image").join(self.options.driver.name()).join("layerdb/mounts");
+        let notes = fs::read_dir(notes).into_iter().flatten().flatten();
+        notes.filter_map(|n| fs::read_to_string(n.path().join("mount-id")).ok()).collect()
     }
 
     /// Loop devices whose files are this engine's.
@@ -577,7 +618,7 @@ impl Engine {
             self.docker(&["rm", "-f", "-v", id]);
         }
         let images = self.docker(&["images", "-aq", "--no-trunc"]);
-        let images: std::collections::BTreeSet<&str> = images.split_whitespace().collect();
+        let images: BTreeSet<&str> = images.split_whitespace().collect();
         let mut left = images;
         // A parent goes with its last child, or is refused before it and goes in a later pass.
         for _pass in 0..5 {

@@ -65,7 +65,8 @@ fn damaged_layers_are_refused_and_leave_nothing() {
     let mut huge = tarball::members(&[Entry::file("data/huge", "")]);
     let header = huge.len() - 512;
     huge[header + 124..header + 136].copy_from_slice(b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff");
-    let sum: u64 = (0..512).map(|n| if (148..156).contains(&n) { 32 } else { u64::from(huge[header + n]) }).sum();
+    let sum: u64 =
+        (0..512).map(|n| if (148..156).contains(&n) { 32 } else { u64::from(huge[header + n]) }).sum();
     huge[header + 148..header + 156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
     let cases: [(&str, Vec<u8>); 7] = [
         ("header-checksum", checksum),
@@ -91,7 +92,8 @@ fn damaged_layers_are_refused_and_leave_nothing() {
     }
     // A digest that does not fit the bytes is the engine's to find; the driver has applied the layer by then.
     let mut archive = archive::write("digest", &[tarball::build(&rootfs::small()), good.clone()]);
-    let at = archive.windows(64).rposition(|w| w == &good[512 + 512 + 600..][..64]).expect("the layer's data");
+    let at =
+        archive.windows(64).rposition(|w| w == &good[512 + 512 + 600..][..64]).expect("the layer's data");
     archive[at] ^= 1;
     let before = layers(&engine);
     engine.docker_with(&["load"], archive).expect_failure();
@@ -119,15 +121,24 @@ fn layers_that_reach_outside_touch_nothing_there() {
         ("opaque-dot-dot", vec![Entry::file(format!("{up}{outside}/.wh..wh..opq"), "")]),
         ("whiteout-of-dot-dot", vec![Entry::file("data/.wh...", "")]),
         ("symlinked-parent", vec![Entry::symlink("out", format!("/{outside}")), evil("out/new".into())]),
-        ("symlinked-parent-up", vec![Entry::symlink("out", format!("{up}{outside}")), evil("out/new".into())]),
-        ("symlink-then-whiteout", vec![Entry::symlink("out", format!("/{outside}")), Entry::file("out/.wh.passwd", "")]),
+        (
+            "symlinked-parent-up",
+            vec![Entry::symlink("out", format!("{up}{outside}")), evil("out/new".into())],
+        ),
+        (
+            "symlink-then-whiteout",
+            vec![Entry::symlink("out", format!("/{outside}")), Entry::file("out/.wh.passwd", "")],
+        ),
         ("link-out", vec![Entry::hard_link("data/link", format!("{up}{outside}/passwd"))]),
         ("link-absolute", vec![Entry::hard_link("data/link", format!("/{outside}/passwd"))]),
         (
             "link-through-symlink",
             vec![Entry::symlink("out", format!("/{outside}")), Entry::hard_link("data/link", "out/passwd")],
         ),
-        ("file-over-symlink", vec![Entry::symlink("data/s", format!("/{outside}/passwd")), evil("data/s".into())]),
+        (
+            "file-over-symlink",
+            vec![Entry::symlink("data/s", format!("/{outside}/passwd")), evil("data/s".into())],
+        ),
         ("etc-passwd", vec![evil(format!("{up}etc/passwd"))]),
     ];
     for (name, entries) in cases {
@@ -155,7 +166,9 @@ fn attributes_of_overlayfs_in_a_tar_are_harmless() {
         Entry::dir("redirected/").xattr("trusted.overlay.redirect", "/secret"),
         Entry::dir("data/").xattr("trusted.overlay.opaque", "y"),
         Entry::dir("etc/").xattr("trusted.overlay.opaque", "x").xattr("user.overlay.opaque", "y"),
-        Entry::file("data/meta", "").xattr("trusted.overlay.metacopy", "").xattr("trusted.overlay.redirect", "/etc/passwd"),
+        Entry::file("data/meta", "")
+            .xattr("trusted.overlay.metacopy", "")
+            .xattr("trusted.overlay.redirect", "/etc/passwd"),
         Entry::file("data/origin", "o").xattr("trusted.overlay.origin", [0; 20]).xattr("user.kept", "yes"),
         Entry::new("data/hidden", Kind::CharDevice(0, 0), 0o600),
     ];

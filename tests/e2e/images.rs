@@ -37,7 +37,10 @@ fn save_remove_load_gives_the_same_image_and_the_same_bytes() {
     for image in images.iter().chain(&archive::read(&saved)) {
         image.assert_digests();
     }
-    assert!(images[0].layers[0] == tarball::build(&rootfs::full()), "the import's tar is not what was imported");
+    assert!(
+        images[0].layers[0] == tarball::build(&rootfs::full()),
+        "the import's tar is not what was imported"
+    );
     assert!(first == save(), "a second save gives other bytes");
 
     engine.remove_everything();
@@ -86,7 +89,14 @@ fn tars_of_every_style_are_kept_byte_for_byte() {
         ("zeros-after-the-end", garbage),
         ("padded-records", record_padded),
         ("the-same-path-twice", tarball::build(&twice)),
-        ("dot-slash", tarball::build(&[Entry::dir("./"), Entry::dir("./data/d/"), Entry::file("./data/x", "content of x\n")])),
+        (
+            "dot-slash",
+            tarball::build(&[
+                Entry::dir("./"),
+                Entry::dir("./data/d/"),
+                Entry::file("./data/x", "content of x\n"),
+            ]),
+        ),
         ("gnu", foreign("tar", &["--format=gnu", "--owner=0", "--group=0", "-c", "data/x", "data/d"])),
         ("pax", foreign("tar", &["--format=pax", "--owner=0", "--group=0", "-c", "data/x", "data/d"])),
         ("v7", foreign("tar", &["--format=v7", "--owner=0", "--group=0", "-c", "data/x", "data/d"])),

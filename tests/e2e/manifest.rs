@@ -103,7 +103,12 @@ impl Tree {
 
     fn parse(listing: &[u8]) -> Self {
         let sections: Vec<&[u8]> = listing.split(|b| *b == SECTION).collect();
-        assert_eq!(sections.len(), 3, "the container's list is incomplete: {:?}", String::from_utf8_lossy(listing));
+        assert_eq!(
+            sections.len(),
+            3,
+            "the container's list is incomplete: {:?}",
+            String::from_utf8_lossy(listing)
+        );
         let mut tree = BTreeMap::new();
         let mut inodes: BTreeMap<(String, char), Vec<Vec<u8>>> = BTreeMap::new();
         for record in records(sections[0]) {
@@ -246,7 +251,9 @@ impl Tree {
                         _ => None,
                     },
                     rdev: match entry.kind {
-                        Kind::CharDevice(major, minor) | Kind::BlockDevice(major, minor) => Some((major, minor)),
+                        Kind::CharDevice(major, minor) | Kind::BlockDevice(major, minor) => {
+                            Some((major, minor))
+                        }
                         _ => None,
                     },
                     same_as: None,
@@ -378,7 +385,8 @@ impl Tree {
                     let unknown_time = node.mtime.is_none() || found.mtime.is_none();
                     let mtime = if unknown_time { node.mtime } else { found.mtime };
                     if (Node { mtime, ..found.clone() }) != *node {
-                        let _ = writeln!(report, "  {shown:?}\n    expected {node:?}\n    found    {found:?}");
+                        let _ =
+                            writeln!(report, "  {shown:?}\n    expected {node:?}\n    found    {found:?}");
                     }
                 }
             }

@@ -17,13 +17,15 @@ fn all_at_once(options: EngineOptions) {
     let base_tar = tarball::build(&rootfs::small());
     let mut running: Vec<(String, Running)> = Vec::new();
     for n in 0..EACH {
-        let script = format!("echo {n} >/data/n; dd if=/dev/zero of=/data/z bs=64k count=20 2>/dev/null; cat /data/n");
+        let script =
+            format!("echo {n} >/data/n; dd if=/dev/zero of=/data/z bs=64k count=20 2>/dev/null; cat /data/n");
         let words = ["docker", "run", "--rm", "--network", "none", "base", "/bin/sh", "-c", &script];
         running.push((format!("run {n}"), engine.spawn(&words)));
 
         let context = engine.scratch(&format!("context-{n}"));
         fs::write(context.join("copied"), random_bytes(100 + n, 300_000)).expect("file");
-        let dockerfile = format!("FROM base\nRUN echo {n} >/data/run\nCOPY copied /data/copied\nRUN rm /etc/group\n");
+        let dockerfile =
+            format!("FROM base\nRUN echo {n} >/data/run\nCOPY copied /data/copied\nRUN rm /etc/group\n");
         fs::write(context.join("Dockerfile"), dockerfile).expect("Dockerfile");
         let tag = format!("built-{n}");
         let words = ["docker", "build", "--network", "none", "-t", &tag, context.to_str().expect("UTF-8")];

@@ -7,14 +7,19 @@ fn a_container_cannot_write_more_than_its_size() {
     let (engine, _) = rootfs::engine_with(EngineOptions::lcow(), &rootfs::small());
     engine.run_container("box1", "base", &["--storage-opt", "size=64m"]);
     engine.exec("box1", "echo before >/data/before");
-    let full = engine.try_docker(&["exec", "box1", "dd", "if=/dev/zero", "of=/data/big", "bs=1M", "count=100"]);
+    let full =
+        engine.try_docker(&["exec", "box1", "dd", "if=/dev/zero", "of=/data/big", "bs=1M", "count=100"]);
     assert!(full.expect_failure().contains("No space left on device"));
     let kept: u64 = engine.exec("box1", "wc -c </data/big").parse().expect("a number");
     assert!((40 << 20..64 << 20).contains(&kept), "{kept} bytes fitted into 64 MiB");
     // It lives, reads, frees, and writes again.
-    assert_eq!(engine.exec("box1", "cat /data/before && rm /data/big && sync && echo after >/data/after"), "before");
+    assert_eq!(
+        engine.exec("box1", "cat /data/before && rm /data/big && sync && echo after >/data/after"),
+        "before"
+    );
     engine.exec("box1", "dd if=/dev/zero of=/data/big bs=1M count=30 2>/dev/null && rm /data/big");
-    let total: u64 = engine.exec("box1", "df -k / | tail -n 1 | { read -r a b c; echo $b; }").parse().expect("df");
+    let total: u64 =
+        engine.exec("box1", "df -k / | tail -n 1 | { read -r a b c; echo $b; }").parse().expect("df");
     assert!((50 << 10..=64 << 10).contains(&total), "df shows {total} KiB");
     engine.docker(&["stop", "-t", "0", "box1"]);
     engine.docker(&["start", "box1"]);

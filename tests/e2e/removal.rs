@@ -28,13 +28,14 @@ fn bytes_in(folder: &std::path::Path) -> u64 {
 
 fn busy(engine: &Engine) {
     let context = engine.scratch("context");
-    fs::write(context.join("Dockerfile"), "FROM base\nRUN echo x >/x\nRUN rm -r /data/nested\n").expect("Dockerfile");
+    fs::write(context.join("Dockerfile"), "FROM base\nRUN echo x >/x\nRUN rm -r /data/nested\n")
+        .expect("Dockerfile");
     engine.build("built", &context, &[]);
     for name in ["one", "two"] {
         engine.run_container(name, "built", &[]);
         engine.exec(name, "echo own >/own");
     }
-    engine.docker(&["create", "--name", "created", "--network", "none", "base"]);
+    engine.docker(&["create", "--name", "created", "--network", "none", "base", "true"]);
     engine.docker(&["commit", "one", "committed"]);
 }
 

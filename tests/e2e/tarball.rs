@@ -224,7 +224,8 @@ pub(crate) fn parse(tar: &[u8]) -> Vec<Entry> {
                 "gid" => gid = shown.parse().expect("PAX gid"),
                 "mtime" => {
                     let (secs, nanos) = shown.split_once('.').unwrap_or((&shown, "0"));
-                    mtime = (secs.parse().expect("PAX mtime"), format!("{nanos:0<9}").parse().expect("nanos"));
+                    mtime =
+                        (secs.parse().expect("PAX mtime"), format!("{nanos:0<9}").parse().expect("nanos"));
                 }
                 _ => {
                     if let Some(name) = key.strip_prefix("SCHILY.xattr.") {

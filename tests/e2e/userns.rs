@@ -1,12 +1,6 @@
 //! `--userns-remap`: root in containers is host id 500000, and images hold containers' ids.
 
-use crate::{
-    archive,
-    engine::EngineOptions,
-    manifest::Tree,
-    rootfs,
-    tarball,
-};
+use crate::{archive, engine::EngineOptions, manifest::Tree, rootfs, tarball};
 use std::{fs, os::unix::fs::MetadataExt};
 
 #[test]
@@ -17,10 +11,14 @@ fn remapped_containers_see_their_own_ids() {
     engine.run_container("box1", "base", &[]);
     let mut expected = base;
     expected.assert_same(&Tree::of_container(&engine, "box1"), "a remapped container of the imported tar");
-    assert_eq!(engine.exec("box1", "id -u; cat /proc/self/uid_map").split_whitespace().collect::<Vec<_>>(), [
-        "0", "0", "500000", "65536"
-    ]);
-    engine.exec("box1", "mkdir /work && echo own >/work/own && echo other >/work/other && chown 1000:1001 /work/other");
+    assert_eq!(
+        engine.exec("box1", "id -u; cat /proc/self/uid_map").split_whitespace().collect::<Vec<_>>(),
+        ["0", "0", "500000", "65536"]
+    );
+    engine.exec(
+        "box1",
+        "mkdir /work && echo own >/work/own && echo other >/work/other && chown 1000:1001 /work/other",
+    );
     engine.exec("box1", "echo appended >>/data/nested/deeper/file && chown 5:6 /data/setgid && chmod 2711 /data/setgid && touch -d @1111111111 /data/setgid");
     engine.exec("box1", "rm -r /data/odd && mkdir /data/odd");
     expected.dir("/work", 0o755);
@@ -52,7 +50,8 @@ fn remapped_containers_see_their_own_ids() {
 
     let context = engine.scratch("context");
     fs::write(context.join("copied"), "copied\n").expect("file");
-    let dockerfile = "FROM committed\nRUN echo run >/work/run && chown 3:4 /work/run\nCOPY --chown=9:10 copied /work/\n";
+    let dockerfile =
+        "FROM committed\nRUN echo run >/work/run && chown 3:4 /work/run\nCOPY --chown=9:10 copied /work/\n";
     fs::write(context.join("Dockerfile"), dockerfile).expect("Dockerfile");
     engine.build("built", &context, &[]);
     let run = expected.file("/work/run", 0o644, "run\n");
@@ -77,6 +76,9 @@ fn remapped_containers_see_their_own_ids() {
     let host = context.join("copied");
     engine.docker(&["cp", host.to_str().expect("UTF-8"), "box2:/work/by-cp"]);
     engine.docker(&["start", "box2"]);
-    assert_eq!(engine.exec("box2", "cat /work/by-cp && rm /work/by-cp && echo root-can-write >/work/run"), "copied");
+    assert_eq!(
+        engine.exec("box2", "cat /work/by-cp && rm /work/by-cp && echo root-can-write >/work/run"),
+        "copied"
+    );
     engine.scrub();
 }
