@@ -69,7 +69,10 @@ pub const SPECS: &[OptionSpec] = &[
         accepts: "embedded or auto (which is embedded here)",
         help: "Kind of service VM that handles layer bytes: embedded is a jailed worker process.",
         set: |o, v| match v {
-            "auto" | "embedded" => Some(o.svm = SvmKind::Embedded),
+            "auto" | "embedded" => {
+                o.svm = SvmKind::Embedded;
+                Some(())
+            }
             _ => None,
         },
         show: |o| o.svm.to_string(),
@@ -79,10 +82,13 @@ pub const SPECS: &[OptionSpec] = &[
         default: if cfg!(target_os = "linux") { "overlay" } else { "none" },
         accepts: if cfg!(target_os = "linux") { "overlay or none" } else { "none" },
         help: "What Get does: mount the merged view (overlay), or return the layer's folder for a VM engine (none).",
-        set: |o, v| match v {
-            "overlay" if cfg!(target_os = "linux") => Some(o.mount = MountKind::Overlay),
-            "none" => Some(o.mount = MountKind::None),
-            _ => None,
+        set: |o, v| {
+            o.mount = match v {
+                "overlay" if cfg!(target_os = "linux") => MountKind::Overlay,
+                "none" => MountKind::None,
+                _ => return None,
+            };
+            Some(())
         },
         show: |o| o.mount.to_string(),
     },

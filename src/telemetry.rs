@@ -79,7 +79,7 @@ pub struct Metrics {
     seconds: Family<EndpointLabel, Histogram>,
     bytes_in: Counter,
     bytes_out: Counter,
-    gauges: [(&'static str, &'static str, fn(&Gauges) -> u64, Gauge); 8],
+    gauges: Vec<(fn(&Gauges) -> u64, Gauge)>,
 }
 
 impl Default for Metrics {
@@ -124,11 +124,14 @@ impl Metrics {
             ("service_vm_failures", "Service VMs that failed since the program's start", |g| g.vm_failures),
             ("free_bytes", "Bytes free on the disk of the home", |g| g.free_bytes),
         ];
-        let gauges = rows.map(|(name, help, read)| {
-            let gauge = Gauge::default();
-            registry.register(name, help, gauge.clone());
-            (name, help, read, gauge)
-        });
+        let gauges = rows
+            .into_iter()
+            .map(|(name, help, read)| {
+                let gauge = Gauge::default();
+                registry.register(name, help, gauge.clone());
+                (read, gauge)
+            })
+            .collect();
         Self { registry, requests, seconds, bytes_in, bytes_out, gauges }
     }
 
@@ -158,7 +161,7 @@ impl Metrics {
 
     /// The text that Prometheus reads.
     pub fn render(&self, now: &Gauges) -> Result<String, std::fmt::Error> {
-        for (_, _, read, gauge) in &self.gauges {
+        for (read, gauge) in &self.gauges {
             gauge.set(i64::try_from(read(now)).unwrap_or(i64::MAX));
         }
         let mut text = String::new();

@@ -54,7 +54,6 @@ fn ext4_kind(error: &Ext4Error) -> ErrorKind {
         Ext4Error::Io { source, .. } => io_kind(source.kind()),
         Ext4Error::Usage { .. } => ErrorKind::Usage,
         Ext4Error::Full { .. } => ErrorKind::Limit,
-        _ => ErrorKind::Internal,
     }
 }
 
@@ -67,7 +66,6 @@ fn diff_kind(error: &DiffError) -> ErrorKind {
         DiffError::Unsupported { .. } => ErrorKind::Unsupported,
         DiffError::ChangedWhileReading { .. } => ErrorKind::Changed,
         DiffError::Usage(_) => ErrorKind::Usage,
-        _ => ErrorKind::Internal,
     }
 }
 

@@ -183,7 +183,7 @@ async fn exists(
 }
 
 async fn status(State(context): State<Context>, _: Ignored) -> Answer<wire::StatusReply> {
-    Ok(Reply(wire::StatusReply { status: context.driver.status().await }))
+    Ok(Reply(wire::StatusReply { status: context.driver.status() }))
 }
 
 async fn metadata(

@@ -24,20 +24,17 @@ pub(super) fn incoming(
     mut count: impl FnMut(u64) + Send + 'static,
 ) -> impl Stream<Item = io::Result<Bytes>> + Send {
     let stream = body.into_data_stream();
-    futures_util::stream::unfold(Some(stream), move |state| {
-        let next = async move {
-            let mut stream = state?;
-            match timeout(idle, stream.next()).await {
-                Ok(Some(Ok(bytes))) => Some((Ok(bytes), Some(stream))),
-                Ok(Some(Err(e))) => Some((Err(io::Error::new(io::ErrorKind::ConnectionAborted, e)), None)),
-                Ok(None) => None,
-                Err(_) => {
-                    let text = format!("nothing arrived for {} s (lcow.timeout)", idle.as_secs());
-                    Some((Err(io::Error::new(io::ErrorKind::TimedOut, text)), None))
-                }
+    futures_util::stream::unfold(Some(stream), move |state| async move {
+        let mut stream = state?;
+        match timeout(idle, stream.next()).await {
+            Ok(Some(Ok(bytes))) => Some((Ok(bytes), Some(stream))),
+            Ok(Some(Err(e))) => Some((Err(io::Error::new(io::ErrorKind::ConnectionAborted, e)), None)),
+            Ok(None) => None,
+            Err(_) => {
+                let text = format!("nothing arrived for {} s (lcow.timeout)", idle.as_secs());
+                Some((Err(io::Error::new(io::ErrorKind::TimedOut, text)), None))
             }
-        };
-        next
+        }
     })
     .inspect(move |item| {
         if let Ok(bytes) = item {

@@ -32,10 +32,7 @@ impl Home {
         config: &DriverConfig,
     ) -> Result<Self, DriverError> {
         // Options first: a wrong one must leave nothing behind.
-        let wanted = match &init {
-            Some(init) => Some(options_of(init, config)?),
-            None => None,
-        };
+        let wanted = init.as_ref().map(|init| options_of(init, config)).transpose()?;
         let store = Arc::new(Store::open(path)?);
         let (init, options) = match (init, wanted) {
             (Some(init), Some(options)) => {

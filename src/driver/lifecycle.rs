@@ -90,7 +90,7 @@ impl Driver {
     }
 
     /// `GraphDriver.Status`: lines for `docker info`.
-    pub async fn status(&self) -> Vec<(String, String)> {
+    pub fn status(&self) -> Vec<(String, String)> {
         match self.home() {
             Ok(home) => home.status(),
             Err(e) => vec![("LCOW".into(), format!("not usable: {e}"))],

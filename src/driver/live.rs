@@ -2,13 +2,21 @@
 //!
 //! A sandbox may be mounted, may become mounted, or may be unmounted while a diff of it runs. During the two short
 //! phases in which metadata are read its gate is closed (nobody mounts or unmounts it) and, if it is mounted, its file
-//! system is frozen: everything that was written is in the image file then, and nothing moves.
+//! system is frozen: everything that was written is in the image file then, and nothing moves. It stays so for at least
+//! one tick of the kernel's clock, so that a later write always has a later time than what was read.
 
 use super::gates::{Gates, Held};
 use crate::{store::LayerId, svm::LiveControl};
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// Longer than a tick of the slowest usual clock (100 Hz).
+const TICK: Duration = Duration::from_millis(12);
 
 #[cfg(target_os = "linux")]
 use {
@@ -31,6 +39,7 @@ pub(super) struct Stillness {
 pub(super) struct Still {
     #[cfg(target_os = "linux")]
     frozen: Vec<FrozenMount>,
+    since: Instant,
     _gates: Held,
 }
 
@@ -54,6 +63,7 @@ impl LiveControl for Stillness {
             *self.held.lock() = Some(Still {
                 #[cfg(target_os = "linux")]
                 frozen,
+                since: Instant::now(),
                 _gates: gates,
             });
             Ok(())
@@ -63,6 +73,10 @@ impl LiveControl for Stillness {
     fn thaw(&self) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(async move {
             let Some(still) = self.held.lock().take() else { return Ok(()) };
+            #[cfg(target_os = "linux")]
+            if !still.frozen.is_empty() {
+                tokio::time::sleep(TICK.saturating_sub(still.since.elapsed())).await;
+            }
             #[cfg(target_os = "linux")]
             for frozen in still.frozen {
                 frozen.thaw().map_err(io::Error::other)?;

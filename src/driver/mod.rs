@@ -140,18 +140,18 @@ impl Driver {
 
     /// A driver that looks at a store beside its owner: for scrub, which changes nothing.
     pub fn inspect(home: &Path, config: DriverConfig) -> Result<Self, DriverError> {
-        Self::with_home(Home::inspect(home, &config)?, home, config)
+        Ok(Self::with_home(Home::inspect(home, &config)?, home, config))
     }
 
     /// A driver that owns `home`, whatever the last Init said: opening it repairs it.
     pub fn repair(home: &Path, config: DriverConfig) -> Result<Self, DriverError> {
-        Self::with_home(Home::open(home, None, &config)?, home, config)
+        Ok(Self::with_home(Home::open(home, None, &config)?, home, config))
     }
 
-    fn with_home(opened: Home, path: &Path, config: DriverConfig) -> Result<Self, DriverError> {
+    fn with_home(opened: Home, path: &Path, config: DriverConfig) -> Self {
         let driver = Self { config, homes: RwLock::default(), init: tokio::sync::Mutex::default() };
         driver.adopt(path.to_owned(), opened);
-        Ok(driver)
+        driver
     }
 
     /// Faults that can be seen without opening an image.

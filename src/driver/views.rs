@@ -157,7 +157,7 @@ impl Home {
         let write = || -> std::io::Result<()> {
             let file = durable::create_private(&path)?;
             let uuid = uuid::Uuid::new_v4();
-            let blank = ext4::format::blank(bytes, &sandbox_options(uuid, self.root_ids()))
+            let blank = ext4::format::blank(bytes, &sandbox_options(bytes, uuid, self.root_ids()))
                 .map_err(std::io::Error::other)?;
             let footer =
                 vhd::Footer::new(bytes, 0, uuid.into_bytes()).map_err(std::io::Error::other)?.to_bytes();
@@ -175,7 +175,11 @@ impl Home {
 
 /// What a blank sandbox looks like: folders `upper` and `work`, owned by the containers' root, whose mode and owner
 /// become those of the containers' `/`.
-fn sandbox_options(uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> BlankOptions {
+fn sandbox_options(bytes: u64, uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> BlankOptions {
+    /// The journal is this part of a sandbox, within limits.
+    const JOURNAL_PART: u64 = 128;
+    const MIN_JOURNAL: u64 = 4 << 20;
+    const MAX_JOURNAL: u64 = 32 << 20;
     /// Label of every sandbox, at most 16 bytes.
     const LABEL: &[u8] = b"lcow-sandbox";
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -197,7 +201,8 @@ fn sandbox_options(uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> BlankOptions {
             (UPPER.as_bytes().to_vec(), folder(0o755, uid, gid)),
             (WORK.as_bytes().to_vec(), folder(0o755, uid, gid)),
         ],
-        journal_bytes: None,
+        // A journal's blocks stay on the host's disk once they were used.
+        journal_bytes: Some((bytes / JOURNAL_PART).clamp(MIN_JOURNAL, MAX_JOURNAL)),
         // The field has 32 bits; it is for people only.
         mkfs_time: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
     }

@@ -2,6 +2,7 @@
 
 use super::LayerId;
 use std::{
+    fmt::Write as _,
     io,
     path::{Path, PathBuf},
 };
@@ -123,7 +124,8 @@ const LISTED: usize = 5;
 fn list(ids: &[LayerId]) -> String {
     let mut text = ids.iter().take(LISTED).map(LayerId::as_str).collect::<Vec<_>>().join(", ");
     if ids.len() > LISTED {
-        text.push_str(&format!(" and {} more", ids.len() - LISTED));
+        // Writing to a String cannot fail.
+        let _ = write!(text, " and {} more", ids.len() - LISTED);
     }
     text
 }

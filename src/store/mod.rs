@@ -148,13 +148,12 @@ impl Store {
             create_private_dir(&layout.top(name))?;
         }
         create_private_dir(&layout.top(layout::MOUNTS).join(layout::EMPTY))?;
-        let marker = match Marker::read(home)? {
-            Some(marker) => marker,
-            None => {
-                let marker = Marker::new();
-                marker.write(home)?;
-                marker
-            }
+        let marker = if let Some(marker) = Marker::read(home)? {
+            marker
+        } else {
+            let marker = Marker::new();
+            marker.write(home)?;
+            marker
         };
         Self::load(layout, marker, Some(lock))
     }

@@ -267,7 +267,7 @@ impl<R: ReadAt> Checker<R> {
         if u16_at(&sb, 0x15C) > room || u16_at(&sb, 0x15E) > room {
             return bad("its extra inode sizes are out of range");
         }
-        if u8_at(&sb, 0xFC) != 1 || !matches!(u32_at(&sb, 0x160), 1 | 2) {
+        if u8_at(&sb, 0xFC) != 1 || u32_at(&sb, 0x160) != 2 {
             return strange("another directory hash".to_owned());
         }
         if wide(u32_at(&sb, 8), u32_at(&sb, 0x154)) > geometry.blocks_count / 2 {

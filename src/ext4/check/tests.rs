@@ -102,36 +102,116 @@ fn seal(raw: &mut [u8], ino: u32, seed: u32) {
 #[test]
 fn what_e2fsck_refuses_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let path = image(&dir, "-b 1024 -N 1024", "4M");
-    let good = fs::read(&path).unwrap();
+    mutate(&image(&dir, "-b 1024 -N 1024", "4M"), 700);
+}
+
+#[test]
+fn what_e2fsck_refuses_of_our_writers_images_is_refused() {
+    for (block_size, inline_data) in [(BlockSize::B1024, true), (BlockSize::B4096, false)] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), written(block_size, inline_data, 400).to_vec()).unwrap();
+        sh(&format!("e2fsck -fn {}", file.path().display()));
+        mutate(file.path(), 500);
+    }
+}
+
+/// Which checksum a piece of metadata has.
+#[derive(Clone, Copy)]
+enum Seal {
+    None,
+    Superblock,
+    Descriptor,
+    Inode(u32),
+    Leaf(u32),
+    Index(u32, usize),
+    Xattrs(u64),
+}
+
+fn blocks_of(extent: &crate::ext4::Extent) -> impl Iterator<Item = u64> + use<> {
+    extent.physical_block..extent.physical_block + u64::from(extent.blocks)
+}
+
+fn reseal(part: &mut [u8], sealing: Seal, seed: u32) {
+    use crate::ext4::{
+        layout::{checksum, dir, group::GroupDesc},
+        reader::bytes::chksum,
+    };
+    use zerocopy::{FromBytes, IntoBytes};
+    match sealing {
+        Seal::None => {}
+        Seal::Superblock => {
+            let sum = chksum(!0, &part[..0x3FC]);
+            part[0x3FC..].copy_from_slice(&sum.to_le_bytes());
+        }
+        Seal::Descriptor => {
+            let mut desc = GroupDesc::read_from_bytes(part).unwrap();
+            desc.seal(seed, 0);
+            part.copy_from_slice(desc.as_bytes());
+        }
+        Seal::Inode(ino) => seal(part, ino, seed),
+        Seal::Leaf(seed) => dir::seal_leaf(seed, part),
+        Seal::Index(seed, at) => {
+            let count = usize::from(u16_at(part, at + 2)).min(dir::dx_limit(part.len(), at));
+            dir::seal_dx(seed, part, at, count);
+        }
+        Seal::Xattrs(block) => {
+            part[16..20].fill(0);
+            let sum = checksum::xattr_block(seed, block, part);
+            part[16..20].copy_from_slice(&sum.to_le_bytes());
+        }
+    }
+}
+
+/// Damages metadata of a good image in many ways; what e2fsck refuses must be refused.
+fn mutate(path: &Path, rounds: u32) {
+    let good = fs::read(path).unwrap();
     let fs_good = Ext4::open(MemDisk::from(good.clone())).unwrap();
     let geometry = fs_good.geometry().clone();
+    let directories = check(MemDisk::from(good.clone()), CheckLimits::default()).unwrap().directories;
+    let (bs, size) = (u64::from(geometry.block_size), u64::from(geometry.inode_size));
     let raw = fs_good.raw_descriptor(0).unwrap().1;
-    let place = |at| u64::from(u32_at(&raw, at)) * 1024;
-    let mut places: Vec<(u64, u64)> = vec![(1024, 1024), (2048, 64)];
-    places.push((place(0), 1024));
-    places.push((place(4), 256));
-    // Directory, extent and xattr blocks of used inodes.
-    for ino in 11..700 {
+    let place = |at| u64::from(u32_at(&raw, at)) * bs;
+    let descriptors = geometry.descriptor_place(0).0 * bs;
+    let mut places = vec![
+        (1024, 1024, Seal::Superblock),
+        (descriptors, 64, Seal::Descriptor),
+        (place(0), bs, Seal::None),
+        (place(4), 256.min(bs), Seal::None),
+    ];
+    // Directory and xattr blocks of used inodes; inodes of every kind.
+    let mut inos = Vec::new();
+    for ino in (2..geometry.inodes_per_group.min(700)).filter(|ino| *ino == 2 || *ino >= 11) {
         let Ok(inode) = fs_good.inode(ino) else { continue };
         if inode.kind == FileKind::Directory {
-            places.extend(fs_good.extents(&inode).unwrap().iter().map(|e| (e.physical_block * 1024, 1024)));
+            let seed = inode.seed(&geometry);
+            for (i, block) in fs_good.extents(&inode).unwrap().iter().flat_map(blocks_of).enumerate() {
+                let bytes = fs_good.source.block(block).unwrap();
+                let indexed = inode.has(crate::ext4::reader::inode::flags::INDEX);
+                let seal = match crate::ext4::reader::dir::index_at(&bytes, i == 0, indexed) {
+                    Some(at) => Seal::Index(seed, at),
+                    None => Seal::Leaf(seed),
+                };
+                // Twice: these are what a hostile worker would forge.
+                places.extend([(block * bs, bs, seal); 2]);
+            }
         }
         if inode.file_acl != 0 {
-            places.push((inode.file_acl * 1024, 1024));
+            places.push((inode.file_acl * bs, bs, Seal::Xattrs(inode.file_acl)));
+        }
+        if inos.len() < 24 || ino % 97 == 0 {
+            inos.push(u64::from(ino));
         }
     }
     let table = place(8);
     let mut random = Random(0x1234_5678_9ABC_DEF1);
-    let file = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut missed = Vec::new();
     let (mut refused, mut both) = (0, 0);
-    for round in 0..700 {
-        let (at, len) = if round % 2 == 0 {
+    for round in 0..rounds {
+        let (at, len, sealing) = if round % 2 == 0 {
             // An inode in use, its checksum made right so that the change itself must be seen.
-            let ino =
-                [2, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 30][random.below(16) as usize];
-            (table + (ino - 1) * 256, 256)
+            let ino = inos[random.below(inos.len() as u64) as usize];
+            (table + (ino - 1) * size, size, Seal::Inode(ino as u32))
         } else {
             places[random.below(places.len() as u64) as usize]
         };
@@ -144,18 +224,16 @@ fn what_e2fsck_refuses_is_refused() {
                 _ => random.below(256) as u8,
             };
         }
-        if round % 2 == 0 {
-            seal(&mut part, ((at - table) / 256 + 1) as u32, geometry.checksum_seed);
-        } else if at == 1024 {
-            let sum = crate::ext4::reader::bytes::chksum(!0, &part[..0x3FC]);
-            part[0x3FC..].copy_from_slice(&sum.to_le_bytes());
+        // In two of three rounds the checksum is made right, so that the damage itself must be seen.
+        if round % 3 != 0 || matches!(sealing, Seal::Inode(_) | Seal::Superblock) {
+            reseal(&mut part, sealing, geometry.checksum_seed);
         }
         if part == good[at as usize..(at + len) as usize] {
             continue;
         }
         file.write_all_at(&part, at).unwrap();
         let ours = check(&file, CheckLimits::default());
-        let theirs = Command::new("e2fsck").arg("-fn").arg(&path).output().unwrap();
+        let theirs = Command::new("e2fsck").arg("-fn").arg(path).output().unwrap();
         if !theirs.status.success() {
             refused += 1;
             if ours.is_ok() {
@@ -177,8 +255,8 @@ fn what_e2fsck_refuses_is_refused() {
         file.write_all_at(&good[at as usize..(at + len) as usize], at).unwrap();
     }
     assert!(missed.is_empty(), "{} of {refused} missed:\n{}", missed.len(), missed.join("\n"));
-    assert!(both > 200, "only {both} mutations were refused by e2fsck");
-    assert_eq!(check(&file, CheckLimits::default()).map_or(0, |r| r.directories), 5);
+    assert!(both > rounds / 4, "only {both} mutations were refused by e2fsck");
+    assert_eq!(check(&file, CheckLimits::default()).map_or(0, |r| r.directories), directories);
 }
 
 #[test]

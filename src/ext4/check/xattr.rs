@@ -7,12 +7,13 @@ pub(super) use crate::ext4::reader::xattr::MAX_VALUE;
 use crate::{
     ext4::{
         Ext4Error, FileKind, Inode,
+        layout::acl,
         layout::xattr::{block_hash, entry_hash, value_words},
         reader::{
             bytes::{chksum, u32_at},
             corrupt,
             inode::flags,
-            xattr::{BLOCK_HEADER, INDEX_SYSTEM, MAGIC, RawXattr, acl_from_disk, entries, prefix},
+            xattr::{BLOCK_HEADER, INDEX_SYSTEM, MAGIC, RawXattr, entries, prefix},
         },
     },
     io::ReadAt,
@@ -117,7 +118,7 @@ impl<R: ReadAt> Checker<R> {
         let bad = |reason: &'static str| corrupt(format!("inode {}, xattrs", inode.ino), reason);
         match x.index {
             2 | 3 if x.name.is_empty() && x.value_inum == 0 => {
-                if acl_from_disk(x.value).is_none() || inode.kind == FileKind::Symlink {
+                if acl::from_disk(x.value).is_none() || inode.kind == FileKind::Symlink {
                     return Err(bad("a POSIX ACL is malformed"));
                 }
             }

@@ -20,26 +20,27 @@ const ROUND_1: [Step; 8] = [(0, 3), (1, 7), (2, 11), (3, 19), (4, 3), (5, 7), (6
 const ROUND_2: [Step; 8] = [(1, 3), (3, 5), (5, 9), (7, 13), (0, 3), (2, 5), (4, 9), (6, 13)];
 const ROUND_3: [Step; 8] = [(3, 3), (7, 9), (2, 11), (6, 15), (1, 3), (5, 9), (0, 11), (4, 15)];
 
+#[expect(clippy::many_single_char_names, reason = "the registers' names in RFC 1320")]
 #[inline]
 fn round(
-    s: &mut [u32; 4],
+    state: &mut [u32; 4],
     words: &[u32; 8],
     steps: &[Step; 8],
     constant: u32,
     f: impl Fn(u32, u32, u32) -> u32,
 ) {
-    for &(word, shift) in steps {
+    for &(word, by) in steps {
         // The registers turn: after four steps each has been the target once.
-        let [a, b, c, d] = *s;
+        let [a, b, c, d] = *state;
         let sum = a.wrapping_add(f(b, c, d)).wrapping_add(words[word]).wrapping_add(constant);
-        *s = [d, sum.rotate_left(shift), b, c];
+        *state = [d, sum.rotate_left(by), b, c];
     }
 }
 
 /// Packs up to 32 bytes into eight big-endian words, padded with the length.
 fn pack(chunk: &[u8], len: usize) -> [u32; 8] {
+    // The kernel does not mask; names end at 255 bytes, so it is the same.
     let pad = (len as u32 & 0xff) * 0x0101_0101;
-    // The kernel does not mask: a length above 255 cannot be, as names end there.
     let mut words = [pad; 8];
     for (word, bytes) in words.iter_mut().zip(chunk.chunks(4)) {
         *word = bytes.iter().fold(pad, |value, &b| (value << 8).wrapping_add(u32::from(b)));

@@ -43,7 +43,7 @@ pub const SECTOR: u64 = 512;
 /// Size of a file system block. Larger ones than 4 KiB cannot be mounted on common machines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum BlockSize {
-    /// 1024 bytes: least waste for small files.
+    /// 1024 bytes: least waste for small files, hence the writer's default (measured there).
     #[default]
     B1024,
     /// 2048 bytes.

@@ -23,10 +23,8 @@ pub(in crate::ext4) fn wide(low: u32, high: u32) -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
 
-/// Continues ext4's CRC-32C (no inversion at either end: `ext4_chksum` of `fs/ext4/ext4.h`).
-pub(in crate::ext4) fn chksum(seed: u32, bytes: &[u8]) -> u32 {
-    !crc32c::crc32c_append(!seed, bytes)
-}
+/// Continues ext4's CRC-32C.
+pub(in crate::ext4) use crate::ext4::layout::checksum::crc32c as chksum;
 
 /// Continues the CRC-16 of `uninit_bg` descriptors (`lib/crc16.c`, polynomial 0xA001).
 pub(in crate::ext4) fn crc16(seed: u16, bytes: &[u8]) -> u16 {

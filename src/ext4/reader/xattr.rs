@@ -18,7 +18,7 @@ use super::{
     unsupported,
 };
 use crate::{
-    ext4::{Ext4Error, Xattr},
+    ext4::{Ext4Error, Xattr, layout::acl},
     io::ReadAt,
 };
 
@@ -198,7 +198,7 @@ impl<R: ReadAt> Ext4<R> {
         }
         let value = match raw.index {
             INDEX_ACL_ACCESS | INDEX_ACL_DEFAULT => {
-                acl_from_disk(&value).ok_or_else(|| bad("a POSIX ACL is malformed"))?
+                acl::from_disk(&value).ok_or_else(|| bad("a POSIX ACL is malformed"))?
             }
             _ => value,
         };
@@ -225,32 +225,6 @@ impl<R: ReadAt> Ext4<R> {
     }
 }
 
-/// From ext4's ACL (version 1, short entries; `fs/ext4/acl.h`) to the xattr of `getxattr` (version 2).
-pub(in crate::ext4) fn acl_from_disk(disk: &[u8]) -> Option<Vec<u8>> {
-    const USER: u16 = 2;
-    const GROUP: u16 = 8;
-    if u32_at(disk, 0) != 1 || disk.len() < 4 {
-        return None;
-    }
-    let mut out = 2u32.to_le_bytes().to_vec();
-    let mut rest = disk.get(4..)?;
-    while !rest.is_empty() {
-        let short = rest.get(..4)?;
-        let tag = u16_at(short, 0);
-        out.extend_from_slice(short);
-        rest = rest.get(4..)?;
-        match tag {
-            USER | GROUP => {
-                out.extend_from_slice(rest.get(..4)?);
-                rest = rest.get(4..)?;
-            }
-            1 | 4 | 0x10 | 0x20 => out.extend_from_slice(&u32::MAX.to_le_bytes()),
-            _ => return None,
-        }
-    }
-    Some(out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,10 +233,10 @@ mod tests {
     fn acl_entries_get_their_ids() {
         let disk = [1, 0, 0, 0, 1, 0, 6, 0, 2, 0, 7, 0, 0xE8, 3, 0, 0];
         let kernel = [2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 2, 0, 7, 0, 0xE8, 3, 0, 0];
-        assert_eq!(acl_from_disk(&disk).unwrap(), kernel);
-        assert_eq!(acl_from_disk(&disk[..14]), None);
-        assert_eq!(acl_from_disk(&[2, 0, 0, 0]), None);
-        assert_eq!(acl_from_disk(&[1, 0, 0, 0, 9, 0, 0, 0]), None);
+        assert_eq!(acl::from_disk(&disk).unwrap(), kernel);
+        assert_eq!(acl::from_disk(&disk[..14]), None);
+        assert_eq!(acl::from_disk(&[2, 0, 0, 0]), None);
+        assert_eq!(acl::from_disk(&[1, 0, 0, 0, 9, 0, 0, 0]), None);
     }
 
     #[test]

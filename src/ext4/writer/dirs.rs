@@ -37,7 +37,7 @@ const MAX_LEVELS: usize = 2;
 /// A name on its way into blocks.
 struct Name<'a> {
     hash: u32,
-    name: &'a [u8],
+    bytes: &'a [u8],
     ino: u32,
     file_type: u8,
 }
@@ -46,7 +46,7 @@ struct Name<'a> {
 fn split_leaves(names: &[Name], first_room: usize, room: usize) -> Vec<usize> {
     let (mut starts, mut left) = (vec![0], first_room);
     for (i, n) in names.iter().enumerate() {
-        let need = entry_size(n.name.len());
+        let need = entry_size(n.bytes.len());
         if need > left {
             starts.push(i);
             left = room;
@@ -63,8 +63,8 @@ fn fill(area: &mut [u8], mut at: usize, names: &[Name]) {
         put_entry(&mut area[at..], 0, len, b"", 0);
     }
     for (i, n) in names.iter().enumerate() {
-        let len = if i + 1 == names.len() { area.len() - at } else { entry_size(n.name.len()) };
-        put_entry(&mut area[at..], n.ino, len, n.name, n.file_type);
+        let len = if i + 1 == names.len() { area.len() - at } else { entry_size(n.bytes.len()) };
+        put_entry(&mut area[at..], n.ino, len, n.bytes, n.file_type);
         at += len;
     }
 }
@@ -94,7 +94,7 @@ fn names_of(tree: &Tree, dir: u32) -> Vec<Name<'_>> {
     tree.children(dir)
         .map(|(name, node)| Name {
             hash: 0,
-            name,
+            bytes: name,
             ino: inodes::ino_of(node),
             file_type: file_type(tree.nodes[node as usize].mode),
         })
@@ -153,7 +153,7 @@ impl<W: WriteAt> ImageWriter<W> {
         let mut inner = None;
         if starts.len() > 1 {
             for n in &mut names {
-                n.hash = half_md4(n.name, &super::HASH_SEED).0;
+                n.hash = half_md4(n.bytes, &super::HASH_SEED).0;
             }
             // The names' order of creation decides between equal hashes.
             names.sort_by_key(|n| n.hash);

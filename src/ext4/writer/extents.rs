@@ -3,7 +3,7 @@
 use super::{Content, Result, Root, sink::Sink, space::Space};
 use crate::{
     ext4::{
-        Ext4Error,
+        Ext4Error, Place,
         layout::{
             checksum::inode_seed,
             extent::{
@@ -112,11 +112,11 @@ pub(super) fn store<W: WriteAt>(
         depth += 1;
     }
     if depth > MAX_DEPTH {
-        return Err(Ext4Error::unsupported("extent tree deeper than 5", crate::ext4::Place::inode(ino)));
+        return Err(Ext4Error::unsupported("extent tree deeper than 5", Place::inode(ino)));
     }
     let entries: Vec<_> = level.iter().map(|(_, e)| *e).collect();
     let index = u32::try_from(roots.len())
-        .map_err(|_| Ext4Error::unsupported("too many files of several extents", Default::default()))?;
+        .map_err(|_| Ext4Error::unsupported("too many files of several extents", Place::default()))?;
     roots.push(Root { i_block: root_node(&entries, depth), blocks, span: (first, space.cursor) });
     Ok(Content::Tree(index))
 }

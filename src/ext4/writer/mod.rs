@@ -11,6 +11,12 @@
 //! Invariants: an image that `finish` returned is clean for `e2fsck -fn`; data never move once placed; nothing below the
 //! cursor is written twice save the fixed meta blocks; no journal, no lost+found. The disk must be empty (or read as
 //! zeros) at the start. Knows nothing of tar. Called by `diff::apply`.
+//!
+//! Why 1 KiB blocks and inline data are the default (image size × tar size, synthetic streams): 110,000 files, log-normal
+//! around 1.5 KB, 43,000 of them in one folder: 1.04 (1.02 without inline data), 1.10 with 2 KiB, 1.26 with 4 KiB;
+//! 300,000 files of 200 bytes: 0.53 (163 MB) against 1.27 without inline data.
+//!
+//! Memory: about 180 bytes a node with its name, and the inline data themselves until `finish`.
 
 mod data;
 mod dirs;
@@ -293,6 +299,7 @@ impl<W: WriteAt> ImageWriter<W> {
     /// `Usage` for a name that exists, is empty, `.`, `..`, longer than 255 bytes or holds `/` or NUL, for a `dir` that
     /// is no directory and for malformed ACLs; `Unsupported` for what ext4 cannot hold (name spaces of xattrs, device
     /// numbers, targets of links beyond the block size, xattr names that do not fit one block).
+    #[expect(clippy::needless_pass_by_value, reason = "a node takes over what it is made of")]
     pub fn create(
         &mut self,
         dir: NodeId,

@@ -10,7 +10,7 @@
 //! alias. The index is keyed with random state against crafted names; its order never reaches the image.
 
 use super::{NodeId, Result};
-use crate::ext4::{Ext4Error, Timestamp, layout::inode as raw};
+use crate::ext4::{Ext4Error, Place, Timestamp, layout::inode as raw};
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 /// No entry, no node, no set.
@@ -243,7 +243,7 @@ impl Tree {
     pub(super) fn add_node(&mut self, node: Node) -> Result<u32> {
         // Inode numbers are the index plus 10 and end at 2^32 - 1.
         if self.nodes.len() >= (u32::MAX - 64) as usize {
-            return Err(Ext4Error::unsupported("more than 2^32 inodes", Default::default()));
+            return Err(Ext4Error::unsupported("more than 2^32 inodes", Place::default()));
         }
         self.nodes.push(node);
         Ok(self.nodes.len() as u32 - 1)
@@ -254,7 +254,7 @@ impl Tree {
         let at = u32::try_from(self.names.len())
             .ok()
             .filter(|at| at.checked_add(1 << 17).is_some())
-            .ok_or_else(|| Ext4Error::unsupported("more than 4 GiB of names", Default::default()))?;
+            .ok_or_else(|| Ext4Error::unsupported("more than 4 GiB of names", Place::default()))?;
         self.names.extend_from_slice(bytes);
         Ok(at)
     }
@@ -281,7 +281,7 @@ impl Tree {
             return Err(Ext4Error::usage(format!("name {:?} exists", shown())));
         }
         if self.entries.len() >= REMOVED as usize {
-            return Err(Ext4Error::unsupported("more than 2^32 names", Default::default()));
+            return Err(Ext4Error::unsupported("more than 2^32 names", Place::default()));
         }
         Ok(())
     }
