@@ -2,7 +2,8 @@
 
 use crate::{
     archive,
-    engine::{Engine, EngineOptions, children},
+    command::children,
+    engine::{Engine, EngineOptions},
     rootfs::{self, random_bytes},
     tarball::{self, Entry},
 };

@@ -2,6 +2,7 @@
 
 use crate::{
     archive,
+    command::Run,
     engine::{Engine, EngineOptions},
     manifest::{Tree, sha256},
     rootfs::{self, random_bytes},
@@ -33,7 +34,7 @@ fn canary(engine: &Engine) -> std::path::PathBuf {
     folder
 }
 
-fn load(engine: &Engine, name: &str, tar: Vec<u8>) -> crate::engine::Run {
+fn load(engine: &Engine, name: &str, tar: Vec<u8>) -> Run {
     let base = tarball::build(&rootfs::small());
     engine.docker_with(&["load"], archive::write(name, &[base, tar]))
 }

@@ -5,7 +5,7 @@
 //!   basics  images  classic_build  buildkit  restarts  userns  deep  quota  chaos  parallel  hostile  removal
 //!      └───────┴──────────┴───────────┴─────────┴─────────┴──┬────┴─────┴──────┴───────┴────────┴───────┘
 //!                     rootfs (what is imported)  manifest (what a tree holds)  archive (image archives)
-//!                                     engine (a room with dockerd)   tarball (tar bytes)
+//!                                     engine (a room with dockerd) ─► command   tarball (tar bytes)
 //! ```
 //!
 //! Needs root, Debian's docker.io, busybox-static and attr; says so where they are missing. Environment:
@@ -18,6 +18,7 @@ mod basics;
 mod buildkit;
 mod chaos;
 mod classic_build;
+mod command;
 mod deep;
 mod engine;
 mod hostile;

@@ -2,7 +2,8 @@
 
 use crate::{
     archive,
-    engine::{EngineOptions, Running},
+    command::Running,
+    engine::EngineOptions,
     manifest::{Tree, sha256},
     rootfs::{self, random_bytes},
     tarball::{self, Entry},
