@@ -71,6 +71,9 @@ pub struct Gauges {
     pub free_bytes: u64,
 }
 
+/// Picks one number.
+type ReadGauge = fn(&Gauges) -> u64;
+
 /// The program's metrics.
 #[derive(Debug)]
 pub struct Metrics {
@@ -79,7 +82,7 @@ pub struct Metrics {
     seconds: Family<EndpointLabel, Histogram>,
     bytes_in: Counter,
     bytes_out: Counter,
-    gauges: Vec<(fn(&Gauges) -> u64, Gauge)>,
+    gauges: Vec<(ReadGauge, Gauge)>,
 }
 
 impl Default for Metrics {
@@ -113,7 +116,7 @@ impl Metrics {
             bytes_in.clone(),
         );
         registry.register_with_unit("diff_sent", "Tar bytes sent by Diff", Unit::Bytes, bytes_out.clone());
-        type Row = (&'static str, &'static str, fn(&Gauges) -> u64);
+        type Row = (&'static str, &'static str, ReadGauge);
         let rows: [Row; 8] = [
             ("layers", "Layers in the current store", |g| g.layers),
             ("mounts", "Mounted merged views", |g| g.mounts),

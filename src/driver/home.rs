@@ -34,16 +34,13 @@ impl Home {
         // Options first: a wrong one must leave nothing behind.
         let wanted = init.as_ref().map(|init| options_of(init, config)).transpose()?;
         let store = Arc::new(Store::open(path)?);
-        let (init, options) = match (init, wanted) {
-            (Some(init), Some(options)) => {
-                store.record_init(init.clone())?;
-                (init, options)
-            }
-            _ => {
-                let init = store.marker().init;
-                let options = options_of(&init, config)?;
-                (init, options)
-            }
+        let (init, options) = if let (Some(init), Some(options)) = (init, wanted) {
+            store.record_init(init.clone())?;
+            (init, options)
+        } else {
+            let init = store.marker().init;
+            let options = options_of(&init, config)?;
+            (init, options)
         };
         for (id, fault) in store.structural_faults() {
             tracing::error!(%id, fault, "a layer of the store is damaged");

@@ -377,7 +377,7 @@ impl Home {
         match frozen {
             Ok(_) | Err(StoreError::NotFound(_)) => {}
             Err(error) => {
-                tracing::warn!(id = %layer.id, %error, "cannot note the canonical version of a layer")
+                tracing::warn!(id = %layer.id, %error, "cannot note the canonical version of a layer");
             }
         }
     }

@@ -106,7 +106,7 @@ impl Store {
                     }
                 }
                 (super::LayerState::Applied, None) => {
-                    fault("it is applied but has no facts of its image".into())
+                    fault("it is applied but has no facts of its image".into());
                 }
                 (super::LayerState::Sandbox, _) => {
                     if size(layout::SANDBOX_FILE).or_else(|_| size(layout::SANDBOX_VHDX_FILE)).is_err() {

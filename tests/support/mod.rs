@@ -17,7 +17,7 @@ use std::{
 /// Longest wait for a plugin to answer.
 const READY: Duration = Duration::from_secs(20);
 /// Longest wait for one reply.
-const REPLY: Duration = Duration::from_secs(60);
+const REPLY: Duration = Duration::from_mins(1);
 
 /// A plugin process with its own folder; ended and cleared on drop, mounts included.
 pub(crate) struct Plugin {

@@ -118,7 +118,7 @@ pub fn verify<R: ReadAt, S: ReadAt>(image: R, record: S) -> Result<ReplaySummary
 /// `image` is the layer (a VHD footer or hash tree behind the ext4 image does not matter).
 ///
 /// # Errors
-/// `Corrupt` if record or image are damaged: the last [`OUT_BYTES`] at least were not given out then, and the caller
+/// `Corrupt` if record or image are damaged: the last bytes (up to 512 KiB, or all of a smaller tar) were not given out then, and the caller
 /// must cut the stream. `Io` if a disk or `out` fails.
 pub fn replay<R: ReadAt, S: ReadAt, O: Write>(
     image: R,
