@@ -4,7 +4,10 @@
 //!   create ─► OUT's folder/.OUT.XXXXXX ─ writes ─► commit: sync, rename to OUT         dropped before: deleted
 //! ```
 
-use super::failure::{failed, shown};
+use super::{
+    failure::{failed, shown},
+    input::widen_pipe,
+};
 use crate::cli::CliError;
 use std::{
     ffi::OsString,
@@ -120,7 +123,9 @@ pub(super) fn standard_output() -> io::Result<File> {
     let own = std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned()?;
     #[cfg(windows)]
     let own = std::os::windows::io::AsHandle::as_handle(&io::stdout()).try_clone_to_owned()?;
-    Ok(own.into())
+    let file = own.into();
+    widen_pipe(&file);
+    Ok(file)
 }
 
 /// Prints JSON to standard output.
