@@ -130,14 +130,15 @@ fn survey(folder: &Path) -> Vec<String> {
             let content = if m.is_file() {
                 format!("{:?}", crc32c::crc32c(&fs::read(&path).unwrap()))
             } else if m.is_symlink() {
-                format!("{:?}", fs::read_link(&path).unwrap())
+                fs::read_link(&path).unwrap().display().to_string()
             } else {
                 String::new()
             };
             let size = if m.is_dir() { 0 } else { m.len() };
             let name = path.strip_prefix(base).unwrap();
             found.push(format!(
-                "{name:?} {:o} {}:{} {} {size} {} {content}",
+                "{} {:o} {}:{} {} {size} {} {content}",
+                name.display(),
                 m.mode(),
                 m.uid(),
                 m.gid(),
