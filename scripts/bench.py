@@ -2,6 +2,8 @@
 
 Every task is timed in a process of its own, from its start to its end, fsync included; what it needs is prepared
 before the clock starts and deleted after it stopped. A ratio is the median of a task by the median of its yardstick.
+Processor time (user and system, of all processes of the task) is told beside the time: it stays what it is when other
+programs compete for the cores, where the time of what runs on two cores at once suffers more than a copy's.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import socket
 import statistics
@@ -20,8 +23,8 @@ import time
 
 QUICK_ROUNDS = 2
 ROUNDS = 5
-# Tasks slower than this, in seconds, are measured once after the warm-up.
-SLOW = 12
+# Tasks slower than this, in seconds, are run once only: what warming up gains is nothing to them.
+SLOW = 20
 # Calls of which the median latency is told.
 CALLS = 50
 # Large packages of the npm registry: many small files, one of them with tens of thousands in one folder.
@@ -145,15 +148,20 @@ def facts(path):
 
 # ---- tasks
 
+def processor():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def shell(script, **names):
-    """Runs a script, its time in seconds."""
-    begin = time.monotonic()
+    """Runs a script; its time and its processor time in seconds."""
+    before, begin = processor(), time.monotonic()
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, env={**os.environ, **{k: str(v) for k, v in names.items()}})
     elapsed = time.monotonic() - begin
     if done.returncode != 0:
         raise RuntimeError(f"failed: {script}\n{done.stderr.decode(errors='replace')}")
-    return elapsed
+    return elapsed, processor() - before
 
 
 def fresh(*paths):
@@ -204,32 +212,36 @@ class Place:
 
 
 def rounds(tasks, count):
-    """Medians by name; each round in an order of its own, after one that does not count."""
+    """Medians by name (time, processor time); each round in an order of its own, after one that does not count."""
     times = {name: [] for name in tasks}
-    once = set()
     for name, task in tasks.items():
-        if task() > SLOW:
-            once.add(name)
-    for n in range(count):
-        order = [name for name in tasks if n == 0 or name not in once]
+        first = task()
+        if first[0] > SLOW:
+            times[name].append(first)
+    order = [name for name in tasks if not times[name]]
+    for _ in range(count):
         random.shuffle(order)
         for name in order:
             times[name].append(tasks[name]())
-    return {name: statistics.median(t) for name, t in times.items()}
+    return {name: tuple(statistics.median(of) for of in zip(*t)) for name, t in times.items()}
+
+
+# Run by an interpreter that is small itself: a process begins its life with its parent's peak.
+PEAK = """import os, resource, sys
+status = os.spawnv(os.P_WAIT, sys.argv[1], sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(status)"""
 
 
 def peak_memory(program, tar, folder):
-    """Peak resident bytes of `layer pack`, and its entries as it counts them."""
+    """Peak resident bytes of `layer pack --record`, and its entries as it counts them."""
     out = f"{folder}/out"
-    fresh(out)
-    with open(f"{folder}/json", "w+") as result:
-        child = subprocess.Popen([program, "layer", "pack", "--json", tar, out], stdout=result)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = status
-        result.seek(0)
-        entries = json.load(result)["entries"]
-    fresh(out)
-    return usage.ru_maxrss * 1024, entries
+    command = [sys.executable, "-I", "-S", "-c", PEAK, program, "layer", "pack", "--json", "--record", f"{out}.rec",
+               tar, out]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode()
+    fresh(out, f"{out}.rec")
+    summary, _, peak = told.rstrip().rpartition("\n")
+    return int(peak), json.loads(summary)["entries"]
 
 
 # ---- through the plugin
@@ -300,8 +312,8 @@ def plugin_tasks(plugin, tar):
         "http apply": apply,
         "http diff": lambda: shell(f"""{curl} -d '{{"ID":"bench","Parent":""}}' """
                                    'http://localhost/GraphDriver.Diff | cat >/dev/null', **names),
-        "DiffSize": lambda: plugin.timed("DiffSize", ID="bench", Parent=""),
-        "Changes": lambda: plugin.timed("Changes", ID="bench", Parent=""),
+        "DiffSize": lambda: (plugin.timed("DiffSize", ID="bench", Parent=""), 0),
+        "Changes": lambda: (plugin.timed("Changes", ID="bench", Parent=""), 0),
     }
 
 
@@ -336,9 +348,15 @@ def table(out, title, head, rows):
     out.extend("| " + " | ".join(row) + " |" for row in rows)
 
 
-def ratio(value, base):
-    return "–" if value is None else f"{value / base:.2f} ({value:.2f} s)" if value >= 0.1 else \
-        f"{value / base:.2f} ({value * 1000:.0f} ms)"
+def span(seconds):
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else \
+        f"{seconds * 1000:.1f} ms"
+
+
+def ratio(value, base, with_processor=True):
+    text = f"{value[0] / base[0]:.2f}" if value[0] > base[0] / 100 else f"{value[0] / base[0]:.4f}"
+    text += f" ({span(value[0])})"
+    return text + (f" · {value[1] / base[1]:.2f}" if with_processor else "")
 
 
 def measure_place(place, folder, options, layers, known, tree_of):
@@ -403,24 +421,24 @@ def main():
             f"{peaks[name][0] / 1e6:.0f} MB", f"{max(0, peaks[name][0] - 8e6) / peaks[name][1]:.0f} B"]
            for name, (size, entries, most) in known.items()])
     pairs = [(place, name) for place in places for name in layers]
-    table(out, "Tar to image, × `cat tar > file`",
+    table(out, "Tar to image, × `cat tar > file` (time) · × its processor time",
           ["where", "layer", "cat", "`layer pack --record`", "`mke2fs -d`", "mkfs, loop mount, `tar -x`"],
-          [[p, n, f"{figures[p][n]['cat'] * 1000:.0f} ms"]
+          [[p, n, span(figures[p][n]['cat'][0])]
            + [ratio(figures[p][n][k], figures[p][n]["cat"]) for k in ("pack", "mke2fs", "mount")]
            for p, n in pairs])
-    table(out, "Image to tar, × `cat image | cat`",
+    table(out, "Image to tar, × `cat image | cat` (time) · × its processor time",
           ["where", "layer", "cat", "`layer unpack --exact`", "`layer unpack`", "loop mount, `tar -c`"],
-          [[p, n, f"{figures[p][n]['catcat'] * 1000:.0f} ms"]
+          [[p, n, span(figures[p][n]['catcat'][0])]
            + [ratio(figures[p][n][k], figures[p][n]["catcat"]) for k in ("exact", "canonical", "gnutar")]
            for p, n in pairs])
     table(out, "Through the plugin (HTTP, jailed worker, strict check, commit), × the command on files",
           ["where", "layer", "ApplyDiff × pack", "Diff × unpack --exact"],
-          [[p, n, ratio(figures[p][n]["http apply"], figures[p][n]["pack"]),
-            ratio(figures[p][n]["http diff"], figures[p][n]["exact"])] for p, n in pairs])
+          [[p, n, ratio(figures[p][n]["http apply"], figures[p][n]["pack"], False),
+            ratio(figures[p][n]["http diff"], figures[p][n]["exact"], False)] for p, n in pairs])
     table(out, "Metadata through the plugin, × loop mount and `find`",
           ["where", "layer", "mount and find", "DiffSize", "Changes"],
-          [[p, n, f"{figures[p][n]['find'] * 1000:.0f} ms"]
-           + [ratio(figures[p][n][k], figures[p][n]["find"]) for k in ("DiffSize", "Changes")]
+          [[p, n, span(figures[p][n]['find'][0])]
+           + [ratio(figures[p][n][k], figures[p][n]["find"], False) for k in ("DiffSize", "Changes")]
            for p, n in pairs])
     first = next(iter(layers))
     table(out, f"Latencies through the socket, medians of {CALLS}, a container on *{first}*",

@@ -7,7 +7,10 @@
 //! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
 //! the disk fails when the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
 
-use crate::io::{ReadAt, WriteAt};
+use crate::{
+    io::{ReadAt, WriteAt},
+    sys::writeback::Writeback,
+};
 use std::{
     fs::File,
     io,
@@ -74,12 +77,13 @@ impl Cancel {
 pub struct OpDisk {
     disk: Disk,
     cancel: Cancel,
+    writeback: Arc<Writeback>,
 }
 
 impl OpDisk {
     /// `disk` as long as `cancel` allows.
     pub fn new(disk: Disk, cancel: Cancel) -> Self {
-        Self { disk, cancel }
+        Self { disk, cancel, writeback: Arc::default() }
     }
 
     /// Whether both are the same window of the same attached file.
@@ -119,7 +123,9 @@ impl WriteAt for OpDisk {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "disk is attached read-only"));
         }
         let (at, len) = self.place(offset, buf.len())?;
-        self.disk.file.write_at(&buf[..len], at)
+        let written = self.disk.file.write_at(&buf[..len], at)?;
+        self.writeback.written(&self.disk.file, at.saturating_add(written as u64));
+        Ok(written)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

@@ -95,7 +95,22 @@ fn standard_input() -> io::Result<File> {
     let own = std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?;
     #[cfg(windows)]
     let own = std::os::windows::io::AsHandle::as_handle(&io::stdin()).try_clone_to_owned()?;
-    Ok(own.into())
+    let file = own.into();
+    widen_pipe(&file);
+    Ok(file)
+}
+
+/// Lets a pipe hold a MiB instead of 64 KiB, where the system allows it: both ends then wait for each other less often.
+pub(super) fn widen_pipe(file: &File) {
+    #[cfg(target_os = "linux")]
+    {
+        /// What an unprivileged process may ask for (fs.pipe-max-size).
+        const PIPE_BYTES: usize = 1 << 20;
+        // Refused for what is no pipe, and beyond the user's limit: then it stays as it is.
+        let _ = rustix::pipe::fcntl_setpipe_size(file, PIPE_BYTES);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = file;
 }
 
 fn packing(head: &[u8]) -> Packing {

@@ -4,8 +4,15 @@
 //!   create ─► OUT's folder/.OUT.XXXXXX ─ writes ─► commit: sync, rename to OUT         dropped before: deleted
 //! ```
 
-use super::failure::{failed, shown};
-use crate::cli::CliError;
+use super::{
+    failure::{failed, shown},
+    input::widen_pipe,
+};
+use crate::{
+    cli::CliError,
+    io::{ReadAt, WriteAt},
+    sys::writeback::Writeback,
+};
 use std::{
     ffi::OsString,
     fs::{self, File},
@@ -57,11 +64,48 @@ impl NewFile {
         self.temporary.as_file()
     }
 
+    /// The file as a disk that begins to be written out while it is made.
+    pub(super) fn disk(&self) -> NewDisk<'_> {
+        NewDisk { file: self.file(), writeback: Writeback::default() }
+    }
+
     /// Makes the file durable and gives it its name.
     pub(super) fn commit(self) -> Result<(), CliError> {
         self.file().sync_all().map_err(|e| failed("sync", &self.place, &e))?;
         self.temporary.persist(&self.place).map_err(|e| failed("write", &self.place, &e.error))?;
         Ok(())
+    }
+}
+
+/// A new file that is written by position.
+pub(super) struct NewDisk<'a> {
+    file: &'a File,
+    writeback: Writeback,
+}
+
+impl ReadAt for NewDisk<'_> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.file.read_at(buf, offset)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+}
+
+impl WriteAt for NewDisk<'_> {
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
+        let written = self.file.write_at(buf, offset)?;
+        self.writeback.written(self.file, offset + written as u64);
+        Ok(written)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
     }
 }
 
@@ -120,7 +164,9 @@ pub(super) fn standard_output() -> io::Result<File> {
     let own = std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned()?;
     #[cfg(windows)]
     let own = std::os::windows::io::AsHandle::as_handle(&io::stdout()).try_clone_to_owned()?;
-    Ok(own.into())
+    let file = own.into();
+    widen_pipe(&file);
+    Ok(file)
 }
 
 /// Prints JSON to standard output.

@@ -15,7 +15,7 @@ use crate::{
 };
 use bytesize::ByteSize;
 use serde::Serialize;
-use std::{io, process::ExitCode};
+use std::{fmt::Write as _, io, process::ExitCode};
 
 /// Takes a record that nobody wants.
 struct Nowhere;
@@ -76,8 +76,8 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
         ..WriterOptions::default()
     });
     let result = match &record {
-        Some(record) => apply(&mut input.tar, image.file(), record.file(), &mut NoLowers, &options),
-        None => apply(&mut input.tar, image.file(), Nowhere, &mut NoLowers, &options),
+        Some(record) => apply(&mut input.tar, image.disk(), record.file(), &mut NoLowers, &options),
+        None => apply(&mut input.tar, image.disk(), Nowhere, &mut NoLowers, &options),
     };
     input.bar.finish_and_clear();
     let done = result.map_err(|e| failed("pack", &args.input, &e))?;
@@ -118,7 +118,8 @@ fn report(args: &PackArgs, packing: Packing, done: &ApplySummary) -> Result<(), 
         ByteSize(done.file_bytes),
     );
     if let Some(record) = &args.record {
-        text += &format!("  record {}, {}\n", shown(record), ByteSize(done.record_bytes));
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "  record {}, {}", shown(record), ByteSize(done.record_bytes));
     }
     print(&text)
 }

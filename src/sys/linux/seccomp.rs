@@ -33,6 +33,7 @@ const FREE: &[libc::c_long] = &[
     libc::SYS_fallocate,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
     libc::SYS_fstat,
     libc::SYS_close,
     libc::SYS_dup,

@@ -1,0 +1,411 @@
+//! The `layer` commands on real files: round trips compared byte for byte, foreign tars and readers, wrong input.
+//!
+//! Needs root (devices and owners in trees), GNU tar, bsdtar, gzip, zstd's own library through the crate, e2fsck.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::Write,
+    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+/// A folder for one test, with a tree and its tar.
+struct Scene {
+    folder: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let scene = Self { folder: tempfile::tempdir().unwrap() };
+        let tree = scene.path("tree");
+        fs::create_dir_all(tree.join("usr/share/many")).unwrap();
+        fs::create_dir(tree.join("etc")).unwrap();
+        fs::write(tree.join("etc/passwd"), "root:x:0:0::/:/bin/sh\n").unwrap();
+        fs::write(tree.join("etc/empty"), "").unwrap();
+        fs::write(tree.join("usr/big"), noise(3_000_000)).unwrap();
+        for n in 0..300 {
+            fs::write(tree.join(format!("usr/share/many/file-{n:03}")), noise(n * 17)).unwrap();
+        }
+        fs::hard_link(tree.join("usr/big"), tree.join("usr/same")).unwrap();
+        symlink("passwd", tree.join("etc/link")).unwrap();
+        symlink("/usr/share", tree.join("share")).unwrap();
+        fs::write(tree.join("etc").join("\u{e9} and a name of more than one hundred bytes ".repeat(3)), "x")
+            .unwrap();
+        fs::set_permissions(tree.join("usr/big"), fs::Permissions::from_mode(0o4755)).unwrap();
+        let hole = fs::File::create(tree.join("hole")).unwrap();
+        hole.set_len(10 << 20).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&hole, b"end", (10 << 20) - 3).unwrap();
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).into_os_string().into_string().unwrap()
+    }
+
+    /// A tar of the tree.
+    fn tar(&self, name: &str, options: &[&str]) -> PathBuf {
+        let out = self.path(name);
+        run(Command::new("tar").args(options).arg("-C").arg(self.path("tree")).arg("-cf").arg(&out).arg("."));
+        out
+    }
+
+    fn pack(&self, tar: &Path, image: &str) -> serde_json::Value {
+        let record = self.text(&format!("{image}.rec"));
+        let done = ok(&["pack", "--json", "--record", &record, tar.to_str().unwrap(), &self.text(image)]);
+        serde_json::from_slice(&done.stdout).unwrap()
+    }
+
+    /// Names in the folder that no test asked for.
+    fn left_over(&self) -> Vec<String> {
+        fs::read_dir(self.folder.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .filter(|n| n.starts_with('.'))
+            .collect()
+    }
+}
+
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = len as u64 | 1;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) as u8
+        })
+        .collect()
+}
+
+fn run(command: &mut Command) -> Output {
+    let done = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}; see scripts/install-deps test"));
+    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+    done
+}
+
+fn layer<S: AsRef<OsStr>>(arguments: &[S]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"));
+    command.arg("layer").args(arguments);
+    command
+}
+
+fn ok(arguments: &[&str]) -> Output {
+    run(&mut layer(arguments))
+}
+
+/// A command that must fail with status 1; its message.
+fn fails(arguments: &[&str]) -> String {
+    let done = layer(arguments).stdin(Stdio::null()).output().unwrap();
+    let message = String::from_utf8(done.stderr).unwrap();
+    assert_eq!(done.status.code(), Some(1), "{arguments:?}: {message}");
+    assert_eq!(message.lines().count(), 1, "one line of message: {message}");
+    message
+}
+
+fn with_input(arguments: &[&str], input: &[u8]) -> Output {
+    let mut child =
+        layer(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let done = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // The program may stop before it has read everything.
+            let _ = stdin.write_all(input);
+        });
+        child.wait_with_output().unwrap()
+    });
+    assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+    done
+}
+
+/// Name, type, mode, owner, links, size and content of all that is below a folder.
+fn survey(folder: &Path) -> Vec<String> {
+    fn walk(folder: &Path, base: &Path, found: &mut Vec<String>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let m = fs::symlink_metadata(&path).unwrap();
+            let content = if m.is_file() {
+                format!("{:?}", crc32c::crc32c(&fs::read(&path).unwrap()))
+            } else if m.is_symlink() {
+                fs::read_link(&path).unwrap().display().to_string()
+            } else {
+                String::new()
+            };
+            let size = if m.is_dir() { 0 } else { m.len() };
+            let name = path.strip_prefix(base).unwrap();
+            found.push(format!(
+                "{} {:o} {}:{} {} {size} {} {content}",
+                name.display(),
+                m.mode(),
+                m.uid(),
+                m.gid(),
+                if m.is_dir() { 0 } else { m.nlink() },
+                m.mtime()
+            ));
+            if m.is_dir() {
+                walk(&path, base, found);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(folder, folder, &mut found);
+    found.sort();
+    found
+}
+
+#[test]
+fn every_kind_of_tar_comes_back_byte_for_byte() {
+    let scene = Scene::new();
+    for (n, options) in [
+        &["--format=gnu"][..],
+        &["--format=pax"],
+        &["--format=gnu", "-S"],
+        &["--format=pax", "-S", "-b", "1"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let tar = scene.tar(&format!("{n}.tar"), options);
+        let image = format!("{n}.vhd");
+        let summary = scene.pack(&tar, &image);
+        assert_eq!(summary["tar_bytes"], fs::metadata(&tar).unwrap().len());
+        assert_eq!(summary["file_bytes"], fs::metadata(scene.path(&image)).unwrap().len());
+        assert_eq!(summary["record_bytes"], fs::metadata(scene.path(&format!("{image}.rec"))).unwrap().len());
+        let record = scene.text(&format!("{image}.rec"));
+        ok(&["unpack", "--exact", &record, &scene.text(&image), &scene.text("back.tar")]);
+        assert_eq!(fs::read(&tar).unwrap(), fs::read(scene.path("back.tar")).unwrap(), "{options:?}");
+        let piped = ok(&["unpack", "--exact", &record, &scene.text(&image)]);
+        assert!(piped.stdout == fs::read(&tar).unwrap(), "{options:?} to standard output");
+        run(Command::new("e2fsck").arg("-fn").arg(scene.path(&image)));
+        let verified = ok(&["verify", "--json", "--record", &record, &scene.text(&image)]);
+        let verified: serde_json::Value = serde_json::from_slice(&verified.stdout).unwrap();
+        assert_eq!(verified["tar_sha256"], summary["tar_sha256"]);
+    }
+    assert_eq!(scene.left_over(), Vec::<String>::new());
+}
+
+#[test]
+fn the_canonical_tar_is_what_gnu_tar_and_bsdtar_unpack_to_the_same_tree() {
+    let scene = Scene::new();
+    let tar = scene.tar("in.tar", &["--format=pax", "-S"]);
+    scene.pack(&tar, "a.vhd");
+    ok(&["unpack", &scene.text("a.vhd"), &scene.text("canonical.tar")]);
+    let expected = survey(&scene.path("tree"));
+    for (program, name) in [("tar", "gnu"), ("bsdtar", "bsd")] {
+        let folder = scene.path(name);
+        fs::create_dir(&folder).unwrap();
+        run(Command::new(program).arg("-xpf").arg(scene.path("canonical.tar")).arg("-C").arg(&folder));
+        assert_eq!(survey(&folder), expected, "{program}");
+    }
+    // A canonical tar is its own canonical tar, and a tar by bsdtar leads to the same one.
+    scene.pack(&scene.path("canonical.tar"), "b.vhd");
+    ok(&["unpack", &scene.text("b.vhd"), &scene.text("again.tar")]);
+    assert!(fs::read(scene.path("canonical.tar")).unwrap() == fs::read(scene.path("again.tar")).unwrap());
+    let foreign = scene.path("bsd.tar");
+    run(Command::new("bsdtar")
+        .args(["--format", "pax", "--no-fflags", "-cf"])
+        .arg(&foreign)
+        .arg("-C")
+        .arg(scene.path("gnu"))
+        .arg("."));
+    scene.pack(&foreign, "c.vhd");
+    ok(&["unpack", "--exact", &scene.text("c.vhd.rec"), &scene.text("c.vhd"), &scene.text("exact.tar")]);
+    assert!(fs::read(&foreign).unwrap() == fs::read(scene.path("exact.tar")).unwrap());
+}
+
+#[test]
+fn packed_and_piped_input_gives_the_same_image() {
+    let scene = Scene::new();
+    let tar = scene.tar("in.tar", &[]);
+    let plain = fs::read(&tar).unwrap();
+    scene.pack(&tar, "plain.vhd");
+    let expected = fs::read(scene.path("plain.vhd")).unwrap();
+    let gzip = run(Command::new("gzip").arg("-1c").arg(&tar)).stdout;
+    let zstd = zstd::encode_all(&plain[..], 1).unwrap();
+    // Two members one behind the other are one stream, as for gzip and zstd themselves.
+    let half = plain.len() / 2;
+    let mut members = zstd::encode_all(&plain[..half], 1).unwrap();
+    members.extend(zstd::encode_all(&plain[half..], 1).unwrap());
+    for (name, bytes, packing) in [
+        ("tar", &plain, "none"),
+        ("gz", &gzip, "gzip"),
+        ("zst", &zstd, "zstd"),
+        ("two.zst", &members, "zstd"),
+    ] {
+        let (input, image) = (scene.path(name), scene.text(&format!("{name}.vhd")));
+        fs::write(&input, bytes).unwrap();
+        let done = ok(&["pack", "--json", input.to_str().unwrap(), &image]);
+        let done: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+        assert_eq!(done["packing"], packing);
+        assert!(fs::read(&image).unwrap() == expected, "{name} from a file");
+        with_input(&["pack", "-", &image], bytes);
+        assert!(fs::read(&image).unwrap() == expected, "{name} from standard input");
+    }
+    // A packed stream that is cut is an error, and what stood there stays.
+    let before = fs::read(scene.path("gz.vhd")).unwrap();
+    fs::write(scene.path("cut.gz"), &gzip[..gzip.len() / 2]).unwrap();
+    let message = fails(&["pack", &scene.text("cut.gz"), &scene.text("gz.vhd")]);
+    assert!(message.contains("cut.gz"), "{message}");
+    assert!(fs::read(scene.path("gz.vhd")).unwrap() == before);
+    assert_eq!(scene.left_over(), Vec::<String>::new());
+}
+
+#[test]
+fn wrong_input_is_refused_with_its_name_and_what_helps() {
+    let scene = Scene::new();
+    let tar = scene.tar("in.tar", &[]);
+    let (tar, out) = (tar.to_str().unwrap(), scene.text("out.vhd"));
+    scene.pack(Path::new(tar), "good.vhd");
+    let good = scene.text("good.vhd");
+    fs::write(scene.path("noise"), noise(5000)).unwrap();
+    fs::write(scene.path("empty"), "").unwrap();
+    fs::write(scene.path("x.xz"), b"\xFD7zXZ\0and more").unwrap();
+    fs::write(scene.path("x.vhdx"), b"vhdxfile and more").unwrap();
+    let mut cut = fs::read(tar).unwrap();
+    cut.truncate(100_000);
+    fs::write(scene.path("cut.tar"), cut).unwrap();
+    let tree = scene.text("tree");
+    for (arguments, expected) in [
+        (vec!["pack", &scene.text("missing"), &out], vec!["missing", "No such file"]),
+        (vec!["pack", &tree, &out], vec!["is a folder", "tar -C"]),
+        (vec!["pack", &scene.text("noise"), &out], vec!["noise", "does not begin with a tar header"]),
+        (vec!["pack", &scene.text("empty"), &out], vec!["empty"]),
+        (vec!["pack", &scene.text("x.xz"), &out], vec!["x.xz", "xz -dc"]),
+        (vec!["pack", &scene.text("cut.tar"), &out], vec!["cut.tar", "ends at byte 100000"]),
+        (vec!["pack", "--max-size", "100KiB", tar, &out], vec!["102400", "raise --max-size"]),
+        (vec!["pack", tar, &tree], vec!["is a folder"]),
+        (vec!["pack", tar, "/dev/null"], vec!["no regular file"]),
+        (vec!["pack", tar, "/no/such/folder/out.vhd"], vec!["/no/such/folder"]),
+        (vec!["pack", "--record", &out, tar, &out], vec!["cannot be one file"]),
+        (vec!["unpack", &scene.text("noise")], vec!["noise"]),
+        (vec!["unpack", "--exact", &scene.text("noise"), &good], vec!["noise", "bad magic"]),
+        (vec!["inspect", &scene.text("x.vhdx")], vec!["VHDX", "qemu-img convert"]),
+        (vec!["inspect", &tree], vec!["is a folder"]),
+        (vec!["ls", &good, "/etc/nothing"], vec!["good.vhd", "no 'nothing'"]),
+        (vec!["ls", &good, "/etc/passwd/x"], vec!["no folder"]),
+        (vec!["cat", &good, "/etc"], vec!["no regular file"]),
+        (vec!["verify", tar], vec!["in.tar"]),
+    ] {
+        let message = fails(&arguments);
+        for part in expected {
+            assert!(message.contains(part), "{arguments:?}: {message:?} lacks {part:?}");
+        }
+        assert!(!Path::new(&out).exists(), "{arguments:?} left its output");
+    }
+    assert_eq!(scene.left_over(), Vec::<String>::new());
+    for arguments in [&["pack", tar][..], &["pack", "--profile", "hcsshim", tar, &out], &["diff", &good]] {
+        assert_eq!(layer(arguments).output().unwrap().status.code(), Some(2), "{arguments:?}");
+    }
+}
+
+#[test]
+fn damage_is_found_and_no_whole_tar_comes_out() {
+    let scene = Scene::new();
+    let tar = scene.tar("in.tar", &[]);
+    scene.pack(&tar, "a.vhd");
+    let (image, record) = (scene.text("a.vhd"), scene.text("a.vhd.rec"));
+    let bytes = fs::read(&image).unwrap();
+    // In the data of the largest file: metadata stay sound, only the digest tells.
+    let noise = noise(3_000_000);
+    let at = bytes.windows(64).position(|w| w == &noise[..64]).unwrap();
+    let mut bad = bytes.clone();
+    bad[at + 10] ^= 1;
+    fs::write(&image, &bad).unwrap();
+    ok(&["verify", &image]);
+    let message = fails(&["verify", "--record", &record, &image]);
+    assert!(message.contains("digest of the tar does not match"), "{message}");
+    let message = fails(&["unpack", "--exact", &record, &image, &scene.text("out.tar")]);
+    assert!(message.contains("a.vhd"), "{message}");
+    assert!(!scene.path("out.tar").exists());
+    // In the superblock.
+    let mut bad = bytes.clone();
+    bad[1024 + 0x20] ^= 1;
+    fs::write(&image, &bad).unwrap();
+    fails(&["verify", &image]);
+    // The end is missing: the footer, then more.
+    fs::write(&image, &bytes[..bytes.len() - 512]).unwrap();
+    ok(&["verify", "--record", &record, &image]);
+    fs::write(&image, &bytes[..bytes.len() - 4096]).unwrap();
+    fails(&["verify", &image]);
+    fs::write(&image, [&bytes[..4096], &bytes[bytes.len() - 512..]].concat()).unwrap();
+    assert!(fails(&["verify", &image]).contains("it is cut"));
+}
+
+#[test]
+fn looking_at_an_image() {
+    let scene = Scene::new();
+    let tar = scene.tar("in.tar", &["--numeric-owner", "--owner=12:12", "--group=34:34", "--mtime=@86399"]);
+    let summary = scene.pack(&tar, "a.vhd");
+    let image = scene.text("a.vhd");
+    let text = |arguments: &[&str]| String::from_utf8(ok(arguments).stdout).unwrap();
+    let facts: serde_json::Value =
+        serde_json::from_str(&text(&["inspect", "--json", "--record", &scene.text("a.vhd.rec"), &image]))
+            .unwrap();
+    assert_eq!(facts["ext4"]["uuid"], summary["uuid"]);
+    assert_eq!(facts["vhd"]["uuid"], summary["uuid"]);
+    assert_eq!(facts["kind"], "layer");
+    assert_eq!(facts["counts"]["files"], 305);
+    assert_eq!(facts["counts"]["hard_links"], 1);
+    assert_eq!(facts["counts"]["symlinks"], 2);
+    assert_eq!(facts["counts"]["file_bytes"], summary["diff_size"]);
+    assert_eq!(facts["record"]["tar_sha256"], summary["tar_sha256"]);
+    assert!(text(&["inspect", &image]).contains("inline_data"));
+    assert_eq!(text(&["ls", &image]), "etc\nhole\nshare\ntree\nusr\n".replace("tree\n", ""));
+    let long = text(&["ls", "-l", &image, "/usr/big"]);
+    assert_eq!(long, "-rwsr-xr-x   2    12    34    3000000 1970-01-01 23:59:59 /usr/big\n");
+    assert!(text(&["ls", "-l", &image, "/etc"]).contains(" link -> passwd\n"));
+    assert_eq!(text(&["ls", &image, "/share/"]), "many\n", "a link with a slash is followed");
+    assert_eq!(text(&["ls", &image, "/share/many"]).lines().count(), 300);
+    let rows: serde_json::Value = serde_json::from_str(&text(&["ls", "--json", &image, "etc/link"])).unwrap();
+    assert_eq!((&rows[0]["type"], &rows[0]["target"]), (&"symlink".into(), &"passwd".into()));
+    for name in ["etc/passwd", "usr/same", "hole", "etc/empty", "share/many/file-299"] {
+        let expected = fs::read(scene.path("tree").join(name.replace("share", "usr/share"))).unwrap();
+        assert!(ok(&["cat", &image, name]).stdout == expected, "{name}");
+    }
+    assert_eq!(ok(&["cat", &image, "/etc/link"]).stdout, fs::read(scene.path("tree/etc/passwd")).unwrap());
+    // Nobody reads: no panic, no message.
+    let mut child =
+        layer(&["cat", &image, "usr/big"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let done = child.wait_with_output().unwrap();
+    assert_eq!((done.status.code(), done.stderr.len()), (Some(141), 0));
+}
+
+#[test]
+fn the_difference_of_two_images_turns_one_tree_into_the_other() {
+    let scene = Scene::new();
+    scene.pack(&scene.tar("old.tar", &[]), "old.vhd");
+    let before = survey(&scene.path("tree"));
+    let tree = scene.path("tree");
+    fs::remove_file(tree.join("etc/empty")).unwrap();
+    fs::write(tree.join("etc/new"), "new").unwrap();
+    fs::write(tree.join("usr/share/many/file-100"), "changed").unwrap();
+    fs::set_permissions(tree.join("usr/share/many/file-101"), fs::Permissions::from_mode(0o600)).unwrap();
+    scene.pack(&scene.tar("new.tar", &[]), "new.vhd");
+    assert_ne!(before, survey(&tree));
+    let diff = scene.path("diff.tar");
+    ok(&["diff", "-o", diff.to_str().unwrap(), &scene.text("new.vhd"), &scene.text("old.vhd")]);
+    let names = String::from_utf8(run(Command::new("tar").arg("-tf").arg(&diff)).stdout).unwrap();
+    let mut names: Vec<&str> = names.lines().filter(|n| !n.ends_with('/')).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["etc/.wh.empty", "etc/new", "usr/share/many/file-100", "usr/share/many/file-101"]);
+    // Equal images differ in nothing.
+    let none = ok(&["diff", &scene.text("new.vhd"), &scene.text("new.vhd")]);
+    assert!(none.stdout.iter().all(|b| *b == 0), "{} bytes", none.stdout.len());
+}
+
+#[test]
+fn completions_and_manual_pages_are_made() {
+    let program = env!("CARGO_BIN_EXE_lcow-graphdriver");
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = run(Command::new(program).args(["completions", shell])).stdout;
+        assert!(String::from_utf8(script).unwrap().contains("verify"), "{shell}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    run(Command::new(program).arg("man").arg(folder.path().join("man1")));
+    let page = fs::read_to_string(folder.path().join("man1/lcow-graphdriver-layer-pack.1")).unwrap();
+    assert!(page.contains("max\\-size"), "{page}");
+}
