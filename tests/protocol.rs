@@ -502,3 +502,40 @@ fn damage_is_found(plugin: &Plugin, image: &Path) {
     let reply = plugin.call("GraphDriver.Diff", &json!({"ID": "base", "Parent": ""}));
     assert!(reply.status != 200 || !reply.complete, "a damaged layer was handed out");
 }
+
+#[test]
+fn set_user_id_programs_and_device_nodes_work_through_the_merged_view() {
+    // The layers themselves are mounted nosuid and nodev; what counts for a container is the view.
+    let plugin = Plugin::start(&[]);
+    plugin.init();
+    let program = fs::read("/usr/bin/id").unwrap();
+    let tar = Tar::new().entry("id", b'0', 0o4755, "", &program).end();
+    plugin.layer("base", "", &tar);
+    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c", "Parent": "base"}));
+    let dir = plugin.get("c");
+    // A user must be able to walk to it; only this test's folders are opened.
+    for folder in dir.ancestors().skip(1).take_while(|f| f.starts_with(&plugin.folder)) {
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o711)).unwrap();
+    }
+    let run = |path: &Path| {
+        let output = std::process::Command::new("setpriv")
+            .args(["--reuid", "12345", "--regid", "12345", "--clear-groups"])
+            .arg(path)
+            .args(["-u"])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(run(Path::new("/usr/bin/id")), "12345\n");
+    assert_eq!(run(&dir.join("id")), "0\n", "a set-user-id program of a lower layer lost its power");
+    fs::copy(dir.join("id"), dir.join("id2")).unwrap();
+    fs::set_permissions(dir.join("id2"), fs::Permissions::from_mode(0o4755)).unwrap();
+    assert_eq!(run(&dir.join("id2")), "0\n", "a set-user-id program of the sandbox has no power");
+    let made =
+        std::process::Command::new("mknod").arg(dir.join("zero")).args(["c", "1", "5"]).status().unwrap();
+    assert!(made.success());
+    let mut bytes = [1; 4];
+    std::io::Read::read_exact(&mut fs::File::open(dir.join("zero")).unwrap(), &mut bytes).unwrap();
+    assert_eq!(bytes, [0; 4]);
+}

@@ -200,8 +200,9 @@ impl Driver {
             Some(home) if home.store.marker().init == record => self.homes.write().current = Some(home),
             Some(home) => {
                 let renewed = home.with_init(record, &self.config)?;
-                home.retire().await;
                 self.adopt(path.clone(), renewed);
+                // What still runs under the old options gets its time; new requests need not wait for it.
+                tokio::spawn(async move { home.retire().await });
             }
             None => {
                 let config = self.config.clone();
