@@ -10,7 +10,7 @@ use crate::{
 use std::{fs, thread, time::Duration};
 
 /// Rounds of each loop.
-const ROUNDS: u64 = 10;
+const ROUNDS: u64 = 12;
 
 /// A small generator (splitmix64): the seed is printed, and repeats a run.
 struct Dice(u64);
@@ -32,7 +32,7 @@ fn kill_workers(engine: &Engine) {
     }
 }
 
-/// Ten rounds of work, in each of which one of `victims` is killed. Nothing is running and no image is left at the end.
+/// Rounds of work, in each of which one of `victims` is killed. Nothing is running and no image is left at the end.
 fn rounds_of_kills(victims: &[&str]) -> Engine {
     let seed = std::env::var("LCOW_E2E_SEED").ok().and_then(|s| s.parse().ok());
     let seed = seed.unwrap_or_else(|| {
@@ -96,7 +96,8 @@ fn rounds_of_kills(victims: &[&str]) -> Engine {
             }
         }
         // Whether the command came through is a matter of luck; that it ends is not.
-        eprintln!("round {round}: {}", if running.wait().ok() { "it succeeded" } else { "it failed" });
+        let run = running.wait();
+        eprintln!("round {round}: {}", if run.ok() { "it succeeded" } else { run.stderr.trim_end() });
         assert_eq!(engine.exec("kept", "cat /data/kept"), "kept", "round {round}");
         assert_eq!(engine.shell("base", "echo works >/x && cat /x"), "works", "round {round}");
         engine.scrub();

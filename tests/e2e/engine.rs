@@ -171,7 +171,9 @@ impl Engine {
             "-c",
             ROOM,
         ]);
-        command.env("PATH", path()).stdin(Stdio::null()).stdout(Stdio::piped());
+        // unshare complains of a signal mask whenever its child is killed.
+        let log = fs::File::create(folder.path().join("room.log")).expect("log file");
+        command.env("PATH", path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut room = command.spawn().expect("setpriv and unshare (util-linux)");
         let mut ready = [0_u8; 6];
         let told = room.stdout.take().expect("stdout").read_exact(&mut ready);
@@ -185,7 +187,8 @@ impl Engine {
             dockerd: RefCell::default(),
             cgroup,
         };
-        assert!(told.is_ok() && &ready == b"ready\n" && init.is_some(), "the room could not be furnished");
+        let furnished = told.is_ok() && &ready == b"ready\n" && init.is_some();
+        assert!(furnished, "the room could not be furnished\n{}", engine.log_text("room"));
         engine
     }
 
@@ -415,7 +418,8 @@ impl Engine {
 
     /// Starts a container that stays.
     pub(crate) fn run_container(&self, name: &str, image: &str, args: &[&str]) {
-        let head = ["run", "-d", "--network", "none", "--name", name];
+        // A first process ignores SIGTERM, and every stop of the engine would wait for ten seconds.
+        let head = ["run", "-d", "--network", "none", "--stop-signal", "KILL", "--name", name];
         self.docker(&[&head, args, &[image, "sleep", "100000"]].concat());
     }
 

@@ -9,7 +9,8 @@ use crate::{
 /// A container that writes a line into `/data/lines` ten times a second.
 fn writer(engine: &Engine) {
     let script = "n=0; while :; do n=$((n+1)); echo line $n >>/data/lines; sleep 0.1; done";
-    engine.docker(&["run", "-d", "--network", "none", "--name", "writer", "base", "/bin/sh", "-c", script]);
+    let head = ["run", "-d", "--network", "none", "--stop-signal", "KILL", "--name", "writer"];
+    engine.docker(&[&head[..], &["base", "/bin/sh", "-c", script]].concat());
 }
 
 /// Lines written so far; each must be whole and in order. Read past the engine, which asks its driver at each exec.
