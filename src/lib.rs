@@ -53,3 +53,4 @@ pub mod sys;
 pub mod tar;
 pub mod telemetry;
 pub mod vhd;
+pub mod vhdx;

@@ -1,0 +1,30 @@
+//! VHDX: a virtual disk in a file that grows with what is written; dynamic and fixed, without parents.
+//!
+//! ```text
+//!   file    │ id │ head 1 │ head 2 │ regi 1 │ regi 2 │ … 1 MiB │ log │ metadata │ BAT │ block │ block │ …
+//!   BAT     │ b0 │ b1 │ … │ b(r-1) │ bitmap │ b(r) │ …          r = chunk ratio = 2²³ · sector / block size
+//!   entry   bits 0-2 state, 20-63 offset in MiB
+//!   disk    offset / block size ─► entry: present ─► bytes in the file, else zeros
+//! ```
+//!
+//! Source: \[MS-VHDX\] v20180912. Invariants: hostile files give typed errors and bounded memory; [`Vhdx`] never writes,
+//! and sees a file with a log in use as if it were replayed; what [`VhdxWriter`] synced survives a cut at any byte; a
+//! file of ours never has a log in use. No path, no runtime. Called by `agent`, `driver` and `cli`.
+
+mod create;
+mod error;
+mod layout;
+mod log;
+mod reader;
+mod tables;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use create::{CreateOptions, create};
+pub use error::VhdxError;
+pub use layout::{MAX_BLOCK, MAX_DISK, MIN_BLOCK};
+pub use reader::{MAX_BAT_BYTES, Vhdx};
+pub use tables::Geometry;
+pub use writer::VhdxWriter;
