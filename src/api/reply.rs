@@ -88,7 +88,10 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
         let body = read_small(request.into_body()).await?;
         if body.is_empty() {
             // What a daemon's client sends when it repeats a request whose connection broke.
-            return Err(Failure::bad_request("the request has no body; a JSON object is expected"));
+            return Err(Failure::bad_request(
+                "the request has no body, where a JSON object is expected; docker sends this when the plugin went away \
+                 during a request: try the command again",
+            ));
         }
         serde_json::from_slice(&body).map(Json).map_err(|e| {
             Failure::bad_request(format!("the request is not the JSON object that is expected: {e}"))
