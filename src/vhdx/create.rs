@@ -139,12 +139,11 @@ pub fn create<W: WriteAt>(
     Ok(end)
 }
 
+/// Writes bytes at an offset of the file.
+type WriteBytes<'a> = &'a dyn Fn(&[u8], u64) -> Result<(), VhdxError>;
+
 /// Writes the entries of the blocks that are there, neighbours together; the rest of the BAT is zeros already.
-fn write_bat(
-    places: &BTreeMap<u64, u64>,
-    ratio: u64,
-    write: &dyn Fn(&[u8], u64) -> Result<(), VhdxError>,
-) -> Result<(), VhdxError> {
+fn write_bat(places: &BTreeMap<u64, u64>, ratio: u64, write: WriteBytes<'_>) -> Result<(), VhdxError> {
     let mut run: (u64, Vec<u8>) = (0, Vec::new());
     for (&block, &place) in places {
         let at = BAT_OFFSET + bat_index(block, ratio) * 8;

@@ -103,7 +103,8 @@ struct Ring<'a> {
     log: &'a [u8],
     guid: Guid,
     budget: u64,
-    /// What was found at each sector: a scan comes by many times.
+    /// What was found at each sector (a scan comes by many times): not looked at, no entry, an entry.
+    #[allow(clippy::option_option, reason = "the three cases are these two questions, one after the other")]
     seen: Vec<Option<Option<Entry>>>,
 }
 

@@ -1,4 +1,5 @@
 //! Logs made by hand: sequences that wrap, are torn, stale or hostile.
+#![allow(clippy::single_range_in_vec_init, reason = "an entry has a list of ranges, here often of one")]
 
 use super::super::{
     Vhdx, VhdxError, VhdxWriter,
