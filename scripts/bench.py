@@ -342,6 +342,10 @@ def latencies(plugin):
 # ---- tables
 
 def table(out, title, head, rows):
+    # With --tasks there is nothing to tell in some tables.
+    rows = [row for row in rows if any(cell != "–" for cell in row[2:])]
+    if not rows:
+        return
     out.append(f"\n### {title}\n")
     out.append("| " + " | ".join(head) + " |")
     out.append("|" + "|".join(["---"] * 2 + ["---:"] * (len(head) - 2)) + "|")
@@ -349,11 +353,15 @@ def table(out, title, head, rows):
 
 
 def span(seconds):
+    if seconds is None:
+        return "–"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else \
         f"{seconds * 1000:.1f} ms"
 
 
 def ratio(value, base, with_processor=True):
+    if not value or not base:
+        return "–"
     text = f"{value[0] / base[0]:.2f}" if value[0] > base[0] / 100 else f"{value[0] / base[0]:.4f}"
     text += f" ({span(value[0])})"
     return text + (f" · {value[1] / base[1]:.2f}" if with_processor else "")
@@ -371,8 +379,9 @@ def measure_place(place, folder, options, layers, known, tree_of):
         try:
             tasks = Place(work, options.program, tar, size, entries, tree_of[name]).tasks()
             tasks.update(plugin_tasks(plugin, tar))
-            figures[name] = rounds(tasks, options.rounds)
-            if not calls:
+            wanted = {task: f for task, f in tasks.items() if not options.tasks or task in options.tasks}
+            figures[name] = rounds(wanted, options.rounds)
+            if not calls and not options.tasks:
                 calls = latencies(plugin)
             figures[name]["image"] = os.path.getsize(f"{work}/layer.vhd")
             figures[name]["record"] = os.path.getsize(f"{work}/layer.rec")
@@ -389,6 +398,7 @@ def main():
     parser.add_argument("--dir", required=True)
     parser.add_argument("--out")
     parser.add_argument("--only", default="minbase,small,big")
+    parser.add_argument("--tasks", type=lambda names: names.split(","), default=[])
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -423,22 +433,22 @@ def main():
     pairs = [(place, name) for place in places for name in layers]
     table(out, "Tar to image, × `cat tar > file` (time) · × its processor time",
           ["where", "layer", "cat", "`layer pack --record`", "`mke2fs -d`", "mkfs, loop mount, `tar -x`"],
-          [[p, n, span(figures[p][n]['cat'][0])]
-           + [ratio(figures[p][n][k], figures[p][n]["cat"]) for k in ("pack", "mke2fs", "mount")]
+          [[p, n, span(figures[p][n].get('cat', [None])[0])]
+           + [ratio(figures[p][n].get(k), figures[p][n].get("cat")) for k in ("pack", "mke2fs", "mount")]
            for p, n in pairs])
     table(out, "Image to tar, × `cat image | cat` (time) · × its processor time",
           ["where", "layer", "cat", "`layer unpack --exact`", "`layer unpack`", "loop mount, `tar -c`"],
-          [[p, n, span(figures[p][n]['catcat'][0])]
-           + [ratio(figures[p][n][k], figures[p][n]["catcat"]) for k in ("exact", "canonical", "gnutar")]
+          [[p, n, span(figures[p][n].get('catcat', [None])[0])]
+           + [ratio(figures[p][n].get(k), figures[p][n].get("catcat")) for k in ("exact", "canonical", "gnutar")]
            for p, n in pairs])
     table(out, "Through the plugin (HTTP, jailed worker, strict check, commit), × the command on files",
           ["where", "layer", "ApplyDiff × pack", "Diff × unpack --exact"],
-          [[p, n, ratio(figures[p][n]["http apply"], figures[p][n]["pack"], False),
-            ratio(figures[p][n]["http diff"], figures[p][n]["exact"], False)] for p, n in pairs])
+          [[p, n, ratio(figures[p][n].get("http apply"), figures[p][n].get("pack"), False),
+            ratio(figures[p][n].get("http diff"), figures[p][n].get("exact"), False)] for p, n in pairs])
     table(out, "Metadata through the plugin, × loop mount and `find`",
           ["where", "layer", "mount and find", "DiffSize", "Changes"],
-          [[p, n, span(figures[p][n]['find'][0])]
-           + [ratio(figures[p][n][k], figures[p][n]["find"], False) for k in ("DiffSize", "Changes")]
+          [[p, n, span(figures[p][n].get('find', [None])[0])]
+           + [ratio(figures[p][n].get(k), figures[p][n].get("find"), False) for k in ("DiffSize", "Changes")]
            for p, n in pairs])
     first = next(iter(layers))
     table(out, f"Latencies through the socket, medians of {CALLS}, a container on *{first}*",
