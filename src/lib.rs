@@ -21,7 +21,7 @@
 //!                  ┌─────▼──────┐
 //!                  │ agent      │  the guest side
 //!                  │ diff       │  layer ⇄ tar, changes, exact record
-//!                  │ tar ext4 vhd │ formats
+//!                  │ tar ext4 vhd vhdx verity │ formats
 //!                  │ io         │  ReadAt, WriteAt
 //!                  └────────────┘
 //! ```

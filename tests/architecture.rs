@@ -11,18 +11,34 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     (
         "cli",
-        &["agent", "api", "config", "diff", "driver", "ext4", "io", "listen", "store", "telemetry", "vhd"],
+        &[
+            "agent",
+            "api",
+            "config",
+            "diff",
+            "driver",
+            "ext4",
+            "io",
+            "listen",
+            "store",
+            "telemetry",
+            "verity",
+            "vhd",
+            "vhdx",
+        ],
     ),
     ("api", &["driver", "store", "telemetry"]),
     ("listen", &["sys"]),
-    ("driver", &["config", "ext4", "io", "store", "svm", "sys", "telemetry", "vhd"]),
+    ("driver", &["config", "ext4", "io", "store", "svm", "sys", "telemetry", "verity", "vhd", "vhdx"]),
     ("store", &["sys"]),
     ("svm", &["agent", "sys"]),
-    ("agent", &["diff", "ext4", "io", "sys", "tar", "vhd"]),
-    ("diff", &["ext4", "io", "tar", "vhd"]),
+    ("agent", &["diff", "ext4", "io", "sys", "tar", "verity", "vhd", "vhdx"]),
+    ("diff", &["ext4", "io", "tar", "verity", "vhd"]),
     ("tar", &["io"]),
     ("ext4", &["io"]),
     ("vhd", &["io"]),
+    ("vhdx", &["io"]),
+    ("verity", &["io"]),
     ("io", &[]),
     ("sys", &[]),
     ("config", &[]),
@@ -30,7 +46,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 /// Modules that know no runtime, no HTTP, no configuration.
-const PLAIN: &[&str] = &["agent", "diff", "tar", "ext4", "vhd", "io"];
+const PLAIN: &[&str] = &["agent", "diff", "tar", "ext4", "vhd", "vhdx", "verity", "io"];
 /// Crates that plain modules must not use.
 const RUNTIME_CRATES: &[&str] = &["tokio", "axum", "hyper", "hyper_util", "tower_http", "figment", "clap"];
 /// Lines of a file without its tests.
