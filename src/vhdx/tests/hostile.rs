@@ -110,7 +110,9 @@ fn one_broken_copy_of_header_and_table_does_no_harm() {
     }
     for pair in [HEADER_OFFSETS, REGION_TABLE_OFFSETS] {
         let mut bytes = sample();
-        pair.iter().for_each(|&at| bytes[at as usize + 40] ^= 1);
+        for at in pair {
+            bytes[at as usize + 40] ^= 1;
+        }
         assert!(matches!(try_all(bytes), Err(VhdxError::Corrupt { .. })));
     }
 }
