@@ -113,7 +113,9 @@ pub fn create<W: WriteAt>(
     for (at, bytes) in pieces {
         write(bytes, at)?;
     }
-    write_bat(&places, ratio, &write)?;
+    for (bytes, at) in bat_runs(&places, ratio) {
+        write(&bytes, at)?;
+    }
     write(&metadata_bytes(&geometry), METADATA_OFFSET)?;
     let regions = region_table_bytes(&[
         (REGION_BAT, BAT_OFFSET..bat_end),
@@ -139,19 +141,16 @@ pub fn create<W: WriteAt>(
     Ok(end)
 }
 
-/// Writes bytes at an offset of the file.
-type WriteBytes<'a> = &'a dyn Fn(&[u8], u64) -> Result<(), VhdxError>;
-
-/// Writes the entries of the blocks that are there, neighbours together; the rest of the BAT is zeros already.
-fn write_bat(places: &BTreeMap<u64, u64>, ratio: u64, write: WriteBytes<'_>) -> Result<(), VhdxError> {
-    let mut run: (u64, Vec<u8>) = (0, Vec::new());
+/// The entries of the blocks that are there, neighbours together, and where they go; the rest of the BAT is zeros.
+fn bat_runs(places: &BTreeMap<u64, u64>, ratio: u64) -> Vec<(Vec<u8>, u64)> {
+    let mut runs: Vec<(Vec<u8>, u64)> = Vec::new();
     for (&block, &place) in places {
         let at = BAT_OFFSET + bat_index(block, ratio) * 8;
-        if at != run.0 + run.1.len() as u64 {
-            write(&run.1, run.0)?;
-            run = (at, Vec::new());
+        let entry = BatEntry::present(place).0.to_le_bytes();
+        match runs.last_mut() {
+            Some((run, start)) if *start + run.len() as u64 == at => run.extend_from_slice(&entry),
+            _ => runs.push((entry.to_vec(), at)),
         }
-        run.1.extend_from_slice(&BatEntry::present(place).0.to_le_bytes());
     }
-    write(&run.1, run.0)
+    runs
 }

@@ -98,14 +98,21 @@ struct Entry {
     last: u64,
 }
 
+/// What is known of a sector of the log.
+#[derive(Debug, Clone, Copy)]
+enum Seen {
+    NotYet,
+    NoEntry,
+    Entry(Entry),
+}
+
 /// The ring and what may still be spent on it.
 struct Ring<'a> {
     log: &'a [u8],
     guid: Guid,
     budget: u64,
-    /// What was found at each sector (a scan comes by many times): not looked at, no entry, an entry.
-    #[allow(clippy::option_option, reason = "the three cases are these two questions, one after the other")]
-    seen: Vec<Option<Option<Entry>>>,
+    /// What was found at each sector: a scan comes by many times.
+    seen: Vec<Seen>,
 }
 
 impl Ring<'_> {
@@ -136,11 +143,13 @@ impl Ring<'_> {
     /// The entry at `offset`, if all of it is right.
     fn entry(&mut self, offset: u64) -> Result<Option<Entry>, VhdxError> {
         let index = (offset / SECTOR) as usize;
-        if let Some(known) = self.seen[index] {
-            return Ok(known);
+        match self.seen[index] {
+            Seen::NoEntry => return Ok(None),
+            Seen::Entry(entry) => return Ok(Some(entry)),
+            Seen::NotYet => {}
         }
         let entry = self.parse_entry(offset)?;
-        self.seen[index] = Some(entry);
+        self.seen[index] = entry.map_or(Seen::NoEntry, Seen::Entry);
         Ok(entry)
     }
 
@@ -235,7 +244,7 @@ pub(super) fn active(log: &[u8], log_offset: u64, guid: Guid, file_bytes: u64) -
     if log.is_empty() || !log.len().is_multiple_of(LOG_SECTOR) {
         return Err(corrupt("a log without room"));
     }
-    let seen = vec![None; log.len() / LOG_SECTOR];
+    let seen = vec![Seen::NotYet; log.len() / LOG_SECTOR];
     let mut ring = Ring { log, guid, budget: log.len() as u64 * MAX_PASSES, seen };
     let mut best: Vec<Entry> = Vec::new();
     let mut tail = 0;

@@ -24,10 +24,10 @@ fn entry(
     sequence: u64,
     tail: u32,
     file_end: u64,
-    zeros: &[Range<u64>],
+    zeros: Option<Range<u64>>,
     sectors: &[(u64, [u8; LOG_SECTOR])],
 ) -> Vec<u8> {
-    let descriptors = zeros.len() + sectors.len();
+    let descriptors = usize::from(zeros.is_some()) + sectors.len();
     let head = (64 + 32 * descriptors).next_multiple_of(LOG_SECTOR);
     let mut bytes = vec![0; head + sectors.len() * LOG_SECTOR];
     let header = LogEntryHeader {
@@ -43,7 +43,7 @@ fn entry(
         last_file_offset: file_end.into(),
     };
     bytes[..64].copy_from_slice(header.as_bytes());
-    let zeros = zeros.iter().map(|z| (ZERO_SIGNATURE, z.start, [0; 4], (z.end - z.start).to_le_bytes()));
+    let zeros = zeros.into_iter().map(|z| (ZERO_SIGNATURE, z.start, [0; 4], (z.end - z.start).to_le_bytes()));
     let datas = sectors.iter().map(|(at, s)| {
         (DATA_SIGNATURE, *at, s[LOG_SECTOR - 4..].try_into().unwrap(), s[..8].try_into().unwrap())
     });
@@ -90,7 +90,7 @@ fn lay(log: &mut [u8], start: usize, first_sequence: u64, count: usize, tail: us
     for n in 0..count {
         let at = (4 << 20) + n as u64 * 4096;
         let sequence = first_sequence + n as u64;
-        let bytes = entry(GUID, sequence, tail as u32, 8 << 20, &[], &[(at, sector(sequence as u8))]);
+        let bytes = entry(GUID, sequence, tail as u32, 8 << 20, None, &[(at, sector(sequence as u8))]);
         for (i, byte) in bytes.iter().enumerate() {
             log[(start + n * 8192 + i) % LOG] = *byte;
         }
@@ -148,7 +148,7 @@ fn a_log_without_a_sequence_and_a_cut_file_are_corrupt() {
     lay(&mut lost, 0, 5, 2, 8192 * 9);
     assert!(corrupt(&lost, 8 << 20), "the tail is not there");
     let mut far = vec![0; LOG];
-    far[..4096].copy_from_slice(&entry(GUID, 1, 0, 0, &[u64::MAX - 8191..u64::MAX - 4095], &[]));
+    far[..4096].copy_from_slice(&entry(GUID, 1, 0, 0, Some(u64::MAX - 8191..u64::MAX - 4095), &[]));
     assert!(corrupt(&far, 8 << 20));
 }
 
@@ -182,9 +182,9 @@ fn zeros_and_sectors_cover_each_other_in_order() {
     let mut log = vec![0; LOG];
     let base = 1u64 << 20;
     let entries = [
-        entry(GUID, 1, 0, 8 << 20, &[], &[(base, sector(1)), (base + 4096, sector(2))]),
-        entry(GUID, 2, 0, 8 << 20, &[base + 4096..base + 3 * 4096], &[]),
-        entry(GUID, 3, 0, 8 << 20, &[base + 3 * 4096..base + 4 * 4096], &[(base + 2 * 4096, sector(3))]),
+        entry(GUID, 1, 0, 8 << 20, None, &[(base, sector(1)), (base + 4096, sector(2))]),
+        entry(GUID, 2, 0, 8 << 20, Some(base + 4096..base + 3 * 4096), &[]),
+        entry(GUID, 3, 0, 8 << 20, Some(base + 3 * 4096..base + 4 * 4096), &[(base + 2 * 4096, sector(3))]),
     ];
     let mut at = 0;
     for entry in &entries {
@@ -230,8 +230,14 @@ fn readers_replay_in_memory_and_writers_into_the_file() {
     let file = disk.size().unwrap();
     page[3 * 8..4 * 8].copy_from_slice(&(file | 6).to_le_bytes());
     let block_one = 5 * MIB;
-    let bytes =
-        entry(GUID, 9, 0, file, &[block_one..block_one + MIB / 2], &[(bat, page), (file + 4096, sector(9))]);
+    let bytes = entry(
+        GUID,
+        9,
+        0,
+        file,
+        Some(block_one..block_one + MIB / 2),
+        &[(bat, page), (file + 4096, sector(9))],
+    );
     let mut bytes = bytes;
     bytes[56..64].copy_from_slice(&(file + MIB).to_le_bytes());
     let sum = checksum(&bytes);
