@@ -170,8 +170,7 @@ fn a_log_of_qemu_in_use_is_replayed() {
     // Each has an id of its own and the whole page of the BAT; the last one counts.
     let mut log = vec![0; 1 << 20];
     disk.read_exact_at(&mut log, header.log_offset.get()).unwrap();
-    let entry =
-        log.chunks(4096).filter(|sector| sector.starts_with(b"loge")).next_back().expect("qemu wrote no log");
+    let entry = log.chunks(4096).rfind(|sector| sector.starts_with(b"loge")).expect("qemu wrote no log");
     header.log_guid = entry[32..48].try_into().unwrap();
     for (n, at) in HEADER_OFFSETS.into_iter().enumerate() {
         header.sequence_number = (1000 + n as u64).into();
