@@ -1,0 +1,33 @@
+//! The product below a real Docker engine: every test starts an engine of its own, drives it as people do, and
+//! compares **contents**.
+//!
+//! ```text
+//!   basics  images  classic_build  buildkit  restarts  userns  deep  quota  chaos  parallel  hostile  removal
+//!      └───────┴──────────┴───────────┴─────────┴─────────┴──┬────┴─────┴──────┴───────┴────────┴───────┘
+//!                     rootfs (what is imported)  manifest (what a tree holds)  archive (image archives)
+//!                                     engine (a room with dockerd) ─► command   tarball (tar bytes)
+//! ```
+//!
+//! Needs root, Debian's docker.io, busybox-static and attr; says so where they are missing. Environment:
+//! `LCOW_E2E_DRIVER=overlay2` runs the same tests on the engine's own driver, as a control of the tests;
+//! `LCOW_E2E_PATH` is put before the search path (another engine); `LCOW_E2E_KEEP` keeps the engines' folders;
+//! `LCOW_E2E_SEED` repeats a run of the chaos test.
+
+mod archive;
+mod basics;
+mod buildkit;
+mod chaos;
+mod classic_build;
+mod command;
+mod deep;
+mod engine;
+mod hostile;
+mod images;
+mod manifest;
+mod parallel;
+mod quota;
+mod removal;
+mod restarts;
+mod rootfs;
+mod tarball;
+mod userns;
