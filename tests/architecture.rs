@@ -11,7 +11,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     (
         "cli",
-        &["agent", "api", "config", "diff", "driver", "ext4", "io", "listen", "store", "telemetry", "vhd"],
+        &["agent", "api", "config", "diff", "driver", "ext4", "io", "listen", "store", "sys", "telemetry", "vhd"],
     ),
     ("api", &["driver", "store", "telemetry"]),
     ("listen", &["sys"]),
