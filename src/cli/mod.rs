@@ -5,6 +5,7 @@
 //!                    store    look at a store, repair it          store, driver (scrub)
 //!                    layer    convert one layer on files          diff
 //!                    call     one request to a running plugin     HTTP client on its socket
+//!                    completions, man   for shells and manuals   clap
 //!                    worker   (hidden) the embedded service VM    agent
 //! ```
 //!
@@ -12,6 +13,7 @@
 //! error; the exit status is 0 for success, 1 for a failure, 2 for a wrong command line. Called by `main` alone.
 
 mod call;
+mod generate;
 mod layer;
 mod serve;
 mod store;
@@ -54,6 +56,10 @@ enum Command {
     Layer(layer::LayerCommand),
     /// Sends one request to a running plugin and prints its reply.
     Call(call::CallArgs),
+    /// Prints the completions of a shell, for its start-up file.
+    Completions(generate::CompletionsArgs),
+    /// Writes the manual pages into a folder.
+    Man(generate::ManArgs),
     /// The embedded service VM; started by `serve`, never by hand.
     #[command(hide = true)]
     Worker {
@@ -122,6 +128,8 @@ pub fn run() -> ExitCode {
         Command::Store(command) => store::run(command),
         Command::Layer(command) => layer::run(command),
         Command::Call(args) => call::run(args),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
         Command::Worker { args } => {
             let codec: Arc<dyn Codec> = Arc::new(RealCodec);
             let status = crate::agent::worker_main(&args, &codec);

@@ -10,7 +10,7 @@
 //!
 //! Invariants:
 //! * No byte of a layer is interpreted here: `transfer` opens files and hands descriptors to a service VM.
-//! * No lock is held across bulk I/O; [gates](gates) are held while mounts change and while metadata are read.
+//! * No lock is held across bulk I/O; gates are held while mounts change and while metadata are read.
 //! * A layer's state changes through the store's atomic commits only.
 //! * Only images that a second, fresh service VM found sound, and sandboxes that we formatted, are mounted.
 //!

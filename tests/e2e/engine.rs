@@ -453,13 +453,6 @@ impl Engine {
         points.filter(|p| p.starts_with(&home) && **p != home).map(str::to_owned).collect()
     }
 
-    /// Ids of the read-write layers that dockerd has a note of.
-    pub(crate) fn noted_by_the_engine(&self) -> BTreeSet<String> {
-        let notes = self.data_root().join("image").join(self.options.driver.name()).join("layerdb/mounts");
-        let notes = fs::read_dir(notes).into_iter().flatten().flatten();
-        notes.filter_map(|n| fs::read_to_string(n.path().join("mount-id")).ok()).collect()
-    }
-
     /// Loop devices whose files are this engine's.
     pub(crate) fn loops(&self) -> Vec<String> {
         let folder = self.folder().to_string_lossy().into_owned();
@@ -529,6 +522,7 @@ impl Drop for Engine {
             let _ = daemon.outer.wait();
         }
         remove_cgroups(&self.cgroup);
+        let panics = self.log_text("plugin").contains("panicked");
         if let Some(folder) = self.folder.take() {
             if std::env::var_os("LCOW_E2E_KEEP").is_some() {
                 eprintln!("kept {}", folder.keep().display());
@@ -540,6 +534,10 @@ impl Drop for Engine {
                 eprintln!("cannot delete {}: {error}", place.display());
             }
         }
+        assert!(
+            thread::panicking() || !panics,
+            "the plugin or a service VM panicked (LCOW_E2E_KEEP keeps its log)"
+        );
     }
 }
 

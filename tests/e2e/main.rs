@@ -26,6 +26,7 @@ mod images;
 mod manifest;
 mod parallel;
 mod quota;
+mod registry;
 mod removal;
 mod restarts;
 mod rootfs;

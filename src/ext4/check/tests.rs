@@ -361,7 +361,7 @@ fn images_of_our_writer_pass_and_read_well() {
                 assert_eq!(fs.read_file_at(&file, 0, &mut bytes).unwrap() as u64, size);
                 assert!(bytes[..size as usize].iter().all(|b| *b == b'x'), "{name}");
             }
-            assert_eq!(fs.xattrs(&open(&dir, b"large")).unwrap()[0].value, [9; 20_000]);
+            assert_eq!(fs.xattrs(&open(&dir, b"large")).unwrap()[0].value, vec![9; 20_000]);
             assert_eq!(fs.xattrs(&open(&dir, b"tiny")).unwrap().len(), 2);
             assert_eq!(fs.symlink_target(&open(&root, b"long")).unwrap(), [b'l'; 900]);
             assert_eq!(open(&root, b"blk").rdev, (259, 70_000));

@@ -253,8 +253,8 @@ mod tests {
     fn times_before_1970_and_after_2038_are_kept() {
         assert_eq!(timestamp(0xFFFF_FFFF, Some(0)), Timestamp { secs: -1, nanos: 0 });
         assert_eq!(timestamp(0, Some(1)), Timestamp { secs: 1 << 32, nanos: 0 });
-        assert_eq!(timestamp(5, Some(0b111_00)), Timestamp { secs: 5, nanos: 7 });
-        assert_eq!(timestamp(5, Some(u32::MAX & !3)).nanos, 999_999_999);
+        assert_eq!(timestamp(5, Some(0b1_1100)), Timestamp { secs: 5, nanos: 7 });
+        assert_eq!(timestamp(5, Some(!3)).nanos, 999_999_999);
     }
 
     #[test]

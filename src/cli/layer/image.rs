@@ -1,0 +1,152 @@
+//! An image that is looked at: its VHD footer left out, its tree walked by path.
+
+use super::failure::{failed, shown};
+use crate::{
+    cli::CliError,
+    diff::{LayerKind, LayerSource},
+    ext4::{Ext4, Ext4Error, FileKind, Inode},
+    io::{ReadAt, SubDisk},
+    vhd::{self, Footer, VhdError},
+};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// `EXT4_FEATURE_COMPAT_HAS_JOURNAL`.
+const HAS_JOURNAL: u32 = 0x4;
+/// Folders of a sandbox.
+const SANDBOX_FOLDERS: [&[u8]; 2] = [b"upper", b"work"];
+/// Symbolic links followed in one path, as Linux has it (MAXSYMLINKS).
+const MAX_HOPS: usize = 40;
+/// How a VHDX begins.
+const VHDX_MAGIC: &[u8] = b"vhdxfile";
+
+/// The disk in a VHD, or a bare image.
+pub(super) type Disk = SubDisk<Arc<File>>;
+
+/// An opened image.
+pub(super) struct Image {
+    pub(super) path: PathBuf,
+    pub(super) file_bytes: u64,
+    pub(super) footer: Option<Footer>,
+    pub(super) disk: Disk,
+}
+
+impl Image {
+    pub(super) fn open(path: &Path) -> Result<Self, CliError> {
+        let file = File::open(path).map_err(|e| failed("open", path, &e))?;
+        if file.metadata().is_ok_and(|m| m.is_dir()) {
+            return Err(format!("{} is a folder, not an image", shown(path)).into());
+        }
+        let file_bytes = file.size().map_err(|e| failed("read", path, &e))?;
+        let mut head = [0; VHDX_MAGIC.len()];
+        if file.read_exact_at(&mut head, 0).is_ok() && head == VHDX_MAGIC {
+            return Err(format!(
+                "{} is a VHDX, which is not read here: `qemu-img convert -O raw {} OUT.img` makes a raw image",
+                shown(path),
+                path.display()
+            )
+            .into());
+        }
+        let footer = footer(&file, file_bytes).map_err(|e| failed("read", path, &*e))?;
+        let disk_bytes = footer.map_or(file_bytes, |f| f.disk_bytes);
+        let disk = SubDisk::new(Arc::new(file), 0, disk_bytes);
+        Ok(Self { path: path.to_owned(), file_bytes, footer, disk })
+    }
+
+    pub(super) fn ext4(&self) -> Result<Ext4<Disk>, CliError> {
+        Ext4::open(self.disk.clone()).map_err(|e| failed("read", &self.path, &e))
+    }
+
+    /// Whether it is a layer made by apply, or one that is written through a mount.
+    pub(super) fn kind(&self) -> Result<LayerKind, CliError> {
+        let fs = self.ext4()?;
+        kind(&fs).map_err(|e| failed("read", &self.path, &e))
+    }
+
+    /// The image as a layer.
+    pub(super) fn layer(&self) -> Result<LayerSource<Disk>, CliError> {
+        Ok(LayerSource::new(self.disk.clone(), self.kind()?))
+    }
+}
+
+/// The footer at the end of a file; `None` for a bare image.
+fn footer(file: &File, file_bytes: u64) -> Result<Option<Footer>, CliError> {
+    let Some(at) = file_bytes.checked_sub(vhd::FOOTER_SIZE as u64) else { return Ok(None) };
+    let mut bytes = [0; vhd::FOOTER_SIZE];
+    file.read_exact_at(&mut bytes, at)?;
+    match Footer::parse(&bytes) {
+        Ok(footer) if footer.disk_bytes <= at => Ok(Some(footer)),
+        Ok(footer) => Err(format!(
+            "its vhd footer tells of a disk of {} bytes, the file has {at}: it is cut",
+            footer.disk_bytes
+        )
+        .into()),
+        Err(VhdError::Corrupt("no cookie")) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Images of layers have no journal; one with a journal and a sandbox's two folders is a sandbox.
+pub(super) fn kind<R: ReadAt>(fs: &Ext4<R>) -> Result<LayerKind, Ext4Error> {
+    if fs.geometry().feature_compat & HAS_JOURNAL == 0 {
+        return Ok(LayerKind::Applied);
+    }
+    let root = fs.inode(fs.root())?;
+    for name in SANDBOX_FOLDERS {
+        match fs.lookup(&root, name)? {
+            Some(ino) if fs.inode(ino)?.kind == FileKind::Directory => {}
+            _ => return Ok(LayerKind::Applied),
+        }
+    }
+    Ok(LayerKind::Sandbox)
+}
+
+/// The inode that a path leads to; symbolic links on the way are followed inside the image, a last one if `follow`.
+pub(super) fn resolve<R: ReadAt>(fs: &Ext4<R>, path: &[u8], follow: bool) -> Result<Inode, CliError> {
+    let mut todo: Vec<Vec<u8>> = parts(path);
+    let mut stack: Vec<Inode> = vec![fs.inode(fs.root())?];
+    let mut hops = 0;
+    // A slash at the end asks for what a link leads to.
+    let follow = follow || path.ends_with(b"/");
+    while let Some(part) = todo.pop() {
+        if part == b".." {
+            if stack.len() > 1 {
+                stack.pop();
+            }
+            continue;
+        }
+        let Some(dir) = stack.last() else { break };
+        if dir.kind != FileKind::Directory {
+            return Err(format!("a part of the path before '{}' is no folder", part.escape_ascii()).into());
+        }
+        let found = fs.lookup(dir, &part)?;
+        let ino = found.ok_or_else(|| format!("there is no '{}' in it", part.escape_ascii()))?;
+        let inode = fs.inode(ino)?;
+        if inode.kind == FileKind::Symlink && (follow || !todo.is_empty()) {
+            hops += 1;
+            if hops > MAX_HOPS {
+                return Err("too many symbolic links in the path".into());
+            }
+            let target = fs.symlink_target(&inode)?;
+            if target.starts_with(b"/") {
+                stack.truncate(1);
+            }
+            todo.extend(parts(&target));
+            continue;
+        }
+        stack.push(inode);
+    }
+    stack.pop().ok_or_else(|| "the path leads nowhere".into())
+}
+
+/// The parts of a path, the last one first.
+fn parts(path: &[u8]) -> Vec<Vec<u8>> {
+    path.split(|b| *b == b'/')
+        .filter(|part| !part.is_empty() && *part != b".")
+        .rev()
+        .map(<[u8]>::to_vec)
+        .collect()
+}

@@ -1,0 +1,172 @@
+//! `layer`: one layer on files, between tar and image.
+//!
+//! ```text
+//!   IN.tar (plain, gzip, zstd, or -) ──pack──► OUT.vhd + RECORD          pack    input, output
+//!   IMAGE (+ RECORD) ──unpack, diff──► tar                               unpack  image, output
+//!   IMAGE ──inspect, ls, cat, verify──► what it holds                    show    image
+//! ```
+//!
+//! All work is done in this process, with the rights of who called it: unlike the service, which hands it to a jailed
+//! worker. What is read is taken for hostile all the same. Files appear whole or not at all: they are written under a
+//! temporary name beside their place, synced, and renamed. Called by [`super::run`].
+
+mod failure;
+mod image;
+mod input;
+mod output;
+mod pack;
+mod show;
+mod unpack;
+
+use super::CliError;
+use crate::vhd;
+use bytesize::ByteSize;
+use clap::{Args, Subcommand, ValueEnum};
+use std::{path::PathBuf, process::ExitCode};
+
+/// The exit status of a program that was ended because nobody reads its output any more, as shells tell it.
+const CLOSED_PIPE: u8 = 141;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum LayerCommand {
+    /// Makes a layer image (ext4 in a fixed VHD) from a tar. Gzip and zstd are recognised by their content.
+    Pack(PackArgs),
+    /// Gives a layer back as a tar: the very bytes that were packed with --exact, else the canonical tar.
+    Unpack(UnpackArgs),
+    /// Shows what an image is: VHD footer, file system, counts.
+    Inspect(InspectArgs),
+    /// Lists a folder of an image, or one file.
+    Ls(LsArgs),
+    /// Writes a file of an image to standard output.
+    Cat(CatArgs),
+    /// Checks an image's metadata as strictly as the service does before it mounts one, and with a record all its data.
+    Verify(VerifyArgs),
+    /// Writes what IMAGE has and the PARENTs have not as a canonical tar (deleted names as `.wh.` files).
+    Diff(DiffArgs),
+}
+
+/// How an image is laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Profile {
+    /// Clean for e2fsck, 1 KiB blocks, small files inside their inodes, metadata checksums.
+    Default,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PackArgs {
+    /// The layout of the image.
+    #[arg(long, value_enum, default_value = "default")]
+    profile: Profile,
+    /// Also writes the exact record here: with it, `unpack --exact` gives back the very bytes of the tar.
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+    /// Refuses to make an image larger than this (`500MiB`, `20GB`).
+    #[arg(long, value_name = "SIZE", default_value_t = ByteSize(vhd::MAX_DISK_BYTES))]
+    max_size: ByteSize,
+    /// Prints the summary as JSON.
+    #[arg(long)]
+    json: bool,
+    /// The tar; `-` is standard input.
+    #[arg(value_name = "IN.tar")]
+    input: PathBuf,
+    /// The image to be made; replaced if it exists.
+    #[arg(value_name = "OUT.vhd")]
+    output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct UnpackArgs {
+    /// The record that `pack --record` wrote with this image.
+    #[arg(long, value_name = "RECORD")]
+    exact: Option<PathBuf>,
+    /// The image.
+    image: PathBuf,
+    /// The tar to be made; `-` is standard output.
+    #[arg(value_name = "OUT.tar", default_value = "-")]
+    output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InspectArgs {
+    /// Also shows this exact record.
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+    /// Prints JSON.
+    #[arg(long)]
+    json: bool,
+    /// The image.
+    image: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct LsArgs {
+    /// Shows type, permissions, links, owner, size and time (UTC) too.
+    #[arg(short = 'l', long)]
+    long: bool,
+    /// Prints JSON, always with all that -l shows, and extended attributes.
+    #[arg(long)]
+    json: bool,
+    /// The image.
+    image: PathBuf,
+    /// A path in it.
+    #[arg(default_value = "/")]
+    path: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CatArgs {
+    /// The image.
+    image: PathBuf,
+    /// A file in it; symbolic links are followed inside the image.
+    path: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VerifyArgs {
+    /// The exact record: the whole tar is read back from the image and its digest compared.
+    #[arg(long, value_name = "RECORD")]
+    record: Option<PathBuf>,
+    /// Prints JSON.
+    #[arg(long)]
+    json: bool,
+    /// The image.
+    image: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DiffArgs {
+    /// Writes the tar here; `-` is standard output.
+    #[arg(long, short = 'o', value_name = "OUT.tar", default_value = "-")]
+    output: PathBuf,
+    /// The image of a whole file system.
+    image: PathBuf,
+    /// What it is compared with: layers that lie over each other, the topmost first.
+    #[arg(value_name = "PARENT", required = true)]
+    parents: Vec<PathBuf>,
+}
+
+pub(super) fn run(command: LayerCommand) -> Result<ExitCode, CliError> {
+    let result = match command {
+        LayerCommand::Pack(args) => pack::pack(&args),
+        LayerCommand::Unpack(args) => unpack::unpack(&args),
+        LayerCommand::Inspect(args) => show::inspect(&args),
+        LayerCommand::Ls(args) => show::ls(&args),
+        LayerCommand::Cat(args) => unpack::cat(&args),
+        LayerCommand::Verify(args) => show::verify(&args),
+        LayerCommand::Diff(args) => unpack::diff(&args),
+    };
+    match result {
+        Err(e) if failure::is_closed_pipe(&*e) => Ok(ExitCode::from(CLOSED_PIPE)),
+        other => other,
+    }
+}
+
+/// Hexadecimal digits.
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

@@ -1,0 +1,138 @@
+//! What goes out: whole files or none, and standard output.
+//!
+//! ```text
+//!   create ─► OUT's folder/.OUT.XXXXXX ─ writes ─► commit: sync, rename to OUT         dropped before: deleted
+//! ```
+
+use super::failure::{failed, shown};
+use crate::cli::CliError;
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io::{self, IsTerminal, Write},
+    path::{Path, PathBuf},
+};
+use tempfile::NamedTempFile;
+
+/// A file that appears under its name when it is complete.
+pub(super) struct NewFile {
+    place: PathBuf,
+    temporary: NamedTempFile,
+}
+
+impl NewFile {
+    /// Starts a file that shall stand at `path`, which may exist: then it is replaced at the end.
+    pub(super) fn create(path: &Path) -> Result<Self, CliError> {
+        let refuse = |what: &str| format!("cannot write {}: {what}", shown(path));
+        let place = match fs::metadata(path) {
+            Ok(known) if known.is_dir() => {
+                return Err(refuse("it is a folder; name a file in it").into());
+            }
+            Ok(known) if !known.is_file() => {
+                return Err(refuse("it is no regular file; name another").into());
+            }
+            // The file that a symbolic link leads to is replaced, not the link.
+            Ok(_) => fs::canonicalize(path).map_err(|e| failed("write", path, &e))?,
+            Err(_) => path.to_owned(),
+        };
+        let name = place.file_name().ok_or_else(|| refuse("it names no file"))?;
+        let folder = match place.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let mut prefix = OsString::from(".");
+        prefix.push(name);
+        prefix.push(".");
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(&prefix);
+        #[cfg(unix)]
+        // The umask takes away what a new file shall not have.
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let temporary = builder.tempfile_in(folder).map_err(|e| failed("make a file in", folder, &e))?;
+        Ok(Self { place, temporary })
+    }
+
+    /// The file, empty at first.
+    pub(super) fn file(&self) -> &File {
+        self.temporary.as_file()
+    }
+
+    /// Makes the file durable and gives it its name.
+    pub(super) fn commit(self) -> Result<(), CliError> {
+        self.file().sync_all().map_err(|e| failed("sync", &self.place, &e))?;
+        self.temporary.persist(&self.place).map_err(|e| failed("write", &self.place, &e.error))?;
+        Ok(())
+    }
+}
+
+/// Where a tar goes.
+pub(super) enum TarOutput {
+    /// A new file.
+    File(NewFile),
+    /// Standard output, a pipe or a device: bytes that went there stay there.
+    Stream(File),
+}
+
+impl TarOutput {
+    pub(super) fn create(path: &Path) -> Result<Self, CliError> {
+        if path.as_os_str() == "-" {
+            if io::stdout().is_terminal() {
+                return Err("a tar does not go to a terminal: redirect the output, or name a file".into());
+            }
+            return Ok(Self::Stream(standard_output().map_err(|e| failed("write", path, &e))?));
+        }
+        if fs::metadata(path).is_ok_and(|known| !known.is_file() && !known.is_dir()) {
+            let stream = File::options().write(true).open(path);
+            return Ok(Self::Stream(stream.map_err(|e| failed("open", path, &e))?));
+        }
+        Ok(Self::File(NewFile::create(path)?))
+    }
+
+    /// Ends it well.
+    pub(super) fn commit(self) -> Result<(), CliError> {
+        match self {
+            Self::File(file) => file.commit(),
+            Self::Stream(_) => Ok(()),
+        }
+    }
+
+    fn file(&self) -> &File {
+        match self {
+            Self::File(file) => file.file(),
+            Self::Stream(stream) => stream,
+        }
+    }
+}
+
+impl Write for TarOutput {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.file().write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Standard output as a file: the library's own looks for line ends in every byte.
+pub(super) fn standard_output() -> io::Result<File> {
+    #[cfg(unix)]
+    let own = std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned()?;
+    #[cfg(windows)]
+    let own = std::os::windows::io::AsHandle::as_handle(&io::stdout()).try_clone_to_owned()?;
+    Ok(own.into())
+}
+
+/// Prints JSON to standard output.
+pub(super) fn print_json(value: &impl serde::Serialize) -> Result<(), CliError> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    print(&text)
+}
+
+/// Prints text to standard output; unlike `print!` it does not panic when nobody reads.
+pub(super) fn print(text: &str) -> Result<(), CliError> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush())?;
+    Ok(())
+}

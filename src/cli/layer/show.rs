@@ -1,0 +1,575 @@
+//! `layer inspect`, `ls` and `verify`: what an image holds, and whether it is sound.
+
+use super::{
+    InspectArgs, LsArgs, VerifyArgs,
+    failure::{failed, shown},
+    hex,
+    image::{Disk, Image, kind, resolve},
+    input,
+    output::{print, print_json},
+};
+use crate::{
+    cli::CliError,
+    diff::{
+        LayerKind,
+        record::{self, RecordInfo},
+    },
+    ext4::{
+        Ext4, Ext4Error, FileKind, Inode, Timestamp,
+        check::{CheckLimits, check},
+    },
+};
+use bytesize::ByteSize;
+use serde::Serialize;
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt::Write as _,
+    fs::File,
+    io,
+    path::Path,
+    process::ExitCode,
+};
+use uuid::Uuid;
+
+/// Names of the feature bits, as `tune2fs` has them.
+const FEATURES: [&[(u32, &str)]; 3] = [
+    &[
+        (0x4, "has_journal"),
+        (0x8, "ext_attr"),
+        (0x10, "resize_inode"),
+        (0x20, "dir_index"),
+        (0x200, "sparse_super2"),
+        (0x400, "fast_commit"),
+        (0x1000, "orphan_file"),
+    ],
+    &[
+        (0x2, "filetype"),
+        (0x4, "needs_recovery"),
+        (0x10, "meta_bg"),
+        (0x40, "extents"),
+        (0x80, "64bit"),
+        (0x200, "flex_bg"),
+        (0x400, "ea_inode"),
+        (0x2000, "metadata_csum_seed"),
+        (0x4000, "large_dir"),
+        (0x8000, "inline_data"),
+    ],
+    &[
+        (0x1, "sparse_super"),
+        (0x2, "large_file"),
+        (0x8, "huge_file"),
+        (0x10, "uninit_bg"),
+        (0x20, "dir_nlink"),
+        (0x40, "extra_isize"),
+        (0x400, "metadata_csum"),
+        (0x1000, "read-only"),
+    ],
+];
+
+fn feature_names(words: [u32; 3]) -> Vec<String> {
+    let mut names = Vec::new();
+    for (word, known) in words.into_iter().zip(FEATURES) {
+        for bit in (0..32).map(|n| 1 << n).filter(|bit| word & bit != 0) {
+            let name = known.iter().find(|(b, _)| *b == bit);
+            names.push(name.map_or_else(|| format!("{bit:#x}"), |(_, name)| (*name).to_owned()));
+        }
+    }
+    names
+}
+
+/// What `inspect` tells; sizes in bytes.
+#[derive(Debug, Serialize)]
+struct Inspection {
+    file_bytes: u64,
+    /// `layer` or `sandbox`.
+    kind: &'static str,
+    vhd: Option<VhdFacts>,
+    ext4: Ext4Facts,
+    counts: Counts,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    record: Option<RecordFacts>,
+}
+
+#[derive(Debug, Serialize)]
+struct VhdFacts {
+    disk_bytes: u64,
+    uuid: Uuid,
+    /// Seconds since 2000.
+    timestamp: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct Ext4Facts {
+    uuid: Uuid,
+    bytes: u64,
+    block_size: u32,
+    blocks: u64,
+    groups: u32,
+    inode_size: u16,
+    inodes: u32,
+    features: Vec<String>,
+}
+
+/// What the tree holds; a hard-linked inode counts once.
+#[derive(Debug, Default, Serialize)]
+struct Counts {
+    names: u64,
+    directories: u64,
+    opaque_directories: u64,
+    files: u64,
+    /// Sum of the sizes of regular files.
+    file_bytes: u64,
+    hard_links: u64,
+    symlinks: u64,
+    devices: u64,
+    whiteouts: u64,
+    fifos: u64,
+    sockets: u64,
+    xattrs: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct RecordFacts {
+    record_bytes: u64,
+    tar_bytes: u64,
+    tar_sha256: String,
+    image_bytes: u64,
+    frames: u64,
+}
+
+impl From<RecordInfo> for RecordFacts {
+    fn from(info: RecordInfo) -> Self {
+        Self {
+            record_bytes: info.record_bytes,
+            tar_bytes: info.tar_bytes,
+            tar_sha256: hex(&info.tar_sha256),
+            image_bytes: info.image_bytes,
+            frames: info.frames,
+        }
+    }
+}
+
+fn open_record(path: &Path) -> Result<(File, RecordInfo), CliError> {
+    let file = File::open(path).map_err(|e| failed("open", path, &e))?;
+    let info = record::inspect(&file).map_err(|e| failed("read the exact record", path, &e))?;
+    Ok((file, info))
+}
+
+/// Walks the whole tree. A directory is entered once, however often a broken image names it.
+fn count(fs: &Ext4<Disk>) -> Result<Counts, Ext4Error> {
+    let mut counts = Counts::default();
+    let mut seen = HashSet::from([fs.root()]);
+    let mut todo = vec![fs.root()];
+    while let Some(ino) = todo.pop() {
+        let dir = fs.inode(ino)?;
+        counts.directories += 1;
+        let xattrs = fs.xattrs(&dir)?;
+        counts.xattrs += xattrs.len() as u64;
+        counts.opaque_directories +=
+            u64::from(xattrs.iter().any(|x| x.name == b"trusted.overlay.opaque" && x.value == b"y"));
+        let entries = fs.read_dir(&dir)?;
+        counts.names += entries.len() as u64;
+        for entry in entries {
+            if !seen.insert(entry.ino) {
+                counts.hard_links += 1;
+                continue;
+            }
+            let inode = fs.inode(entry.ino)?;
+            if inode.kind == FileKind::Directory {
+                todo.push(entry.ino);
+                continue;
+            }
+            counts.xattrs += fs.xattrs(&inode)?.len() as u64;
+            let counter = match inode.kind {
+                FileKind::File => {
+                    counts.file_bytes = counts.file_bytes.saturating_add(inode.size);
+                    &mut counts.files
+                }
+                FileKind::Symlink => &mut counts.symlinks,
+                FileKind::CharDevice if inode.is_whiteout() => &mut counts.whiteouts,
+                FileKind::CharDevice | FileKind::BlockDevice => &mut counts.devices,
+                FileKind::Fifo => &mut counts.fifos,
+                FileKind::Socket | FileKind::Directory => &mut counts.sockets,
+            };
+            *counter += 1;
+        }
+    }
+    Ok(counts)
+}
+
+pub(super) fn inspect(args: &InspectArgs) -> Result<ExitCode, CliError> {
+    let image = Image::open(&args.image)?;
+    let fs = image.ext4()?;
+    let about = |e: Ext4Error| failed("read", &args.image, &e);
+    let geometry = fs.geometry();
+    let record = args.record.as_deref().map(open_record).transpose()?;
+    let inspection = Inspection {
+        file_bytes: image.file_bytes,
+        kind: match kind(&fs).map_err(about)? {
+            LayerKind::Applied => "layer",
+            LayerKind::Sandbox => "sandbox",
+        },
+        vhd: image.footer.map(|f| VhdFacts {
+            disk_bytes: f.disk_bytes,
+            uuid: Uuid::from_bytes(f.uuid),
+            timestamp: f.timestamp,
+        }),
+        ext4: Ext4Facts {
+            uuid: Uuid::from_bytes(geometry.uuid),
+            bytes: geometry.blocks_count * u64::from(geometry.block_size),
+            block_size: geometry.block_size,
+            blocks: geometry.blocks_count,
+            groups: geometry.groups,
+            inode_size: geometry.inode_size,
+            inodes: geometry.inodes_count,
+            features: feature_names([
+                geometry.feature_compat,
+                geometry.feature_incompat,
+                geometry.feature_ro_compat,
+            ]),
+        },
+        counts: count(&fs).map_err(about)?,
+        record: record.map(|(_, info)| info.into()),
+    };
+    if args.json {
+        print_json(&inspection)?;
+    } else {
+        print(&inspection_text(&inspection))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn inspection_text(i: &Inspection) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{name:<12}{value}");
+    };
+    line("file", format!("{} ({} bytes), {}", ByteSize(i.file_bytes), i.file_bytes, i.kind));
+    line(
+        "vhd",
+        match &i.vhd {
+            Some(v) => format!("fixed, disk of {} bytes, uuid {}", v.disk_bytes, v.uuid),
+            None => "no footer: a bare image".to_owned(),
+        },
+    );
+    let e = &i.ext4;
+    line("uuid", e.uuid.to_string());
+    line("ext4", format!("{} blocks of {} bytes in {} groups", e.blocks, e.block_size, e.groups));
+    line("inodes", format!("{} of {} bytes", e.inodes, e.inode_size));
+    line("features", e.features.join(" "));
+    let c = &i.counts;
+    line(
+        "holds",
+        format!(
+            "{} names: {} folders, {} files of {}",
+            c.names,
+            c.directories,
+            c.files,
+            ByteSize(c.file_bytes)
+        ),
+    );
+    line(
+        "",
+        [
+            ("further names of files", c.hard_links),
+            ("symbolic links", c.symlinks),
+            ("devices", c.devices),
+            ("pipes", c.fifos),
+            ("sockets", c.sockets),
+            ("whiteouts", c.whiteouts),
+            ("opaque folders", c.opaque_directories),
+            ("extended attributes", c.xattrs),
+        ]
+        .map(|(name, n)| format!("{n} {name}"))
+        .join(", "),
+    );
+    if let Some(r) = &i.record {
+        line("record", format!("{} in {} frames", ByteSize(r.record_bytes), r.frames));
+        line("tar", format!("{} bytes, sha256 {}", r.tar_bytes, r.tar_sha256));
+    }
+    text
+}
+
+/// A name as `ls` tells it.
+#[derive(Debug, Serialize)]
+struct Listed {
+    name: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    inode: u32,
+    /// Octal digits.
+    mode: String,
+    uid: u32,
+    gid: u32,
+    size: u64,
+    links: u16,
+    mtime: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<(u32, u32)>,
+    whiteout: bool,
+    /// Values as text with escapes.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    xattrs: BTreeMap<String, String>,
+}
+
+/// A name or target as text: what is no printable UTF-8 is escaped.
+fn escaped(bytes: &[u8]) -> String {
+    match str::from_utf8(bytes) {
+        Ok(text) if !text.chars().any(|c| c.is_control() || c == '\\') => text.to_owned(),
+        _ => bytes.escape_ascii().to_string(),
+    }
+}
+
+fn listed(fs: &Ext4<Disk>, name: &[u8], inode: &Inode) -> Result<Listed, Ext4Error> {
+    let is_device = matches!(inode.kind, FileKind::CharDevice | FileKind::BlockDevice);
+    let target = (inode.kind == FileKind::Symlink).then(|| fs.symlink_target(inode)).transpose()?;
+    Ok(Listed {
+        name: escaped(name),
+        kind: match inode.kind {
+            FileKind::File => "file",
+            FileKind::Directory => "directory",
+            FileKind::Symlink => "symlink",
+            FileKind::CharDevice => "char-device",
+            FileKind::BlockDevice => "block-device",
+            FileKind::Fifo => "fifo",
+            FileKind::Socket => "socket",
+        },
+        inode: inode.ino,
+        mode: format!("{:04o}", inode.mode & 0o7777),
+        uid: inode.uid,
+        gid: inode.gid,
+        size: inode.size,
+        links: inode.links,
+        mtime: date(inode.mtime),
+        target: target.as_deref().map(escaped),
+        device: is_device.then_some(inode.rdev),
+        whiteout: inode.is_whiteout(),
+        xattrs: fs.xattrs(inode)?.iter().map(|x| (escaped(&x.name), escaped(&x.value))).collect(),
+    })
+}
+
+pub(super) fn ls(args: &LsArgs) -> Result<ExitCode, CliError> {
+    let image = Image::open(&args.image)?;
+    let fs = image.ext4()?;
+    let about = |e: CliError| failed(&format!("list '{}' of", args.path), &args.image, &*e);
+    let rows = list(&fs, args.path.as_bytes(), args.long || args.json).map_err(about)?;
+    if args.json {
+        let rows: Vec<&Listed> = rows.iter().map(|(_, row, _)| row).collect();
+        print_json(&rows)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut text = String::new();
+    for (_, row, mode) in &rows {
+        if args.long {
+            let size = match row.device {
+                Some((major, minor)) => format!("{major}, {minor}"),
+                None => row.size.to_string(),
+            };
+            let _ = write!(
+                text,
+                "{} {:>3} {:>5} {:>5} {size:>10} {} ",
+                permissions(*mode),
+                row.links,
+                row.uid,
+                row.gid,
+                row.mtime
+            );
+        }
+        text += &row.name;
+        if let (true, Some(target)) = (args.long, &row.target) {
+            let _ = write!(text, " -> {target}");
+        }
+        text.push('\n');
+    }
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Name, facts and mode of what is at a path, sorted by name.
+type Rows = Vec<(Vec<u8>, Listed, u16)>;
+
+fn list(fs: &Ext4<Disk>, path: &[u8], long: bool) -> Result<Rows, CliError> {
+    let inode = resolve(fs, path, false)?;
+    if inode.kind != FileKind::Directory {
+        return Ok(vec![(path.to_vec(), listed(fs, path, &inode)?, inode.mode)]);
+    }
+    let mut rows = Vec::new();
+    for entry in fs.read_dir(&inode)? {
+        // Without -l the inodes need not be read, and a broken one does not hide its neighbours.
+        let node = if long { fs.inode(entry.ino)? } else { inode.clone() };
+        let row = if long { listed(fs, &entry.name, &node)? } else { bare(&entry.name, &node) };
+        rows.push((entry.name, row, node.mode));
+    }
+    rows.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(rows)
+}
+
+/// A row of which only the name counts.
+fn bare(name: &[u8], inode: &Inode) -> Listed {
+    Listed {
+        name: escaped(name),
+        kind: "",
+        inode: inode.ino,
+        mode: String::new(),
+        uid: 0,
+        gid: 0,
+        size: 0,
+        links: 0,
+        mtime: String::new(),
+        target: None,
+        device: None,
+        whiteout: false,
+        xattrs: BTreeMap::new(),
+    }
+}
+
+/// As `ls -l` writes a mode.
+fn permissions(mode: u16) -> String {
+    let kind = match FileKind::from_mode(mode) {
+        Some(FileKind::Directory) => 'd',
+        Some(FileKind::Symlink) => 'l',
+        Some(FileKind::CharDevice) => 'c',
+        Some(FileKind::BlockDevice) => 'b',
+        Some(FileKind::Fifo) => 'p',
+        Some(FileKind::Socket) => 's',
+        _ => '-',
+    };
+    let mut text = String::from(kind);
+    for (shift, special, set, unset) in [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')]
+    {
+        let bits = mode >> shift & 7;
+        text.push(if bits & 4 != 0 { 'r' } else { '-' });
+        text.push(if bits & 2 != 0 { 'w' } else { '-' });
+        text.push(match (mode & special != 0, bits & 1 != 0) {
+            (true, true) => set,
+            (true, false) => unset,
+            (false, true) => 'x',
+            (false, false) => '-',
+        });
+    }
+    text
+}
+
+/// A time as `YYYY-MM-DD HH:MM:SS`, UTC.
+fn date(time: Timestamp) -> String {
+    const DAY: i64 = 86_400;
+    let (days, second) = (time.secs.div_euclid(DAY), time.secs.rem_euclid(DAY));
+    // Days since 0000-03-01 in eras of 400 years: leap days come last in years that begin in March.
+    let days = days + 719_468;
+    let (era, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (year, month) = (era * 400 + year + i64::from(month >= 10), (month + 2) % 12 + 1);
+    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60)
+}
+
+/// What `verify` found.
+#[derive(Debug, Serialize)]
+struct Verified {
+    sound: bool,
+    uuid: Uuid,
+    inodes: u64,
+    directories: u64,
+    blocks_used: u64,
+    /// The digest that was found right; only with a record.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tar_sha256: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tar_bytes: Option<u64>,
+}
+
+pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
+    let image = Image::open(&args.image)?;
+    if image.kind()? == LayerKind::Sandbox {
+        return Err(format!(
+            "{} is a sandbox: only images that `layer pack` and ApplyDiff made can be verified (try `e2fsck -fn`)",
+            shown(&args.image)
+        )
+        .into());
+    }
+    let report =
+        check(image.disk.clone(), CheckLimits::default()).map_err(|e| failed("verify", &args.image, &e))?;
+    let replayed = match &args.record {
+        None => None,
+        Some(path) => {
+            let (record, info) = open_record(path)?;
+            let bar = input::bar(Some(info.tar_bytes));
+            let result = record::replay(&image.disk, &record, bar.wrap_write(io::sink()));
+            bar.finish_and_clear();
+            Some(result.map_err(|e| failed("verify", &args.image, &e))?)
+        }
+    };
+    let verified = Verified {
+        sound: true,
+        uuid: Uuid::from_bytes(report.uuid),
+        inodes: report.inodes,
+        directories: report.directories,
+        blocks_used: report.blocks_used,
+        tar_sha256: replayed.map(|r| hex(&r.tar_sha256)),
+        tar_bytes: replayed.map(|r| r.tar_bytes),
+    };
+    if args.json {
+        print_json(&verified)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let data = match (&verified.tar_bytes, &verified.tar_sha256) {
+        (Some(bytes), Some(digest)) => format!("its tar of {bytes} bytes is whole, sha256 {digest}"),
+        _ => "file data were not checked: that needs the exact record (--record)".to_owned(),
+    };
+    print(&format!(
+        "{}: metadata sound, {} inodes, {} folders, {} blocks used, uuid {}\n{data}\n",
+        shown(&args.image),
+        verified.inodes,
+        verified.directories,
+        verified.blocks_used,
+        verified.uuid
+    ))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (secs, expected) in [
+            (0, "1970-01-01 00:00:00"),
+            (951_782_400, "2000-02-29 00:00:00"),
+            (-1, "1969-12-31 23:59:59"),
+            (-2_147_483_648, "1901-12-13 20:45:52"),
+            (4_107_542_399, "2100-02-28 23:59:59"),
+            (4_107_542_400, "2100-03-01 00:00:00"),
+            (15_032_385_535, "2446-05-10 22:38:55"),
+        ] {
+            assert_eq!(date(Timestamp { secs, nanos: 0 }), expected);
+        }
+    }
+
+    #[test]
+    fn modes_are_written_as_ls_does() {
+        for (mode, expected) in [
+            (0o100_644, "-rw-r--r--"),
+            (0o040_755, "drwxr-xr-x"),
+            (0o104_711, "-rws--x--x"),
+            (0o102_640, "-rw-r-S---"),
+            (0o041_777, "drwxrwxrwt"),
+            (0o120_777, "lrwxrwxrwx"),
+        ] {
+            assert_eq!(permissions(mode), expected);
+        }
+    }
+
+    #[test]
+    fn features_have_names_and_unknown_ones_their_bit() {
+        assert_eq!(
+            feature_names([0x4, 0x42, 0x8000_0000]),
+            ["has_journal", "filetype", "extents", "0x80000000"]
+        );
+    }
+}
