@@ -17,6 +17,7 @@ use rustix::{
 };
 use std::{
     io, mem,
+    os::unix::process::CommandExt,
     path::Path,
     process::{Command, ExitStatus},
     ptr,
@@ -64,13 +65,22 @@ fn is_loop_control(path: &Path) -> bool {
 /// What the system says when the command cannot be started.
 pub fn supervise(command: &mut Command) -> io::Result<ExitStatus> {
     let wanted = signals()?;
-    // Blocked before the child exists: none is lost, and none has its default action. std gives the child an empty
-    // mask.
+    // Blocked before the child exists: none is lost, and none has its default action.
     // SAFETY: `wanted` is an initialised set; the old mask is not asked for.
     let r = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const wanted, ptr::null_mut()) };
     if r != 0 {
         return Err(io::Error::from_raw_os_error(r));
     }
+    let none = empty_set()?;
+    let unblock = move || {
+        // SAFETY: `none` is an initialised set; the old mask is not asked for. sigprocmask may be called after fork.
+        match unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: the closure makes one system call, which is sound between fork and exec, and allocates nothing.
+    unsafe { command.pre_exec(unblock) };
     let child = command.spawn()?;
     let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
     loop {
@@ -117,13 +127,19 @@ fn reap(pid: libc::pid_t) -> io::Result<Option<ExitStatus>> {
     }
 }
 
-fn signals() -> io::Result<libc::sigset_t> {
+fn empty_set() -> io::Result<libc::sigset_t> {
     // SAFETY: a signal set is plain bits; sigemptyset then gives it its defined empty value.
     let mut set: libc::sigset_t = unsafe { mem::zeroed() };
     // SAFETY: `set` is live for the call.
-    let mut r = unsafe { libc::sigemptyset(&raw mut set) };
+    let r = unsafe { libc::sigemptyset(&raw mut set) };
+    if r == 0 { Ok(set) } else { Err(io::Error::last_os_error()) }
+}
+
+fn signals() -> io::Result<libc::sigset_t> {
+    let mut set = empty_set()?;
+    let mut r = 0;
     for signal in FORWARDED.into_iter().chain([libc::SIGCHLD]) {
-        // SAFETY: as above; the numbers are the system's own constants.
+        // SAFETY: `set` is live and initialised; the numbers are the system's own constants.
         r |= unsafe { libc::sigaddset(&raw mut set, signal) };
     }
     if r == 0 { Ok(set) } else { Err(io::Error::last_os_error()) }
