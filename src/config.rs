@@ -321,8 +321,8 @@ impl Options {
 
     fn set_variable(&mut self, key: &str, value: &str) -> Result<(), ConfigError> {
         match SPECS.iter().find(|s| env_name(s.name).eq_ignore_ascii_case(key)) {
-            Some(spec) => self.set(spec.name, value),
-            None => Ok(()),
+            Some(spec) if !value.trim().is_empty() => self.set(spec.name, value),
+            _ => Ok(()),
         }
     }
 }

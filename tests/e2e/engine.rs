@@ -239,7 +239,9 @@ impl Engine {
     /// The storage driver's home.
     pub(crate) fn home(&self) -> PathBuf {
         let chosen = self.chosen.borrow();
-        chosen.as_ref().map_or_else(|| self.data_root().join(self.options.driver.name()), |(_, home)| home.clone())
+        chosen
+            .as_ref()
+            .map_or_else(|| self.data_root().join(self.options.driver.name()), |(_, home)| home.clone())
     }
 
     /// The pid of the plugin, as the host sees it.
@@ -261,7 +263,11 @@ impl Engine {
             "--",
         ]);
         command.arg(program);
-        command.env_clear().env("PATH", self.options.path()).env("HOME", self.folder()).env("LC_ALL", "C.UTF-8");
+        command
+            .env_clear()
+            .env("PATH", self.options.path())
+            .env("HOME", self.folder())
+            .env("LC_ALL", "C.UTF-8");
         command.env("DOCKER_CONFIG", self.folder().join("client")).env("DOCKER_HOST", "unix:///run/e2e.sock");
         command
     }

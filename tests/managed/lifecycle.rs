@@ -13,7 +13,18 @@ use std::{fs, net::TcpListener, path::Path, thread, time::Duration};
 /// A container that writes a line into `/data/lines` ten times a second.
 fn writer(room: &Room) {
     let script = "n=0; while :; do n=$((n+1)); echo line $n >>/data/lines; sleep 0.1; done";
-    room.engine.docker(&["run", "-d", "--network", "none", "--name", "writer", "base", "/bin/sh", "-c", script]);
+    room.engine.docker(&[
+        "run",
+        "-d",
+        "--network",
+        "none",
+        "--name",
+        "writer",
+        "base",
+        "/bin/sh",
+        "-c",
+        script,
+    ]);
 }
 
 /// Fails unless the writer wrote whole lines in order, and goes on.
@@ -106,8 +117,8 @@ fn life(version: Version) {
     tree.assert_same(&Tree::of_container(engine, "box1"), "the container after the engine's restart");
     engine.docker(&["rm", "-f", "box1"]);
     engine.scrub();
-    engine.remove_everything();
     engine.assert_nothing_mounted();
+    everyday::export(engine, &base);
 }
 
 #[test]
@@ -223,7 +234,17 @@ fn a_name_with_its_tag_is_another_home() {
     assert_eq!(room.engine.docker(&["images", "-q"]), "", "another home has other images");
     room.engine.import("here", tarball::build(&crate::rootfs::full()));
     // A colon is a separator in overlayfs's options; two layers need them.
-    room.engine.docker(&["run", "--network", "none", "--name", "box1", "here", "sh", "-c", "echo x >/data/x"]);
+    room.engine.docker(&[
+        "run",
+        "--network",
+        "none",
+        "--name",
+        "box1",
+        "here",
+        "sh",
+        "-c",
+        "echo x >/data/x",
+    ]);
     room.engine.docker(&["commit", "box1", "two"]);
     assert_eq!(room.engine.shell("two", "cat /data/x"), "x");
     room.engine.docker(&["rm", "-f", "box1"]);

@@ -71,7 +71,10 @@ fn the_plugin_is_one_static_program_and_the_same_bytes_each_time() {
 
     let pack = |name: &str, version: &str| {
         let path = folder.path().join(name);
-        script("build-plugin", &["--program", &text(&files[0]), "--version", version, "--save", &text(&path)]);
+        script(
+            "build-plugin",
+            &["--program", &text(&files[0]), "--version", version, "--save", &text(&path)],
+        );
         fs::read(path).expect("archive")
     };
     let first = pack("one.tar.gz", "1.2.3");
