@@ -301,13 +301,29 @@ impl Options {
         for (name, value) in &pairs {
             options.set(name, value)?;
         }
-        for (key, value) in Env::raw().iter() {
-            if let Some(spec) = SPECS.iter().find(|s| env_name(s.name).eq_ignore_ascii_case(key.as_str())) {
-                options.set(spec.name, &value)?;
-            }
-        }
+        options.set_environment(Env::raw().iter().map(|(k, v)| (k.as_str().to_owned(), v)))?;
         options.set_all(command_line)?;
         Ok(options)
+    }
+}
+
+impl Options {
+    /// Takes the options out of an environment. An empty value is none: `docker plugin set` cannot unset a variable.
+    fn set_environment(
+        &mut self,
+        variables: impl Iterator<Item = (String, String)>,
+    ) -> Result<(), ConfigError> {
+        for (key, value) in variables {
+            self.set_variable(&key, &value)?;
+        }
+        Ok(())
+    }
+
+    fn set_variable(&mut self, key: &str, value: &str) -> Result<(), ConfigError> {
+        match SPECS.iter().find(|s| env_name(s.name).eq_ignore_ascii_case(key)) {
+            Some(spec) if !value.trim().is_empty() => self.set(spec.name, value),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -488,6 +504,15 @@ mod tests {
             Options::load(Some(Path::new("/nonexistent/x.toml")), &[]),
             Err(ConfigError::Read { .. })
         ));
+    }
+
+    #[test]
+    fn an_empty_variable_is_not_set() {
+        let mut options = Options::default();
+        let variable = |k: &str, v: &str| (k.to_owned(), v.to_owned());
+        let given = [variable("LCOW_POOL_MAX", " "), variable("LCOW_SVM", ""), variable("LCOW_MEMORY", "1g")];
+        options.set_environment(given.into_iter()).unwrap();
+        assert_eq!(options, Options { memory_bytes: 1 << 30, ..Options::default() });
     }
 
     #[test]

@@ -139,16 +139,20 @@ pub fn run() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprint!("lcow-graphdriver: {error}");
-            let mut cause = error.source();
-            while let Some(inner) = cause {
-                eprint!(": {inner}");
-                cause = inner.source();
-            }
-            eprintln!();
+            report(&error.to_string(), error.source());
             ExitCode::FAILURE
         }
     }
+}
+
+/// Says on standard error what went wrong, and the causes of it.
+fn report(what: &str, mut cause: Option<&(dyn std::error::Error + 'static)>) {
+    eprint!("lcow-graphdriver: {what}");
+    while let Some(inner) = cause {
+        eprint!(": {inner}");
+        cause = inner.source();
+    }
+    eprintln!();
 }
 
 /// A runtime for commands that need one.

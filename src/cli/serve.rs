@@ -1,4 +1,9 @@
 //! `serve`: the plugin itself.
+//!
+//! ```text
+//!   as pid 1 (managed plugin, any container)   /dev ─► supervise ─► serve again, as an ordinary process
+//!   otherwise                                  options ─► socket ─► driver ─► requests … SIGTERM
+//! ```
 
 use super::{CliError, ServeArgs, runtime};
 use crate::{
@@ -12,6 +17,10 @@ use std::{process::ExitCode, sync::Arc};
 use tokio::signal::unix::{SignalKind, signal};
 
 pub(super) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
+    #[cfg(target_os = "linux")]
+    if crate::sys::linux::init::is_first_process() {
+        return as_first_process();
+    }
     telemetry::start_logging(args.log_format);
     let options = Options::load(args.config.as_deref(), &args.storage_opt)?;
     runtime()?.block_on(serve(args, options))
@@ -55,4 +64,22 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
     driver.stop().await;
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the first process of a container does: see to `/dev`, start the plugin, reap and forward.
+#[cfg(target_os = "linux")]
+fn as_first_process() -> Result<ExitCode, CliError> {
+    use crate::sys::linux::init;
+    use std::{error::Error as _, os::unix::process::ExitStatusExt};
+    /// What a shell adds to the number of a signal.
+    const BY_SIGNAL: i32 = 128;
+    if let Err(error) = init::furnish_dev() {
+        // Converting layers works all the same; a Get would say what it lacks.
+        super::report(&format!("layers cannot be mounted here: {error}"), error.source());
+    }
+    let mut again = std::process::Command::new("/proc/self/exe");
+    again.args(std::env::args_os().skip(1));
+    let status = init::supervise(&mut again).map_err(|e| format!("cannot start or watch the plugin: {e}"))?;
+    let code = status.code().or_else(|| status.signal().map(|n| BY_SIGNAL + n)).unwrap_or(1);
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }

@@ -42,6 +42,8 @@ pub(crate) enum Driver {
     Lcow,
     /// The engine's own: a control that shows that a test asks for what engines really do.
     Overlay2,
+    /// The product as a managed plugin, which the engine itself starts; until one is made, the engine's simplest own.
+    Managed,
 }
 
 impl Driver {
@@ -57,6 +59,7 @@ impl Driver {
         match self {
             Self::Lcow => "lcow",
             Self::Overlay2 => "overlay2",
+            Self::Managed => "vfs",
         }
     }
 }
@@ -71,11 +74,14 @@ pub(crate) struct EngineOptions {
     pub(crate) plugin: Vec<String>,
     /// Root of containers is host id 500000.
     pub(crate) userns: bool,
+    /// Folder of another engine's programs.
+    pub(crate) programs: Option<PathBuf>,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { driver: Driver::from_env(), dockerd: Vec::new(), plugin: Vec::new(), userns: false }
+        let driver = Driver::from_env();
+        Self { driver, dockerd: Vec::new(), plugin: Vec::new(), userns: false, programs: None }
     }
 }
 
@@ -95,6 +101,12 @@ impl EngineOptions {
     pub(crate) fn userns(mut self) -> Self {
         self.userns = true;
         self
+    }
+    fn path(&self) -> String {
+        match &self.programs {
+            Some(first) => format!("{}:{}", first.display(), path()),
+            None => path(),
+        }
     }
 }
 
@@ -124,6 +136,8 @@ pub(crate) struct Engine {
     init: u32,
     plugin: RefCell<Option<Daemon>>,
     dockerd: RefCell<Option<Daemon>>,
+    /// Name and home of the storage driver, where they are not those of `options.driver`.
+    chosen: RefCell<Option<(String, PathBuf)>>,
     cgroup: String,
 }
 
@@ -145,7 +159,7 @@ impl Engine {
         for (program, package) in
             [("dockerd", "docker.io"), ("runc", "runc"), ("busybox", "busybox-static"), ("getfattr", "attr")]
         {
-            let found = path().split(':').any(|d| Path::new(d).join(program).exists());
+            let found = options.path().split(':').any(|d| Path::new(d).join(program).exists());
             assert!(found, "the end-to-end tests need {program}: apt-get install {package}");
         }
         let folder = tempfile::Builder::new()
@@ -173,7 +187,7 @@ impl Engine {
         ]);
         // unshare complains of a signal mask whenever its child is killed.
         let log = fs::File::create(folder.path().join("room.log")).expect("log file");
-        command.env("PATH", path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        command.env("PATH", options.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut room = command.spawn().expect("setpriv and unshare (util-linux)");
         let mut ready = [0_u8; 6];
         let told = room.stdout.take().expect("stdout").read_exact(&mut ready);
@@ -185,6 +199,7 @@ impl Engine {
             init: init.unwrap_or_default(),
             plugin: RefCell::default(),
             dockerd: RefCell::default(),
+            chosen: RefCell::default(),
             cgroup,
         };
         let furnished = told.is_ok() && &ready == b"ready\n" && init.is_some();
@@ -205,7 +220,17 @@ impl Engine {
     }
 
     pub(crate) fn is_lcow(&self) -> bool {
-        self.options.driver == Driver::Lcow
+        self.options.driver != Driver::Overlay2
+    }
+
+    /// The next dockerd gets this storage driver, whose home is `home`.
+    pub(crate) fn choose_driver(&self, name: &str, home: PathBuf) {
+        *self.chosen.borrow_mut() = Some((name.to_owned(), home));
+    }
+
+    fn driver_name(&self) -> String {
+        let chosen = self.chosen.borrow();
+        chosen.as_ref().map_or_else(|| self.options.driver.name().to_owned(), |(name, _)| name.clone())
     }
 
     /// dockerd's folder of images and layers.
@@ -216,7 +241,10 @@ impl Engine {
 
     /// The storage driver's home.
     pub(crate) fn home(&self) -> PathBuf {
-        self.data_root().join(self.options.driver.name())
+        let chosen = self.chosen.borrow();
+        chosen
+            .as_ref()
+            .map_or_else(|| self.data_root().join(self.options.driver.name()), |(_, home)| home.clone())
     }
 
     /// The pid of the plugin, as the host sees it.
@@ -238,7 +266,11 @@ impl Engine {
             "--",
         ]);
         command.arg(program);
-        command.env_clear().env("PATH", path()).env("HOME", self.folder()).env("LC_ALL", "C.UTF-8");
+        command
+            .env_clear()
+            .env("PATH", self.options.path())
+            .env("HOME", self.folder())
+            .env("LC_ALL", "C.UTF-8");
         command.env("DOCKER_CONFIG", self.folder().join("client")).env("DOCKER_HOST", "unix:///run/e2e.sock");
         command
     }
@@ -284,7 +316,7 @@ impl Engine {
 
     /// Starts the plugin, and waits for its socket. With another driver than the product there is nothing to start.
     pub(crate) fn start_plugin(&self) {
-        if !self.is_lcow() {
+        if self.options.driver != Driver::Lcow {
             return;
         }
         assert!(self.plugin.borrow().is_none(), "the plugin runs already");
@@ -325,7 +357,7 @@ impl Engine {
         ]);
         command.args(["-D", "--experimental", "--exec-opt", "native.cgroupdriver=cgroupfs"]);
         command.arg(format!("--cgroup-parent=/{}", self.cgroup));
-        command.args(["--storage-driver", self.options.driver.name()]);
+        command.args(["--storage-driver", &self.driver_name()]);
         if self.options.userns {
             command.arg("--userns-remap=daemon");
         }

@@ -20,6 +20,7 @@ mod chaos;
 mod classic_build;
 mod command;
 mod deep;
+#[allow(dead_code, reason = "the tests of the managed plugin use the rest")]
 mod engine;
 mod hostile;
 mod images;

@@ -6,6 +6,7 @@
 //!          ──► overlay   many lowers, two ways       agent (worker) ──► jail     what a worker does to itself
 //!          ──► idmap     shifted views of a mount                  ──► seccomp  its system-call filter
 //!          ──► mountinfo the kernel's mount table                  ──► probe    tries what the jail forbids
+//!   cli ─────► init      pid 1 of a container
 //! ```
 //!
 //! Errors are [`SysError`]: what was tried, on what, and the kernel's answer.
@@ -13,6 +14,7 @@
 pub mod asyncfd;
 pub mod fdpass;
 pub mod idmap;
+pub mod init;
 pub mod jail;
 pub mod loopdev;
 pub mod mount;

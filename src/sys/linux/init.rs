@@ -1,0 +1,146 @@
+//! The first process of a container: what Linux expects of pid 1, and a `/dev` with loop devices.
+//!
+//! ```text
+//!   engine ──SIGTERM──► pid 1: supervise ──forwards──► this program again, as an ordinary process
+//!                         │ reaps every orphan
+//!                         └─ ends as that process ended (the container ends with it)
+//! ```
+//!
+//! Pid 1 inherits every process that loses its parent, and the kernel drops signals to it that have no handler. Both
+//! are done by a small process with one thread, so that the program itself, which reaps its own children by their
+//! descriptors, is not disturbed by a `wait` for any child. Called by `cli::serve`.
+
+use super::{Context, SysError};
+use rustix::{
+    fs::{Dev, makedev, stat},
+    mount::MountFlags,
+};
+use std::{
+    io, mem,
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Command, ExitStatus},
+    ptr,
+};
+
+/// Signals that a person or an engine sends to end or to ask; pid 1 hands them on.
+const FORWARDED: [libc::c_int; 6] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
+/// Major and minor number of `/dev/loop-control` (`include/linux/miscdevice.h`).
+const LOOP_CONTROL: (u32, u32) = (10, 237);
+
+/// Whether this is the first process of its pid namespace.
+pub fn is_first_process() -> bool {
+    std::process::id() == 1
+}
+
+/// Sees to it that loop devices can be used: where `/dev` has no `loop-control`, as in a container, the kernel's own
+/// device file system is mounted over it. Returns whether that was needed.
+///
+/// # Errors
+/// [`SysError::Os`] if the kernel refuses (no `CAP_SYS_ADMIN`); [`SysError::Usage`] if it has no loop driver.
+pub fn furnish_dev() -> Result<bool, SysError> {
+    let control = Path::new("/dev/loop-control");
+    if is_loop_control(control) {
+        return Ok(false);
+    }
+    // Programs and set-user-id bits have no place there. nodev would make it useless.
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+    rustix::mount::mount("devtmpfs", "/dev", "devtmpfs", flags, None).context("mount devtmpfs on", "/dev")?;
+    if is_loop_control(control) {
+        return Ok(true);
+    }
+    Err(SysError::usage("find", control, "the host's kernel has no loop driver loaded (modprobe loop)"))
+}
+
+fn is_loop_control(path: &Path) -> bool {
+    let number: Dev = makedev(LOOP_CONTROL.0, LOOP_CONTROL.1);
+    stat(path).is_ok_and(|s| s.st_rdev == number)
+}
+
+/// Starts `command` and stands before it as pid 1 until it ends: forwards signals, reaps orphans. Must be called while
+/// the process has one thread; its signals stay blocked.
+///
+/// # Errors
+/// What the system says when the command cannot be started.
+pub fn supervise(command: &mut Command) -> io::Result<ExitStatus> {
+    let wanted = signals()?;
+    // Blocked before the child exists: none is lost, and none has its default action.
+    // SAFETY: `wanted` is an initialised set; the old mask is not asked for.
+    let r = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const wanted, ptr::null_mut()) };
+    if r != 0 {
+        return Err(io::Error::from_raw_os_error(r));
+    }
+    let none = empty_set()?;
+    let unblock = move || {
+        // SAFETY: `none` is an initialised set; the old mask is not asked for. sigprocmask may be called after fork.
+        match unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: the closure makes one system call, which is sound between fork and exec, and allocates nothing.
+    unsafe { command.pre_exec(unblock) };
+    let child = command.spawn()?;
+    let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
+    loop {
+        let mut signal = 0;
+        // SAFETY: `wanted` is an initialised set, `signal` a live integer.
+        let r = unsafe { libc::sigwait(&raw const wanted, &raw mut signal) };
+        match r {
+            0 => {}
+            libc::EINTR => continue,
+            e => return Err(io::Error::from_raw_os_error(e)),
+        }
+        if signal != libc::SIGCHLD {
+            // SAFETY: kill takes plain numbers. The child has not been waited for, so the number is its own.
+            unsafe { libc::kill(pid, signal) };
+            continue;
+        }
+        if let Some(status) = reap(pid)? {
+            return Ok(status);
+        }
+    }
+}
+
+/// Waits for every child that has ended; the status if `pid` is among them. One SIGCHLD may stand for many ends.
+fn reap(pid: libc::pid_t) -> io::Result<Option<ExitStatus>> {
+    use std::os::unix::process::ExitStatusExt;
+    let mut status = None;
+    loop {
+        let mut raw = 0;
+        // SAFETY: `raw` is a live integer.
+        match unsafe { libc::waitpid(-1, &raw mut raw, libc::WNOHANG) } {
+            0 => return Ok(status),
+            n if n == pid => status = Some(ExitStatus::from_raw(raw)),
+            n if n > 0 => {}
+            _ => {
+                let e = io::Error::last_os_error();
+                return match e.raw_os_error() {
+                    // No child is left.
+                    Some(libc::ECHILD) => Ok(status),
+                    Some(libc::EINTR) => continue,
+                    _ => Err(e),
+                };
+            }
+        }
+    }
+}
+
+fn empty_set() -> io::Result<libc::sigset_t> {
+    // SAFETY: a signal set is plain bits; sigemptyset then gives it its defined empty value.
+    let mut set: libc::sigset_t = unsafe { mem::zeroed() };
+    // SAFETY: `set` is live for the call.
+    let r = unsafe { libc::sigemptyset(&raw mut set) };
+    if r == 0 { Ok(set) } else { Err(io::Error::last_os_error()) }
+}
+
+fn signals() -> io::Result<libc::sigset_t> {
+    let mut set = empty_set()?;
+    let mut r = 0;
+    for signal in FORWARDED.into_iter().chain([libc::SIGCHLD]) {
+        // SAFETY: `set` is live and initialised; the numbers are the system's own constants.
+        r |= unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
+    if r == 0 { Ok(set) } else { Err(io::Error::last_os_error()) }
+}
