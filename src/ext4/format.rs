@@ -534,7 +534,8 @@ mod tests {
                 rustix::fs::syncfs(fs::File::open(m).unwrap()).unwrap();
                 let status = std::process::Command::new("umount").arg(m).status().unwrap();
                 assert!(status.success());
-                eventually("deleted files give space back", || disk_use(&file) < before + 2_000_000);
+                // The journal's blocks stay, the more of them the more often the kernel committed: up to 4 MB.
+                eventually("deleted files give space back", || disk_use(&file) < before + 6_000_000);
             }
             fsck(file.path());
             let mount = Mount::new(file.path(), "ro");
