@@ -71,7 +71,7 @@ pub(crate) fn archive() -> &'static Path {
             return given.into();
         }
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("lcow-plugin.tar.gz");
-        script("build-plugin", &["--save", path.to_str().expect("UTF-8")]);
+        script("build-plugin", &["--quick", "--save", path.to_str().expect("UTF-8")]);
         path
     })
 }
