@@ -55,5 +55,6 @@ pub mod svm;
 pub mod sys;
 pub mod tar;
 pub mod telemetry;
+pub mod verity;
 pub mod vhd;
 pub mod vhdx;

@@ -182,7 +182,7 @@ fn every_kind_of_tar_comes_back_byte_for_byte() {
         run(Command::new("e2fsck").arg("-fn").arg(scene.path(&image)));
         let verified = ok(&["verify", "--json", "--record", &record, &scene.text(&image)]);
         let verified: serde_json::Value = serde_json::from_slice(&verified.stdout).unwrap();
-        assert_eq!(verified["tar_sha256"], summary["tar_sha256"]);
+        assert_eq!(verified["tar_digest"], summary["tar_digest"]);
     }
     assert_eq!(scene.left_over(), Vec::<String>::new());
 }
@@ -351,7 +351,7 @@ fn looking_at_an_image() {
     assert_eq!(facts["counts"]["hard_links"], 1);
     assert_eq!(facts["counts"]["symlinks"], 2);
     assert_eq!(facts["counts"]["file_bytes"], summary["diff_size"]);
-    assert_eq!(facts["record"]["tar_sha256"], summary["tar_sha256"]);
+    assert_eq!(facts["record"]["tar_digest"], summary["tar_digest"]);
     assert!(text(&["inspect", &image]).contains("inline_data"));
     assert_eq!(text(&["ls", &image]), "etc\nhole\nshare\ntree\nusr\n".replace("tree\n", ""));
     let long = text(&["ls", "-l", &image, "/usr/big"]);
@@ -408,4 +408,52 @@ fn completions_and_manual_pages_are_made() {
     run(Command::new(program).arg("man").arg(folder.path().join("man1")));
     let page = fs::read_to_string(folder.path().join("man1/lcow-graphdriver-layer-pack.1")).unwrap();
     assert!(page.contains("max\\-size"), "{page}");
+}
+
+#[test]
+fn a_hash_tree_is_what_veritysetup_makes_and_names_the_damaged_file() {
+    let scene = Scene::new();
+    let tar = scene.tar("in.tar", &[]);
+    let image = scene.text("v.vhd");
+    let summary = ok(&["pack", "--json", "--verity", tar.to_str().unwrap(), &image]).stdout;
+    let summary: serde_json::Value = serde_json::from_slice(&summary).unwrap();
+    let root = summary["verity"]["root_hash"].as_str().unwrap().to_owned();
+    let offset = summary["verity"]["hash_offset"].as_u64().unwrap();
+    let facts = ok(&["inspect", "--json", &image]).stdout;
+    let facts: serde_json::Value = serde_json::from_slice(&facts).unwrap();
+    assert_eq!(facts["verity"]["root_hash"], root.as_str());
+    assert_eq!(facts["verity"]["hash_offset"], offset);
+    run(Command::new("veritysetup").args([
+        "verify",
+        "--hash-offset",
+        &offset.to_string(),
+        &image,
+        &image,
+        &root,
+    ]));
+    // The same file system as without a tree, and the same file each time.
+    let again = scene.text("w.vhd");
+    ok(&["pack", "--verity", tar.to_str().unwrap(), &again]);
+    let bytes = fs::read(&image).unwrap();
+    assert!(bytes == fs::read(&again).unwrap());
+    scene.pack(&tar, "plain.vhd");
+    let plain = fs::read(scene.path("plain.vhd")).unwrap();
+    assert!(bytes[..plain.len() - 512] == plain[..plain.len() - 512]);
+
+    let sound = ok(&["verify", "--json", "--root-hash", &root, &image]).stdout;
+    let sound: serde_json::Value = serde_json::from_slice(&sound).unwrap();
+    assert_eq!(sound["verity"]["root_hash"], root.as_str());
+    assert!(fails(&["verify", "--root-hash", &"0".repeat(64), &image]).contains("its root hash is"));
+    assert!(fails(&["verify", "--root-hash", &root, &scene.text("plain.vhd")]).contains("has no hash tree"));
+    // A byte in the middle of the only large file.
+    let big = fs::read(scene.path("tree/usr/big")).unwrap();
+    let middle = &big[1_500_000..1_500_064];
+    let at = bytes.windows(64).position(|w| w == middle).unwrap();
+    let mut damaged = bytes.clone();
+    damaged[at] ^= 1;
+    fs::write(&image, &damaged).unwrap();
+    let said = fails(&["verify", &image]);
+    // The file has two names; either will do.
+    assert!(said.contains("1 blocks are damaged"), "{said}");
+    assert!(said.contains("in '/usr/big'\n") || said.contains("in '/usr/same'\n"), "{said}");
 }

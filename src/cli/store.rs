@@ -105,7 +105,7 @@ fn row(store: &Store, layer: &Layer) -> Row {
         size: applied.map(|a| a.diff_size),
         disk,
         created: meta.map_or(0, |m| m.created),
-        digest: applied.map(|a| format!("sha256:{}", a.tar_sha256)),
+        digest: applied.map(|a| a.tar_digest.clone()),
         fault: layer.meta.as_ref().err().map(ToString::to_string),
     }
 }

@@ -22,7 +22,7 @@ mod stream;
 
 pub use crate::agent::wire::{
     ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskId, ExportSummary, IdMaps, IdRange,
-    JailReport, LayerKind, Profile,
+    JailReport, LayerKind, Profile, RootHash, TarDigest,
 };
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,

@@ -72,6 +72,11 @@ impl Image {
     }
 }
 
+/// Bytes of a file system.
+pub(super) fn fs_bytes<R: ReadAt>(fs: &Ext4<R>) -> u64 {
+    fs.geometry().blocks_count.saturating_mul(u64::from(fs.geometry().block_size))
+}
+
 /// The footer at the end of a file; `None` for a bare image.
 fn footer(file: &File, file_bytes: u64) -> Result<Option<Footer>, CliError> {
     let Some(at) = file_bytes.checked_sub(vhd::FOOTER_SIZE as u64) else { return Ok(None) };

@@ -17,9 +17,10 @@ mod output;
 mod pack;
 mod show;
 mod unpack;
+mod verify;
 
 use super::CliError;
-use crate::vhd;
+use crate::{agent::wire::RootHash, vhd};
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
@@ -39,7 +40,8 @@ pub(super) enum LayerCommand {
     Ls(LsArgs),
     /// Writes a file of an image to standard output.
     Cat(CatArgs),
-    /// Checks an image's metadata as strictly as the service does before it mounts one, and with a record all its data.
+    /// Checks an image's metadata as strictly as the service does before it mounts one, every block against its hash
+    /// tree if it has one, and with a record all its data.
     Verify(VerifyArgs),
     /// Writes what IMAGE has and the PARENTs have not as a canonical tar (deleted names as `.wh.` files).
     Diff(DiffArgs),
@@ -60,6 +62,9 @@ pub(super) struct PackArgs {
     /// Also writes the exact record here: with it, `unpack --exact` gives back the very bytes of the tar.
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
+    /// Writes a dm-verity hash tree behind the file system and shows its root hash.
+    #[arg(long)]
+    verity: bool,
     /// Refuses to make an image larger than this (`500MiB`, `20GB`).
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(vhd::MAX_DISK_BYTES))]
     max_size: ByteSize,
@@ -126,6 +131,9 @@ pub(super) struct VerifyArgs {
     /// The exact record: the whole tar is read back from the image and its digest compared.
     #[arg(long, value_name = "RECORD")]
     record: Option<PathBuf>,
+    /// The root hash that the image's hash tree must have (64 hexadecimal digits).
+    #[arg(long, value_name = "HASH", value_parser = root_hash)]
+    root_hash: Option<RootHash>,
     /// Prints JSON.
     #[arg(long)]
     json: bool,
@@ -152,7 +160,7 @@ pub(super) fn run(command: LayerCommand) -> Result<ExitCode, CliError> {
         LayerCommand::Inspect(args) => show::inspect(&args),
         LayerCommand::Ls(args) => show::ls(&args),
         LayerCommand::Cat(args) => unpack::cat(&args),
-        LayerCommand::Verify(args) => show::verify(&args),
+        LayerCommand::Verify(args) => verify::verify(&args),
         LayerCommand::Diff(args) => unpack::diff(&args),
     };
     match result {
@@ -161,12 +169,6 @@ pub(super) fn run(command: LayerCommand) -> Result<ExitCode, CliError> {
     }
 }
 
-/// Hexadecimal digits.
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+fn root_hash(text: &str) -> Result<RootHash, &'static str> {
+    text.to_owned().try_into()
 }
