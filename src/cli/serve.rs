@@ -19,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 pub(super) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
     #[cfg(target_os = "linux")]
     if crate::sys::linux::init::is_first_process() {
-        return as_first_process();
+        return as_first_process(&args.root);
     }
     telemetry::start_logging(args.log_format);
     let options = Options::load(args.config.as_deref(), &args.storage_opt)?;
@@ -60,15 +60,40 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
             std::process::exit(1);
         });
     };
-    axum::serve(incoming, api::router(context)).with_graceful_shutdown(stop).await?;
+    let router = api::router(context);
+    #[cfg(target_os = "linux")]
+    let router = match crate::sys::linux::init::Canary::find(&args.root) {
+        Some(canary) => watch_propagation(router, canary),
+        None => router,
+    };
+    axum::serve(incoming, router).with_graceful_shutdown(stop).await?;
     driver.stop().await;
     tracing::info!("stopped");
     Ok(ExitCode::SUCCESS)
 }
 
+/// In a managed plugin: ends the program when an engine begins anew (Init) but no longer sees what is mounted here, so
+/// that the engine starts the plugin anew, with a folder that it sees. The engine repeats its request until then.
+#[cfg(target_os = "linux")]
+fn watch_propagation(router: axum::Router, canary: crate::sys::linux::init::Canary) -> axum::Router {
+    use axum::{extract::Request, middleware};
+    let canary = Arc::new(canary);
+    router.layer(middleware::from_fn(move |request: Request, next: middleware::Next| {
+        let lost = request.uri().path() == "/GraphDriver.Init" && !canary.stands();
+        async move {
+            if lost {
+                tracing::warn!("the engine unmounted the plugin's folder when it stopped; starting anew");
+                // EX_TEMPFAIL of sysexits.h.
+                std::process::exit(75);
+            }
+            next.run(request).await
+        }
+    }))
+}
+
 /// What the first process of a container does: see to `/dev`, start the plugin, reap and forward.
 #[cfg(target_os = "linux")]
-fn as_first_process() -> Result<ExitCode, CliError> {
+fn as_first_process(root: &std::path::Path) -> Result<ExitCode, CliError> {
     use crate::sys::linux::init;
     use std::{error::Error as _, os::unix::process::ExitStatusExt};
     /// What a shell adds to the number of a signal.
@@ -76,6 +101,10 @@ fn as_first_process() -> Result<ExitCode, CliError> {
     if let Err(error) = init::furnish_dev() {
         // Converting layers works all the same; a Get would say what it lacks.
         super::report(&format!("layers cannot be mounted here: {error}"), error.source());
+    }
+    // Only to notice what an engine does with a plugin that it leaves running: without it, all else works.
+    if let Err(error) = init::Canary::set(root) {
+        super::report(&format!("mounts are not watched: {error}"), error.source());
     }
     let mut again = std::process::Command::new("/proc/self/exe");
     again.args(std::env::args_os().skip(1));
