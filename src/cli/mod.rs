@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   lcow-graphdriver serve    the plugin                          listen ─► api ─► driver
-//!                    store    look at a store, repair it          store, driver (scrub)
+//!                    store    look at a store, repair it, fill it store, driver (scrub), migrate (import)
 //!                    layer    convert one layer on files          diff
 //!                    call     one request to a running plugin     HTTP client on its socket
 //!                    completions, man   for shells and manuals   clap
@@ -14,6 +14,10 @@
 
 mod call;
 mod generate;
+#[cfg(target_os = "linux")]
+mod import;
+#[cfg(target_os = "linux")]
+mod import_engine;
 mod layer;
 mod serve;
 mod store;
