@@ -18,6 +18,7 @@ pub mod embedded;
 mod exchange;
 mod job;
 pub mod pool;
+pub mod remote;
 mod stream;
 
 pub use crate::agent::wire::{
