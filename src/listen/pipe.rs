@@ -139,6 +139,8 @@ impl PipeConnection {
         let timer =
             self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + limit)));
         ready!(timer.as_mut().poll(context));
+        // Dropping the pipe would let the write that waits keep it open; this takes it from the client at once.
+        let _ = self.pipe.disconnect();
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read its reply")))
     }
 }

@@ -475,6 +475,16 @@ pub fn take_given(number: u64) -> io::Result<OwnedHandle> {
     Ok(unsafe { own(handle) })
 }
 
+/// Sends Ctrl+Break to the process group of `pid`: how a console program is asked to end.
+///
+/// # Errors
+/// What the system says; without a console there is no such thing.
+pub fn send_break(pid: u32) -> io::Result<()> {
+    use windows_sys::Win32::System::Console::{CTRL_BREAK_EVENT, GenerateConsoleCtrlEvent};
+    // SAFETY: only numbers are given.
+    check(unsafe { GenerateConsoleCtrlEvent(CTRL_BREAK_EVENT, pid) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
