@@ -12,6 +12,7 @@
 
 pub mod codec;
 pub mod disk;
+pub mod link;
 pub mod operation;
 mod real;
 pub mod serve;

@@ -51,6 +51,8 @@ pub enum FrameType {
     Control = 9,
     /// agent: answer to a `Control`.
     Reply = 10,
+    /// daemon: first frame of a link's control channel ([`Wake`]).
+    Wake = 11,
 }
 
 impl FrameType {
@@ -66,6 +68,7 @@ impl FrameType {
             8 => Self::Result,
             9 => Self::Control,
             10 => Self::Reply,
+            11 => Self::Wake,
             _ => return None,
         })
     }
@@ -490,6 +493,27 @@ pub struct Hello {
     pub version: u32,
     /// What the agent did to lock itself in; names of the parts that took hold.
     pub jail: JailReport,
+    /// On a link: what the [`Wake`] said, so that no greeting is taken for another session's.
+    #[serde(default)]
+    pub nonce: u64,
+    /// On a link: the transfer disk is in use.
+    #[serde(default)]
+    pub transfer: bool,
+}
+
+/// First message to an agent at the other end of a [`link`](super::link).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wake {
+    /// [`PROTOCOL_VERSION`] of the daemon.
+    pub version: u32,
+    /// To be repeated in [`Hello`].
+    pub nonce: u64,
+    /// Fresh random bytes, since machines restored from one saved state know each other's.
+    pub entropy: Vec<u8>,
+    /// Nanoseconds since 1970, UTC.
+    pub unix_nanos: u64,
+    /// A disk for bulk bytes.
+    pub transfer: Option<super::link::slots::TransferDisk>,
 }
 
 /// Which parts of the jail took hold. Inside a real VM all are false: the VM is the jail.
@@ -549,8 +573,12 @@ pub enum Control {
         /// Which.
         disk: DiskId,
     },
-    /// A data channel: its descriptor travels beside.
-    Open,
+    /// A data channel: its descriptor travels beside (embedded), or it is a channel of the link (VMs).
+    Open {
+        /// Number on the link; higher than all before.
+        #[serde(default)]
+        channel: u32,
+    },
 }
 
 /// A numbered control request; the reply carries the same number.

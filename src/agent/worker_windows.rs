@@ -67,7 +67,8 @@ pub fn worker_main(args: &[String], codec: &Arc<dyn Codec>) -> i32 {
 fn run(report: jail::Report, codec: &Arc<dyn Codec>) -> io::Result<()> {
     let mut transport = Frames { pipe: PipeStream::from_handle(take_standard_input()?)? };
     let jail = JailReport { walls: report.walls, notes: report.notes, ..JailReport::default() };
-    wire::write_json(&mut &transport.pipe, FrameType::Hello, &Hello { version: PROTOCOL_VERSION, jail })?;
+    let hello = Hello { version: PROTOCOL_VERSION, jail, nonce: 0, transfer: false };
+    wire::write_json(&mut &transport.pipe, FrameType::Hello, &hello)?;
     serve::serve(&mut transport, codec)
 }
 
@@ -96,11 +97,11 @@ impl ControlTransport for Frames {
         wire::write_json(&mut &self.pipe, FrameType::Reply, reply)
     }
 
-    fn disk(&mut self, beside: Option<u64>, _: Option<&str>) -> Result<File, WireError> {
+    fn disk(&mut self, beside: Option<u64>, _: Option<&str>, _: bool) -> Result<File, WireError> {
         Ok(File::from(taken(beside)?))
     }
 
-    fn channel(&mut self, beside: Option<u64>) -> Result<Arc<dyn AgentChannel>, WireError> {
+    fn channel(&mut self, beside: Option<u64>, _: u32) -> Result<Arc<dyn AgentChannel>, WireError> {
         let stream = PipeStream::from_handle(taken(beside)?);
         Ok(Arc::new(Pipe(stream.map_err(|e| WireError::new(ErrorKind::Io, e.to_string()))?)))
     }

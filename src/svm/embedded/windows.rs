@@ -317,7 +317,10 @@ impl ServiceVm for EmbeddedVm {
             ours.connect().await.map_err(|e| self.protocol(e))?;
             let handle = self.give(theirs.as_handle(), Given::Same).map_err(|e| self.protocol(e))?;
             drop(theirs);
-            self.control.call(Control::Open, Some(handle)).await.map_err(|e| self.protocol(e))?;
+            self.control
+                .call(Control::Open { channel: 0 }, Some(handle))
+                .await
+                .map_err(|e| self.protocol(e))?;
             Ok(Box::new(ours) as Channel)
         }
         .boxed()
