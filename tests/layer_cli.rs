@@ -282,7 +282,7 @@ fn wrong_input_is_refused_with_its_name_and_what_helps() {
         (vec!["pack", "--record", &out, tar, &out], vec!["cannot be one file"]),
         (vec!["unpack", &scene.text("noise")], vec!["noise"]),
         (vec!["unpack", "--exact", &scene.text("noise"), &good], vec!["noise", "bad magic"]),
-        (vec!["inspect", &scene.text("x.vhdx")], vec!["VHDX", "qemu-img convert"]),
+        (vec!["inspect", &scene.text("x.vhdx")], vec!["x.vhdx", "corrupt vhdx"]),
         (vec!["inspect", &tree], vec!["is a folder"]),
         (vec!["ls", &good, "/etc/nothing"], vec!["good.vhd", "no 'nothing'"]),
         (vec!["ls", &good, "/etc/passwd/x"], vec!["no folder"]),

@@ -172,6 +172,17 @@ pub fn write_json<T: Serialize>(output: &mut dyn Write, kind: FrameType, message
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct DiskId(pub u32);
 
+/// How a disk's bytes lie in its file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// One after the other.
+    #[default]
+    Raw,
+    /// In the blocks of a VHDX, which is read only. A VM to which the host attaches the VHDX sees a raw disk.
+    Vhdx,
+}
+
 /// How a layer's files lie in its image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -569,6 +580,9 @@ pub struct JailReport {
     pub no_capabilities: bool,
     /// All resource limits are set.
     pub limits: bool,
+    /// Windows: names of the walls that hold (job, token, integrity, mitigations).
+    #[serde(default)]
+    pub walls: Vec<String>,
     /// Why parts did not take hold, for people.
     pub notes: Vec<String>,
 }
@@ -591,6 +605,9 @@ pub enum Control {
         len: Option<u64>,
         /// How a VM finds the device.
         serial: Option<String>,
+        /// How the disk's bytes lie in the file.
+        #[serde(default)]
+        format: DiskFormat,
     },
     /// Forget a disk.
     Detach {

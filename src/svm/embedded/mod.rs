@@ -280,8 +280,14 @@ impl ServiceVm for EmbeddedVm {
                 reopened = reopen_read_only(fd).map_err(|e| self.disk_error(disk.path.display(), e))?;
                 fd = reopened.as_fd();
             }
-            let control =
-                Control::Attach { disk: id, writable, offset: disk.offset, len: disk.len, serial: None };
+            let control = Control::Attach {
+                disk: id,
+                writable,
+                offset: disk.offset,
+                len: disk.len,
+                serial: None,
+                format: disk.format,
+            };
             let reply = self.control.call(control, &[fd]).await;
             reply.map_err(|e| self.disk_error(disk.path.display(), e))?;
             Ok(id)

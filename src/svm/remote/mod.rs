@@ -154,7 +154,8 @@ impl RemoteAgent {
     /// The agent does not find it; the link broke.
     pub async fn attach(&self, disk: &RemoteDisk) -> io::Result<()> {
         let RemoteDisk { disk, writable, offset, len, serial } = disk.clone();
-        self.call(Control::Attach { disk, writable, offset, len, serial: Some(serial) }).await
+        let format = crate::agent::wire::DiskFormat::Raw;
+        self.call(Control::Attach { disk, writable, offset, len, serial: Some(serial), format }).await
     }
 
     /// Lets the agent let go of a disk: after the answer its machine may lose it.
