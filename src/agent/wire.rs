@@ -52,6 +52,8 @@ pub enum FrameType {
     Control = 9,
     /// agent: answer to a `Control`.
     Reply = 10,
+    /// daemon: first frame of a link's control channel ([`Wake`]).
+    Wake = 11,
 }
 
 impl FrameType {
@@ -67,6 +69,7 @@ impl FrameType {
             8 => Self::Result,
             9 => Self::Control,
             10 => Self::Reply,
+            11 => Self::Wake,
             _ => return None,
         })
     }
@@ -168,6 +171,17 @@ pub fn write_json<T: Serialize>(output: &mut dyn Write, kind: FrameType, message
 /// A disk of a VM, by the number under which it was attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct DiskId(pub u32);
+
+/// How a disk's bytes lie in its file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// One after the other.
+    #[default]
+    Raw,
+    /// In the blocks of a VHDX, which is read only. A VM to which the host attaches the VHDX sees a raw disk.
+    Vhdx,
+}
 
 /// How a layer's files lie in its image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -520,6 +534,27 @@ pub struct Hello {
     pub version: u32,
     /// What the agent did to lock itself in; names of the parts that took hold.
     pub jail: JailReport,
+    /// On a link: what the [`Wake`] said, so that no greeting is taken for another session's.
+    #[serde(default)]
+    pub nonce: u64,
+    /// On a link: the transfer disk is in use.
+    #[serde(default)]
+    pub transfer: bool,
+}
+
+/// First message to an agent at the other end of a [`link`](super::link).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wake {
+    /// [`PROTOCOL_VERSION`] of the daemon.
+    pub version: u32,
+    /// To be repeated in [`Hello`].
+    pub nonce: u64,
+    /// Fresh random bytes, since machines restored from one saved state know each other's.
+    pub entropy: Vec<u8>,
+    /// Nanoseconds since 1970, UTC.
+    pub unix_nanos: u64,
+    /// A disk for bulk bytes.
+    pub transfer: Option<super::link::slots::TransferDisk>,
 }
 
 /// Which parts of the jail took hold. Inside a real VM all are false: the VM is the jail.
@@ -545,6 +580,9 @@ pub struct JailReport {
     pub no_capabilities: bool,
     /// All resource limits are set.
     pub limits: bool,
+    /// Windows: names of the walls that hold (job, token, integrity, mitigations).
+    #[serde(default)]
+    pub walls: Vec<String>,
     /// Why parts did not take hold, for people.
     pub notes: Vec<String>,
 }
@@ -567,14 +605,21 @@ pub enum Control {
         len: Option<u64>,
         /// How a VM finds the device.
         serial: Option<String>,
+        /// How the disk's bytes lie in the file.
+        #[serde(default)]
+        format: DiskFormat,
     },
     /// Forget a disk.
     Detach {
         /// Which.
         disk: DiskId,
     },
-    /// A data channel: its descriptor travels beside.
-    Open,
+    /// A data channel: its descriptor travels beside (embedded), or it is a channel of the link (VMs).
+    Open {
+        /// Number on the link; higher than all before.
+        #[serde(default)]
+        channel: u32,
+    },
 }
 
 /// A numbered control request; the reply carries the same number.

@@ -1,114 +1,53 @@
 //! `serve`: the plugin itself.
 //!
 //! ```text
-//!   as pid 1 (managed plugin, any container)   /dev ─► supervise ─► serve again, as an ordinary process
-//!   otherwise                                  options ─► socket ─► driver ─► requests … SIGTERM
+//!   Linux    as pid 1 (managed plugin, any container): /dev ─► supervise ─► serve again, as an ordinary process
+//!            otherwise: options ─► socket ─► driver ─► requests … SIGTERM
+//!   Windows  by hand: options ─► pipe ─► driver ─► requests … Ctrl+C
+//!            as a service: the same, told to stop by the service manager (`service`)
 //! ```
 
-use super::{CliError, ServeArgs, runtime};
+#[cfg(unix)]
+mod unix;
+#[cfg(windows)]
+pub(super) mod windows;
+
+#[cfg(unix)]
+pub(super) use unix::run;
+#[cfg(windows)]
+pub(super) use windows::run;
+
+use super::{CliError, ServeArgs};
 use crate::{
     api::{self, Context},
     config::Options,
     driver::{Driver, DriverConfig},
-    listen::UnixIncoming,
-    telemetry::{self, Metrics},
+    telemetry::Metrics,
 };
-use std::{process::ExitCode, sync::Arc};
-use tokio::signal::unix::{SignalKind, signal};
+use std::{fmt::Debug, future::Future, sync::Arc};
 
-pub(super) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
-    #[cfg(target_os = "linux")]
-    if crate::sys::linux::init::is_first_process() {
-        return as_first_process(&args.root);
-    }
-    telemetry::start_logging(args.log_format);
-    let options = Options::load(args.config.as_deref(), &args.storage_opt)?;
-    runtime()?.block_on(serve(args, options))
-}
-
-async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> {
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // The socket first: whoever waits for it may connect now and is answered as soon as the store is open.
-    let incoming = match listenfd::ListenFd::from_env().take_unix_listener(0)? {
-        Some(listener) => UnixIncoming::adopt(listener)?,
-        None => UnixIncoming::bind(&args.socket)?,
-    };
+/// Answers what comes in until `stop` resolves; running requests end first. `ready` is called once the store is open.
+async fn answer<L, S>(
+    incoming: L,
+    args: &ServeArgs,
+    options: Options,
+    ready: impl FnOnce(),
+    stop: S,
+) -> Result<(), CliError>
+where
+    L: axum::serve::Listener,
+    L::Addr: Debug,
+    S: Future<Output = ()> + Send + 'static,
+{
     let config = DriverConfig { root: args.root.clone(), options, worker_program: None };
     let driver = Arc::new(Driver::start(config)?);
     let context = Context { driver: driver.clone(), metrics: Arc::new(Metrics::new()) };
-    tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
-        socket = %args.socket.display(),
-        root = %args.root.display(),
-        "ready"
-    );
-    // Without systemd there is nobody to tell.
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
-    let stop = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("stopping: running requests end first; a second signal stops at once");
-        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            tracing::warn!("stopped at once by a second signal");
-            std::process::exit(1);
-        });
-    };
+    ready();
     let router = api::router(context);
     #[cfg(target_os = "linux")]
-    let router = match crate::sys::linux::init::Canary::find(&args.root) {
-        Some(canary) => watch_propagation(router, canary),
-        None => router,
-    };
+    let router = unix::watch_propagation(router, &args.root);
     axum::serve(incoming, router).with_graceful_shutdown(stop).await?;
     driver.stop().await;
     tracing::info!("stopped");
-    Ok(ExitCode::SUCCESS)
-}
-
-/// In a managed plugin: ends the program when an engine begins anew (Init) but no longer sees what is mounted here, so
-/// that the engine starts the plugin anew, with a folder that it sees. The engine repeats its request until then.
-#[cfg(target_os = "linux")]
-fn watch_propagation(router: axum::Router, canary: crate::sys::linux::init::Canary) -> axum::Router {
-    use axum::{extract::Request, middleware};
-    let canary = Arc::new(canary);
-    router.layer(middleware::from_fn(move |request: Request, next: middleware::Next| {
-        let lost = request.uri().path() == "/GraphDriver.Init" && !canary.stands();
-        async move {
-            if lost {
-                tracing::warn!("the engine unmounted the plugin's folder when it stopped; starting anew");
-                // EX_TEMPFAIL of sysexits.h.
-                std::process::exit(75);
-            }
-            next.run(request).await
-        }
-    }))
-}
-
-/// What the first process of a container does: see to `/dev`, start the plugin, reap and forward.
-#[cfg(target_os = "linux")]
-fn as_first_process(root: &std::path::Path) -> Result<ExitCode, CliError> {
-    use crate::sys::linux::init;
-    use std::{error::Error as _, os::unix::process::ExitStatusExt};
-    /// What a shell adds to the number of a signal.
-    const BY_SIGNAL: i32 = 128;
-    if let Err(error) = init::furnish_dev() {
-        // Converting layers works all the same; a Get would say what it lacks.
-        super::report(&format!("layers cannot be mounted here: {error}"), error.source());
-    }
-    // Only to notice what an engine does with a plugin that it leaves running: without it, all else works.
-    if let Err(error) = init::Canary::set(root) {
-        super::report(&format!("mounts are not watched: {error}"), error.source());
-    }
-    let mut again = std::process::Command::new("/proc/self/exe");
-    again.args(std::env::args_os().skip(1));
-    let status = init::supervise(&mut again).map_err(|e| format!("cannot start or watch the plugin: {e}"))?;
-    let code = status.code().or_else(|| status.signal().map(|n| BY_SIGNAL + n)).unwrap_or(1);
-    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+    Ok(())
 }

@@ -139,7 +139,7 @@ impl Home {
             add("parent", parent.to_string());
         }
         if meta.state == LayerState::Sandbox {
-            add("file", file(layout::SANDBOX_FILE));
+            add("file", self.sandbox_path(id).to_string_lossy().into_owned());
             if let Some(bytes) = meta.sandbox_bytes {
                 add("size", bytes.to_string());
             }
@@ -205,6 +205,11 @@ fn jail_line(jail: &crate::svm::JailReport) -> String {
         (jail.no_capabilities, "no capabilities"),
         (jail.limits, "limits"),
     ];
+    if !jail.walls.is_empty() {
+        let notes =
+            if jail.notes.is_empty() { String::new() } else { format!("; NOT: {}", jail.notes.join(", ")) };
+        return format!("{}{notes}", jail.walls.join(", "));
+    }
     let list = |held: bool| {
         parts.iter().filter(|(holds, _)| *holds == held).map(|(_, name)| *name).collect::<Vec<_>>().join(", ")
     };

@@ -210,11 +210,16 @@ impl Home {
                     disks.push(LayerDisk { disk: self.image_disk(&layer, &meta)?, kind: LayerKind::Applied });
                 }
                 LayerState::Sandbox => {
-                    let path = self.store.layout().layer_file(id, layout::SANDBOX_FILE);
+                    let path = self.sandbox_path(id);
                     let file = open(&path)?;
                     let length = file.metadata().map_err(DriverError::io("measure", &path))?.len();
-                    let disk = DiskSource::read_only(Arc::new(file), path)
-                        .window(0, length.saturating_sub(vhd::FOOTER_SIZE as u64));
+                    let vhdx = path.ends_with(layout::SANDBOX_VHDX_FILE);
+                    let disk = DiskSource::read_only(Arc::new(file), path);
+                    let disk = if vhdx {
+                        disk.vhdx()
+                    } else {
+                        disk.window(0, length.saturating_sub(vhd::FOOTER_SIZE as u64))
+                    };
                     disks.push(LayerDisk { disk, kind: LayerKind::Sandbox });
                     if !sandboxes.contains(id) {
                         sandboxes.push(id.clone());

@@ -338,7 +338,7 @@ async fn apply(
     let folder = folder_of(&found.data_root, found.driver, &note.cache_id);
     let maker = tokio::task::spawn_blocking(move || {
         let mut out = Chunks { sender, chunk: Vec::with_capacity(CHUNK), hash: Sha256::new(), watch };
-        let made = make(&split, folder, &mut out).map_err(|source| source.about(&layer)).and_then(|()| {
+        let made = make(&split, &folder, &mut out).map_err(|source| source.about(&layer)).and_then(|()| {
             out.flush()
                 .map_err(|e| MigrateError::Rebuild { layer: layer.clone(), source: SplitError::Output(e) })?;
             let found = Digest::from_hash(std::mem::take(&mut out.hash));
@@ -359,8 +359,9 @@ async fn apply(
     let made = maker.await.map_err(|e| MigrateError::Internal(e.to_string()))?;
     match (made, applied) {
         // The driver's own failure closed the channel.
-        (Err(MigrateError::Rebuild { source: SplitError::Output(_), .. }), Err(error))
-        | (Ok(()), Err(error)) => Err(error.into()),
+        (Err(MigrateError::Rebuild { source: SplitError::Output(_), .. }) | Ok(()), Err(error)) => {
+            Err(error.into())
+        }
         (Err(error), _) => Err(error),
         (Ok(()), Ok(_)) => Ok(()),
     }
@@ -391,13 +392,13 @@ impl MakeError {
     }
 }
 
-fn make(split: &Path, folder: PathBuf, out: &mut dyn Write) -> Result<(), MakeError> {
+fn make(split: &Path, folder: &Path, out: &mut dyn Write) -> Result<(), MakeError> {
     let io = |action, path: &Path| {
         let path = path.to_owned();
         move |source| MakeError::Io { action, path, source }
     };
     let file = File::open(split).map_err(io("open", split))?;
-    let tree = Tree::open(folder.clone()).map_err(io("open", &folder))?;
+    let tree = Tree::open(folder.to_owned()).map_err(io("open", folder))?;
     let lines = flate2::read::MultiGzDecoder::new(file);
     tarsplit::rebuild(lines, |name| tree.file(name), out).map_err(MakeError::Split).map(|_| ())
 }

@@ -109,6 +109,7 @@ impl MigrateError {
         move |source| Self::Io { action, path, source }
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "errors are handed over as they come")]
     fn corrupt(path: &Path, reason: impl ToString) -> Self {
         Self::Corrupt { path: path.to_owned(), reason: reason.to_string() }
     }

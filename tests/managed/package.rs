@@ -89,7 +89,10 @@ fn the_plugin_is_one_static_program_and_the_same_bytes_each_time() {
     script("build-plugin", &["--program", &text(&files[0]), "--add", &text(&more), "--save", &path]);
     let list = Command::new("tar").args(["-tzf", &path]).output().expect("tar").stdout;
     let list = String::from_utf8_lossy(&list);
-    assert!(list.contains("rootfs/usr/share/lcow/kernel") && list.contains("rootfs/bin/lcow-graphdriver"), "{list}");
+    assert!(
+        list.contains("rootfs/usr/share/lcow/kernel") && list.contains("rootfs/bin/lcow-graphdriver"),
+        "{list}"
+    );
 }
 
 /// `unshare` and what runs in it; ended with the test.

@@ -3,7 +3,7 @@
 use super::{
     InspectArgs, LsArgs,
     failure::failed,
-    image::{Disk, Image, fs_bytes, kind, resolve},
+    image::{Container, Disk, Image, fs_bytes, kind, resolve},
     output::{print, print_json},
 };
 use crate::{
@@ -80,6 +80,8 @@ struct Inspection {
     /// `layer` or `sandbox`.
     kind: &'static str,
     vhd: Option<VhdFacts>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vhdx: Option<VhdxFacts>,
     ext4: Ext4Facts,
     counts: Counts,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -103,6 +105,16 @@ struct VhdFacts {
     uuid: Uuid,
     /// Seconds since 2000.
     timestamp: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct VhdxFacts {
+    disk_bytes: u64,
+    block_size: u32,
+    logical_sector: u32,
+    physical_sector: u32,
+    disk_id: Uuid,
+    fixed: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -216,11 +228,25 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<ExitCode, CliError> {
             LayerKind::Applied => "layer",
             LayerKind::Sandbox => "sandbox",
         },
-        vhd: image.footer.map(|f| VhdFacts {
-            disk_bytes: f.disk_bytes,
-            uuid: Uuid::from_bytes(f.uuid),
-            timestamp: f.timestamp,
-        }),
+        vhd: match &image.container {
+            Container::Vhd(f) => Some(VhdFacts {
+                disk_bytes: f.disk_bytes,
+                uuid: Uuid::from_bytes(f.uuid),
+                timestamp: f.timestamp,
+            }),
+            _ => None,
+        },
+        vhdx: match &image.container {
+            Container::Vhdx(g) => Some(VhdxFacts {
+                disk_bytes: g.disk_bytes,
+                block_size: g.block_size,
+                logical_sector: g.logical_sector,
+                physical_sector: g.physical_sector,
+                disk_id: g.disk_id,
+                fixed: g.fixed,
+            }),
+            _ => None,
+        },
         ext4: Ext4Facts {
             uuid: Uuid::from_bytes(geometry.uuid),
             bytes: fs_bytes(&fs),
@@ -267,9 +293,17 @@ fn inspection_text(i: &Inspection) -> String {
     line("file", format!("{} ({} bytes), {}", ByteSize(i.file_bytes), i.file_bytes, i.kind));
     line(
         "vhd",
-        match &i.vhd {
-            Some(v) => format!("fixed, disk of {} bytes, uuid {}", v.disk_bytes, v.uuid),
-            None => "no footer: a bare image".to_owned(),
+        match (&i.vhd, &i.vhdx) {
+            (Some(v), _) => format!("fixed, disk of {} bytes, uuid {}", v.disk_bytes, v.uuid),
+            (_, Some(v)) => format!(
+                "vhdx, {}, disk of {} bytes, blocks of {}, sectors of {}, id {}",
+                if v.fixed { "fixed" } else { "dynamic" },
+                v.disk_bytes,
+                ByteSize(v.block_size.into()),
+                v.logical_sector,
+                v.disk_id
+            ),
+            _ => "no footer: a bare image".to_owned(),
         },
     );
     let e = &i.ext4;
