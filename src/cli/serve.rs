@@ -43,10 +43,7 @@ where
     let driver = Arc::new(Driver::start(config)?);
     let context = Context { driver: driver.clone(), metrics: Arc::new(Metrics::new()) };
     ready();
-    let router = api::router(context);
-    #[cfg(target_os = "linux")]
-    let router = unix::watch_propagation(router, &args.root);
-    axum::serve(incoming, router).with_graceful_shutdown(stop).await?;
+    axum::serve(incoming, api::router(context)).with_graceful_shutdown(stop).await?;
     driver.stop().await;
     tracing::info!("stopped");
     Ok(())

@@ -28,6 +28,8 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
         None => UnixIncoming::bind(&args.socket)?,
     };
     let ready = || {
+        #[cfg(target_os = "linux")]
+        watch_propagation(&args.root);
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
             socket = %args.socket.display(),
@@ -57,24 +59,22 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
     Ok(ExitCode::SUCCESS)
 }
 
-/// In a managed plugin: ends the program when an engine begins anew (Init) but no longer sees what is mounted here, so
-/// that the engine starts the plugin anew, with a folder that it sees. The engine repeats its request until then.
+/// In a managed plugin: ends the program when an engine that stops leaves it running but unmounts its folder, so that the
+/// next engine finds no plugin alive and starts it anew, with a folder that it sees. Nothing is lost: an engine does so
+/// only when no container runs. To end later, at the engine's first request, would not do: the engine sends a request
+/// anew without its body.
 #[cfg(target_os = "linux")]
-pub(super) fn watch_propagation(router: axum::Router, root: &std::path::Path) -> axum::Router {
-    use axum::{extract::Request, middleware};
-    let Some(canary) = crate::sys::linux::init::Canary::find(root) else { return router };
-    let canary = std::sync::Arc::new(canary);
-    router.layer(middleware::from_fn(move |request: Request, next: middleware::Next| {
-        let lost = request.uri().path() == "/GraphDriver.Init" && !canary.stands();
-        async move {
-            if lost {
-                tracing::warn!("the engine unmounted the plugin's folder when it stopped; starting anew");
-                // EX_TEMPFAIL of sysexits.h.
-                std::process::exit(75);
-            }
-            next.run(request).await
+fn watch_propagation(root: &std::path::Path) {
+    let Some(canary) = crate::sys::linux::init::Canary::find(root) else { return };
+    std::thread::spawn(move || {
+        if let Err(error) = canary.wait_until_gone() {
+            tracing::warn!(%error, "mounts are not watched");
+            return;
         }
-    }))
+        tracing::warn!("the engine unmounted the plugin's folder: ending, to be started with a new one");
+        // EX_TEMPFAIL of sysexits.h.
+        std::process::exit(75);
+    });
 }
 
 /// What the first process of a container does: see to `/dev`, start the plugin, reap and forward.

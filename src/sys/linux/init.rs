@@ -90,6 +90,23 @@ impl Canary {
         canary.stands().then_some(canary)
     }
 
+    /// Waits until it is no longer mounted.
+    ///
+    /// # Errors
+    /// The kernel's table of mounts cannot be watched (proc_pid_mountinfo(5): poll tells of each change).
+    pub fn wait_until_gone(&self) -> Result<(), SysError> {
+        const TABLE: &str = "/proc/self/mountinfo";
+        let table = std::fs::File::open(TABLE).context("open", TABLE)?;
+        while self.stands() {
+            let mut watched = [rustix::event::PollFd::new(&table, rustix::event::PollFlags::PRI)];
+            match rustix::event::poll(&mut watched, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).context("watch", TABLE),
+            }
+        }
+        Ok(())
+    }
+
     /// Whether it is mounted.
     pub fn stands(&self) -> bool {
         match (stat(&self.mount), stat(&self.folder)) {
