@@ -7,6 +7,7 @@ programs compete for the cores, where the time of what runs on two cores at once
 """
 
 import argparse
+import concurrent.futures
 import http.client
 import io
 import json
@@ -30,6 +31,10 @@ CALLS = 50
 # Large packages of the npm registry: many small files, one of them with tens of thousands in one folder.
 NPM = ["@mui/icons-material@6.4.0", "@mui/material@6.4.0", "react@18.3.1", "react-dom@18.3.1", "typescript@5.7.3",
        "date-fns@4.1.0", "lodash@4.17.21", "rxjs@7.8.1", "core-js@3.40.0", "aws-sdk@2.1692.0"]
+# What makes of a base system one to build programs in.
+TOOLCHAIN = "g++,make,python3,git,perl"
+# Layers of the image that is applied as dockerd does a pull: one after the other; and its parts, two at once.
+PULLED = 20
 MIB = 1 << 20
 
 
@@ -125,7 +130,15 @@ def make_layers(folder, quick, only):
         tar_of(tree, path)
         shutil.rmtree(tree)
 
+    def toolchain(path):
+        tree = os.path.join(folder, "toolchain.tree")
+        shutil.rmtree(tree, ignore_errors=True)
+        run("debootstrap", "--variant=minbase", f"--include={TOOLCHAIN}", suite, tree, stdout=subprocess.DEVNULL)
+        tar_of(tree, path)
+        shutil.rmtree(tree)
+
     layer("minbase", "minbase", f"debootstrap --variant=minbase {suite}", minbase)
+    layer("toolchain", "toolchain", f"the same with {TOOLCHAIN.replace(',', ', ')}", toolchain)
     if shutil.which("npm"):
         layer("small", "small", f"node_modules of {len(NPM)} packages of the npm registry", npm)
     else:
@@ -194,21 +207,38 @@ class Place:
         return measured
 
     def tasks(self):
-        return {
+        # A tar as the source of a file system came with 1.47.1.
+        told = subprocess.run(["mke2fs", "-V"], stderr=subprocess.PIPE).stderr.decode().split()[1]
+        reads_tar = [int(n) for n in told.split(".")] >= [1, 47, 1]
+        tasks = {
             "cat": self.task('cat "$TAR" >"$OUT"; sync "$OUT"'),
             "pack": self.task('"$P" layer pack --record "$OUT.rec" "$TAR" "$OUT"'),
+            "pack stream": self.task('cat "$TAR" | "$P" layer pack --record "$OUT.rec" - "$OUT"'),
+            "pack verity": self.task('"$P" layer pack --verity --record "$OUT.rec" "$TAR" "$OUT"'),
+            "catcp": self.task('cat "$TAR" | cat >"$OUT"; sync "$OUT"'),
             "mke2fs": self.task('truncate -s "$SIZE" "$OUT"; mke2fs -q -F -t ext4 -N "$INODES" -d "$TREE" "$OUT"; '
                                 'sync "$OUT"'),
+            # From 1.47.1 on it reads a tar itself.
+            "mke2fs tar": self.task('truncate -s "$SIZE" "$OUT"; '
+                                    'mke2fs -q -F -t ext4 -N "$INODES" -d "$TAR" "$OUT"; sync "$OUT"'),
             "mount": self.task('truncate -s "$SIZE" "$OUT"; mkfs.ext4 -q -F -N "$INODES" "$OUT"; '
                                'mount -o loop "$OUT" "$MNT"; tar -C "$MNT" -xf "$TAR"; umount "$MNT"; sync "$OUT"'),
+            "mount bsdtar": self.task('truncate -s "$SIZE" "$OUT"; mkfs.ext4 -q -F -N "$INODES" "$OUT"; '
+                                      'mount -o loop "$OUT" "$MNT"; bsdtar -C "$MNT" -xpf "$TAR"; umount "$MNT"; '
+                                      'sync "$OUT"'),
             "catcat": self.task('cat "$IMG" | cat >/dev/null'),
             "exact": self.task('"$P" layer unpack --exact "$REC" "$IMG" - | cat >/dev/null'),
             "canonical": self.task('"$P" layer unpack "$IMG" - | cat >/dev/null'),
             "gnutar": self.task('mount -o loop,ro "$IMG" "$MNT"; tar -C "$MNT" -c . | cat >/dev/null; '
                                 'umount "$MNT"'),
+            "bsdtar": self.task('mount -o loop,ro "$IMG" "$MNT"; bsdtar -C "$MNT" -cf - . | cat >/dev/null; '
+                                'umount "$MNT"'),
             "find": self.task('mount -o loop,ro "$IMG" "$MNT"; find "$MNT" -printf "%s %T@ %p\\n" >/dev/null; '
                               'umount "$MNT"'),
         }
+        if not reads_tar:
+            del tasks["mke2fs tar"]
+        return tasks
 
 
 def rounds(tasks, count):
@@ -339,7 +369,83 @@ def latencies(plugin):
     return {name: statistics.median(times) for name, times in result.items()}
 
 
+def pulls(plugin, folder):
+    """Applies an image of PULLED layers, one after the other as dockerd does, and the same layers by two at once.
+
+    The layers are alike, 20 MB of generated files each. Seconds of both.
+    """
+    tar = f"{folder}/part.tar"
+    generated_small(tar, 8_000)
+    url = "http://localhost/GraphDriver.ApplyDiff?id=$ID&parent="
+
+    def apply(identity):
+        subprocess.run(["curl", "-sSf", "--unix-socket", plugin.socket, "-H", "Expect:", "-X", "POST", "-T", tar,
+                        url.replace("$ID", identity)], check=True, stdout=subprocess.DEVNULL)
+
+    found = {}
+    for at_once in (1, 2):
+        names = [f"pull{at_once}x{n}" for n in range(PULLED)]
+        for name in names:
+            plugin.call("Create", ID=name, Parent="")
+        begin = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(at_once) as workers:
+            list(workers.map(apply, names))
+        found[at_once] = time.monotonic() - begin
+        for name in names:
+            plugin.call("Remove", ID=name)
+    # What two processors give here at all: a sum of the same bytes, by one and by two at once.
+    def digest(_):
+        subprocess.run(["sha256sum", *[tar] * PULLED], check=True, stdout=subprocess.DEVNULL)
+    begin = time.monotonic()
+    digest(0), digest(0)
+    one = time.monotonic() - begin
+    begin = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(2) as workers:
+        list(workers.map(digest, range(2)))
+    found["processors"] = one / (time.monotonic() - begin)
+    os.unlink(tar)
+    return found
+
+
 # ---- tables
+
+# Columns: tasks by name, and what they are.
+PACKERS = {"pack": "`layer pack --record`", "pack stream": "the same from a pipe", "pack verity": "with `--verity`",
+           "catcp": "`cat tar` into `cat > file`", "mke2fs": "`mke2fs -d` folder", "mke2fs tar": "`mke2fs -d` tar",
+           "mount": "mkfs, loop mount, `tar -x`", "mount bsdtar": "mkfs, loop mount, `bsdtar -x`"}
+UNPACKERS = {"exact": "`layer unpack --exact`", "canonical": "`layer unpack`", "gnutar": "loop mount, `tar -c`",
+             "bsdtar": "loop mount, `bsdtar -c`"}
+
+
+def plot(folder, figures, place):
+    """An SVG for each direction: times × copying, a group of bars for each layer."""
+    import matplotlib
+    matplotlib.use("svg")
+    # The same bytes for the same figures.
+    matplotlib.rcParams.update({"svg.hashsalt": "lcow", "font.size": 9})
+    from matplotlib import pyplot
+    for name, columns, base in (("apply", PACKERS, "cat"), ("diff", UNPACKERS, "catcat")):
+        layers = [layer for layer in figures if figures[layer].get(base)]
+        shown = [key for key in columns if any(figures[layer].get(key) for layer in layers)]
+        if not shown:
+            continue
+        plane, axes = pyplot.subplots(figsize=(8, 3.6))
+        width = 0.8 / len(shown)
+        for n, key in enumerate(shown):
+            at = [i for i, layer in enumerate(layers) if figures[layer].get(key)]
+            values = [figures[layers[i]][key][0] / figures[layers[i]][base][0] for i in at]
+            bars = axes.bar([i + (n + 0.5) * width - 0.4 for i in at], values, width, label=columns[key].replace("`", ""))
+            axes.bar_label(bars, fmt="%.1f", fontsize=6)
+        axes.set_yscale("log")
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(layers)), layers)
+        axes.set_ylabel("time × cat")
+        axes.set_title({"apply": "tar to image", "diff": "image to tar"}[name] + f", {place}")
+        axes.legend(fontsize=7, ncols=2)
+        plane.tight_layout()
+        plane.savefig(f"{folder}/performance-{name}.svg", metadata={"Date": None})
+        pyplot.close(plane)
+
 
 def table(out, title, head, rows):
     # With --tasks there is nothing to tell in some tables.
@@ -369,7 +475,7 @@ def ratio(value, base, with_processor=True):
 
 def measure_place(place, folder, options, layers, known, tree_of):
     """All figures of one file system: by layer, and the latencies."""
-    figures, calls = {}, {}
+    figures, calls, pulled = {}, {}, {}
     for name, (tar, _) in layers.items():
         work = f"{folder}/{name}"
         os.makedirs(work)
@@ -383,13 +489,15 @@ def measure_place(place, folder, options, layers, known, tree_of):
             figures[name] = rounds(wanted, options.rounds)
             if not calls and not options.tasks:
                 calls = latencies(plugin)
+            if not pulled and (not options.tasks or "pull" in options.tasks):
+                pulled = pulls(plugin, work)
             figures[name]["image"] = os.path.getsize(f"{work}/layer.vhd")
             figures[name]["record"] = os.path.getsize(f"{work}/layer.rec")
         finally:
             plugin.stop()
             subprocess.run(["umount", f"{work}/mnt"], stderr=subprocess.DEVNULL)
         shutil.rmtree(work)
-    return figures, calls
+    return figures, calls, pulled
 
 
 def main():
@@ -397,9 +505,10 @@ def main():
     parser.add_argument("--program", required=True)
     parser.add_argument("--dir", required=True)
     parser.add_argument("--out")
-    parser.add_argument("--only", default="minbase,small,big")
+    parser.add_argument("--only", default="minbase,toolchain,small,big")
     parser.add_argument("--tasks", type=lambda names: names.split(","), default=[])
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--plots")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
@@ -408,7 +517,7 @@ def main():
     known = {name: facts(tar) for name, (tar, _) in layers.items()}
     memory = f"/dev/shm/lcow-bench.{os.getpid()}"
     places = {"tmpfs": memory, "disk": f"{options.dir}/run.{os.getpid()}"}
-    figures, calls, peaks, tree_of = {}, {}, {}, {}
+    figures, calls, pulled, peaks, tree_of = {}, {}, {}, {}, {}
     try:
         os.makedirs(memory)
         for name, (tar, _) in layers.items():
@@ -418,7 +527,7 @@ def main():
             peaks[name] = peak_memory(options.program, tar, memory)
         for place, folder in places.items():
             os.makedirs(folder, exist_ok=True)
-            figures[place], calls[place] = measure_place(place, folder, options, layers, known, tree_of)
+            figures[place], calls[place], pulled[place] = measure_place(place, folder, options, layers, known, tree_of)
     finally:
         for folder in places.values():
             shutil.rmtree(folder, ignore_errors=True)
@@ -432,14 +541,14 @@ def main():
            for name, (size, entries, most) in known.items()])
     pairs = [(place, name) for place in places for name in layers]
     table(out, "Tar to image, × `cat tar > file` (time) · × its processor time",
-          ["where", "layer", "cat", "`layer pack --record`", "`mke2fs -d`", "mkfs, loop mount, `tar -x`"],
+          ["where", "layer", "cat"] + list(PACKERS.values()),
           [[p, n, span(figures[p][n].get('cat', [None])[0])]
-           + [ratio(figures[p][n].get(k), figures[p][n].get("cat")) for k in ("pack", "mke2fs", "mount")]
+           + [ratio(figures[p][n].get(k), figures[p][n].get("cat")) for k in PACKERS]
            for p, n in pairs])
     table(out, "Image to tar, × `cat image | cat` (time) · × its processor time",
-          ["where", "layer", "cat", "`layer unpack --exact`", "`layer unpack`", "loop mount, `tar -c`"],
+          ["where", "layer", "cat"] + list(UNPACKERS.values()),
           [[p, n, span(figures[p][n].get('catcat', [None])[0])]
-           + [ratio(figures[p][n].get(k), figures[p][n].get("catcat")) for k in ("exact", "canonical", "gnutar")]
+           + [ratio(figures[p][n].get(k), figures[p][n].get("catcat")) for k in UNPACKERS]
            for p, n in pairs])
     table(out, "Through the plugin (HTTP, jailed worker, strict check, commit), × the command on files",
           ["where", "layer", "ApplyDiff × pack", "Diff × unpack --exact"],
@@ -454,6 +563,12 @@ def main():
     table(out, f"Latencies through the socket, medians of {CALLS}, a container on *{first}*",
           ["call", ""] + list(places),
           [[name, ""] + [f"{calls[p][name] * 1000:.2f} ms" for p in places] for name in calls["tmpfs"]])
+    table(out, f"{PULLED} layers of {8_000:,} small files through the plugin",
+          ["where", "", "one after the other", "two at once", "gain", "two `sha256sum` at once gain"],
+          [[p, "", span(f[1]), span(f[2]), f"{f[1] / f[2]:.2f}", f"{f['processors']:.2f}"]
+           for p, f in pulled.items() if f])
+    if options.plots:
+        plot(options.plots, figures["tmpfs"], "tmpfs")
     text = "\n".join(out).lstrip() + "\n"
     print(text)
     with open(options.out or f"{options.dir}/table.md", "w") as saved:
