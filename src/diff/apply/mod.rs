@@ -38,32 +38,51 @@
 //! them. Called by `agent`; the trait [`LowerLayers`] is implemented over `ext4::reader`.
 
 mod chain;
+mod hcsshim;
 mod input;
 mod layer;
 mod links;
 mod lower;
 mod name;
 mod owner;
+mod target;
 
 pub use chain::LayerChain;
+pub use hcsshim::HcsshimProfile;
 pub use lower::{LowerLayers, LowerNode, NoLowers};
 pub use owner::IdMap;
 
 use crate::{
     diff::{DiffError, record::RecordWriter},
-    ext4::writer::{ImageWriter, Placed, WriterOptions},
+    ext4::writer::{ImageSummary, ImageWriter, Placed, WriterOptions},
     io::WriteAt,
     tar::{Event, TarReader},
     vhd::{self, Footer},
 };
 use input::HashedChunks;
+use hcsshim::HcsshimLayer;
 use layer::{Layer, Placement};
 use std::io::Read;
+use target::Target;
+
+/// How the image is laid out, and what the entries of a tar mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Profile {
+    /// This project's own; [`ApplyOptions::writer`] says more.
+    #[default]
+    Default,
+    /// What hcsshim's `tar2ext4` makes, byte for byte.
+    Hcsshim(HcsshimProfile),
+}
 
 /// How to apply, and what to refuse.
 #[derive(Debug, Clone)]
 pub struct ApplyOptions {
-    /// Block size, size limit and UUID of the image.
+    /// The layout.
+    pub profile: Profile,
+    /// A VHD footer follows the image. Without one an image may be larger than a VHD.
+    pub footer: bool,
+    /// Block size, size limit and UUID of the image, in the default profile.
     pub writer: WriterOptions,
     /// The most names in the layer, folders that are only implied and whiteouts included.
     pub max_entries: u64,
@@ -87,6 +106,8 @@ impl ApplyOptions {
     /// The usual limits around the given writer options.
     pub fn new(writer: WriterOptions) -> Self {
         Self {
+            profile: Profile::Default,
+            footer: true,
             writer,
             max_entries: 8 << 20,
             // Linux' PATH_MAX: nothing longer can be reached by one system call.
@@ -135,9 +156,28 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
 ) -> Result<ApplySummary, DiffError> {
+    match options.profile {
+        Profile::Default => {
+            let layer = Layer::new(ImageWriter::new(&image, options.writer)?, options)?;
+            run(input, &image, record, layer, lowers, options)
+        }
+        Profile::Hcsshim(profile) => {
+            let layer = HcsshimLayer::new(&image, profile, options)?;
+            run(input, &image, record, layer, lowers, options)
+        }
+    }
+}
+
+fn run<I: Read, W: WriteAt, S: WriteAt, T: Target>(
+    input: I,
+    image: &W,
+    record: S,
+    mut layer: T,
+    lowers: &mut dyn LowerLayers,
+    options: &ApplyOptions,
+) -> Result<ApplySummary, DiffError> {
     let mut reader = TarReader::from_source(HashedChunks::new(input));
     let mut record = RecordWriter::new(record)?;
-    let mut layer = Layer::new(ImageWriter::new(&image, options.writer)?, options)?;
     let mut open = false;
     let mut entries = 0u64;
     loop {
@@ -198,10 +238,14 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
         )));
     }
     let tar_bytes = reader.offset();
-    let (writer, diff_size) = layer.finish(lowers)?;
-    let summary = writer.finish()?;
-    let file_bytes = append_footer(&image, summary.image_bytes, summary.uuid)?;
+    layer.end_of_stream(reader.go_differs())?;
+    let (summary, diff_size) = layer.finish(lowers)?;
     let tar_sha256 = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
+    let file_bytes = if options.footer {
+        append_footer(image, &summary, options.profile, &tar_sha256)?
+    } else {
+        summary.image_bytes
+    };
     let record_bytes = record.finish(tar_sha256, summary.image_bytes)?;
     Ok(ApplySummary {
         image_bytes: summary.image_bytes,
@@ -214,14 +258,33 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
         entries,
     })
 }
-/// Puts the VHD footer behind the image; the size of the file.
-fn append_footer<W: WriteAt>(image: &W, image_bytes: u64, uuid: [u8; 16]) -> Result<u64, DiffError> {
-    // The time is the epoch and the id that of the file system: equal tars give equal files.
-    let footer = Footer::new(image_bytes, 0, uuid)?;
-    let file_bytes = image_bytes + vhd::FOOTER_SIZE as u64;
+
+/// Puts the VHD footer behind the image; the size of the file. Equal tars give equal files: the time is the epoch, and
+/// the id that of the file system or, where the profile gives it none, of the tar.
+fn append_footer<W: WriteAt>(
+    image: &W,
+    summary: &ImageSummary,
+    profile: Profile,
+    tar_sha256: &[u8; 32],
+) -> Result<u64, DiffError> {
+    let disk_bytes = summary.image_bytes;
+    let footer = match profile {
+        Profile::Default => Footer::new(disk_bytes, 0, summary.uuid)?.to_bytes(),
+        Profile::Hcsshim(_) => Footer::new(disk_bytes, 0, uuid_of(tar_sha256))?.to_bytes_hcsshim(),
+    };
+    let file_bytes = disk_bytes + vhd::FOOTER_SIZE as u64;
     image
-        .write_all_at(&footer.to_bytes(), image_bytes)
+        .write_all_at(&footer, disk_bytes)
         .and_then(|()| image.set_len(file_bytes))
         .map_err(DiffError::io("writing the vhd footer"))?;
     Ok(file_bytes)
+}
+
+/// A UUID (version 8) of the first bytes of a digest.
+fn uuid_of(digest: &[u8; 32]) -> [u8; 16] {
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&digest[..16]);
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
 }
