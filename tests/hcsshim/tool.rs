@@ -52,7 +52,7 @@ fn random_tars_give_the_tools_bytes() {
         fs::write(&tar_path, &tar).expect("a tar");
         for (overlay, inline) in [(true, false), (false, false), (true, true)] {
             let mut profile =
-                HcsshimProfile::new(HcsshimOptions { max_disk_bytes, inline_data: inline });
+                HcsshimProfile::new(HcsshimOptions { inline_data: inline, ..HcsshimOptions::new(max_disk_bytes) });
             profile.convert_whiteouts = overlay;
             let mut command = Command::new(&tool);
             command.arg("-i").arg(&tar_path).arg("-o").arg(&image_path);

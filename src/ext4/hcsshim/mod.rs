@@ -77,13 +77,22 @@ pub struct HcsshimOptions {
     /// The image may not grow beyond this; the room for its descriptors is reserved in any image. At most
     /// [`MAX_MAX_DISK`]; rounded up to whole blocks.
     pub max_disk_bytes: u64,
+    /// The image may not grow beyond this either; the layout does not depend on it.
+    pub max_image_bytes: u64,
     /// Files of up to 136 bytes lie in their inodes.
     pub inline_data: bool,
 }
 
+impl HcsshimOptions {
+    /// Data go into blocks, and the maximum disk size is the only limit.
+    pub fn new(max_disk_bytes: u64) -> Self {
+        Self { max_disk_bytes, max_image_bytes: u64::MAX, inline_data: false }
+    }
+}
+
 impl Default for HcsshimOptions {
     fn default() -> Self {
-        Self { max_disk_bytes: DEFAULT_MAX_DISK, inline_data: false }
+        Self::new(DEFAULT_MAX_DISK)
     }
 }
 
@@ -192,7 +201,7 @@ impl<W: WriteAt> HcsshimWriter<W> {
         let mut writer = Self {
             inline_data: options.inline_data,
             descriptor_blocks,
-            out: Out::new(out, u64::from(1 + descriptor_blocks) * BLOCK, max),
+            out: Out::new(out, u64::from(1 + descriptor_blocks) * BLOCK, max.min(options.max_image_bytes)),
             nodes: vec![root],
             open: None,
         };
