@@ -1,0 +1,51 @@
+//! Images of both profiles as the kernel mounts them: the same tree, but for `lost+found`.
+
+use crate::{
+    image::{Image, make, text},
+    profile,
+    tars::{Wildness, random},
+    tree::{Tree, assert_same, snapshot},
+};
+use lcow_graphdriver::{diff::apply::Profile, ext4::hcsshim::LCOW_MAX_DISK};
+use std::{fs, path::PathBuf, process::Command};
+
+/// A loop mount, gone when dropped, also while a test fails.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // `umount -d` also frees the loop device.
+        let done = Command::new("umount").arg("-d").arg(&self.0).status();
+        let done = done.is_ok_and(|s| s.success());
+        assert!(done || std::thread::panicking(), "{} cannot be unmounted", self.0.display());
+    }
+}
+
+fn tree(image: &Image) -> Tree {
+    assert!(rustix::process::geteuid().is_root(), "this test mounts file systems: run it as root");
+    let point = image.dir.path().join("mnt");
+    fs::create_dir(&point).expect("a folder");
+    let out = Command::new("mount")
+        .args(["-t", "ext4", "-o", "loop,ro"])
+        .arg(image.dir.path().join("image"))
+        .arg(&point)
+        .output()
+        .expect("this test needs mount");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let mounted = Mounted(point);
+    snapshot(&mounted.0)
+}
+
+#[test]
+fn the_kernel_finds_what_it_finds_in_a_default_image() {
+    // Whiteouts would have other owners and times only where their folders are implied, as in no tame tar.
+    for (seed, inline) in [(4, false), (6, true), (8, false)] {
+        let tar = random(seed, 80, Wildness::Tame);
+        let made = |p| make(&tar, p).unwrap_or_else(|e| panic!("seed {seed}: {}", text(&e)));
+        let hcsshim = made(Profile::Hcsshim(profile(LCOW_MAX_DISK, true, inline)));
+        let default = made(Profile::Default);
+        let mut found = tree(&hcsshim);
+        assert!(found.remove("lost+found").is_some(), "hcsshim's images have one");
+        assert_same(&format!("seed {seed}"), &found, &tree(&default));
+    }
+}
