@@ -7,9 +7,11 @@
 //! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
 //! the disk fails when the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
 
+use super::wire::{DiskFormat, ErrorKind, WireError};
 use crate::{
     io::{ReadAt, WriteAt},
     sys::writeback::Writeback,
+    vhdx::Vhdx,
 };
 use std::{
     fs::File,
@@ -31,6 +33,48 @@ pub struct Disk {
     pub offset: u64,
     /// Bytes of the window; `None` = to the end, growing.
     pub len: Option<u64>,
+    /// The disk within the file, where it is not the file itself.
+    pub inner: Option<Arc<Vhdx<Arc<File>>>>,
+}
+
+impl Disk {
+    /// A window of a file, or of the disk that the file holds.
+    ///
+    /// # Errors
+    /// A file that is not of the format; a writable VHDX.
+    pub fn open(
+        file: File,
+        format: DiskFormat,
+        writable: bool,
+        (offset, len): (u64, Option<u64>),
+    ) -> Result<Self, WireError> {
+        let file = Arc::new(file);
+        let inner = match format {
+            DiskFormat::Raw => None,
+            DiskFormat::Vhdx if writable => {
+                return Err(WireError::new(ErrorKind::Unsupported, "a VHDX is attached read-only here"));
+            }
+            DiskFormat::Vhdx => Some(Arc::new(
+                Vhdx::open(file.clone())
+                    .map_err(|e| WireError::new(ErrorKind::Corrupt, format!("VHDX: {e}")))?,
+            )),
+        };
+        Ok(Self { file, writable, offset, len, inner })
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        match &self.inner {
+            None => self.file.read_at(buf, offset),
+            Some(inner) => inner.read_at(buf, offset),
+        }
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        match &self.inner {
+            None => ReadAt::size(&*self.file),
+            Some(inner) => inner.size(),
+        }
+    }
 }
 
 /// Says whether an operation's caller has gone. Cheap to clone.
@@ -107,11 +151,11 @@ impl ReadAt for OpDisk {
         if len == 0 || i64::try_from(at).is_err() {
             return Ok(0);
         }
-        self.disk.file.read_at(&mut buf[..len], at)
+        self.disk.read_at(&mut buf[..len], at)
     }
 
     fn size(&self) -> io::Result<u64> {
-        let rest = self.disk.file.size()?.saturating_sub(self.disk.offset);
+        let rest = self.disk.size()?.saturating_sub(self.disk.offset);
         Ok(self.disk.len.map_or(rest, |len| len.min(rest)))
     }
 }
@@ -154,7 +198,10 @@ mod tests {
     fn disk(len: Option<u64>, writable: bool) -> OpDisk {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(b"0123456789", 0).unwrap();
-        OpDisk::new(Disk { file: Arc::new(file), writable, offset: 2, len }, Cancel::new(|| false))
+        OpDisk::new(
+            Disk { file: Arc::new(file), writable, offset: 2, len, inner: None },
+            Cancel::new(|| false),
+        )
     }
 
     #[test]
@@ -189,7 +236,7 @@ mod tests {
         let seen = gone.clone();
         let file = Arc::new(tempfile::tempfile().unwrap());
         let d = OpDisk::new(
-            Disk { file, writable: true, offset: 0, len: None },
+            Disk { file, writable: true, offset: 0, len: None, inner: None },
             Cancel::new(move || seen.load(Ordering::Relaxed)),
         );
         d.write_all_at(b"x", 0).unwrap();

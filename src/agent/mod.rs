@@ -12,12 +12,15 @@
 
 pub mod codec;
 pub mod disk;
+pub mod link;
 pub mod operation;
 mod real;
 pub mod serve;
 pub mod wire;
 #[cfg(target_os = "linux")]
 pub mod worker;
+#[cfg(windows)]
+#[path = "worker_windows.rs"]
+pub mod worker;
 
-#[cfg(target_os = "linux")]
 pub use worker::worker_main;

@@ -46,12 +46,13 @@ pub trait ControlTransport {
     ///
     /// # Errors
     /// Why there is none.
-    fn disk(&mut self, beside: Self::Beside, serial: Option<&str>) -> Result<File, WireError>;
-    /// The channel of an Open.
+    fn disk(&mut self, beside: Self::Beside, serial: Option<&str>, writable: bool)
+    -> Result<File, WireError>;
+    /// The channel of an Open; `id` is its number on a link.
     ///
     /// # Errors
     /// Why there is none.
-    fn channel(&mut self, beside: Self::Beside) -> Result<Arc<dyn AgentChannel>, WireError>;
+    fn channel(&mut self, beside: Self::Beside, id: u32) -> Result<Arc<dyn AgentChannel>, WireError>;
 }
 
 /// Attached disks by number.
@@ -74,17 +75,17 @@ pub fn serve<T: ControlTransport>(transport: &mut T, codec: &Arc<dyn Codec>) -> 
     while let Some((request, beside)) = transport.receive()? {
         let outcome = match request.control {
             Control::Ping => Ok(()),
-            Control::Attach { disk, writable, offset, len, serial } => transport
-                .disk(beside, serial.as_deref())
-                .and_then(|file| attach(&disks, disk, Disk { file: Arc::new(file), writable, offset, len })),
+            Control::Attach { disk, writable, offset, len, serial, format } => transport
+                .disk(beside, serial.as_deref(), writable)
+                .and_then(|file| attach(&disks, disk, Disk::open(file, format, writable, (offset, len))?)),
             Control::Detach { disk } => {
                 match disks.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&disk) {
                     Some(_) => Ok(()),
                     None => Err(WireError::new(ErrorKind::Usage, format!("no disk {} is attached", disk.0))),
                 }
             }
-            Control::Open => {
-                transport.channel(beside).and_then(|channel| start(channel, &disks, codec, &running))
+            Control::Open { channel } => {
+                transport.channel(beside, channel).and_then(|channel| start(channel, &disks, codec, &running))
             }
         };
         transport.reply(&ControlReply { seq: request.seq, error: outcome.err() })?;

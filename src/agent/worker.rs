@@ -92,7 +92,7 @@ fn run_self_test(name: &str, report: &jail::Report) -> i32 {
 fn run(report: jail::Report, codec: &Arc<dyn Codec>) -> io::Result<()> {
     let mut transport =
         Messages { socket: io::stdin().as_fd().try_clone_to_owned()?, buffer: vec![0; MAX_CONTROL] };
-    let hello = Hello { version: PROTOCOL_VERSION, jail: report.into() };
+    let hello = Hello { version: PROTOCOL_VERSION, jail: report.into(), nonce: 0, transfer: false };
     transport.send(FrameType::Hello, &serde_json::to_vec(&hello)?)?;
     serve::serve(&mut transport, codec)
 }
@@ -110,6 +110,7 @@ impl From<jail::Report> for JailReport {
             unprivileged_user: r.unprivileged_user,
             no_capabilities: r.no_capabilities,
             limits: r.limits,
+            walls: Vec::new(),
             notes: r.notes,
         }
     }
@@ -158,11 +159,11 @@ impl ControlTransport for Messages {
         self.send(FrameType::Reply, &serde_json::to_vec(reply)?)
     }
 
-    fn disk(&mut self, beside: Vec<OwnedFd>, _: Option<&str>) -> Result<File, WireError> {
+    fn disk(&mut self, beside: Vec<OwnedFd>, _: Option<&str>, _: bool) -> Result<File, WireError> {
         Ok(File::from(one(beside)?))
     }
 
-    fn channel(&mut self, beside: Vec<OwnedFd>) -> Result<Arc<dyn AgentChannel>, WireError> {
+    fn channel(&mut self, beside: Vec<OwnedFd>, _: u32) -> Result<Arc<dyn AgentChannel>, WireError> {
         Ok(Arc::new(Socket(UnixStream::from(one(beside)?))))
     }
 }

@@ -13,16 +13,22 @@
 //! Memory per stream, whatever its length: one frame of at most 256 KiB being filled, one being read (at most 1 MiB,
 //! 256 KiB from our own agent), two queued, and the socket's buffers (at most 512 KiB): below 2 MiB.
 
+#[cfg(windows)]
+mod console;
 #[cfg(target_os = "linux")]
+pub mod embedded;
+#[cfg(windows)]
+#[path = "embedded/windows.rs"]
 pub mod embedded;
 mod exchange;
 mod job;
 pub mod pool;
+pub mod remote;
 mod stream;
 
 pub use crate::agent::wire::{
-    ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskId, ExportSummary, IdMaps, IdRange,
-    JailReport, LayerKind, Profile,
+    ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
+    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest,
 };
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,

@@ -200,7 +200,9 @@ impl Parser {
 
         let named_as_folder = e.path.last() == Some(&b'/');
         let differs = match h.typeflag {
-            typeflag::REGULAR if named_as_folder => Some("a file with the name of a folder, which Go takes for a file"),
+            typeflag::REGULAR if named_as_folder => {
+                Some("a file with the name of a folder, which Go takes for a file")
+            }
             typeflag::GNU_DUMPDIR => Some("a gnu dump directory, which Go takes for a file"),
             typeflag::GNU_VOLUME => Some("a gnu volume name, which Go takes for a file"),
             typeflag::CHAR | typeflag::BLOCK

@@ -67,7 +67,13 @@ fn xattrs() -> Vec<u8> {
         .add(b"one", b'0', b"", b"1", &Meta::default().xattr("user.a", "v"))
         .add(b"cap", b'0', b"", b"2", &Meta::default().xattr("security.capability", [1; 20]))
         .add(b"full", b'0', b"", b"3", &full)
-        .add(b"block", b'0', b"", &[4; 5000], &Meta::default().xattr("user.big", [9; 3000]).xattr("trusted.t", "x"))
+        .add(
+            b"block",
+            b'0',
+            b"",
+            &[4; 5000],
+            &Meta::default().xattr("user.big", [9; 3000]).xattr("trusted.t", "x"),
+        )
         .add(b"most", b'5', b"", b"", &Meta::mode(0o700).xattr("user.most", [3; 4040]))
         .add(b"link", b'2', &[b'l'; 70], b"", &Meta::default().xattr("trusted.link", [5; 200]))
         .add(b"opaque", b'5', b"", b"", &Meta::mode(0o755).xattr("trusted.overlay.opaque", "y"))
@@ -106,7 +112,13 @@ fn twice() -> Vec<u8> {
         .link("three", "two")
         .link("two", "three")
         .add(b"lost+found", b'5', b"", b"", &Meta::mode(0o777))
-        .add(b".", b'5', b"", b"", &Meta { mode: 0o750, uid: 5, gid: 0, mtime: 1_500_000_000, ..Meta::default() })
+        .add(
+            b".",
+            b'5',
+            b"",
+            b"",
+            &Meta { mode: 0o750, uid: 5, gid: 0, mtime: 1_500_000_000, ..Meta::default() },
+        )
         .file("later", b"takes the new root's owner")
         .file("fresh/one", b"")
         .end()

@@ -20,7 +20,6 @@ use tempfile::TempDir;
 pub(crate) struct Image {
     pub(crate) dir: TempDir,
     pub(crate) file: File,
-    pub(crate) bytes: u64,
 }
 
 pub(crate) fn text(e: &DiffError) -> String {
@@ -35,13 +34,12 @@ pub(crate) fn make(tar: &[u8], profile: Profile) -> Result<Image, DiffError> {
         File::options().read(true).write(true).create_new(true).open(dir.path().join(name)).expect("a file")
     };
     let (file, record_file) = (create("image"), create("record"));
-    let options =
-        ApplyOptions { profile, footer: false, ..ApplyOptions::new(WriterOptions::default()) };
-    let summary = apply(tar, &file, &record_file, &mut NoLowers, &options)?;
+    let options = ApplyOptions { profile, footer: false, ..ApplyOptions::new(WriterOptions::default()) };
+    apply(tar, &file, &record_file, &mut NoLowers, &options)?;
     let mut back = Vec::with_capacity(tar.len());
     record::replay(&file, &record_file, &mut back).expect("the tar comes back");
     assert!(back == tar, "another tar comes back");
-    Ok(Image { dir, file, bytes: summary.image_bytes })
+    Ok(Image { dir, file })
 }
 
 pub(crate) fn hcsshim(tar: &[u8], profile: HcsshimProfile) -> Result<Image, DiffError> {
@@ -76,7 +74,8 @@ pub(crate) fn digests(file: &mut File) -> (String, String) {
 impl Image {
     /// What `e2fsck -fn` finds, but the padding of inode bitmaps, which that tool leaves clear.
     pub(crate) fn e2fsck(&self) -> Vec<String> {
-        let out = Command::new("e2fsck").arg("-fn").arg(self.dir.path().join("image")).output().expect("e2fsck");
+        let out =
+            Command::new("e2fsck").arg("-fn").arg(self.dir.path().join("image")).output().expect("e2fsck");
         let text = String::from_utf8_lossy(&out.stdout);
         let harmless = |line: &str| {
             let progress = ["Pass ", "Padding at end of inode bitmap is not set", "e2fsck "];

@@ -38,14 +38,15 @@ fn tree(image: &Image) -> Tree {
 
 #[test]
 fn the_kernel_finds_what_it_finds_in_a_default_image() {
-    // Whiteouts would have other owners and times only where their folders are implied, as in no tame tar.
     for (seed, inline) in [(4, false), (6, true), (8, false)] {
-        let tar = random(seed, 80, Wildness::Tame);
+        let tar = random(seed, 80, Wildness::Inside);
         let made = |p| make(&tar, p).unwrap_or_else(|e| panic!("seed {seed}: {}", text(&e)));
         let hcsshim = made(Profile::Hcsshim(profile(LCOW_MAX_DISK, true, inline)));
         let default = made(Profile::Default);
         let mut found = tree(&hcsshim);
         assert!(found.remove("lost+found").is_some(), "hcsshim's images have one");
+        // That tool also keeps a symlink's set-id and sticky bits, which mean nothing.
+        found.values_mut().filter(|n| n.mode & 0o170_000 == 0o120_000).for_each(|n| n.mode &= !0o7000);
         assert_same(&format!("seed {seed}"), &found, &tree(&default));
     }
 }

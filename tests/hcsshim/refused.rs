@@ -2,15 +2,18 @@
 //! profile does better.
 
 use crate::{
-    image::{Image, hcsshim, make, text},
+    image::{hcsshim, make, text},
     profile,
     tars::{Meta, Tar},
 };
 use lcow_graphdriver::{
     diff::{DiffError, apply::Profile},
-    ext4::{Ext4, Ext4Error, Timestamp, hcsshim::LCOW_MAX_DISK},
+    ext4::{
+        Ext4, Ext4Error,
+        check::{CheckLimits, check},
+        hcsshim::LCOW_MAX_DISK,
+    },
 };
-use std::fs::File;
 
 /// What a tar of this kind is good for in the default profile.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,7 +37,8 @@ fn at(time: &str) -> Tar {
 
 /// A big-endian ACL would be no ACL: this is what `getxattr` gives for rw-r--r--.
 const ACL: &[u8] = &[
-    2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 4, 0, 4, 0, 255, 255, 255, 255, 32, 0, 4, 0, 255, 255, 255, 255,
+    2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 4, 0, 4, 0, 255, 255, 255, 255, 32, 0, 4, 0, 255, 255, 255,
+    255,
 ];
 
 #[test]
@@ -50,11 +54,7 @@ fn wrong_images_and_refused_tars_are_refused_with_entry_and_reason() {
         (xattr("btrfs.compression", "zstd"), "linux does not read", Refused),
         (xattr("trusted.overlay.redirect", "/etc"), "overlayfs would follow", Applied),
         (entry("x", b'3', &device), "device number 1:1048576", Refused),
-        (
-            Tar::default().sparse("x", (339 << 27) + 1, &[], Meta::default()),
-            "writes wrong extents",
-            Applied,
-        ),
+        (Tar::default().sparse("x", (339 << 27) + 1, &[], Meta::default()), "writes wrong extents", Applied),
         (Tar::default().symlink("x", &"t".repeat(4096)), "target of 4096 bytes", Refused),
         // Refused by the tool.
         (Tar::default().file("x", b"1").file("x", b"2"), "has data on the disk", Applied),
@@ -92,10 +92,15 @@ fn wrong_images_and_refused_tars_are_refused_with_entry_and_reason() {
 }
 
 #[test]
-fn a_file_on_the_edge_of_what_one_leaf_holds_is_right() {
-    let tar = Tar::default().sparse("x", 339 << 27, &[(339 << 27 - 1, b"")], Meta::default()).end();
+fn a_file_that_just_fits_one_leaf_is_right() {
+    const SIZE: u64 = 339 << 27;
+    let tar = Tar::default().sparse("x", SIZE, &[(SIZE - 3, b"end")], Meta::default()).end();
     let image = hcsshim(&tar, profile(LCOW_MAX_DISK, true, false)).unwrap_or_else(|e| panic!("{}", text(&e)));
+    check(&image.file, CheckLimits::default()).unwrap();
+    assert_eq!(image.e2fsck(), Vec::<String>::new());
     let fs = Ext4::open(&image.file).unwrap();
-    lcow_graphdriver::ext4::check::check(&image.file, lcow_graphdriver::ext4::check::CheckLimits::default()).unwrap();
-    drop(fs);
+    let file = fs.lookup(&fs.inode(fs.root()).unwrap(), b"x").unwrap().unwrap();
+    let mut end = [1; 8];
+    assert_eq!(fs.read_file_at(&fs.inode(file).unwrap(), SIZE - 8, &mut end).unwrap(), 8);
+    assert_eq!(&end, b"\0\0\0\0\0end");
 }

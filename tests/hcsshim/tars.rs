@@ -182,6 +182,9 @@ impl Random {
 pub(crate) enum Wildness {
     /// What real tools write: no name twice, links after their targets, whiteouts of other layers' names.
     Tame,
+    /// The same, without what the default profile refuses: names that begin above the root, and symlinks that need
+    /// blocks of 4 KiB.
+    Inside,
     /// Anything.
     Wild,
 }
@@ -201,8 +204,9 @@ fn name(r: &mut Random, known: &[String], wild: bool) -> String {
     format!("{parent}{last}")
 }
 
-fn disguise(r: &mut Random, name: &str) -> String {
+fn disguise(r: &mut Random, name: &str, wildness: Wildness) -> String {
     match r.below(8) {
+        3 if wildness == Wildness::Inside => format!("x/../{name}"),
         0 => format!("./{name}"),
         1 => format!("/{name}"),
         2 => name.replace('/', "//"),
@@ -224,7 +228,11 @@ fn meta(r: &mut Random, wild: bool) -> Meta {
     if r.one_in(3) {
         meta = meta.pax("mtime", format!("{}.{:09}", r.below(1 << 31), r.below(1_000_000_000)));
     } else if r.one_in(6) {
-        let big = if wild && r.one_in(20) { r.below(1 << 36) as i64 - (1 << 34) } else { (1 << 32) + r.below(1 << 31) as i64 };
+        let big = if wild && r.one_in(20) {
+            r.below(1 << 36) as i64 - (1 << 34)
+        } else {
+            (1 << 32) + r.below(1 << 31) as i64
+        };
         meta = meta.pax("mtime", big.to_string());
     }
     if r.one_in(4) {
@@ -267,7 +275,7 @@ pub(crate) fn random(seed: u64, entries: u64, wildness: Wildness) -> Vec<u8> {
     for _ in 0..entries {
         let again = wild && r.one_in(30) && !files.is_empty();
         let name = if again { r.pick(&files).clone() } else { name(r, &dirs, wild) };
-        let path = disguise(r, &name);
+        let path = disguise(r, &name, wildness);
         let mut m = meta(r, wild);
         m = xattrs(r, m, wild);
         match r.below(16) {
@@ -295,14 +303,15 @@ pub(crate) fn random(seed: u64, entries: u64, wildness: Wildness) -> Vec<u8> {
                 files.push(name);
             }
             10 => {
-                let len = *r.pick(&[1usize, 58, 59, 60, 61, 200, 4095]);
+                let longest = if wildness == Wildness::Inside { 1023 } else { 4095 };
+                let len = *r.pick(&[1usize, 58, 59, 60, 61, 200, longest]);
                 let target: Vec<u8> = (0..len).map(|_| b'a' + r.below(26) as u8).collect();
                 tar = tar.add(path.as_bytes(), b'2', &target, b"", &m);
                 files.push(name);
             }
             11 | 12 if !files.is_empty() => {
                 let target = r.pick(&files).clone();
-                let target = disguise(r, &target);
+                let target = disguise(r, &target, wildness);
                 tar = tar.add(path.as_bytes(), b'1', target.as_bytes(), b"", &m);
                 files.push(name);
             }

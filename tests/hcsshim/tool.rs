@@ -72,7 +72,8 @@ fn random_tars_give_the_tools_bytes() {
                 }
                 (Err(e), Ok(_)) => panic!("{case}: only the tool refuses: {e}"),
                 (Ok(()), Err(e)) => {
-                    let unsupported = matches!(e, DiffError::Image { source: Ext4Error::Unsupported { .. }, .. });
+                    let unsupported =
+                        matches!(e, DiffError::Image { source: Ext4Error::Unsupported { .. }, .. });
                     assert!(unsupported, "{case}: {}", text(&e));
                     let reason: String = text(&e)
                         .split("ext4 code: ")
@@ -87,6 +88,8 @@ fn random_tars_give_the_tools_bytes() {
             }
         }
     }
-    println!("{same} images are the same, {both} tars are refused by both; by this project only: {refused:#?}");
+    println!(
+        "{same} images are the same, {both} tars are refused by both; by this project only: {refused:#?}"
+    );
     assert!(same > count, "too few images to say anything");
 }

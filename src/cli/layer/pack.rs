@@ -3,23 +3,26 @@
 use super::{
     MAX_RAW_BYTES, PackArgs, Profile,
     failure::{failed, shown},
-    hex,
     input::{self, Packing},
     output::{NewFile, print, print_json},
 };
 use crate::{
+    agent::wire::RootHash,
     cli::CliError,
-    diff::apply::{self, ApplyOptions, ApplySummary, HcsshimProfile, NoLowers},
+    diff::{
+        TarDigest,
+        apply::{self, ApplyOptions, ApplySummary, HcsshimProfile, NoLowers, Verity},
+    },
     ext4::{
         hcsshim::{self, HcsshimOptions},
         writer::WriterOptions,
     },
     io::{ReadAt, WriteAt},
-    vhd,
+    verity, vhd,
 };
 use bytesize::ByteSize;
 use serde::Serialize;
-use std::{fmt::Write as _, io, process::ExitCode};
+use std::{fmt::Write as _, io, process::ExitCode, sync::Arc};
 
 /// Takes a record that nobody wants.
 struct Nowhere;
@@ -61,10 +64,20 @@ struct Summary {
     #[serde(skip_serializing_if = "Option::is_none")]
     record_bytes: Option<u64>,
     tar_bytes: u64,
-    tar_sha256: String,
+    tar_digest: TarDigest,
     /// Sum of the sizes of regular files, a hard-linked one once.
     diff_size: u64,
     entries: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verity: Option<Verified>,
+}
+
+/// The hash tree.
+#[derive(Debug, Serialize)]
+struct Verified {
+    root_hash: RootHash,
+    /// Byte of the disk where its super block stands.
+    hash_offset: u64,
 }
 
 pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
@@ -79,6 +92,10 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     let mut options = ApplyOptions::new(WriterOptions { max_image_bytes, ..WriterOptions::default() });
     options.profile = profile;
     options.footer = !args.raw;
+    if args.verity {
+        let scratch = Arc::new(image.scratch()?) as Arc<dyn WriteAt>;
+        options.verity = Verity::Tree { scratch: Some(scratch) };
+    }
     let result = match &record {
         Some(record) => apply::apply(&mut input.tar, image.disk(), record.file(), &mut NoLowers, &options),
         None => apply::apply(&mut input.tar, image.disk(), Nowhere, &mut NoLowers, &options),
@@ -98,7 +115,11 @@ fn max_image_bytes(args: &PackArgs) -> Result<u64, CliError> {
     let most = if args.raw { MAX_RAW_BYTES } else { vhd::MAX_DISK_BYTES };
     let size = args.max_size.map_or(most, |size| size.as_u64());
     if size > most {
-        let kind = if args.raw { "an image" } else { "a vhd (without its footer, with --raw, an image may have 16 TiB)" };
+        let kind = if args.raw {
+            "an image"
+        } else {
+            "a vhd (without its footer, with --raw, an image may have 16 TiB)"
+        };
         return Err(format!("--max-size {}: {kind} has at most {}", ByteSize(size), ByteSize(most)).into());
     }
     Ok(size)
@@ -133,6 +154,10 @@ fn profile(args: &PackArgs, max_image_bytes: u64) -> Result<apply::Profile, CliE
 
 fn report(args: &PackArgs, packing: Packing, done: &ApplySummary) -> Result<(), CliError> {
     let uuid = uuid::Uuid::from_bytes(done.uuid);
+    let verity = done.verity_root.map(|root| Verified {
+        root_hash: RootHash(root),
+        hash_offset: verity::hash_offset(done.image_bytes),
+    });
     if args.json {
         return print_json(&Summary {
             input: args.input.to_string_lossy().into_owned(),
@@ -144,21 +169,26 @@ fn report(args: &PackArgs, packing: Packing, done: &ApplySummary) -> Result<(), 
             record: args.record.as_ref().map(|p| p.to_string_lossy().into_owned()),
             record_bytes: args.record.is_some().then_some(done.record_bytes),
             tar_bytes: done.tar_bytes,
-            tar_sha256: hex(&done.tar_sha256),
+            tar_digest: done.tar_digest,
             diff_size: done.diff_size,
             entries: done.entries,
+            verity,
         });
     }
     let mut text = format!(
-        "packed {}: {} entries, {} of tar, {} of files\n  sha256 {}\n  image  {}, {}, uuid {uuid}\n",
+        "packed {}: {} entries, {} of tar, {} of files\n  {}\n  image  {}, {}, uuid {uuid}\n",
         shown(&args.input),
         done.entries,
         ByteSize(done.tar_bytes),
         ByteSize(done.diff_size),
-        hex(&done.tar_sha256),
+        done.tar_digest,
         shown(&args.output),
         ByteSize(done.file_bytes),
     );
+    if let Some(verity) = &verity {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "  verity {}, hash offset {}", verity.root_hash, verity.hash_offset);
+    }
     if let Some(record) = &args.record {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "  record {}, {}", shown(record), ByteSize(done.record_bytes));

@@ -72,7 +72,11 @@ fn clean(path: &[u8]) -> Vec<&[u8]> {
 }
 
 impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
-    pub(super) fn new(image: W, profile: HcsshimProfile, options: &'o ApplyOptions) -> Result<Self, DiffError> {
+    pub(super) fn new(
+        image: W,
+        profile: HcsshimProfile,
+        options: &'o ApplyOptions,
+    ) -> Result<Self, DiffError> {
         if !options.uid_map.is_empty() || !options.gid_map.is_empty() {
             return Err(DiffError::Unsupported {
                 what: "profile hcsshim",
@@ -84,10 +88,8 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
     }
 
     fn refuse(&self, what: impl Into<String>) -> DiffError {
-        self.context.image(Ext4Error::unsupported(
-            format!("{}, in profile hcsshim", what.into()),
-            Place::default(),
-        ))
+        self.context
+            .image(Ext4Error::unsupported(format!("{}, in profile hcsshim", what.into()), Place::default()))
     }
 
     fn count_name(&mut self) -> Result<(), DiffError> {
@@ -115,12 +117,11 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
     fn make_parents(&mut self, parents: &[&[u8]]) -> Result<NodeId, DiffError> {
         let mut dir = self.writer.root();
         for name in parents {
-            dir = match self.writer.lookup(dir, name) {
-                Some(known) => known,
-                None => {
-                    self.count_name()?;
-                    self.writer.create_parent(dir, name).map_err(|e| self.context.image(e))?
-                }
+            dir = if let Some(known) = self.writer.lookup(dir, name) {
+                known
+            } else {
+                self.count_name()?;
+                self.writer.create_parent(dir, name).map_err(|e| self.context.image(e))?
             };
         }
         if !self.writer.is_directory(dir) {
@@ -132,7 +133,8 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
     fn entry_at(&mut self, path: &[u8], entry: &mut Entry) -> Result<Placement, DiffError> {
         let parts = self.split(path)?;
         // The root is its own parent, and its name there is empty.
-        let (name, parents) = parts.split_last().map_or((&b""[..], &[][..]), |(name, parents)| (*name, parents));
+        let (name, parents) =
+            parts.split_last().map_or((&b""[..], &[][..]), |(name, parents)| (*name, parents));
         let dir = self.make_parents(parents)?;
         let last = path.rsplit(|&b| b == b'/').next().unwrap_or(path);
         if self.profile.convert_whiteouts
@@ -190,7 +192,8 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
 
     fn set_opaque(&mut self, dir: NodeId, path: &[&[u8]]) -> Result<(), DiffError> {
         let mut parent = self.writer.root();
-        let (name, parents) = path.split_last().map_or((&b""[..], &[][..]), |(name, parents)| (*name, parents));
+        let (name, parents) =
+            path.split_last().map_or((&b""[..], &[][..]), |(name, parents)| (*name, parents));
         for part in parents {
             parent = self.writer.lookup(parent, part).unwrap_or(parent);
         }
@@ -258,8 +261,11 @@ impl<W: WriteAt> Target for HcsshimLayer<'_, W> {
         self.check_differs(go_differs)
     }
 
-    fn finish(self, _lowers: &mut dyn LowerLayers) -> Result<(ImageSummary, u64), DiffError> {
-        let size = self.writer.file_bytes();
-        Ok((self.writer.finish()?, size))
+    fn settle(&mut self, _lowers: &mut dyn LowerLayers) -> Result<u64, DiffError> {
+        Ok(self.writer.file_bytes())
+    }
+
+    fn finish(self, _tar_digest: [u8; 32]) -> Result<ImageSummary, DiffError> {
+        Ok(self.writer.finish()?)
     }
 }

@@ -454,20 +454,6 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         }
     }
 
-    /// Settles what could not be settled before; the writer, and the layer's size.
-    fn settle(
-        mut self,
-        lowers: &mut dyn LowerLayers,
-    ) -> Result<(ImageWriter<W>, u64), DiffError> {
-        self.settle_links(lowers)?;
-        let root = self.writer.root();
-        if let Some(dir) = self.writer.lookup(root, name::LINK_DIR) {
-            self.remove(root, name::LINK_DIR, dir)?;
-        }
-        let size = if self.removed { self.count_size() } else { self.size };
-        Ok((self.writer, size))
-    }
-
     /// Sums up the sizes of the files that are left, each once.
     fn count_size(&self) -> u64 {
         let (mut sum, mut seen) = (0u64, HashSet::new());
@@ -522,9 +508,17 @@ impl<W: WriteAt> Target for Layer<'_, W> {
         self.context.limit(what, limit)
     }
 
-    fn finish(self, lowers: &mut dyn LowerLayers) -> Result<(ImageSummary, u64), DiffError> {
-        let (writer, size) = self.settle(lowers)?;
-        Ok((writer.finish()?, size))
+    fn settle(&mut self, lowers: &mut dyn LowerLayers) -> Result<u64, DiffError> {
+        self.settle_links(lowers)?;
+        let root = self.writer.root();
+        if let Some(dir) = self.writer.lookup(root, name::LINK_DIR) {
+            self.remove(root, name::LINK_DIR, dir)?;
+        }
+        Ok(if self.removed { self.count_size() } else { self.size })
+    }
+
+    fn finish(self, tar_digest: [u8; 32]) -> Result<ImageSummary, DiffError> {
+        Ok(self.writer.finish_with(tar_digest)?)
     }
 }
 

@@ -5,7 +5,7 @@
 //!                    │              ├─ Data ──────────────────────────────────────►│  │ Placed::At → image op
 //!                    │              │                                                 └ Placed::Inline → literal op
 //!                    │              └─ Raw ───────────────────────────────────────────► literal op     ─► record
-//!                    └─► SHA-256 on a second thread ──────────────────────────────────► trailer        ─► record
+//!                    └─► digest on a second thread  ──────────────────────────────────► trailer        ─► record
 //! ```
 //!
 //! Invariants:
@@ -53,16 +53,17 @@ pub use lower::{LowerLayers, LowerNode, NoLowers};
 pub use owner::IdMap;
 
 use crate::{
-    diff::{DiffError, record::RecordWriter},
-    ext4::writer::{ImageSummary, ImageWriter, Placed, WriterOptions},
+    diff::{DiffError, TarDigest, record::RecordWriter},
+    ext4::writer::{ImageWriter, Placed, UuidSource, WriterOptions},
     io::WriteAt,
     tar::{Event, TarReader},
+    verity::{self, TreeDisk},
     vhd::{self, Footer},
 };
-use input::HashedChunks;
 use hcsshim::HcsshimLayer;
+use input::HashedChunks;
 use layer::{Layer, Placement};
-use std::io::Read;
+use std::{io::Read, sync::Arc};
 use target::Target;
 
 /// How the image is laid out, and what the entries of a tar mean.
@@ -100,6 +101,31 @@ pub struct ApplyOptions {
     pub uid_map: Vec<IdMap>,
     /// The same for groups.
     pub gid_map: Vec<IdMap>,
+    /// Whether a dm-verity tree stands behind the file system.
+    pub verity: Verity,
+}
+
+/// Whether an image gets a hash tree.
+#[derive(Clone, Default)]
+pub enum Verity {
+    /// No.
+    #[default]
+    None,
+    /// Yes. The scratch disk takes the leaves of images over 256 MiB; without one they stay in memory.
+    Tree {
+        /// Empty; of no use afterwards.
+        scratch: Option<Arc<dyn WriteAt>>,
+    },
+}
+
+impl std::fmt::Debug for Verity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "None",
+            Self::Tree { scratch: None } => "Tree",
+            Self::Tree { scratch: Some(_) } => "Tree with a scratch disk",
+        })
+    }
 }
 
 impl ApplyOptions {
@@ -118,6 +144,7 @@ impl ApplyOptions {
             max_trailing_bytes: 1 << 30,
             uid_map: Vec::new(),
             gid_map: Vec::new(),
+            verity: Verity::None,
         }
     }
 }
@@ -127,20 +154,22 @@ impl ApplyOptions {
 pub struct ApplySummary {
     /// Size of the ext4 file system.
     pub image_bytes: u64,
-    /// Size of the file: the image and the VHD footer.
+    /// Size of the file: the image, its hash tree if it has one, and the VHD footer.
     pub file_bytes: u64,
     /// Sum of the sizes of regular files, a hard-linked one once, whiteouts 0: the layer's size as engines count.
     pub diff_size: u64,
     /// Length of the tar.
     pub tar_bytes: u64,
     /// Digest of the tar, all bytes.
-    pub tar_sha256: [u8; 32],
+    pub tar_digest: TarDigest,
     /// Size of the exact record.
     pub record_bytes: u64,
     /// UUID of the file system.
     pub uuid: [u8; 16],
     /// Entries of the tar, extended headers not counted.
     pub entries: u64,
+    /// Root of the dm-verity tree, if there is one.
+    pub verity_root: Option<verity::Hash>,
 }
 
 /// Applies `input` to an empty `image` and an empty `record`.
@@ -156,9 +185,20 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
 ) -> Result<ApplySummary, DiffError> {
+    let image = match &options.verity {
+        Verity::None => TreeDisk::plain(image),
+        Verity::Tree { scratch } => {
+            TreeDisk::hashing(image, scratch.clone()).map_err(DiffError::io("starting the hashing thread"))?
+        }
+    };
     match options.profile {
         Profile::Default => {
-            let layer = Layer::new(ImageWriter::new(&image, options.writer)?, options)?;
+            let mut settings = options.writer;
+            if settings.uuid == UuidSource::FromContent {
+                // The tar's digest stands for the data: they need not be summed a second time.
+                settings.uuid = UuidSource::FromSource;
+            }
+            let layer = Layer::new(ImageWriter::new(&image, settings)?, options)?;
             run(input, &image, record, layer, lowers, options)
         }
         Profile::Hcsshim(profile) => {
@@ -168,9 +208,9 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     }
 }
 
-fn run<I: Read, W: WriteAt, S: WriteAt, T: Target>(
+fn run<I: Read, W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
     input: I,
-    image: &W,
+    image: &TreeDisk<W, V>,
     record: S,
     mut layer: T,
     lowers: &mut dyn LowerLayers,
@@ -239,42 +279,58 @@ fn run<I: Read, W: WriteAt, S: WriteAt, T: Target>(
     }
     let tar_bytes = reader.offset();
     layer.end_of_stream(reader.go_differs())?;
-    let (summary, diff_size) = layer.finish(lowers)?;
-    let tar_sha256 = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
-    let file_bytes = if options.footer {
-        append_footer(image, &summary, options.profile, &tar_sha256)?
-    } else {
-        summary.image_bytes
-    };
-    let record_bytes = record.finish(tar_sha256, summary.image_bytes)?;
+    let diff_size = layer.settle(lowers)?;
+    let tar_digest = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
+    let summary = layer.finish(tar_digest.bytes)?;
+    // Where the profile gives the file system no id, the disk's is that of the tar.
+    let uuid = if summary.uuid == [0; 16] { uuid_of(&tar_digest.bytes) } else { summary.uuid };
+    let (disk_bytes, verity_root) = append_tree(image, summary.image_bytes, uuid)?;
+    let file_bytes =
+        if options.footer { append_footer(image, disk_bytes, uuid, options.profile)? } else { disk_bytes };
+    let record_bytes = record.finish(tar_digest, summary.image_bytes)?;
     Ok(ApplySummary {
         image_bytes: summary.image_bytes,
         file_bytes,
         diff_size,
         tar_bytes,
-        tar_sha256,
+        tar_digest,
         record_bytes,
         uuid: summary.uuid,
         entries,
+        verity_root,
     })
 }
 
-/// Puts the VHD footer behind the image; the size of the file. Equal tars give equal files: the time is the epoch, and
-/// the id that of the file system or, where the profile gives it none, of the tar.
+/// Puts the hash tree, if one is wanted, behind the image; the size of the disk and the root.
+fn append_tree<W: WriteAt, S: WriteAt + 'static>(
+    image: &TreeDisk<W, S>,
+    image_bytes: u64,
+    mut uuid: [u8; 16],
+) -> Result<(u64, Option<verity::Hash>), DiffError> {
+    // The super block needs a UUID of its own: tools find disks by it.
+    uuid[0] = !uuid[0];
+    Ok(match image.finish(image_bytes, uuid)? {
+        None => (image_bytes, None),
+        Some(tree) => (tree.end, Some(tree.root)),
+    })
+}
+
+/// Puts the VHD footer behind the disk; the size of the file.
 fn append_footer<W: WriteAt>(
     image: &W,
-    summary: &ImageSummary,
+    disk_bytes: u64,
+    uuid: [u8; 16],
     profile: Profile,
-    tar_sha256: &[u8; 32],
 ) -> Result<u64, DiffError> {
-    let disk_bytes = summary.image_bytes;
-    let footer = match profile {
-        Profile::Default => Footer::new(disk_bytes, 0, summary.uuid)?.to_bytes(),
-        Profile::Hcsshim(_) => Footer::new(disk_bytes, 0, uuid_of(tar_sha256))?.to_bytes_hcsshim(),
+    // The time is the epoch and the id that of the file system: equal tars give equal files.
+    let footer = Footer::new(disk_bytes, 0, uuid)?;
+    let bytes = match profile {
+        Profile::Default => footer.to_bytes(),
+        Profile::Hcsshim(_) => footer.to_bytes_hcsshim(),
     };
     let file_bytes = disk_bytes + vhd::FOOTER_SIZE as u64;
     image
-        .write_all_at(&footer, disk_bytes)
+        .write_all_at(&bytes, disk_bytes)
         .and_then(|()| image.set_len(file_bytes))
         .map_err(DiffError::io("writing the vhd footer"))?;
     Ok(file_bytes)

@@ -34,6 +34,9 @@ pub(super) trait Target {
         Ok(())
     }
 
-    /// Completes the image; with the sum of the sizes of regular files.
-    fn finish(self, lowers: &mut dyn LowerLayers) -> Result<(ImageSummary, u64), DiffError>;
+    /// Settles what could not be settled before; the sum of the sizes of regular files.
+    fn settle(&mut self, lowers: &mut dyn LowerLayers) -> Result<u64, DiffError>;
+
+    /// Completes the image of a tar with this digest.
+    fn finish(self, tar_digest: [u8; 32]) -> Result<ImageSummary, DiffError>;
 }

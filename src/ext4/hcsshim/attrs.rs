@@ -145,9 +145,10 @@ fn sort_block(block: &mut [Xattr]) -> Result<()> {
         }
     } else {
         // Where the comparison is an order for these names, every way of sorting gives the same.
-        block.sort_by(|a, b| if less(a, b).0 { std::cmp::Ordering::Less } else { std::cmp::Ordering::Greater });
-        let ordered =
-            block.iter().enumerate().all(|(i, a)| block[i + 1..].iter().all(|b| !less(b, a).1));
+        block.sort_by(
+            |a, b| if less(a, b).0 { std::cmp::Ordering::Less } else { std::cmp::Ordering::Greater },
+        );
+        let ordered = block.iter().enumerate().all(|(i, a)| block[i + 1..].iter().all(|b| !less(b, a).1));
         if !ordered {
             return Err(refuse(format!(
                 "{} xattrs in one block, which hcsshim's tar2ext4 does not sort",

@@ -2,13 +2,11 @@
 
 use super::{BLOCK, HcsshimWriter, Result, ino_of};
 use crate::{
-    ext4::{
-        layout::{
-            dir::{
-                FT_BLKDEV, FT_CHRDEV, FT_DIR, FT_FIFO, FT_REG_FILE, FT_SOCK, FT_SYMLINK, entry_size, put_entry,
-            },
-            inode::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFSOCK},
+    ext4::layout::{
+        dir::{
+            FT_BLKDEV, FT_CHRDEV, FT_DIR, FT_FIFO, FT_REG_FILE, FT_SOCK, FT_SYMLINK, entry_size, put_entry,
         },
+        inode::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFSOCK},
     },
     io::WriteAt,
 };
@@ -45,7 +43,7 @@ impl<W: WriteAt> HcsshimWriter<W> {
         // Nothing is looked up in it any more.
         let children = self.nodes[dir as usize].children.take().unwrap_or_default();
         let mut children: Vec<(u32, Box<[u8]>)> =
-            children.into_iter().map(|(name, node)| (node, name)).collect();
+            children.0.into_iter().map(|(name, node)| (node, name)).collect();
         children.sort_unstable();
         let mut block = [0; BLOCK as usize];
         let (mut at, mut size) = (0, 0);

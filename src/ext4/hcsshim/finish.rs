@@ -4,8 +4,8 @@
 //! (32 bits) gives: the fewest groups, and of the inodes per group that give so few the fewest.
 
 use super::{
-    BLOCK, Content, GROUP_BLOCKS, HcsshimWriter, INODE_SIZE, INODE_USED, Node, Result, attrs, extents, ino_of,
-    refuse,
+    BLOCK, Content, GROUP_BLOCKS, HcsshimWriter, INODE_SIZE, INODE_USED, Node, Result, attrs, extents,
+    ino_of, refuse,
 };
 use crate::{
     ext4::{
@@ -15,8 +15,8 @@ use crate::{
             group::GroupDesc,
             inode::{EXTRA_ISIZE, I_BLOCK_SIZE, InodeFlags, RawInode},
             superblock::{
-                Compat, ERRORS_CONTINUE, Incompat, MAGIC, REV_DYNAMIC, RoCompat, STATE_VALID, SUPERBLOCK_OFFSET,
-                Superblock,
+                Compat, ERRORS_CONTINUE, Incompat, MAGIC, REV_DYNAMIC, RoCompat, STATE_VALID,
+                SUPERBLOCK_OFFSET, Superblock,
             },
         },
         writer::ImageSummary,
@@ -146,7 +146,12 @@ impl<W: WriteAt> HcsshimWriter<W> {
         let disk = valid.max((groups - 1) * GROUP_BLOCKS + 1);
         let descriptor_blocks = (groups - 1) / DESCRIPTORS_PER_BLOCK as u32 + 1;
         if descriptor_blocks > self.descriptor_blocks {
-            return Err(Ext4Error::Full { limit: u64::from(self.descriptor_blocks) * DESCRIPTORS_PER_BLOCK * u64::from(GROUP_BLOCKS) * BLOCK });
+            return Err(Ext4Error::Full {
+                limit: u64::from(self.descriptor_blocks)
+                    * DESCRIPTORS_PER_BLOCK
+                    * u64::from(GROUP_BLOCKS)
+                    * BLOCK,
+            });
         }
         let unused = 1 + descriptor_blocks..1 + self.descriptor_blocks;
         let mut descriptors = Vec::with_capacity(groups as usize * DESCRIPTOR_SIZE);

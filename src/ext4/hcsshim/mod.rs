@@ -109,6 +109,10 @@ enum Content {
     Device(u32),
 }
 
+/// Nodes of a directory by their names.
+#[derive(Debug, Clone, Default)]
+struct Children(HashMap<Box<[u8]>, u32>);
+
 #[derive(Debug, Clone, Default)]
 struct Node {
     mode: u16,
@@ -127,7 +131,7 @@ struct Node {
     blocks: u32,
     content: Content,
     attrs: Option<Box<Attrs>>,
-    children: Option<Box<HashMap<Box<[u8]>, u32>>>,
+    children: Option<Box<Children>>,
 }
 
 impl Node {
@@ -191,7 +195,9 @@ impl<W: WriteAt> HcsshimWriter<W> {
     pub fn new(out: W, options: HcsshimOptions) -> Result<Self> {
         let max = options.max_disk_bytes;
         if max == 0 || max > MAX_MAX_DISK {
-            return Err(Ext4Error::usage(format!("a maximum disk size of {max} bytes (1 to {MAX_MAX_DISK})")));
+            return Err(Ext4Error::usage(format!(
+                "a maximum disk size of {max} bytes (1 to {MAX_MAX_DISK})"
+            )));
         }
         let max = max.next_multiple_of(BLOCK);
         let groups = (max / BLOCK).div_ceil(u64::from(GROUP_BLOCKS));
@@ -217,7 +223,7 @@ impl<W: WriteAt> HcsshimWriter<W> {
 
     /// The node called `name` in `dir`; `None` if there is none or `dir` is no directory.
     pub fn lookup(&self, dir: NodeId, name: &[u8]) -> Option<NodeId> {
-        self.node(dir).children.as_ref()?.get(name).copied().map(NodeId)
+        self.node(dir).children.as_ref()?.0.get(name).copied().map(NodeId)
     }
 
     /// Whether a node is a directory.
@@ -370,7 +376,7 @@ impl<W: WriteAt> HcsshimWriter<W> {
 
     fn set_child(&mut self, dir: NodeId, name: &[u8], node: u32) {
         if let Some(children) = &mut self.nodes[dir.0 as usize].children {
-            children.insert(name.into(), node);
+            children.0.insert(name.into(), node);
         }
     }
 
@@ -404,11 +410,10 @@ impl<W: WriteAt> HcsshimWriter<W> {
                 return Err(refuse("something that is no directory is there already"));
             }
             Some((e, known)) if is_dir || known.links < 2 => reuse = Some(e),
-            Some(_) => {}
             None if is_dir && self.node(dir).links >= LINK_MAX => {
                 return Err(refuse(format!("more than {} folders in a folder", LINK_MAX - 2)));
             }
-            None => {}
+            Some(_) | None => {}
         }
         let node = self.fill(reuse, new)?;
         if existing != Some(node) {

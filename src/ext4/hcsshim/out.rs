@@ -15,7 +15,7 @@ const MAX_FILL: u64 = 64 << 10;
 
 #[derive(Debug)]
 pub(super) struct Out<W> {
-    out: W,
+    disk: W,
     buffer: Vec<u8>,
     /// Byte of the image where the buffer begins.
     at: u64,
@@ -23,8 +23,8 @@ pub(super) struct Out<W> {
 }
 
 impl<W: WriteAt> Out<W> {
-    pub(super) fn new(out: W, at: u64, limit: u64) -> Self {
-        Self { out, buffer: Vec::with_capacity(CAPACITY), at, limit }
+    pub(super) fn new(disk: W, at: u64, limit: u64) -> Self {
+        Self { disk, buffer: Vec::with_capacity(CAPACITY), at, limit }
     }
 
     pub(super) fn position(&self) -> u64 {
@@ -87,7 +87,7 @@ impl<W: WriteAt> Out<W> {
     pub(super) fn close(&mut self) -> Result<u64> {
         self.flush()?;
         let len = self.at;
-        self.out
+        self.disk
             .set_len(len)
             .map_err(|e| Ext4Error::io("setting the image's size", Place::offset(len), e))?;
         Ok(len)
@@ -103,7 +103,7 @@ impl<W: WriteAt> Out<W> {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
-        self.out
+        self.disk
             .write_all_at(bytes, offset)
             .map_err(|e| Ext4Error::io("writing the image", Place::offset(offset), e))
     }

@@ -16,10 +16,7 @@ pub(super) struct Stamp(u64);
 
 /// The error for a time that [`Stamp::pack`] does not take.
 pub(super) fn refused(t: Timestamp) -> Ext4Error {
-    refuse(format!(
-        "a date of {} seconds since 1970 (hcsshim's tar2ext4 writes another one)",
-        t.secs
-    ))
+    refuse(format!("a date of {} seconds since 1970 (hcsshim's tar2ext4 writes another one)", t.secs))
 }
 
 impl Stamp {

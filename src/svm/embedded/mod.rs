@@ -280,8 +280,14 @@ impl ServiceVm for EmbeddedVm {
                 reopened = reopen_read_only(fd).map_err(|e| self.disk_error(disk.path.display(), e))?;
                 fd = reopened.as_fd();
             }
-            let control =
-                Control::Attach { disk: id, writable, offset: disk.offset, len: disk.len, serial: None };
+            let control = Control::Attach {
+                disk: id,
+                writable,
+                offset: disk.offset,
+                len: disk.len,
+                serial: None,
+                format: disk.format,
+            };
             let reply = self.control.call(control, &[fd]).await;
             reply.map_err(|e| self.disk_error(disk.path.display(), e))?;
             Ok(id)
@@ -301,7 +307,10 @@ impl ServiceVm for EmbeddedVm {
             let protocol =
                 |e: &dyn fmt::Display| SvmError::Protocol { vm: self.label.clone(), reason: e.to_string() };
             let (ours, theirs) = fdpass::stream_pair(CHANNEL_BUFFER).map_err(|e| protocol(&e))?;
-            self.control.call(Control::Open, &[theirs.as_fd()]).await.map_err(|e| protocol(&e))?;
+            self.control
+                .call(Control::Open { channel: 0 }, &[theirs.as_fd()])
+                .await
+                .map_err(|e| protocol(&e))?;
             let stream = UnixStream::from(ours);
             stream.set_nonblocking(true).map_err(|e| protocol(&e))?;
             let stream = tokio::net::UnixStream::from_std(stream).map_err(|e| protocol(&e))?;

@@ -1,0 +1,178 @@
+//! Link frames: bytes and limits.
+
+use std::io::{self, Read};
+
+/// What a session begins with; also recognised where a frame is due. Its first nine bytes are no valid header.
+pub const SYNC: [u8; 16] = *b"\xff\xffLCOW\xff\xff\xff SYNC\r\n";
+/// Bytes of a frame header.
+pub const HEADER_LEN: usize = 9;
+/// Most bytes of a channel, each way, that are sent and not yet taken; bytes. Four frames of the upper protocol.
+pub const WINDOW: usize = 1 << 20;
+/// Credit is given back in steps of this; bytes.
+pub const CREDIT_STEP: usize = WINDOW / 4;
+/// Most payload bytes of one frame: a long frame would hold up the other channels.
+pub const MAX_INLINE: usize = 64 << 10;
+/// Fewer bytes than this are not worth a request to the transfer disk.
+pub const MIN_STORED: usize = 16 << 10;
+
+/// What a frame is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// Bytes.
+    Data = 1,
+    /// The sender has let go of the channel.
+    Close = 2,
+    /// u32: so many bytes were taken.
+    Credit = 3,
+    /// u32 slot, u32 length: bytes that lie in a slot of the transfer disk.
+    Stored = 4,
+    /// u32 slot: it was emptied. On channel 0.
+    Free = 5,
+}
+
+/// A frame's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Payload bytes.
+    pub len: usize,
+    /// Channel.
+    pub channel: u32,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// What stands where a frame is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parsed {
+    /// A frame.
+    Frame(Header),
+    /// The first bytes of [`SYNC`]: the peer begins anew.
+    Sync,
+}
+
+/// Reads a header.
+///
+/// # Errors
+/// `InvalidData` for what is neither a frame nor a new beginning.
+pub fn parse(bytes: [u8; HEADER_LEN]) -> io::Result<Parsed> {
+    if bytes == SYNC[..HEADER_LEN] {
+        return Ok(Parsed::Sync);
+    }
+    let len = number(&bytes, 0)? as usize;
+    let channel = number(&bytes, 1)?;
+    let (kind, wanted) = match bytes[HEADER_LEN - 1] {
+        1 => (Kind::Data, None),
+        2 => (Kind::Close, Some(0)),
+        3 => (Kind::Credit, Some(4)),
+        4 => (Kind::Stored, Some(8)),
+        5 => (Kind::Free, Some(4)),
+        _ => return Err(invalid("unknown kind of link frame")),
+    };
+    if wanted.is_some_and(|w| w != len) || len > MAX_INLINE {
+        return Err(invalid("link frame of a wrong length"));
+    }
+    Ok(Parsed::Frame(Header { len, channel, kind }))
+}
+
+/// A header's bytes.
+pub fn header(channel: u32, kind: Kind, len: usize) -> [u8; HEADER_LEN] {
+    debug_assert!(len <= MAX_INLINE);
+    let mut bytes = [kind as u8; HEADER_LEN];
+    bytes[..4].copy_from_slice(&(len as u32).to_le_bytes());
+    bytes[4..8].copy_from_slice(&channel.to_le_bytes());
+    bytes
+}
+
+/// A whole frame of numbers.
+pub fn numbers(channel: u32, kind: Kind, values: &[u32]) -> Vec<u8> {
+    let mut bytes = header(channel, kind, values.len() * 4).to_vec();
+    for value in values {
+        bytes.extend_from_slice(&value.to_le_bytes());
+    }
+    bytes
+}
+
+/// The `n`th number of a payload whose length was checked.
+///
+/// # Errors
+/// `InvalidData` if there is none.
+pub fn number(payload: &[u8], n: usize) -> io::Result<u32> {
+    let bytes = payload.get(n * 4..).and_then(|rest| rest.first_chunk::<4>());
+    bytes.map(|b| u32::from_le_bytes(*b)).ok_or_else(|| invalid("link frame cut off"))
+}
+
+/// The peer broke the protocol.
+pub fn invalid(reason: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, reason.to_owned())
+}
+
+/// Finds [`SYNC`] in a stream, byte by byte; `seen` is what was read of it so far.
+#[derive(Debug, Default)]
+pub struct Hunt {
+    tail: Vec<u8>,
+}
+
+impl Hunt {
+    /// Takes a byte; true if it was the last of SYNC.
+    pub fn take(&mut self, byte: u8) -> bool {
+        if self.tail.len() == SYNC.len() {
+            self.tail.remove(0);
+        }
+        self.tail.push(byte);
+        self.tail == SYNC
+    }
+}
+
+/// Reads up to and including the next SYNC; false if the stream ends first.
+///
+/// # Errors
+/// What the stream says.
+pub fn hunt(input: &mut dyn Read) -> io::Result<bool> {
+    let (mut hunt, mut byte) = (Hunt::default(), [0]);
+    loop {
+        match input.read(&mut byte) {
+            Ok(0) => return Ok(false),
+            Ok(_) if hunt.take(byte[0]) => return Ok(true),
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_round_trip_and_hostile_ones_are_refused() {
+        for (kind, len) in [(Kind::Data, 7), (Kind::Close, 0), (Kind::Credit, 4), (Kind::Stored, 8)] {
+            let parsed = parse(header(9, kind, len)).unwrap();
+            assert_eq!(parsed, Parsed::Frame(Header { len, channel: 9, kind }));
+        }
+        for (len, kind) in [(MAX_INLINE as u32 + 1, 1), (1, 2), (5, 3), (4, 4), (8, 5), (0, 0), (0, 6)] {
+            let mut bytes = [0; HEADER_LEN];
+            bytes[..4].copy_from_slice(&len.to_le_bytes());
+            bytes[8] = kind;
+            assert!(parse(bytes).is_err(), "len {len} kind {kind}");
+        }
+        assert_eq!(parse(*SYNC.first_chunk().unwrap()).unwrap(), Parsed::Sync);
+        let frame = numbers(3, Kind::Stored, &[7, 8]);
+        assert_eq!(
+            (number(&frame[HEADER_LEN..], 1).unwrap(), number(&frame[HEADER_LEN..], 2).is_err()),
+            (8, true)
+        );
+    }
+
+    #[test]
+    fn sync_is_found_behind_garbage_that_begins_like_it() {
+        let mut stream = b"\xff\xffLCOW\xff\xff\xff SYNC\r\xff\xff".to_vec();
+        stream.extend_from_slice(&SYNC);
+        stream.extend_from_slice(b"rest");
+        let mut input = stream.as_slice();
+        assert!(hunt(&mut input).unwrap());
+        assert_eq!(input, b"rest");
+        assert!(!hunt(&mut &b"nothing here"[..]).unwrap());
+    }
+}

@@ -1,0 +1,526 @@
+//! The agent's end of a link.
+//!
+//! ```text
+//!   serve ── hunt SYNC ── session: reader (this thread) ─► inboxes ─► control thread ─► disks, Open
+//!     ▲                                │                        └──► operation threads (one each)
+//!     └──── garbage, new SYNC ─────────┘      all of them ─► Output (one lock, whole frames) ─► stream
+//! ```
+//!
+//! The reader never waits for a channel: an inbox holds what its credit paid for. An operation whose session is over
+//! finds its channel dead at its next byte, and its disks at their next access. Called by the agent's program.
+
+use super::{
+    frame::{
+        self, CREDIT_STEP, HEADER_LEN, Header, Kind, MAX_INLINE, MIN_STORED, Parsed, SYNC, WINDOW, invalid,
+        number,
+    },
+    slots::{Side, Slots},
+};
+use crate::agent::{
+    codec::Codec,
+    operation::AgentChannel,
+    serve::{self, ControlTransport},
+    wire::{
+        self, Control, ControlReply, ControlRequest, ErrorKind, FrameType, Hello, JailReport,
+        PROTOCOL_VERSION, Wake, WireError,
+    },
+};
+use std::{
+    collections::{HashMap, VecDeque},
+    fs::File,
+    io::{self, IoSlice, Read, Write},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+/// Largest control message; bytes.
+const MAX_CONTROL: usize = 64 << 10;
+
+/// What the agent's surroundings do for it.
+pub trait Platform: Send + Sync + 'static {
+    /// Opens the disk with this serial number, as soon as it is there.
+    ///
+    /// # Errors
+    /// No such disk within a reasonable time.
+    fn open_disk(&self, serial: &str, writable: bool) -> Result<File, WireError>;
+
+    /// Opens the transfer disk for reading and writing, past any cache.
+    ///
+    /// # Errors
+    /// As [`Platform::open_disk`].
+    fn open_transfer(&self, serial: &str) -> Result<File, WireError>;
+
+    /// A disk is about to be taken away; nothing of it is in use any more.
+    fn forget_disk(&self, serial: &str);
+
+    /// The machine was started, or woken from a saved state: its random numbers are known to its siblings and its
+    /// clock stands still since then. Gives notes for people on what could not be done.
+    fn wake(&self, entropy: &[u8], unix_time: std::time::Duration) -> Vec<String>;
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Serves sessions until `input` ends. Control messages are answered one by one, operations run on threads.
+///
+/// # Errors
+/// What the stream says. A broken protocol is no error: the next SYNC begins anew.
+pub fn serve(
+    mut input: impl Read,
+    output: impl Write + Send + 'static,
+    platform: &Arc<dyn Platform>,
+    codec: &Arc<dyn Codec>,
+) -> io::Result<()> {
+    let output: Output = Arc::new(Mutex::new(Box::new(output)));
+    loop {
+        if !frame::hunt(&mut input)? {
+            return Ok(());
+        }
+        // A SYNC inside a session leads straight to the next one.
+        loop {
+            let session = Session::start(&output, platform, codec)?;
+            let ended = session.read(&mut input);
+            session.end();
+            match ended {
+                Ok(Ended::Sync) => {}
+                Ok(Ended::Stream) => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+                    eprintln!("agent: session ended: {e}");
+                    break;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+}
+
+type Output = Arc<Mutex<Box<dyn Write + Send>>>;
+
+enum Ended {
+    /// The stream is over.
+    Stream,
+    /// The daemon begins anew.
+    Sync,
+}
+
+struct Session {
+    output: Output,
+    over: AtomicBool,
+    slots: OnceLock<Slots>,
+    channels: Mutex<HashMap<u32, Arc<Inbox>>>,
+    control: Arc<Inbox>,
+}
+
+/// What came in on a channel and what may go out.
+#[derive(Default)]
+struct Inbox {
+    state: Mutex<InboxState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct InboxState {
+    pieces: VecDeque<Piece>,
+    /// Bytes that the peer may still send.
+    credit: usize,
+    /// Bytes taken since credit was last given back.
+    taken: usize,
+    /// Bytes that we may still send.
+    window: usize,
+    /// The peer has let go, or the session is over.
+    closed: bool,
+}
+
+enum Piece {
+    Bytes(Vec<u8>, usize),
+    Stored { slot: u32, len: usize },
+}
+
+impl Inbox {
+    fn new() -> Arc<Self> {
+        let inbox = Self::default();
+        let mut state = lock(&inbox.state);
+        (state.credit, state.window) = (WINDOW, WINDOW);
+        drop(state);
+        Arc::new(inbox)
+    }
+
+    fn put(&self, piece: Piece, len: usize) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.credit =
+            state.credit.checked_sub(len).ok_or_else(|| invalid("more bytes than were asked for"))?;
+        state.pieces.push_back(piece);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn close(&self) {
+        lock(&self.state).closed = true;
+        self.changed.notify_all();
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, InboxState>) -> MutexGuard<'a, InboxState> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Session {
+    fn start(output: &Output, platform: &Arc<dyn Platform>, codec: &Arc<dyn Codec>) -> io::Result<Arc<Self>> {
+        let session = Arc::new(Self {
+            output: output.clone(),
+            over: AtomicBool::new(false),
+            slots: OnceLock::new(),
+            channels: Mutex::default(),
+            control: Inbox::new(),
+        });
+        let mut link = LinkControl {
+            channel: Channel { session: session.clone(), id: 0, inbox: session.control.clone() },
+            session: session.clone(),
+            platform: platform.clone(),
+            serials: HashMap::new(),
+            last: 0,
+        };
+        let codec = codec.clone();
+        std::thread::Builder::new().name("control".into()).spawn(move || {
+            let served = link.greet().and_then(|()| serve::serve(&mut link, &codec));
+            if let Err(e) = served
+                && !link.session.over.load(Ordering::Relaxed)
+            {
+                eprintln!("agent: control channel: {e}");
+            }
+            // The daemon sees it on channel 0; its next word can only be a new SYNC.
+            let _ = link.session.send(&frame::header(0, Kind::Close, 0), &[]);
+        })?;
+        Ok(session)
+    }
+
+    /// Sends one frame, whole.
+    fn send(&self, head: &[u8], parts: &[&[u8]]) -> io::Result<()> {
+        let mut output = lock(&self.output);
+        // Looked at under the lock, so that no word of an old session follows the greeting of a new one.
+        if self.over.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        let mut slices: Vec<IoSlice<'_>> =
+            std::iter::once(head).chain(parts.iter().copied()).map(IoSlice::new).collect();
+        let mut left = slices.as_mut_slice();
+        while !left.is_empty() {
+            match output.write_vectored(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => IoSlice::advance_slices(&mut left, n),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        output.flush()
+    }
+
+    fn end(&self) {
+        {
+            let _no_frame_half_sent = lock(&self.output);
+            self.over.store(true, Ordering::Relaxed);
+        }
+        self.control.close();
+        for inbox in lock(&self.channels).values() {
+            inbox.close();
+        }
+    }
+
+    fn read(&self, input: &mut dyn Read) -> io::Result<Ended> {
+        loop {
+            let mut head = [0; HEADER_LEN];
+            if !fill(input, &mut head)? {
+                return Ok(Ended::Stream);
+            }
+            let Header { len, channel, kind } = match frame::parse(head)? {
+                Parsed::Frame(header) => header,
+                Parsed::Sync => {
+                    let mut rest = [0; SYNC.len() - HEADER_LEN];
+                    if !fill(input, &mut rest)? {
+                        return Ok(Ended::Stream);
+                    }
+                    if rest != SYNC[HEADER_LEN..] {
+                        return Err(invalid("half a SYNC"));
+                    }
+                    return Ok(Ended::Sync);
+                }
+            };
+            let mut payload = vec![0; len];
+            if !fill(input, &mut payload)? {
+                return Ok(Ended::Stream);
+            }
+            self.take(channel, kind, payload)?;
+        }
+    }
+
+    fn take(&self, channel: u32, kind: Kind, payload: Vec<u8>) -> io::Result<()> {
+        if kind == Kind::Free {
+            let slots = self.slots.get().ok_or_else(|| invalid("a slot without a transfer disk"))?;
+            return slots.free(number(&payload, 0)?);
+        }
+        let inbox = if channel == 0 {
+            Some(self.control.clone())
+        } else {
+            lock(&self.channels).get(&channel).cloned()
+        };
+        let Some(inbox) = inbox else {
+            // Sent before the daemon knew that the operation has ended. A slot goes back all the same.
+            if kind == Kind::Stored {
+                self.send(&frame::numbers(0, Kind::Free, &[number(&payload, 0)?]), &[])?;
+            }
+            return Ok(());
+        };
+        match kind {
+            Kind::Data => {
+                let len = payload.len();
+                inbox.put(Piece::Bytes(payload, 0), len)
+            }
+            Kind::Stored => {
+                let (slot, len) = (number(&payload, 0)?, number(&payload, 1)? as usize);
+                inbox.put(Piece::Stored { slot, len }, len)
+            }
+            Kind::Credit => {
+                let mut state = lock(&inbox.state);
+                state.window += number(&payload, 0)? as usize;
+                if state.window > WINDOW {
+                    return Err(invalid("more credit than was used"));
+                }
+                inbox.changed.notify_all();
+                Ok(())
+            }
+            Kind::Close => {
+                inbox.close();
+                Ok(())
+            }
+            Kind::Free => Ok(()),
+        }
+    }
+}
+
+/// Fills `buf`; false if the stream ends first.
+fn fill(input: &mut dyn Read, buf: &mut [u8]) -> io::Result<bool> {
+    match input.read_exact(buf) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// One channel, as an operation sees it. Dropping it lets go of it.
+struct Channel {
+    session: Arc<Session>,
+    id: u32,
+    inbox: Arc<Inbox>,
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        if self.id == 0 {
+            return;
+        }
+        lock(&self.session.channels).remove(&self.id);
+        // Slots that nobody will read any more go back.
+        for piece in lock(&self.inbox.state).pieces.drain(..) {
+            if let Piece::Stored { slot, .. } = piece {
+                let _ = self.session.send(&frame::numbers(0, Kind::Free, &[slot]), &[]);
+            }
+        }
+        let _ = self.session.send(&frame::header(self.id, Kind::Close, 0), &[]);
+    }
+}
+
+impl Channel {
+    /// The next piece's bytes, taken out of its slot if it lies in one.
+    fn piece(&self) -> io::Result<Option<(Vec<u8>, usize)>> {
+        let mut state = lock(&self.inbox.state);
+        loop {
+            if self.session.over.load(Ordering::Relaxed) {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+            match state.pieces.pop_front() {
+                Some(Piece::Bytes(bytes, at)) => return Ok(Some((bytes, at))),
+                Some(Piece::Stored { slot, len }) => {
+                    drop(state);
+                    let slots =
+                        self.session.slots.get().ok_or_else(|| invalid("a slot without a transfer disk"))?;
+                    let bytes = slots.load(slot, len)?;
+                    self.session.send(&frame::numbers(0, Kind::Free, &[slot]), &[])?;
+                    return Ok(Some((bytes, 0)));
+                }
+                None if state.closed => return Ok(None),
+                None => state = self.inbox.wait(state),
+            }
+        }
+    }
+}
+
+impl AgentChannel for Channel {
+    fn receive(&self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        let Some((bytes, at)) = self.piece()? else { return Ok(0) };
+        let n = buf.len().min(bytes.len() - at);
+        buf[..n].copy_from_slice(&bytes[at..at + n]);
+        let mut state = lock(&self.inbox.state);
+        if at + n < bytes.len() {
+            state.pieces.push_front(Piece::Bytes(bytes, at + n));
+        }
+        state.taken += n;
+        if state.taken >= CREDIT_STEP {
+            let taken = std::mem::take(&mut state.taken);
+            state.credit += taken;
+            drop(state);
+            self.session.send(&frame::numbers(self.id, Kind::Credit, &[taken as u32]), &[])?;
+        }
+        Ok(n)
+    }
+
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        let wanted: usize = bufs.iter().map(|b| b.len()).sum();
+        let mut state = lock(&self.inbox.state);
+        while state.window == 0 && !state.closed && wanted > 0 {
+            state = self.inbox.wait(state);
+        }
+        if state.closed {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let most = wanted.min(state.window);
+        let stored = self.session.slots.get().filter(|_| most >= MIN_STORED);
+        let most = most.min(stored.map_or(MAX_INLINE, Slots::slot_bytes));
+        state.window -= most;
+        drop(state);
+        let (mut parts, mut left) = (Vec::with_capacity(bufs.len()), most);
+        for buf in bufs {
+            let n = buf.len().min(left);
+            left -= n;
+            parts.push(&buf[..n]);
+        }
+        if let Some(slots) = stored
+            && let Some((slot, n)) = slots.store(&parts)?
+        {
+            debug_assert_eq!(n, most);
+            self.session.send(&frame::numbers(self.id, Kind::Stored, &[slot, n as u32]), &[])?;
+            return Ok(n);
+        }
+        // Inline, in frames that hold nobody up for long.
+        let all = parts.concat();
+        for chunk in all.chunks(MAX_INLINE) {
+            self.session.send(&frame::header(self.id, Kind::Data, chunk.len()), &[chunk])?;
+        }
+        Ok(most)
+    }
+
+    fn peer_gone(&self) -> bool {
+        lock(&self.inbox.state).closed
+    }
+}
+
+impl Read for &Channel {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.receive(buf)
+    }
+}
+
+impl Write for &Channel {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.send(&[IoSlice::new(buf)])
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Channel 0 as a control channel.
+struct LinkControl {
+    session: Arc<Session>,
+    channel: Channel,
+    platform: Arc<dyn Platform>,
+    /// Serial numbers of attached disks, to forget them by.
+    serials: HashMap<wire::DiskId, String>,
+    /// Highest channel opened so far: numbers are not used twice in a session.
+    last: u32,
+}
+
+impl LinkControl {
+    fn message(&mut self) -> io::Result<Option<(FrameType, Vec<u8>)>> {
+        let mut payload = Vec::new();
+        match wire::read_frame(&mut &self.channel, &mut payload) {
+            Ok(_) if payload.len() > MAX_CONTROL => Err(invalid("control message too long")),
+            Ok(kind) => Ok(Some((kind, payload))),
+            Err(wire::FrameError::Closed) => Ok(None),
+            Err(e) => Err(io::Error::other(e)),
+        }
+    }
+
+    /// Waits for the daemon's Wake and answers with SYNC and Hello.
+    fn greet(&mut self) -> io::Result<()> {
+        let Some((FrameType::Wake, payload)) = self.message()? else { return Err(invalid("no Wake")) };
+        let wake: Wake = serde_json::from_slice(&payload)?;
+        let mut notes = self.platform.wake(&wake.entropy, std::time::Duration::from_nanos(wake.unix_nanos));
+        if let Some(disk) = &wake.transfer {
+            let opened = self.platform.open_transfer(&disk.serial).map_err(io::Error::other);
+            match opened.and_then(|file| Slots::new(file, disk, Side::Agent)) {
+                Ok(slots) => {
+                    let _ = self.session.slots.set(slots);
+                }
+                Err(e) => notes.push(format!("no transfer disk: {e}")),
+            }
+        }
+        let transfer = self.session.slots.get().is_some();
+        let jail = JailReport { notes, ..JailReport::default() };
+        let hello = Hello { version: PROTOCOL_VERSION, jail, nonce: wake.nonce, transfer };
+        self.session.send(&SYNC, &[])?;
+        wire::write_json(&mut &self.channel, FrameType::Hello, &hello)
+    }
+}
+
+impl ControlTransport for LinkControl {
+    type Beside = ();
+
+    fn receive(&mut self) -> io::Result<Option<(ControlRequest, ())>> {
+        let Some((kind, payload)) = self.message()? else { return Ok(None) };
+        if kind != FrameType::Control {
+            return Err(invalid("a message that is no Control"));
+        }
+        let request: ControlRequest = serde_json::from_slice(&payload)?;
+        match &request.control {
+            Control::Attach { disk, serial: Some(serial), .. } => {
+                self.serials.insert(*disk, serial.clone());
+            }
+            Control::Detach { disk } => {
+                if let Some(serial) = self.serials.remove(disk) {
+                    self.platform.forget_disk(&serial);
+                }
+            }
+            _ => {}
+        }
+        Ok(Some((request, ())))
+    }
+
+    fn reply(&mut self, reply: &ControlReply) -> io::Result<()> {
+        wire::write_json(&mut &self.channel, FrameType::Reply, reply)
+    }
+
+    fn disk(&mut self, (): (), serial: Option<&str>, writable: bool) -> Result<File, WireError> {
+        let serial =
+            serial.ok_or_else(|| WireError::new(ErrorKind::Usage, "a disk without a serial number"))?;
+        self.platform.open_disk(serial, writable)
+    }
+
+    fn channel(&mut self, (): (), id: u32) -> Result<Arc<dyn AgentChannel>, WireError> {
+        if id <= self.last {
+            return Err(WireError::new(ErrorKind::Usage, format!("channel {id} was used already")));
+        }
+        self.last = id;
+        let inbox = Inbox::new();
+        lock(&self.session.channels).insert(id, inbox.clone());
+        if self.session.over.load(Ordering::Relaxed) {
+            inbox.close();
+        }
+        Ok(Arc::new(Channel { session: self.session.clone(), id, inbox }))
+    }
+}

@@ -1,0 +1,200 @@
+//! Reader and writer of a link, and its table of channels.
+
+use super::channel::Inbox;
+use crate::agent::{
+    link::{
+        frame::{self, HEADER_LEN, Header, Kind, MAX_INLINE, Parsed, invalid, number},
+        slots::Slots,
+    },
+    wire::{self, FrameType},
+};
+use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
+use std::{collections::HashMap, io, sync::Arc};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
+    sync::mpsc,
+};
+
+/// Bytes read from the stream at once.
+const READ_AHEAD: usize = 128 << 10;
+
+/// What all channels of a link share.
+pub(super) struct Link {
+    table: Mutex<Table>,
+    queue: mpsc::UnboundedSender<Bytes>,
+    slots: Option<Slots>,
+    reader: Mutex<Option<tokio::task::AbortHandle>>,
+}
+
+#[derive(Default)]
+struct Table {
+    channels: HashMap<u32, Arc<Inbox>>,
+    broken: Option<String>,
+}
+
+impl Link {
+    pub(super) fn start(
+        input: impl AsyncRead + Send + Unpin + 'static,
+        mut output: impl AsyncWrite + Send + Unpin + 'static,
+        slots: Option<Slots>,
+    ) -> Arc<Self> {
+        // Unbounded, but what is in it was paid for by credit: at most a window for each channel.
+        let (queue, mut frames) = mpsc::unbounded_channel::<Bytes>();
+        let link = Arc::new(Self { table: Mutex::default(), queue, slots, reader: Mutex::default() });
+        let weak = Arc::downgrade(&link);
+        tokio::spawn(async move {
+            while let Some(bytes) = frames.recv().await {
+                if let Err(e) = output.write_all(&bytes).await {
+                    if let Some(link) = weak.upgrade() {
+                        link.end(&format!("link: {e}"));
+                    }
+                    return;
+                }
+                if frames.is_empty() && output.flush().await.is_err() {
+                    return;
+                }
+            }
+        });
+        let weak = Arc::downgrade(&link);
+        let reader = tokio::spawn(async move {
+            let mut input = BufReader::with_capacity(READ_AHEAD, input);
+            let reason = loop {
+                let frame = read(&mut input).await;
+                let Some(link) = weak.upgrade() else { return };
+                if let Err(e) = frame.and_then(|(header, payload)| link.take(header, payload)) {
+                    break format!("link: {e}");
+                }
+            };
+            if let Some(link) = weak.upgrade() {
+                link.end(&reason);
+            }
+        });
+        *link.reader.lock() = Some(reader.abort_handle());
+        link
+    }
+
+    /// Adds a channel.
+    pub(super) fn add(&self, id: u32, inbox: Arc<Inbox>) -> io::Result<()> {
+        let mut table = self.table.lock();
+        if let Some(reason) = &table.broken {
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, reason.clone()));
+        }
+        table.channels.insert(id, inbox);
+        Ok(())
+    }
+
+    /// Forgets a channel.
+    pub(super) fn remove(&self, id: u32) {
+        self.table.lock().channels.remove(&id);
+    }
+
+    /// Queues bytes of whole frames.
+    pub(super) fn send(&self, bytes: Bytes) {
+        // A writer that is gone has left its reason in the table.
+        let _ = self.queue.send(bytes);
+    }
+
+    pub(super) fn slots(&self) -> Option<&Slots> {
+        self.slots.as_ref()
+    }
+
+    /// Breaks every channel. The first reason counts.
+    pub(super) fn end(&self, reason: &str) {
+        let mut table = self.table.lock();
+        if table.broken.is_none() {
+            table.broken = Some(reason.to_owned());
+            tracing::debug!(reason, "link to an agent ended");
+        }
+        for inbox in table.channels.values() {
+            inbox.fail(reason);
+        }
+        if let Some(reader) = self.reader.lock().take() {
+            reader.abort();
+        }
+    }
+
+    fn take(&self, header: Header, payload: Bytes) -> io::Result<()> {
+        let Header { channel, kind, .. } = header;
+        if kind == Kind::Free {
+            let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
+            return slots.free(number(&payload, 0)?);
+        }
+        // A slot is emptied at once: the agent has few, and the bytes have a place that was paid for.
+        let payload = if kind == Kind::Stored {
+            let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
+            let slot = number(&payload, 0)?;
+            let bytes = slots.load(slot, number(&payload, 1)? as usize)?;
+            self.send(frame::numbers(0, Kind::Free, &[slot]).into());
+            bytes.into()
+        } else {
+            payload
+        };
+        let Some(inbox) = self.table.lock().channels.get(&channel).cloned() else {
+            // Sent before the agent knew that nobody wants it any more.
+            return Ok(());
+        };
+        match kind {
+            Kind::Data | Kind::Stored => inbox.put(payload),
+            Kind::Credit => inbox.credit(number(&payload, 0)? as usize),
+            Kind::Close => {
+                inbox.close();
+                Ok(())
+            }
+            Kind::Free => Ok(()),
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Some(reader) = self.reader.lock().take() {
+            reader.abort();
+        }
+    }
+}
+
+/// Bytes of a channel in inline frames.
+pub(super) fn data_frame(channel: u32, bytes: &[u8]) -> Bytes {
+    let mut out = BytesMut::with_capacity(bytes.len() + HEADER_LEN);
+    for chunk in bytes.chunks(MAX_INLINE) {
+        out.extend_from_slice(&frame::header(channel, Kind::Data, chunk.len()));
+        out.extend_from_slice(chunk);
+    }
+    out.freeze()
+}
+
+async fn read(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(Header, Bytes)> {
+    let mut head = [0; HEADER_LEN];
+    input.read_exact(&mut head).await?;
+    let Parsed::Frame(header) = frame::parse(head)? else {
+        return Err(invalid("the agent began anew"));
+    };
+    let mut payload = BytesMut::zeroed(header.len);
+    input.read_exact(&mut payload).await?;
+    Ok((header, payload.freeze()))
+}
+
+/// The first message on channel 0, right behind a SYNC.
+pub(super) async fn first_message(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(FrameType, Bytes)> {
+    let mut all = BytesMut::new();
+    loop {
+        if let Some((head, _)) = all.split_first_chunk::<{ wire::HEADER_LEN }>() {
+            let (kind, len) = wire::parse_header(*head).map_err(|_| invalid("no message"))?;
+            if len > super::MAX_CONTROL {
+                return Err(invalid("message too long"));
+            }
+            if all.len() == wire::HEADER_LEN + len {
+                return Ok((kind, all.split_off(wire::HEADER_LEN).freeze()));
+            }
+            if all.len() > wire::HEADER_LEN + len {
+                return Err(invalid("more than a greeting"));
+            }
+        }
+        let (header, payload) = read(input).await?;
+        if (header.channel, header.kind) != (0, Kind::Data) {
+            return Err(invalid("no greeting"));
+        }
+        all.extend_from_slice(&payload);
+    }
+}
