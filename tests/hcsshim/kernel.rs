@@ -23,11 +23,11 @@ impl Drop for Mounted {
 
 fn tree(image: &Image) -> Tree {
     assert!(rustix::process::geteuid().is_root(), "this test mounts file systems: run it as root");
-    let point = image.dir.path().join("mnt");
+    let point = image.folder().join("mnt");
     fs::create_dir(&point).expect("a folder");
     let out = Command::new("mount")
         .args(["-t", "ext4", "-o", "loop,ro"])
-        .arg(image.dir.path().join("image"))
+        .arg(image.path())
         .arg(&point)
         .output()
         .expect("this test needs mount");

@@ -1,5 +1,7 @@
 //! Tars made by code: entry by entry, and at random from a seed.
 
+use std::fmt::Write as _;
+
 /// An archive in the making.
 #[derive(Default, Clone)]
 pub(crate) struct Tar(Vec<u8>);
@@ -129,7 +131,8 @@ impl Tar {
     pub(crate) fn sparse(mut self, name: &str, size: u64, pieces: &[(u64, &[u8])], meta: Meta) -> Self {
         let mut map = format!("{}\n", pieces.len());
         for (offset, data) in pieces {
-            map += &format!("{offset}\n{}\n", data.len());
+            // Writing to a String cannot fail.
+            let _ = write!(map, "{offset}\n{}\n", data.len());
         }
         let mut data = map.into_bytes();
         data.resize(data.len().next_multiple_of(512), 0);
@@ -254,7 +257,7 @@ fn xattrs(r: &mut Random, mut meta: Meta, wild: bool) -> Meta {
     } else {
         &["user.", "trusted.", "security."]
     };
-    for i in 0..1 + r.below(if odd { 16 } else { 4 }) {
+    for i in 0..=r.below(if odd { 16 } else { 4 }) {
         let len = if r.one_in(6) { r.below(if odd { 5000 } else { 1200 }) } else { r.below(40) } as usize;
         let space = *r.pick(spaces);
         let name_len = 1 + r.below(20) as usize;
