@@ -7,10 +7,14 @@ use crate::{
     tree::{Tree, assert_same, snapshot},
 };
 use lcow_graphdriver::{diff::apply::Profile, ext4::hcsshim::LCOW_MAX_DISK};
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 /// A loop mount, gone when dropped, also while a test fails.
-struct Mounted(PathBuf);
+pub(crate) struct Mounted(PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
@@ -21,19 +25,29 @@ impl Drop for Mounted {
     }
 }
 
-fn tree(image: &Image) -> Tree {
-    assert!(rustix::process::geteuid().is_root(), "this test mounts file systems: run it as root");
-    let point = image.folder().join("mnt");
-    fs::create_dir(&point).expect("a folder");
-    let out = Command::new("mount")
-        .args(["-t", "ext4", "-o", "loop,ro"])
-        .arg(image.path())
-        .arg(&point)
-        .output()
-        .expect("this test needs mount");
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let mounted = Mounted(point);
-    snapshot(&mounted.0)
+impl Mounted {
+    /// Mounts a file on a folder in `folder`.
+    pub(crate) fn new(disk: &Path, folder: &Path, options: &str) -> Self {
+        assert!(rustix::process::geteuid().is_root(), "this test mounts file systems: run it as root");
+        let point = folder.join("mnt");
+        fs::create_dir_all(&point).expect("a folder");
+        let mount = Command::new("mount").args(["-t", "ext4", "-o", options]).arg(disk).arg(&point).output();
+        let out = mount.expect("this test needs mount");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        Self(point)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+pub(crate) fn mount(image: &Image) -> Mounted {
+    Mounted::new(&image.path(), image.folder(), "loop,ro")
+}
+
+pub(crate) fn tree(image: &Image) -> Tree {
+    snapshot(mount(image).path())
 }
 
 #[test]

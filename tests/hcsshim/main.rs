@@ -3,6 +3,7 @@
 #[path = "../apply/tree.rs"]
 mod tree;
 
+mod better;
 mod corpus;
 mod image;
 mod kernel;

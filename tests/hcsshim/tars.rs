@@ -146,6 +146,17 @@ impl Tar {
         self
     }
 
+    /// Without an end.
+    pub(crate) fn bytes(self) -> Vec<u8> {
+        self.0
+    }
+
+    /// A file whose data do not follow.
+    pub(crate) fn claims(mut self, name: &str, size: u64) -> Vec<u8> {
+        self.claim(name.as_bytes(), b'0', b"", size, &Meta::default());
+        self.0
+    }
+
     pub(crate) fn end(mut self) -> Vec<u8> {
         self.0.resize(self.0.len() + 1024, 0);
         self.0

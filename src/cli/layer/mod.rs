@@ -35,8 +35,6 @@ use std::{
 
 /// The exit status of a program that was ended because nobody reads its output any more, as shells tell it.
 const CLOSED_PIPE: u8 = 141;
-/// The largest image without a VHD footer.
-const MAX_RAW_BYTES: u64 = 16 << 40;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum LayerCommand {

@@ -1,7 +1,7 @@
 //! `layer pack`: tar to image and record.
 
 use super::{
-    MAX_RAW_BYTES, PackArgs, Profile,
+    PackArgs, Profile,
     failure::{failed, shown},
     input::{self, Packing},
     output::{NewFile, print, print_json},
@@ -112,7 +112,7 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
 
 /// The size that the image may have.
 fn max_image_bytes(args: &PackArgs) -> Result<u64, CliError> {
-    let most = if args.raw { MAX_RAW_BYTES } else { vhd::MAX_DISK_BYTES };
+    let most = if args.raw { apply::MAX_RAW_BYTES } else { vhd::MAX_DISK_BYTES };
     let size = args.max_size.map_or(most, |size| size.as_u64());
     if size > most {
         let kind = if args.raw {
