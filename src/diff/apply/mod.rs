@@ -197,7 +197,7 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     match options.profile {
         Profile::Default => {
             let mut settings = options.writer;
-            settings.max_image_bytes = max_image_bytes(options);
+            settings.max_image_bytes = settings.max_image_bytes.min(largest_image(options));
             if settings.uuid == UuidSource::FromContent {
                 // The tar's digest stands for the data: they need not be summed a second time.
                 settings.uuid = UuidSource::FromSource;
@@ -213,10 +213,10 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
 }
 
 /// The most bytes that the file system can have so that its tree and footer find room behind it.
-fn max_image_bytes(options: &ApplyOptions) -> u64 {
+fn largest_image(options: &ApplyOptions) -> u64 {
     let max_disk = if options.footer { vhd::MAX_DISK_BYTES } else { MAX_RAW_BYTES };
     let tree = if matches!(options.verity, Verity::None) { 0 } else { verity::tree_bytes(max_disk) };
-    options.writer.max_image_bytes.min(max_disk - tree)
+    max_disk - tree
 }
 
 fn run<I: Read, W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
@@ -251,13 +251,13 @@ fn run<I: Read, W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
                 if entry.offset > limit || entry.stored > limit {
                     return Err(layer.limit("bytes of tar", limit));
                 }
-                if open && entry.stored > max_image_bytes(options) {
+                if open && entry.stored > largest_image(options) {
                     let what = if options.footer {
                         "bytes of image (a fixed vhd has at most 2040 GiB)"
                     } else {
                         "bytes of image (at most 16 TiB)"
                     };
-                    return Err(layer.limit(what, max_image_bytes(options)));
+                    return Err(layer.limit(what, largest_image(options)));
                 }
             }
             Event::Data { bytes, .. } if !open => record.literal(bytes),
