@@ -23,4 +23,5 @@ pub mod worker;
 #[path = "worker_windows.rs"]
 pub mod worker;
 
+pub use real::RealCodec;
 pub use worker::worker_main;

@@ -24,7 +24,7 @@ use std::{
     ffi::OsString,
     fs,
     io::{Read, Write},
-    os::unix::net::UnixStream,
+    os::unix::{fs::MetadataExt, net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -506,7 +506,8 @@ impl Engine {
     /// Build with (`1`) or without (`0`) BuildKit.
     pub(crate) fn build_by(&self, buildkit: &str, tag: &str, context: &Path, args: &[&str]) -> Run {
         let context = context.to_str().expect("a path in UTF-8");
-        let words = [&["docker", "build", "--network", "none", "--tag", tag], args, &[context]].concat();
+        // Debian's own program has BuildKit's client built in; a newer one needs a plugin for it.
+        let words = [&["/usr/bin/docker", "build", "--network", "none", "--tag", tag], args, &[context]].concat();
         let env = [("DOCKER_BUILDKIT", buildkit), ("BUILDKIT_PROGRESS", "plain")];
         self.spawn_with(&words, &env, None).wait()
     }
@@ -557,17 +558,29 @@ impl Engine {
         points.filter(|p| p.starts_with(&home) && **p != home).map(str::to_owned).collect()
     }
 
-    /// Loop devices whose files are this engine's.
+    /// Loop devices whose files are this engine's, by the files' names or, where these are names inside a plugin's own
+    /// root, by the files themselves.
     pub(crate) fn loops(&self) -> Vec<String> {
         let folder = self.folder().to_string_lossy().into_owned();
-        let mut found = Vec::new();
-        for device in fs::read_dir("/sys/block").expect("/sys/block").flatten() {
-            let file = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
-            if file.contains(&folder) {
-                found.push(format!("{} {}", device.file_name().to_string_lossy(), file.trim_end()));
-            }
+        let mut files = BTreeSet::new();
+        for layer in fs::read_dir(self.home()).into_iter().flatten().flatten() {
+            let inside = fs::read_dir(layer.path()).into_iter().flatten().flatten();
+            files.extend(inside.filter_map(|f| f.metadata().ok()).map(|m| (m.dev(), m.ino())));
         }
-        found
+        let list = Command::new("losetup")
+            .args(["--list", "--noheadings", "--output", "NAME,BACK-MAJ:MIN,BACK-INO,BACK-FILE"])
+            .output()
+            .expect("losetup");
+        let text = String::from_utf8_lossy(&list.stdout).into_owned();
+        let ours = |line: &&str| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let file = words.get(1).and_then(|device| device.split_once(':')).and_then(|(major, minor)| {
+                let device = rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?);
+                Some((device, words.get(2)?.parse().ok()?))
+            });
+            line.contains(&folder) || file.is_some_and(|f| files.contains(&f))
+        };
+        text.lines().filter(ours).map(str::to_owned).collect()
     }
 
     /// Fails if mounts or loop devices are left. The kernel frees a loop device a moment after its unmount.

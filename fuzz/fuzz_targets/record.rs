@@ -1,0 +1,55 @@
+//! Any bytes as an exact record, and changed ones of a sound record, against a sound image: the tar or an error.
+//!
+//! ```text
+//!   input:  0 │ record                or   1 │ u16 offset │ u8 value │ u16 offset │ u8 value │ …
+//! ```
+#![no_main]
+
+use lcow_graphdriver::{
+    diff::{
+        apply::{ApplyOptions, NoLowers, apply},
+        record,
+    },
+    ext4::writer::WriterOptions,
+    io::MemDisk,
+};
+use libfuzzer_sys::fuzz_target;
+use std::sync::LazyLock;
+
+struct Sample {
+    tar: Vec<u8>,
+    image: MemDisk,
+    record: Vec<u8>,
+}
+
+static SAMPLE: LazyLock<Sample> = LazyLock::new(|| {
+    // Made by GNU tar: folders, files, a link, a long name, an xattr.
+    let tar = include_bytes!("../corpus/tar_apply/gnu.tar").to_vec();
+    let (image, exact) = (MemDisk::new(), MemDisk::new());
+    let options = ApplyOptions::new(WriterOptions::default());
+    apply(tar.as_slice(), &image, &exact, &mut NoLowers, &options).expect("a sound tar");
+    Sample { tar, image, record: exact.to_vec() }
+});
+
+fuzz_target!(|input: &[u8]| {
+    let sample = &*SAMPLE;
+    let record = match input.split_first() {
+        Some((0, record)) => record.to_vec(),
+        Some((_, changes)) => {
+            let mut record = sample.record.clone();
+            for change in changes.chunks_exact(3) {
+                let offset = usize::from(u16::from_le_bytes([change[0], change[1]])) % record.len();
+                record[offset] = change[2];
+            }
+            record
+        }
+        None => return,
+    };
+    let sound = record == sample.record;
+    let mut back = Vec::new();
+    match record::replay(&sample.image, MemDisk::from(record), &mut back) {
+        // Whatever a record says, its digest holds it to the tar that it says it is of.
+        Ok(summary) => assert!(back.len() as u64 == summary.tar_bytes && (!sound || back == sample.tar)),
+        Err(error) => assert!(!sound, "{error}"),
+    }
+});

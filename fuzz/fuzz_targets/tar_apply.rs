@@ -1,0 +1,35 @@
+//! Any bytes as a tar: an error, or an image that is sound and gives the same bytes back.
+#![no_main]
+
+use lcow_graphdriver::{
+    diff::{
+        LayerKind, LayerSource, NoHooks,
+        apply::{ApplyOptions, NoLowers, Verity, apply},
+        export, record,
+    },
+    ext4::{check, writer::WriterOptions},
+    io::{MemDisk, SubDisk},
+};
+use libfuzzer_sys::fuzz_target;
+
+/// Larger images (sparse files of terabytes cost the writer nothing) would only fill the fuzzer's memory.
+const MAX_IMAGE: u64 = 16 << 20;
+
+fuzz_target!(|tar: &[u8]| {
+    let image = MemDisk::new();
+    let exact = MemDisk::new();
+    let mut options =
+        ApplyOptions::new(WriterOptions { max_image_bytes: MAX_IMAGE, ..WriterOptions::default() });
+    if tar.len().is_multiple_of(2) {
+        options.verity = Verity::Tree { scratch: None };
+    }
+    let Ok(summary) = apply(tar, &image, &exact, &mut NoLowers, &options) else { return };
+    assert_eq!(summary.tar_bytes, tar.len() as u64);
+    let mut back = Vec::new();
+    record::replay(&image, &exact, &mut back).expect("the record of an applied tar");
+    assert!(back == tar, "other bytes came back");
+    let disk = SubDisk::new(&image, 0, summary.image_bytes);
+    check::check(&disk, check::CheckLimits::default()).expect("an applied image");
+    let layers = [LayerSource::new(&disk, LayerKind::Applied)];
+    export(&layers, None, &Default::default(), &mut NoHooks, &mut std::io::sink()).expect("a canonical diff");
+});

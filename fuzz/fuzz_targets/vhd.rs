@@ -1,0 +1,21 @@
+//! Any bytes as a VHD footer: an error, or a footer that says the same when it is written again.
+#![no_main]
+
+use lcow_graphdriver::vhd::{FOOTER_SIZE, Footer};
+use libfuzzer_sys::fuzz_target;
+
+/// Where the checksum lies, and what it covers besides (VHD specification 1.0, "Hard Disk Footer Format").
+const CHECKSUM: std::ops::Range<usize> = 64..68;
+
+fuzz_target!(|bytes: &[u8]| {
+    let _ = Footer::parse(bytes);
+    // And with the checksum put right, so that what is behind it is met.
+    let Some(mut sector) = bytes.first_chunk::<FOOTER_SIZE>().copied() else { return };
+    sector[CHECKSUM].fill(0);
+    let sum = !sector.iter().fold(0u32, |sum, b| sum.wrapping_add(u32::from(*b)));
+    sector[CHECKSUM].copy_from_slice(&sum.to_be_bytes());
+    if let Ok(footer) = Footer::parse(&sector) {
+        let again = Footer::parse(&footer.to_bytes()).expect("what was written");
+        assert_eq!(again, footer);
+    }
+});

@@ -1,0 +1,203 @@
+//! Any bytes as what a service VM says: the daemon's pool fails the operation, or takes an answer that makes sense.
+//! And any bytes as what a daemon says to the agent at the end of a link.
+//!
+//! ```text
+//!   input:  operation (0–4: daemon's side; 5: agent's side) │ bytes of the channel
+//! ```
+#![no_main]
+
+use futures_util::{StreamExt, future::BoxFuture};
+use lcow_graphdriver::{
+    agent::{
+        RealCodec,
+        codec::Codec,
+        link::{self, Platform, frame},
+        wire::{self, DiskId, JailReport, WireError},
+    },
+    svm::{
+        Access, ApplyJob, BackendLimits, Channel, CheckJob, CompareJob, Death, DiskSource, ExportJob,
+        ExportKind, LayerDisk, LayerKind, ParentDisks, ServiceVm, SvmError, VmBackend, VmSpec,
+        pool::{Pool, PoolConfig, Purpose},
+    },
+};
+use libfuzzer_sys::fuzz_target;
+use std::{
+    fs::File,
+    io,
+    sync::{Arc, LazyLock, Mutex},
+    time::Duration,
+};
+use tokio::{io::AsyncWriteExt, runtime::Runtime};
+
+/// What the next channel says.
+static SAID: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+static NOTHING: LazyLock<Arc<File>> = LazyLock::new(|| Arc::new(File::open("/dev/null").expect("/dev/null")));
+/// The pool's tasks live here: one thread, so that a run depends on nothing but its input, and a clock that leaps when
+/// everything waits, so that a time-out costs none.
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().expect("a runtime")
+});
+
+#[derive(Debug)]
+struct Liar;
+
+impl VmBackend for Liar {
+    fn name(&self) -> &'static str {
+        "liar"
+    }
+
+    fn limits(&self) -> BackendLimits {
+        BackendLimits { disks: 256, vms: 64 }
+    }
+
+    fn boot(&self, _: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {
+        Box::pin(async { Ok(Arc::new(Liar) as Arc<dyn ServiceVm>) })
+    }
+
+    fn reap(&self) -> BoxFuture<'_, Result<usize, SvmError>> {
+        Box::pin(async { Ok(0) })
+    }
+}
+
+impl ServiceVm for Liar {
+    fn describe(&self) -> String {
+        "liar".into()
+    }
+
+    fn attach<'a>(&'a self, _: &'a DiskSource) -> BoxFuture<'a, Result<DiskId, SvmError>> {
+        Box::pin(async { Ok(DiskId(1)) })
+    }
+
+    fn detach(&self, _: DiskId) -> BoxFuture<'_, Result<(), SvmError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>> {
+        Box::pin(async {
+            let said = std::mem::take(&mut *SAID.lock().expect("not poisoned"));
+            let (ours, mut theirs) = tokio::io::duplex(said.len().max(1 << 20));
+            theirs.write_all(&said).await.expect("room for all");
+            theirs.shutdown().await.expect("open");
+            // What the daemon says is taken and forgotten.
+            tokio::spawn(async move { tokio::io::copy(&mut theirs, &mut tokio::io::sink()).await });
+            Ok(Box::new(ours) as Channel)
+        })
+    }
+
+    fn ping(&self) -> BoxFuture<'_, Result<(), SvmError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn terminate(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
+    fn death(&self) -> BoxFuture<'_, Death> {
+        Box::pin(std::future::pending())
+    }
+
+    fn console(&self) -> String {
+        String::new()
+    }
+
+    fn jail(&self) -> Option<JailReport> {
+        None
+    }
+}
+
+fn disk(access: Access) -> DiskSource {
+    DiskSource { access, ..DiskSource::read_only(NOTHING.clone(), "/dev/null") }
+}
+
+/// One operation of the pool with a VM that says `said`.
+async fn daemon_side(operation: u8, said: &[u8]) {
+    let config = PoolConfig {
+        spares: 0,
+        idle_timeout: Duration::from_secs(60),
+        ping_interval: Duration::ZERO,
+        ..PoolConfig::default()
+    };
+    let pool = Pool::start(Arc::new(Liar), config);
+    *SAID.lock().expect("not poisoned") = said.to_vec();
+    let layer = || LayerDisk { disk: disk(Access::ReadOnly), kind: LayerKind::Applied };
+    let compare = || CompareJob { target: vec![layer()], parent: ParentDisks::Own, live: None };
+    let export = |kind| ExportJob { kind, live: None };
+    let exact = ExportKind::Exact { image: disk(Access::ReadOnly), record: disk(Access::ReadOnly) };
+    match operation {
+        0 => {
+            let job = CheckJob { image: disk(Access::ReadOnly), tree: true, require_no_writers: false };
+            let _ = pool.check_image(job).await;
+        }
+        1 => {
+            let lease = pool.lease("a", Purpose::Work).await.expect("a VM");
+            let job = ApplyJob {
+                image: disk(Access::ReadWrite),
+                record: disk(Access::ReadWrite),
+                scratch: None,
+                lowers: vec![],
+                options: wire::ApplyOptions::default(),
+            };
+            let body = futures_util::stream::iter([Ok::<_, io::Error>(vec![0; 1024].into())]);
+            let _ = lease.tar_to_layer(job, body).await;
+        }
+        2 => {
+            let lease = pool.lease("a", Purpose::Export).await.expect("a VM");
+            if let Ok(mut tar) = lease.layer_to_tar(export(exact)).await {
+                let mut whole = true;
+                while let Some(part) = tar.next().await {
+                    whole &= part.is_ok();
+                }
+                assert!(whole || !tar.complete(), "a failed tar counts as complete");
+            }
+        }
+        3 => {
+            let lease = pool.lease("a", Purpose::Export).await.expect("a VM");
+            let _ = lease.changes(compare()).await;
+        }
+        _ => {
+            let lease = pool.lease("a", Purpose::Export).await.expect("a VM");
+            let _ = lease.diff_size(compare()).await;
+        }
+    }
+    pool.shutdown(Duration::from_secs(1)).await;
+    pool.snapshot();
+}
+
+/// No disk is there.
+struct Bare;
+
+impl Platform for Bare {
+    fn open_disk(&self, _: &str, _: bool) -> Result<File, WireError> {
+        Err(WireError::new(wire::ErrorKind::Io, "no disk"))
+    }
+
+    fn open_transfer(&self, _: &str) -> Result<File, WireError> {
+        Err(WireError::new(wire::ErrorKind::Io, "no disk"))
+    }
+
+    fn forget_disk(&self, _: &str) {}
+
+    fn wake(&self, _: &[u8], _: Duration) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+/// The agent, told `said` in a session.
+fn agent_side(said: &[u8]) {
+    let input = [&frame::SYNC, said].concat();
+    let platform: Arc<dyn Platform> = Arc::new(Bare);
+    let codec: Arc<dyn Codec> = Arc::new(RealCodec);
+    link::serve(input.as_slice(), io::sink(), &platform, &codec)
+        .expect("garbage costs a session, not the agent");
+}
+
+fuzz_target!(|input: &[u8]| {
+    let Some((&operation, said)) = input.split_first() else { return };
+    let mut bytes = said;
+    while let Ok(Some(_)) = wire::decode_change(&mut bytes) {}
+    if operation % 6 == 5 {
+        agent_side(said);
+    } else {
+        RUNTIME.block_on(daemon_side(operation % 6, said));
+    }
+});
