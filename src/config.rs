@@ -109,6 +109,21 @@ pub const SPECS: &[OptionSpec] = &[
         show: |o| o.overlay_api.to_string(),
     },
     OptionSpec {
+        name: "lcow.profile",
+        default: "default",
+        accepts: "default or hcsshim",
+        help: "Layout of applied layers: this project's, or byte for byte what hcsshim's tar2ext4 writes for LCOW.",
+        set: |o, v| {
+            o.profile = match v {
+                "default" => LayoutProfile::Default,
+                "hcsshim" => LayoutProfile::Hcsshim,
+                _ => return None,
+            };
+            Some(())
+        },
+        show: |o| o.profile.to_string(),
+    },
+    OptionSpec {
         name: "lcow.timeout",
         default: "300",
         accepts: "seconds, 1 or more",
@@ -197,6 +212,15 @@ pub enum OverlayApi {
     Legacy,
 }
 
+/// `lcow.profile`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayoutProfile {
+    /// Clean for e2fsck, with checksums and small images.
+    Default,
+    /// As hcsshim's `tar2ext4` for a maximum disk of 128 GiB; what that tool refuses is refused.
+    Hcsshim,
+}
+
 macro_rules! show_as {
     ($kind:ty: $($variant:ident = $text:literal),*) => {
         impl fmt::Display for $kind {
@@ -208,6 +232,7 @@ macro_rules! show_as {
 }
 show_as!(SvmKind: Embedded = "embedded");
 show_as!(MountKind: Overlay = "overlay", None = "none");
+show_as!(LayoutProfile: Default = "default", Hcsshim = "hcsshim");
 show_as!(OverlayApi: Auto = "auto", New = "new", Legacy = "legacy");
 
 /// The values of all options.
@@ -223,6 +248,8 @@ pub struct Options {
     pub mount: MountKind,
     /// `lcow.overlayapi`
     pub overlay_api: OverlayApi,
+    /// `lcow.profile`
+    pub profile: LayoutProfile,
     /// `lcow.timeout`
     pub idle_timeout: Duration,
     /// `lcow.pool.spares`
@@ -247,6 +274,7 @@ impl Default for Options {
             svm: SvmKind::Embedded,
             mount: MountKind::None,
             overlay_api: OverlayApi::Auto,
+            profile: LayoutProfile::Default,
             idle_timeout: Duration::ZERO,
             pool_spares: 0,
             pool_max: 0,

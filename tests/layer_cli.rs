@@ -296,7 +296,7 @@ fn wrong_input_is_refused_with_its_name_and_what_helps() {
         assert!(!Path::new(&out).exists(), "{arguments:?} left its output");
     }
     assert_eq!(scene.left_over(), Vec::<String>::new());
-    for arguments in [&["pack", tar][..], &["pack", "--profile", "hcsshim", tar, &out], &["diff", &good]] {
+    for arguments in [&["pack", tar][..], &["pack", "--profile", "ext2", tar, &out], &["diff", &good]] {
         assert_eq!(layer(arguments).output().unwrap().status.code(), Some(2), "{arguments:?}");
     }
 }
@@ -554,4 +554,59 @@ fn an_image_is_mounted_on_a_folder() {
     fs::write(scene.path("a.vhd"), bytes).unwrap();
     fails(&["mount", &scene.text("a.vhd"), &at]);
     assert!(!scene.path("at/usr").exists());
+}
+
+#[test]
+fn the_profile_hcsshim_has_the_root_hashes_of_tar2ext4() {
+    let scene = Scene::new();
+    let empty = scene.path("empty.tar");
+    fs::write(&empty, [0; 10_240]).unwrap();
+    let image = scene.text("e.vhd");
+    let flags = ["pack", "--profile", "hcsshim", "--verity", "--json"];
+    // The same as `tests/hcsshim/corpus.rs`: for 16 GiB, which is the default, and for 128.
+    for (max_disk, root) in [
+        (&[][..], "5a021e8b10137bc7a7658670ccc4898eb1facffaa933aadd9cfe4bccc1f84f85"),
+        (&["--max-disk", "128GiB"][..], "8b4842f06982817534a75bcf71865213b09dfa8313229c384e5201dadbd75e25"),
+    ] {
+        let summary = ok(&[&flags[..], max_disk, &[empty.to_str().unwrap(), &image]].concat()).stdout;
+        let summary: serde_json::Value = serde_json::from_slice(&summary).unwrap();
+        assert_eq!(summary["verity"]["root_hash"], root);
+        let offset = summary["verity"]["hash_offset"].to_string();
+        run(Command::new("veritysetup").args(["verify", "--hash-offset", &offset, &image, &image, root]));
+        ok(&["verify", "--root-hash", root, &image]);
+        let facts = ok(&["inspect", "--json", &image]).stdout;
+        let facts: serde_json::Value = serde_json::from_slice(&facts).unwrap();
+        assert_eq!(facts["verity"]["root_hash"], root);
+    }
+    // Without a footer, from standard input; the file system is the same.
+    let raw = scene.text("e.img");
+    let flags = ["pack", "--profile", "hcsshim", "--max-disk", "128GiB", "--raw", "-", &raw];
+    with_input(&flags, &fs::read(&empty).unwrap());
+    assert!(fs::read(&image).unwrap().starts_with(&fs::read(&raw).unwrap()));
+    // A whole tree, and its tar back.
+    let tar = scene.tar("in.tar", &["--format=pax"]);
+    let record = scene.text("t.rec");
+    let image = scene.text("t.vhd");
+    let out = scene.text("out.tar");
+    let flags =
+        ["pack", "--profile", "hcsshim", "--inline", "--record", &record, tar.to_str().unwrap(), &image];
+    ok(&flags);
+    ok(&["verify", "--record", &record, &image]);
+    ok(&["unpack", "--exact", &record, &image, &out]);
+    assert!(fs::read(&tar).unwrap() == fs::read(out).unwrap());
+}
+
+#[test]
+fn options_that_do_not_go_together_and_sizes_that_cannot_be_are_refused() {
+    let scene = Scene::new();
+    let (tar, image) = (scene.tar("in.tar", &[]), scene.text("x.vhd"));
+    let refused = |flags: &[&str]| fails(&[&["pack"], flags, &[tar.to_str().unwrap(), &image]].concat());
+    for flag in ["--inline", "--keep-whiteouts", "--convert-slash"] {
+        assert!(refused(&[flag]).contains("is for --profile hcsshim"));
+    }
+    assert!(refused(&["--max-disk", "128GiB"]).contains("is for --profile hcsshim"));
+    assert!(refused(&["--max-size", "2041GiB"]).contains("a vhd"));
+    assert!(refused(&["--max-size", "17TiB", "--raw"]).contains("has at most 16.0 TiB"));
+    assert!(refused(&["--profile", "hcsshim", "--max-disk", "17TiB"]).contains("maximum disk"));
+    assert!(!scene.path("x.vhd").exists());
 }

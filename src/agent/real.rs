@@ -10,10 +10,14 @@ use super::{
 use crate::{
     diff::{
         self, DiffError, ExportOptions, IdMap, LayerSource, LiveHooks, NoHooks, ParentLayer, ParentSpec,
-        apply::{self, LayerChain},
+        apply::{self, HcsshimProfile, LayerChain},
         canonical, record,
     },
-    ext4::{self, Ext4, Ext4Error, writer::WriterOptions},
+    ext4::{
+        self, Ext4, Ext4Error,
+        hcsshim::{HcsshimOptions, LCOW_MAX_DISK},
+        writer::WriterOptions,
+    },
     io::{ReadAt, WriteAt},
     tar::TarError,
     verity::{self, VerityError},
@@ -224,16 +228,16 @@ impl Codec for RealCodec {
         lowers: Vec<Layer>,
         options: &wire::ApplyOptions,
     ) -> Result<wire::ApplySummary, WireError> {
-        if options.profile != wire::Profile::Default {
-            return Err(WireError::new(
-                ErrorKind::Unsupported,
-                "this program writes the default profile only",
-            ));
-        }
         let mut settings = apply::ApplyOptions::new(WriterOptions {
             max_image_bytes: options.max_image_bytes,
             ..WriterOptions::default()
         });
+        if options.profile == wire::Profile::Hcsshim {
+            settings.profile = apply::Profile::Hcsshim(HcsshimProfile::new(HcsshimOptions {
+                max_image_bytes: options.max_image_bytes,
+                ..HcsshimOptions::new(LCOW_MAX_DISK)
+            }));
+        }
         settings.max_tar_bytes = settings.max_tar_bytes.min(options.max_image_bytes.saturating_mul(2));
         let convert = |ranges: &[wire::IdRange]| {
             ranges

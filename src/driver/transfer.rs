@@ -14,10 +14,11 @@ use super::{
     ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished,
 };
 use crate::{
+    config::LayoutProfile,
     store::{AppliedMeta, Layer, LayerId, LayerMeta, LayerState, StoreError, durable, layout},
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
-        LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
+        LayerKind, LiveControl, ParentDisks, Profile, Purpose, SvmError, TarStream,
     },
     vhd,
 };
@@ -317,6 +318,10 @@ impl Home {
             scratch,
             lowers,
             options: ApplyOptions {
+                profile: match self.options.profile {
+                    LayoutProfile::Default => Profile::Default,
+                    LayoutProfile::Hcsshim => Profile::Hcsshim,
+                },
                 max_image_bytes: self.options.max_layer_bytes,
                 verity: self.options.verity,
                 ..ApplyOptions::default()

@@ -13,6 +13,7 @@
 pub mod check;
 pub mod error;
 pub mod format;
+pub mod hcsshim;
 pub mod layout;
 pub mod reader;
 pub mod writer;

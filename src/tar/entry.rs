@@ -74,4 +74,6 @@ pub struct Entry {
     pub xattrs: Vec<Xattr>,
     /// Offset of the header block in the stream.
     pub offset: u64,
+    /// What Go's archive/tar takes otherwise in this entry or one before it, if anything.
+    pub go_differs: Option<&'static str>,
 }

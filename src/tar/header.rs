@@ -92,6 +92,10 @@ impl Parser {
         self.pax.is_some() || self.long_name.is_some() || self.long_link.is_some()
     }
 
+    fn go_differs(&mut self, what: &'static str) {
+        self.entry.go_differs.get_or_insert(what);
+    }
+
     /// Reads a header whose checksum holds; what comes next.
     pub(super) fn header(&mut self, h: &RawHeader, at: u64) -> Result<Next, Fault> {
         let size = number::numeric(&h.size)
@@ -120,6 +124,7 @@ impl Parser {
                 self.pax = Some(pax);
             }
             Extension::PaxGlobal => {
+                self.go_differs("a global pax header, which Go takes for an entry");
                 self.global.get_or_insert_default().parse(&self.extension, true)?;
             }
             Extension::LongName => self.long_name = Some(text(&self.extension).to_vec()),
@@ -194,6 +199,23 @@ impl Parser {
         e.stored = pax_ref.and_then(|p| p.size).unwrap_or(size);
 
         let named_as_folder = e.path.last() == Some(&b'/');
+        let differs = match h.typeflag {
+            typeflag::REGULAR if named_as_folder => {
+                Some("a file with the name of a folder, which Go takes for a file")
+            }
+            typeflag::GNU_DUMPDIR => Some("a gnu dump directory, which Go takes for a file"),
+            typeflag::GNU_VOLUME => Some("a gnu volume name, which Go takes for a file"),
+            typeflag::CHAR | typeflag::BLOCK
+                if pax_ref.is_some_and(|p| p.devmajor.is_some() || p.devminor.is_some()) =>
+            {
+                Some("a device number in a pax header, which Go passes over")
+            }
+            _ if pax_ref.is_some_and(Pax::has_libarchive_only) => {
+                Some("a LIBARCHIVE xattr, which Go passes over")
+            }
+            _ => None,
+        };
+        e.go_differs = e.go_differs.or(differs);
         let mut sparse_gnu = false;
         e.kind = match h.typeflag {
             typeflag::REGULAR_V7 | typeflag::REGULAR if named_as_folder => EntryKind::Directory,

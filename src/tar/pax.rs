@@ -54,6 +54,8 @@ pub(super) struct Pax {
     pub(super) devmajor: Option<u32>,
     pub(super) devminor: Option<u32>,
     pub(super) xattrs: Vec<Xattr>,
+    /// For each of these, whether a `SCHILY` keyword gave it.
+    schily: Vec<bool>,
     pub(super) sparse: SparseKeys,
 }
 
@@ -126,9 +128,10 @@ impl Pax {
         if name.is_empty() || name.contains(&0) {
             return Err(PaxError::Corrupt("bad xattr name in a pax header"));
         }
-        if let Some(known) = self.xattrs.iter_mut().find(|x| x.name == name) {
+        if let Some(known) = self.xattrs.iter().position(|x| x.name == name) {
             if replace {
-                known.value = value;
+                self.xattrs[known].value = value;
+                self.schily[known] = true;
             }
             return Ok(());
         }
@@ -136,7 +139,13 @@ impl Pax {
             return Err(PaxError::TooManyXattrs);
         }
         self.xattrs.push(Xattr { name: name.to_vec(), value });
+        self.schily.push(replace);
         Ok(())
+    }
+
+    /// Whether an xattr is given by a `LIBARCHIVE` keyword alone.
+    pub(super) fn has_libarchive_only(&self) -> bool {
+        self.schily.contains(&false)
     }
 }
 

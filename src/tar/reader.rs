@@ -110,6 +110,12 @@ impl<S: ChunkSource> TarReader<S> {
             .then(|| self.offset().saturating_sub(self.trailing_from))
     }
 
+    /// What Go's archive/tar takes otherwise in what was read so far, if anything: readers that must agree with it
+    /// refuse such a stream.
+    pub fn go_differs(&self) -> Option<&'static str> {
+        self.parser.entry.go_differs
+    }
+
     /// The source.
     pub fn into_source(self) -> S {
         self.source

@@ -123,6 +123,20 @@ impl Footer {
         zerocopy::transmute!(raw)
     }
 
+    /// The footer as hcsshim's `tar2ext4` writes it: creator and geometry are zero, and so is the time. QEMU takes the
+    /// size from it all the same.
+    pub fn to_bytes_hcsshim(&self) -> [u8; FOOTER_SIZE] {
+        let bytes = self.to_bytes();
+        let Ok(mut raw) = RawFooter::read_from_bytes(&bytes) else { return bytes };
+        raw.time_stamp = U32::ZERO;
+        raw.creator_application = [0; 4];
+        raw.creator_host_os = [0; 4];
+        (raw.cylinders, raw.heads, raw.sectors_per_track) = (U16::ZERO, 0, 0);
+        raw.checksum = U32::ZERO;
+        raw.checksum = U32::new(checksum(raw.as_bytes()));
+        zerocopy::transmute!(raw)
+    }
+
     /// Reads the last 512 bytes of a fixed VHD of any creator.
     ///
     /// # Errors

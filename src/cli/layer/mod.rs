@@ -24,7 +24,7 @@ mod unpack;
 mod verify;
 
 use super::CliError;
-use crate::{agent::wire::RootHash, vhd};
+use crate::{agent::wire::RootHash, ext4::hcsshim};
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -65,6 +65,8 @@ pub(super) enum LayerCommand {
 enum Profile {
     /// Clean for e2fsck, 1 KiB blocks, small files inside their inodes, metadata checksums.
     Default,
+    /// Byte for byte the ext4 that hcsshim's tar2ext4 makes, for hosts that know layers by its root hashes.
+    Hcsshim,
 }
 
 #[derive(Debug, Args)]
@@ -72,6 +74,22 @@ pub(super) struct PackArgs {
     /// The layout of the image.
     #[arg(long, value_enum, default_value = "default")]
     profile: Profile,
+    /// Profile hcsshim: the maximum disk size, for which room is reserved and on which the root hash depends. 16GiB is
+    /// what tar2ext4 takes, 128GiB what LCOW gives.
+    #[arg(long, value_name = "SIZE", default_value_t = ByteSize(hcsshim::DEFAULT_MAX_DISK))]
+    max_disk: ByteSize,
+    /// Profile hcsshim: files of up to 136 bytes lie in their inodes (tar2ext4 -inline).
+    #[arg(long)]
+    inline: bool,
+    /// Profile hcsshim: `.wh.` names stay names instead of becoming whiteouts (tar2ext4 without -overlay).
+    #[arg(long)]
+    keep_whiteouts: bool,
+    /// Profile hcsshim: backslashes in names become slashes (tar2ext4 -convert-slash).
+    #[arg(long)]
+    convert_slash: bool,
+    /// Leaves out the VHD footer: the image alone, which may then be larger than a VHD (tar2ext4 without -vhd).
+    #[arg(long)]
+    raw: bool,
     /// Also writes the exact record here: with it, `unpack --exact` gives back the very bytes of the tar.
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
@@ -79,8 +97,9 @@ pub(super) struct PackArgs {
     #[arg(long)]
     verity: bool,
     /// Refuses to make an image larger than this (`500MiB`, `20GB`).
-    #[arg(long, value_name = "SIZE", default_value_t = ByteSize(vhd::MAX_DISK_BYTES))]
-    max_size: ByteSize,
+    /// At most 2040GiB, which is also the default; with --raw 16TiB.
+    #[arg(long, value_name = "SIZE")]
+    max_size: Option<ByteSize>,
     /// Prints the summary as JSON.
     #[arg(long)]
     json: bool,

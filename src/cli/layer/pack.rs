@@ -11,11 +11,14 @@ use crate::{
     cli::CliError,
     diff::{
         TarDigest,
-        apply::{ApplyOptions, ApplySummary, NoLowers, Verity, apply},
+        apply::{self, ApplyOptions, ApplySummary, HcsshimProfile, NoLowers, Verity},
     },
-    ext4::writer::WriterOptions,
+    ext4::{
+        hcsshim::{self, HcsshimOptions},
+        writer::WriterOptions,
+    },
     io::{ReadAt, WriteAt},
-    verity,
+    verity, vhd,
 };
 use bytesize::ByteSize;
 use serde::Serialize;
@@ -78,24 +81,24 @@ struct Verified {
 }
 
 pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
-    let Profile::Default = args.profile;
+    let max_image_bytes = max_image_bytes(args)?;
+    let profile = profile(args, max_image_bytes)?;
     if args.record.as_ref() == Some(&args.output) {
         return Err("image and record cannot be one file: name two".into());
     }
     let mut input = input::open(&args.input)?;
     let image = NewFile::create(&args.output)?;
     let record = args.record.as_deref().map(NewFile::create).transpose()?;
-    let mut options = ApplyOptions::new(WriterOptions {
-        max_image_bytes: args.max_size.as_u64(),
-        ..WriterOptions::default()
-    });
+    let mut options = ApplyOptions::new(WriterOptions { max_image_bytes, ..WriterOptions::default() });
+    options.profile = profile;
+    options.footer = !args.raw;
     if args.verity {
         let scratch = Arc::new(image.scratch()?) as Arc<dyn WriteAt>;
         options.verity = Verity::Tree { scratch: Some(scratch) };
     }
     let result = match &record {
-        Some(record) => apply(&mut input.tar, image.disk(), record.file(), &mut NoLowers, &options),
-        None => apply(&mut input.tar, image.disk(), Nowhere, &mut NoLowers, &options),
+        Some(record) => apply::apply(&mut input.tar, image.disk(), record.file(), &mut NoLowers, &options),
+        None => apply::apply(&mut input.tar, image.disk(), Nowhere, &mut NoLowers, &options),
     };
     input.bar.finish_and_clear();
     let done = result.map_err(|e| failed("pack", &args.input, &e))?;
@@ -105,6 +108,48 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     image.commit()?;
     report(args, input.packing, &done)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The size that the image may have.
+fn max_image_bytes(args: &PackArgs) -> Result<u64, CliError> {
+    let most = if args.raw { apply::MAX_RAW_BYTES } else { vhd::MAX_DISK_BYTES };
+    let size = args.max_size.map_or(most, |size| size.as_u64());
+    if size > most {
+        let kind = if args.raw {
+            "an image"
+        } else {
+            "a vhd (without its footer, with --raw, an image may have 16 TiB)"
+        };
+        return Err(format!("--max-size {}: {kind} has at most {}", ByteSize(size), ByteSize(most)).into());
+    }
+    Ok(size)
+}
+
+/// The profile with its options; those of another one are an error.
+fn profile(args: &PackArgs, max_image_bytes: u64) -> Result<apply::Profile, CliError> {
+    if args.profile == Profile::Default {
+        let max_disk = args.max_disk.as_u64() != hcsshim::DEFAULT_MAX_DISK;
+        for (given, option) in [
+            (max_disk, "--max-disk"),
+            (args.inline, "--inline"),
+            (args.keep_whiteouts, "--keep-whiteouts"),
+            (args.convert_slash, "--convert-slash"),
+        ] {
+            if given {
+                return Err(format!("{option} is for --profile hcsshim").into());
+            }
+        }
+        return Ok(apply::Profile::Default);
+    }
+    Ok(apply::Profile::Hcsshim(HcsshimProfile {
+        image: HcsshimOptions {
+            max_image_bytes,
+            inline_data: args.inline,
+            ..HcsshimOptions::new(args.max_disk.as_u64())
+        },
+        convert_whiteouts: !args.keep_whiteouts,
+        convert_backslashes: args.convert_slash,
+    }))
 }
 
 fn report(args: &PackArgs, packing: Packing, done: &ApplySummary) -> Result<(), CliError> {

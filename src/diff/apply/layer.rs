@@ -4,16 +4,17 @@
 //! parent of the previous entry is remembered by its bytes in the tar: most entries have the same.
 
 use super::{
-    ApplyOptions,
+    ApplyOptions, LowerLayers,
     links::Links,
     name::{self, Meaning, NameError},
     owner,
+    target::Target,
 };
 use crate::{
     diff::DiffError,
     ext4::{
         Ext4Error, Timestamp, Xattr,
-        writer::{Attributes, ImageWriter, NodeId, NodeKind, Placed},
+        writer::{Attributes, ImageSummary, ImageWriter, NodeId, NodeKind, Placed},
     },
     io::WriteAt,
     tar::{Entry, EntryKind, Time},
@@ -124,19 +125,6 @@ impl<'o, W: WriteAt> Layer<'o, W> {
 
     pub(super) fn begin_file(&mut self, node: NodeId, size: u64) -> Result<(), DiffError> {
         self.writer.begin_file(node, size).map_err(|e| self.context.image(e))
-    }
-
-    pub(super) fn write_data(
-        &mut self,
-        offset: u64,
-        data: &[u8],
-        placed: &mut dyn FnMut(Placed),
-    ) -> Result<(), DiffError> {
-        self.writer.write_data(offset, data, placed).map_err(|e| self.context.image(e))
-    }
-
-    pub(super) fn end_file(&mut self) -> Result<(), DiffError> {
-        self.writer.end_file().map_err(|e| self.context.image(e))
     }
 
     /// Gives an entry its place.
@@ -466,20 +454,6 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         }
     }
 
-    /// Settles what could not be settled before; the writer, and the layer's size.
-    pub(super) fn finish(
-        mut self,
-        lowers: &mut dyn super::LowerLayers,
-    ) -> Result<(ImageWriter<W>, u64), DiffError> {
-        self.settle_links(lowers)?;
-        let root = self.writer.root();
-        if let Some(dir) = self.writer.lookup(root, name::LINK_DIR) {
-            self.remove(root, name::LINK_DIR, dir)?;
-        }
-        let size = if self.removed { self.count_size() } else { self.size };
-        Ok((self.writer, size))
-    }
-
     /// Sums up the sizes of the files that are left, each once.
     fn count_size(&self) -> u64 {
         let (mut sum, mut seen) = (0u64, HashSet::new());
@@ -506,6 +480,46 @@ fn opaque() -> Xattr {
 /// True for xattrs that never go from anywhere into an image.
 pub(super) fn is_overlay_xattr(name: &[u8]) -> bool {
     name.starts_with(OVERLAY_PREFIX)
+}
+
+impl<W: WriteAt> Target for Layer<'_, W> {
+    fn entry(&mut self, entry: &mut Entry) -> Result<Placement, DiffError> {
+        Layer::entry(self, entry)
+    }
+
+    fn begin_file(&mut self, node: NodeId, size: u64) -> Result<(), DiffError> {
+        Layer::begin_file(self, node, size)
+    }
+
+    fn write_data(
+        &mut self,
+        offset: u64,
+        data: &[u8],
+        placed: &mut dyn FnMut(Placed),
+    ) -> Result<(), DiffError> {
+        self.writer.write_data(offset, data, placed).map_err(|e| self.context.image(e))
+    }
+
+    fn end_file(&mut self) -> Result<(), DiffError> {
+        self.writer.end_file().map_err(|e| self.context.image(e))
+    }
+
+    fn limit(&self, what: &'static str, limit: u64) -> DiffError {
+        self.context.limit(what, limit)
+    }
+
+    fn settle(&mut self, lowers: &mut dyn LowerLayers) -> Result<u64, DiffError> {
+        self.settle_links(lowers)?;
+        let root = self.writer.root();
+        if let Some(dir) = self.writer.lookup(root, name::LINK_DIR) {
+            self.remove(root, name::LINK_DIR, dir)?;
+        }
+        Ok(if self.removed { self.count_size() } else { self.size })
+    }
+
+    fn finish(self, tar_digest: [u8; 32]) -> Result<ImageSummary, DiffError> {
+        Ok(self.writer.finish_with(tar_digest)?)
+    }
 }
 
 /// A way through folders and symlinks.

@@ -15,6 +15,7 @@ use super::{
     LowerLayers, LowerNode,
     layer::{Context, Found, Layer, is_overlay_xattr},
     name,
+    target::Target,
 };
 use crate::{
     diff::DiffError,

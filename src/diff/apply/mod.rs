@@ -38,14 +38,17 @@
 //! them. Called by `agent`; the trait [`LowerLayers`] is implemented over `ext4::reader`.
 
 mod chain;
+mod hcsshim;
 mod input;
 mod layer;
 mod links;
 mod lower;
 mod name;
 mod owner;
+mod target;
 
 pub use chain::LayerChain;
+pub use hcsshim::HcsshimProfile;
 pub use lower::{LowerLayers, LowerNode, NoLowers};
 pub use owner::IdMap;
 
@@ -57,14 +60,33 @@ use crate::{
     verity::{self, TreeDisk},
     vhd::{self, Footer},
 };
+use hcsshim::HcsshimLayer;
 use input::HashedChunks;
 use layer::{Layer, Placement};
 use std::{io::Read, sync::Arc};
+use target::Target;
+
+/// How the image is laid out, and what the entries of a tar mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Profile {
+    /// This project's own; [`ApplyOptions::writer`] says more.
+    #[default]
+    Default,
+    /// What hcsshim's `tar2ext4` makes, byte for byte.
+    Hcsshim(HcsshimProfile),
+}
+
+/// The largest image without a VHD footer: 16 TiB.
+pub const MAX_RAW_BYTES: u64 = 16 << 40;
 
 /// How to apply, and what to refuse.
 #[derive(Debug, Clone)]
 pub struct ApplyOptions {
-    /// Block size, size limit and UUID of the image.
+    /// The layout.
+    pub profile: Profile,
+    /// A VHD footer follows the image. Without one an image may be larger than a VHD.
+    pub footer: bool,
+    /// Block size, size limit and UUID of the image, in the default profile.
     pub writer: WriterOptions,
     /// The most names in the layer, folders that are only implied and whiteouts included.
     pub max_entries: u64,
@@ -113,6 +135,8 @@ impl ApplyOptions {
     /// The usual limits around the given writer options.
     pub fn new(writer: WriterOptions) -> Self {
         Self {
+            profile: Profile::Default,
+            footer: true,
             writer,
             max_entries: 8 << 20,
             // Linux' PATH_MAX: nothing longer can be reached by one system call.
@@ -164,20 +188,47 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
 ) -> Result<ApplySummary, DiffError> {
-    let mut reader = TarReader::from_source(HashedChunks::new(input));
-    let mut record = RecordWriter::new(record)?;
-    let mut settings = options.writer;
-    if settings.uuid == UuidSource::FromContent {
-        // The tar's digest stands for the data: they need not be summed a second time.
-        settings.uuid = UuidSource::FromSource;
-    }
     let image = match &options.verity {
         Verity::None => TreeDisk::plain(image),
         Verity::Tree { scratch } => {
             TreeDisk::hashing(image, scratch.clone()).map_err(DiffError::io("starting the hashing thread"))?
         }
     };
-    let mut layer = Layer::new(ImageWriter::new(&image, settings)?, options)?;
+    match options.profile {
+        Profile::Default => {
+            let mut settings = options.writer;
+            settings.max_image_bytes = settings.max_image_bytes.min(largest_image(options));
+            if settings.uuid == UuidSource::FromContent {
+                // The tar's digest stands for the data: they need not be summed a second time.
+                settings.uuid = UuidSource::FromSource;
+            }
+            let layer = Layer::new(ImageWriter::new(&image, settings)?, options)?;
+            run(input, &image, record, layer, lowers, options)
+        }
+        Profile::Hcsshim(profile) => {
+            let layer = HcsshimLayer::new(&image, profile, options)?;
+            run(input, &image, record, layer, lowers, options)
+        }
+    }
+}
+
+/// The most bytes that the file system can have so that its tree and footer find room behind it.
+fn largest_image(options: &ApplyOptions) -> u64 {
+    let max_disk = if options.footer { vhd::MAX_DISK_BYTES } else { MAX_RAW_BYTES };
+    let tree = if matches!(options.verity, Verity::None) { 0 } else { verity::tree_bytes(max_disk) };
+    max_disk - tree
+}
+
+fn run<I: Read, W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
+    input: I,
+    image: &TreeDisk<W, V>,
+    record: S,
+    mut layer: T,
+    lowers: &mut dyn LowerLayers,
+    options: &ApplyOptions,
+) -> Result<ApplySummary, DiffError> {
+    let mut reader = TarReader::from_source(HashedChunks::new(input));
+    let mut record = RecordWriter::new(record)?;
     let mut open = false;
     let mut entries = 0u64;
     loop {
@@ -199,6 +250,14 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
                 let limit = options.max_tar_bytes;
                 if entry.offset > limit || entry.stored > limit {
                     return Err(layer.limit("bytes of tar", limit));
+                }
+                if open && entry.stored > largest_image(options) {
+                    let what = if options.footer {
+                        "bytes of image (a fixed vhd has at most 2040 GiB)"
+                    } else {
+                        "bytes of image (at most 16 TiB)"
+                    };
+                    return Err(layer.limit(what, largest_image(options)));
                 }
             }
             Event::Data { bytes, .. } if !open => record.literal(bytes),
@@ -238,11 +297,15 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
         )));
     }
     let tar_bytes = reader.offset();
-    let (writer, diff_size) = layer.finish(lowers)?;
+    layer.end_of_stream(reader.go_differs())?;
+    let diff_size = layer.settle(lowers)?;
     let tar_digest = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
-    let summary = writer.finish_with(tar_digest.bytes)?;
-    let (disk_bytes, verity_root) = append_tree(&image, summary.image_bytes, summary.uuid)?;
-    let file_bytes = append_footer(&image, disk_bytes, summary.uuid)?;
+    let summary = layer.finish(tar_digest.bytes)?;
+    // Where the profile gives the file system no id, the disk's is that of the tar.
+    let uuid = if summary.uuid == [0; 16] { uuid_of(&tar_digest.bytes) } else { summary.uuid };
+    let (disk_bytes, verity_root) = append_tree(image, summary.image_bytes, uuid)?;
+    let file_bytes =
+        if options.footer { append_footer(image, disk_bytes, uuid, options.profile)? } else { disk_bytes };
     let record_bytes = record.finish(tar_digest, summary.image_bytes)?;
     Ok(ApplySummary {
         image_bytes: summary.image_bytes,
@@ -272,13 +335,31 @@ fn append_tree<W: WriteAt, S: WriteAt + 'static>(
 }
 
 /// Puts the VHD footer behind the disk; the size of the file.
-fn append_footer<W: WriteAt>(image: &W, disk_bytes: u64, uuid: [u8; 16]) -> Result<u64, DiffError> {
+fn append_footer<W: WriteAt>(
+    image: &W,
+    disk_bytes: u64,
+    uuid: [u8; 16],
+    profile: Profile,
+) -> Result<u64, DiffError> {
     // The time is the epoch and the id that of the file system: equal tars give equal files.
     let footer = Footer::new(disk_bytes, 0, uuid)?;
+    let bytes = match profile {
+        Profile::Default => footer.to_bytes(),
+        Profile::Hcsshim(_) => footer.to_bytes_hcsshim(),
+    };
     let file_bytes = disk_bytes + vhd::FOOTER_SIZE as u64;
     image
-        .write_all_at(&footer.to_bytes(), disk_bytes)
+        .write_all_at(&bytes, disk_bytes)
         .and_then(|()| image.set_len(file_bytes))
         .map_err(DiffError::io("writing the vhd footer"))?;
     Ok(file_bytes)
+}
+
+/// A UUID (version 8) of the first bytes of a digest.
+fn uuid_of(digest: &[u8; 32]) -> [u8; 16] {
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&digest[..16]);
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
 }

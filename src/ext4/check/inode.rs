@@ -2,7 +2,7 @@
 //!
 //! Called by [`super::Checker::inode_table`] for each inode that the bitmap calls used.
 
-use super::{Checker, FIRST_INO, ROOT_INO, file_type, kind};
+use super::{Checker, FIRST_INO, Layout, ROOT_INO, file_type, kind};
 use crate::{
     ext4::{
         Ext4Error, Extent, FileKind, Inode,
@@ -18,6 +18,9 @@ use crate::{
 
 /// `i_flags` that our writer sets.
 const FLAGS: u32 = flags::EXTENTS | flags::INDEX | flags::INLINE_DATA | flags::EA_INODE | flags::HUGE_FILE;
+
+/// Those of profile hcsshim, which has no hash trees and no values in inodes.
+const HCSSHIM_FLAGS: u32 = flags::EXTENTS | flags::INLINE_DATA | flags::HUGE_FILE;
 
 /// Collects the blocks of an inode.
 struct Claims {
@@ -68,7 +71,11 @@ impl<R: ReadAt> Checker<R> {
         if u32_at(raw, 20) != 0 || inode.links == 0 {
             return bad("used, but deleted");
         }
-        if inode.flags & !FLAGS != 0 {
+        let hcsshim = self.layout == Layout::Hcsshim;
+        let known = if hcsshim { HCSSHIM_FLAGS } else { FLAGS };
+        // That tool marks every inode so: its count is in blocks.
+        let always = if hcsshim { flags::HUGE_FILE } else { 0 };
+        if inode.flags & !known != 0 || inode.flags & always != always {
             return bad("flags that our writer does not set");
         }
         if [132, 136, 140, 148].iter().any(|at| u32_at(raw, *at) >> 2 > 999_999_999) {
@@ -84,7 +91,8 @@ impl<R: ReadAt> Checker<R> {
             || inode.has(flags::EA_INODE)
                 && (!geometry.has(incompat::EA_INODE) || inode.kind != FileKind::File)
             || inode.has(flags::INDEX) && inode.kind != FileKind::Directory
-            || inode.has(flags::INLINE_DATA) && inode.flags & !flags::INLINE_DATA != 0
+            || inode.has(flags::INLINE_DATA) && inode.flags & !always != flags::INLINE_DATA
+            || hcsshim && inode.has(flags::INLINE_DATA) && inode.kind != FileKind::File
         {
             return bad("flags that do not go together");
         }
@@ -99,6 +107,11 @@ impl<R: ReadAt> Checker<R> {
                     return bad("a symbolic link's target is longer than its size");
                 }
             }
+            FileKind::File if hcsshim && inode.size == 0 && !inode.has(flags::EXTENTS) => {
+                if inode.i_block().iter().any(|b| *b != 0) {
+                    return bad("an empty file with contents");
+                }
+            }
             FileKind::File | FileKind::Directory | FileKind::Symlink => {
                 if !inode.has(flags::EXTENTS) {
                     return bad("it has no extents");
@@ -108,7 +121,7 @@ impl<R: ReadAt> Checker<R> {
             FileKind::CharDevice | FileKind::BlockDevice => {
                 let old = u32_at(raw, 40);
                 let rest = if old != 0 { raw.get(44..100) } else { raw.get(48..100) };
-                if inode.flags != 0
+                if inode.flags != always
                     || inode.size != 0
                     || old > 0xFFFF
                     || rest.is_none_or(|r| r.iter().any(|b| *b != 0))
@@ -117,7 +130,7 @@ impl<R: ReadAt> Checker<R> {
                 }
             }
             FileKind::Fifo | FileKind::Socket => {
-                if inode.flags != 0 || inode.size != 0 || inode.i_block().iter().any(|b| *b != 0) {
+                if inode.flags != always || inode.size != 0 || inode.i_block().iter().any(|b| *b != 0) {
                     return bad("a pipe or socket with contents");
                 }
             }

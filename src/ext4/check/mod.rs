@@ -29,7 +29,7 @@ use super::{
         Ext4, ROOT_INO,
         bytes::{u8_at, u16_at, u32_at, wide},
         corrupt,
-        superblock::{SUPERBLOCK_LEN, SUPERBLOCK_OFFSET, incompat},
+        superblock::{Geometry, SUPERBLOCK_LEN, SUPERBLOCK_OFFSET, incompat},
         unsupported,
     },
 };
@@ -71,6 +71,9 @@ const COMPAT: u32 = 0x8 | 0x20 | 0x200;
 const INCOMPAT: u32 = incompat::KNOWN & !incompat::RECOVER;
 /// sparse_super, large_file, huge_file, dir_nlink, extra_isize, metadata_csum, read-only.
 const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x20 | 0x40 | 0x400 | 0x1000;
+/// Features of an image of profile hcsshim: exactly these (inline_data may be on too).
+/// ext_attr, sparse_super2; filetype, extents, flex_bg; large_file, huge_file, extra_isize, read-only.
+const HCSSHIM: (u32, u32, u32) = (0x208, 0x242, 0x104A);
 /// Features without which images are not ours: filetype, extents; metadata_csum.
 const INCOMPAT_NEEDED: u32 = incompat::FILETYPE | incompat::EXTENTS;
 const RO_COMPAT_NEEDED: u32 = 0x400;
@@ -157,8 +160,30 @@ impl Blocks {
     }
 }
 
+/// Whose image it is: what may differ between the two is decided by the super block alone, before anything else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// [`super::writer`]'s.
+    Default,
+    /// [`super::hcsshim`]'s: no checksums, and some fields as hcsshim's `tar2ext4` writes them.
+    Hcsshim,
+}
+
+impl Layout {
+    /// Exactly the features of that profile, in its only geometry.
+    fn of(geometry: &Geometry) -> Self {
+        let incompat = geometry.feature_incompat & !incompat::INLINE_DATA;
+        let hcsshim = (geometry.feature_compat, incompat, geometry.feature_ro_compat) == HCSSHIM
+            && (geometry.block_size, geometry.blocks_per_group, geometry.inode_size) == (4096, 32_768, 256)
+            && geometry.uuid == [0; 16]
+            && geometry.desc_size == 32;
+        if hcsshim { Self::Hcsshim } else { Self::Default }
+    }
+}
+
 struct Checker<R> {
     fs: Ext4<R>,
+    layout: Layout,
     blocks: Blocks,
     /// By inode number.
     nodes: Vec<Node>,
@@ -188,6 +213,7 @@ pub fn check<R: ReadAt>(disk: R, limits: CheckLimits) -> Result<CheckReport, Ext
         shared: HashMap::new(),
         report: CheckReport { uuid: geometry.uuid, ..CheckReport::default() },
         names: Vec::new(),
+        layout: Layout::of(geometry),
         fs,
     };
     let sb = checker.superblock()?;
@@ -217,10 +243,12 @@ impl<R: ReadAt> Checker<R> {
         let bad = |reason: &str| Err(corrupt("superblock", reason));
         let strange =
             |what: String| Err(unsupported(format!("an image with {what}, which is not our writer's")));
+        let hcsshim = self.layout == Layout::Hcsshim;
+        let checksums = if hcsshim { 0 } else { RO_COMPAT_NEEDED };
         for (name, have, known, needed) in [
             ("compatible", geometry.feature_compat, COMPAT, 0),
             ("incompatible", geometry.feature_incompat, INCOMPAT, INCOMPAT_NEEDED),
-            ("read-only compatible", geometry.feature_ro_compat, RO_COMPAT, RO_COMPAT_NEEDED),
+            ("read-only compatible", geometry.feature_ro_compat, RO_COMPAT, checksums),
         ] {
             if have & !known != 0 || have & needed != needed {
                 return strange(format!("{name} feature bits {have:#x}"));
@@ -267,7 +295,9 @@ impl<R: ReadAt> Checker<R> {
         if u16_at(&sb, 0x15C) > room || u16_at(&sb, 0x15E) > room {
             return bad("its extra inode sizes are out of range");
         }
-        if u8_at(&sb, 0xFC) != 1 || u32_at(&sb, 0x160) != 2 {
+        // Without hash trees there is no hash.
+        let hash = if hcsshim { (0, 0) } else { (1, 2) };
+        if (u8_at(&sb, 0xFC), u32_at(&sb, 0x160)) != hash {
             return strange("another directory hash".to_owned());
         }
         if wide(u32_at(&sb, 8), u32_at(&sb, 0x154)) > geometry.blocks_count / 2 {

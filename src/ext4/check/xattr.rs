@@ -2,7 +2,7 @@
 //!
 //! Called by [`super::Checker::inode`].
 
-use super::Checker;
+use super::{Checker, Layout};
 pub(super) use crate::ext4::reader::xattr::MAX_VALUE;
 use crate::{
     ext4::{
@@ -79,7 +79,11 @@ impl<R: ReadAt> Checker<R> {
                     return Err(bad("an xattr block with an impossible count of owners"));
                 }
                 self.shared.insert(inode.file_acl, count);
-                let hash = block_hash(found.iter().map(|x| x.hash));
+                let hash = match self.layout {
+                    Layout::Default => block_hash(found.iter().map(|x| x.hash)),
+                    // 0: never shared.
+                    Layout::Hcsshim => 0,
+                };
                 if u32_at(&block, 12) != hash || block.get(20..32).is_none_or(|r| r.iter().any(|b| *b != 0)) {
                     return Err(bad("hash of an xattr block does not match"));
                 }

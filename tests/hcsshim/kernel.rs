@@ -1,0 +1,66 @@
+//! Images of both profiles as the kernel mounts them: the same tree, but for `lost+found`.
+
+use crate::{
+    image::{Image, make, text},
+    profile,
+    tars::{Wildness, random},
+    tree::{Tree, assert_same, snapshot},
+};
+use lcow_graphdriver::{diff::apply::Profile, ext4::hcsshim::LCOW_MAX_DISK};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// A loop mount, gone when dropped, also while a test fails.
+pub(crate) struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // `umount -d` also frees the loop device.
+        let done = Command::new("umount").arg("-d").arg(&self.0).status();
+        let done = done.is_ok_and(|s| s.success());
+        assert!(done || std::thread::panicking(), "{} cannot be unmounted", self.0.display());
+    }
+}
+
+impl Mounted {
+    /// Mounts a file on a folder in `folder`.
+    pub(crate) fn new(disk: &Path, folder: &Path, options: &str) -> Self {
+        assert!(rustix::process::geteuid().is_root(), "this test mounts file systems: run it as root");
+        let point = folder.join("mnt");
+        fs::create_dir_all(&point).expect("a folder");
+        let mount = Command::new("mount").args(["-t", "ext4", "-o", options]).arg(disk).arg(&point).output();
+        let out = mount.expect("this test needs mount");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        Self(point)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+pub(crate) fn mount(image: &Image) -> Mounted {
+    Mounted::new(&image.path(), image.folder(), "loop,ro")
+}
+
+pub(crate) fn tree(image: &Image) -> Tree {
+    snapshot(mount(image).path())
+}
+
+#[test]
+fn the_kernel_finds_what_it_finds_in_a_default_image() {
+    for (seed, inline) in [(4, false), (6, true), (8, false)] {
+        let tar = random(seed, 80, Wildness::Inside);
+        let made = |p| make(&tar, p).unwrap_or_else(|e| panic!("seed {seed}: {}", text(&e)));
+        let hcsshim = made(Profile::Hcsshim(profile(LCOW_MAX_DISK, true, inline)));
+        let default = made(Profile::Default);
+        let mut found = tree(&hcsshim);
+        assert!(found.remove("lost+found").is_some(), "hcsshim's images have one");
+        // That tool also keeps a symlink's set-id and sticky bits, which mean nothing.
+        found.values_mut().filter(|n| n.mode & 0o170_000 == 0o120_000).for_each(|n| n.mode &= !0o7000);
+        assert_same(&format!("seed {seed}"), &found, &tree(&default));
+    }
+}
