@@ -31,9 +31,17 @@ pub(crate) struct Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // `umount -d` also frees the loop device.
-        let done = Command::new("umount").arg("-d").arg(&self.point).status();
-        let done = done.is_ok_and(|s| s.success());
+        // `umount -d` also frees the loop device. A program that another test is just starting may hold files of this
+        // mount until it runs.
+        let umount =
+            || Command::new("umount").arg("-d").arg(&self.point).output().is_ok_and(|o| o.status.success());
+        let done = (0..50).any(|_| {
+            let done = umount();
+            if !done {
+                std::thread::sleep(std::time::Duration::from_millis(100));
+            }
+            done
+        });
         assert!(done || std::thread::panicking(), "{} cannot be unmounted", self.point.display());
     }
 }
