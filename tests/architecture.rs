@@ -175,7 +175,8 @@ fn unsafe_code_lives_in_sys_and_each_block_says_why() {
             assert_eq!(module_of(&path), "sys", "{}:{} has unsafe code", path.display(), n + 1);
             let before = lines[n.saturating_sub(8)..=n].join("\n");
             // A function says what its callers must promise.
-            let said = before.contains("SAFETY") || (bare.contains("unsafe fn") && before.contains("# Safety"));
+            let said =
+                before.contains("SAFETY") || (bare.contains("unsafe fn") && before.contains("# Safety"));
             assert!(said, "{}:{} lacks its SAFETY reason", path.display(), n + 1);
         }
     }

@@ -92,6 +92,12 @@ impl<D: ReadAt> Opened<D> {
         let (header_index, header) = choose_header([&headers[0], &headers[1]])?;
         let size = disk.size().map_err(VhdxError::io("measure"))?;
         let log = header.log_offset.get()..header.log_offset.get() + u64::from(header.log_length.get());
+        if log.end > size && !log.is_empty() {
+            return Err(VhdxError::corrupt(
+                "the log lies beyond the end of the file",
+                HEADER_OFFSETS[header_index],
+            ));
+        }
         let overlay = if header.log_guid == [0; 16] {
             None
         } else {

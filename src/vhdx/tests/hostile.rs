@@ -53,6 +53,8 @@ fn each_lie_has_its_error() {
         ("log offset", head + 72, le(4096).to_vec()),
         ("log over a region", head + 72, le(2 << 20).to_vec()),
         ("log beyond all", head + 72, le(u64::MAX << 20).to_vec()),
+        // Found by fuzzing: a writer made the file so long that it reached behind the log.
+        ("log beyond the file", head + 72, le(1 << 63).to_vec()),
         ("log guid without log", head + 48, vec![1]),
         ("many regions", regi + 8, vec![0xFF; 4]),
         ("no regions", regi + 8, vec![0; 4]),
