@@ -4,6 +4,10 @@
 //!   OpDisk ─ window ─► file │ block device           every access asks now and then: is the caller still there?
 //! ```
 //!
+//! A block device can't grow: a writable disk without a given length is a device that is large enough, and has the
+//! length that was set or written, as a file would; the daemon cuts the file behind it to what the operation says.
+//! What lies in the guest's page cache is no use to anybody, so [`OpDisk::reach_host`] sends it on.
+//!
 //! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
 //! the disk fails when the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
 
@@ -16,7 +20,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
 
@@ -31,6 +35,31 @@ pub struct Disk {
     pub offset: u64,
     /// Bytes of the window; `None` = to the end, growing.
     pub len: Option<u64>,
+    /// Set for a device of fixed size that stands for a growing file: the file's length.
+    pub length: Option<Arc<AtomicU64>>,
+}
+
+impl Disk {
+    /// `file` as the disk that an Attach describes.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn new(file: File, writable: bool, offset: u64, len: Option<u64>) -> io::Result<Self> {
+        let kind = file.metadata()?.file_type();
+        let device = !kind.is_file() && !kind.is_dir() && is_block_device(kind);
+        let length = (device && writable && len.is_none()).then(Arc::default);
+        Ok(Self { file: Arc::new(file), writable, offset, len, length })
+    }
+}
+
+fn is_block_device(kind: std::fs::FileType) -> bool {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileTypeExt::is_block_device(&kind);
+    #[cfg(not(unix))]
+    {
+        let _ = kind;
+        false
+    }
 }
 
 /// Says whether an operation's caller has gone. Cheap to clone.
@@ -91,6 +120,15 @@ impl OpDisk {
         Arc::ptr_eq(&self.disk.file, &other.disk.file) && self.disk.offset == other.disk.offset
     }
 
+    /// What was written leaves the guest's page cache, so that the daemon finds it in the file behind the device. Files
+    /// are the daemon's own: nothing to do.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn reach_host(&self) -> io::Result<()> {
+        if self.disk.length.is_some() { self.disk.file.sync_data() } else { Ok(()) }
+    }
+
     /// How many of `len` bytes at `offset` lie in the window, and where they are in the file.
     fn place(&self, offset: u64, len: usize) -> io::Result<(u64, usize)> {
         let at = self.disk.offset.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
@@ -107,10 +145,20 @@ impl ReadAt for OpDisk {
         if len == 0 || i64::try_from(at).is_err() {
             return Ok(0);
         }
+        let len = match &self.disk.length {
+            Some(length) => {
+                let room = length.load(Ordering::Acquire).saturating_sub(offset);
+                usize::try_from(room).unwrap_or(usize::MAX).min(len)
+            }
+            None => len,
+        };
         self.disk.file.read_at(&mut buf[..len], at)
     }
 
     fn size(&self) -> io::Result<u64> {
+        if let Some(length) = &self.disk.length {
+            return Ok(length.load(Ordering::Acquire));
+        }
         let rest = self.disk.file.size()?.saturating_sub(self.disk.offset);
         Ok(self.disk.len.map_or(rest, |len| len.min(rest)))
     }
@@ -124,6 +172,10 @@ impl WriteAt for OpDisk {
         }
         let (at, len) = self.place(offset, buf.len())?;
         let written = self.disk.file.write_at(&buf[..len], at)?;
+        if let Some(length) = &self.disk.length {
+            length.fetch_max(offset.saturating_add(written as u64), Ordering::AcqRel);
+            return Ok(written);
+        }
         self.writeback.written(&self.disk.file, at.saturating_add(written as u64));
         Ok(written)
     }
@@ -137,6 +189,14 @@ impl WriteAt for OpDisk {
         }
         if !self.disk.writable {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "disk is attached read-only"));
+        }
+        if let Some(length) = &self.disk.length {
+            // What is cut off would show up again if the disk grew; nobody of ours does either.
+            if len < length.load(Ordering::Acquire) {
+                return Err(io::Error::new(io::ErrorKind::Unsupported, "a device can't be cut shorter"));
+            }
+            length.store(len, Ordering::Release);
+            return Ok(());
         }
         let end = self.disk.offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
         self.disk.file.set_len(end)
@@ -154,7 +214,7 @@ mod tests {
     fn disk(len: Option<u64>, writable: bool) -> OpDisk {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(b"0123456789", 0).unwrap();
-        OpDisk::new(Disk { file: Arc::new(file), writable, offset: 2, len }, Cancel::new(|| false))
+        OpDisk::new(Disk::new(file, writable, 2, len).unwrap(), Cancel::new(|| false))
     }
 
     #[test]
@@ -184,12 +244,28 @@ mod tests {
     }
 
     #[test]
+    fn a_device_has_the_length_that_was_written() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let mut disk = Disk::new(file, true, 0, None).unwrap();
+        disk.length = Some(Arc::default());
+        let d = OpDisk::new(disk, Cancel::new(|| false));
+        assert_eq!((d.size().unwrap(), d.read_at(&mut [0; 9], 0).unwrap()), (0, 0));
+        d.write_all_at(b"abc", 10).unwrap();
+        assert_eq!((d.size().unwrap(), d.read_at(&mut [0; 9], 8).unwrap()), (13, 5));
+        d.set_len(20).unwrap();
+        assert_eq!(d.size().unwrap(), 20);
+        assert!(d.set_len(5).is_err());
+        d.reach_host().unwrap();
+    }
+
+    #[test]
     fn a_gone_caller_stops_disk_access_within_one_look() {
         let gone = Arc::new(AtomicBool::new(false));
         let seen = gone.clone();
-        let file = Arc::new(tempfile::tempfile().unwrap());
+        let file = tempfile::tempfile().unwrap();
         let d = OpDisk::new(
-            Disk { file, writable: true, offset: 0, len: None },
+            Disk::new(file, true, 0, None).unwrap(),
             Cancel::new(move || seen.load(Ordering::Relaxed)),
         );
         d.write_all_at(b"x", 0).unwrap();

@@ -114,6 +114,7 @@ impl Run<'_> {
             Operation::Apply { image, record, lowers, options } => {
                 let mut input = FrameInput::new(self.channel);
                 let (image, record) = (self.writable(image)?, self.writable(record)?);
+                let written = [image.clone(), record.clone()];
                 let summary = self.codec.apply(&mut input, image, record, self.layers(&lowers)?, &options);
                 if input.broken {
                     return Err(WireError::new(ErrorKind::Cancelled, "the tar's stream was cut"));
@@ -124,6 +125,10 @@ impl Run<'_> {
                         ErrorKind::Internal,
                         "the codec left a part of the tar unread",
                     ));
+                }
+                for disk in written {
+                    disk.reach_host()
+                        .map_err(|e| WireError::new(ErrorKind::Io, format!("writing to the host: {e}")))?;
                 }
                 json(&summary)
             }

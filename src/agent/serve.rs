@@ -77,7 +77,11 @@ pub fn serve<T: ControlTransport>(transport: &mut T, codec: &Arc<dyn Codec>) -> 
             Control::Ping => Ok(()),
             Control::Attach { disk, writable, offset, len, serial } => transport
                 .disk(beside, serial.as_deref(), writable)
-                .and_then(|file| attach(&disks, disk, Disk { file: Arc::new(file), writable, offset, len })),
+                .and_then(|file| {
+                    Disk::new(file, writable, offset, len)
+                        .map_err(|e| WireError::new(ErrorKind::Io, format!("disk {}: {e}", disk.0)))
+                })
+                .and_then(|opened| attach(&disks, disk, opened)),
             Control::Detach { disk } => {
                 match disks.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&disk) {
                     Some(_) => Ok(()),
