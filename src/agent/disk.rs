@@ -11,9 +11,11 @@
 //! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
 //! the disk fails when the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
 
+use super::wire::{DiskFormat, ErrorKind, WireError};
 use crate::{
     io::{ReadAt, WriteAt},
     sys::writeback::Writeback,
+    vhdx::Vhdx,
 };
 use std::{
     fs::File,
@@ -35,20 +37,52 @@ pub struct Disk {
     pub offset: u64,
     /// Bytes of the window; `None` = to the end, growing.
     pub len: Option<u64>,
+    /// The disk within the file, where it is not the file itself.
+    pub inner: Option<Arc<Vhdx<Arc<File>>>>,
     /// Set for a device of fixed size that stands for a growing file: the file's length.
     pub length: Option<Arc<AtomicU64>>,
 }
 
 impl Disk {
-    /// `file` as the disk that an Attach describes.
+    /// A window of a file or device, or of the disk that the file holds.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn new(file: File, writable: bool, offset: u64, len: Option<u64>) -> io::Result<Self> {
-        let kind = file.metadata()?.file_type();
-        let device = !kind.is_file() && !kind.is_dir() && is_block_device(kind);
-        let length = (device && writable && len.is_none()).then(Arc::default);
-        Ok(Self { file: Arc::new(file), writable, offset, len, length })
+    /// A file that is not of the format; a writable VHDX; what the system says.
+    pub fn open(
+        file: File,
+        format: DiskFormat,
+        writable: bool,
+        (offset, len): (u64, Option<u64>),
+    ) -> Result<Self, WireError> {
+        let kind =
+            file.metadata().map_err(|e| WireError::new(ErrorKind::Io, format!("a disk: {e}")))?.file_type();
+        let length = (writable && len.is_none() && is_block_device(kind)).then(Arc::default);
+        let file = Arc::new(file);
+        let inner = match format {
+            DiskFormat::Raw => None,
+            DiskFormat::Vhdx if writable => {
+                return Err(WireError::new(ErrorKind::Unsupported, "a VHDX is attached read-only here"));
+            }
+            DiskFormat::Vhdx => Some(Arc::new(
+                Vhdx::open(file.clone())
+                    .map_err(|e| WireError::new(ErrorKind::Corrupt, format!("VHDX: {e}")))?,
+            )),
+        };
+        Ok(Self { file, writable, offset, len, inner, length })
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        match &self.inner {
+            None => self.file.read_at(buf, offset),
+            Some(inner) => inner.read_at(buf, offset),
+        }
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        match &self.inner {
+            None => ReadAt::size(&*self.file),
+            Some(inner) => inner.size(),
+        }
     }
 }
 
@@ -152,14 +186,14 @@ impl ReadAt for OpDisk {
             }
             None => len,
         };
-        self.disk.file.read_at(&mut buf[..len], at)
+        self.disk.read_at(&mut buf[..len], at)
     }
 
     fn size(&self) -> io::Result<u64> {
         if let Some(length) = &self.disk.length {
             return Ok(length.load(Ordering::Acquire));
         }
-        let rest = self.disk.file.size()?.saturating_sub(self.disk.offset);
+        let rest = self.disk.size()?.saturating_sub(self.disk.offset);
         Ok(self.disk.len.map_or(rest, |len| len.min(rest)))
     }
 }
@@ -211,10 +245,14 @@ impl WriteAt for OpDisk {
 mod tests {
     use super::*;
 
+    fn raw(file: File, writable: bool, window: (u64, Option<u64>)) -> Disk {
+        Disk::open(file, DiskFormat::Raw, writable, window).unwrap()
+    }
+
     fn disk(len: Option<u64>, writable: bool) -> OpDisk {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(b"0123456789", 0).unwrap();
-        OpDisk::new(Disk::new(file, writable, 2, len).unwrap(), Cancel::new(|| false))
+        OpDisk::new(raw(file, writable, (2, len)), Cancel::new(|| false))
     }
 
     #[test]
@@ -247,7 +285,7 @@ mod tests {
     fn a_device_has_the_length_that_was_written() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
-        let mut disk = Disk::new(file, true, 0, None).unwrap();
+        let mut disk = raw(file, true, (0, None));
         disk.length = Some(Arc::default());
         let d = OpDisk::new(disk, Cancel::new(|| false));
         assert_eq!((d.size().unwrap(), d.read_at(&mut [0; 9], 0).unwrap()), (0, 0));
@@ -264,10 +302,7 @@ mod tests {
         let gone = Arc::new(AtomicBool::new(false));
         let seen = gone.clone();
         let file = tempfile::tempfile().unwrap();
-        let d = OpDisk::new(
-            Disk::new(file, true, 0, None).unwrap(),
-            Cancel::new(move || seen.load(Ordering::Relaxed)),
-        );
+        let d = OpDisk::new(raw(file, true, (0, None)), Cancel::new(move || seen.load(Ordering::Relaxed)));
         d.write_all_at(b"x", 0).unwrap();
         gone.store(true, Ordering::Relaxed);
         let failed = (0..=CALLS_PER_LOOK).find_map(|_| d.read_at(&mut [0], 0).err()).unwrap();

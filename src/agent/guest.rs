@@ -118,15 +118,19 @@ struct Guest;
 
 impl Guest {
     fn open(serial: &str, writable: bool, flags: i32) -> Result<File, WireError> {
-        let (controller, unit) = parse_serial(serial)
-            .ok_or_else(|| WireError::new(ErrorKind::Usage, format!("disk {serial}: not of the form lun:C:N")))?;
+        let (controller, unit) = parse_serial(serial).ok_or_else(|| {
+            WireError::new(ErrorKind::Usage, format!("disk {serial}: not of the form lun:C:N"))
+        })?;
         // The device is listed before it can be opened.
         let opened = wait_for(DISK_WAIT, || {
             let path = block_device(controller, unit)?;
             File::options().read(true).write(writable).custom_flags(flags).open(path).ok()
         });
         opened.ok_or_else(|| {
-            WireError::new(ErrorKind::Io, format!("disk {serial} has not come up within {}s", DISK_WAIT.as_secs()))
+            WireError::new(
+                ErrorKind::Io,
+                format!("disk {serial} has not come up within {}s", DISK_WAIT.as_secs()),
+            )
         })
     }
 }

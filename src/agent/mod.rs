@@ -21,6 +21,8 @@ pub mod serve;
 pub mod wire;
 #[cfg(target_os = "linux")]
 pub mod worker;
+#[cfg(windows)]
+#[path = "worker_windows.rs"]
+pub mod worker;
 
-#[cfg(target_os = "linux")]
 pub use worker::worker_main;

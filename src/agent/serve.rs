@@ -75,13 +75,9 @@ pub fn serve<T: ControlTransport>(transport: &mut T, codec: &Arc<dyn Codec>) -> 
     while let Some((request, beside)) = transport.receive()? {
         let outcome = match request.control {
             Control::Ping => Ok(()),
-            Control::Attach { disk, writable, offset, len, serial } => transport
+            Control::Attach { disk, writable, offset, len, serial, format } => transport
                 .disk(beside, serial.as_deref(), writable)
-                .and_then(|file| {
-                    Disk::new(file, writable, offset, len)
-                        .map_err(|e| WireError::new(ErrorKind::Io, format!("disk {}: {e}", disk.0)))
-                })
-                .and_then(|opened| attach(&disks, disk, opened)),
+                .and_then(|file| attach(&disks, disk, Disk::open(file, format, writable, (offset, len))?)),
             Control::Detach { disk } => {
                 match disks.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&disk) {
                     Some(_) => Ok(()),

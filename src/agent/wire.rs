@@ -14,6 +14,7 @@
 //! the other as hostile: lengths are checked before memory is taken, unknown types end the channel. This module does
 //! no I/O but through `Read`/`Write`; `svm` reads the same frames asynchronously with [`parse_header`].
 
+pub use crate::diff::TarDigest;
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 
@@ -171,6 +172,17 @@ pub fn write_json<T: Serialize>(output: &mut dyn Write, kind: FrameType, message
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct DiskId(pub u32);
 
+/// How a disk's bytes lie in its file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// One after the other.
+    #[default]
+    Raw,
+    /// In the blocks of a VHDX, which is read only. A VM to which the host attaches the VHDX sees a raw disk.
+    Vhdx,
+}
+
 /// How a layer's files lie in its image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -269,6 +281,8 @@ pub enum Operation {
         image: DiskId,
         /// Writable, empty: the exact-diff record.
         record: DiskId,
+        /// Writable, empty, of no use afterwards: the leaves of a large hash tree go there.
+        scratch: Option<DiskId>,
         /// The parents, nearest first, for hard links into them.
         lowers: Vec<LayerRef>,
         /// Options.
@@ -278,6 +292,8 @@ pub enum Operation {
     Check {
         /// The image.
         image: DiskId,
+        /// The disk goes on behind the file system with a hash tree: every block is held against it.
+        tree: bool,
     },
     /// The very tar that was applied (Data frames). Answers [`ExportSummary`].
     ExportExact {
@@ -355,16 +371,16 @@ pub struct ApplySummary {
     pub diff_size: u64,
     /// Bytes of the tar stream, all of it.
     pub tar_bytes: u64,
-    /// SHA-256 of the tar stream, lower-case hex.
-    pub tar_sha256: String,
+    /// Digest of the tar stream.
+    pub tar_digest: TarDigest,
     /// Bytes of the record.
     pub record_bytes: u64,
     /// UUID of the file system.
     pub uuid: uuid::Uuid,
     /// Entries of the tar.
     pub entries: u64,
-    /// Root hash of the verity tree, lower-case hex.
-    pub verity_root: Option<String>,
+    /// Root hash of the verity tree, if the image has one.
+    pub verity_root: Option<RootHash>,
 }
 
 /// What a check found (an image that fails it is an error of kind [`ErrorKind::Corrupt`]).
@@ -376,6 +392,42 @@ pub struct CheckSummary {
     pub blocks: u64,
     /// UUID of the file system.
     pub uuid: uuid::Uuid,
+    /// Root hash of the tree that every block was held against, where that was asked for.
+    pub verity: Option<RootHash>,
+}
+
+/// Root hash of a dm-verity tree; 64 hexadecimal digits in messages and on screens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RootHash(pub crate::verity::Hash);
+
+impl std::fmt::Display for RootHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl From<RootHash> for String {
+    fn from(hash: RootHash) -> Self {
+        hash.to_string()
+    }
+}
+
+impl TryFrom<String> for RootHash {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let bad = "a root hash is 64 hexadecimal digits";
+        let mut hash = [0; crate::verity::HASH];
+        if text.len() != 2 * hash.len() || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(bad);
+        }
+        for (byte, pair) in hash.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            let pair = std::str::from_utf8(pair).map_err(|_| bad)?;
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| bad)?;
+        }
+        Ok(Self(hash))
+    }
 }
 
 /// What an export gave.
@@ -383,8 +435,8 @@ pub struct CheckSummary {
 pub struct ExportSummary {
     /// Bytes of tar sent.
     pub tar_bytes: u64,
-    /// SHA-256 of them, lower-case hex, where it was computed.
-    pub tar_sha256: Option<String>,
+    /// Their digest, where it was computed.
+    pub tar_digest: Option<TarDigest>,
 }
 
 /// How a path changed; numbers as in the graphdriver protocol.
@@ -528,6 +580,9 @@ pub struct JailReport {
     pub no_capabilities: bool,
     /// All resource limits are set.
     pub limits: bool,
+    /// Windows: names of the walls that hold (job, token, integrity, mitigations).
+    #[serde(default)]
+    pub walls: Vec<String>,
     /// Why parts did not take hold, for people.
     pub notes: Vec<String>,
 }
@@ -550,6 +605,9 @@ pub enum Control {
         len: Option<u64>,
         /// How a VM finds the device.
         serial: Option<String>,
+        /// How the disk's bytes lie in the file.
+        #[serde(default)]
+        format: DiskFormat,
     },
     /// Forget a disk.
     Detach {

@@ -110,6 +110,7 @@ impl From<jail::Report> for JailReport {
             unprivileged_user: r.unprivileged_user,
             no_capabilities: r.no_capabilities,
             limits: r.limits,
+            walls: Vec::new(),
             notes: r.notes,
         }
     }

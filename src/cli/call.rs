@@ -1,6 +1,6 @@
 //! `call`: one request to a running plugin, as curl would send it.
 
-use super::{CliError, DEFAULT_SOCKET, runtime};
+use super::{CliError, runtime};
 use bytes::Bytes;
 use clap::Args;
 use futures_util::TryStreamExt;
@@ -26,8 +26,45 @@ pub(super) struct CallArgs {
     #[arg(long, short = 'i', value_name = "FILE")]
     input: Option<PathBuf>,
     /// The plugin's socket.
-    #[arg(long, env = "LCOW_SOCKET", default_value = DEFAULT_SOCKET)]
+    #[cfg(unix)]
+    #[arg(long, env = "LCOW_SOCKET", default_value = super::DEFAULT_SOCKET)]
     socket: PathBuf,
+    /// The plugin's named pipe.
+    #[cfg(windows)]
+    #[arg(long, env = "LCOW_PIPE", default_value = super::DEFAULT_PIPE)]
+    pipe: std::ffi::OsString,
+}
+
+/// Connects to the plugin's socket.
+#[cfg(unix)]
+async fn connect(args: &CallArgs) -> Result<tokio::net::UnixStream, CliError> {
+    let connected = tokio::net::UnixStream::connect(&args.socket).await;
+    Ok(connected
+        .map_err(|e| format!("cannot connect to '{}': {e}; is the plugin running?", args.socket.display()))?)
+}
+
+/// Connects to the plugin's pipe, waiting for a moment while all its instances are taken.
+#[cfg(windows)]
+async fn connect(args: &CallArgs) -> Result<tokio::net::windows::named_pipe::NamedPipeClient, CliError> {
+    use std::time::Duration;
+    /// `ERROR_PIPE_BUSY`: every instance has a client, and the next is not made yet.
+    const BUSY: i32 = 231;
+    /// Turns of 20 ms: ten seconds.
+    const TURNS: usize = 500;
+    let mut turns = 0;
+    loop {
+        match tokio::net::windows::named_pipe::ClientOptions::new().open(&args.pipe) {
+            Err(e) if e.raw_os_error() == Some(BUSY) && turns < TURNS => {
+                turns += 1;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            connected => {
+                let name = args.pipe.display();
+                return Ok(connected
+                    .map_err(|e| format!("cannot connect to '{name}': {e}; is the plugin running?"))?);
+            }
+        }
+    }
 }
 
 type Source = Box<dyn AsyncRead + Send + Sync + Unpin>;
@@ -37,9 +74,7 @@ pub(super) fn run(args: CallArgs) -> Result<ExitCode, CliError> {
 }
 
 async fn call(args: CallArgs) -> Result<ExitCode, CliError> {
-    let stream = tokio::net::UnixStream::connect(&args.socket)
-        .await
-        .map_err(|e| format!("cannot connect to '{}': {e}; is the plugin running?", args.socket.display()))?;
+    let stream = connect(&args).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let driven = tokio::spawn(connection);
     let body = match &args.input {

@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!   lcow-graphdriver serve    the plugin                          listen ─► api ─► driver
-//!                    store    look at a store, repair it          store, driver (scrub)
+//!                    store    look at a store, repair it, fill it store, driver (scrub), migrate (import)
 //!                    layer    convert one layer on files          diff
-//!                    call     one request to a running plugin     HTTP client on its socket
+//!                    call     one request to a running plugin     HTTP client on its socket or pipe
+//!                    service  install, start, stop (Windows)      the service manager
 //!                    completions, man   for shells and manuals   clap
 //!                    worker   (hidden) the embedded service VM    agent
 //! ```
@@ -14,6 +15,10 @@
 
 mod call;
 mod generate;
+#[cfg(target_os = "linux")]
+mod import;
+#[cfg(target_os = "linux")]
+mod import_engine;
 mod layer;
 mod serve;
 mod store;
@@ -27,9 +32,17 @@ use clap::{Args, Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 /// Where the service keeps its own state unless told otherwise.
+#[cfg(unix)]
 pub const DEFAULT_ROOT: &str = "/var/lib/lcow";
+/// Where the service keeps its own state unless told otherwise.
+#[cfg(windows)]
+pub const DEFAULT_ROOT: &str = r"C:\ProgramData\lcow";
 /// Where dockerd looks for a plugin of the name `lcow`.
+#[cfg(unix)]
 pub const DEFAULT_SOCKET: &str = "/run/docker/plugins/lcow.sock";
+/// The pipe that the discovery file names.
+#[cfg(windows)]
+pub const DEFAULT_PIPE: &str = r"\\.\pipe\lcow";
 
 /// An error for people: printed with its causes.
 pub(crate) type CliError = Box<dyn std::error::Error + Send + Sync>;
@@ -45,7 +58,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Answers dockerd's graphdriver requests on a unix socket.
+    /// Answers dockerd's graphdriver requests on a unix socket (Windows: a named pipe).
     #[command(after_help = options_help())]
     Serve(ServeArgs),
     /// Looks at a layer store, checks it and clears it up.
@@ -80,8 +93,21 @@ struct ServeArgs {
     #[arg(long, env = "LCOW_ROOT", default_value = DEFAULT_ROOT)]
     root: PathBuf,
     /// The socket. A socket that systemd hands over is used instead.
+    #[cfg(unix)]
     #[arg(long, env = "LCOW_SOCKET", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
+    /// The named pipe.
+    #[cfg(windows)]
+    #[arg(long, env = "LCOW_PIPE", default_value = DEFAULT_PIPE)]
+    pipe: std::ffi::OsString,
+    /// Who may connect to the pipe, as SDDL; the system and administrators by default.
+    #[cfg(windows)]
+    #[arg(long, env = "LCOW_PIPE_SECURITY", value_name = "SDDL", default_value = crate::listen::pipe::DEFAULT_SECURITY)]
+    pipe_security: String,
+    /// Seconds after which a client that does not read its reply is cut off.
+    #[cfg(windows)]
+    #[arg(long, env = "LCOW_PIPE_WRITE_TIMEOUT", value_name = "SECONDS", default_value_t = crate::listen::pipe::WRITE_TIMEOUT.as_secs())]
+    pipe_write_timeout: u64,
     /// A TOML file with options, as `[lcow]` `sandboxsize = "30GB"`.
     #[arg(long, env = "LCOW_CONFIG")]
     config: Option<PathBuf>,
@@ -184,6 +210,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg(unix)]
     fn serve_takes_its_documented_form() {
         let cli = Cli::try_parse_from([
             "lcow-graphdriver",

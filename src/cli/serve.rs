@@ -1,85 +1,50 @@
 //! `serve`: the plugin itself.
 //!
 //! ```text
-//!   as pid 1 (managed plugin, any container)   /dev ─► supervise ─► serve again, as an ordinary process
-//!   otherwise                                  options ─► socket ─► driver ─► requests … SIGTERM
+//!   Linux    as pid 1 (managed plugin, any container): /dev ─► supervise ─► serve again, as an ordinary process
+//!            otherwise: options ─► socket ─► driver ─► requests … SIGTERM
+//!   Windows  by hand: options ─► pipe ─► driver ─► requests … Ctrl+C
+//!            as a service: the same, told to stop by the service manager (`service`)
 //! ```
 
-use super::{CliError, ServeArgs, runtime};
+#[cfg(unix)]
+mod unix;
+#[cfg(windows)]
+pub(super) mod windows;
+
+#[cfg(unix)]
+pub(super) use unix::run;
+#[cfg(windows)]
+pub(super) use windows::run;
+
+use super::{CliError, ServeArgs};
 use crate::{
     api::{self, Context},
     config::Options,
     driver::{Driver, DriverConfig},
-    listen::UnixIncoming,
-    telemetry::{self, Metrics},
+    telemetry::Metrics,
 };
-use std::{process::ExitCode, sync::Arc};
-use tokio::signal::unix::{SignalKind, signal};
+use std::{fmt::Debug, future::Future, sync::Arc};
 
-pub(super) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
-    #[cfg(target_os = "linux")]
-    if crate::sys::linux::init::is_first_process() {
-        return as_first_process();
-    }
-    telemetry::start_logging(args.log_format);
-    let options = Options::load(args.config.as_deref(), &args.storage_opt)?;
-    runtime()?.block_on(serve(args, options))
-}
-
-async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> {
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // The socket first: whoever waits for it may connect now and is answered as soon as the store is open.
-    let incoming = match listenfd::ListenFd::from_env().take_unix_listener(0)? {
-        Some(listener) => UnixIncoming::adopt(listener)?,
-        None => UnixIncoming::bind(&args.socket)?,
-    };
+/// Answers what comes in until `stop` resolves; running requests end first. `ready` is called once the store is open.
+async fn answer<L, S>(
+    incoming: L,
+    args: &ServeArgs,
+    options: Options,
+    ready: impl FnOnce(),
+    stop: S,
+) -> Result<(), CliError>
+where
+    L: axum::serve::Listener,
+    L::Addr: Debug,
+    S: Future<Output = ()> + Send + 'static,
+{
     let config = DriverConfig { root: args.root.clone(), options, worker_program: None };
     let driver = Arc::new(Driver::start(config)?);
     let context = Context { driver: driver.clone(), metrics: Arc::new(Metrics::new()) };
-    tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
-        socket = %args.socket.display(),
-        root = %args.root.display(),
-        "ready"
-    );
-    // Without systemd there is nobody to tell.
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
-    let stop = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("stopping: running requests end first; a second signal stops at once");
-        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            tracing::warn!("stopped at once by a second signal");
-            std::process::exit(1);
-        });
-    };
+    ready();
     axum::serve(incoming, api::router(context)).with_graceful_shutdown(stop).await?;
     driver.stop().await;
     tracing::info!("stopped");
-    Ok(ExitCode::SUCCESS)
-}
-
-/// What the first process of a container does: see to `/dev`, start the plugin, reap and forward.
-#[cfg(target_os = "linux")]
-fn as_first_process() -> Result<ExitCode, CliError> {
-    use crate::sys::linux::init;
-    use std::{error::Error as _, os::unix::process::ExitStatusExt};
-    /// What a shell adds to the number of a signal.
-    const BY_SIGNAL: i32 = 128;
-    if let Err(error) = init::furnish_dev() {
-        // Converting layers works all the same; a Get would say what it lacks.
-        super::report(&format!("layers cannot be mounted here: {error}"), error.source());
-    }
-    let mut again = std::process::Command::new("/proc/self/exe");
-    again.args(std::env::args_os().skip(1));
-    let status = init::supervise(&mut again).map_err(|e| format!("cannot start or watch the plugin: {e}"))?;
-    let code = status.code().or_else(|| status.signal().map(|n| BY_SIGNAL + n)).unwrap_or(1);
-    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+    Ok(())
 }

@@ -3,13 +3,16 @@
 use super::{DriverConfig, DriverError, GRACE, gates::Gates};
 use crate::{
     config::Options,
-    store::{IdRange, InitRecord, LayerId, Store},
+    store::{IdRange, InitRecord, Store},
     svm::{self, Mode, Pool, PoolConfig},
 };
 use std::{path::Path, sync::Arc};
 
 #[cfg(target_os = "linux")]
-use super::mounts::{Member, Mounts};
+use {
+    super::mounts::{Member, Mounts},
+    crate::store::LayerId,
+};
 
 /// A home that is open.
 #[derive(Debug)]
@@ -140,9 +143,9 @@ impl Home {
         {
             crate::sys::linux::mount::space(self.store.layout().home()).ok().map(|s| s.available)
         }
-        #[cfg(not(target_os = "linux"))]
+        #[cfg(windows)]
         {
-            None
+            crate::sys::windows::fs::available_bytes(self.store.layout().home()).ok()
         }
     }
 

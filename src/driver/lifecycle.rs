@@ -139,7 +139,7 @@ impl Home {
             add("parent", parent.to_string());
         }
         if meta.state == LayerState::Sandbox {
-            add("file", file(layout::SANDBOX_FILE));
+            add("file", self.sandbox_path(id).to_string_lossy().into_owned());
             if let Some(bytes) = meta.sandbox_bytes {
                 add("size", bytes.to_string());
             }
@@ -148,9 +148,12 @@ impl Home {
             add("file", file(layout::LAYER_FILE));
             add("image_bytes", applied.image_bytes.to_string());
             add("record_bytes", applied.record_bytes.to_string());
-            add("tar_digest", format!("sha256:{}", applied.tar_sha256));
+            add("tar_digest", applied.tar_digest.clone());
             add("tar_bytes", applied.tar_bytes.to_string());
             add("uuid", applied.uuid.to_string());
+            if let Some(root) = &applied.verity_root {
+                add("verity_root", root.clone());
+            }
         }
         #[cfg(target_os = "linux")]
         add("references", self.mounts.references(id).to_string());
@@ -202,6 +205,11 @@ fn jail_line(jail: &crate::svm::JailReport) -> String {
         (jail.no_capabilities, "no capabilities"),
         (jail.limits, "limits"),
     ];
+    if !jail.walls.is_empty() {
+        let notes =
+            if jail.notes.is_empty() { String::new() } else { format!("; NOT: {}", jail.notes.join(", ")) };
+        return format!("{}{notes}", jail.walls.join(", "));
+    }
     let list = |held: bool| {
         parts.iter().filter(|(holds, _)| *holds == held).map(|(_, name)| *name).collect::<Vec<_>>().join(", ")
     };

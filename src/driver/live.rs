@@ -9,20 +9,18 @@ use super::gates::{Gates, Held};
 use crate::{store::LayerId, svm::LiveControl};
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
-use std::{
-    io,
-    sync::Arc,
-    time::{Duration, Instant},
-};
-
-/// Longer than a tick of the slowest usual clock (100 Hz).
-const TICK: Duration = Duration::from_millis(12);
+use std::{io, sync::Arc};
 
 #[cfg(target_os = "linux")]
 use {
     super::mounts::Mounts,
     crate::sys::linux::mount::{self, FrozenMount},
+    std::time::{Duration, Instant},
 };
+
+/// Longer than a tick of the slowest usual clock (100 Hz).
+#[cfg(target_os = "linux")]
+const TICK: Duration = Duration::from_millis(12);
 
 /// Freezes and thaws the sandboxes of one comparison.
 #[derive(Debug)]
@@ -39,8 +37,30 @@ pub(super) struct Stillness {
 pub(super) struct Still {
     #[cfg(target_os = "linux")]
     frozen: Vec<FrozenMount>,
+    #[cfg(target_os = "linux")]
     since: Instant,
     _gates: Held,
+}
+
+impl Still {
+    #[cfg(target_os = "linux")]
+    async fn thaw(self) -> io::Result<()> {
+        if !self.frozen.is_empty() {
+            tokio::time::sleep(TICK.saturating_sub(self.since.elapsed())).await;
+        }
+        for frozen in self.frozen {
+            frozen.thaw().map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing is mounted elsewhere, so opening the gates is all.
+    #[cfg(not(target_os = "linux"))]
+    #[allow(clippy::unused_async, reason = "one signature for all systems")]
+    async fn thaw(self) -> io::Result<()> {
+        drop(self);
+        Ok(())
+    }
 }
 
 impl Stillness {
@@ -63,6 +83,7 @@ impl LiveControl for Stillness {
             *self.held.lock() = Some(Still {
                 #[cfg(target_os = "linux")]
                 frozen,
+                #[cfg(target_os = "linux")]
                 since: Instant::now(),
                 _gates: gates,
             });
@@ -73,15 +94,7 @@ impl LiveControl for Stillness {
     fn thaw(&self) -> BoxFuture<'_, io::Result<()>> {
         Box::pin(async move {
             let Some(still) = self.held.lock().take() else { return Ok(()) };
-            #[cfg(target_os = "linux")]
-            if !still.frozen.is_empty() {
-                tokio::time::sleep(TICK.saturating_sub(still.since.elapsed())).await;
-            }
-            #[cfg(target_os = "linux")]
-            for frozen in still.frozen {
-                frozen.thaw().map_err(io::Error::other)?;
-            }
-            Ok(())
+            still.thaw().await
         })
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     config::MountKind,
     ext4::{self, Timestamp, format::BlankOptions, writer::Attributes},
     store::{LayerId, LayerMeta, LayerState, StoreError, durable, layout},
-    vhd,
+    vhd, vhdx,
 };
 use std::{
     path::{Path, PathBuf},
@@ -136,8 +136,12 @@ impl Home {
         let bytes = meta.sandbox_bytes.unwrap_or(self.options.sandbox_bytes);
         let staged = self.store.stage(id)?;
         self.write_sandbox(staged.path(), bytes)?;
-        self.store.commit::<DriverError>(id, layer.generation, &staged, &[layout::SANDBOX_FILE], |meta| {
-            match meta.state {
+        self.store.commit::<DriverError>(
+            id,
+            layer.generation,
+            &staged,
+            &[self.new_sandbox_name()],
+            |meta| match meta.state {
                 LayerState::Created => {
                     Ok(LayerMeta { state: LayerState::Sandbox, sandbox_bytes: Some(bytes), ..meta.clone() })
                 }
@@ -146,19 +150,39 @@ impl Home {
                     reason: "its state changed while its sandbox was made; try again".into(),
                 }
                 .into()),
-            }
-        })?;
+            },
+        )?;
         Ok(())
     }
 
-    /// Writes a blank sandbox of `bytes` into a folder: a sparse fixed VHD, synced.
+    /// Name of a sandbox's file, as it is made now: a VHDX where virtual machines attach it.
+    fn new_sandbox_name(&self) -> &'static str {
+        match self.options.mount {
+            MountKind::Overlay => layout::SANDBOX_FILE,
+            MountKind::None => layout::SANDBOX_VHDX_FILE,
+        }
+    }
+
+    /// A layer's sandbox as it was made.
+    pub(super) fn sandbox_path(&self, id: &LayerId) -> PathBuf {
+        let vhdx = self.store.layout().layer_file(id, layout::SANDBOX_VHDX_FILE);
+        if vhdx.exists() { vhdx } else { self.store.layout().layer_file(id, layout::SANDBOX_FILE) }
+    }
+
+    /// Writes a blank sandbox of `bytes` into a folder, synced: a sparse fixed VHD for the host, a VHDX (which is
+    /// never sparse: it grows by itself) for virtual machines.
     pub(super) fn write_sandbox(&self, folder: &Path, bytes: u64) -> Result<(), DriverError> {
-        let path = folder.join(layout::SANDBOX_FILE);
+        let path = folder.join(self.new_sandbox_name());
         let write = || -> std::io::Result<()> {
             let file = durable::create_private(&path)?;
             let uuid = uuid::Uuid::new_v4();
             let blank = ext4::format::blank(bytes, &sandbox_options(bytes, uuid, self.root_ids()))
                 .map_err(std::io::Error::other)?;
+            if self.options.mount == MountKind::None {
+                let disk = vhdx::CreateOptions::new(bytes, uuid);
+                vhdx::create(&file, &disk, &blank).map_err(std::io::Error::other)?;
+                return file.sync_all();
+            }
             let footer =
                 vhd::Footer::new(bytes, 0, uuid.into_bytes()).map_err(std::io::Error::other)?.to_bytes();
             crate::io::WriteAt::set_len(&file, bytes + vhd::FOOTER_SIZE as u64)?;

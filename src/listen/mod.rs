@@ -1,4 +1,4 @@
-//! Where requests come in: a unix socket, a socket handed over by systemd, later a named pipe.
+//! Where requests come in: a unix socket, a socket handed over by systemd, a Windows named pipe.
 //!
 //! ```text
 //!   Endpoint ──bind──► Incoming (axum::serve::Listener) ──► one hyper connection a client ──► api::router
@@ -6,11 +6,16 @@
 //!
 //! Invariants: a live socket of another process is never taken over; a stale one is replaced; the socket has mode 0600
 //! from the first instant (it is made under a private name and renamed into place, so nobody can connect earlier); it
-//! is removed at a graceful stop if it is still ours. Called by `main`.
+//! is removed at a graceful stop if it is still ours. A pipe has no file: its security descriptor guards it, and it is
+//! gone with its last handle. Called by `cli`.
 
+#[cfg(windows)]
+pub mod pipe;
 #[cfg(unix)]
 mod unix;
 
+#[cfg(windows)]
+pub use pipe::PipeIncoming;
 #[cfg(unix)]
 pub use unix::UnixIncoming;
 
@@ -20,7 +25,7 @@ use std::{io, path::PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// Somebody answers on the socket.
-    #[error("'{}' is in use: another process answers on it; stop that one or choose another --socket", path.display())]
+    #[error("'{}' is in use: another process answers on it; stop that one or choose another name", path.display())]
     InUse {
         /// The socket.
         path: PathBuf,
@@ -31,8 +36,14 @@ pub enum ListenError {
         /// The path.
         path: PathBuf,
     },
+    /// The name is not that of a local pipe.
+    #[error("'{}' is not the name of a local pipe; write it as \\\\.\\pipe\\NAME", path.display())]
+    NotAPipe {
+        /// The name.
+        path: PathBuf,
+    },
     /// The system refused.
-    #[error("cannot {action} the socket '{}'", path.display())]
+    #[error("cannot {action} the socket or pipe '{}'", path.display())]
     Io {
         /// What was tried.
         action: &'static str,

@@ -17,21 +17,41 @@ pub fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     {
         File::open(dir).and_then(|d| d.sync_all()).map_err(StoreError::io("sync", dir))
     }
-    // NTFS and ReFS journal their metadata; a folder handle cannot be flushed without backup privileges.
-    #[cfg(not(unix))]
+    #[cfg(windows)]
     {
-        let _ = dir;
-        Ok(())
+        crate::sys::windows::fs::flush_folder(dir).map_err(StoreError::io("sync", dir))
     }
 }
 
-/// Creates a new file, readable by its owner only; an existing one is an error.
+/// Renames a file or folder within the store, replacing a file. Durable after [`sync_dir`] of both folders. On Windows
+/// a file that somebody holds for a moment (a scanner, a worker that is just ending) is tried again for some seconds.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    return fs::rename(from, to);
+    #[cfg(windows)]
+    return crate::sys::windows::fs::rename(from, to);
+}
+
+/// Deletes a folder and all in it, with the same patience.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    return fs::remove_dir_all(path);
+    #[cfg(windows)]
+    return crate::sys::windows::fs::patiently(|| fs::remove_dir_all(path));
+}
+
+/// Creates a new file, readable by its owner only (on Windows: by those whom its folder admits); an existing one is an
+/// error. On Windows it is neither sparse nor compressed nor encrypted, whatever its folder is: Hyper-V attaches no
+/// such disk.
 pub fn create_private(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    options.open(path)
+    let file = options.open(path)?;
+    #[cfg(windows)]
+    crate::sys::windows::fs::make_plain(&file)?;
+    Ok(file)
 }
 
 /// Replaces `path` by `value` as JSON so that a reader finds either the old or the new content, whole.
@@ -49,7 +69,7 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError
         text.push(b'\n');
         file.write_all(&text)?;
         file.sync_all()?;
-        fs::rename(&temporary, path)
+        rename(&temporary, path)
     };
     write().map_err(StoreError::io("write", path))?;
     sync_dir(folder)

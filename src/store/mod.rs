@@ -78,6 +78,17 @@ struct Index {
 }
 
 impl Index {
+    /// The layer whose folder `id` would have: on Windows names that differ in case only are one name.
+    fn same_folder(&self, id: &LayerId) -> Option<LayerId> {
+        if self.layers.contains_key(id) {
+            return Some(id.clone());
+        }
+        #[cfg(windows)]
+        return self.layers.keys().find(|other| other.as_str().eq_ignore_ascii_case(id.as_str())).cloned();
+        #[cfg(not(windows))]
+        None
+    }
+
     fn insert(&mut self, layer: Layer) {
         if let Some(parent) = layer.parent() {
             self.children.entry(parent.clone()).or_default().insert(layer.id.clone());
@@ -124,7 +135,7 @@ impl Staged {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        match fs::remove_dir_all(&self.path) {
+        match durable::remove_tree(&self.path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(path = %self.path.display(), error = %e, "cannot delete staging folder; the next start will");
             }
@@ -281,7 +292,7 @@ impl Store {
     pub fn stage(&self, id: &LayerId) -> Result<Staged, StoreError> {
         let path =
             self.layout.top(layout::STAGING).join(format!("{id}.{}.{}", std::process::id(), self.next()));
-        fs::create_dir(&path).map_err(StoreError::io("create", &path))?;
+        create_layer_dir(&path).map_err(StoreError::io("create", &path))?;
         Ok(Staged { path })
     }
 
@@ -300,8 +311,8 @@ impl Store {
     ) -> Result<(), E> {
         let chain = {
             let index = self.index.read();
-            if index.layers.contains_key(id) {
-                return Err(StoreError::Exists(id.clone()).into());
+            if let Some(other) = index.same_folder(id) {
+                return Err(StoreError::Exists(other).into());
             }
             Self::chain_below(&index, id, parent)?
         };
@@ -313,11 +324,11 @@ impl Store {
         let target = self.layout.layer(id);
         let mut index = self.index.write();
         // Both may have changed while the files were made.
-        if index.layers.contains_key(id) {
-            return Err(StoreError::Exists(id.clone()).into());
+        if let Some(other) = index.same_folder(id) {
+            return Err(StoreError::Exists(other).into());
         }
         Self::chain_below(&index, id, parent)?;
-        fs::rename(staged.path(), &target).map_err(StoreError::io("rename staged layer to", &target))?;
+        durable::rename(staged.path(), &target).map_err(StoreError::io("rename staged layer to", &target))?;
         index.insert(Layer { id: id.clone(), chain: chain.into(), meta: Ok(meta), generation: self.next() });
         drop(index);
         durable::sync_dir(self.layout.home())?;
@@ -386,7 +397,7 @@ impl Store {
             let next = change(meta)?;
             for name in files {
                 let target = self.layout.layer_file(id, name);
-                fs::rename(staged.path().join(name), &target)
+                durable::rename(&staged.path().join(name), &target)
                     .map_err(StoreError::io("rename staged file to", &target))?;
             }
             durable::sync_dir(&self.layout.layer(id))?;
@@ -414,7 +425,7 @@ impl Store {
                 std::process::id(),
                 self.next()
             ));
-            match fs::rename(&folder, &path) {
+            match durable::rename(&folder, &path) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {
                     index.remove(id);
@@ -444,14 +455,46 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-/// Makes a folder (and those above it) that only its owner may enter; an existing one is left as it is.
+/// Makes a folder (and those above it) that only its owner may enter (on Windows: the system, administrators and its
+/// owner); an existing one is left as it is.
 fn create_private_dir(path: &Path) -> Result<(), StoreError> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    #[cfg(windows)]
+    {
+        use crate::sys::windows::security::{SecurityDescriptor, create_dir};
+        if let Some(above) = path.parent() {
+            builder.create(above).map_err(StoreError::io("create", above))?;
+        }
+        let made = SecurityDescriptor::parse(PRIVATE_ACCESS).and_then(|list| create_dir(path, &list));
+        match made {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            other => return other.map_err(StoreError::io("create", path)),
+        }
+    }
     builder.create(path).map_err(StoreError::io("create", path))
 }
+
+/// Makes a folder that will be a layer's.
+fn create_layer_dir(path: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    return fs::create_dir(path);
+    #[cfg(windows)]
+    {
+        use crate::sys::windows::security::{SecurityDescriptor, create_dir};
+        create_dir(path, &SecurityDescriptor::parse(LAYER_ACCESS)?)
+    }
+}
+
+/// Who may use the store's own folders: the system, administrators, and whoever made them. Files inherit it.
+#[cfg(windows)]
+const PRIVATE_ACCESS: &str = "D:P(A;OICI;GA;;;SY)(A;OICI;GA;;;BA)(A;OICI;GA;;;OW)";
+/// Who may use a layer's folder: as above, and virtual machines (the group `S-1-5-83-0`) may read. A sandbox that a
+/// machine is to write is granted to that machine alone when it is attached.
+#[cfg(windows)]
+const LAYER_ACCESS: &str = "D:P(A;OICI;GA;;;SY)(A;OICI;GA;;;BA)(A;OICI;GA;;;OW)(A;OICI;GRGX;;;S-1-5-83-0)";
 
 #[cfg(test)]
 mod tests;

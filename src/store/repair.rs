@@ -57,7 +57,7 @@ impl Store {
         let mut report = GcReport::default();
         for item in debris {
             let deleted = match fs::symlink_metadata(&item.path) {
-                Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&item.path),
+                Ok(metadata) if metadata.is_dir() => super::durable::remove_tree(&item.path),
                 Ok(_) => fs::remove_file(&item.path),
                 Err(e) => Err(e),
             };

@@ -7,7 +7,7 @@
 //! Disks are given as open files, so no path is ever looked up twice (and an embedded VM needs none). Called by
 //! `driver`; read by `pool` and `stream`.
 
-use super::{ApplyOptions, IdMaps, LayerKind, SvmError};
+use super::{ApplyOptions, DiskFormat, IdMaps, LayerKind, SvmError};
 use futures_util::future::BoxFuture;
 use std::{fs::File, io, path::PathBuf, sync::Arc};
 
@@ -42,17 +42,33 @@ pub struct DiskSource {
     pub offset: u64,
     /// Bytes of the window; `None` = the whole file, and a writable one may grow.
     pub len: Option<u64>,
+    /// How the disk's bytes lie in the file.
+    pub format: DiskFormat,
 }
 
 impl DiskSource {
     /// The whole of `file`, read-only.
     pub fn read_only(file: Arc<File>, path: impl Into<PathBuf>) -> Self {
-        Self { file, path: path.into(), access: Access::ReadOnly, offset: 0, len: None }
+        Self {
+            file,
+            path: path.into(),
+            access: Access::ReadOnly,
+            offset: 0,
+            len: None,
+            format: DiskFormat::Raw,
+        }
     }
 
     /// The whole of `file`, writable and growing.
     pub fn read_write(file: Arc<File>, path: impl Into<PathBuf>) -> Self {
-        Self { file, path: path.into(), access: Access::ReadWrite, offset: 0, len: None }
+        Self {
+            file,
+            path: path.into(),
+            access: Access::ReadWrite,
+            offset: 0,
+            len: None,
+            format: DiskFormat::Raw,
+        }
     }
 
     /// Only the bytes `offset..offset + len` (a VHD without its footer).
@@ -63,22 +79,30 @@ impl DiskSource {
         self
     }
 
+    /// The disk that a VHDX holds.
+    #[must_use]
+    pub fn vhdx(mut self) -> Self {
+        self.format = DiskFormat::Vhdx;
+        self
+    }
+
     /// Which file it is.
     ///
     /// # Errors
     /// What `fstat` says.
     pub fn identity(&self) -> io::Result<FileIdentity> {
-        let metadata = self.file.metadata()?;
         #[cfg(unix)]
         {
             use std::os::unix::fs::MetadataExt;
+            let metadata = self.file.metadata()?;
             Ok(FileIdentity { device: metadata.dev(), inode: metadata.ino() })
         }
-        #[cfg(not(unix))]
+        #[cfg(windows)]
         {
-            // Without a stable file id in std the open handle itself is the identity: no sharing, never a mix-up.
-            let _ = metadata;
-            Ok(FileIdentity { device: 0, inode: Arc::as_ptr(&self.file) as u64 })
+            // Where 64 bits do not tell a file, the open handle itself is the identity: no sharing, never a mix-up.
+            let (device, inode) = crate::sys::windows::fs::identity(&self.file)?
+                .unwrap_or((u64::MAX, Arc::as_ptr(&self.file) as u64));
+            Ok(FileIdentity { device, inode })
         }
     }
 }
@@ -110,6 +134,8 @@ pub struct ApplyJob {
     pub image: DiskSource,
     /// Empty, writable.
     pub record: DiskSource,
+    /// Empty, writable, dropped afterwards; wanted for large images with a hash tree.
+    pub scratch: Option<DiskSource>,
     /// The parents, nearest first.
     pub lowers: Vec<LayerDisk>,
     /// How.
@@ -119,8 +145,10 @@ pub struct ApplyJob {
 /// An image is to be checked by a VM that has not seen its tar.
 #[derive(Debug, Clone)]
 pub struct CheckJob {
-    /// The file-system part of the image, from a descriptor opened read-only.
+    /// The file-system part of the image, from a descriptor opened read-only; with `tree` the hash tree too.
     pub image: DiskSource,
+    /// Hold every block against the hash tree behind the file system.
+    pub tree: bool,
     /// Fail unless no process at all has the file open for writing any more (see [`no_writer_left`]). The caller must
     /// have dropped its own writable descriptors.
     pub require_no_writers: bool,
@@ -180,25 +208,21 @@ pub trait LiveControl: Send + Sync + 'static {
 
 /// Fails if any process, this one included, can still write `disk`'s file. A VM that was taken over by a hostile tar
 /// may have kept the writable descriptor that it was lent, and could swap the image after its check; the kernel knows
-/// (a read lease is refused while writers exist), so nobody has to be believed.
+/// (a read lease is refused while writers exist; on Windows, opening without sharing writes is), so nobody has to be
+/// believed.
 ///
 /// # Errors
 /// [`SvmError::StillWritable`]; [`SvmError::Disk`] where the file system has no leases.
 pub fn no_writer_left(disk: &DiskSource) -> Result<(), SvmError> {
     #[cfg(target_os = "linux")]
-    {
-        let lost = |e: &dyn std::fmt::Display| SvmError::Disk {
-            vm: "-".into(),
-            disk: disk.path.display().to_string(),
-            reason: e.to_string(),
-        };
-        let writers = crate::sys::linux::process::has_writers(&disk.file).map_err(|e| lost(&e))?;
-        if writers { Err(SvmError::StillWritable(disk.path.display().to_string())) } else { Ok(()) }
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        // Windows: the backend opens images without sharing writes, which is the same proof.
-        let _ = disk;
-        Ok(())
-    }
+    use crate::sys::linux::process::has_writers;
+    #[cfg(windows)]
+    use crate::sys::windows::fs::has_writers;
+    let lost = |e: &dyn std::fmt::Display| SvmError::Disk {
+        vm: "-".into(),
+        disk: disk.path.display().to_string(),
+        reason: e.to_string(),
+    };
+    let writers = has_writers(&disk.file).map_err(|e| lost(&e))?;
+    if writers { Err(SvmError::StillWritable(disk.path.display().to_string())) } else { Ok(()) }
 }

@@ -16,6 +16,9 @@
 mod console;
 #[cfg(target_os = "linux")]
 pub mod embedded;
+#[cfg(windows)]
+#[path = "embedded/windows.rs"]
+pub mod embedded;
 mod exchange;
 mod job;
 pub mod pool;
@@ -25,8 +28,8 @@ pub mod remote;
 mod stream;
 
 pub use crate::agent::wire::{
-    ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskId, ExportSummary, IdMaps, IdRange,
-    JailReport, LayerKind, Profile,
+    ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
+    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest,
 };
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,

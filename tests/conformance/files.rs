@@ -35,6 +35,7 @@ impl Files {
         ApplyJob {
             image: self.writable(&format!("{name}.image")),
             record: self.writable(&format!("{name}.record")),
+            scratch: None,
             lowers: Vec::new(),
             options: ApplyOptions::default(),
         }
@@ -87,10 +88,7 @@ pub(crate) async fn collect(mut tar: TarStream) -> Result<Vec<u8>, SvmError> {
     Ok(all)
 }
 
-pub(crate) fn body(
-    content: &[u8],
-    chunk: usize,
-) -> impl Stream<Item = io::Result<Bytes>> + Send + use<> {
+pub(crate) fn body(content: &[u8], chunk: usize) -> impl Stream<Item = io::Result<Bytes>> + Send + use<> {
     let content = Bytes::copy_from_slice(content);
     let all: Vec<_> =
         (0..content.len()).step_by(chunk).map(|at| (at, (at + chunk).min(content.len()))).collect();

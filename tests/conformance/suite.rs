@@ -5,7 +5,8 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use lcow_graphdriver::{
     agent::wire::ErrorKind,
-    ext4::format::{FormatOptions, format},
+    ext4::format::{BlankOptions, blank},
+    io::WriteAt,
     svm::{
         Access, ChangeKind, CheckJob, CompareJob, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, Mode,
         ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
@@ -21,8 +22,13 @@ use std::{
 type Backend = Arc<dyn VmBackend>;
 
 fn pool(backend: &Backend, mode: Mode) -> Pool {
-    let config =
-        PoolConfig { mode, spares: 1, max_vms: 6, boot_timeout: Duration::from_mins(2), ..PoolConfig::default() };
+    let config = PoolConfig {
+        mode,
+        spares: 1,
+        max_vms: 6,
+        boot_timeout: Duration::from_mins(2),
+        ..PoolConfig::default()
+    };
     Pool::start(backend.clone(), config)
 }
 
@@ -51,12 +57,14 @@ fn signal(pid: i32, signal: rustix::process::Signal) {
 pub(crate) async fn apply_and_exact_diff(backend: Backend) {
     for mode in [Mode::Safe, Mode::Global] {
         let (pool, files) = (pool(&backend, mode), Files::new());
-        for (name, tar) in [("empty", vec![0; 1024]), ("small", tree(3, 100, 1)), ("large", tree(30, 400_001, 2))] {
+        for (name, tar) in
+            [("empty", vec![0; 1024]), ("small", tree(3, 100, 1)), ("large", tree(30, 400_001, 2))]
+        {
             let summary = files.apply(&pool, name, &tar).await.unwrap();
             assert_eq!(summary.tar_bytes, tar.len() as u64);
             let len = |kind: &str| std::fs::metadata(files.path(&format!("{name}.{kind}"))).unwrap().len();
             assert_eq!((len("image"), len("record")), (summary.file_bytes, summary.record_bytes), "{name}");
-            let check = CheckJob { image: files.image(name), require_no_writers: true };
+            let check = CheckJob { image: files.image(name), require_no_writers: true, tree: false };
             assert_eq!(pool.check_image(check).await.unwrap().uuid, summary.uuid);
             let back = files.export(&pool, name, files.exact(name)).await.unwrap();
             assert!(back == tar, "{name}: {} bytes came back of {}", back.len(), tar.len());
@@ -118,13 +126,16 @@ pub(crate) async fn canonical_diff_changes_and_sizes(backend: Backend) {
     files.apply(&pool, "top", &top).await.unwrap();
     let lease = pool.lease("top", Purpose::Work).await.unwrap();
     let changes = lease.changes(files.compare(&["top", "base"])).await.unwrap();
-    let kinds: Vec<_> = changes.iter().map(|c| (String::from_utf8_lossy(&c.path).into_owned(), c.kind)).collect();
+    let kinds: Vec<_> =
+        changes.iter().map(|c| (String::from_utf8_lossy(&c.path).into_owned(), c.kind)).collect();
     assert!(kinds.contains(&("/d0/added".into(), ChangeKind::Added)), "{kinds:?}");
     assert!(kinds.contains(&("/d0/f1".into(), ChangeKind::Deleted)), "{kinds:?}");
     assert_eq!(lease.diff_size(files.compare(&["top", "base"])).await.unwrap(), 1234);
     drop(lease);
-    let first = files.export(&pool, "top", files.canonical(&["top", "base"], ParentDisks::Own)).await.unwrap();
-    let again = files.export(&pool, "top", files.canonical(&["top", "base"], ParentDisks::Own)).await.unwrap();
+    let first =
+        files.export(&pool, "top", files.canonical(&["top", "base"], ParentDisks::Own)).await.unwrap();
+    let again =
+        files.export(&pool, "top", files.canonical(&["top", "base"], ParentDisks::Own)).await.unwrap();
     assert!(first == again && first.len() > 1024);
     pool.shutdown(END).await;
 }
@@ -132,7 +143,10 @@ pub(crate) async fn canonical_diff_changes_and_sizes(backend: Backend) {
 pub(crate) async fn a_blank_sandbox_is_empty(backend: Backend) {
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
     let disk = files.writable("sandbox");
-    format(&*disk.file, &FormatOptions::new(64 << 20)).unwrap();
+    disk.file.set_len(64 << 20).unwrap();
+    for (offset, data) in blank(64 << 20, &BlankOptions::default()).unwrap() {
+        disk.file.write_all_at(&data, offset).unwrap();
+    }
     let target = vec![LayerDisk { disk: files.readable("sandbox"), kind: LayerKind::Sandbox }];
     let lease = pool.lease("s", Purpose::Work).await.unwrap();
     let job = || CompareJob { target: target.clone(), parent: ParentDisks::Own, live: None };
@@ -178,7 +192,8 @@ pub(crate) async fn more_disks_than_the_limit_are_an_error(backend: Backend) {
     let mut target = chain(&files, &pool, 3).await;
     // The files stay three; the windows are as many as one likes, and each is a disk.
     let disk = target[0].disk.clone();
-    let window = |n: usize| LayerDisk { disk: disk.clone().window(n as u64 * 512, 4096), kind: LayerKind::Applied };
+    let window =
+        |n: usize| LayerDisk { disk: disk.clone().window(n as u64 * 512, 4096), kind: LayerKind::Applied };
     if backend.name() != "embedded" {
         // Each attach takes a device: shown by the table of units (a unit test), too slow under emulation here.
         return pool.shutdown(END).await;
@@ -312,7 +327,8 @@ pub(crate) async fn hostile_layers_are_refused(backend: Backend) {
     }
     // Refused long before the body ends: the rest is never read.
     let lease = pool.lease("bad", Purpose::Work).await.unwrap();
-    let endless = body(&noise(4096, 1), 4096).chain(stream::repeat_with(|| Ok(Bytes::from_static(&[7; 4096]))));
+    let endless =
+        body(&noise(4096, 1), 4096).chain(stream::repeat_with(|| Ok(Bytes::from_static(&[7; 4096]))));
     let e = lease.tar_to_layer(files.apply_job("bad"), endless).await.unwrap_err();
     assert_eq!(e.refused_kind(), Some(ErrorKind::Corrupt), "{e}");
     // A body that breaks off is the caller's own error.
@@ -322,7 +338,7 @@ pub(crate) async fn hostile_layers_are_refused(backend: Backend) {
     drop(lease);
     // Garbage where an image is due.
     std::fs::write(files.path("junk"), noise(1 << 20, 3)).unwrap();
-    let check = CheckJob { image: files.readable("junk"), require_no_writers: false };
+    let check = CheckJob { image: files.readable("junk"), require_no_writers: false, tree: false };
     let e = pool.check_image(check).await.unwrap_err();
     assert!(e.refused_kind().is_some(), "{e}");
     files.apply(&pool, "good", &good).await.unwrap();
@@ -358,7 +374,14 @@ impl SmallDisk {
     fn new(path: &Path, bytes: u64) -> Self {
         std::fs::create_dir(path).unwrap();
         let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
-        rustix::mount::mount("tmpfs", path, "tmpfs", rustix::mount::MountFlags::empty(), Some(size.as_c_str())).unwrap();
+        rustix::mount::mount(
+            "tmpfs",
+            path,
+            "tmpfs",
+            rustix::mount::MountFlags::empty(),
+            Some(size.as_c_str()),
+        )
+        .unwrap();
         Self(path.to_owned())
     }
 }
@@ -440,9 +463,13 @@ pub(crate) async fn figures(backend: Backend) {
         lease.tar_to_layer(files.apply_job("l"), body(&tar, 256 << 10)).await.unwrap();
         let applied = start.elapsed();
         drop(lease);
-        let check = CheckJob { image: files.image("l"), require_no_writers: true };
+        let check = CheckJob { image: files.image("l"), require_no_writers: true, tree: false };
         pool.check_image(check).await.unwrap();
-        println!("{name}: {} MB: lease {got:?}, applied {applied:?}, checked {:?}", tar.len() >> 20, start.elapsed());
+        println!(
+            "{name}: {} MB: lease {got:?}, applied {applied:?}, checked {:?}",
+            tar.len() >> 20,
+            start.elapsed()
+        );
         let start = Instant::now();
         let back = collect(
             pool.lease("l", Purpose::Export).await.unwrap().layer_to_tar(files.exact("l")).await.unwrap(),
@@ -450,8 +477,12 @@ pub(crate) async fn figures(backend: Backend) {
         assert!(back.await.unwrap().len() == tar.len());
         println!("{name}: exact diff {:?}", start.elapsed());
         let target = vec![files.layer("l")];
-        let kind =
-            ExportKind::Canonical { target, parent: ParentDisks::None, format: 1, id_maps: IdMaps::default() };
+        let kind = ExportKind::Canonical {
+            target,
+            parent: ParentDisks::None,
+            format: 1,
+            id_maps: IdMaps::default(),
+        };
         let start = Instant::now();
         let lease = pool.lease("l", Purpose::Export).await.unwrap();
         collect(lease.layer_to_tar(ExportJob { kind, live: None }).await.unwrap()).await.unwrap();

@@ -4,18 +4,21 @@
 //! nothing, send too much, and it sees how a reply really ends.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub(crate) mod transport;
+
 use serde_json::Value;
 use std::{
     fs,
     io::{self, BufRead, BufReader, Read, Write},
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
+use transport::{FLAG, Stream};
+
 /// Longest wait for a plugin to answer.
-const READY: Duration = Duration::from_secs(20);
+const READY: Duration = Duration::from_mins(1);
 /// Longest wait for one reply.
 const REPLY: Duration = Duration::from_mins(1);
 
@@ -30,7 +33,10 @@ pub(crate) struct Plugin {
 impl Plugin {
     pub(crate) fn start(arguments: &[&str]) -> Self {
         let temporary = tempfile::tempdir().unwrap();
-        let folder = temporary.path().canonicalize().unwrap();
+        // Links are resolved on unix only: Windows would give a verbatim path.
+        let folder = temporary.path().to_owned();
+        #[cfg(unix)]
+        let folder = folder.canonicalize().unwrap();
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let child = Self::spawn(&folder, &arguments);
         let plugin = Self { child, folder, arguments, _temporary: temporary };
@@ -40,11 +46,10 @@ impl Plugin {
 
     fn spawn(folder: &Path, arguments: &[String]) -> Child {
         let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).unwrap();
-        Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"))
-            .args(["serve", "--root"])
-            .arg(folder.join("root"))
-            .arg("--socket")
-            .arg(folder.join("lcow.sock"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"));
+        command.args(["serve", "--root"]).arg(folder.join("root")).arg(FLAG).arg(transport::address(folder));
+        transport::prepare(&mut command);
+        command
             .args(arguments)
             .env("RUST_LOG", "lcow_graphdriver=debug,info")
             .stdin(Stdio::null())
@@ -56,7 +61,7 @@ impl Plugin {
 
     fn wait_until_ready(&self) {
         let begin = Instant::now();
-        while UnixStream::connect(self.socket()).is_err() {
+        while transport::connect(&self.socket()).is_err() {
             assert!(begin.elapsed() < READY, "the plugin does not answer:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -66,8 +71,14 @@ impl Plugin {
         self.child.id()
     }
 
+    /// The socket, or the pipe.
     pub(crate) fn socket(&self) -> PathBuf {
-        self.folder.join("lcow.sock")
+        transport::address(&self.folder)
+    }
+
+    /// A connection whose reads end at a time-out.
+    pub(crate) fn connect(&self) -> Stream {
+        transport::connect(&self.socket()).unwrap()
     }
 
     pub(crate) fn log(&self) -> String {
@@ -86,13 +97,9 @@ impl Plugin {
         self.wait_until_ready();
     }
 
-    /// SIGTERM; the exit status.
+    /// SIGTERM (Windows: Ctrl+Break); the exit status.
     pub(crate) fn terminate(&mut self) -> Option<i32> {
-        rustix::process::kill_process(
-            rustix::process::Pid::from_child(&self.child),
-            rustix::process::Signal::TERM,
-        )
-        .unwrap();
+        transport::ask_to_stop(&self.child);
         let begin = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -154,8 +161,7 @@ impl Plugin {
 
     /// Any bytes, and what comes back.
     pub(crate) fn raw(&self, bytes: &[u8]) -> Reply {
-        let mut stream = UnixStream::connect(self.socket()).unwrap();
-        stream.set_read_timeout(Some(REPLY)).unwrap();
+        let mut stream = self.connect();
         // A server that answers before it has read everything may close its side early.
         let _ = stream.write_all(bytes);
         Reply::read(stream).unwrap_or_else(|e| panic!("no reply: {e}\n{}", self.log()))
@@ -170,9 +176,8 @@ impl Plugin {
     }
 
     /// The head of an ApplyDiff; the body is the caller's.
-    pub(crate) fn begin_apply(&self, id: &str, parent: &str) -> UnixStream {
-        let mut stream = UnixStream::connect(self.socket()).unwrap();
-        stream.set_read_timeout(Some(REPLY)).unwrap();
+    pub(crate) fn begin_apply(&self, id: &str, parent: &str) -> Stream {
+        let mut stream = self.connect();
         write!(
             stream,
             "POST /GraphDriver.ApplyDiff?id={id}&parent={parent} HTTP/1.1\r\nHost: plugin.moby.localhost\r\n\
@@ -211,6 +216,13 @@ impl Plugin {
     }
 
     /// Mount points below this plugin's folder now.
+    #[cfg(windows)]
+    pub(crate) fn mounts(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Mount points below this plugin's folder now.
+    #[cfg(unix)]
     pub(crate) fn mounts(&self) -> Vec<String> {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let prefix = self.folder.to_str().unwrap();
@@ -228,6 +240,7 @@ impl Drop for Plugin {
         let _ = self.child.kill();
         let _ = self.child.wait();
         // Latest mounts first: views before the disks below them, stacked ones once each.
+        #[cfg(unix)]
         for point in self.mounts().into_iter().rev() {
             let _ = rustix::mount::unmount(&point, rustix::mount::UnmountFlags::DETACH);
         }
@@ -235,7 +248,7 @@ impl Drop for Plugin {
 }
 
 /// Sends bytes as HTTP chunks.
-pub(crate) fn send_chunks(stream: &mut UnixStream, bytes: &[u8], size: usize) -> io::Result<()> {
+pub(crate) fn send_chunks(stream: &mut Stream, bytes: &[u8], size: usize) -> io::Result<()> {
     for chunk in bytes.chunks(size) {
         stream.write_all(format!("{:x}\r\n", chunk.len()).as_bytes())?;
         stream.write_all(chunk)?;
@@ -263,7 +276,7 @@ impl Reply {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("no JSON ({e}): {}", self.text()))
     }
 
-    pub(crate) fn read(stream: UnixStream) -> io::Result<Self> {
+    pub(crate) fn read(stream: Stream) -> io::Result<Self> {
         let mut input = BufReader::new(stream);
         let mut head = String::new();
         loop {

@@ -12,6 +12,7 @@
 
 mod control;
 
+use super::console::Console;
 use super::{
     Access, BackendLimits, Channel, Death, DiskId, DiskSource, JailReport, ServiceVm, SvmError, VmBackend,
     VmSpec,
@@ -26,7 +27,6 @@ use crate::{
         process::{WorkerCommand, WorkerProcess, is_writable, reopen_read_only, spawn_worker},
     },
 };
-use super::console::Console;
 use control::ControlClient;
 use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
@@ -225,8 +225,14 @@ impl ServiceVm for EmbeddedVm {
                 reopened = reopen_read_only(fd).map_err(|e| self.disk_error(disk.path.display(), e))?;
                 fd = reopened.as_fd();
             }
-            let control =
-                Control::Attach { disk: id, writable, offset: disk.offset, len: disk.len, serial: None };
+            let control = Control::Attach {
+                disk: id,
+                writable,
+                offset: disk.offset,
+                len: disk.len,
+                serial: None,
+                format: disk.format,
+            };
             let reply = self.control.call(control, &[fd]).await;
             reply.map_err(|e| self.disk_error(disk.path.display(), e))?;
             Ok(id)

@@ -195,7 +195,11 @@ impl Lease {
         let image = self.attach(&mut attached, &job.image).await?;
         let record = self.attach(&mut attached, &job.record).await?;
         let lowers = self.attach_layers(&mut attached, &job.lowers).await?;
-        let operation = Operation::Apply { image, record, lowers, options: job.options.clone() };
+        let scratch = match &job.scratch {
+            Some(scratch) => Some(self.attach(&mut attached, scratch).await?),
+            None => None,
+        };
+        let operation = Operation::Apply { image, record, scratch, lowers, options: job.options.clone() };
         let summary = self.apply_stream(&operation, body).await?;
         if let Some(vm) = &self.vm {
             // The VM's word is checked by the driver against the files, and the image by a VM that saw no tar.
@@ -359,7 +363,7 @@ pub(super) async fn check(lease: &Lease, job: &CheckJob) -> Result<CheckSummary,
     let run = async {
         let mut attached = Attached::default();
         let image = lease.attach(&mut attached, &job.image).await?;
-        let (_sender, mut receiver) = lease.begin(&Operation::Check { image }).await?;
+        let (_sender, mut receiver) = lease.begin(&Operation::Check { image, tree: job.tree }).await?;
         receiver.result().await
     };
     lease.judge(run.await)

@@ -12,7 +12,8 @@ use std::{
 /// Oldest major version: 7.2 with TCG crashes at random under kernels from 6.1 on.
 pub const OLDEST: (u32, u32) = (8, 2);
 /// Where it is looked for.
-const PLACES: &[&str] = &["/usr/bin/qemu-system-x86_64", "/usr/local/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"];
+const PLACES: &[&str] =
+    &["/usr/bin/qemu-system-x86_64", "/usr/local/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"];
 
 /// How guests' instructions are run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

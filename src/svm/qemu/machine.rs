@@ -84,8 +84,17 @@ impl Recipe {
         let memory = self.memory >> 20;
         let (share, extra) = if restore { ("off", ",readonly=on,rom=off") } else { ("on", "") };
         let mut args: Vec<String> = [
-            "-name", "lcow-svm", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-nic", "none",
-            "-smp", "1",
+            "-name",
+            "lcow-svm",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-nic",
+            "none",
+            "-smp",
+            "1",
             "-machine",
             "q35,smm=off,vmport=off,hpet=off,i8042=off,sata=off,smbus=off,memory-backend=ram",
         ]
@@ -95,7 +104,10 @@ impl Recipe {
         add("-m", format!("{memory}"));
         add(
             "-object",
-            format!("memory-backend-file,id=ram,size={memory}M,mem-path=/proc/self/fd/{},share={share}{extra}", fd(4)),
+            format!(
+                "memory-backend-file,id=ram,size={memory}M,mem-path=/proc/self/fd/{},share={share}{extra}",
+                fd(4)
+            ),
         );
         match self.accelerator {
             Accelerator::Kvm => {
@@ -124,7 +136,9 @@ impl Recipe {
         );
         add(
             "-device",
-            format!("scsi-hd,bus=vscsi.0,scsi-id=0,lun={TRANSFER_UNIT},drive=transfer,id=dtransfer,share-rw=on"),
+            format!(
+                "scsi-hd,bus=vscsi.0,scsi-id=0,lun={TRANSFER_UNIT},drive=transfer,id=dtransfer,share-rw=on"
+            ),
         );
         if restore {
             add("-incoming", "defer".into());
@@ -150,7 +164,8 @@ impl Recipe {
         let (qmp, their_qmp) = fdpass::stream_pair(SOCKET_BUFFER).map_err(io)?;
         let (agent, their_agent) = fdpass::stream_pair(SOCKET_BUFFER).map_err(io)?;
         let (serial, their_serial) = fdpass::stream_pair(SOCKET_BUFFER).map_err(io)?;
-        let transfer = rustix::fs::memfd_create("lcow-transfer", MemfdFlags::CLOEXEC).map_err(|e| io(e.into()))?;
+        let transfer =
+            rustix::fs::memfd_create("lcow-transfer", MemfdFlags::CLOEXEC).map_err(|e| io(e.into()))?;
         let transfer = File::from(transfer);
         transfer.set_len(TRANSFER_BYTES).map_err(io)?;
         let restore = matches!(beginning, Beginning::Restore { .. });
@@ -173,9 +188,10 @@ impl Recipe {
         })
         .map_err(io)?;
         let gone = || failed("the spawner thread is gone".into());
-        let mut process = started.await.map_err(|_| gone())?.map_err(|e| {
-            failed(format!("{}: {e}", self.launcher.display()))
-        })?;
+        let mut process = started
+            .await
+            .map_err(|_| gone())?
+            .map_err(|e| failed(format!("{}: {e}", self.launcher.display())))?;
         let label = format!("qemu {} (vm {number})", process.pid());
         let (Some(stderr), Some(socket)) = (process.stderr.take(), process.control.take()) else {
             return Err(failed("launcher without control socket".into()));
@@ -184,7 +200,8 @@ impl Recipe {
         console.follow(pipe, label.clone());
         console.follow(stream(serial).map_err(io)?, label);
         {
-            let mut fds = vec![their_qmp.as_fd(), their_agent.as_fd(), their_serial.as_fd(), transfer.as_fd()];
+            let mut fds =
+                vec![their_qmp.as_fd(), their_agent.as_fd(), their_serial.as_fd(), transfer.as_fd()];
             match &beginning {
                 Beginning::Boot { kernel, initrd, memory } => {
                     fds.extend([memory.as_fd(), kernel.as_fd(), initrd.as_fd()]);

@@ -156,7 +156,8 @@ impl QemuBackend {
             let recipe = self.recipe(qemu.clone(), accelerator);
             match self.template(&recipe, &image, kvm.as_ref(), deadline, anew).await {
                 Ok(template) => {
-                    *self.detail.lock() = format!("QEMU {}, {accelerator}, template {}", qemu.version, template.key);
+                    *self.detail.lock() =
+                        format!("QEMU {}, {accelerator}, template {}", qemu.version, template.key);
                     let made = Arc::new(Ready { recipe, template, kvm });
                     *ready = Some(made.clone());
                     return Ok(made);
@@ -186,7 +187,11 @@ impl QemuBackend {
         }
         let begin = std::time::Instant::now();
         let template = Template::make(recipe, image, kvm, &cache, &key, deadline).await?;
-        tracing::info!(key = template.key, seconds = begin.elapsed().as_secs_f64(), "service VM template made");
+        tracing::info!(
+            key = template.key,
+            seconds = begin.elapsed().as_secs_f64(),
+            "service VM template made"
+        );
         Ok(template)
     }
 

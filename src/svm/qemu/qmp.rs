@@ -103,7 +103,8 @@ impl Qmp {
             let _ = read(&input, &table, &told).await;
             table.lock().take();
         });
-        let qmp = Self { stream, waiters, events, next: AtomicU64::new(1), sending: tokio::sync::Mutex::default() };
+        let qmp =
+            Self { stream, waiters, events, next: AtomicU64::new(1), sending: tokio::sync::Mutex::default() };
         qmp.run("qmp_capabilities", json!({})).await?;
         Ok(qmp)
     }
@@ -129,12 +130,15 @@ impl Qmp {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         self.waiters.lock().as_mut().ok_or_else(gone)?.insert(id, sender);
-        let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string().into_bytes();
+        let mut line =
+            json!({ "execute": command, "arguments": arguments, "id": id }).to_string().into_bytes();
         line.push(b'\n');
         self.send(&line, fds).await.map_err(|e| QmpError::Broken(e.to_string()))?;
         let reply = answer.await.map_err(|_| gone())?;
         match reply.error {
-            Some(e) => Err(QmpError::Refused { command: command.into(), class: e.class, description: e.desc }),
+            Some(e) => {
+                Err(QmpError::Refused { command: command.into(), class: e.class, description: e.desc })
+            }
             None => Ok(reply.ok.unwrap_or(Value::Null)),
         }
     }
@@ -202,7 +206,9 @@ mod tests {
                     let command: Value = serde_json::from_slice(line).unwrap();
                     let id = &command["id"];
                     let answer = match command["execute"].as_str().unwrap() {
-                        "bad" => json!({"error": {"class": "GenericError", "desc": "no such thing"}, "id": id}),
+                        "bad" => {
+                            json!({"error": {"class": "GenericError", "desc": "no such thing"}, "id": id})
+                        }
                         _ => json!({"return": {"n": seen}, "id": id}),
                     };
                     let event = json!({"event": "DEVICE_DELETED", "data": {"device": "d1"}, "timestamp": {}});

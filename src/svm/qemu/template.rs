@@ -142,15 +142,19 @@ impl Template {
             Ok((memory, read))
         };
         let (memory, reader) = open().map_err(|e| failed(format!("{}: {e}", path.display())))?;
-        let beginning =
-            Beginning::Boot { kernel: &image.kernel, initrd: &image.initrd, memory: &memory };
+        let beginning = Beginning::Boot { kernel: &image.kernel, initrd: &image.initrd, memory: &memory };
         let mut machine = recipe.start(0, beginning, kvm).await?;
         let saved = timeout(deadline, save(&mut machine)).await;
         machine.process.kill_and_reap();
         let console = || machine.console.tail();
         let state = match saved {
             Ok(Ok(state)) => state,
-            Ok(Err(e)) => return Err(SvmError::Boot { reason: format!("saving a booted guest: {e}"), console: console() }),
+            Ok(Err(e)) => {
+                return Err(SvmError::Boot {
+                    reason: format!("saving a booted guest: {e}"),
+                    console: console(),
+                });
+            }
             Err(_) => {
                 let reason = format!(
                     "the guest's agent did not greet within {}s under {}",
@@ -243,7 +247,11 @@ async fn save(machine: &mut Machine) -> Result<Vec<u8>, String> {
         {"capability": "x-ignore-shared", "state": true}, {"capability": "events", "state": true}]});
     machine.qmp.run("migrate-set-capabilities", capabilities).await.map_err(|e| text(&e))?;
     let (ours, theirs) = fdpass::stream_pair(STATE_BUFFER).map_err(|e| text(&e))?;
-    machine.qmp.run_with("getfd", json!({"fdname": "state"}), &[theirs.as_fd()]).await.map_err(|e| text(&e))?;
+    machine
+        .qmp
+        .run_with("getfd", json!({"fdname": "state"}), &[theirs.as_fd()])
+        .await
+        .map_err(|e| text(&e))?;
     drop(theirs);
     machine.qmp.run("migrate", json!({"uri": "fd:state"})).await.map_err(|e| text(&e))?;
     let pipe = stream(ours).map_err(|e| text(&e))?;

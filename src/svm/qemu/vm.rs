@@ -135,7 +135,8 @@ impl QemuVm {
         let transfer = machine.transfer.try_clone().map_err(|e| text(&e))?;
         let (input, output) = port.into_split();
         let disk = TransferDisk::new(serial(TRANSFER_UNIT));
-        let agent = RemoteAgent::connect(input, output, Some((transfer, disk))).await.map_err(|e| text(&e))?;
+        let agent =
+            RemoteAgent::connect(input, output, Some((transfer, disk))).await.map_err(|e| text(&e))?;
         for note in &agent.hello().jail.notes {
             tracing::warn!(note, "service VM's guest");
         }
@@ -214,7 +215,8 @@ impl QemuVm {
             "drive": self::node(unit), "id": device(unit), "share-rw": true,
             "werror": "report", "rerror": "report" });
         self.qmp.run("device_add", device).await.map_err(|e| text(&e))?;
-        let disk = RemoteDisk { disk: id, writable, offset: 0, len, serial: serial(unit) };
+        let disk =
+            RemoteDisk { disk: id, writable, offset: 0, len, serial: serial(unit), format: disk.format };
         self.agent.attach(&disk).await.map_err(|e| text(&e))
     }
 
@@ -281,8 +283,8 @@ impl ServiceVm for QemuVm {
         async move {
             let path = disk.path.display();
             let taken = self.disks.lock().take();
-            let (id, unit) =
-                taken.ok_or_else(|| self.disk_error(&path, format!("{MAX_DISKS} disks are attached already")))?;
+            let (id, unit) = taken
+                .ok_or_else(|| self.disk_error(&path, format!("{MAX_DISKS} disks are attached already")))?;
             if let Err(e) = self.plug(disk, id, unit).await {
                 if self.unplug(unit).await.is_ok() {
                     self.disks.lock().give_back(id);

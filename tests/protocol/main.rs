@@ -1,11 +1,23 @@
-//! The plugin protocol as real daemons speak it, against the real program on a unix socket.
+//! The plugin protocol as real daemons speak it, against the real program: one body of tests, on a unix socket (Linux)
+//! and on a named pipe (Windows, under Wine in this project's own runs).
 //!
-//! Needs root: Get mounts.
+//! ```text
+//!   main.rs    what does not depend on how layers are shown        both transports
+//!   none.rs    lcow.mount=none: folders and VHDX sandboxes         both transports
+//!   mounts.rs  lcow.mount=overlay: merged views, needs root        Linux
+//!   pipe.rs    what only a pipe has                                Windows
+//! ```
 
+#[cfg(target_os = "linux")]
+mod mounts;
+mod none;
+#[cfg(windows)]
+mod pipe;
+#[path = "../support/mod.rs"]
 mod support;
 
 use serde_json::json;
-use std::{fs, io::Write, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{fs, io::Write, path::Path, time::Duration};
 use support::{Plugin, Reply, Tar, noise, send_chunks};
 
 fn small_tar() -> Vec<u8> {
@@ -27,8 +39,12 @@ fn activation_init_and_capabilities_as_dockerd_asks() {
     let lines = status["Status"].as_array().unwrap();
     assert_eq!(lines[0][0], "LCOW");
     assert!(lines.iter().any(|l| l[0] == "lcow.sandboxsize"), "{status}");
-    assert_eq!(fs::metadata(plugin.socket()).unwrap().permissions().mode() & 0o777, 0o600);
-    assert_eq!(fs::metadata(plugin.home()).unwrap().permissions().mode() & 0o777, 0o700);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(fs::metadata(plugin.socket()).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::metadata(plugin.home()).unwrap().permissions().mode() & 0o777, 0o700);
+    }
 }
 
 #[test]
@@ -210,131 +226,6 @@ fn a_bad_tar_is_an_error_that_names_the_entry_and_leaves_no_layer() {
 }
 
 #[test]
-fn get_shows_a_layer_and_put_hides_it_when_the_last_reference_goes() {
-    let plugin = Plugin::start(&[]);
-    plugin.init();
-    plugin.layer("base", "", &small_tar());
-    plugin.layer(
-        "next",
-        "base",
-        &Tar::new().dir("etc/").file("etc/.wh.motd", b"").file("etc/issue", b"new\n").end(),
-    );
-    plugin.ok(
-        "GraphDriver.CreateReadWrite",
-        &json!({"ID": "c-init", "Parent": "next", "StorageOpt": {"size": "64m"}}),
-    );
-    let init = plugin.get("c-init");
-    assert_eq!(fs::read(init.join("etc/issue")).unwrap(), b"new\n");
-    assert!(!init.join("etc/motd").exists());
-    assert_eq!(fs::read(init.join("big")).unwrap(), noise(1, 300_000));
-    fs::write(init.join("etc/hosts"), "127.0.0.1\n").unwrap();
-    plugin.put("c-init");
-    plugin.ok(
-        "GraphDriver.CreateReadWrite",
-        &json!({"ID": "c", "Parent": "c-init", "StorageOpt": {"size": "64m"}}),
-    );
-    let dir = plugin.get("c");
-    assert_eq!(plugin.get("c"), dir);
-    assert_eq!(dir, plugin.home().join("c/merged"));
-    assert_eq!(fs::read(dir.join("etc/hosts")).unwrap(), b"127.0.0.1\n");
-    fs::write(dir.join("etc/issue"), "changed\n").unwrap();
-    fs::remove_file(dir.join("big")).unwrap();
-    fs::write(dir.join("added"), noise(9, 5000)).unwrap();
-    plugin.put("c");
-    assert_eq!(fs::read(dir.join("added")).unwrap(), noise(9, 5000));
-    let expected = json!([
-        {"Path": "/added", "Kind": 1},
-        {"Path": "/big", "Kind": 2},
-        {"Path": "/etc", "Kind": 0},
-        {"Path": "/etc/issue", "Kind": 0},
-    ]);
-    for mounted in [true, false] {
-        assert_eq!(
-            plugin.ok("GraphDriver.Changes", &json!({"ID": "c", "Parent": "c-init"}))["Changes"],
-            expected
-        );
-        let size = plugin.ok("GraphDriver.DiffSize", &json!({"ID": "c", "Parent": "c-init"}));
-        assert_eq!(size["Size"], 5008, "mounted: {mounted}");
-        plugin.put("c");
-    }
-    assert_eq!(plugin.mounts(), [""; 0], "{}", plugin.log());
-    let diff = plugin.diff("c", "c-init");
-    assert!(plugin.diff("c", "c-init") == diff, "the canonical diff is not stable");
-    plugin.layer("committed", "next", &diff);
-    assert!(plugin.diff("committed", "next") == diff);
-    let shown = plugin.get("committed");
-    assert_eq!(fs::read(shown.join("etc/issue")).unwrap(), b"changed\n");
-    assert!(!shown.join("big").exists());
-    plugin.put("committed");
-    let text = plugin.err("GraphDriver.Remove", &json!({"ID": "base"}));
-    assert!(text.contains("next"), "{text}");
-    for id in ["c", "c-init", "committed", "next", "base"] {
-        plugin.remove(id);
-    }
-    assert_eq!(plugin.mounts(), [""; 0]);
-}
-
-#[test]
-fn a_layer_that_was_only_created_is_writable_and_can_be_a_parent() {
-    let plugin = Plugin::start(&[]);
-    plugin.init();
-    plugin.layer("base", "", &small_tar());
-    plugin.ok("GraphDriver.Create", &json!({"ID": "step", "Parent": "base"}));
-    let dir = plugin.get("step");
-    fs::write(dir.join("made"), b"by a build\n").unwrap();
-    plugin.put("step");
-    plugin.ok("GraphDriver.Create", &json!({"ID": "step2", "Parent": "step"}));
-    let dir = plugin.get("step2");
-    assert_eq!(fs::read(dir.join("made")).unwrap(), b"by a build\n");
-    fs::remove_file(dir.join("made")).unwrap();
-    plugin.put("step2");
-    let first = plugin.diff("step", "base");
-    assert!(plugin.diff("step", "base") == first);
-    assert_eq!(
-        plugin.ok("GraphDriver.Changes", &json!({"ID": "step2", "Parent": "step"}))["Changes"],
-        json!([{"Path": "/made", "Kind": 2}])
-    );
-    assert!(plugin.apply("step", "base", &small_tar()).text().contains("written through a mount"));
-}
-
-#[test]
-fn remove_unmounts_even_with_references_outstanding() {
-    let plugin = Plugin::start(&[]);
-    plugin.init();
-    plugin.layer("base", "", &small_tar());
-    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c", "Parent": "base"}));
-    let dir = plugin.get("c");
-    plugin.get("c");
-    let open = fs::File::open(dir.join("big")).unwrap();
-    plugin.remove("c");
-    assert!(!plugin.home().join("c").exists());
-    assert_eq!(plugin.mounts(), [""; 0]);
-    drop(open);
-    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c", "Parent": "base"}));
-    assert_eq!(fs::read(plugin.get("c").join("etc/motd")).unwrap(), b"hello\n");
-}
-
-#[test]
-fn a_killed_plugin_finds_its_mounts_again() {
-    let mut plugin = Plugin::start(&[]);
-    plugin.init();
-    plugin.layer("base", "", &small_tar());
-    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c", "Parent": "base"}));
-    let dir = plugin.get("c");
-    fs::write(dir.join("state"), b"before").unwrap();
-    plugin.kill_and_restart();
-    // The view lives on without the plugin, and no Init comes again.
-    fs::write(dir.join("state"), b"after").unwrap();
-    // Live-restore: Get and Put while the container runs.
-    assert_eq!(plugin.get("c"), dir);
-    plugin.put("c");
-    assert_eq!(fs::read(dir.join("state")).unwrap(), b"after");
-    plugin.put("c");
-    assert_eq!(plugin.mounts(), [""; 0], "{}", plugin.log());
-    assert_eq!(fs::read(plugin.get("c").join("state")).unwrap(), b"after");
-}
-
-#[test]
 fn several_homes_in_one_process() {
     let plugin = Plugin::start(&[]);
     let homes = [plugin.folder.join("h1"), plugin.folder.join("h2")];
@@ -357,7 +248,7 @@ fn a_diff_into_an_apply_of_the_same_plugin_streams() {
         plugin.layer("a", "", &tar);
         plugin.ok("GraphDriver.Create", &json!({"ID": "b"}));
         // The reader of the diff is the writer of the apply, with nothing stored in between but a pipe's worth.
-        let mut from = std::os::unix::net::UnixStream::connect(plugin.socket()).unwrap();
+        let mut from = plugin.connect();
         let body = json!({"ID": "a", "Parent": ""}).to_string();
         write!(
             from,
@@ -419,7 +310,7 @@ fn a_live_socket_is_refused_and_a_stop_is_graceful() {
     let second = std::process::Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"))
         .args(["serve", "--root"])
         .arg(plugin.folder.join("root2"))
-        .arg("--socket")
+        .arg(support::transport::FLAG)
         .arg(plugin.socket())
         .output()
         .unwrap();
@@ -447,8 +338,11 @@ fn a_live_socket_is_refused_and_a_stop_is_graceful() {
     });
     assert_eq!(plugin.terminate(), Some(0));
     assert_eq!(finisher.join().unwrap().status, 200);
-    assert!(!plugin.socket().exists());
+    assert!(!support::transport::is_there(&plugin.socket()));
+    #[cfg(target_os = "linux")]
     assert!(dir.join("etc/motd").exists(), "a stop must not pull the mounts from under containers");
+    #[cfg(not(target_os = "linux"))]
+    assert!(dir.join("sandbox.vhdx").is_file());
     plugin.start_again();
     assert!(plugin.diff("late", "") == small_tar());
     plugin.put("c");
@@ -501,41 +395,4 @@ fn damage_is_found(plugin: &Plugin, image: &Path) {
     // And a Diff of it is cut, never taken for the layer.
     let reply = plugin.call("GraphDriver.Diff", &json!({"ID": "base", "Parent": ""}));
     assert!(reply.status != 200 || !reply.complete, "a damaged layer was handed out");
-}
-
-#[test]
-fn set_user_id_programs_and_device_nodes_work_through_the_merged_view() {
-    // The layers themselves are mounted nosuid and nodev; what counts for a container is the view.
-    let plugin = Plugin::start(&[]);
-    plugin.init();
-    let program = fs::read("/usr/bin/id").unwrap();
-    let tar = Tar::new().entry("id", b'0', 0o4755, "", &program).end();
-    plugin.layer("base", "", &tar);
-    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c", "Parent": "base"}));
-    let dir = plugin.get("c");
-    // A user must be able to walk to it; only this test's folders are opened.
-    for folder in dir.ancestors().skip(1).take_while(|f| f.starts_with(&plugin.folder)) {
-        fs::set_permissions(folder, fs::Permissions::from_mode(0o711)).unwrap();
-    }
-    let run = |path: &Path| {
-        let output = std::process::Command::new("setpriv")
-            .args(["--reuid", "12345", "--regid", "12345", "--clear-groups"])
-            .arg(path)
-            .args(["-u"])
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).unwrap()
-    };
-    assert_eq!(run(Path::new("/usr/bin/id")), "12345\n");
-    assert_eq!(run(&dir.join("id")), "0\n", "a set-user-id program of a lower layer lost its power");
-    fs::copy(dir.join("id"), dir.join("id2")).unwrap();
-    fs::set_permissions(dir.join("id2"), fs::Permissions::from_mode(0o4755)).unwrap();
-    assert_eq!(run(&dir.join("id2")), "0\n", "a set-user-id program of the sandbox has no power");
-    let made =
-        std::process::Command::new("mknod").arg(dir.join("zero")).args(["c", "1", "5"]).status().unwrap();
-    assert!(made.success());
-    let mut bytes = [1; 4];
-    std::io::Read::read_exact(&mut fs::File::open(dir.join("zero")).unwrap(), &mut bytes).unwrap();
-    assert_eq!(bytes, [0; 4]);
 }

@@ -1,0 +1,75 @@
+//! `serve` on a unix socket.
+
+use super::{CliError, ServeArgs, answer};
+use crate::{
+    cli::runtime,
+    config::Options,
+    listen::UnixIncoming,
+    telemetry::{self},
+};
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+
+pub(in crate::cli) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
+    #[cfg(target_os = "linux")]
+    if crate::sys::linux::init::is_first_process() {
+        return as_first_process();
+    }
+    telemetry::start_logging(args.log_format);
+    let options = Options::load(args.config.as_deref(), &args.storage_opt)?;
+    runtime()?.block_on(serve(args, options))
+}
+
+async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // The socket first: whoever waits for it may connect now and is answered as soon as the store is open.
+    let incoming = match listenfd::ListenFd::from_env().take_unix_listener(0)? {
+        Some(listener) => UnixIncoming::adopt(listener)?,
+        None => UnixIncoming::bind(&args.socket)?,
+    };
+    let ready = || {
+        tracing::info!(
+            version = env!("CARGO_PKG_VERSION"),
+            socket = %args.socket.display(),
+            root = %args.root.display(),
+            "ready"
+        );
+        // Without systemd there is nobody to tell.
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+    };
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping: running requests end first; a second signal stops at once");
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::warn!("stopped at once by a second signal");
+            std::process::exit(1);
+        });
+    };
+    answer(incoming, &args, options, ready, stop).await?;
+    Ok(ExitCode::SUCCESS)
+}
+/// What the first process of a container does: see to `/dev`, start the plugin, reap and forward.
+#[cfg(target_os = "linux")]
+fn as_first_process() -> Result<ExitCode, CliError> {
+    use crate::sys::linux::init;
+    use std::{error::Error as _, os::unix::process::ExitStatusExt};
+    /// What a shell adds to the number of a signal.
+    const BY_SIGNAL: i32 = 128;
+    if let Err(error) = init::furnish_dev() {
+        // Converting layers works all the same; a Get would say what it lacks.
+        crate::cli::report(&format!("layers cannot be mounted here: {error}"), error.source());
+    }
+    let mut again = std::process::Command::new("/proc/self/exe");
+    again.args(std::env::args_os().skip(1));
+    let status = init::supervise(&mut again).map_err(|e| format!("cannot start or watch the plugin: {e}"))?;
+    let code = status.code().or_else(|| status.signal().map(|n| BY_SIGNAL + n)).unwrap_or(1);
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}

@@ -1,0 +1,284 @@
+//! Files as a store on NTFS or ReFS needs them.
+//!
+//! ```text
+//!   rename   MoveFileEx, write-through; a file that a scanner holds for a moment is tried again
+//!   plain    not sparse, not compressed, not encrypted: Hyper-V attaches no other (0xC03A001A)
+//!   writers  re-opened without sharing writes: the system itself says whether anybody can write
+//! ```
+//!
+//! Called by `store`, `svm` and `driver`.
+
+use super::{check, tried, wide_path};
+use std::{
+    fs::File,
+    io,
+    os::windows::{
+        fs::OpenOptionsExt,
+        io::{AsRawHandle, FromRawHandle, OwnedHandle, RawHandle},
+    },
+    path::Path,
+    ptr,
+    time::{Duration, Instant},
+};
+use windows_sys::Win32::{
+    Foundation::{
+        ERROR_ACCESS_DENIED, ERROR_INVALID_FUNCTION, ERROR_LOCK_VIOLATION, ERROR_NOT_SUPPORTED,
+        ERROR_SHARING_VIOLATION, GENERIC_READ, GENERIC_WRITE, INVALID_HANDLE_VALUE,
+    },
+    Storage::FileSystem::{
+        COMPRESSION_FORMAT_NONE, FILE_ATTRIBUTE_COMPRESSED, FILE_ATTRIBUTE_ENCRYPTED,
+        FILE_ATTRIBUTE_SPARSE_FILE, FILE_BASIC_INFO, FILE_FLAG_BACKUP_SEMANTICS, FILE_ID_INFO,
+        FILE_SHARE_DELETE, FILE_SHARE_READ, FileBasicInfo, FileIdInfo, GetDiskFreeSpaceExW,
+        GetFileInformationByHandleEx, MOVEFILE_REPLACE_EXISTING, MOVEFILE_WRITE_THROUGH, MoveFileExW,
+        ReOpenFile,
+    },
+    System::{
+        IO::DeviceIoControl,
+        Ioctl::{FSCTL_SET_COMPRESSION, FSCTL_SET_SPARSE},
+    },
+};
+
+/// How long a file that somebody else holds is tried again. Virus scanners and indexers let go within a second.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// First pause between two tries; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+
+/// Whether an error may pass by itself: somebody has the file open for a moment.
+pub fn is_transient(error: &io::Error) -> bool {
+    let codes = [ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION, ERROR_ACCESS_DENIED];
+    error.raw_os_error().is_some_and(|code| codes.contains(&(code as u32)))
+}
+
+/// Does something again while it fails in a way that may pass.
+///
+/// # Errors
+/// The last failure.
+pub fn patiently<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let (begin, mut pause) = (Instant::now(), FIRST_PAUSE);
+    loop {
+        match work() {
+            Err(e) if is_transient(&e) && begin.elapsed() < PATIENCE => {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(200));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Renames a file or folder on one volume, replacing a file; durable when it returns.
+///
+/// # Errors
+/// What the system says, after some tries.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    let (old, new) = (wide_path(from)?, wide_path(to)?);
+    let flags = MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH;
+    // SAFETY: both names end with a NUL.
+    patiently(|| check(unsafe { MoveFileExW(old.as_ptr(), new.as_ptr(), flags) }))
+}
+
+/// Makes the names in a folder durable, where the file system can be asked to.
+///
+/// # Errors
+/// What the system says, except that it cannot or may not flush folders: NTFS and ReFS journal names anyway, in order.
+pub fn flush_folder(path: &Path) -> io::Result<()> {
+    let opened = std::fs::OpenOptions::new().write(true).custom_flags(FILE_FLAG_BACKUP_SEMANTICS).open(path);
+    let cannot = [ERROR_ACCESS_DENIED, ERROR_INVALID_FUNCTION, ERROR_NOT_SUPPORTED];
+    match opened.and_then(|folder| folder.sync_all()) {
+        Err(e) if e.raw_os_error().is_some_and(|code| cannot.contains(&(code as u32))) => Ok(()),
+        // Wine says that a folder is no file.
+        Err(e) if matches!(e.kind(), io::ErrorKind::IsADirectory | io::ErrorKind::InvalidInput) => Ok(()),
+        other => other,
+    }
+}
+
+/// Attributes of an open file (`FILE_ATTRIBUTE_…`).
+///
+/// # Errors
+/// What the system says.
+pub fn attributes(file: &File) -> io::Result<u32> {
+    let mut info = FILE_BASIC_INFO::default();
+    // SAFETY: the structure is as long as is said.
+    check(unsafe {
+        GetFileInformationByHandleEx(
+            file.as_raw_handle().cast(),
+            FileBasicInfo,
+            (&raw mut info).cast(),
+            size_of::<FILE_BASIC_INFO>() as u32,
+        )
+    })?;
+    Ok(info.FileAttributes)
+}
+
+/// Makes sure that a virtual machine can attach a file: one that inherited compression from its folder loses it.
+///
+/// # Errors
+/// What the system says; an encrypted file, which only its owner can decrypt.
+pub fn make_plain(file: &File) -> io::Result<()> {
+    let found = attributes(file)?;
+    if found & FILE_ATTRIBUTE_COMPRESSED != 0 {
+        control(file, FSCTL_SET_COMPRESSION, &COMPRESSION_FORMAT_NONE.to_le_bytes())
+            .map_err(tried("uncompress"))?;
+    }
+    if found & FILE_ATTRIBUTE_SPARSE_FILE != 0 {
+        control(file, FSCTL_SET_SPARSE, &[0]).map_err(tried("make not sparse"))?;
+    }
+    let left = attributes(file)?;
+    let wrong = [
+        (FILE_ATTRIBUTE_COMPRESSED, "compressed"),
+        (FILE_ATTRIBUTE_SPARSE_FILE, "sparse"),
+        (FILE_ATTRIBUTE_ENCRYPTED, "encrypted"),
+    ];
+    match wrong.iter().find(|(bit, _)| left & bit != 0) {
+        None => Ok(()),
+        Some((_, what)) => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!(
+                "the file is {what}, and Hyper-V attaches no such disk; clear that attribute of the store's folder"
+            ),
+        )),
+    }
+}
+
+fn control(file: &File, code: u32, input: &[u8]) -> io::Result<()> {
+    let mut returned = 0;
+    // SAFETY: the input is valid for its length, there is no output, and the handle is not overlapped.
+    check(unsafe {
+        DeviceIoControl(
+            file.as_raw_handle().cast(),
+            code,
+            input.as_ptr().cast(),
+            input.len() as u32,
+            ptr::null_mut(),
+            0,
+            &raw mut returned,
+            ptr::null_mut(),
+        )
+    })
+}
+
+/// Volume and number of an open file; `None` where 64 bits cannot tell its number (ReFS).
+///
+/// # Errors
+/// What the system says.
+pub fn identity(file: &File) -> io::Result<Option<(u64, u64)>> {
+    let mut info = FILE_ID_INFO::default();
+    // SAFETY: the structure is as long as is said.
+    check(unsafe {
+        GetFileInformationByHandleEx(
+            file.as_raw_handle().cast(),
+            FileIdInfo,
+            (&raw mut info).cast(),
+            size_of::<FILE_ID_INFO>() as u32,
+        )
+    })?;
+    let number = u128::from_le_bytes(info.FileId.Identifier);
+    Ok(u64::try_from(number).ok().map(|number| (info.VolumeSerialNumber, number)))
+}
+
+/// Whether any handle, in any process, can write an open file now.
+///
+/// # Errors
+/// What the system says.
+pub fn has_writers(file: &File) -> io::Result<bool> {
+    // SAFETY: the handle is open for the call.
+    let handle = unsafe {
+        ReOpenFile(file.as_raw_handle().cast(), GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, 0)
+    };
+    if handle == INVALID_HANDLE_VALUE {
+        let error = io::Error::last_os_error();
+        return if error.raw_os_error() == Some(ERROR_SHARING_VIOLATION as i32) {
+            Ok(true)
+        } else {
+            Err(error)
+        };
+    }
+    // SAFETY: the call succeeded, so the handle is open and ours alone; it is closed at once.
+    drop(unsafe { OwnedHandle::from_raw_handle(handle as RawHandle) });
+    Ok(false)
+}
+
+/// Whether an open file's handle may write.
+pub fn is_writable(file: &File) -> bool {
+    // SAFETY: the handle is open; asking for more than it has fails, and what succeeds is closed at once.
+    let handle = unsafe { ReOpenFile(file.as_raw_handle().cast(), GENERIC_WRITE, FILE_SHARE_READ, 0) };
+    handle != INVALID_HANDLE_VALUE && {
+        // SAFETY: as in `has_writers`.
+        drop(unsafe { OwnedHandle::from_raw_handle(handle as RawHandle) });
+        true
+    }
+}
+
+/// Bytes that this process may still write on the volume of `path`.
+///
+/// # Errors
+/// What the system says.
+pub fn available_bytes(path: &Path) -> io::Result<u64> {
+    let name = wide_path(path)?;
+    let mut bytes = 0;
+    // SAFETY: the name ends with a NUL; one integer is written, the other pointers may be null.
+    check(unsafe { GetDiskFreeSpaceExW(name.as_ptr(), &raw mut bytes, ptr::null_mut(), ptr::null_mut()) })?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rename_replaces_a_file_and_moves_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("old"), "old").unwrap();
+        std::fs::write(at("new"), "new").unwrap();
+        rename(&at("new"), &at("old")).unwrap();
+        assert_eq!(std::fs::read_to_string(at("old")).unwrap(), "new");
+        std::fs::create_dir(at("folder")).unwrap();
+        rename(&at("folder"), &at("elsewhere")).unwrap();
+        flush_folder(folder.path()).unwrap();
+        assert!(at("elsewhere").is_dir());
+        assert_eq!(rename(&at("nothing"), &at("x")).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn names_longer_than_260_characters_work() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = (0..6).fold(folder.path().to_owned(), |path, _| path.join("d".repeat(60)));
+        assert!(deep.as_os_str().len() > 300);
+        std::fs::create_dir_all(&deep).unwrap();
+        std::fs::write(deep.join("a"), "x").unwrap();
+        rename(&deep.join("a"), &deep.join("b")).unwrap();
+        assert_eq!(std::fs::read_to_string(deep.join("b")).unwrap(), "x");
+    }
+
+    #[test]
+    fn what_passes_is_waited_for_and_what_does_not_is_told() {
+        let mut left = 3;
+        let busy = || io::Error::from_raw_os_error(ERROR_SHARING_VIOLATION as i32);
+        patiently(|| {
+            left -= 1;
+            if left > 0 { Err(busy()) } else { Ok(()) }
+        })
+        .unwrap();
+        let mut calls = 0;
+        let missing: io::Result<()> = patiently(|| {
+            calls += 1;
+            Err(io::ErrorKind::NotFound.into())
+        });
+        assert!(missing.is_err() && calls == 1);
+    }
+
+    #[test]
+    fn writers_are_seen_and_files_know_themselves() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        let writer = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        make_plain(&writer).unwrap();
+        let reader = File::open(&path).unwrap();
+        assert!(has_writers(&reader).unwrap());
+        assert_eq!(identity(&writer).unwrap(), identity(&reader).unwrap());
+        drop(writer);
+        assert!(!has_writers(&reader).unwrap());
+        assert!(available_bytes(folder.path()).unwrap() > 0);
+    }
+}

@@ -1,0 +1,506 @@
+//! Worker processes: a job of one process, a token that can do nothing, and only the handles it is given.
+//!
+//! ```text
+//!   CreateRestrictedToken ─ no privileges, administrators deny-only, low integrity
+//!   CreateProcessAsUser   ─ suspended, two inherited handles (control, stderr), no window
+//!   AssignProcessToJob    ─ one process, memory limit, killed with the job's last handle ─ resume
+//!   DuplicateHandle       ─ disks and channels, with no more access than the worker may have
+//! ```
+//!
+//! The job dies with this process, however it ends, and the worker with the job. Called by `svm::embedded`.
+
+use super::{check, tried, wide};
+use std::{
+    ffi::{OsStr, OsString},
+    io,
+    os::windows::{
+        ffi::OsStrExt,
+        io::{AsHandle, AsRawHandle, BorrowedHandle, FromRawHandle, OwnedHandle, RawHandle},
+    },
+    path::PathBuf,
+    ptr,
+};
+use windows_sys::Win32::{
+    Foundation::{
+        DUPLICATE_SAME_ACCESS, DuplicateHandle, HANDLE, HANDLE_FLAG_INHERIT, LocalFree, SetHandleInformation,
+        WAIT_OBJECT_0,
+    },
+    Security::{
+        Authorization::ConvertStringSidToSidW, CreateRestrictedToken, DISABLE_MAX_PRIVILEGE, GetLengthSid,
+        PSID, SID_AND_ATTRIBUTES, SetTokenInformation, TOKEN_ADJUST_DEFAULT, TOKEN_ASSIGN_PRIMARY,
+        TOKEN_DUPLICATE, TOKEN_MANDATORY_LABEL, TOKEN_QUERY, TokenIntegrityLevel,
+    },
+    Storage::FileSystem::{FILE_GENERIC_READ, FILE_GENERIC_WRITE},
+    System::{
+        JobObjects::{
+            AssignProcessToJobObject, CreateJobObjectW, IsProcessInJob, JOB_OBJECT_LIMIT_ACTIVE_PROCESS,
+            JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE,
+            JOB_OBJECT_LIMIT_PROCESS_MEMORY, JOBOBJECT_EXTENDED_LIMIT_INFORMATION,
+            JobObjectExtendedLimitInformation, SetInformationJobObject, TerminateJobObject,
+        },
+        SystemServices::SE_GROUP_INTEGRITY,
+        Threading::{
+            CREATE_NO_WINDOW, CREATE_SUSPENDED, CREATE_UNICODE_ENVIRONMENT, CreateProcessAsUserW,
+            DeleteProcThreadAttributeList, EXTENDED_STARTUPINFO_PRESENT, GetCurrentProcess,
+            GetExitCodeProcess, INFINITE, InitializeProcThreadAttributeList, OpenProcessToken,
+            PROC_THREAD_ATTRIBUTE_HANDLE_LIST, PROCESS_INFORMATION, ResumeThread, STARTF_USESTDHANDLES,
+            STARTUPINFOEXW, UpdateProcThreadAttribute, WaitForSingleObject,
+        },
+    },
+};
+
+/// The group of administrators.
+const ADMINISTRATORS: &str = "S-1-5-32-544";
+/// Integrity that may write nearly nothing of a user's; a process can start with it.
+pub(super) const LOW_INTEGRITY: &str = "S-1-16-4096";
+/// Integrity that may write nothing; a process lowers itself to it once it runs.
+pub(super) const UNTRUSTED: &str = "S-1-16-0";
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct WorkerCommand {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Its whole environment, besides `SystemRoot`, without which no program starts.
+    pub env: Vec<(OsString, OsString)>,
+    /// Memory that it may commit; bytes.
+    pub memory: u64,
+}
+
+/// A started worker. Dropping it kills the process.
+#[derive(Debug)]
+pub struct WorkerProcess {
+    pid: u32,
+    process: OwnedHandle,
+    job: OwnedHandle,
+}
+
+/// A SID that the system allocated.
+struct Sid(PSID);
+
+impl Sid {
+    fn parse(text: &str) -> io::Result<Self> {
+        let (text, mut sid) = (wide(OsStr::new(text))?, ptr::null_mut());
+        // SAFETY: the text ends with a NUL, and one pointer is stored.
+        check(unsafe { ConvertStringSidToSidW(text.as_ptr(), &raw mut sid) })
+            .map_err(tried("parse a SID"))?;
+        Ok(Self(sid))
+    }
+}
+
+impl Drop for Sid {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from the call that asks for LocalFree.
+        unsafe { LocalFree(self.0) };
+    }
+}
+
+/// Takes a handle that a call stored.
+///
+/// # Safety
+/// `handle` must be open and owned by nobody else.
+unsafe fn own(handle: HANDLE) -> OwnedHandle {
+    // SAFETY: the caller's promise.
+    unsafe { OwnedHandle::from_raw_handle(handle as RawHandle) }
+}
+
+/// This process's own token.
+pub(super) fn own_token(access: u32) -> io::Result<OwnedHandle> {
+    let mut token = ptr::null_mut();
+    // SAFETY: one handle is stored.
+    check(unsafe { OpenProcessToken(GetCurrentProcess(), access, &raw mut token) })?;
+    // SAFETY: the call succeeded.
+    Ok(unsafe { own(token) })
+}
+
+/// Lowers a token's integrity.
+pub(super) fn set_integrity(token: BorrowedHandle<'_>, level: &str) -> io::Result<()> {
+    let sid = Sid::parse(level)?;
+    let label = TOKEN_MANDATORY_LABEL {
+        Label: SID_AND_ATTRIBUTES { Sid: sid.0, Attributes: SE_GROUP_INTEGRITY as u32 },
+    };
+    // SAFETY: the SID is valid.
+    let length = size_of::<TOKEN_MANDATORY_LABEL>() as u32 + unsafe { GetLengthSid(sid.0) };
+    // SAFETY: the structure and the SID that it points to live until the call returns.
+    check(unsafe {
+        SetTokenInformation(
+            token.as_raw_handle().cast(),
+            TokenIntegrityLevel,
+            (&raw const label).cast(),
+            length,
+        )
+    })
+}
+
+fn restricted_token() -> io::Result<OwnedHandle> {
+    let own_access = TOKEN_DUPLICATE | TOKEN_ASSIGN_PRIMARY | TOKEN_QUERY | TOKEN_ADJUST_DEFAULT;
+    let token = own_token(own_access).map_err(tried("open the own token"))?;
+    let administrators = Sid::parse(ADMINISTRATORS)?;
+    let disable = [SID_AND_ATTRIBUTES { Sid: administrators.0, Attributes: 0 }];
+    let mut restricted = ptr::null_mut();
+    // SAFETY: the array is as long as is said, and one handle is stored.
+    check(unsafe {
+        CreateRestrictedToken(
+            token.as_raw_handle().cast(),
+            DISABLE_MAX_PRIVILEGE,
+            disable.len() as u32,
+            disable.as_ptr(),
+            0,
+            ptr::null(),
+            0,
+            ptr::null(),
+            &raw mut restricted,
+        )
+    })
+    .map_err(tried("make a restricted token"))?;
+    // SAFETY: the call succeeded.
+    let restricted = unsafe { own(restricted) };
+    set_integrity(restricted.as_handle(), LOW_INTEGRITY).map_err(tried("lower a token's integrity"))?;
+    Ok(restricted)
+}
+
+fn job(memory: u64) -> io::Result<OwnedHandle> {
+    // SAFETY: both pointers may be null.
+    let handle = unsafe { CreateJobObjectW(ptr::null(), ptr::null()) };
+    if handle.is_null() {
+        return Err(tried("make a job")(io::Error::last_os_error()));
+    }
+    // SAFETY: the call succeeded.
+    let job = unsafe { own(handle) };
+    let mut limits = JOBOBJECT_EXTENDED_LIMIT_INFORMATION::default();
+    limits.BasicLimitInformation.LimitFlags = JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE
+        | JOB_OBJECT_LIMIT_ACTIVE_PROCESS
+        | JOB_OBJECT_LIMIT_PROCESS_MEMORY
+        | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION;
+    limits.BasicLimitInformation.ActiveProcessLimit = 1;
+    limits.ProcessMemoryLimit = usize::try_from(memory).unwrap_or(usize::MAX);
+    // SAFETY: the structure is as long as is said.
+    check(unsafe {
+        SetInformationJobObject(
+            job.as_raw_handle().cast(),
+            JobObjectExtendedLimitInformation,
+            (&raw const limits).cast(),
+            size_of::<JOBOBJECT_EXTENDED_LIMIT_INFORMATION>() as u32,
+        )
+    })
+    .map_err(tried("limit a job"))?;
+    Ok(job)
+}
+
+/// Quotes an argument so that the C runtime and Rust's std read it back as it was.
+fn quoted(argument: &OsStr, line: &mut Vec<u16>) {
+    let (quote, backslash) = (u16::from(b'"'), u16::from(b'\\'));
+    line.push(quote);
+    let mut slashes = 0;
+    for unit in argument.encode_wide() {
+        if unit == quote {
+            line.extend(std::iter::repeat_n(backslash, slashes + 1));
+        }
+        slashes = if unit == backslash { slashes + 1 } else { 0 };
+        line.push(unit);
+    }
+    line.extend(std::iter::repeat_n(backslash, slashes));
+    line.push(quote);
+}
+
+fn environment(pairs: &[(OsString, OsString)]) -> Vec<u16> {
+    let mut all: Vec<(OsString, OsString)> = pairs.to_vec();
+    if let Some(root) = std::env::var_os("SystemRoot") {
+        all.push(("SystemRoot".into(), root));
+    }
+    // The system wants the names in order.
+    all.sort_by_key(|(name, _)| name.to_ascii_uppercase());
+    let mut block = Vec::new();
+    for (name, value) in all {
+        block.extend(name.encode_wide().chain([u16::from(b'=')]).chain(value.encode_wide()).chain([0]));
+    }
+    block.push(0);
+    block
+}
+
+/// An attribute list that names the handles which a child inherits.
+struct HandleList {
+    memory: Vec<usize>,
+    /// Must live as long as the list.
+    handles: Box<[HANDLE; 2]>,
+}
+
+impl HandleList {
+    fn new(handles: [HANDLE; 2]) -> io::Result<Self> {
+        let mut bytes = 0;
+        // SAFETY: the first call only asks for the size, and "fails" with it.
+        unsafe { InitializeProcThreadAttributeList(ptr::null_mut(), 1, 0, &raw mut bytes) };
+        let mut list =
+            Self { memory: vec![0; bytes.div_ceil(size_of::<usize>())], handles: Box::new(handles) };
+        // SAFETY: the memory is aligned and as long as the system asked for.
+        check(unsafe {
+            InitializeProcThreadAttributeList(list.memory.as_mut_ptr().cast(), 1, 0, &raw mut bytes)
+        })?;
+        // SAFETY: the list was initialised; the handles lie in a box that lives as long as the list.
+        check(unsafe {
+            UpdateProcThreadAttribute(
+                list.memory.as_mut_ptr().cast(),
+                0,
+                PROC_THREAD_ATTRIBUTE_HANDLE_LIST as usize,
+                list.handles.as_ptr().cast(),
+                size_of_val(&*list.handles),
+                ptr::null_mut(),
+                ptr::null(),
+            )
+        })?;
+        Ok(list)
+    }
+}
+
+impl Drop for HandleList {
+    fn drop(&mut self) {
+        // SAFETY: the list was initialised and is not used again.
+        unsafe { DeleteProcThreadAttributeList(self.memory.as_mut_ptr().cast()) };
+    }
+}
+
+fn inheritable(handle: &OwnedHandle) -> io::Result<HANDLE> {
+    let raw = handle.as_raw_handle().cast();
+    // SAFETY: the handle is open.
+    check(unsafe { SetHandleInformation(raw, HANDLE_FLAG_INHERIT, HANDLE_FLAG_INHERIT) })?;
+    Ok(raw)
+}
+
+impl WorkerProcess {
+    /// Starts a worker: `control` becomes its standard input, `stderr` its standard output and error. Both are closed
+    /// here.
+    ///
+    /// # Errors
+    /// What could not be done. Nothing is left behind, and nothing runs with more rights than meant.
+    pub fn start(command: &WorkerCommand, control: OwnedHandle, stderr: OwnedHandle) -> io::Result<Self> {
+        let token = restricted_token()?;
+        let job = job(command.memory)?;
+        let mut line = Vec::new();
+        quoted(command.program.as_os_str(), &mut line);
+        for argument in &command.args {
+            line.push(u16::from(b' '));
+            quoted(argument, &mut line);
+        }
+        line.push(0);
+        let program = super::wide(command.program.as_os_str())?;
+        let block = environment(&command.env);
+        let (input, output) = (inheritable(&control)?, inheritable(&stderr)?);
+        let mut list = HandleList::new([input, output]).map_err(tried("list a worker's handles"))?;
+        let mut startup = STARTUPINFOEXW::default();
+        startup.StartupInfo.cb = size_of::<STARTUPINFOEXW>() as u32;
+        startup.StartupInfo.dwFlags = STARTF_USESTDHANDLES;
+        startup.StartupInfo.hStdInput = input;
+        startup.StartupInfo.hStdOutput = output;
+        startup.StartupInfo.hStdError = output;
+        startup.lpAttributeList = list.memory.as_mut_ptr().cast();
+        let mut started = PROCESS_INFORMATION::default();
+        let flags =
+            CREATE_SUSPENDED | CREATE_NO_WINDOW | CREATE_UNICODE_ENVIRONMENT | EXTENDED_STARTUPINFO_PRESENT;
+        // SAFETY: all strings end with NULs (the block with two), the line is writable, and the structures live until
+        // the call returns.
+        check(unsafe {
+            CreateProcessAsUserW(
+                token.as_raw_handle().cast(),
+                program.as_ptr(),
+                line.as_mut_ptr(),
+                ptr::null(),
+                ptr::null(),
+                1,
+                flags,
+                block.as_ptr().cast(),
+                ptr::null(),
+                (&raw const startup).cast(),
+                &raw mut started,
+            )
+        })
+        .map_err(tried("start a worker"))?;
+        // SAFETY: the call succeeded and stored two handles.
+        let (process, thread) = unsafe { (own(started.hProcess), own(started.hThread)) };
+        let worker = Self { pid: started.dwProcessId, process, job };
+        // From here on a failure drops the worker, which kills it: it has not run an instruction of its own yet.
+        let assigned = {
+            // SAFETY: both handles are open.
+            check(unsafe {
+                AssignProcessToJobObject(
+                    worker.job.as_raw_handle().cast(),
+                    worker.process.as_raw_handle().cast(),
+                )
+            })
+        };
+        if let Err(e) = assigned {
+            worker.kill_process();
+            return Err(tried("put a worker into its job")(e));
+        }
+        // SAFETY: the handle is open.
+        if unsafe { ResumeThread(thread.as_raw_handle().cast()) } == u32::MAX {
+            return Err(tried("resume a worker")(io::Error::last_os_error()));
+        }
+        Ok(worker)
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Whether the job holds it.
+    pub fn is_held(&self) -> bool {
+        let mut held = 0;
+        // SAFETY: both handles are open, and one integer is written.
+        let asked = check(unsafe {
+            IsProcessInJob(
+                self.process.as_raw_handle().cast(),
+                self.job.as_raw_handle().cast(),
+                &raw mut held,
+            )
+        });
+        asked.is_ok() && held != 0
+    }
+
+    /// Gives the worker a handle; its number there. A file that must not be written loses the right to.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn give(&self, handle: BorrowedHandle<'_>, access: Given) -> io::Result<u64> {
+        let (wanted, options) = match access {
+            Given::Same => (0, DUPLICATE_SAME_ACCESS),
+            Given::Read => (FILE_GENERIC_READ, 0),
+            Given::ReadWrite => (FILE_GENERIC_READ | FILE_GENERIC_WRITE, 0),
+        };
+        let mut theirs = ptr::null_mut();
+        // SAFETY: all handles are open; the new one belongs to the other process.
+        check(unsafe {
+            DuplicateHandle(
+                GetCurrentProcess(),
+                handle.as_raw_handle().cast(),
+                self.process.as_raw_handle().cast(),
+                &raw mut theirs,
+                wanted,
+                0,
+                options,
+            )
+        })
+        .map_err(tried("give a worker a handle"))?;
+        Ok(theirs as u64)
+    }
+
+    /// Ends it. Idempotent.
+    pub fn kill(&self) {
+        // SAFETY: the handle is open.
+        unsafe { TerminateJobObject(self.job.as_raw_handle().cast(), KILLED) };
+    }
+
+    fn kill_process(&self) {
+        // SAFETY: the handle is open.
+        unsafe {
+            windows_sys::Win32::System::Threading::TerminateProcess(
+                self.process.as_raw_handle().cast(),
+                KILLED,
+            )
+        };
+    }
+
+    /// What waits for its end, on a thread of its own.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn end_watch(&self) -> io::Result<EndWatch> {
+        self.process.try_clone().map(EndWatch)
+    }
+}
+
+/// Exit status of a worker that was ended by us.
+const KILLED: u32 = 0xdead;
+
+impl Drop for WorkerProcess {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// How much of a handle's access goes with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Given {
+    /// All of it.
+    Same,
+    /// Reading a file.
+    Read,
+    /// Reading and writing a file.
+    ReadWrite,
+}
+
+/// Waits for a process.
+#[derive(Debug)]
+pub struct EndWatch(OwnedHandle);
+
+impl EndWatch {
+    /// Blocks until the process has ended; how, for people.
+    pub fn wait(&self) -> String {
+        // SAFETY: the handle is open.
+        if unsafe { WaitForSingleObject(self.0.as_raw_handle().cast(), INFINITE) } != WAIT_OBJECT_0 {
+            return "ended".into();
+        }
+        let mut status = 0;
+        // SAFETY: the handle is open, and one integer is written.
+        match check(unsafe { GetExitCodeProcess(self.0.as_raw_handle().cast(), &raw mut status) }) {
+            Ok(()) if status == KILLED => "killed".into(),
+            // Above this line are the system's own status codes (an access violation is 0xC0000005).
+            Ok(()) if status >= 0x8000_0000 => format!("exit status {status:#x}"),
+            Ok(()) => format!("exit status {status}"),
+            Err(_) => "ended".into(),
+        }
+    }
+}
+
+/// The standard input of this process as an owned handle: a worker's control pipe.
+///
+/// # Errors
+/// If there is none.
+pub fn take_standard_input() -> io::Result<OwnedHandle> {
+    io::stdin().as_handle().try_clone_to_owned()
+}
+
+/// Takes a handle that another process put into this one ([`WorkerProcess::give`]).
+///
+/// # Errors
+/// A number that is no open handle here.
+pub fn take_given(number: u64) -> io::Result<OwnedHandle> {
+    let handle = usize::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)? as HANDLE;
+    let mut flags = 0;
+    // SAFETY: the call looks the number up and touches nothing if it is no handle.
+    check(unsafe { windows_sys::Win32::Foundation::GetHandleInformation(handle, &raw mut flags) })?;
+    // SAFETY: the handle is open, and the daemon that made it here has told its number once, to us.
+    Ok(unsafe { own(handle) })
+}
+
+/// Sends Ctrl+Break to the process group of `pid`: how a console program is asked to end.
+///
+/// # Errors
+/// What the system says; without a console there is no such thing.
+pub fn send_break(pid: u32) -> io::Result<()> {
+    use windows_sys::Win32::System::Console::{CTRL_BREAK_EVENT, GenerateConsoleCtrlEvent};
+    // SAFETY: only numbers are given.
+    check(unsafe { GenerateConsoleCtrlEvent(CTRL_BREAK_EVENT, pid) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_quoted_as_windows_reads_them() {
+        for (argument, expected) in [
+            ("plain", r#""plain""#),
+            (r#"a "b" c"#, r#""a \"b\" c""#),
+            (r"C:\end\", r#""C:\end\\""#),
+            (r#"x\\"y"#, r#""x\\\\\"y""#),
+            ("", r#""""#),
+        ] {
+            let mut line = Vec::new();
+            quoted(OsStr::new(argument), &mut line);
+            assert_eq!(String::from_utf16(&line).unwrap(), expected);
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Security descriptors, written in SDDL.
+//!
+//! ```text
+//!   "D:P(A;OICI;GA;;;SY)…" ──parse──► SecurityDescriptor ──► SECURITY_ATTRIBUTES of a pipe or folder
+//! ```
+//!
+//! Called by `listen` (the pipe), `store` (its folders) and `svm`.
+
+use super::{check, wide, wide_path};
+use std::{ffi::OsStr, io, path::Path, ptr};
+use windows_sys::Win32::{
+    Foundation::LocalFree,
+    Security::{
+        Authorization::{ConvertStringSecurityDescriptorToSecurityDescriptorW, SDDL_REVISION_1},
+        PSECURITY_DESCRIPTOR, SECURITY_ATTRIBUTES,
+    },
+    Storage::FileSystem::CreateDirectoryW,
+};
+
+/// A parsed security descriptor.
+#[derive(Debug)]
+pub struct SecurityDescriptor(PSECURITY_DESCRIPTOR);
+
+// SAFETY: the memory is never changed after it was made, and is freed once, by its only owner.
+unsafe impl Send for SecurityDescriptor {}
+// SAFETY: as above; shared readers see constant bytes.
+unsafe impl Sync for SecurityDescriptor {}
+
+impl SecurityDescriptor {
+    /// Parses SDDL (`D:P(A;;GA;;;SY)(A;;GA;;;BA)`).
+    ///
+    /// # Errors
+    /// `InvalidInput` for text that is no SDDL.
+    pub fn parse(sddl: &str) -> io::Result<Self> {
+        let text = wide(OsStr::new(sddl))?;
+        let mut descriptor = ptr::null_mut();
+        // SAFETY: the text ends with a NUL, and the system stores one pointer that LocalFree frees.
+        let parsed = check(unsafe {
+            ConvertStringSecurityDescriptorToSecurityDescriptorW(
+                text.as_ptr(),
+                SDDL_REVISION_1,
+                &raw mut descriptor,
+                ptr::null_mut(),
+            )
+        });
+        parsed.map_err(|e| {
+            io::Error::new(io::ErrorKind::InvalidInput, format!("'{sddl}' is not a security descriptor: {e}"))
+        })?;
+        Ok(Self(descriptor))
+    }
+
+    /// The form that creating calls take; valid while `self` lives.
+    pub(crate) fn attributes(&self, inherit: bool) -> SECURITY_ATTRIBUTES {
+        SECURITY_ATTRIBUTES {
+            nLength: size_of::<SECURITY_ATTRIBUTES>() as u32,
+            lpSecurityDescriptor: self.0,
+            bInheritHandle: i32::from(inherit),
+        }
+    }
+}
+
+impl Drop for SecurityDescriptor {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from the call that asks for LocalFree, and nobody else frees it.
+        unsafe { LocalFree(self.0) };
+    }
+}
+
+/// Makes a folder with an access list of its own.
+///
+/// # Errors
+/// What the system says (`AlreadyExists`, …).
+pub fn create_dir(path: &Path, descriptor: &SecurityDescriptor) -> io::Result<()> {
+    let name = wide_path(path)?;
+    let attributes = descriptor.attributes(false);
+    // SAFETY: both pointers are valid for the call.
+    check(unsafe { CreateDirectoryW(name.as_ptr(), &raw const attributes) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sddl_is_parsed_or_refused_with_its_text() {
+        SecurityDescriptor::parse("D:P(A;OICI;GA;;;SY)(A;OICI;GA;;;BA)(A;OICI;GRGX;;;S-1-5-83-0)").unwrap();
+        let error = SecurityDescriptor::parse("nonsense").unwrap_err();
+        assert!(
+            error.kind() == io::ErrorKind::InvalidInput && error.to_string().contains("nonsense"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_folder_with_a_list_can_be_used_by_its_maker() {
+        let folder = tempfile::tempdir().unwrap();
+        let descriptor =
+            SecurityDescriptor::parse("D:P(A;OICI;GA;;;SY)(A;OICI;GA;;;BA)(A;OICI;GA;;;OW)").unwrap();
+        let path = folder.path().join("private");
+        create_dir(&path, &descriptor).unwrap();
+        std::fs::write(path.join("f"), "x").unwrap();
+        assert_eq!(create_dir(&path, &descriptor).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+    }
+}
