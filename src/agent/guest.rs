@@ -109,6 +109,8 @@ fn block_device(controller: usize, unit: u32) -> Option<PathBuf> {
         .collect();
     hosts.sort_unstable();
     let host = hosts.get(controller)?;
+    // Beyond 255 Linux counts units by their address on the wire, whose upper bits say "flat" (SAM-5, 4.7.7.4).
+    let unit = if unit < 256 { unit } else { unit | 0x4000 };
     let device = format!("/sys/class/scsi_device/{host}:0:0:{unit}/device/block");
     let name = fs::read_dir(device).ok()?.flatten().next()?.file_name();
     Some(Path::new("/dev").join(name))

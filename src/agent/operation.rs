@@ -129,8 +129,13 @@ impl Run<'_> {
                     ));
                 }
                 for disk in written {
-                    disk.reach_host()
-                        .map_err(|e| WireError::new(ErrorKind::Io, format!("writing to the host: {e}")))?;
+                    disk.reach_host().map_err(|e| {
+                        let kind = match e.kind() {
+                            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+                            _ => ErrorKind::Io,
+                        };
+                        WireError::new(kind, format!("writing to the host: {e}"))
+                    })?;
                 }
                 json(&summary)
             }

@@ -180,6 +180,11 @@ pub trait VmBackend: Send + Sync + 'static {
         String::new()
     }
 
+    /// Guests booted from nothing since the backend began, where others are restored from a saved one.
+    fn cold_boots(&self) -> u64 {
+        0
+    }
+
     /// Starts a VM and waits for its agent's greeting. Dropping the future leaves nothing behind.
     fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>>;
 

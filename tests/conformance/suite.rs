@@ -5,7 +5,10 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use lcow_graphdriver::{
     agent::wire::ErrorKind,
-    ext4::format::{BlankOptions, blank},
+    ext4::{
+        format::{BlankOptions, blank},
+        writer::Attributes,
+    },
     io::WriteAt,
     svm::{
         Access, ChangeKind, CheckJob, CompareJob, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, Mode,
@@ -144,7 +147,10 @@ pub(crate) async fn a_blank_sandbox_is_empty(backend: Backend) {
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
     let disk = files.writable("sandbox");
     disk.file.set_len(64 << 20).unwrap();
-    for (offset, data) in blank(64 << 20, &BlankOptions::default()).unwrap() {
+    let root = Attributes { permissions: 0o755, ..Attributes::default() };
+    let directories = ["upper", "work"].map(|name| (name.as_bytes().to_vec(), root)).to_vec();
+    let options = BlankOptions { root, directories, ..BlankOptions::default() };
+    for (offset, data) in blank(64 << 20, &options).unwrap() {
         disk.file.write_all_at(&data, offset).unwrap();
     }
     let target = vec![LayerDisk { disk: files.readable("sandbox"), kind: LayerKind::Sandbox }];

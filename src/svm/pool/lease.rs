@@ -67,6 +67,25 @@ impl Drop for Lease {
     }
 }
 
+/// A guest's page cache makes an input/output error of a full disk: the host knows better.
+fn say_full(error: SvmError, job: &ApplyJob) -> SvmError {
+    /// Fewer bytes than this are none.
+    #[cfg(unix)]
+    const NONE_LEFT: u64 = 1 << 20;
+    #[cfg(unix)]
+    if error.refused_kind() == Some(ErrorKind::Io)
+        && let SvmError::Refused(wire) = &error
+        && [&job.image, &job.record].iter().any(|disk| {
+            rustix::fs::fstatvfs(&*disk.file).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) < NONE_LEFT)
+        })
+    {
+        let message = format!("no space left on the host: {}", wire.message);
+        return SvmError::Refused(crate::agent::wire::WireError::new(ErrorKind::NoSpace, message));
+    }
+    let _ = job;
+    error
+}
+
 /// A disk in use by one operation.
 struct DiskUse {
     inner: Arc<Inner>,
@@ -200,7 +219,7 @@ impl Lease {
             None => None,
         };
         let operation = Operation::Apply { image, record, scratch, lowers, options: job.options.clone() };
-        let summary = self.apply_stream(&operation, body).await?;
+        let summary = self.apply_stream(&operation, body).await.map_err(|e| say_full(e, job))?;
         if let Some(vm) = &self.vm {
             // The VM's word is checked by the driver against the files, and the image by a VM that saw no tar.
             vm.grown(&job.image, summary.file_bytes.min(job.options.max_image_bytes + FOOTER_SLACK)).await?;

@@ -22,7 +22,16 @@ pub use qmp::QmpError;
 use super::{BackendLimits, ServiceVm, SvmError, VmBackend, VmSpec};
 use futures_util::{FutureExt, future::BoxFuture};
 use machine::Recipe;
-use std::{ffi::OsString, fs::File, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    ffi::OsString,
+    fs::File,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 use template::{Image, Template};
 use vm::QemuVm;
 
@@ -90,6 +99,7 @@ pub struct QemuBackend {
     config: QemuConfig,
     ready: tokio::sync::Mutex<Option<Arc<Ready>>>,
     detail: parking_lot::Mutex<String>,
+    cold_boots: AtomicU64,
 }
 
 /// What is known after the first boot.
@@ -103,7 +113,12 @@ struct Ready {
 impl QemuBackend {
     /// A backend. Nothing is looked for until the first boot.
     pub fn new(config: QemuConfig) -> Self {
-        Self { config, ready: tokio::sync::Mutex::default(), detail: parking_lot::Mutex::default() }
+        Self {
+            config,
+            ready: tokio::sync::Mutex::default(),
+            detail: parking_lot::Mutex::default(),
+            cold_boots: AtomicU64::new(0),
+        }
     }
 
     fn recipe(&self, qemu: Qemu, accelerator: Accelerator) -> Recipe {
@@ -186,6 +201,7 @@ impl QemuBackend {
             return Ok(template);
         }
         let begin = std::time::Instant::now();
+        self.cold_boots.fetch_add(1, Ordering::Relaxed);
         let template = Template::make(recipe, image, kvm, &cache, &key, deadline).await?;
         tracing::info!(
             key = template.key,
@@ -226,6 +242,10 @@ impl VmBackend for QemuBackend {
 
     fn detail(&self) -> String {
         self.detail.lock().clone()
+    }
+
+    fn cold_boots(&self) -> u64 {
+        self.cold_boots.load(Ordering::Relaxed)
     }
 
     fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {

@@ -274,7 +274,7 @@ async fn save(machine: &mut Machine) -> Result<Vec<u8>, String> {
     Ok(state)
 }
 
-/// Folder of the templates below a cache.
+/// Folder of the templates below a cache, which may be a home as well: no layer's id begins with a dot.
 pub(super) fn folder(cache: &Path) -> PathBuf {
-    cache.join("svm")
+    cache.join(".svm")
 }

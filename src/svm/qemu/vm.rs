@@ -18,7 +18,7 @@ use super::{
 use crate::{
     agent::{link::slots::TransferDisk, wire::JailReport},
     svm::{
-        Access, Channel, Death, DiskId, DiskSource, ServiceVm, SvmError,
+        Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
         console::Console,
         remote::{RemoteAgent, RemoteDisk},
     },
@@ -41,6 +41,8 @@ use tokio::{io::Interest, sync::watch, time::timeout};
 
 /// Most disks of one machine at a time.
 pub(super) const MAX_DISKS: u32 = 1024;
+/// Units up to here have the short form of a SCSI address; higher ones are used when all of these are taken.
+const SHORT_UNITS: u32 = 255;
 /// Descriptor sets of disks begin here; lower ones are on the command line.
 const FIRST_SET: u32 = 100;
 /// How long a guest may take to let go of a disk.
@@ -66,14 +68,21 @@ pub(super) struct QemuVm {
 #[derive(Default)]
 struct Disks {
     next: u32,
+    /// The unit taken last.
+    last: u32,
     units: HashMap<DiskId, u32>,
     taken: BTreeSet<u32>,
 }
 
 impl Disks {
-    /// The lowest free unit, and a number never used before.
+    /// A free unit that was not used for long, and a number never used before. A guest hears of a removed disk a
+    /// moment after it is gone; another one in its place would then be taken for it.
     fn take(&mut self) -> Option<(DiskId, u32)> {
-        let unit = (TRANSFER_UNIT + 1..=MAX_DISKS).find(|u| !self.taken.contains(u))?;
+        let first = TRANSFER_UNIT + 1;
+        let unit = (self.last + 1..=SHORT_UNITS)
+            .chain(first..=MAX_DISKS)
+            .find(|u| *u >= first && !self.taken.contains(u))?;
+        self.last = if unit < SHORT_UNITS { unit } else { TRANSFER_UNIT };
         self.taken.insert(unit);
         let id = DiskId(self.next);
         self.next += 1;
@@ -192,16 +201,18 @@ impl QemuVm {
             reopened = reopen_read_only(fd).map_err(|e| text(&e))?;
             fd = reopened.as_fd();
         }
-        let mut len = disk.len;
+        // A window of what a VHDX holds is the agent's matter: the device is the whole file.
+        let within = disk.format == DiskFormat::Vhdx;
+        let (offset, mut len) = if within { (0, None) } else { (disk.offset, disk.len) };
         if grows(disk) {
             disk.file.set_len(self.growing_bytes).map_err(|e| text(&e))?;
         } else if len.is_none() {
-            len = Some(disk.file.metadata().map_err(|e| text(&e))?.len().saturating_sub(disk.offset));
+            len = Some(disk.file.metadata().map_err(|e| text(&e))?.len().saturating_sub(offset));
         }
         let set = FIRST_SET + unit;
         self.qmp.run_with("add-fd", json!({ "fdset-id": set }), &[fd]).await.map_err(|e| text(&e))?;
         let mut node = json!({
-            "driver": "raw", "node-name": node(unit), "read-only": !writable, "offset": disk.offset,
+            "driver": "raw", "node-name": node(unit), "read-only": !writable, "offset": offset,
             "cache": { "no-flush": true },
             "file": { "driver": "file", "filename": format!("/dev/fdset/{set}"), "read-only": !writable,
                       "locking": "off", "cache": { "no-flush": true } },
@@ -215,8 +226,9 @@ impl QemuVm {
             "drive": self::node(unit), "id": device(unit), "share-rw": true,
             "werror": "report", "rerror": "report" });
         self.qmp.run("device_add", device).await.map_err(|e| text(&e))?;
-        let disk =
-            RemoteDisk { disk: id, writable, offset: 0, len, serial: serial(unit), format: disk.format };
+        let (offset, len) = if within { (disk.offset, disk.len) } else { (0, len) };
+        let (serial, format) = (serial(unit), disk.format);
+        let disk = RemoteDisk { disk: id, writable, offset, len, serial, format };
         self.agent.attach(&disk).await.map_err(|e| text(&e))
     }
 
@@ -378,14 +390,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn units_are_used_again_and_numbers_are_not() {
+    fn units_are_used_again_late_and_numbers_never() {
         let mut disks = Disks::default();
         let (a, unit) = disks.take().unwrap();
         assert_eq!(unit, TRANSFER_UNIT + 1);
         let (b, _) = disks.take().unwrap();
         disks.give_back(a);
         let (c, again) = disks.take().unwrap();
-        assert!(again == unit && c != a && c != b);
+        assert!(again != unit && c != a && c != b);
+        for _ in 0..SHORT_UNITS {
+            let (id, _) = disks.take().unwrap();
+            disks.give_back(id);
+        }
+        assert!(disks.taken.len() == 2 && !disks.taken.contains(&unit));
         while disks.take().is_some() {}
         assert_eq!(disks.taken.len(), MAX_DISKS as usize);
     }
