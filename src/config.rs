@@ -17,7 +17,12 @@ use figment::{
     Figment,
     providers::{Env, Format, Toml},
 };
-use std::{collections::BTreeMap, fmt, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// Prefix of all options.
 pub const PREFIX: &str = "lcow.";
@@ -29,6 +34,9 @@ pub const DEFAULT_SANDBOX_BYTES: u64 = 20 * (1 << 30);
 pub const MIN_SANDBOX_BYTES: u64 = 16 << 20;
 /// Largest sandbox: what a VHD footer can name.
 pub const MAX_SANDBOX_BYTES: u64 = 2040 << 30;
+
+/// Longest text of boot parameters, in bytes; kernels cut their line at 2048.
+const MAX_BOOT_PARAMETERS: usize = 1024;
 
 /// One option.
 #[derive(Debug)]
@@ -66,16 +74,82 @@ pub const SPECS: &[OptionSpec] = &[
     OptionSpec {
         name: "lcow.svm",
         default: "auto",
-        accepts: "embedded or auto (which is embedded here)",
-        help: "Kind of service VM that handles layer bytes: embedded is a jailed worker process.",
-        set: |o, v| match v {
-            "auto" | "embedded" => {
-                o.svm = SvmKind::Embedded;
-                Some(())
-            }
-            _ => None,
+        accepts: if cfg!(target_os = "linux") {
+            "embedded, qemu or auto (which is embedded here)"
+        } else {
+            "embedded or auto (which is embedded here)"
+        },
+        help: "Kind of service VM that handles layer bytes: embedded is a jailed worker process, qemu a virtual machine.",
+        set: |o, v| {
+            o.svm = match v {
+                "auto" | "embedded" => SvmKind::Embedded,
+                #[cfg(target_os = "linux")]
+                "qemu" => SvmKind::Qemu,
+                _ => return None,
+            };
+            Some(())
         },
         show: |o| o.svm.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.kirdpath",
+        default: "/usr/lib/lcow-graphdriver",
+        accepts: "a folder",
+        help: "Folder of a virtual machine's kernel and initrd, as scripts/build-svm-image makes it.",
+        set: |o, v| path(v).map(|v| o.kird_path = v),
+        show: |o| o.kird_path.display().to_string(),
+    },
+    OptionSpec {
+        name: "lcow.kernel",
+        default: "vmlinux",
+        accepts: "a file name in lcow.kirdpath, or an absolute path",
+        help: "Kernel of a virtual machine: an uncompressed vmlinux that boots by PVH.",
+        set: |o, v| path(v).map(|v| o.kernel = v),
+        show: |o| o.kernel.display().to_string(),
+    },
+    OptionSpec {
+        name: "lcow.initrd",
+        default: "initrd",
+        accepts: "a file name in lcow.kirdpath, or an absolute path",
+        help: "Initial file system of a virtual machine: the agent and the modules that it loads.",
+        set: |o, v| path(v).map(|v| o.initrd = v),
+        show: |o| o.initrd.display().to_string(),
+    },
+    OptionSpec {
+        name: "lcow.bootparameters",
+        default: "",
+        accepts: "words for a kernel's line; may be empty",
+        help: "Added to the line of a virtual machine's kernel.",
+        set: |o, v| (v.len() <= MAX_BOOT_PARAMETERS).then(|| v.clone_into(&mut o.boot_parameters)),
+        show: |o| o.boot_parameters.clone(),
+    },
+    OptionSpec {
+        name: "lcow.accelerator",
+        default: "auto",
+        accepts: "auto, kvm or tcg",
+        help: "How a virtual machine's instructions run: by the processor (kvm), by translation (tcg), or by what works.",
+        set: |o, v| {
+            o.accelerator = match v {
+                "auto" => Acceleration::Auto,
+                "kvm" => Acceleration::Kvm,
+                "tcg" => Acceleration::Tcg,
+                _ => return None,
+            };
+            Some(())
+        },
+        show: |o| o.accelerator.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.guestmemory",
+        default: "512MiB",
+        accepts: "a size of 128 MiB to 64 GiB",
+        help: "Memory of one virtual machine; pages that it has not written are shared by all.",
+        set: |o, v| {
+            parse_size(v, Unit::Bytes)
+                .filter(|b| (128 << 20..=64 << 30).contains(b))
+                .map(|b| o.guest_memory_bytes = b)
+        },
+        show: |o| ByteSize(o.guest_memory_bytes).to_string(),
     },
     OptionSpec {
         name: "lcow.mount",
@@ -190,6 +264,20 @@ pub const SPECS: &[OptionSpec] = &[
 pub enum SvmKind {
     /// A jailed worker process.
     Embedded,
+    /// A virtual machine under QEMU.
+    #[cfg(target_os = "linux")]
+    Qemu,
+}
+
+/// How a virtual machine's instructions run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Acceleration {
+    /// By what works.
+    Auto,
+    /// By the processor.
+    Kvm,
+    /// By translation.
+    Tcg,
 }
 
 /// What Get does.
@@ -230,7 +318,11 @@ macro_rules! show_as {
         }
     };
 }
+#[cfg(target_os = "linux")]
+show_as!(SvmKind: Embedded = "embedded", Qemu = "qemu");
+#[cfg(not(target_os = "linux"))]
 show_as!(SvmKind: Embedded = "embedded");
+show_as!(Acceleration: Auto = "auto", Kvm = "kvm", Tcg = "tcg");
 show_as!(MountKind: Overlay = "overlay", None = "none");
 show_as!(LayoutProfile: Default = "default", Hcsshim = "hcsshim");
 show_as!(OverlayApi: Auto = "auto", New = "new", Legacy = "legacy");
@@ -244,6 +336,18 @@ pub struct Options {
     pub sandbox_bytes: u64,
     /// `lcow.svm`
     pub svm: SvmKind,
+    /// `lcow.kirdpath`
+    pub kird_path: PathBuf,
+    /// `lcow.kernel`, relative to `kird_path`
+    pub kernel: PathBuf,
+    /// `lcow.initrd`, relative to `kird_path`
+    pub initrd: PathBuf,
+    /// `lcow.bootparameters`
+    pub boot_parameters: String,
+    /// `lcow.accelerator`
+    pub accelerator: Acceleration,
+    /// `lcow.guestmemory`, bytes
+    pub guest_memory_bytes: u64,
     /// `lcow.mount`
     pub mount: MountKind,
     /// `lcow.overlayapi`
@@ -272,6 +376,12 @@ impl Default for Options {
             global_mode: false,
             sandbox_bytes: DEFAULT_SANDBOX_BYTES,
             svm: SvmKind::Embedded,
+            kird_path: PathBuf::new(),
+            kernel: PathBuf::new(),
+            initrd: PathBuf::new(),
+            boot_parameters: String::new(),
+            accelerator: Acceleration::Auto,
+            guest_memory_bytes: 0,
             mount: MountKind::None,
             overlay_api: OverlayApi::Auto,
             profile: LayoutProfile::Default,
@@ -438,6 +548,10 @@ pub enum Unit {
     Bytes,
     /// Units of 2^30 bytes.
     Gigabytes,
+}
+
+fn path(text: &str) -> Option<PathBuf> {
+    (!text.is_empty()).then(|| PathBuf::from(text))
 }
 
 /// Go's `strconv.ParseBool`, which the original used.

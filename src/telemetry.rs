@@ -65,6 +65,10 @@ pub struct Gauges {
     pub spares: u64,
     /// Service VMs started so far.
     pub boots: u64,
+    /// Guests booted from nothing so far, where service VMs are restored from a saved one.
+    pub cold_boots: u64,
+    /// Leases that had to wait for a service VM.
+    pub lease_waits: u64,
     /// Service VMs that failed so far.
     pub vm_failures: u64,
     /// Bytes free on the home's disk.
@@ -117,13 +121,15 @@ impl Metrics {
         );
         registry.register_with_unit("diff_sent", "Tar bytes sent by Diff", Unit::Bytes, bytes_out.clone());
         type Row = (&'static str, &'static str, ReadGauge);
-        let rows: [Row; 8] = [
+        let rows: [Row; 10] = [
             ("layers", "Layers in the current store", |g| g.layers),
             ("mounts", "Mounted merged views", |g| g.mounts),
             ("disks", "Mounted images and sandboxes", |g| g.disks),
             ("service_vms", "Running service VMs, spares included", |g| g.service_vms),
             ("service_vm_spares", "Spare service VMs", |g| g.spares),
             ("service_vm_boots", "Service VMs started since the program's start", |g| g.boots),
+            ("service_vm_cold_boots", "Guests booted to save a template of", |g| g.cold_boots),
+            ("service_vm_lease_waits", "Leases that waited for a service VM", |g| g.lease_waits),
             ("service_vm_failures", "Service VMs that failed since the program's start", |g| g.vm_failures),
             ("free_bytes", "Bytes free on the disk of the home", |g| g.free_bytes),
         ];

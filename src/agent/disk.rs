@@ -4,6 +4,10 @@
 //!   OpDisk ─ window ─► file │ block device           every access asks now and then: is the caller still there?
 //! ```
 //!
+//! A block device can't grow: a writable disk without a given length is a device that is large enough, and has the
+//! length that was set or written, as a file would; the daemon cuts the file behind it to what the operation says.
+//! What lies in the guest's page cache is no use to anybody, so [`OpDisk::reach_host`] sends it on.
+//!
 //! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
 //! the disk fails when the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
 
@@ -18,7 +22,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
 };
 
@@ -35,19 +39,24 @@ pub struct Disk {
     pub len: Option<u64>,
     /// The disk within the file, where it is not the file itself.
     pub inner: Option<Arc<Vhdx<Arc<File>>>>,
+    /// Set for a device of fixed size that stands for a growing file: the file's length.
+    pub length: Option<Arc<AtomicU64>>,
 }
 
 impl Disk {
-    /// A window of a file, or of the disk that the file holds.
+    /// A window of a file or device, or of the disk that the file holds.
     ///
     /// # Errors
-    /// A file that is not of the format; a writable VHDX.
+    /// A file that is not of the format; a writable VHDX; what the system says.
     pub fn open(
         file: File,
         format: DiskFormat,
         writable: bool,
         (offset, len): (u64, Option<u64>),
     ) -> Result<Self, WireError> {
+        let kind =
+            file.metadata().map_err(|e| WireError::new(ErrorKind::Io, format!("a disk: {e}")))?.file_type();
+        let length = (writable && len.is_none() && is_block_device(kind)).then(Arc::default);
         let file = Arc::new(file);
         let inner = match format {
             DiskFormat::Raw => None,
@@ -59,7 +68,7 @@ impl Disk {
                     .map_err(|e| WireError::new(ErrorKind::Corrupt, format!("VHDX: {e}")))?,
             )),
         };
-        Ok(Self { file, writable, offset, len, inner })
+        Ok(Self { file, writable, offset, len, inner, length })
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -74,6 +83,16 @@ impl Disk {
             None => ReadAt::size(&*self.file),
             Some(inner) => inner.size(),
         }
+    }
+}
+
+fn is_block_device(kind: std::fs::FileType) -> bool {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileTypeExt::is_block_device(&kind);
+    #[cfg(not(unix))]
+    {
+        let _ = kind;
+        false
     }
 }
 
@@ -135,6 +154,15 @@ impl OpDisk {
         Arc::ptr_eq(&self.disk.file, &other.disk.file) && self.disk.offset == other.disk.offset
     }
 
+    /// What was written leaves the guest's page cache, so that the daemon finds it in the file behind the device. Files
+    /// are the daemon's own: nothing to do.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn reach_host(&self) -> io::Result<()> {
+        if self.disk.length.is_some() { self.disk.file.sync_data() } else { Ok(()) }
+    }
+
     /// How many of `len` bytes at `offset` lie in the window, and where they are in the file.
     fn place(&self, offset: u64, len: usize) -> io::Result<(u64, usize)> {
         let at = self.disk.offset.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
@@ -151,10 +179,20 @@ impl ReadAt for OpDisk {
         if len == 0 || i64::try_from(at).is_err() {
             return Ok(0);
         }
+        let len = match &self.disk.length {
+            Some(length) => {
+                let room = length.load(Ordering::Acquire).saturating_sub(offset);
+                usize::try_from(room).unwrap_or(usize::MAX).min(len)
+            }
+            None => len,
+        };
         self.disk.read_at(&mut buf[..len], at)
     }
 
     fn size(&self) -> io::Result<u64> {
+        if let Some(length) = &self.disk.length {
+            return Ok(length.load(Ordering::Acquire));
+        }
         let rest = self.disk.size()?.saturating_sub(self.disk.offset);
         Ok(self.disk.len.map_or(rest, |len| len.min(rest)))
     }
@@ -168,6 +206,10 @@ impl WriteAt for OpDisk {
         }
         let (at, len) = self.place(offset, buf.len())?;
         let written = self.disk.file.write_at(&buf[..len], at)?;
+        if let Some(length) = &self.disk.length {
+            length.fetch_max(offset.saturating_add(written as u64), Ordering::AcqRel);
+            return Ok(written);
+        }
         self.writeback.written(&self.disk.file, at.saturating_add(written as u64));
         Ok(written)
     }
@@ -182,6 +224,14 @@ impl WriteAt for OpDisk {
         if !self.disk.writable {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "disk is attached read-only"));
         }
+        if let Some(length) = &self.disk.length {
+            // What is cut off would show up again if the disk grew; nobody of ours does either.
+            if len < length.load(Ordering::Acquire) {
+                return Err(io::Error::new(io::ErrorKind::Unsupported, "a device can't be cut shorter"));
+            }
+            length.store(len, Ordering::Release);
+            return Ok(());
+        }
         let end = self.disk.offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
         self.disk.file.set_len(end)
     }
@@ -195,13 +245,14 @@ impl WriteAt for OpDisk {
 mod tests {
     use super::*;
 
+    fn raw(file: File, writable: bool, window: (u64, Option<u64>)) -> Disk {
+        Disk::open(file, DiskFormat::Raw, writable, window).unwrap()
+    }
+
     fn disk(len: Option<u64>, writable: bool) -> OpDisk {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(b"0123456789", 0).unwrap();
-        OpDisk::new(
-            Disk { file: Arc::new(file), writable, offset: 2, len, inner: None },
-            Cancel::new(|| false),
-        )
+        OpDisk::new(raw(file, writable, (2, len)), Cancel::new(|| false))
     }
 
     #[test]
@@ -231,14 +282,27 @@ mod tests {
     }
 
     #[test]
+    fn a_device_has_the_length_that_was_written() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let mut disk = raw(file, true, (0, None));
+        disk.length = Some(Arc::default());
+        let d = OpDisk::new(disk, Cancel::new(|| false));
+        assert_eq!((d.size().unwrap(), d.read_at(&mut [0; 9], 0).unwrap()), (0, 0));
+        d.write_all_at(b"abc", 10).unwrap();
+        assert_eq!((d.size().unwrap(), d.read_at(&mut [0; 9], 8).unwrap()), (13, 5));
+        d.set_len(20).unwrap();
+        assert_eq!(d.size().unwrap(), 20);
+        assert!(d.set_len(5).is_err());
+        d.reach_host().unwrap();
+    }
+
+    #[test]
     fn a_gone_caller_stops_disk_access_within_one_look() {
         let gone = Arc::new(AtomicBool::new(false));
         let seen = gone.clone();
-        let file = Arc::new(tempfile::tempfile().unwrap());
-        let d = OpDisk::new(
-            Disk { file, writable: true, offset: 0, len: None, inner: None },
-            Cancel::new(move || seen.load(Ordering::Relaxed)),
-        );
+        let file = tempfile::tempfile().unwrap();
+        let d = OpDisk::new(raw(file, true, (0, None)), Cancel::new(move || seen.load(Ordering::Relaxed)));
         d.write_all_at(b"x", 0).unwrap();
         gone.store(true, Ordering::Relaxed);
         let failed = (0..=CALLS_PER_LOOK).find_map(|_| d.read_at(&mut [0], 0).err()).unwrap();

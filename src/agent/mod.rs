@@ -6,12 +6,14 @@
 //! ```
 //!
 //! Synchronous, without runtime, paths or configuration: descriptors and frames only. The same code runs in a jailed
-//! worker process ([`worker`]) and, behind other transports, in a virtual machine. An operation that panics is
+//! worker process ([`worker`]) and, behind a [`link`], in a virtual machine ([`guest`]). An operation that panics is
 //! answered as an error; a channel that closes cancels its operation at the next byte that it reads or writes.
 //! Called by `svm` (the wire types) and `main` (the worker).
 
 pub mod codec;
 pub mod disk;
+#[cfg(target_os = "linux")]
+pub mod guest;
 pub mod link;
 pub mod operation;
 mod real;

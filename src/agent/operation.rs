@@ -114,6 +114,7 @@ impl Run<'_> {
             Operation::Apply { image, record, scratch, lowers, options } => {
                 let mut input = FrameInput::new(self.channel);
                 let (image, record) = (self.writable(image)?, self.writable(record)?);
+                let written = [image.clone(), record.clone()];
                 let scratch = scratch.map(|disk| self.writable(disk)).transpose()?;
                 let summary =
                     self.codec.apply(&mut input, image, record, scratch, self.layers(&lowers)?, &options);
@@ -126,6 +127,15 @@ impl Run<'_> {
                         ErrorKind::Internal,
                         "the codec left a part of the tar unread",
                     ));
+                }
+                for disk in written {
+                    disk.reach_host().map_err(|e| {
+                        let kind = match e.kind() {
+                            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+                            _ => ErrorKind::Io,
+                        };
+                        WireError::new(kind, format!("writing to the host: {e}"))
+                    })?;
                 }
                 json(&summary)
             }

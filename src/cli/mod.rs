@@ -80,6 +80,10 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         args: Vec<String>,
     },
+    /// Confines itself and becomes a virtual machine's process; started by `serve`, never by hand.
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    Launch,
 }
 
 /// Arguments of `serve`.
@@ -150,6 +154,11 @@ fn options_help() -> String {
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
+        #[cfg(target_os = "linux")]
+        Command::Launch => {
+            let status = crate::sys::linux::launch::launch_main();
+            return u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from);
+        }
         Command::Serve(args) => serve::run(args),
         Command::Store(command) => store::run(command),
         Command::Layer(command) => layer::run(command),

@@ -11,7 +11,7 @@ use std::{path::Path, sync::Arc};
 #[cfg(target_os = "linux")]
 use {
     super::mounts::{Member, Mounts},
-    crate::store::LayerId,
+    crate::{config::SvmKind, store::LayerId},
 };
 
 /// A home that is open.
@@ -244,6 +244,27 @@ fn remap(init: &InitRecord) -> Result<Option<Arc<std::os::fd::OwnedFd>>, DriverE
     )
 }
 
+#[cfg(target_os = "linux")]
+fn qemu_config(options: &Options, config: &DriverConfig) -> svm::qemu::QemuConfig {
+    use crate::config::Acceleration;
+    use svm::qemu::Accelerator;
+    let kird = &options.kird_path;
+    // Below the service's own root: the home's caches are debris of a start.
+    let mut qemu =
+        svm::qemu::QemuConfig::new(kird.join(&options.kernel), kird.join(&options.initrd), &config.root);
+    qemu.boot_parameters.clone_from(&options.boot_parameters);
+    qemu.memory = options.guest_memory_bytes;
+    qemu.accelerator = match options.accelerator {
+        Acceleration::Auto => None,
+        Acceleration::Kvm => Some(Accelerator::Kvm),
+        Acceleration::Tcg => Some(Accelerator::Tcg),
+    };
+    if let Some(program) = &config.worker_program {
+        qemu.launcher.clone_from(program);
+    }
+    qemu
+}
+
 fn start_pool(options: &Options, config: &DriverConfig) -> Pool {
     let settings = PoolConfig {
         mode: if options.global_mode { Mode::Global } else { Mode::Safe },
@@ -252,6 +273,13 @@ fn start_pool(options: &Options, config: &DriverConfig) -> Pool {
         idle_timeout: options.idle_timeout,
         ..PoolConfig::default()
     };
+    #[cfg(target_os = "linux")]
+    if options.svm == SvmKind::Qemu {
+        let qemu = qemu_config(options, config);
+        // The first start boots a guest once, for the template.
+        let settings = PoolConfig { boot_timeout: qemu.deadline * 2, ..settings };
+        return Pool::start(Arc::new(svm::qemu::QemuBackend::new(qemu)), settings);
+    }
     let mut embedded =
         svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() };
     if let Some(program) = &config.worker_program {

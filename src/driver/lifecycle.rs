@@ -167,13 +167,17 @@ impl Home {
             Mode::Safe => "safe (one service VM for each operation's layer)",
             Mode::Global => "global (one service VM for all)",
         };
+        let backend = match pool.detail.as_str() {
+            "" => pool.backend.to_owned(),
+            detail => format!("{} ({detail})", pool.backend),
+        };
         let mut lines: Vec<(String, String)> = vec![
             ("LCOW".into(), env!("CARGO_PKG_VERSION").into()),
             ("Home".into(), self.store.layout().home().display().to_string()),
             ("Store Format".into(), self.store.marker().format.to_string()),
             ("Layers".into(), self.store.len().to_string()),
             ("Mounts".into(), format!("{views} merged, {disks} disks")),
-            ("Service VM Backend".into(), pool.backend.into()),
+            ("Service VM Backend".into(), backend),
             ("Service VM Mode".into(), mode.into()),
             (
                 "Service VMs".into(),

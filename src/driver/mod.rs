@@ -254,6 +254,8 @@ impl Driver {
             service_vms: (pool.vms.len() + pool.spares + pool.booting) as u64,
             spares: pool.spares as u64,
             boots: pool.boots,
+            cold_boots: pool.cold_boots,
+            lease_waits: pool.waits,
             vm_failures: pool.boot_failures + pool.deaths + pool.poisoned,
             free_bytes: home.free_bytes().unwrap_or(0),
         }

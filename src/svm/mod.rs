@@ -13,7 +13,6 @@
 //! Memory per stream, whatever its length: one frame of at most 256 KiB being filled, one being read (at most 1 MiB,
 //! 256 KiB from our own agent), two queued, and the socket's buffers (at most 512 KiB): below 2 MiB.
 
-#[cfg(windows)]
 mod console;
 #[cfg(target_os = "linux")]
 pub mod embedded;
@@ -23,6 +22,8 @@ pub mod embedded;
 mod exchange;
 mod job;
 pub mod pool;
+#[cfg(target_os = "linux")]
+pub mod qemu;
 pub mod remote;
 mod stream;
 
@@ -174,6 +175,16 @@ pub trait VmBackend: Send + Sync + 'static {
     /// What it can bear.
     fn limits(&self) -> BackendLimits;
 
+    /// What it runs on, for Status ("TCG, QEMU 10.0.2"); empty where there is nothing to say.
+    fn detail(&self) -> String {
+        String::new()
+    }
+
+    /// Guests booted from nothing since the backend began, where others are restored from a saved one.
+    fn cold_boots(&self) -> u64 {
+        0
+    }
+
     /// Starts a VM and waits for its agent's greeting. Dropping the future leaves nothing behind.
     fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>>;
 
@@ -191,6 +202,12 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
 
     /// Takes a disk away.
     fn detach(&self, disk: DiskId) -> BoxFuture<'_, Result<(), SvmError>>;
+
+    /// A disk that grows has got its final length: a backend that lends devices of fixed size cuts the file to it.
+    fn grown<'a>(&'a self, disk: &'a DiskSource, len: u64) -> BoxFuture<'a, Result<(), SvmError>> {
+        let _ = (disk, len);
+        Box::pin(async { Ok(()) })
+    }
 
     /// A new channel to the agent.
     fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>>;

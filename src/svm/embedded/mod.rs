@@ -12,6 +12,7 @@
 
 mod control;
 
+use super::console::Console;
 use super::{
     Access, BackendLimits, Channel, Death, DiskId, DiskSource, JailReport, ServiceVm, SvmError, VmBackend,
     VmSpec,
@@ -30,7 +31,6 @@ use control::ControlClient;
 use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use std::{
-    collections::VecDeque,
     ffi::OsString,
     fmt, io,
     os::{
@@ -38,7 +38,6 @@ use std::{
         unix::net::UnixStream,
     },
     path::PathBuf,
-    process::ChildStderr,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -48,10 +47,6 @@ use tokio::{io::Interest, sync::watch};
 
 /// Kernel buffer of a data channel, each way; bytes.
 const CHANNEL_BUFFER: usize = 256 << 10;
-/// How much of what a worker said is kept; lines and bytes per line.
-const CONSOLE_LINES: usize = 64;
-const CONSOLE_LINE: usize = 1024;
-
 /// How workers are started.
 #[derive(Debug, Clone)]
 pub struct EmbeddedConfig {
@@ -114,7 +109,9 @@ impl EmbeddedBackend {
             return Err(failed("worker without control socket".into(), String::new()));
         };
         let pid = worker.pid();
-        console.follow(stderr, pid).map_err(|e| failed(e.to_string(), String::new()))?;
+        let pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(OwnedFd::from(stderr))
+            .map_err(|e| failed(e.to_string(), String::new()))?;
+        console.follow(pipe, format!("worker {pid}"));
         let control = ControlClient::new(socket).map_err(|e| failed(e.to_string(), String::new()))?;
         let vm = Arc::new(EmbeddedVm {
             label: format!("worker {pid} (vm {})", spec.number),
@@ -161,58 +158,6 @@ impl VmBackend for EmbeddedBackend {
         // Workers die with the daemon (parent-death signal, end of the control socket) and own nothing but memory.
         async { Ok(0) }.boxed()
     }
-}
-
-/// What a worker said last.
-#[derive(Debug, Clone, Default)]
-struct Console(Arc<Mutex<VecDeque<String>>>);
-
-impl Console {
-    /// Keeps and logs what comes from `stderr` until its end.
-    fn follow(&self, stderr: ChildStderr, pid: i32) -> io::Result<()> {
-        let mut pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(OwnedFd::from(stderr))?;
-        let lines = self.0.clone();
-        tokio::spawn(async move {
-            use tokio::io::AsyncReadExt;
-            let (mut buffer, mut line) = ([0u8; 4096], Vec::new());
-            loop {
-                let n = pipe.read(&mut buffer).await.unwrap_or(0);
-                for &b in &buffer[..n] {
-                    if b != b'\n' {
-                        line.push(b);
-                    }
-                    if b == b'\n' || line.len() >= CONSOLE_LINE {
-                        keep(&lines, &mut line, pid);
-                    }
-                }
-                if n == 0 {
-                    keep(&lines, &mut line, pid);
-                    return;
-                }
-            }
-        });
-        Ok(())
-    }
-
-    fn tail(&self) -> String {
-        let lines = self.0.lock();
-        lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
-    }
-}
-
-fn keep(lines: &Mutex<VecDeque<String>>, line: &mut Vec<u8>, pid: i32) {
-    if line.is_empty() {
-        return;
-    }
-    // Escaped, because a taken-over worker may speak to the terminal of whoever reads the log.
-    let text = line.escape_ascii().to_string();
-    line.clear();
-    tracing::warn!(worker = pid, "{text}");
-    let mut lines = lines.lock();
-    if lines.len() == CONSOLE_LINES {
-        lines.pop_front();
-    }
-    lines.push_back(text);
 }
 
 /// A running worker.

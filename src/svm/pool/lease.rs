@@ -35,6 +35,9 @@ use tokio::sync::{mpsc, oneshot};
 /// Most bytes of changed paths that are taken from a VM.
 const MAX_CHANGES: usize = 256 << 20;
 
+/// What an image's file may have beyond the largest file system: verity tree and VHD footer.
+const FOOTER_SLACK: u64 = 1 << 30;
+
 /// The right to use a VM; dropping it gives the VM back.
 pub struct Lease {
     inner: Arc<Inner>,
@@ -62,6 +65,25 @@ impl Drop for Lease {
             },
         );
     }
+}
+
+/// A guest's page cache makes an input/output error of a full disk: the host knows better.
+fn say_full(error: SvmError, job: &ApplyJob) -> SvmError {
+    /// Fewer bytes than this are none.
+    #[cfg(unix)]
+    const NONE_LEFT: u64 = 1 << 20;
+    #[cfg(unix)]
+    if error.refused_kind() == Some(ErrorKind::Io)
+        && let SvmError::Refused(wire) = &error
+        && [&job.image, &job.record].iter().any(|disk| {
+            rustix::fs::fstatvfs(&*disk.file).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) < NONE_LEFT)
+        })
+    {
+        let message = format!("no space left on the host: {}", wire.message);
+        return SvmError::Refused(crate::agent::wire::WireError::new(ErrorKind::NoSpace, message));
+    }
+    let _ = job;
+    error
 }
 
 /// A disk in use by one operation.
@@ -197,7 +219,20 @@ impl Lease {
             None => None,
         };
         let operation = Operation::Apply { image, record, scratch, lowers, options: job.options.clone() };
-        let (mut sender, mut receiver) = self.begin(&operation).await?;
+        let summary = self.apply_stream(&operation, body).await.map_err(|e| say_full(e, job))?;
+        if let Some(vm) = &self.vm {
+            // The VM's word is checked by the driver against the files, and the image by a VM that saw no tar.
+            vm.grown(&job.image, summary.file_bytes.min(job.options.max_image_bytes + FOOTER_SLACK)).await?;
+            vm.grown(&job.record, summary.record_bytes.min(job.options.max_image_bytes)).await?;
+        }
+        Ok(summary)
+    }
+
+    async fn apply_stream<S>(&self, operation: &Operation, body: S) -> Result<ApplySummary, SvmError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        let (mut sender, mut receiver) = self.begin(operation).await?;
         let sent = {
             let mut sending = pin!(sender.body(body));
             let mut receiving = pin!(receiver.result::<ApplySummary>());

@@ -119,6 +119,10 @@ pub struct PoolSnapshot {
     pub wait_seconds: f64,
     /// What holds the last started VM's agent in.
     pub jail: Option<JailReport>,
+    /// What the backend runs on; empty where there is nothing to say.
+    pub detail: String,
+    /// Guests that were booted from nothing, where others are restored.
+    pub cold_boots: u64,
 }
 
 /// How long an image's former writers may take to vanish before a check gives up.
@@ -289,6 +293,8 @@ impl Pool {
             waits: counters.waits,
             wait_seconds: state.waited.as_secs_f64(),
             jail: state.jail.clone(),
+            detail: self.inner.backend.detail(),
+            cold_boots: self.inner.backend.cold_boots(),
         }
     }
 

@@ -49,7 +49,7 @@ impl State {
 }
 
 impl Inbox {
-    fn new() -> Arc<Self> {
+    pub(super) fn new() -> Arc<Self> {
         Arc::new(Self(Mutex::new(State { credit: WINDOW, window: WINDOW, ..State::default() })))
     }
 
@@ -111,12 +111,8 @@ impl RemoteChannel {
         Ok(Self { link: link.clone(), id, inbox, partial: BytesMut::new() })
     }
 
-    /// Channel 0, of a link that has just started (and is broken already if this does not work).
-    pub(super) fn control(link: &Arc<Link>) -> Self {
-        let inbox = Inbox::new();
-        if let Err(e) = link.add(0, inbox.clone()) {
-            inbox.fail(&e.to_string());
-        }
+    /// Channel 0, of a link that was started with this inbox.
+    pub(super) fn control(link: &Arc<Link>, inbox: Arc<Inbox>) -> Self {
         Self { link: link.clone(), id: 0, inbox, partial: BytesMut::new() }
     }
 

@@ -34,24 +34,29 @@ struct Table {
 }
 
 impl Link {
+    /// Starts both tasks. Channel 0 is there before the first frame is read: one that came early would otherwise be
+    /// taken for one of a forgotten channel, and with it a lie or the agent's farewell.
     pub(super) fn start(
         input: impl AsyncRead + Send + Unpin + 'static,
         mut output: impl AsyncWrite + Send + Unpin + 'static,
         slots: Option<Slots>,
+        control: Arc<Inbox>,
     ) -> Arc<Self> {
         // Unbounded, but what is in it was paid for by credit: at most a window for each channel.
         let (queue, mut frames) = mpsc::unbounded_channel::<Bytes>();
-        let link = Arc::new(Self { table: Mutex::default(), queue, slots, reader: Mutex::default() });
+        let table = Mutex::new(Table { channels: HashMap::from([(0, control)]), broken: None });
+        let link = Arc::new(Self { table, queue, slots, reader: Mutex::default() });
         let weak = Arc::downgrade(&link);
         tokio::spawn(async move {
             while let Some(bytes) = frames.recv().await {
-                if let Err(e) = output.write_all(&bytes).await {
+                let mut sent = output.write_all(&bytes).await;
+                if sent.is_ok() && frames.is_empty() {
+                    sent = output.flush().await;
+                }
+                if let Err(e) = sent {
                     if let Some(link) = weak.upgrade() {
                         link.end(&format!("link: {e}"));
                     }
-                    return;
-                }
-                if frames.is_empty() && output.flush().await.is_err() {
                     return;
                 }
             }

@@ -23,7 +23,8 @@ use crate::agent::{
         slots::{Side, Slots, TransferDisk},
     },
     wire::{
-        self, Control, ControlReply, ControlRequest, FrameType, HEADER_LEN, Hello, PROTOCOL_VERSION, Wake,
+        self, Control, ControlReply, ControlRequest, DiskFormat, FrameType, HEADER_LEN, Hello,
+        PROTOCOL_VERSION, Wake,
     },
 };
 use link::Link;
@@ -80,6 +81,8 @@ pub struct RemoteDisk {
     pub len: Option<u64>,
     /// How the guest finds the device.
     pub serial: String,
+    /// How the disk's bytes lie on the device.
+    pub format: DiskFormat,
 }
 
 impl RemoteAgent {
@@ -133,8 +136,9 @@ impl RemoteAgent {
             let reason = format!("the agent speaks protocol {}, we speak {PROTOCOL_VERSION}", hello.version);
             return Err(io::Error::other(reason));
         }
-        let link = Link::start(input, output, slots.filter(|_| hello.transfer));
-        let control = RemoteChannel::control(&link);
+        let inbox = channel::Inbox::new();
+        let link = Link::start(input, output, slots.filter(|_| hello.transfer), inbox.clone());
+        let control = RemoteChannel::control(&link, inbox);
         Ok(Self {
             link,
             control: Mutex::new(ControlState { channel: control, seq: 0 }),
@@ -153,8 +157,7 @@ impl RemoteAgent {
     /// # Errors
     /// The agent does not find it; the link broke.
     pub async fn attach(&self, disk: &RemoteDisk) -> io::Result<()> {
-        let RemoteDisk { disk, writable, offset, len, serial } = disk.clone();
-        let format = crate::agent::wire::DiskFormat::Raw;
+        let RemoteDisk { disk, writable, offset, len, serial, format } = disk.clone();
         self.call(Control::Attach { disk, writable, offset, len, serial: Some(serial), format }).await
     }
 

@@ -97,6 +97,7 @@ async fn round_trip(agent: &RemoteAgent, folder: &std::path::Path, name: &str, b
             offset: 0,
             len: None,
             serial: serial.clone(),
+            format: DiskFormat::Raw,
         };
         agent.attach(&disk).await.unwrap();
     }
@@ -172,8 +173,14 @@ async fn a_dropped_channel_cancels_and_a_sleeping_one_holds_up_nobody() {
     // An apply whose tar never comes: it waits in the agent, and the link goes on.
     for (n, name) in ["i", "r"].into_iter().enumerate() {
         File::create(folder.path().join(name)).unwrap();
-        let disk =
-            RemoteDisk { disk: DiskId(n as u32), writable: true, offset: 0, len: None, serial: name.into() };
+        let disk = RemoteDisk {
+            disk: DiskId(n as u32),
+            writable: true,
+            offset: 0,
+            len: None,
+            serial: name.into(),
+            format: DiskFormat::Raw,
+        };
         agent.attach(&disk).await.unwrap();
     }
     let options = wire::ApplyOptions::default();

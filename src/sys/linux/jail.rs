@@ -151,15 +151,49 @@ fn empty_root() -> io::Result<()> {
     Ok(())
 }
 
-fn close_all_from(first: u32) -> io::Result<()> {
+pub(super) fn close_all_from(first: u32) -> io::Result<()> {
     // SAFETY: runs before anything of ours owns a descriptor above 2, so no owner is left with a stale number.
     let r = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
     if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Confines this process before it becomes a foreign program (QEMU, which brings its own system-call filter and needs
+/// its libraries): own network and IPC, user `user` if we may choose one, no capabilities, no gain by set-user-id
+/// programs, dies with its parent, limits. Gives notes on what did not take hold.
+pub(super) fn confine(user: u32, memory: u64) -> Vec<String> {
+    let mut notes = Vec::new();
+    let mut held = |what: &str, result: io::Result<()>| {
+        if let Err(e) = result {
+            notes.push(format!("{what}: {e}"));
+        }
+    };
+    let _ = std::fs::write("/proc/self/oom_score_adj", "500");
+    if rustix::process::geteuid().is_root() {
+        held("own namespaces", unshare(UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS));
+        held("bounding set", clear_bounding_set());
+        held("own user", become_user(user).or_else(|_| become_user(NOBODY)));
+    }
+    held("capabilities", drop_capabilities());
+    held(
+        "parent death",
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(Into::into),
+    );
+    let limits = [(Resource::Core, 0), (Resource::As, memory), (Resource::Nproc, 64)];
+    for (resource, value) in limits {
+        let limit = Rlimit { current: Some(value), maximum: Some(value) };
+        held("limits", setrlimit(resource, limit).map_err(Into::into));
+    }
+    held("no_new_privs", rustix::thread::set_no_new_privs(true).map_err(Into::into));
+    notes
+}
+
 fn become_nobody() -> io::Result<()> {
+    become_user(NOBODY)
+}
+
+fn become_user(id: u32) -> io::Result<()> {
     rustix::thread::set_thread_groups(&[])?;
-    let (group, user) = (Gid::from_raw(NOBODY), Uid::from_raw(NOBODY));
+    let (group, user) = (Gid::from_raw(id), Uid::from_raw(id));
     rustix::thread::set_thread_res_gid(group, group, group)?;
     rustix::thread::set_thread_res_uid(user, user, user)?;
     Ok(())

@@ -6,16 +6,19 @@
 //!          ──► overlay   many lowers, two ways       agent (worker) ──► jail     what a worker does to itself
 //!          ──► idmap     shifted views of a mount                  ──► seccomp  its system-call filter
 //!          ──► mountinfo the kernel's mount table                  ──► probe    tries what the jail forbids
-//!   cli ─────► init      pid 1 of a container
+//!   cli ─────► init      pid 1 of a container           svm::qemu ────► launch   confines a VM's process, then starts it
+//!                                                   lcow-agent ───► guest    what the first process of a guest does
 //! ```
 //!
 //! Errors are [`SysError`]: what was tried, on what, and the kernel's answer.
 
 pub mod asyncfd;
 pub mod fdpass;
+pub mod guest;
 pub mod idmap;
 pub mod init;
 pub mod jail;
+pub mod launch;
 pub mod loopdev;
 pub mod mount;
 pub mod mountinfo;

@@ -1,0 +1,264 @@
+//! The QEMU backend: a real virtual machine for layer bytes, on Linux.
+//!
+//! ```text
+//!   find ─ QEMU, KVM or TCG ─► machine ─ command line, process by `launch` ─► template ─ saved once, restored in 0.2 s
+//!                                                                               └─► vm ─ disks by descriptor, channels
+//! ```
+//!
+//! The guest is the kernel of a distribution package and our agent, nothing else (`scripts/build-svm-image`). QEMU
+//! runs as a user of its own, without network, capabilities or paths, behind its own system-call filter; everything
+//! that it touches is a descriptor. It dies with the daemon, and owns nothing that has a name, so a daemon that was
+//! killed leaves nothing but the template, which the next one uses. Called by `pool` through the traits in `svm`.
+
+mod find;
+mod machine;
+mod qmp;
+mod template;
+mod vm;
+
+pub use find::{Accelerator, OLDEST, Qemu, find, kvm_device};
+pub use qmp::QmpError;
+
+use super::{BackendLimits, ServiceVm, SvmError, VmBackend, VmSpec};
+use futures_util::{FutureExt, future::BoxFuture};
+use machine::Recipe;
+use std::{
+    ffi::OsString,
+    fs::File,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use template::{Image, Template};
+use vm::QemuVm;
+
+/// The kernel's line for a guest without KVM: nothing that only real hardware needs.
+const KERNEL_LINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests no_timer_check tsc=reliable random.trust_cpu=on ipv6.disable=1 audit=0";
+/// Added under TCG, where no other tenant shares the processor's caches with the guest's code.
+const TCG_LINE: &str = " mitigations=off nokaslr";
+/// How long the first boot under KVM may take before it is held for broken.
+const KVM_DEADLINE: Duration = Duration::from_secs(5);
+/// Memory comes in pieces of this; bytes.
+const MEMORY_STEP: u64 = 2 << 20;
+
+/// How machines are made.
+#[derive(Debug, Clone)]
+pub struct QemuConfig {
+    /// QEMU; `None` = where distributions put it.
+    pub program: Option<PathBuf>,
+    /// The guest's kernel, an uncompressed vmlinux with PVH.
+    pub kernel: PathBuf,
+    /// The guest's initramfs.
+    pub initrd: PathBuf,
+    /// Added to the kernel's line.
+    pub boot_parameters: String,
+    /// The guest's memory; bytes.
+    pub memory: u64,
+    /// Largest image that an apply may write; bytes.
+    pub growing_bytes: u64,
+    /// Folder that keeps the template.
+    pub cache: PathBuf,
+    /// How long a boot or a restored guest's greeting may take.
+    pub deadline: Duration,
+    /// Use this one and look no further.
+    pub accelerator: Option<Accelerator>,
+    /// The program with the hidden `launch` subcommand, and its arguments and environment.
+    pub launcher: PathBuf,
+    /// See above.
+    pub launcher_args: Vec<OsString>,
+    /// See above.
+    pub launcher_env: Vec<(OsString, OsString)>,
+}
+
+impl QemuConfig {
+    /// The usual machine, with this guest and this cache.
+    pub fn new(kernel: impl Into<PathBuf>, initrd: impl Into<PathBuf>, cache: impl Into<PathBuf>) -> Self {
+        Self {
+            program: None,
+            kernel: kernel.into(),
+            initrd: initrd.into(),
+            boot_parameters: String::new(),
+            memory: 512 << 20,
+            growing_bytes: 128 << 30,
+            cache: cache.into(),
+            deadline: Duration::from_secs(60),
+            accelerator: None,
+            launcher: "/proc/self/exe".into(),
+            launcher_args: vec!["launch".into()],
+            launcher_env: Vec::new(),
+        }
+    }
+}
+
+/// Starts machines.
+#[derive(Debug)]
+pub struct QemuBackend {
+    config: QemuConfig,
+    ready: tokio::sync::Mutex<Option<Arc<Ready>>>,
+    detail: parking_lot::Mutex<String>,
+    cold_boots: AtomicU64,
+}
+
+/// What is known after the first boot.
+#[derive(Debug)]
+struct Ready {
+    recipe: Recipe,
+    template: Template,
+    kvm: Option<File>,
+}
+
+impl QemuBackend {
+    /// A backend. Nothing is looked for until the first boot.
+    pub fn new(config: QemuConfig) -> Self {
+        Self {
+            config,
+            ready: tokio::sync::Mutex::default(),
+            detail: parking_lot::Mutex::default(),
+            cold_boots: AtomicU64::new(0),
+        }
+    }
+
+    fn recipe(&self, qemu: Qemu, accelerator: Accelerator) -> Recipe {
+        let c = &self.config;
+        let mut kernel_line = KERNEL_LINE.to_owned();
+        if accelerator == Accelerator::Tcg {
+            kernel_line += TCG_LINE;
+        }
+        if !c.boot_parameters.is_empty() {
+            kernel_line = format!("{kernel_line} {}", c.boot_parameters);
+        }
+        Recipe {
+            qemu,
+            accelerator,
+            memory: c.memory.next_multiple_of(MEMORY_STEP),
+            kernel_line,
+            launcher: c.launcher.clone(),
+            launcher_args: c.launcher_args.clone(),
+            launcher_env: c.launcher_env.clone(),
+        }
+    }
+
+    /// The template, made if there is none. One caller makes it, the others wait.
+    async fn ready(&self, anew: bool) -> Result<Arc<Ready>, SvmError> {
+        let mut ready = self.ready.lock().await;
+        if anew {
+            *ready = None;
+        }
+        if let Some(ready) = &*ready {
+            return Ok(ready.clone());
+        }
+        let failed = |reason: String| SvmError::Boot { reason, console: String::new() };
+        let qemu = find(self.config.program.as_deref()).map_err(failed)?;
+        let image = Image::open(&self.config.kernel, &self.config.initrd).map_err(failed)?;
+        let kvm = match self.config.accelerator {
+            Some(Accelerator::Tcg) => None,
+            _ => kvm_device(),
+        };
+        let mut tries = Vec::new();
+        if let Some(device) = kvm {
+            let deadline =
+                if self.config.accelerator.is_some() { self.config.deadline } else { KVM_DEADLINE };
+            tries.push((Accelerator::Kvm, Some(device), deadline));
+        }
+        if self.config.accelerator != Some(Accelerator::Kvm) {
+            tries.push((Accelerator::Tcg, None, self.config.deadline));
+        }
+        let mut last = failed("KVM was asked for, and this machine has none".into());
+        for (accelerator, kvm, deadline) in tries {
+            let recipe = self.recipe(qemu.clone(), accelerator);
+            match self.template(&recipe, &image, kvm.as_ref(), deadline, anew).await {
+                Ok(template) => {
+                    *self.detail.lock() =
+                        format!("QEMU {}, {accelerator}, template {}", qemu.version, template.key);
+                    let made = Arc::new(Ready { recipe, template, kvm });
+                    *ready = Some(made.clone());
+                    return Ok(made);
+                }
+                Err(e) => {
+                    tracing::warn!("{accelerator}: {e}");
+                    last = e;
+                }
+            }
+        }
+        Err(last)
+    }
+
+    async fn template(
+        &self,
+        recipe: &Recipe,
+        image: &Image,
+        kvm: Option<&File>,
+        deadline: Duration,
+        anew: bool,
+    ) -> Result<Template, SvmError> {
+        let failed = |e: std::io::Error| SvmError::Boot { reason: e.to_string(), console: String::new() };
+        let cache = template::folder(&self.config.cache);
+        let key = template::key(recipe, image).map_err(failed)?;
+        if !anew && let Some(template) = Template::load(&cache, &key) {
+            return Ok(template);
+        }
+        let begin = std::time::Instant::now();
+        self.cold_boots.fetch_add(1, Ordering::Relaxed);
+        let template = Template::make(recipe, image, kvm, &cache, &key, deadline).await?;
+        tracing::info!(
+            key = template.key,
+            seconds = begin.elapsed().as_secs_f64(),
+            "service VM template made"
+        );
+        Ok(template)
+    }
+
+    async fn restore(&self, ready: &Ready, spec: &VmSpec) -> Result<Arc<dyn ServiceVm>, SvmError> {
+        let machine = ready.template.restore(&ready.recipe, spec.number, ready.kvm.as_ref()).await?;
+        let vm = QemuVm::greet(machine, spec.number, self.config.growing_bytes, self.config.deadline).await?;
+        Ok(vm)
+    }
+
+    async fn start(&self, spec: VmSpec) -> Result<Arc<dyn ServiceVm>, SvmError> {
+        let ready = self.ready(false).await?;
+        match self.restore(&ready, &spec).await {
+            Ok(vm) => Ok(vm),
+            Err(e) => {
+                // A template that was damaged, or that this QEMU can't read after all: once more, from the start.
+                tracing::warn!("{e}; making the template anew");
+                let ready = self.ready(true).await?;
+                self.restore(&ready, &spec).await
+            }
+        }
+    }
+}
+
+impl VmBackend for QemuBackend {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    fn limits(&self) -> BackendLimits {
+        BackendLimits { disks: vm::MAX_DISKS as usize, vms: 64 }
+    }
+
+    fn detail(&self) -> String {
+        self.detail.lock().clone()
+    }
+
+    fn cold_boots(&self) -> u64 {
+        self.cold_boots.load(Ordering::Relaxed)
+    }
+
+    fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {
+        self.start(spec).boxed()
+    }
+
+    fn reap(&self) -> BoxFuture<'_, Result<usize, SvmError>> {
+        // Machines die with the daemon and own nothing that has a name; half-made templates do.
+        async {
+            let Ok(entries) = std::fs::read_dir(template::folder(&self.config.cache)) else { return Ok(0) };
+            let left = entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with("making-"));
+            Ok(left.filter(|e| std::fs::remove_dir_all(e.path()).is_ok()).count())
+        }
+        .boxed()
+    }
+}

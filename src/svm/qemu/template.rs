@@ -1,0 +1,280 @@
+//! The saved state that machines are restored from.
+//!
+//! ```text
+//!   boot once ─► agent greets ─► pause ─► <cache>/<key>/{memory, state}        key = everything that must be equal
+//!   restore   ─► memory mapped privately (pages are shared until written) + state through a pipe ─► 0.2 s
+//! ```
+//!
+//! A saved state fits one QEMU, one command line, one accelerator and processor, one kernel, one initramfs: all of
+//! them are in the key, so a changed one means a new template and never a machine that half fits. Templates are
+//! written under another name and renamed, older ones deleted. The memory holds nothing but a freshly booted guest:
+//! it has seen no layer. Called by `mod`.
+
+use super::{
+    find::Accelerator,
+    machine::{Beginning, Machine, Recipe, stream},
+};
+use crate::{
+    svm::{SvmError, remote::RemoteAgent},
+    sys::linux::fdpass,
+};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{io::AsyncReadExt, io::AsyncWriteExt, time::timeout};
+
+/// Version of what a template's folder holds.
+const FORMAT: u32 = 1;
+/// Largest state besides the memory; bytes.
+const MAX_STATE: u64 = 64 << 20;
+/// Kernel buffer of the state's pipe; bytes.
+const STATE_BUFFER: usize = 1 << 20;
+/// How long saving or restoring may take.
+const STATE_TIME: Duration = Duration::from_secs(20);
+
+/// A template that can be restored from.
+#[derive(Debug, Clone)]
+pub(super) struct Template {
+    /// First digits of the key, for people.
+    pub(super) key: String,
+    memory: Arc<File>,
+    state: Arc<[u8]>,
+}
+
+/// Kernel and initramfs, open.
+#[derive(Debug)]
+pub(super) struct Image {
+    pub(super) kernel: File,
+    pub(super) initrd: File,
+}
+
+impl Image {
+    /// Opens both.
+    pub(super) fn open(kernel: &Path, initrd: &Path) -> Result<Self, String> {
+        let open = |path: &Path| {
+            File::open(path).map_err(|e| {
+                format!("{}: {e}; build the guest with scripts/build-svm-image, or name it by lcow.kernel and lcow.initrd", path.display())
+            })
+        };
+        Ok(Self { kernel: open(kernel)?, initrd: open(initrd)? })
+    }
+}
+
+/// A digest of everything that a saved state depends on; hex.
+pub(super) fn key(recipe: &Recipe, image: &Image) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut add = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    add(&FORMAT.to_le_bytes());
+    add(recipe.qemu.version.as_bytes());
+    // The distribution's own number is not in the version: a rebuilt QEMU has another size or time.
+    let program = fs::metadata(&recipe.qemu.program)?;
+    add(&program.len().to_le_bytes());
+    add(format!("{:?}", program.modified()?).as_bytes());
+    for argument in recipe.arguments(false) {
+        add(argument.as_bytes());
+    }
+    if recipe.accelerator == Accelerator::Kvm {
+        // -cpu host is what this processor is.
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+        for line in cpuinfo.lines().filter(|l| l.starts_with("model") || l.starts_with("flags")).take(3) {
+            add(line.as_bytes());
+        }
+    }
+    for mut file in [&image.kernel, &image.initrd] {
+        io::Seek::rewind(&mut file)?;
+        let mut buffer = vec![0; 1 << 20];
+        let mut digest = Sha256::new();
+        loop {
+            match file.read(&mut buffer)? {
+                0 => break,
+                n => digest.update(&buffer[..n]),
+            }
+        }
+        add(&digest.finalize());
+    }
+    Ok(hash.finalize().iter().fold(String::new(), |text, b| text + &format!("{b:02x}")))
+}
+
+impl Template {
+    /// The template of `key` in `cache`, if it is there and whole.
+    pub(super) fn load(cache: &Path, key: &str) -> Option<Self> {
+        let folder = cache.join(key);
+        let state = fs::read(folder.join("state")).ok()?;
+        let memory = File::open(folder.join("memory")).ok()?;
+        Some(Self { key: key[..12].to_owned(), memory: Arc::new(memory), state: state.into() })
+    }
+
+    /// Boots a guest and saves it. The machine is gone afterwards.
+    pub(super) async fn make(
+        recipe: &Recipe,
+        image: &Image,
+        kvm: Option<&File>,
+        cache: &Path,
+        key: &str,
+        deadline: Duration,
+    ) -> Result<Self, SvmError> {
+        let failed = |reason: String| SvmError::Boot { reason, console: String::new() };
+        fs::create_dir_all(cache).map_err(|e| failed(format!("{}: {e}", cache.display())))?;
+        let folder = tempfile::Builder::new()
+            .prefix("making-")
+            .tempdir_in(cache)
+            .map_err(|e| failed(format!("{}: {e}", cache.display())))?;
+        let path = folder.path().join("memory");
+        let open = || -> io::Result<(File, File)> {
+            let memory = File::options().read(true).write(true).create_new(true).open(&path)?;
+            memory.set_len(recipe.memory)?;
+            // The machine has a user of its own and opens what it was given anew; the folders above keep others out.
+            memory.set_permissions(fs::Permissions::from_mode(0o666))?;
+            let read = File::open(&path)?;
+            Ok((memory, read))
+        };
+        let (memory, reader) = open().map_err(|e| failed(format!("{}: {e}", path.display())))?;
+        let beginning = Beginning::Boot { kernel: &image.kernel, initrd: &image.initrd, memory: &memory };
+        let mut machine = recipe.start(0, beginning, kvm).await?;
+        let saved = timeout(deadline, save(&mut machine)).await;
+        machine.process.kill_and_reap();
+        let console = || machine.console.tail();
+        let state = match saved {
+            Ok(Ok(state)) => state,
+            Ok(Err(e)) => {
+                return Err(SvmError::Boot {
+                    reason: format!("saving a booted guest: {e}"),
+                    console: console(),
+                });
+            }
+            Err(_) => {
+                let reason = format!(
+                    "the guest's agent did not greet within {}s under {}",
+                    deadline.as_secs_f32(),
+                    recipe.accelerator
+                );
+                return Err(SvmError::Boot { reason, console: console() });
+            }
+        };
+        let publish = || -> io::Result<()> {
+            memory.set_permissions(fs::Permissions::from_mode(0o444))?;
+            fs::write(folder.path().join("state"), &state)?;
+            // Another key's templates are of no use any more.
+            for entry in fs::read_dir(cache)? {
+                let entry = entry?;
+                if entry.path() != folder.path() {
+                    fs::remove_dir_all(entry.path())?;
+                }
+            }
+            fs::rename(folder.path(), cache.join(key))
+        };
+        publish().map_err(|e| failed(format!("{}: {e}", cache.display())))?;
+        // Renamed: nothing is left to delete.
+        let _ = folder.keep();
+        Ok(Self { key: key[..12].to_owned(), memory: Arc::new(reader), state: state.into() })
+    }
+
+    /// Starts a machine where the template stopped. It is paused.
+    pub(super) async fn restore(
+        &self,
+        recipe: &Recipe,
+        number: u64,
+        kvm: Option<&File>,
+    ) -> Result<Machine, SvmError> {
+        let io = |e: io::Error| SvmError::Boot { reason: e.to_string(), console: String::new() };
+        let (ours, theirs) = fdpass::stream_pair(STATE_BUFFER).map_err(io)?;
+        let beginning = Beginning::Restore { memory: &self.memory, state: theirs };
+        let machine = recipe.start(number, beginning, kvm).await?;
+        let restored = timeout(STATE_TIME, self.feed(&machine, ours)).await;
+        let reason = match restored {
+            Ok(Ok(())) => return Ok(machine),
+            Ok(Err(e)) => e,
+            Err(_) => format!("no end within {}s", STATE_TIME.as_secs()),
+        };
+        Err(SvmError::Boot {
+            reason: format!("restoring template {}: {reason}", self.key),
+            console: machine.console.tail(),
+        })
+    }
+
+    async fn feed(&self, machine: &Machine, ours: OwnedFd) -> Result<(), String> {
+        let text = |e: &dyn std::fmt::Display| e.to_string();
+        let mut events = machine.qmp.events();
+        let capabilities = json!({"capabilities": [
+            {"capability": "x-ignore-shared", "state": true}, {"capability": "events", "state": true}]});
+        machine.qmp.run("migrate-set-capabilities", capabilities).await.map_err(|e| text(&e))?;
+        let uri = format!("fd:{}", crate::sys::linux::launch::FIRST_FD + 5);
+        machine.qmp.run("migrate-incoming", json!({ "uri": uri })).await.map_err(|e| text(&e))?;
+        let mut pipe = stream(ours).map_err(|e| text(&e))?;
+        let state = self.state.clone();
+        let feeding = async {
+            pipe.write_all(&state).await.map_err(|e| e.to_string())?;
+            pipe.shutdown().await.map_err(|e| e.to_string())
+        };
+        let waiting = async {
+            loop {
+                let event = events.recv().await.map_err(|e| e.to_string())?;
+                if event.name == "MIGRATION" {
+                    match event.data["status"].as_str() {
+                        Some("completed") => return Ok(()),
+                        Some("failed") => return Err("qemu could not read the state".to_owned()),
+                        _ => {}
+                    }
+                }
+            }
+        };
+        tokio::try_join!(feeding, waiting).map(|_| ())
+    }
+}
+
+/// Waits for the agent, pauses the machine and takes its state.
+async fn save(machine: &mut Machine) -> Result<Vec<u8>, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let (input, output) = machine.agent.take().ok_or("the port was taken already")?.into_split();
+    let agent = RemoteAgent::connect(input, output, None).await.map_err(|e| format!("agent: {e}"))?;
+    agent.ping().await.map_err(|e| format!("agent: {e}"))?;
+    let mut events = machine.qmp.events();
+    machine.qmp.run("stop", json!({})).await.map_err(|e| text(&e))?;
+    let capabilities = json!({"capabilities": [
+        {"capability": "x-ignore-shared", "state": true}, {"capability": "events", "state": true}]});
+    machine.qmp.run("migrate-set-capabilities", capabilities).await.map_err(|e| text(&e))?;
+    let (ours, theirs) = fdpass::stream_pair(STATE_BUFFER).map_err(|e| text(&e))?;
+    machine
+        .qmp
+        .run_with("getfd", json!({"fdname": "state"}), &[theirs.as_fd()])
+        .await
+        .map_err(|e| text(&e))?;
+    drop(theirs);
+    machine.qmp.run("migrate", json!({"uri": "fd:state"})).await.map_err(|e| text(&e))?;
+    let pipe = stream(ours).map_err(|e| text(&e))?;
+    let mut state = Vec::new();
+    pipe.take(MAX_STATE + 1).read_to_end(&mut state).await.map_err(|e| text(&e))?;
+    loop {
+        let event = events.recv().await.map_err(|e| text(&e))?;
+        if event.name == "MIGRATION" {
+            match event.data["status"].as_str() {
+                Some("completed") => break,
+                Some("failed") => return Err("qemu could not write the state".to_owned()),
+                _ => {}
+            }
+        }
+    }
+    drop(agent);
+    if state.len() as u64 > MAX_STATE {
+        return Err(format!("a state of more than {MAX_STATE} bytes"));
+    }
+    Ok(state)
+}
+
+/// Folder of the templates below a cache, which may be a home as well: no layer's id begins with a dot.
+pub(super) fn folder(cache: &Path) -> PathBuf {
+    cache.join(".svm")
+}

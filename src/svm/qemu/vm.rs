@@ -1,0 +1,409 @@
+//! A running machine: disks that come and go, channels, its end.
+//!
+//! ```text
+//!   attach   add-fd ─ blockdev-add (raw: offset, size) ─ device_add scsi-hd ─ agent: Attach "lun:0:N"
+//!   detach   agent: Detach ─ device_del … DEVICE_DELETED ─ blockdev-del ─ remove-fd
+//!   spare    paused after the greeting; the first attach or channel lets it go on
+//! ```
+//!
+//! Always `raw` with the window's offset and size: a VHD's footer is never inside the disk, and nothing probes bytes
+//! that a container wrote. A read-only disk is a read-only descriptor. A disk that grows is a sparse file of the
+//! largest size, cut to its length when the operation has said it ([`ServiceVm::grown`]). Flushes end in QEMU: the
+//! daemon syncs what it keeps.
+
+use super::{
+    machine::{Machine, TRANSFER_UNIT},
+    qmp::{Qmp, QmpError},
+};
+use crate::{
+    agent::{link::slots::TransferDisk, wire::JailReport},
+    svm::{
+        Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
+        console::Console,
+        remote::{RemoteAgent, RemoteDisk},
+    },
+    sys::linux::{
+        asyncfd,
+        process::{WorkerProcess, is_writable, reopen_read_only},
+    },
+};
+use futures_util::{FutureExt, future::BoxFuture};
+use parking_lot::Mutex;
+use serde_json::json;
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt, io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{io::Interest, sync::watch, time::timeout};
+
+/// Most disks of one machine at a time.
+pub(super) const MAX_DISKS: u32 = 1024;
+/// Units up to here have the short form of a SCSI address; higher ones are used when all of these are taken.
+const SHORT_UNITS: u32 = 255;
+/// Descriptor sets of disks begin here; lower ones are on the command line.
+const FIRST_SET: u32 = 100;
+/// How long a guest may take to let go of a disk.
+const UNPLUG_TIME: Duration = Duration::from_secs(20);
+/// How often a block node that is still in use is asked to go.
+const NODE_TRIES: u32 = 100;
+
+/// A machine in use.
+pub(super) struct QemuVm {
+    label: String,
+    qmp: Qmp,
+    agent: RemoteAgent,
+    console: Console,
+    death: watch::Sender<Option<Death>>,
+    /// `None` once reaped.
+    process: Mutex<Option<WorkerProcess>>,
+    disks: Mutex<Disks>,
+    paused: tokio::sync::Mutex<bool>,
+    /// Size of a disk that grows.
+    growing_bytes: u64,
+}
+
+#[derive(Default)]
+struct Disks {
+    next: u32,
+    /// The unit taken last.
+    last: u32,
+    units: HashMap<DiskId, u32>,
+    taken: BTreeSet<u32>,
+}
+
+impl Disks {
+    /// A free unit that was not used for long, and a number never used before. A guest hears of a removed disk a
+    /// moment after it is gone; another one in its place would then be taken for it.
+    fn take(&mut self) -> Option<(DiskId, u32)> {
+        let first = TRANSFER_UNIT + 1;
+        let unit = (self.last + 1..=SHORT_UNITS)
+            .chain(first..=MAX_DISKS)
+            .find(|u| *u >= first && !self.taken.contains(u))?;
+        self.last = if unit < SHORT_UNITS { unit } else { TRANSFER_UNIT };
+        self.taken.insert(unit);
+        let id = DiskId(self.next);
+        self.next += 1;
+        self.units.insert(id, unit);
+        Some((id, unit))
+    }
+
+    fn give_back(&mut self, id: DiskId) {
+        if let Some(unit) = self.units.remove(&id) {
+            self.taken.remove(&unit);
+        }
+    }
+}
+
+impl fmt::Debug for QemuVm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("QemuVm").field("label", &self.label).finish_non_exhaustive()
+    }
+}
+
+impl QemuVm {
+    /// Lets a restored machine go on, greets its agent and, as nobody needs it yet, pauses it again.
+    pub(super) async fn greet(
+        mut machine: Machine,
+        number: u64,
+        growing_bytes: u64,
+        limit: Duration,
+    ) -> Result<Arc<Self>, SvmError> {
+        let greeted = timeout(limit, Self::hello(&mut machine)).await;
+        let failed = |reason: String, console: &Console| SvmError::Boot { reason, console: console.tail() };
+        let agent = match greeted {
+            Ok(Ok(agent)) => agent,
+            Ok(Err(e)) => return Err(failed(e, &machine.console)),
+            Err(_) => {
+                let reason = format!("the restored guest did not greet within {}s", limit.as_secs());
+                return Err(failed(reason, &machine.console));
+            }
+        };
+        let Machine { process, qmp, console, .. } = machine;
+        let vm = Arc::new(Self {
+            label: format!("qemu {} (vm {number})", process.pid()),
+            qmp,
+            agent,
+            death: watch::channel(None).0,
+            process: Mutex::new(Some(process)),
+            disks: Mutex::default(),
+            paused: tokio::sync::Mutex::new(true),
+            growing_bytes,
+            console,
+        });
+        vm.watch().map_err(|e| failed(e.to_string(), &vm.console))?;
+        Ok(vm)
+    }
+
+    async fn hello(machine: &mut Machine) -> Result<RemoteAgent, String> {
+        let text = |e: &dyn fmt::Display| e.to_string();
+        machine.qmp.run("cont", json!({})).await.map_err(|e| text(&e))?;
+        let port = machine.agent.take().ok_or("the port was taken already")?;
+        let transfer = machine.transfer.try_clone().map_err(|e| text(&e))?;
+        let (input, output) = port.into_split();
+        let disk = TransferDisk::new(serial(TRANSFER_UNIT));
+        let agent =
+            RemoteAgent::connect(input, output, Some((transfer, disk))).await.map_err(|e| text(&e))?;
+        for note in &agent.hello().jail.notes {
+            tracing::warn!(note, "service VM's guest");
+        }
+        machine.qmp.run("stop", json!({})).await.map_err(|e| text(&e))?;
+        Ok(agent)
+    }
+
+    /// Starts the task that reaps the process and tells of its end.
+    fn watch(self: &Arc<Self>) -> io::Result<()> {
+        let Some(pidfd) = self.process.lock().as_ref().map(WorkerProcess::end_watch).transpose()? else {
+            return Ok(());
+        };
+        let pidfd = asyncfd::watch(pidfd, Interest::READABLE)?;
+        // Weak: dropping the last user of a VM must end it, not wait for this task.
+        let vm = Arc::downgrade(self);
+        let (console, death) = (self.console.clone(), self.death.clone());
+        tokio::spawn(async move {
+            let _ = pidfd.readable().await;
+            // The sockets usually still hold its last words.
+            tokio::task::yield_now().await;
+            let ended = vm.upgrade().and_then(|vm| {
+                let mut process = vm.process.lock();
+                let ended = process.as_mut().and_then(WorkerProcess::try_reap);
+                *process = None;
+                ended
+            });
+            let cause = ended.map_or_else(|| "ended".to_owned(), |e| e.to_string());
+            death.send_replace(Some(Death { cause, console: console.tail() }));
+        });
+        Ok(())
+    }
+
+    async fn go_on(&self) -> Result<(), QmpError> {
+        let mut paused = self.paused.lock().await;
+        if *paused {
+            self.qmp.run("cont", json!({})).await?;
+            *paused = false;
+        }
+        Ok(())
+    }
+
+    fn disk_error(&self, disk: impl fmt::Display, e: impl fmt::Display) -> SvmError {
+        SvmError::Disk { vm: self.label.clone(), disk: disk.to_string(), reason: e.to_string() }
+    }
+
+    async fn plug(&self, disk: &DiskSource, id: DiskId, unit: u32) -> Result<(), String> {
+        let text = |e: &dyn fmt::Display| e.to_string();
+        self.go_on().await.map_err(|e| text(&e))?;
+        let writable = disk.access == Access::ReadWrite;
+        let reopened;
+        let mut fd: BorrowedFd<'_> = disk.file.as_fd();
+        if !writable && is_writable(fd).map_err(|e| text(&e))? {
+            reopened = reopen_read_only(fd).map_err(|e| text(&e))?;
+            fd = reopened.as_fd();
+        }
+        // A window of what a VHDX holds is the agent's matter: the device is the whole file.
+        let within = disk.format == DiskFormat::Vhdx;
+        let (offset, mut len) = if within { (0, None) } else { (disk.offset, disk.len) };
+        if grows(disk) {
+            disk.file.set_len(self.growing_bytes).map_err(|e| text(&e))?;
+        } else if len.is_none() {
+            len = Some(disk.file.metadata().map_err(|e| text(&e))?.len().saturating_sub(offset));
+        }
+        let set = FIRST_SET + unit;
+        self.qmp.run_with("add-fd", json!({ "fdset-id": set }), &[fd]).await.map_err(|e| text(&e))?;
+        let mut node = json!({
+            "driver": "raw", "node-name": node(unit), "read-only": !writable, "offset": offset,
+            "cache": { "no-flush": true },
+            "file": { "driver": "file", "filename": format!("/dev/fdset/{set}"), "read-only": !writable,
+                      "locking": "off", "cache": { "no-flush": true } },
+        });
+        // A length that is no whole sector (an exact record) is rounded up by the device, and kept by the agent.
+        if let Some(len) = len.filter(|l| l.is_multiple_of(512) && *l > 0) {
+            node["size"] = json!(len);
+        }
+        self.qmp.run("blockdev-add", node).await.map_err(|e| text(&e))?;
+        let device = json!({ "driver": "scsi-hd", "bus": "vscsi.0", "scsi-id": 0, "lun": unit,
+            "drive": self::node(unit), "id": device(unit), "share-rw": true,
+            "werror": "report", "rerror": "report" });
+        self.qmp.run("device_add", device).await.map_err(|e| text(&e))?;
+        let (offset, len) = if within { (disk.offset, disk.len) } else { (0, len) };
+        let (serial, format) = (serial(unit), disk.format);
+        let disk = RemoteDisk { disk: id, writable, offset, len, serial, format };
+        self.agent.attach(&disk).await.map_err(|e| text(&e))
+    }
+
+    /// Takes a disk's parts away, as far as they are there.
+    async fn unplug(&self, unit: u32) -> Result<(), QmpError> {
+        let mut events = self.qmp.events();
+        let name = device(unit);
+        match self.qmp.run("device_del", json!({ "id": name })).await {
+            Ok(_) => {
+                let gone = async {
+                    while let Ok(event) = events.recv().await {
+                        if event.name == "DEVICE_DELETED" && event.data["device"] == name.as_str() {
+                            return true;
+                        }
+                    }
+                    false
+                };
+                if !matches!(timeout(UNPLUG_TIME, gone).await, Ok(true)) {
+                    return Err(QmpError::Broken(format!("the guest does not let go of {name}")));
+                }
+            }
+            Err(QmpError::Refused { class, .. }) if class == "DeviceNotFound" => {}
+            Err(e) => return Err(e),
+        }
+        // The node stays in use for a moment after its device went.
+        let mut tries = 0;
+        while let Err(e) = self.qmp.run("blockdev-del", json!({ "node-name": node(unit) })).await {
+            tries += 1;
+            match e {
+                QmpError::Refused { description, .. } if description.contains("Failed to find") => break,
+                e if tries == NODE_TRIES => return Err(e),
+                _ => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+        match self.qmp.run("remove-fd", json!({ "fdset-id": FIRST_SET + unit })).await {
+            Ok(_) | Err(QmpError::Refused { .. }) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+fn grows(disk: &DiskSource) -> bool {
+    disk.access == Access::ReadWrite && disk.len.is_none() && disk.offset == 0
+}
+
+fn node(unit: u32) -> String {
+    format!("n{unit}")
+}
+
+fn device(unit: u32) -> String {
+    format!("d{unit}")
+}
+
+fn serial(unit: u32) -> String {
+    format!("lun:0:{unit}")
+}
+
+impl ServiceVm for QemuVm {
+    fn describe(&self) -> String {
+        self.label.clone()
+    }
+
+    fn attach<'a>(&'a self, disk: &'a DiskSource) -> BoxFuture<'a, Result<DiskId, SvmError>> {
+        async move {
+            let path = disk.path.display();
+            let taken = self.disks.lock().take();
+            let (id, unit) = taken
+                .ok_or_else(|| self.disk_error(&path, format!("{MAX_DISKS} disks are attached already")))?;
+            if let Err(e) = self.plug(disk, id, unit).await {
+                if self.unplug(unit).await.is_ok() {
+                    self.disks.lock().give_back(id);
+                }
+                return Err(self.disk_error(path, e));
+            }
+            Ok(id)
+        }
+        .boxed()
+    }
+
+    fn detach(&self, disk: DiskId) -> BoxFuture<'_, Result<(), SvmError>> {
+        async move {
+            let unit = self.disks.lock().units.get(&disk).copied();
+            let unit = unit.ok_or_else(|| self.disk_error(disk.0, "not attached"))?;
+            self.agent.detach(disk).await.map_err(|e| self.disk_error(disk.0, e))?;
+            self.unplug(unit).await.map_err(|e| self.disk_error(disk.0, e))?;
+            self.disks.lock().give_back(disk);
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn grown<'a>(&'a self, disk: &'a DiskSource, len: u64) -> BoxFuture<'a, Result<(), SvmError>> {
+        async move {
+            if grows(disk) {
+                disk.file
+                    .set_len(len.min(self.growing_bytes))
+                    .map_err(|e| self.disk_error(disk.path.display(), e))?;
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>> {
+        async move {
+            let protocol =
+                |e: &dyn fmt::Display| SvmError::Protocol { vm: self.label.clone(), reason: e.to_string() };
+            self.go_on().await.map_err(|e| protocol(&e))?;
+            let channel = self.agent.open_channel().await.map_err(|e| protocol(&e))?;
+            Ok(Box::new(channel) as Channel)
+        }
+        .boxed()
+    }
+
+    fn ping(&self) -> BoxFuture<'_, Result<(), SvmError>> {
+        async move {
+            let protocol =
+                |e: &dyn fmt::Display| SvmError::Protocol { vm: self.label.clone(), reason: e.to_string() };
+            if *self.paused.lock().await {
+                // A paused guest can't answer; that its process does is all there is to know.
+                return self.qmp.run("query-status", json!({})).await.map(|_| ()).map_err(|e| protocol(&e));
+            }
+            self.agent.ping().await.map_err(|e| protocol(&e))
+        }
+        .boxed()
+    }
+
+    fn terminate(&self) -> BoxFuture<'_, ()> {
+        async move {
+            if let Some(process) = self.process.lock().as_ref() {
+                // Nothing in it is worth a farewell: what was written is in the files' page cache.
+                process.kill();
+            }
+            self.death().await;
+        }
+        .boxed()
+    }
+
+    fn death(&self) -> BoxFuture<'_, Death> {
+        let mut watch = self.death.subscribe();
+        async move {
+            let seen = watch.wait_for(Option::is_some).await.ok().and_then(|d| d.clone());
+            seen.unwrap_or_else(|| Death { cause: "ended".into(), console: String::new() })
+        }
+        .boxed()
+    }
+
+    fn console(&self) -> String {
+        self.console.tail()
+    }
+
+    fn jail(&self) -> Option<JailReport> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_used_again_late_and_numbers_never() {
+        let mut disks = Disks::default();
+        let (a, unit) = disks.take().unwrap();
+        assert_eq!(unit, TRANSFER_UNIT + 1);
+        let (b, _) = disks.take().unwrap();
+        disks.give_back(a);
+        let (c, again) = disks.take().unwrap();
+        assert!(again != unit && c != a && c != b);
+        for _ in 0..SHORT_UNITS {
+            let (id, _) = disks.take().unwrap();
+            disks.give_back(id);
+        }
+        assert!(disks.taken.len() == 2 && !disks.taken.contains(&unit));
+        while disks.take().is_some() {}
+        assert_eq!(disks.taken.len(), MAX_DISKS as usize);
+    }
+}

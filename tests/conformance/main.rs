@@ -1,0 +1,119 @@
+//! One suite for every backend of service VMs: what the driver relies on, with the real codec.
+//!
+//! ```text
+//!   suite::apply, suite::cancel, …  ×  embedded │ qemu       + identical: the same bytes from all of them
+//! ```
+//!
+//! `qemu` needs QEMU and the guest that `scripts/build-svm-image` makes (`LCOW_SVM_IMAGE` names its folder, else
+//! `<target>/svm-image`). Without them its tests fail, unless `LCOW_SVM_SKIP` says why they may be left out; then they
+//! say so and pass.
+
+#![cfg(target_os = "linux")]
+
+mod files;
+mod suite;
+
+use lcow_graphdriver::svm::{
+    VmBackend,
+    embedded::{EmbeddedBackend, EmbeddedConfig},
+    qemu::{Accelerator, QemuBackend, QemuConfig},
+};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+fn embedded() -> Option<Arc<dyn VmBackend>> {
+    Some(Arc::new(EmbeddedBackend::new(EmbeddedConfig {
+        program: env!("CARGO_BIN_EXE_lcow-graphdriver").into(),
+        ..EmbeddedConfig::default()
+    })))
+}
+
+fn image_folder() -> PathBuf {
+    std::env::var_os("LCOW_SVM_IMAGE").map_or_else(
+        || Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap().join("svm-image"),
+        PathBuf::from,
+    )
+}
+
+/// One backend for all tests of this process, so that the template is made once.
+fn qemu() -> Option<Arc<dyn VmBackend>> {
+    static BACKEND: OnceLock<Option<Arc<QemuBackend>>> = OnceLock::new();
+    let backend = BACKEND.get_or_init(|| {
+        if let Ok(reason) = std::env::var("LCOW_SVM_SKIP") {
+            eprintln!("skipped: qemu: {reason}");
+            return None;
+        }
+        let folder = image_folder();
+        let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("conformance");
+        let mut config = QemuConfig::new(folder.join("vmlinux"), folder.join("initrd"), cache);
+        config.launcher = env!("CARGO_BIN_EXE_lcow-graphdriver").into();
+        config.accelerator = std::env::var_os("LCOW_SVM_TCG").map(|_| Accelerator::Tcg);
+        Some(Arc::new(QemuBackend::new(config)))
+    });
+    backend.clone().map(|b| b as Arc<dyn VmBackend>)
+}
+
+macro_rules! suite {
+    ($($name:ident),* $(,)?) => {
+        mod on_embedded { $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                if let Some(backend) = super::embedded() { super::suite::$name(backend).await; }
+            }
+        )* }
+        mod on_qemu { $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                let _one_at_a_time = super::turn().await;
+                if let Some(backend) = super::qemu() { super::suite::$name(backend).await; }
+            }
+        )* }
+    };
+}
+
+/// Emulated machines on few processors only slow each other down.
+async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
+    static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    TURN.lock().await
+}
+
+suite!(
+    apply_and_exact_diff,
+    canonical_diff_changes_and_sizes,
+    a_blank_sandbox_is_empty,
+    read_only_disks_stay_read_only,
+    more_disks_than_the_limit_are_an_error,
+    two_hundred_disks,
+    concurrent_operations_in_both_modes,
+    a_dropped_export_is_cancelled,
+    a_killed_vm_fails_one_operation,
+    a_silent_vm_is_given_up,
+    hostile_layers_are_refused,
+    a_full_disk_is_an_error_of_its_own,
+    a_diff_streams_into_an_apply,
+    nothing_is_left_behind,
+);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn identical_bytes_from_every_backend() {
+    let _one_at_a_time = turn().await;
+    let mut all = Vec::new();
+    for backend in [embedded(), qemu()].into_iter().flatten() {
+        all.push((backend.name(), suite::fingerprint(backend).await));
+    }
+    let (first, expected) = &all[0];
+    for (name, found) in &all {
+        assert_eq!(found, expected, "{name} differs from {first}");
+    }
+}
+
+/// The table of `docs/service-vms.md`: `cargo test --release --test conformance -- --ignored --nocapture figures`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "figures for people, of use in a release build only"]
+async fn figures() {
+    for backend in [embedded(), qemu()].into_iter().flatten() {
+        suite::figures(backend).await;
+    }
+}

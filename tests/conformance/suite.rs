@@ -1,0 +1,498 @@
+//! The suite: every function takes a backend and must hold on all of them.
+
+use crate::files::{Files, Tar, body, collect, noise, tree};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use lcow_graphdriver::{
+    agent::wire::ErrorKind,
+    ext4::{
+        format::{BlankOptions, blank},
+        writer::Attributes,
+    },
+    io::WriteAt,
+    svm::{
+        Access, ChangeKind, CheckJob, CompareJob, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, Mode,
+        ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
+    },
+};
+use std::{
+    io,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+type Backend = Arc<dyn VmBackend>;
+
+fn pool(backend: &Backend, mode: Mode) -> Pool {
+    let config = PoolConfig {
+        mode,
+        spares: 1,
+        max_vms: 6,
+        boot_timeout: Duration::from_mins(2),
+        ..PoolConfig::default()
+    };
+    Pool::start(backend.clone(), config)
+}
+
+const END: Duration = Duration::from_secs(5);
+
+fn pid_of(description: &str) -> i32 {
+    description.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+fn alive(pid: i32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+async fn soon(what: &str, mut reached: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !reached() {
+        assert!(start.elapsed() < Duration::from_secs(30), "never: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn signal(pid: i32, signal: rustix::process::Signal) {
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
+}
+
+pub(crate) async fn apply_and_exact_diff(backend: Backend) {
+    for mode in [Mode::Safe, Mode::Global] {
+        let (pool, files) = (pool(&backend, mode), Files::new());
+        for (name, tar) in
+            [("empty", vec![0; 1024]), ("small", tree(3, 100, 1)), ("large", tree(30, 400_001, 2))]
+        {
+            let summary = files.apply(&pool, name, &tar).await.unwrap();
+            assert_eq!(summary.tar_bytes, tar.len() as u64);
+            let len = |kind: &str| std::fs::metadata(files.path(&format!("{name}.{kind}"))).unwrap().len();
+            assert_eq!((len("image"), len("record")), (summary.file_bytes, summary.record_bytes), "{name}");
+            let check = CheckJob { image: files.image(name), require_no_writers: true, tree: false };
+            assert_eq!(pool.check_image(check).await.unwrap().uuid, summary.uuid);
+            let back = files.export(&pool, name, files.exact(name)).await.unwrap();
+            assert!(back == tar, "{name}: {} bytes came back of {}", back.len(), tar.len());
+        }
+        pool.shutdown(END).await;
+        assert!(pool.snapshot().vms.is_empty());
+    }
+}
+
+/// Digests and numbers that must be the same whoever made them.
+pub(crate) async fn fingerprint(backend: Backend) -> Vec<String> {
+    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
+    let mut out = Vec::new();
+    let mut note = |what: &str, bytes: &[u8]| {
+        use sha2::Digest as _;
+        let digest = sha2::Sha256::digest(bytes);
+        out.push(format!("{what} {} {digest:x}", bytes.len()));
+    };
+    let base = tree(250, 7000, 3);
+    let top = Tar::default()
+        .folder("d0/")
+        .file("d0/.wh.f1", b"")
+        .file("d0/f2", &noise(50_000, 99))
+        .folder("d1/")
+        .file("d1/.wh..wh..opq", b"")
+        .file("d1/new", b"new")
+        .end();
+    files.apply(&pool, "base", &base).await.unwrap();
+    let lease = pool.lease("top", Purpose::Work).await.unwrap();
+    let mut job = files.apply_job("top");
+    job.lowers = vec![files.layer("base")];
+    lease.tar_to_layer(job, body(&top, 1000)).await.unwrap();
+    drop(lease);
+    for name in ["base", "top"] {
+        for kind in ["image", "record"] {
+            let file = format!("{name}.{kind}");
+            note(&file, &std::fs::read(files.path(&file)).unwrap());
+        }
+        note("exact", &files.export(&pool, name, files.exact(name)).await.unwrap());
+    }
+    let own = files.canonical(&["top", "base"], ParentDisks::Own);
+    note("canonical", &files.export(&pool, "top", own).await.unwrap());
+    let squashed = files.canonical(&["top", "base"], ParentDisks::None);
+    note("squashed", &files.export(&pool, "top", squashed).await.unwrap());
+    let lease = pool.lease("top", Purpose::Work).await.unwrap();
+    let changes = lease.changes(files.compare(&["top", "base"])).await.unwrap();
+    note("changes", format!("{changes:?}").as_bytes());
+    let size = lease.diff_size(files.compare(&["top", "base"])).await.unwrap();
+    note("size", size.to_string().as_bytes());
+    drop(lease);
+    pool.shutdown(END).await;
+    out
+}
+
+pub(crate) async fn canonical_diff_changes_and_sizes(backend: Backend) {
+    let (pool, files) = (pool(&backend, Mode::Global), Files::new());
+    files.apply(&pool, "base", &tree(20, 5000, 1)).await.unwrap();
+    let top = Tar::default().folder("d0/").file("d0/.wh.f1", b"").file("d0/added", &[7; 1234]).end();
+    files.apply(&pool, "top", &top).await.unwrap();
+    let lease = pool.lease("top", Purpose::Work).await.unwrap();
+    let changes = lease.changes(files.compare(&["top", "base"])).await.unwrap();
+    let kinds: Vec<_> =
+        changes.iter().map(|c| (String::from_utf8_lossy(&c.path).into_owned(), c.kind)).collect();
+    assert!(kinds.contains(&("/d0/added".into(), ChangeKind::Added)), "{kinds:?}");
+    assert!(kinds.contains(&("/d0/f1".into(), ChangeKind::Deleted)), "{kinds:?}");
+    assert_eq!(lease.diff_size(files.compare(&["top", "base"])).await.unwrap(), 1234);
+    drop(lease);
+    let first =
+        files.export(&pool, "top", files.canonical(&["top", "base"], ParentDisks::Own)).await.unwrap();
+    let again =
+        files.export(&pool, "top", files.canonical(&["top", "base"], ParentDisks::Own)).await.unwrap();
+    assert!(first == again && first.len() > 1024);
+    pool.shutdown(END).await;
+}
+
+pub(crate) async fn a_blank_sandbox_is_empty(backend: Backend) {
+    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
+    let disk = files.writable("sandbox");
+    disk.file.set_len(64 << 20).unwrap();
+    let root = Attributes { permissions: 0o755, ..Attributes::default() };
+    let directories = ["upper", "work"].map(|name| (name.as_bytes().to_vec(), root)).to_vec();
+    let options = BlankOptions { root, directories, ..BlankOptions::default() };
+    for (offset, data) in blank(64 << 20, &options).unwrap() {
+        disk.file.write_all_at(&data, offset).unwrap();
+    }
+    let target = vec![LayerDisk { disk: files.readable("sandbox"), kind: LayerKind::Sandbox }];
+    let lease = pool.lease("s", Purpose::Work).await.unwrap();
+    let job = || CompareJob { target: target.clone(), parent: ParentDisks::Own, live: None };
+    assert!(lease.changes(job()).await.unwrap().is_empty());
+    assert_eq!(lease.diff_size(job()).await.unwrap(), 0);
+    drop(lease);
+    pool.shutdown(END).await;
+}
+
+pub(crate) async fn read_only_disks_stay_read_only(backend: Backend) {
+    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
+    files.apply(&pool, "l", &tree(1, 10, 1)).await.unwrap();
+    let before = std::fs::read(files.path("l.image")).unwrap();
+    let lease = pool.lease("l", Purpose::Work).await.unwrap();
+    let mut job = files.apply_job("other");
+    // A disk that says read-only, though its file could be written.
+    let file = std::fs::File::options().read(true).write(true).open(files.path("l.image")).unwrap();
+    job.image.file = Arc::new(file);
+    job.image.access = Access::ReadOnly;
+    let e = lease.tar_to_layer(job, body(&tree(1, 10, 2), 999)).await.unwrap_err();
+    assert!(e.refused_kind().is_some(), "{e}");
+    drop(lease);
+    assert!(std::fs::read(files.path("l.image")).unwrap() == before);
+    pool.shutdown(END).await;
+}
+
+/// A chain of `count` layers that are all the same small one, in files of their own.
+async fn chain(files: &Files, pool: &Pool, count: usize) -> Vec<LayerDisk> {
+    files.apply(pool, "l", &tree(1, 10, 1)).await.unwrap();
+    let mut layers = Vec::new();
+    for n in 0..count {
+        let name = format!("copy{n}");
+        std::fs::copy(files.path("l.image"), files.path(&format!("{name}.image"))).unwrap();
+        layers.push(files.layer(&name));
+    }
+    layers
+}
+
+pub(crate) async fn more_disks_than_the_limit_are_an_error(backend: Backend) {
+    let limit = backend.limits().disks;
+    assert!(limit >= 256, "a chain of 128 layers and its parent must fit");
+    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
+    let mut target = chain(&files, &pool, 3).await;
+    // The files stay three; the windows are as many as one likes, and each is a disk.
+    let disk = target[0].disk.clone();
+    let window =
+        |n: usize| LayerDisk { disk: disk.clone().window(n as u64 * 512, 4096), kind: LayerKind::Applied };
+    if backend.name() != "embedded" {
+        // Each attach takes a device: shown by the table of units (a unit test), too slow under emulation here.
+        return pool.shutdown(END).await;
+    }
+    target.extend((0..=limit).map(window));
+    let lease = pool.lease("x", Purpose::Work).await.unwrap();
+    let e = lease.changes(CompareJob { target, parent: ParentDisks::None, live: None }).await.unwrap_err();
+    assert!(matches!(&e, SvmError::Disk { reason, .. } if reason.contains("attached already")), "{e}");
+    drop(lease);
+    pool.shutdown(END).await;
+}
+
+pub(crate) async fn two_hundred_disks(backend: Backend) {
+    let (pool, files) = (pool(&backend, Mode::Global), Files::new());
+    let target = chain(&files, &pool, 200).await;
+    let lease = pool.lease("x", Purpose::Work).await.unwrap();
+    let job = CompareJob { target, parent: ParentDisks::None, live: None };
+    assert_eq!(lease.diff_size(job).await.unwrap(), 10);
+    drop(lease);
+    // All are taken away again, and the VM goes on.
+    files.apply(&pool, "after", &tree(1, 10, 1)).await.unwrap();
+    assert_eq!(pool.snapshot().poisoned, 0);
+    pool.shutdown(END).await;
+}
+
+pub(crate) async fn concurrent_operations_in_both_modes(backend: Backend) {
+    for mode in [Mode::Safe, Mode::Global] {
+        let (pool, files) = (pool(&backend, mode), Arc::new(Files::new()));
+        let tasks: Vec<_> = (0..8u64)
+            .map(|n| {
+                let (pool, files) = (pool.clone(), files.clone());
+                tokio::spawn(async move {
+                    let (name, tar) = (format!("l{n}"), tree(4, 100_000, n * 100));
+                    files.apply(&pool, &name, &tar).await.unwrap();
+                    let back = files.export(&pool, &name, files.exact(&name)).await.unwrap();
+                    assert!(back == tar, "layer {n} came back changed");
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap();
+        }
+        let s = pool.snapshot();
+        assert_eq!((s.leases, s.waiting, s.boot_failures, s.deaths, s.poisoned), (0, 0, 0, 0, 0), "{s:?}");
+        pool.shutdown(END).await;
+    }
+}
+
+pub(crate) async fn a_dropped_export_is_cancelled(backend: Backend) {
+    for mode in [Mode::Safe, Mode::Global] {
+        let (pool, files) = (pool(&backend, mode), Files::new());
+        files.apply(&pool, "l", &tree(20, 1_000_000, 1)).await.unwrap();
+        let lease = pool.lease("l", Purpose::Export).await.unwrap();
+        let mut tar = lease.layer_to_tar(files.exact("l")).await.unwrap();
+        assert!(tar.next().await.unwrap().is_ok());
+        drop(tar);
+        soon("the lease is free", || pool.snapshot().leases == 0).await;
+        // A caller that goes away while applying, too; the VM goes on.
+        let lease = pool.lease("m", Purpose::Work).await.unwrap();
+        let never = body(&tree(1, 100, 1)[..600], 100).chain(stream::pending());
+        let gone = lease.tar_to_layer(files.apply_job("m"), never);
+        assert!(tokio::time::timeout(Duration::from_millis(300), gone).await.is_err());
+        lease.tar_to_layer(files.apply_job("m"), body(&tree(1, 100, 1), 100)).await.unwrap();
+        drop(lease);
+        assert_eq!(pool.snapshot().poisoned, 0);
+        pool.shutdown(END).await;
+    }
+}
+
+pub(crate) async fn a_killed_vm_fails_one_operation(backend: Backend) {
+    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
+    let lease = pool.lease("a", Purpose::Work).await.unwrap();
+    let pid = pid_of(&lease.vm_description());
+    let tar = tree(4, 1_000_000, 1);
+    let (head, tail) = (Bytes::copy_from_slice(&tar[..5000]), Bytes::copy_from_slice(&tar[5000..]));
+    let killed = stream::iter([Ok(head)]).chain(stream::once(async move {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        signal(pid, rustix::process::Signal::KILL);
+        Ok(tail)
+    }));
+    let e = lease.tar_to_layer(files.apply_job("a"), killed).await.unwrap_err();
+    assert!(matches!(&e, SvmError::Died { cause, .. } if cause.contains("signal 9")), "{e}");
+    drop(lease);
+    soon("the process is reaped", || !alive(pid)).await;
+    files.apply(&pool, "a", &tar).await.unwrap();
+    let s = pool.snapshot();
+    assert_eq!(s.deaths + s.poisoned, 1, "{s:?}");
+    pool.shutdown(END).await;
+}
+
+pub(crate) async fn a_silent_vm_is_given_up(backend: Backend) {
+    let config = PoolConfig {
+        idle_timeout: Duration::from_secs(2),
+        boot_timeout: Duration::from_mins(2),
+        spares: 0,
+        ..PoolConfig::default()
+    };
+    let (pool, files) = (Pool::start(backend.clone(), config), Files::new());
+    let lease = pool.lease("a", Purpose::Work).await.unwrap();
+    let pid = pid_of(&lease.vm_description());
+    let tar = tree(4, 1_000_000, 1);
+    let (head, tail) = (Bytes::copy_from_slice(&tar[..5000]), Bytes::copy_from_slice(&tar[5000..]));
+    let stopped = stream::iter([Ok(head)]).chain(stream::once(async move {
+        signal(pid, rustix::process::Signal::STOP);
+        Ok(tail)
+    }));
+    let start = Instant::now();
+    let e = lease.tar_to_layer(files.apply_job("a"), stopped).await.unwrap_err();
+    assert!(matches!(e, SvmError::Timeout { .. }), "{e}");
+    assert!(start.elapsed() < Duration::from_secs(20));
+    drop(lease);
+    soon("the silent process is ended", || !alive(pid)).await;
+    files.apply(&pool, "a", &tar).await.unwrap();
+    pool.shutdown(END).await;
+}
+
+pub(crate) async fn hostile_layers_are_refused(backend: Backend) {
+    let (pool, files) = (pool(&backend, Mode::Global), Files::new());
+    let good = tree(2, 1000, 1);
+    let mut bad_sum = good.clone();
+    bad_sum[600] ^= 1;
+    bad_sum[150] ^= 1;
+    for (what, tar) in [
+        ("noise", noise(100_000, 5)),
+        ("cut", good[..1200].to_vec()),
+        ("checksum", bad_sum),
+        ("outside", Tar::default().entry("a", b'1', b"", "../../../etc/passwd").end()),
+    ] {
+        let e = files.apply(&pool, "bad", &tar).await.unwrap_err();
+        assert_eq!(e.refused_kind(), Some(ErrorKind::Corrupt), "{what}: {e}");
+    }
+    // Refused long before the body ends: the rest is never read.
+    let lease = pool.lease("bad", Purpose::Work).await.unwrap();
+    let endless =
+        body(&noise(4096, 1), 4096).chain(stream::repeat_with(|| Ok(Bytes::from_static(&[7; 4096]))));
+    let e = lease.tar_to_layer(files.apply_job("bad"), endless).await.unwrap_err();
+    assert_eq!(e.refused_kind(), Some(ErrorKind::Corrupt), "{e}");
+    // A body that breaks off is the caller's own error.
+    let cut = body(&good[..700], 100).chain(stream::iter([Err(io::Error::other("upload cut"))]));
+    let e = lease.tar_to_layer(files.apply_job("bad"), cut).await.unwrap_err();
+    assert!(matches!(&e, SvmError::Body(m) if m.contains("upload cut")), "{e}");
+    drop(lease);
+    // Garbage where an image is due.
+    std::fs::write(files.path("junk"), noise(1 << 20, 3)).unwrap();
+    let check = CheckJob { image: files.readable("junk"), require_no_writers: false, tree: false };
+    let e = pool.check_image(check).await.unwrap_err();
+    assert!(e.refused_kind().is_some(), "{e}");
+    files.apply(&pool, "good", &good).await.unwrap();
+    assert_eq!(pool.snapshot().poisoned, 0);
+    pool.shutdown(END).await;
+}
+
+pub(crate) async fn a_full_disk_is_an_error_of_its_own(backend: Backend) {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: mounting a small file system needs root");
+        return;
+    }
+    let (pool, files) = (pool(&backend, Mode::Global), Files::new());
+    let small = SmallDisk::new(&files.path("small"), 8 << 20);
+    let lease = pool.lease("a", Purpose::Work).await.unwrap();
+    let mut job = files.apply_job("a");
+    let path = files.path("small/image");
+    let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    job.image.file = Arc::new(file);
+    let e = lease.tar_to_layer(job, body(&tree(40, 1_000_000, 1), 60_000)).await.unwrap_err();
+    assert_eq!(e.refused_kind(), Some(ErrorKind::NoSpace), "{e}");
+    drop(lease);
+    files.apply(&pool, "b", &tree(1, 10, 1)).await.unwrap();
+    assert_eq!(pool.snapshot().poisoned, 0);
+    pool.shutdown(END).await;
+    drop(small);
+}
+
+/// A tmpfs of a few megabytes.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn new(path: &Path, bytes: u64) -> Self {
+        std::fs::create_dir(path).unwrap();
+        let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+        rustix::mount::mount(
+            "tmpfs",
+            path,
+            "tmpfs",
+            rustix::mount::MountFlags::empty(),
+            Some(size.as_c_str()),
+        )
+        .unwrap();
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+pub(crate) async fn a_diff_streams_into_an_apply(backend: Backend) {
+    for mode in [Mode::Safe, Mode::Global] {
+        let (pool, files) = (pool(&backend, mode), Files::new());
+        let tar = tree(5, 1_000_000, 8);
+        files.apply(&pool, "a", &tar).await.unwrap();
+        let source = pool.lease("a", Purpose::Export).await.unwrap();
+        let stream = source.layer_to_tar(files.exact("a")).await.unwrap();
+        let target = pool.lease("b", Purpose::Work).await.unwrap();
+        let stream = stream.map(|chunk| chunk.map_err(io::Error::from));
+        target.tar_to_layer(files.apply_job("b"), stream).await.unwrap();
+        drop(target);
+        let read = |name: &str| std::fs::read(files.path(name)).unwrap();
+        assert!(read("a.image") == read("b.image") && read("a.record") == read("b.record"));
+        pool.shutdown(END).await;
+    }
+}
+
+pub(crate) async fn nothing_is_left_behind(backend: Backend) {
+    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
+    let lease = pool.lease("a", Purpose::Work).await.unwrap();
+    let other = pool.lease("b", Purpose::Work).await.unwrap();
+    let pids = [pid_of(&lease.vm_description()), pid_of(&other.vm_description())];
+    assert!(pids.iter().all(|p| alive(*p)));
+    drop(lease);
+    soon("the first is gone", || !alive(pids[0])).await;
+    pool.shutdown(Duration::ZERO).await;
+    drop(other);
+    soon("both are gone", || pids.iter().all(|p| !alive(*p))).await;
+    assert_eq!(std::fs::read_dir(files.folder.path()).unwrap().count(), 0);
+    assert_eq!(backend.reap().await.unwrap(), 0);
+}
+
+/// Prints a row of the table in docs.
+pub(crate) async fn figures(backend: Backend) {
+    let name = backend.name();
+    let files = Files::new();
+    let config = PoolConfig { spares: 0, boot_timeout: Duration::from_mins(2), ..PoolConfig::default() };
+    let pool = Pool::start(backend.clone(), config.clone());
+    let start = Instant::now();
+    drop(pool.lease("warm", Purpose::Work).await.unwrap());
+    println!("{name}: first lease {:?} ({})", start.elapsed(), backend.detail());
+    let mut times = Vec::new();
+    for n in 0..7 {
+        let start = Instant::now();
+        let lease = pool.lease(&format!("{n}"), Purpose::Work).await.unwrap();
+        times.push(start.elapsed());
+        drop(lease);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    times.sort();
+    println!("{name}: lease without spare, median {:?}", times[3]);
+    let spared = Pool::start(backend.clone(), PoolConfig { spares: 1, ..config });
+    times.clear();
+    for n in 0..5 {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        let start = Instant::now();
+        let lease = spared.lease(&format!("{n}"), Purpose::Work).await.unwrap();
+        times.push(start.elapsed());
+        drop(lease);
+    }
+    times.sort();
+    println!("{name}: lease of a spare, median {:?}", times[2]);
+    spared.shutdown(END).await;
+    let tar = tree(6600, 18_000, 1);
+    for _ in 0..3 {
+        let start = Instant::now();
+        let lease = pool.lease("l", Purpose::Work).await.unwrap();
+        let got = start.elapsed();
+        lease.tar_to_layer(files.apply_job("l"), body(&tar, 256 << 10)).await.unwrap();
+        let applied = start.elapsed();
+        drop(lease);
+        let check = CheckJob { image: files.image("l"), require_no_writers: true, tree: false };
+        pool.check_image(check).await.unwrap();
+        println!(
+            "{name}: {} MB: lease {got:?}, applied {applied:?}, checked {:?}",
+            tar.len() >> 20,
+            start.elapsed()
+        );
+        let start = Instant::now();
+        let back = collect(
+            pool.lease("l", Purpose::Export).await.unwrap().layer_to_tar(files.exact("l")).await.unwrap(),
+        );
+        assert!(back.await.unwrap().len() == tar.len());
+        println!("{name}: exact diff {:?}", start.elapsed());
+        let target = vec![files.layer("l")];
+        let kind = ExportKind::Canonical {
+            target,
+            parent: ParentDisks::None,
+            format: 1,
+            id_maps: IdMaps::default(),
+        };
+        let start = Instant::now();
+        let lease = pool.lease("l", Purpose::Export).await.unwrap();
+        collect(lease.layer_to_tar(ExportJob { kind, live: None }).await.unwrap()).await.unwrap();
+        println!("{name}: canonical diff {:?}", start.elapsed());
+    }
+    pool.shutdown(END).await;
+}
