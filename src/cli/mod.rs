@@ -17,6 +17,8 @@ mod call;
 mod generate;
 mod layer;
 mod serve;
+#[cfg(windows)]
+mod service;
 mod store;
 
 use crate::{
@@ -65,6 +67,10 @@ enum Command {
     Layer(layer::LayerCommand),
     /// Sends one request to a running plugin and prints its reply.
     Call(call::CallArgs),
+    /// Installs, starts and stops the plugin as a Windows service.
+    #[cfg(windows)]
+    #[command(subcommand)]
+    Service(service::ServiceCommand),
     /// Prints the completions of a shell, for its start-up file.
     Completions(generate::CompletionsArgs),
     /// Writes the manual pages into a folder.
@@ -150,6 +156,8 @@ pub fn run() -> ExitCode {
         Command::Store(command) => store::run(command),
         Command::Layer(command) => layer::run(command),
         Command::Call(args) => call::run(args),
+        #[cfg(windows)]
+        Command::Service(command) => service::run(command),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::Worker { args } => {

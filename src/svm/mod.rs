@@ -13,6 +13,7 @@
 //! Memory per stream, whatever its length: one frame of at most 256 KiB being filled, one being read (at most 1 MiB,
 //! 256 KiB from our own agent), two queued, and the socket's buffers (at most 512 KiB): below 2 MiB.
 
+#[cfg(windows)]
 mod console;
 #[cfg(target_os = "linux")]
 pub mod embedded;
