@@ -153,6 +153,14 @@ pub const SPECS: &[OptionSpec] = &[
         show: |o| ByteSize(o.max_layer_bytes).to_string(),
     },
     OptionSpec {
+        name: "lcow.verity",
+        default: "false",
+        accepts: "true or false",
+        help: "Write a dm-verity hash tree behind each applied layer; its root hash is in GetMetadata, and scrub checks every block.",
+        set: |o, v| parse_bool(v).map(|v| o.verity = v),
+        show: |o| o.verity.to_string(),
+    },
+    OptionSpec {
         name: "lcow.minfree",
         default: "256MiB",
         accepts: "a size",
@@ -225,6 +233,8 @@ pub struct Options {
     pub memory_bytes: u64,
     /// `lcow.maxlayer`, bytes
     pub max_layer_bytes: u64,
+    /// `lcow.verity`
+    pub verity: bool,
     /// `lcow.minfree`, bytes
     pub min_free_bytes: u64,
 }
@@ -242,6 +252,7 @@ impl Default for Options {
             pool_max: 0,
             memory_bytes: 0,
             max_layer_bytes: 0,
+            verity: false,
             min_free_bytes: 0,
         };
         for spec in SPECS {

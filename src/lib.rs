@@ -27,7 +27,8 @@
 //! ```
 //!
 //! Arrows point down only: a module may use what is drawn below it and never what is above. `tests/architecture.rs`
-//! reads the `use crate::` lines and holds the code to this picture. [`sys`] is the only place with `unsafe` code; it
+//! reads the `use crate::` lines and holds the code to this picture. `migrate` stands beside `main`, above `driver`: it
+//! brings other storage drivers' images over. [`sys`] is the only place with `unsafe` code; it
 //! wraps system calls and knows nothing of layers.
 //!
 //! # Glossary
@@ -47,10 +48,13 @@ pub mod driver;
 pub mod ext4;
 pub mod io;
 pub mod listen;
+#[cfg(target_os = "linux")]
+pub mod migrate;
 pub mod store;
 pub mod svm;
 pub mod sys;
 pub mod tar;
 pub mod telemetry;
+pub mod verity;
 pub mod vhd;
 pub mod vhdx;

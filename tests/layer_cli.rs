@@ -182,7 +182,7 @@ fn every_kind_of_tar_comes_back_byte_for_byte() {
         run(Command::new("e2fsck").arg("-fn").arg(scene.path(&image)));
         let verified = ok(&["verify", "--json", "--record", &record, &scene.text(&image)]);
         let verified: serde_json::Value = serde_json::from_slice(&verified.stdout).unwrap();
-        assert_eq!(verified["tar_sha256"], summary["tar_sha256"]);
+        assert_eq!(verified["tar_digest"], summary["tar_digest"]);
     }
     assert_eq!(scene.left_over(), Vec::<String>::new());
 }
@@ -282,7 +282,7 @@ fn wrong_input_is_refused_with_its_name_and_what_helps() {
         (vec!["pack", "--record", &out, tar, &out], vec!["cannot be one file"]),
         (vec!["unpack", &scene.text("noise")], vec!["noise"]),
         (vec!["unpack", "--exact", &scene.text("noise"), &good], vec!["noise", "bad magic"]),
-        (vec!["inspect", &scene.text("x.vhdx")], vec!["VHDX", "qemu-img convert"]),
+        (vec!["inspect", &scene.text("x.vhdx")], vec!["x.vhdx", "corrupt vhdx"]),
         (vec!["inspect", &tree], vec!["is a folder"]),
         (vec!["ls", &good, "/etc/nothing"], vec!["good.vhd", "no 'nothing'"]),
         (vec!["ls", &good, "/etc/passwd/x"], vec!["no folder"]),
@@ -351,7 +351,7 @@ fn looking_at_an_image() {
     assert_eq!(facts["counts"]["hard_links"], 1);
     assert_eq!(facts["counts"]["symlinks"], 2);
     assert_eq!(facts["counts"]["file_bytes"], summary["diff_size"]);
-    assert_eq!(facts["record"]["tar_sha256"], summary["tar_sha256"]);
+    assert_eq!(facts["record"]["tar_digest"], summary["tar_digest"]);
     assert!(text(&["inspect", &image]).contains("inline_data"));
     assert_eq!(text(&["ls", &image]), "etc\nhole\nshare\ntree\nusr\n".replace("tree\n", ""));
     let long = text(&["ls", "-l", &image, "/usr/big"]);
@@ -408,4 +408,150 @@ fn completions_and_manual_pages_are_made() {
     run(Command::new(program).arg("man").arg(folder.path().join("man1")));
     let page = fs::read_to_string(folder.path().join("man1/lcow-graphdriver-layer-pack.1")).unwrap();
     assert!(page.contains("max\\-size"), "{page}");
+}
+
+#[test]
+fn a_hash_tree_is_what_veritysetup_makes_and_names_the_damaged_file() {
+    let scene = Scene::new();
+    let tar = scene.tar("in.tar", &[]);
+    let image = scene.text("v.vhd");
+    let summary = ok(&["pack", "--json", "--verity", tar.to_str().unwrap(), &image]).stdout;
+    let summary: serde_json::Value = serde_json::from_slice(&summary).unwrap();
+    let root = summary["verity"]["root_hash"].as_str().unwrap().to_owned();
+    let offset = summary["verity"]["hash_offset"].as_u64().unwrap();
+    let facts = ok(&["inspect", "--json", &image]).stdout;
+    let facts: serde_json::Value = serde_json::from_slice(&facts).unwrap();
+    assert_eq!(facts["verity"]["root_hash"], root.as_str());
+    assert_eq!(facts["verity"]["hash_offset"], offset);
+    run(Command::new("veritysetup").args([
+        "verify",
+        "--hash-offset",
+        &offset.to_string(),
+        &image,
+        &image,
+        &root,
+    ]));
+    // The same file system as without a tree, and the same file each time.
+    let again = scene.text("w.vhd");
+    ok(&["pack", "--verity", tar.to_str().unwrap(), &again]);
+    let bytes = fs::read(&image).unwrap();
+    assert!(bytes == fs::read(&again).unwrap());
+    scene.pack(&tar, "plain.vhd");
+    let plain = fs::read(scene.path("plain.vhd")).unwrap();
+    assert!(bytes[..plain.len() - 512] == plain[..plain.len() - 512]);
+
+    let sound = ok(&["verify", "--json", "--root-hash", &root, &image]).stdout;
+    let sound: serde_json::Value = serde_json::from_slice(&sound).unwrap();
+    assert_eq!(sound["verity"]["root_hash"], root.as_str());
+    assert!(fails(&["verify", "--root-hash", &"0".repeat(64), &image]).contains("its root hash is"));
+    assert!(fails(&["verify", "--root-hash", &root, &scene.text("plain.vhd")]).contains("has no hash tree"));
+    // A byte in the middle of the only large file.
+    let big = fs::read(scene.path("tree/usr/big")).unwrap();
+    let middle = &big[1_500_000..1_500_064];
+    let at = bytes.windows(64).position(|w| w == middle).unwrap();
+    let mut damaged = bytes.clone();
+    damaged[at] ^= 1;
+    fs::write(&image, &damaged).unwrap();
+    let said = fails(&["verify", &image]);
+    // The file has two names; either will do.
+    assert!(said.contains("1 blocks are damaged"), "{said}");
+    assert!(said.contains("in '/usr/big'\n") || said.contains("in '/usr/same'\n"), "{said}");
+}
+
+#[test]
+fn a_disk_is_the_same_in_every_kind_of_file() {
+    let scene = Scene::new();
+    let tar = scene.tar("in.tar", &[]);
+    let source = scene.text("a.vhd");
+    ok(&["pack", "--verity", tar.to_str().unwrap(), &source]);
+    let bytes = fs::read(&source).unwrap();
+    let disk = &bytes[..bytes.len() - 512];
+    for (arguments, name, format) in [
+        (&[][..], "a.img", "raw"),
+        (&["--to", "raw"], "b", "raw"),
+        (&[], "c.vhd", "vpc"),
+        (&[], "d.vhdx", "vhdx"),
+        (&["--block-size", "32MiB", "--sector-size", "4096"], "e.vhdx", "vhdx"),
+    ] {
+        let out = scene.text(name);
+        let mut command = vec!["convert", "--json", &source, &out];
+        command.splice(1..1, arguments.iter().copied());
+        let done: serde_json::Value = serde_json::from_slice(&ok(&command).stdout).unwrap();
+        assert_eq!(done["disk_bytes"], disk.len(), "{name}");
+        // A foreign reader finds the same disk. QEMU reads no VHDX with sectors of 4096 bytes.
+        let foreign = !arguments.contains(&"4096");
+        let raw = scene.text("foreign.raw");
+        if foreign {
+            run(Command::new("qemu-img").args(["convert", "-f", format, "-O", "raw", &out, &raw]));
+            assert!(fs::read(&raw).unwrap() == disk, "{name}: another disk");
+        }
+        if format == "vhdx" && foreign {
+            run(Command::new("qemu-img").args(["check", "-f", "vhdx", &out]));
+            let facts: serde_json::Value =
+                serde_json::from_slice(&ok(&["inspect", "--json", &out]).stdout).unwrap();
+            assert_eq!(facts["vhdx"]["disk_bytes"], disk.len());
+            assert!(facts["verity"]["root_hash"].is_string());
+        }
+        // And back, by every command that reads images.
+        let back = scene.text("back.img");
+        ok(&["convert", &out, &back]);
+        assert!(fs::read(&back).unwrap() == disk, "{name}: the way back");
+        ok(&["verify", &out]);
+        assert_eq!(ok(&["cat", &out, "etc/passwd"]).stdout, fs::read(scene.path("tree/etc/passwd")).unwrap());
+    }
+    // What a foreign writer made.
+    let foreign = scene.text("foreign.vhdx");
+    run(Command::new("qemu-img").args([
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "vhdx",
+        &scene.text("a.img"),
+        &foreign,
+    ]));
+    ok(&["convert", &foreign, &scene.text("f.raw")]);
+    assert!(fs::read(scene.path("f.raw")).unwrap() == disk);
+    assert!(fails(&["convert", &source, &scene.text("g")]).contains("--to"));
+    assert!(fails(&["convert", "--block-size", "1MiB", &source, &scene.text("g.vhd")]).contains("for VHDX"));
+    assert!(fails(&["convert", "--block-size", "3MiB", &source, &scene.text("g.vhdx")]).contains("block"));
+    assert!(!scene.path("g.vhdx").exists(), "nothing is left of a failure");
+}
+
+#[test]
+fn an_image_is_mounted_on_a_folder() {
+    struct Mount(String);
+    impl Drop for Mount {
+        fn drop(&mut self) {
+            let _ = Command::new("umount").arg(&self.0).status();
+        }
+    }
+    let scene = Scene::new();
+    scene.pack(&scene.tar("in.tar", &[]), "a.vhd");
+    fs::create_dir(scene.path("at")).unwrap();
+    let at = scene.text("at");
+    ok(&["mount", &scene.text("a.vhd"), &at]);
+    let mounted = Mount(at.clone());
+    assert_eq!(
+        fs::read(scene.path("at/usr/big")).unwrap(),
+        fs::read(scene.path("tree/usr/big")).unwrap(),
+        "the mounted file differs"
+    );
+    assert_eq!(
+        fs::write(scene.path("at/new"), "").unwrap_err().kind(),
+        std::io::ErrorKind::ReadOnlyFilesystem
+    );
+    drop(mounted);
+    assert!(!scene.path("at/usr").exists());
+    let loops = run(Command::new("losetup").args(["-j", &scene.text("a.vhd")])).stdout;
+    assert!(loops.is_empty(), "a loop device is left: {}", String::from_utf8_lossy(&loops));
+    assert!(fails(&["mount", "--write", &scene.text("a.vhd"), &at]).contains("never changes"));
+    ok(&["convert", &scene.text("a.vhd"), &scene.text("a.vhdx")]);
+    assert!(fails(&["mount", &scene.text("a.vhdx"), &at]).contains("layer convert"));
+    // A damaged image never reaches the kernel.
+    let mut bytes = fs::read(scene.path("a.vhd")).unwrap();
+    bytes[1024 + 0x60] ^= 0xff;
+    fs::write(scene.path("a.vhd"), bytes).unwrap();
+    fails(&["mount", &scene.text("a.vhd"), &at]);
+    assert!(!scene.path("at/usr").exists());
 }

@@ -6,7 +6,7 @@
 //!
 //! The trait exists so that channels, pool and jail are tested without a codec. Called by `operation`.
 
-pub use super::real::RealCodec;
+pub use super::real::{RealCodec, damage};
 
 use super::{
     disk::OpDisk,
@@ -63,12 +63,13 @@ pub trait Codec: Send + Sync + 'static {
         input: &mut dyn Read,
         image: OpDisk,
         record: OpDisk,
+        scratch: Option<OpDisk>,
         lowers: Vec<Layer>,
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError>;
 
-    /// Strict check of metadata.
-    fn check(&self, image: OpDisk) -> Result<CheckSummary, WireError>;
+    /// Strict check of metadata; with `tree` of all bytes against the hash tree too.
+    fn check(&self, image: OpDisk, tree: bool) -> Result<CheckSummary, WireError>;
 
     /// image and record → the applied tar.
     fn export_exact(

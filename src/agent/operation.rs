@@ -111,10 +111,12 @@ impl Run<'_> {
     fn operation(&self, operation: Operation) -> Result<Vec<u8>, WireError> {
         match operation {
             Operation::Ping => json(&()),
-            Operation::Apply { image, record, lowers, options } => {
+            Operation::Apply { image, record, scratch, lowers, options } => {
                 let mut input = FrameInput::new(self.channel);
                 let (image, record) = (self.writable(image)?, self.writable(record)?);
-                let summary = self.codec.apply(&mut input, image, record, self.layers(&lowers)?, &options);
+                let scratch = scratch.map(|disk| self.writable(disk)).transpose()?;
+                let summary =
+                    self.codec.apply(&mut input, image, record, scratch, self.layers(&lowers)?, &options);
                 if input.broken {
                     return Err(WireError::new(ErrorKind::Cancelled, "the tar's stream was cut"));
                 }
@@ -127,7 +129,7 @@ impl Run<'_> {
                 }
                 json(&summary)
             }
-            Operation::Check { image } => json(&self.codec.check(self.disk(image)?)?),
+            Operation::Check { image, tree } => json(&self.codec.check(self.disk(image)?, tree)?),
             Operation::ExportExact { image, record } => {
                 let mut out = FrameOutput::new(self.channel);
                 let summary = self.codec.export_exact(self.disk(image)?, self.disk(record)?, &mut out)?;

@@ -13,14 +13,20 @@ use crate::{
         apply::{self, LayerChain},
         canonical, record,
     },
-    ext4::{self, Ext4Error, writer::WriterOptions},
+    ext4::{self, Ext4, Ext4Error, writer::WriterOptions},
+    io::{ReadAt, WriteAt},
     tar::TarError,
+    verity::{self, VerityError},
 };
 use std::{
     error::Error,
     fmt::Write as _,
     io::{self, Read, Write},
+    sync::Arc,
 };
+
+/// Files that a message names.
+const MAX_TOLD: usize = 8;
 
 /// The codec of this program.
 #[derive(Debug, Default)]
@@ -57,9 +63,24 @@ fn ext4_kind(error: &Ext4Error) -> ErrorKind {
     }
 }
 
+fn verity_kind(error: &VerityError) -> ErrorKind {
+    match error {
+        VerityError::Io { source, .. } => io_kind(source.kind()),
+        VerityError::Unsupported(_) => ErrorKind::Unsupported,
+        _ => ErrorKind::Corrupt,
+    }
+}
+
+impl From<VerityError> for WireError {
+    fn from(error: VerityError) -> Self {
+        Self::new(verity_kind(&error), text(&error))
+    }
+}
+
 fn diff_kind(error: &DiffError) -> ErrorKind {
     match error {
         DiffError::Tar(TarError::Io { source, .. }) | DiffError::Io { source, .. } => io_kind(source.kind()),
+        DiffError::Verity(e) => verity_kind(e),
         DiffError::Tar(_) | DiffError::Entry { .. } | DiffError::Corrupt { .. } => ErrorKind::Corrupt,
         DiffError::Ext4(e) | DiffError::Image { source: e, .. } => ext4_kind(e),
         DiffError::Vhd(_) | DiffError::Limit { .. } => ErrorKind::Limit,
@@ -79,13 +100,6 @@ impl From<Ext4Error> for WireError {
     fn from(error: Ext4Error) -> Self {
         Self::new(ext4_kind(&error), text(&error))
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 fn source(layer: &Layer, live: bool) -> LayerSource<OpDisk> {
@@ -161,19 +175,59 @@ impl LiveHooks for Hooks<'_> {
     }
 }
 
+/// Holds an image against the hash tree behind it, block by block.
+fn check_tree(disk: &OpDisk) -> Result<wire::RootHash, WireError> {
+    let fs = Ext4::open(disk.clone())?;
+    let fs_bytes = fs.geometry().blocks_count.saturating_mul(u64::from(fs.geometry().block_size));
+    let superblock = verity::find(disk, fs_bytes)?
+        .ok_or_else(|| WireError::new(ErrorKind::Corrupt, "no hash tree stands behind the file system"))?;
+    let report = verity::check(disk, &superblock, &mut |_| {})?;
+    if report.is_sound() {
+        return Ok(wire::RootHash(report.root));
+    }
+    Err(WireError::new(ErrorKind::Corrupt, damage(&fs, &report)))
+}
+
+/// What a damaged image has lost, for people: the files by name where the tree of names can still be read.
+pub fn damage<R: ReadAt>(fs: &Ext4<R>, report: &verity::CheckReport) -> String {
+    if report.damaged.is_empty() {
+        return format!("{} ranges of the hash tree are damaged", report.damaged_tree.len());
+    }
+    let first = report.damaged.first().map_or(0, |r| r.start);
+    let mut text = format!("{} blocks are damaged, the first at byte {first}", report.bad_blocks);
+    match fs.owners(&report.damaged) {
+        Ok(owners) => {
+            for file in owners.files.iter().take(MAX_TOLD) {
+                let _ = write!(text, ", in '{}'", file.escape_ascii());
+            }
+            if owners.count > MAX_TOLD as u64 {
+                let _ = write!(text, " and {} other files", owners.count - MAX_TOLD as u64);
+            }
+            if owners.others {
+                text.push_str(", in metadata or free space");
+            }
+        }
+        Err(e) => {
+            let _ = write!(text, "; whose they are can't be told: {e}");
+        }
+    }
+    text
+}
+
 impl Codec for RealCodec {
     fn apply(
         &self,
         input: &mut dyn Read,
         image: OpDisk,
         record: OpDisk,
+        scratch: Option<OpDisk>,
         lowers: Vec<Layer>,
         options: &wire::ApplyOptions,
     ) -> Result<wire::ApplySummary, WireError> {
-        if options.profile != wire::Profile::Default || options.verity {
+        if options.profile != wire::Profile::Default {
             return Err(WireError::new(
                 ErrorKind::Unsupported,
-                "this program writes the default profile without dm-verity only",
+                "this program writes the default profile only",
             ));
         }
         let mut settings = apply::ApplyOptions::new(WriterOptions {
@@ -189,6 +243,10 @@ impl Codec for RealCodec {
         };
         settings.uid_map = convert(&options.id_maps.uids);
         settings.gid_map = convert(&options.id_maps.gids);
+        if options.verity {
+            let scratch = scratch.map(|disk| Arc::new(disk) as Arc<dyn WriteAt>);
+            settings.verity = apply::Verity::Tree { scratch };
+        }
         let mut chain = LayerChain::new(sources(&lowers, false));
         let summary = apply::apply(&mut *input, image, record, &mut chain, &settings)?;
         Ok(wire::ApplySummary {
@@ -196,20 +254,22 @@ impl Codec for RealCodec {
             file_bytes: summary.file_bytes,
             diff_size: summary.diff_size,
             tar_bytes: summary.tar_bytes,
-            tar_sha256: hex(&summary.tar_sha256),
+            tar_digest: summary.tar_digest,
             record_bytes: summary.record_bytes,
             uuid: uuid::Uuid::from_bytes(summary.uuid),
             entries: summary.entries,
-            verity_root: None,
+            verity_root: summary.verity_root.map(wire::RootHash),
         })
     }
 
-    fn check(&self, image: OpDisk) -> Result<wire::CheckSummary, WireError> {
+    fn check(&self, image: OpDisk, tree: bool) -> Result<wire::CheckSummary, WireError> {
+        let verity = if tree { Some(check_tree(&image)?) } else { None };
         let report = ext4::check::check(image, ext4::check::CheckLimits::default())?;
         Ok(wire::CheckSummary {
             inodes: report.inodes,
             blocks: report.blocks_used,
             uuid: uuid::Uuid::from_bytes(report.uuid),
+            verity,
         })
     }
 
@@ -220,7 +280,7 @@ impl Codec for RealCodec {
         out: &mut dyn Write,
     ) -> Result<wire::ExportSummary, WireError> {
         let summary = record::replay(image, record, out)?;
-        Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_sha256: Some(hex(&summary.tar_sha256)) })
+        Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_digest: Some(summary.tar_digest) })
     }
 
     fn export_canonical(
@@ -251,7 +311,7 @@ impl Codec for RealCodec {
                 }
             }
         };
-        Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_sha256: None })
+        Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_digest: None })
     }
 
     fn changes(

@@ -14,6 +14,7 @@
 //! the other as hostile: lengths are checked before memory is taken, unknown types end the channel. This module does
 //! no I/O but through `Read`/`Write`; `svm` reads the same frames asynchronously with [`parse_header`].
 
+pub use crate::diff::TarDigest;
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 
@@ -280,6 +281,8 @@ pub enum Operation {
         image: DiskId,
         /// Writable, empty: the exact-diff record.
         record: DiskId,
+        /// Writable, empty, of no use afterwards: the leaves of a large hash tree go there.
+        scratch: Option<DiskId>,
         /// The parents, nearest first, for hard links into them.
         lowers: Vec<LayerRef>,
         /// Options.
@@ -289,6 +292,8 @@ pub enum Operation {
     Check {
         /// The image.
         image: DiskId,
+        /// The disk goes on behind the file system with a hash tree: every block is held against it.
+        tree: bool,
     },
     /// The very tar that was applied (Data frames). Answers [`ExportSummary`].
     ExportExact {
@@ -366,16 +371,16 @@ pub struct ApplySummary {
     pub diff_size: u64,
     /// Bytes of the tar stream, all of it.
     pub tar_bytes: u64,
-    /// SHA-256 of the tar stream, lower-case hex.
-    pub tar_sha256: String,
+    /// Digest of the tar stream.
+    pub tar_digest: TarDigest,
     /// Bytes of the record.
     pub record_bytes: u64,
     /// UUID of the file system.
     pub uuid: uuid::Uuid,
     /// Entries of the tar.
     pub entries: u64,
-    /// Root hash of the verity tree, lower-case hex.
-    pub verity_root: Option<String>,
+    /// Root hash of the verity tree, if the image has one.
+    pub verity_root: Option<RootHash>,
 }
 
 /// What a check found (an image that fails it is an error of kind [`ErrorKind::Corrupt`]).
@@ -387,6 +392,42 @@ pub struct CheckSummary {
     pub blocks: u64,
     /// UUID of the file system.
     pub uuid: uuid::Uuid,
+    /// Root hash of the tree that every block was held against, where that was asked for.
+    pub verity: Option<RootHash>,
+}
+
+/// Root hash of a dm-verity tree; 64 hexadecimal digits in messages and on screens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RootHash(pub crate::verity::Hash);
+
+impl std::fmt::Display for RootHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl From<RootHash> for String {
+    fn from(hash: RootHash) -> Self {
+        hash.to_string()
+    }
+}
+
+impl TryFrom<String> for RootHash {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let bad = "a root hash is 64 hexadecimal digits";
+        let mut hash = [0; crate::verity::HASH];
+        if text.len() != 2 * hash.len() || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(bad);
+        }
+        for (byte, pair) in hash.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            let pair = std::str::from_utf8(pair).map_err(|_| bad)?;
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| bad)?;
+        }
+        Ok(Self(hash))
+    }
 }
 
 /// What an export gave.
@@ -394,8 +435,8 @@ pub struct CheckSummary {
 pub struct ExportSummary {
     /// Bytes of tar sent.
     pub tar_bytes: u64,
-    /// SHA-256 of them, lower-case hex, where it was computed.
-    pub tar_sha256: Option<String>,
+    /// Their digest, where it was computed.
+    pub tar_digest: Option<TarDigest>,
 }
 
 /// How a path changed; numbers as in the graphdriver protocol.

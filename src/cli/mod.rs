@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   lcow-graphdriver serve    the plugin                          listen ─► api ─► driver
-//!                    store    look at a store, repair it          store, driver (scrub)
+//!                    store    look at a store, repair it, fill it store, driver (scrub), migrate (import)
 //!                    layer    convert one layer on files          diff
 //!                    call     one request to a running plugin     HTTP client on its socket or pipe
 //!                    service  install, start, stop (Windows)      the service manager
@@ -15,6 +15,10 @@
 
 mod call;
 mod generate;
+#[cfg(target_os = "linux")]
+mod import;
+#[cfg(target_os = "linux")]
+mod import_engine;
 mod layer;
 mod serve;
 #[cfg(windows)]

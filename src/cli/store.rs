@@ -31,6 +31,10 @@ pub(super) enum StoreCommand {
     Gc(GcArgs),
     /// As gc; also unmounts what no view uses and lists damaged layers. Refused while a plugin owns the store.
     Repair(ViewArgs),
+    /// Brings images over from another storage driver, another engine, or an original LCOW home.
+    #[cfg(target_os = "linux")]
+    #[command(subcommand)]
+    Import(super::import::ImportCommand),
 }
 
 /// Arguments of the commands that only look.
@@ -78,6 +82,8 @@ pub(super) fn run(command: StoreCommand) -> Result<ExitCode, CliError> {
         StoreCommand::Scrub(args) => scrub(&args),
         StoreCommand::Gc(args) => gc(&args),
         StoreCommand::Repair(args) => repair(&args),
+        #[cfg(target_os = "linux")]
+        StoreCommand::Import(command) => super::import::run(command),
     }
 }
 
@@ -99,7 +105,7 @@ fn row(store: &Store, layer: &Layer) -> Row {
         size: applied.map(|a| a.diff_size),
         disk,
         created: meta.map_or(0, |m| m.created),
-        digest: applied.map(|a| format!("sha256:{}", a.tar_sha256)),
+        digest: applied.map(|a| a.tar_digest.clone()),
         fault: layer.meta.as_ref().err().map(ToString::to_string),
     }
 }
@@ -113,7 +119,7 @@ fn state_name(state: LayerState) -> &'static str {
     }
 }
 
-fn print_json(value: &impl Serialize) -> Result<(), CliError> {
+pub(super) fn print_json(value: &impl Serialize) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
     serde_json::to_writer_pretty(&mut out, value)?;
     writeln!(out)?;

@@ -1,6 +1,6 @@
 //! What can go wrong between a tar and an image.
 
-use crate::{ext4::Ext4Error, tar::TarError, vhd::VhdError};
+use crate::{ext4::Ext4Error, tar::TarError, verity::VerityError, vhd::VhdError};
 use std::io;
 
 /// Why a diff could not be applied, replayed or made.
@@ -37,6 +37,9 @@ pub enum DiffError {
     /// The image as a whole fails.
     #[error("the ext4 image fails")]
     Ext4(#[from] Ext4Error),
+    /// The hash tree behind the image fails.
+    #[error("the image's hash tree fails")]
+    Verity(#[from] VerityError),
     /// The image cannot be a VHD.
     #[error("the image does not make a vhd")]
     Vhd(#[from] VhdError),
@@ -95,6 +98,7 @@ impl DiffError {
     pub fn io_kind(&self) -> Option<io::ErrorKind> {
         match self {
             Self::Io { source, .. }
+            | Self::Verity(VerityError::Io { source, .. })
             | Self::Tar(TarError::Io { source, .. })
             | Self::Ext4(Ext4Error::Io { source, .. })
             | Self::Image { source: Ext4Error::Io { source, .. }, .. } => Some(source.kind()),

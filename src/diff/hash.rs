@@ -1,4 +1,4 @@
-//! SHA-256 of a stream on a second thread, and the buffers that both threads share.
+//! The digest of a stream on a second thread, and the buffers that both threads share.
 //!
 //! ```text
 //!   caller ── submit(buffer) ──► hashing thread ── done ──┐
@@ -10,7 +10,7 @@
 //! a buffer is given out only when no one else holds it; a stream shorter than one buffer never starts a thread, and
 //! where no thread can be had the caller hashes. Used by `apply` (input) and by `record` (replay).
 
-use sha2::{Digest, Sha256};
+use super::digest::{DigestKind, Hasher, TarDigest};
 use std::{
     io,
     sync::{
@@ -36,14 +36,14 @@ pub(super) struct HashPipe {
 }
 
 enum Mode {
-    Inline(Box<Sha256>),
-    Thread { work: Sender<(Shared, usize)>, done: Receiver<Shared>, thread: JoinHandle<Sha256> },
+    Inline(Hasher),
+    Thread { work: Sender<(Shared, usize)>, done: Receiver<Shared>, thread: JoinHandle<Hasher> },
 }
 
 impl HashPipe {
     /// A pipe with buffers of `bytes`.
-    pub(super) fn new(bytes: usize) -> Self {
-        Self { mode: Mode::Inline(Box::default()), bytes, allocated: 0, back: Vec::new() }
+    pub(super) fn new(kind: DigestKind, bytes: usize) -> Self {
+        Self { mode: Mode::Inline(kind.hasher()), bytes, allocated: 0, back: Vec::new() }
     }
 
     /// A buffer that nobody else holds, to be filled through [`Arc::get_mut`].
@@ -93,15 +93,15 @@ impl HashPipe {
     ///
     /// # Errors
     /// If the hashing thread died.
-    pub(super) fn finish(self) -> io::Result<[u8; 32]> {
+    pub(super) fn finish(self) -> io::Result<TarDigest> {
         let hash = match self.mode {
-            Mode::Inline(hash) => *hash,
+            Mode::Inline(hash) => hash,
             Mode::Thread { work, thread, .. } => {
                 drop(work);
                 thread.join().map_err(|_| io::Error::other("the hashing thread ended early"))?
             }
         };
-        Ok(hash.finalize().into())
+        Ok(hash.finish())
     }
 
     fn start_thread(&mut self) {
@@ -109,13 +109,13 @@ impl HashPipe {
         let mut hash = hash.clone();
         let (work, jobs) = channel::<(Shared, usize)>();
         let (returned, done) = channel();
-        let spawned = thread::Builder::new().name("sha256".into()).spawn(move || {
+        let spawned = thread::Builder::new().name("digest".into()).spawn(move || {
             for (buffer, len) in jobs {
                 hash.update(buffer.get(..len).unwrap_or(&buffer));
                 // The caller may have stopped listening; it still wants the digest.
                 let _ = returned.send(buffer);
             }
-            *hash
+            hash
         });
         // In a jail without threads the caller's own goes on.
         if let Ok(thread) = spawned {
@@ -132,7 +132,7 @@ mod tests {
     fn the_digest_is_that_of_the_stream_with_and_without_a_thread() {
         for total in [0usize, 1, 1023, 1024, 1025, 1024 * 20 + 7] {
             let data: Vec<u8> = (0..total).map(|i| (i * 7) as u8).collect();
-            let mut pipe = HashPipe::new(1024);
+            let mut pipe = HashPipe::new(DigestKind::Blake3, 1024);
             let mut held = None;
             for part in data.chunks(1024) {
                 let mut buffer = pipe.buffer().unwrap();
@@ -141,7 +141,7 @@ mod tests {
                 held = Some(buffer);
             }
             drop(held);
-            assert_eq!(pipe.finish().unwrap(), <[u8; 32]>::from(Sha256::digest(&data)), "{total}");
+            assert_eq!(pipe.finish().unwrap(), TarDigest::of(DigestKind::Blake3, &data), "{total}");
         }
     }
 }

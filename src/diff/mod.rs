@@ -20,6 +20,7 @@
 pub mod apply;
 pub mod canonical;
 mod changes;
+pub mod digest;
 mod error;
 mod export;
 mod hash;
@@ -32,6 +33,7 @@ mod view;
 mod walk;
 
 pub use changes::{Change, ChangeKind, changes, diff_size};
+pub use digest::{DigestKind, TarDigest};
 pub use error::DiffError;
 pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};
 pub use ids::{IdMap, IdMaps};

@@ -148,9 +148,12 @@ impl Home {
             add("file", file(layout::LAYER_FILE));
             add("image_bytes", applied.image_bytes.to_string());
             add("record_bytes", applied.record_bytes.to_string());
-            add("tar_digest", format!("sha256:{}", applied.tar_sha256));
+            add("tar_digest", applied.tar_digest.clone());
             add("tar_bytes", applied.tar_bytes.to_string());
             add("uuid", applied.uuid.to_string());
+            if let Some(root) = &applied.verity_root {
+                add("verity_root", root.clone());
+            }
         }
         #[cfg(target_os = "linux")]
         add("references", self.mounts.references(id).to_string());

@@ -1,12 +1,14 @@
 //! Scrub: is every layer what it was?
 //!
-//! Per layer: its folder agrees with `layer.json`; its image passes the strict check in a fresh service VM; its exact
-//! tar, read back, has the digest that the engine knows.
+//! Per layer: its folder agrees with `layer.json`; its image passes the strict check in a fresh service VM, and each
+//! block the hash tree where there is one; its exact
+//! tar, read back, has the digest of what was applied.
 
 use super::{Driver, DriverError, blocking};
+use crate::vhd;
 use crate::{
-    store::{LayerId, LayerState},
-    svm::{CheckJob, ExportJob, ExportKind, Purpose},
+    store::{LayerId, LayerState, StoreError, layout},
+    svm::{CheckJob, ExportJob, ExportKind, Purpose, TarDigest},
 };
 use futures_util::StreamExt;
 use serde::Serialize;
@@ -77,8 +79,21 @@ impl Driver {
         let opener = home.clone();
         let member = layer.clone();
         let (image, record) = blocking(move || opener.exact_disks(&member)).await?;
-        let check = CheckJob { image: image.clone(), require_no_writers: false };
-        home.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        let root = meta.applied.as_ref().and_then(|a| a.verity_root.clone());
+        let mut whole = image.clone();
+        if let (Some(_), Some(applied)) = (&root, &meta.applied) {
+            whole = whole.window(0, applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64));
+        }
+        let check = CheckJob { image: whole, tree: root.is_some(), require_no_writers: false };
+        let found = home.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        let found = found.verity.map(|root| root.to_string());
+        if found != root {
+            return Err(DriverError::Usage(format!(
+                "its hash tree has the root {}, and {} was written",
+                found.unwrap_or_default(),
+                root.unwrap_or_default()
+            )));
+        }
         let lease = home
             .pool
             .lease(id.as_str(), Purpose::Export)
@@ -86,16 +101,20 @@ impl Driver {
             .map_err(DriverError::svm(id, "start a diff"))?;
         let job = ExportJob { kind: ExportKind::Exact { image, record }, live: None };
         let mut tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(id, "read its tar back"))?;
-        let mut hash = <sha2::Sha256 as sha2::Digest>::new();
+        let known = meta.applied.map(|a| a.tar_digest).unwrap_or_default();
+        let known: TarDigest = known.parse().map_err(|e| {
+            let path = home.store.layout().layer_file(id, layout::META_FILE);
+            DriverError::from(StoreError::Corrupt { path, reason: format!("tar_digest '{known}': {e}") })
+        })?;
+        // Computed here too: what a worker says of its own output is not believed.
+        let mut hash = known.kind.hasher();
         let mut bytes = 0;
         while let Some(chunk) = tar.next().await {
             let chunk = chunk.map_err(DriverError::svm(id, "read its tar back"))?;
-            sha2::Digest::update(&mut hash, &chunk);
+            hash.update(&chunk);
             bytes += chunk.len() as u64;
         }
-        let digest =
-            sha2::Digest::finalize(hash).iter().fold(String::new(), |text, b| text + &format!("{b:02x}"));
-        let known = meta.applied.map(|a| a.tar_sha256).unwrap_or_default();
+        let digest = hash.finish();
         if !tar.complete() || digest != known {
             return Err(DriverError::Usage(format!(
                 "its tar has the digest {digest}, and {known} was applied"

@@ -286,7 +286,7 @@ impl Home {
     {
         let id = &layer.id;
         let (home, member) = (self.clone(), layer.clone());
-        let (staged, image, record, lowers) = blocking(move || {
+        let (staged, image, record, scratch, lowers) = blocking(move || {
             let staged = home.store.stage(&member.id)?;
             let image = staged.path().join(layout::LAYER_FILE);
             let record = staged.path().join(layout::RECORD_FILE);
@@ -297,19 +297,28 @@ impl Home {
                 DiskSource::read_write(make(&image)?, &image),
                 DiskSource::read_write(make(&record)?, &record),
             );
+            // The leaves of a large hash tree; it goes with the staging folder.
+            let scratch = if home.options.verity {
+                let path = staged.path().join("verity.tmp");
+                Some(DiskSource::read_write(make(&path)?, &path))
+            } else {
+                None
+            };
             let lowers = match member.parent() {
                 Some(parent) => home.chain_disks(parent, &mut Vec::new())?,
                 None => Vec::new(),
             };
-            Ok((staged, image, record, lowers))
+            Ok((staged, image, record, scratch, lowers))
         })
         .await?;
         let job = ApplyJob {
             image: image.clone(),
             record: record.clone(),
+            scratch,
             lowers,
             options: ApplyOptions {
                 max_image_bytes: self.options.max_layer_bytes,
+                verity: self.options.verity,
                 ..ApplyOptions::default()
             },
         };
@@ -340,6 +349,7 @@ impl Home {
         let reopened = Arc::new(open(&path)?);
         let check = CheckJob {
             image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
+            tree: false,
             require_no_writers: true,
         };
         self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
@@ -349,9 +359,10 @@ impl Home {
             record_bytes: summary.record_bytes,
             diff_size: summary.diff_size,
             tar_bytes: summary.tar_bytes,
-            tar_sha256: summary.tar_sha256,
+            tar_digest: summary.tar_digest.to_string(),
             uuid: summary.uuid,
             entries: summary.entries,
+            verity_root: summary.verity_root.map(|root| root.to_string()),
             checked: true,
         };
         let size = applied.diff_size;

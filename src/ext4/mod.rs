@@ -19,7 +19,7 @@ pub mod writer;
 
 pub use error::{Ext4Error, Place};
 pub use layout::{BlockSize, Timestamp};
-pub use reader::{DataRange, DirEntry, Ext4, Extent, FileKind, Inode};
+pub use reader::{DataRange, DirEntry, Ext4, Extent, FileKind, Inode, Owners};
 
 /// One extended attribute as the system call interface sees it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

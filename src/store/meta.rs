@@ -24,6 +24,12 @@ pub enum LayerState {
     Sandbox,
 }
 
+/// A digest, that of the first stores with the prefix that it lacks.
+fn prefixed<'de, D: serde::Deserializer<'de>>(input: D) -> Result<String, D::Error> {
+    let text = String::deserialize(input)?;
+    Ok(if text.contains(':') { text } else { format!("sha256:{text}") })
+}
+
 /// Content of `layer.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerMeta {
@@ -55,12 +61,17 @@ pub struct AppliedMeta {
     pub diff_size: u64,
     /// Bytes of the tar that was applied.
     pub tar_bytes: u64,
-    /// SHA-256 of that tar, hexadecimal: the engine's DiffID without its prefix.
-    pub tar_sha256: String,
+    /// Digest of that tar: `blake3:` or, of the first stores' layers (who have it as `tar_sha256` without its prefix),
+    /// `sha256:`, and 64 hexadecimal digits.
+    #[serde(alias = "tar_sha256", deserialize_with = "prefixed")]
+    pub tar_digest: String,
     /// UUID of the file system.
     pub uuid: uuid::Uuid,
     /// Entries of the tar.
     pub entries: u64,
+    /// Root hash of the dm-verity tree behind the file system, hexadecimal, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verity_root: Option<String>,
     /// A second, fresh service VM found the image's metadata sound.
     pub checked: bool,
 }

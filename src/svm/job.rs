@@ -134,6 +134,8 @@ pub struct ApplyJob {
     pub image: DiskSource,
     /// Empty, writable.
     pub record: DiskSource,
+    /// Empty, writable, dropped afterwards; wanted for large images with a hash tree.
+    pub scratch: Option<DiskSource>,
     /// The parents, nearest first.
     pub lowers: Vec<LayerDisk>,
     /// How.
@@ -143,8 +145,10 @@ pub struct ApplyJob {
 /// An image is to be checked by a VM that has not seen its tar.
 #[derive(Debug, Clone)]
 pub struct CheckJob {
-    /// The file-system part of the image, from a descriptor opened read-only.
+    /// The file-system part of the image, from a descriptor opened read-only; with `tree` the hash tree too.
     pub image: DiskSource,
+    /// Hold every block against the hash tree behind the file system.
+    pub tree: bool,
     /// Fail unless no process at all has the file open for writing any more (see [`no_writer_left`]). The caller must
     /// have dropped its own writable descriptors.
     pub require_no_writers: bool,

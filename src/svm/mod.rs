@@ -28,7 +28,7 @@ mod stream;
 
 pub use crate::agent::wire::{
     ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
-    IdRange, JailReport, LayerKind, Profile,
+    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest,
 };
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,

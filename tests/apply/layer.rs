@@ -3,14 +3,13 @@
 use crate::tree::{Tree, snapshot};
 use lcow_graphdriver::{
     diff::{
-        DiffError,
+        DiffError, DigestKind, TarDigest,
         apply::{ApplyOptions, ApplySummary, LowerLayers, NoLowers, apply},
         record,
     },
     ext4::writer::WriterOptions,
     vhd::Footer,
 };
-use sha2::{Digest, Sha256};
 use std::{
     fs::{self, File},
     io,
@@ -68,7 +67,7 @@ pub(crate) fn try_apply(
     let (image, record_file) = (create(&dir.path().join("layer.vhd")), create(&dir.path().join("record")));
     let summary = apply(tar, &image, &record_file, lowers, options)?;
     assert_eq!(summary.tar_bytes, tar.len() as u64);
-    assert_eq!(summary.tar_sha256, <[u8; 32]>::from(Sha256::digest(tar)));
+    assert_eq!(summary.tar_digest, TarDigest::of(DigestKind::Blake3, tar));
     assert_eq!(summary.file_bytes, image.metadata().expect("metadata").len());
     assert_eq!(summary.record_bytes, record_file.metadata().expect("metadata").len());
     let mut back = Vec::new();

@@ -54,6 +54,10 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    /// The pid of what was started (of `nsenter`, for a command in a room).
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
     /// Waits for the end. A command that takes longer than any should is killed, and fails the test.
     pub(crate) fn wait(mut self) -> Run {
         let status = loop {

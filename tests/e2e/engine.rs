@@ -13,10 +13,13 @@
 //! panic, too, and then prints the ends of the logs. Rooms share nothing but the kernel and the cgroup mount, where
 //! each has a folder of its own. The host's own Docker is not touched.
 
-use crate::command::{Run, Running, TICK, children, kill, start, wait_until};
+use crate::{
+    command::{Run, Running, TICK, children, kill, start, wait_until},
+    plugin,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::BTreeSet,
     ffi::OsString,
     fs,
@@ -42,25 +45,31 @@ pub(crate) enum Driver {
     Lcow,
     /// The engine's own: a control that shows that a test asks for what engines really do.
     Overlay2,
-    /// The product as a managed plugin, which the engine itself starts; until one is made, the engine's simplest own.
+    /// The engine's simplest own.
+    Vfs,
+    /// The product as a managed plugin, which the engine itself starts.
     Managed,
 }
 
 impl Driver {
-    /// `LCOW_E2E_DRIVER=overlay2` runs the tests as a control.
+    /// `LCOW_E2E_DRIVER=managed` runs the tests on the managed plugin, `=overlay2` as a control.
     pub(crate) fn from_env() -> Self {
         match std::env::var("LCOW_E2E_DRIVER").as_deref() {
             Err(_) | Ok("lcow") => Self::Lcow,
+            Ok("managed") => Self::Managed,
             Ok("overlay2") => Self::Overlay2,
-            Ok(other) => panic!("LCOW_E2E_DRIVER={other}: lcow or overlay2"),
+            Ok(other) => panic!("LCOW_E2E_DRIVER={other}: lcow, managed or overlay2"),
         }
     }
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Lcow => "lcow",
+            Self::Lcow | Self::Managed => "lcow",
             Self::Overlay2 => "overlay2",
-            Self::Managed => "vfs",
+            Self::Vfs => "vfs",
         }
+    }
+    fn is_lcow(self) -> bool {
+        matches!(self, Self::Lcow | Self::Managed)
     }
 }
 
@@ -70,7 +79,8 @@ pub(crate) struct EngineOptions {
     pub(crate) driver: Driver,
     /// Further arguments of dockerd.
     pub(crate) dockerd: Vec<String>,
-    /// Further arguments of `lcow-graphdriver serve`.
+    /// Further arguments of `lcow-graphdriver serve`; `--storage-opt` alone, since a managed plugin gets them from the
+    /// engine.
     pub(crate) plugin: Vec<String>,
     /// Root of containers is host id 500000.
     pub(crate) userns: bool,
@@ -81,14 +91,22 @@ pub(crate) struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         let driver = Driver::from_env();
-        Self { driver, dockerd: Vec::new(), plugin: Vec::new(), userns: false, programs: None }
+        let given = std::env::var("LCOW_E2E_OPTIONS").unwrap_or_default();
+        let options = given.split_whitespace().filter(|_| driver.is_lcow());
+        let plugin = options.flat_map(|o| ["--storage-opt".to_owned(), o.to_owned()]).collect();
+        Self { driver, dockerd: Vec::new(), plugin, userns: false, programs: None }
     }
 }
 
 impl EngineOptions {
     /// For tests of what only the product has.
     pub(crate) fn lcow() -> Self {
-        Self { driver: Driver::Lcow, ..Self::default() }
+        match Self::default() {
+            Self { driver: Driver::Overlay2 | Driver::Vfs, .. } => {
+                Self { driver: Driver::Lcow, ..Self::default() }
+            }
+            product => product,
+        }
     }
     pub(crate) fn dockerd(mut self, args: &[&str]) -> Self {
         self.dockerd.extend(args.iter().map(ToString::to_string));
@@ -130,6 +148,10 @@ impl Daemon {
 #[derive(Debug)]
 pub(crate) struct Engine {
     options: EngineOptions,
+    /// The present storage driver; `options` has the first one.
+    driver: Cell<Driver>,
+    /// Pid 1 of the managed plugin that was killed last.
+    killed: Cell<Option<u32>>,
     folder: Option<tempfile::TempDir>,
     /// The `unshare` around the room.
     room: Child,
@@ -145,6 +167,10 @@ impl Engine {
     /// An engine that answers.
     pub(crate) fn start(options: EngineOptions) -> Self {
         let engine = Self::room(options);
+        if engine.driver.get() == Driver::Managed {
+            let folder = plugin::furnish(&engine.options, &engine.data_root());
+            engine.choose_driver(Driver::Managed, "lcow", folder.join("propagated-mount/lcow"));
+        }
         engine.start_plugin();
         engine.start_dockerd();
         engine
@@ -193,6 +219,8 @@ impl Engine {
         let told = room.stdout.take().expect("stdout").read_exact(&mut ready);
         let init = children(room.id()).first().copied();
         let engine = Self {
+            driver: Cell::new(options.driver),
+            killed: Cell::default(),
             options,
             folder: Some(folder),
             room,
@@ -212,6 +240,11 @@ impl Engine {
         self.folder.as_ref().expect("kept until Drop").path()
     }
 
+    /// The engine's socket, as the host sees it.
+    pub(crate) fn socket(&self) -> PathBuf {
+        format!("/proc/{}/root/run/e2e.sock", self.init).into()
+    }
+
     /// Makes a folder for a test's own files.
     pub(crate) fn scratch(&self, name: &str) -> PathBuf {
         let path = self.folder().join("scratch").join(name);
@@ -220,17 +253,18 @@ impl Engine {
     }
 
     pub(crate) fn is_lcow(&self) -> bool {
-        self.options.driver != Driver::Overlay2
+        self.driver.get().is_lcow()
     }
 
     /// The next dockerd gets this storage driver, whose home is `home`.
-    pub(crate) fn choose_driver(&self, name: &str, home: PathBuf) {
+    pub(crate) fn choose_driver(&self, driver: Driver, name: &str, home: PathBuf) {
+        self.driver.set(driver);
         *self.chosen.borrow_mut() = Some((name.to_owned(), home));
     }
 
     fn driver_name(&self) -> String {
         let chosen = self.chosen.borrow();
-        chosen.as_ref().map_or_else(|| self.options.driver.name().to_owned(), |(name, _)| name.clone())
+        chosen.as_ref().map_or_else(|| self.driver.get().name().to_owned(), |(name, _)| name.clone())
     }
 
     /// dockerd's folder of images and layers.
@@ -244,11 +278,22 @@ impl Engine {
         let chosen = self.chosen.borrow();
         chosen
             .as_ref()
-            .map_or_else(|| self.data_root().join(self.options.driver.name()), |(_, home)| home.clone())
+            .map_or_else(|| self.data_root().join(self.driver.get().name()), |(_, home)| home.clone())
     }
 
-    /// The pid of the plugin, as the host sees it.
+    /// Pid 1 of the managed plugin, as the host sees it.
+    fn managed_pid(&self) -> Option<u32> {
+        let home = self.home();
+        plugin::first_process(home.ancestors().nth(2).expect("the plugin's folder"))
+    }
+
+    /// The pid of the process that serves requests, as the host sees it.
     pub(crate) fn plugin_pid(&self) -> u32 {
+        if self.driver.get() == Driver::Managed {
+            // Behind the first process of the container.
+            let first = self.managed_pid().expect("the plugin runs");
+            return children(first)[0];
+        }
         self.plugin.borrow().as_ref().expect("the plugin runs").pid
     }
 
@@ -315,9 +360,12 @@ impl Engine {
     }
 
     /// Starts the plugin, and waits for its socket. With another driver than the product there is nothing to start.
+    /// A managed plugin is started by the engine, and waited for.
     pub(crate) fn start_plugin(&self) {
-        if self.options.driver != Driver::Lcow {
-            return;
+        match self.driver.get() {
+            Driver::Lcow => {}
+            Driver::Managed if self.dockerd.borrow().is_some() => return self.wait_for_managed(),
+            Driver::Managed | Driver::Overlay2 | Driver::Vfs => return,
         }
         assert!(self.plugin.borrow().is_none(), "the plugin runs already");
         let mut command = self.inside(env!("CARGO_BIN_EXE_lcow-graphdriver"));
@@ -330,8 +378,25 @@ impl Engine {
         *self.plugin.borrow_mut() = Some(daemon);
     }
 
-    /// Kills the plugin with SIGKILL.
+    fn wait_for_managed(&self) {
+        let killed = self.killed.get();
+        wait_until("the plugin's next process", START_LIMIT, || {
+            self.managed_pid().filter(|pid| Some(*pid) != killed)
+        });
+        wait_until("the plugin to answer", START_LIMIT, || {
+            let info = self.try_docker(&["info", "-f", "{{json .DriverStatus}}"]);
+            info.text().contains("Store Format").then_some(())
+        });
+    }
+
+    /// Kills the plugin with SIGKILL. A managed one is started anew by the engine.
     pub(crate) fn kill_plugin(&self) {
+        if self.driver.get() == Driver::Managed
+            && let Some(pid) = self.managed_pid()
+        {
+            self.killed.set(Some(pid));
+            kill(pid);
+        }
         if let Some(daemon) = self.plugin.borrow_mut().take() {
             daemon.kill();
         }
@@ -362,13 +427,16 @@ impl Engine {
             command.arg("--userns-remap=daemon");
         }
         command.args(&self.options.dockerd);
+        if self.driver.get() == Driver::Managed {
+            command.args(&self.options.plugin);
+        }
         let mut daemon = self.daemon("dockerd", command);
         self.wait_for("dockerd", &mut daemon, || self.ping().is_some());
         *self.dockerd.borrow_mut() = Some(daemon);
     }
 
     fn ping(&self) -> Option<()> {
-        let mut stream = UnixStream::connect(format!("/proc/{}/root/run/e2e.sock", self.init)).ok()?;
+        let mut stream = UnixStream::connect(self.socket()).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
         stream.write_all(b"GET /_ping HTTP/1.0\r\n\r\n").ok()?;
         let mut reply = String::new();
@@ -558,7 +626,7 @@ impl Drop for Engine {
             let _ = daemon.outer.wait();
         }
         remove_cgroups(&self.cgroup);
-        let panics = self.log_text("plugin").contains("panicked");
+        let panics = ["plugin", "dockerd"].iter().any(|log| self.log_text(log).contains("panicked at"));
         if let Some(folder) = self.folder.take() {
             if std::env::var_os("LCOW_E2E_KEEP").is_some() {
                 eprintln!("kept {}", folder.keep().display());

@@ -9,15 +9,17 @@
 //! ```
 //!
 //! Needs root, Debian's docker.io, busybox-static and attr; says so where they are missing. Environment:
-//! `LCOW_E2E_DRIVER=overlay2` runs the same tests on the engine's own driver, as a control of the tests;
-//! `LCOW_E2E_PATH` is put before the search path (another engine); `LCOW_E2E_KEEP` keeps the engines' folders;
-//! `LCOW_E2E_SEED` repeats a run of the chaos test.
+//! `LCOW_E2E_DRIVER=managed` runs the same tests on the managed plugin, `=overlay2` on the engine's own driver, as a
+//! control of the tests; `LCOW_E2E_PATH` is put before the search path (another engine); `LCOW_E2E_OPTIONS` gives the
+//! driver options (`lcow.globalmode=true …`); `LCOW_E2E_KEEP` keeps the engines' folders; `LCOW_E2E_SEED` repeats a run
+//! of the chaos test. `scripts/test --matrix` sets them.
 
 mod archive;
 mod basics;
 mod buildkit;
 mod chaos;
 mod classic_build;
+#[allow(dead_code, reason = "the tests of the managed plugin use the rest")]
 mod command;
 mod deep;
 #[allow(dead_code, reason = "the tests of the managed plugin use the rest")]
@@ -26,6 +28,8 @@ mod hostile;
 mod images;
 mod manifest;
 mod parallel;
+#[allow(dead_code, reason = "the tests of the managed plugin use the rest")]
+mod plugin;
 mod quota;
 mod registry;
 mod removal;

@@ -4,7 +4,8 @@ use crate::{
     command::{kill, wait_until},
     everyday,
     manifest::Tree,
-    room::{RESTART, Room, Version, archive, next_version},
+    plugin::archive,
+    room::{RESTART, Room, Version, next_version},
     rootfs::random_bytes,
     tarball::{self, Entry},
 };

@@ -25,7 +25,11 @@ mod lifecycle;
 #[path = "../e2e/manifest.rs"]
 #[allow(dead_code, reason = "the e2e tests use the rest")]
 mod manifest;
+mod migrate;
 mod package;
+#[path = "../e2e/plugin.rs"]
+#[allow(dead_code, reason = "the e2e tests use the rest")]
+mod plugin;
 mod room;
 #[path = "../e2e/rootfs.rs"]
 #[allow(dead_code, reason = "the e2e tests use the rest")]

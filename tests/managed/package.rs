@@ -2,7 +2,8 @@
 
 use crate::{
     command::{children, wait_until},
-    room::{READY, archive, script},
+    plugin::{archive, script},
+    room::READY,
 };
 use lcow_graphdriver::config::{SPECS, env_name};
 use rustix::process::{Pid, Signal, kill_process};

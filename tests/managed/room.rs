@@ -8,14 +8,13 @@ use crate::{
     command::wait_until,
     engine::{Driver, Engine, EngineOptions},
     manifest::Tree,
+    plugin::{self, archive, script},
     rootfs, tarball,
 };
 use std::{
     fs,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
-    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -53,29 +52,6 @@ impl Version {
     }
 }
 
-/// Runs one of the project's scripts on the host; returns what it printed.
-pub(crate) fn script(name: &str, args: &[&str]) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(name);
-    let run = Command::new(&path).args(args).output();
-    let run = run.unwrap_or_else(|e| panic!("cannot start {}: {e}", path.display()));
-    let error = String::from_utf8_lossy(&run.stderr);
-    assert!(run.status.success(), "scripts/{name} {args:?} failed, {}\n{error}", run.status);
-    String::from_utf8_lossy(&run.stdout).into_owned()
-}
-
-/// The plugin as an archive; built once.
-pub(crate) fn archive() -> &'static Path {
-    static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
-    ARCHIVE.get_or_init(|| {
-        if let Some(given) = std::env::var_os("LCOW_E2E_PLUGIN") {
-            return given.into();
-        }
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("lcow-plugin.tar.gz");
-        script("build-plugin", &["--save", path.to_str().expect("UTF-8")]);
-        path
-    })
-}
-
 /// The archive of a plugin whose program has other bytes (some more at its end, which nobody reads) and another
 /// version.
 pub(crate) fn next_version(folder: &Path) -> PathBuf {
@@ -108,11 +84,9 @@ pub(crate) struct Room {
 impl Room {
     /// Creates and enables the plugin, starts the engine on it, and imports `base`.
     pub(crate) fn start(version: Version, dockerd: &[&str]) -> (Self, Tree) {
-        let engine = Engine::start(version.options(Driver::Managed).dockerd(dockerd));
+        let engine = Engine::start(version.options(Driver::Vfs).dockerd(dockerd));
         version.assert_runs(&engine);
-        let room = Self { engine, name: "lcow".into() };
-        room.create(archive());
-        room.enable();
+        let room = Self::of(engine);
         room.use_plugin();
         let entries = rootfs::full();
         room.engine.import("base", tarball::build(&entries));
@@ -121,6 +95,14 @@ impl Room {
         // The engine writes there in every container.
         tree.0.get_mut(b"/etc".as_slice()).expect("/etc").mtime = None;
         (room, tree)
+    }
+
+    /// Creates and enables the plugin in an engine that runs on something else.
+    pub(crate) fn of(engine: Engine) -> Self {
+        let room = Self { engine, name: "lcow".into() };
+        room.create(archive());
+        room.enable();
+        room
     }
 
     /// Runs scripts/build-plugin in the room.
@@ -145,7 +127,7 @@ impl Room {
 
     /// Restarts the engine with the plugin as its storage driver.
     pub(crate) fn use_plugin(&self) {
-        self.engine.choose_driver(&self.name, self.home_of(&self.name));
+        self.engine.choose_driver(Driver::Managed, &self.name, self.home_of(&self.name));
         self.engine.stop_dockerd();
         self.engine.start_dockerd();
         let driver = self.engine.docker(&["info", "-f", "{{.Driver}}"]);
@@ -154,7 +136,7 @@ impl Room {
 
     /// Restarts the engine with a driver of its own.
     pub(crate) fn use_vfs(&self) {
-        self.engine.choose_driver("vfs", self.engine.data_root().join("vfs"));
+        self.engine.choose_driver(Driver::Vfs, "vfs", self.engine.data_root().join("vfs"));
         self.engine.stop_dockerd();
         self.engine.start_dockerd();
     }
@@ -175,15 +157,7 @@ impl Room {
 
     /// Pid 1 of the plugin's container as the host sees it, if it runs.
     pub(crate) fn plugin_pid(&self) -> Option<u32> {
-        let program = fs::metadata(self.folder().join("rootfs/bin/lcow-graphdriver")).expect("the program");
-        let runs = |pid: u32| {
-            let exe = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-            let first = status.lines().any(|l| l.starts_with("NSpid:") && l.ends_with("\t1"));
-            (first && (exe.dev(), exe.ino()) == (program.dev(), program.ino())).then_some(pid)
-        };
-        let entries = fs::read_dir("/proc").expect("/proc").flatten();
-        entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).find_map(runs)
+        plugin::first_process(&self.folder())
     }
 
     /// Waits until another process than `old` is the plugin and answers.

@@ -166,3 +166,42 @@ fn set_user_id_programs_and_device_nodes_work_through_the_merged_view() {
     std::io::Read::read_exact(&mut fs::File::open(dir.join("zero")).unwrap(), &mut bytes).unwrap();
     assert_eq!(bytes, [0; 4]);
 }
+
+#[test]
+fn a_hash_tree_stands_behind_each_layer_where_it_is_wanted() {
+    let plugin = Plugin::start(&["--storage-opt", "lcow.verity=true"]);
+    plugin.init();
+    let tar = small_tar();
+    plugin.layer("base", "", &tar);
+    let facts = plugin.ok("GraphDriver.GetMetadata", &json!({"ID": "base"}))["Metadata"].clone();
+    let (root, image) = (facts["verity_root"].as_str().unwrap(), plugin.home().join("base/layer.vhd"));
+    let offset = facts["image_bytes"].as_str().unwrap().parse::<u64>().unwrap().next_multiple_of(4096);
+    let checked = std::process::Command::new("veritysetup")
+        .args(["verify", "--hash-offset", &offset.to_string()])
+        .args([&image, &image])
+        .arg(root)
+        .output()
+        .unwrap();
+    assert!(checked.status.success(), "{checked:?}");
+    // The tree is neither mounted nor in the way of an exact diff.
+    assert!(plugin.diff("base", "") == tar);
+    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c", "Parent": "base"}));
+    assert!(plugin.get("c").join("big").exists());
+    plugin.ok("GraphDriver.Put", &json!({"ID": "c"}));
+    let scrub = || {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"))
+            .args(["store", "scrub", "--home"])
+            .arg(plugin.home())
+            .output()
+            .unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    assert!(scrub().0);
+    let mut bytes = fs::read(&image).unwrap();
+    let big = noise(1, 300_000);
+    let at = bytes.windows(64).position(|w| w == &big[..64]).unwrap();
+    bytes[at + 10] ^= 1;
+    fs::write(&image, bytes).unwrap();
+    let (sound, said) = scrub();
+    assert!(!sound && said.contains("1 blocks are damaged") && said.contains("'/big'"), "{said}");
+}

@@ -18,7 +18,7 @@ use std::{
 use transport::{FLAG, Stream};
 
 /// Longest wait for a plugin to answer.
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_mins(1);
 /// Longest wait for one reply.
 const REPLY: Duration = Duration::from_mins(1);
 

@@ -41,6 +41,7 @@ impl Codec for TestCodec {
         input: &mut dyn Read,
         image: OpDisk,
         record: OpDisk,
+        _: Option<OpDisk>,
         lowers: Vec<Layer>,
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError> {
@@ -73,7 +74,7 @@ impl Codec for TestCodec {
         })
     }
 
-    fn check(&self, image: OpDisk) -> Result<CheckSummary, WireError> {
+    fn check(&self, image: OpDisk, _: bool) -> Result<CheckSummary, WireError> {
         if image.write_at(b"x", 0).is_ok() {
             return Err(WireError::new(ErrorKind::Internal, "a read-only disk took a write"));
         }
@@ -95,7 +96,7 @@ impl Codec for TestCodec {
                 let _ = out.flush();
                 std::process::abort()
             }
-            _ => Ok(ExportSummary { tar_bytes, tar_sha256: None }),
+            _ => Ok(ExportSummary { tar_bytes, tar_digest: None }),
         }
     }
 

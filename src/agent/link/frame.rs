@@ -59,10 +59,9 @@ pub fn parse(bytes: [u8; HEADER_LEN]) -> io::Result<Parsed> {
     if bytes == SYNC[..HEADER_LEN] {
         return Ok(Parsed::Sync);
     }
-    let [a, b, c, d, e, f, g, h, kind] = bytes;
-    let len = u32::from_le_bytes([a, b, c, d]) as usize;
-    let channel = u32::from_le_bytes([e, f, g, h]);
-    let (kind, wanted) = match kind {
+    let len = number(&bytes, 0)? as usize;
+    let channel = number(&bytes, 1)?;
+    let (kind, wanted) = match bytes[HEADER_LEN - 1] {
         1 => (Kind::Data, None),
         2 => (Kind::Close, Some(0)),
         3 => (Kind::Credit, Some(4)),
@@ -79,8 +78,10 @@ pub fn parse(bytes: [u8; HEADER_LEN]) -> io::Result<Parsed> {
 /// A header's bytes.
 pub fn header(channel: u32, kind: Kind, len: usize) -> [u8; HEADER_LEN] {
     debug_assert!(len <= MAX_INLINE);
-    let ([a, b, c, d], [e, f, g, h]) = ((len as u32).to_le_bytes(), channel.to_le_bytes());
-    [a, b, c, d, e, f, g, h, kind as u8]
+    let mut bytes = [kind as u8; HEADER_LEN];
+    bytes[..4].copy_from_slice(&(len as u32).to_le_bytes());
+    bytes[4..8].copy_from_slice(&channel.to_le_bytes());
+    bytes
 }
 
 /// A whole frame of numbers.

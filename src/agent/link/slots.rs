@@ -55,7 +55,8 @@ pub enum Side {
 pub struct Slots {
     file: File,
     slot_bytes: usize,
-    slots: u32,
+    /// How many each side has.
+    per_side: u32,
     /// First slot that is ours.
     first: u32,
     free: Mutex<Vec<u32>>,
@@ -97,7 +98,7 @@ impl Slots {
         let first = if side == Side::Daemon { 0 } else { disk.slots };
         // Popped from the end: the lowest come first, and few are ever touched.
         let free = Mutex::new((first..first + disk.slots).rev().collect());
-        Ok(Self { file, slot_bytes, slots: disk.slots, first, free, buffers: Mutex::default() })
+        Ok(Self { file, slot_bytes, per_side: disk.slots, first, free, buffers: Mutex::default() })
     }
 
     /// Bytes of a slot.
@@ -135,7 +136,7 @@ impl Slots {
     /// # Errors
     /// `InvalidData` for a slot that is not the peer's; what the disk says.
     pub fn load(&self, slot: u32, len: usize) -> io::Result<Vec<u8>> {
-        if slot >= self.slots * 2 || self.is_ours(slot) || len > self.slot_bytes {
+        if slot >= self.per_side * 2 || self.is_ours(slot) || len > self.slot_bytes {
             return Err(invalid("bytes in a slot that the peer does not own"));
         }
         let mut buffer = self.buffer();
@@ -160,7 +161,7 @@ impl Slots {
     }
 
     fn is_ours(&self, slot: u32) -> bool {
-        (self.first..self.first + self.slots).contains(&slot)
+        (self.first..self.first + self.per_side).contains(&slot)
     }
 
     fn place(&self, slot: u32) -> u64 {

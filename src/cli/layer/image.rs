@@ -7,9 +7,11 @@ use crate::{
     ext4::{Ext4, Ext4Error, FileKind, Inode},
     io::{ReadAt, SubDisk},
     vhd::{self, Footer, VhdError},
+    vhdx::{Geometry, Vhdx},
 };
 use std::{
     fs::File,
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -23,15 +25,28 @@ const MAX_HOPS: usize = 40;
 /// How a VHDX begins.
 const VHDX_MAGIC: &[u8] = b"vhdxfile";
 
-/// The disk in a VHD, or a bare image.
-pub(super) type Disk = SubDisk<Arc<File>>;
+/// The disk in a VHD or VHDX, or a bare image.
+pub(super) type Disk = Arc<dyn ReadAt>;
+
+/// What kind of file holds the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Container {
+    /// The file is the disk.
+    Raw,
+    /// A fixed VHD: a footer stands behind the disk.
+    Vhd(Footer),
+    /// A dynamic or fixed VHDX.
+    Vhdx(Geometry),
+}
 
 /// An opened image.
 pub(super) struct Image {
     pub(super) path: PathBuf,
     pub(super) file_bytes: u64,
-    pub(super) footer: Option<Footer>,
+    pub(super) container: Container,
     pub(super) disk: Disk,
+    /// Where the disk may be other than zero, in bytes, ascending.
+    pub(super) data: Vec<Range<u64>>,
 }
 
 impl Image {
@@ -43,17 +58,20 @@ impl Image {
         let file_bytes = file.size().map_err(|e| failed("read", path, &e))?;
         let mut head = [0; VHDX_MAGIC.len()];
         if file.read_exact_at(&mut head, 0).is_ok() && head == VHDX_MAGIC {
-            return Err(format!(
-                "{} is a VHDX, which is not read here: `qemu-img convert -O raw {} OUT.img` makes a raw image",
-                shown(path),
-                path.display()
-            )
-            .into());
+            let vhdx = Vhdx::open(file).map_err(|e| failed("read", path, &e))?;
+            let (container, data) = (Container::Vhdx(*vhdx.geometry()), vhdx.allocated());
+            return Ok(Self { path: path.to_owned(), file_bytes, container, disk: Arc::new(vhdx), data });
         }
         let footer = footer(&file, file_bytes).map_err(|e| failed("read", path, &*e))?;
         let disk_bytes = footer.map_or(file_bytes, |f| f.disk_bytes);
-        let disk = SubDisk::new(Arc::new(file), 0, disk_bytes);
-        Ok(Self { path: path.to_owned(), file_bytes, footer, disk })
+        let data = data_ranges(&file, disk_bytes);
+        Ok(Self {
+            path: path.to_owned(),
+            file_bytes,
+            container: footer.map_or(Container::Raw, Container::Vhd),
+            disk: Arc::new(SubDisk::new(file, 0, disk_bytes)),
+            data,
+        })
     }
 
     pub(super) fn ext4(&self) -> Result<Ext4<Disk>, CliError> {
@@ -70,6 +88,39 @@ impl Image {
     pub(super) fn layer(&self) -> Result<LayerSource<Disk>, CliError> {
         Ok(LayerSource::new(self.disk.clone(), self.kind()?))
     }
+}
+
+/// Bytes of a file system.
+pub(super) fn fs_bytes<R: ReadAt>(fs: &Ext4<R>) -> u64 {
+    fs.geometry().blocks_count.saturating_mul(u64::from(fs.geometry().block_size))
+}
+
+/// Where a file has data, as far as its file system tells: the whole of it elsewhere.
+fn data_ranges(file: &File, bytes: u64) -> Vec<Range<u64>> {
+    #[cfg(target_os = "linux")]
+    {
+        let mut ranges = Vec::new();
+        let mut at = 0;
+        // An error is the end of the data, or a file system that does not tell.
+        while let Ok(start) = rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+            let Ok(end) = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start)) else { break };
+            if start >= bytes {
+                return ranges;
+            }
+            ranges.push(start..end.min(bytes));
+            at = end;
+        }
+        if at > 0 || file.size().is_ok_and(|size| size > 0 && is_hole(file)) {
+            return ranges;
+        }
+    }
+    std::iter::once(0..bytes).collect()
+}
+
+/// Whether the file system says that a file without data is all hole.
+#[cfg(target_os = "linux")]
+fn is_hole(file: &File) -> bool {
+    rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(0)) == Ok(0)
 }
 
 /// The footer at the end of a file; `None` for a bare image.

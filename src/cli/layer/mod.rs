@@ -3,26 +3,35 @@
 //! ```text
 //!   IN.tar (plain, gzip, zstd, or -) ──pack──► OUT.vhd + RECORD          pack    input, output
 //!   IMAGE (+ RECORD) ──unpack, diff──► tar                               unpack  image, output
-//!   IMAGE ──inspect, ls, cat, verify──► what it holds                    show    image
+//!   IMAGE ──inspect, ls, cat, verify──► what it holds                    show    image, verify
+//!   IMAGE ──convert──► raw, VHD, VHDX         IMAGE ──mount──► FOLDER        convert, mount
 //! ```
 //!
 //! All work is done in this process, with the rights of who called it: unlike the service, which hands it to a jailed
 //! worker. What is read is taken for hostile all the same. Files appear whole or not at all: they are written under a
 //! temporary name beside their place, synced, and renamed. Called by [`super::run`].
 
+mod convert;
 mod failure;
 mod image;
 mod input;
+#[cfg(target_os = "linux")]
+mod mount;
 mod output;
 mod pack;
 mod show;
 mod unpack;
+mod verify;
 
 use super::CliError;
-use crate::vhd;
+use crate::{agent::wire::RootHash, vhd};
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
-use std::{path::PathBuf, process::ExitCode};
+use serde::Serialize;
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 /// The exit status of a program that was ended because nobody reads its output any more, as shells tell it.
 const CLOSED_PIPE: u8 = 141;
@@ -35,11 +44,17 @@ pub(super) enum LayerCommand {
     Unpack(UnpackArgs),
     /// Shows what an image is: VHD footer, file system, counts.
     Inspect(InspectArgs),
+    /// Writes the disk of an image as another kind of file: raw, fixed VHD or dynamic VHDX.
+    Convert(ConvertArgs),
+    /// Mounts an image on a folder, read-only (Linux, as root).
+    #[cfg(target_os = "linux")]
+    Mount(MountArgs),
     /// Lists a folder of an image, or one file.
     Ls(LsArgs),
     /// Writes a file of an image to standard output.
     Cat(CatArgs),
-    /// Checks an image's metadata as strictly as the service does before it mounts one, and with a record all its data.
+    /// Checks an image's metadata as strictly as the service does before it mounts one, every block against its hash
+    /// tree if it has one, and with a record all its data.
     Verify(VerifyArgs),
     /// Writes what IMAGE has and the PARENTs have not as a canonical tar (deleted names as `.wh.` files).
     Diff(DiffArgs),
@@ -60,6 +75,9 @@ pub(super) struct PackArgs {
     /// Also writes the exact record here: with it, `unpack --exact` gives back the very bytes of the tar.
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
+    /// Writes a dm-verity hash tree behind the file system and shows its root hash.
+    #[arg(long)]
+    verity: bool,
     /// Refuses to make an image larger than this (`500MiB`, `20GB`).
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(vhd::MAX_DISK_BYTES))]
     max_size: ByteSize,
@@ -98,6 +116,72 @@ pub(super) struct InspectArgs {
     image: PathBuf,
 }
 
+/// A kind of file that holds a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum DiskFormat {
+    /// The disk and nothing else.
+    Raw,
+    /// A fixed VHD: the disk and a footer.
+    Vhd,
+    /// A dynamic VHDX: blocks that are there.
+    Vhdx,
+}
+
+impl DiskFormat {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Vhd => "fixed vhd",
+            Self::Vhdx => "dynamic vhdx",
+        }
+    }
+
+    /// By the ending of a file's name.
+    fn of(path: &Path) -> Option<Self> {
+        match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
+            "img" | "raw" => Some(Self::Raw),
+            "vhd" => Some(Self::Vhd),
+            "vhdx" => Some(Self::Vhdx),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ConvertArgs {
+    /// What OUT shall be; without it the ending of its name tells (.img, .raw, .vhd, .vhdx).
+    #[arg(long = "to", value_enum, value_name = "FORMAT")]
+    format: Option<DiskFormat>,
+    /// Size of a VHDX's blocks: a power of two from 1 MiB (the default) to 256 MiB.
+    #[arg(long, value_name = "SIZE")]
+    block_size: Option<ByteSize>,
+    /// Logical sectors of a VHDX: 512 (the default) or 4096.
+    #[arg(long, value_name = "BYTES")]
+    sector_size: Option<u32>,
+    /// Prints the summary as JSON.
+    #[arg(long)]
+    json: bool,
+    /// The image: raw, VHD or VHDX, known by its content.
+    #[arg(value_name = "IN")]
+    input: PathBuf,
+    /// The file to be made; replaced if it exists.
+    #[arg(value_name = "OUT")]
+    output: PathBuf,
+}
+
+#[cfg(target_os = "linux")]
+#[derive(Debug, Args)]
+pub(super) struct MountArgs {
+    /// Mounts a sandbox so that it can be written; its journal is replayed.
+    #[arg(long)]
+    write: bool,
+    /// The image.
+    image: PathBuf,
+    /// The folder.
+    folder: PathBuf,
+}
+
 #[derive(Debug, Args)]
 pub(super) struct LsArgs {
     /// Shows type, permissions, links, owner, size and time (UTC) too.
@@ -126,6 +210,9 @@ pub(super) struct VerifyArgs {
     /// The exact record: the whole tar is read back from the image and its digest compared.
     #[arg(long, value_name = "RECORD")]
     record: Option<PathBuf>,
+    /// The root hash that the image's hash tree must have (64 hexadecimal digits).
+    #[arg(long, value_name = "HASH", value_parser = root_hash)]
+    root_hash: Option<RootHash>,
     /// Prints JSON.
     #[arg(long)]
     json: bool,
@@ -150,9 +237,12 @@ pub(super) fn run(command: LayerCommand) -> Result<ExitCode, CliError> {
         LayerCommand::Pack(args) => pack::pack(&args),
         LayerCommand::Unpack(args) => unpack::unpack(&args),
         LayerCommand::Inspect(args) => show::inspect(&args),
+        LayerCommand::Convert(args) => convert::convert(&args),
+        #[cfg(target_os = "linux")]
+        LayerCommand::Mount(args) => mount::mount(&args),
         LayerCommand::Ls(args) => show::ls(&args),
         LayerCommand::Cat(args) => unpack::cat(&args),
-        LayerCommand::Verify(args) => show::verify(&args),
+        LayerCommand::Verify(args) => verify::verify(&args),
         LayerCommand::Diff(args) => unpack::diff(&args),
     };
     match result {
@@ -161,12 +251,6 @@ pub(super) fn run(command: LayerCommand) -> Result<ExitCode, CliError> {
     }
 }
 
-/// Hexadecimal digits.
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+fn root_hash(text: &str) -> Result<RootHash, &'static str> {
+    text.to_owned().try_into()
 }

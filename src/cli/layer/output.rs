@@ -59,6 +59,12 @@ impl NewFile {
         Ok(Self { place, temporary })
     }
 
+    /// A file without a name on the same disk.
+    pub(super) fn scratch(&self) -> Result<File, CliError> {
+        let folder = self.temporary.path().parent().unwrap_or(Path::new("."));
+        tempfile::tempfile_in(folder).map_err(|e| failed("make a file in", folder, &e))
+    }
+
     /// The file, empty at first.
     pub(super) fn file(&self) -> &File {
         self.temporary.as_file()

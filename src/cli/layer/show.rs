@@ -1,23 +1,20 @@
-//! `layer inspect`, `ls` and `verify`: what an image holds, and whether it is sound.
+//! `layer inspect` and `ls`: what an image holds.
 
 use super::{
-    InspectArgs, LsArgs, VerifyArgs,
-    failure::{failed, shown},
-    hex,
-    image::{Disk, Image, kind, resolve},
-    input,
+    InspectArgs, LsArgs,
+    failure::failed,
+    image::{Container, Disk, Image, fs_bytes, kind, resolve},
     output::{print, print_json},
 };
 use crate::{
+    agent::wire::RootHash,
     cli::CliError,
     diff::{
-        LayerKind,
+        LayerKind, TarDigest,
         record::{self, RecordInfo},
     },
-    ext4::{
-        Ext4, Ext4Error, FileKind, Inode, Timestamp,
-        check::{CheckLimits, check},
-    },
+    ext4::{Ext4, Ext4Error, FileKind, Inode, Timestamp},
+    verity,
 };
 use bytesize::ByteSize;
 use serde::Serialize;
@@ -25,7 +22,6 @@ use std::{
     collections::{BTreeMap, HashSet},
     fmt::Write as _,
     fs::File,
-    io,
     path::Path,
     process::ExitCode,
 };
@@ -84,10 +80,23 @@ struct Inspection {
     /// `layer` or `sandbox`.
     kind: &'static str,
     vhd: Option<VhdFacts>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vhdx: Option<VhdxFacts>,
     ext4: Ext4Facts,
     counts: Counts,
     #[serde(skip_serializing_if = "Option::is_none")]
+    verity: Option<VerityFacts>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     record: Option<RecordFacts>,
+}
+
+#[derive(Debug, Serialize)]
+struct VerityFacts {
+    root_hash: RootHash,
+    /// Byte of the disk where its super block stands: `veritysetup --hash-offset`.
+    hash_offset: u64,
+    data_blocks: u64,
+    uuid: Uuid,
 }
 
 #[derive(Debug, Serialize)]
@@ -96,6 +105,16 @@ struct VhdFacts {
     uuid: Uuid,
     /// Seconds since 2000.
     timestamp: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct VhdxFacts {
+    disk_bytes: u64,
+    block_size: u32,
+    logical_sector: u32,
+    physical_sector: u32,
+    disk_id: Uuid,
+    fixed: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -132,7 +151,7 @@ struct Counts {
 struct RecordFacts {
     record_bytes: u64,
     tar_bytes: u64,
-    tar_sha256: String,
+    tar_digest: TarDigest,
     image_bytes: u64,
     frames: u64,
 }
@@ -142,14 +161,14 @@ impl From<RecordInfo> for RecordFacts {
         Self {
             record_bytes: info.record_bytes,
             tar_bytes: info.tar_bytes,
-            tar_sha256: hex(&info.tar_sha256),
+            tar_digest: info.tar_digest,
             image_bytes: info.image_bytes,
             frames: info.frames,
         }
     }
 }
 
-fn open_record(path: &Path) -> Result<(File, RecordInfo), CliError> {
+pub(super) fn open_record(path: &Path) -> Result<(File, RecordInfo), CliError> {
     let file = File::open(path).map_err(|e| failed("open", path, &e))?;
     let info = record::inspect(&file).map_err(|e| failed("read the exact record", path, &e))?;
     Ok((file, info))
@@ -209,14 +228,28 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<ExitCode, CliError> {
             LayerKind::Applied => "layer",
             LayerKind::Sandbox => "sandbox",
         },
-        vhd: image.footer.map(|f| VhdFacts {
-            disk_bytes: f.disk_bytes,
-            uuid: Uuid::from_bytes(f.uuid),
-            timestamp: f.timestamp,
-        }),
+        vhd: match &image.container {
+            Container::Vhd(f) => Some(VhdFacts {
+                disk_bytes: f.disk_bytes,
+                uuid: Uuid::from_bytes(f.uuid),
+                timestamp: f.timestamp,
+            }),
+            _ => None,
+        },
+        vhdx: match &image.container {
+            Container::Vhdx(g) => Some(VhdxFacts {
+                disk_bytes: g.disk_bytes,
+                block_size: g.block_size,
+                logical_sector: g.logical_sector,
+                physical_sector: g.physical_sector,
+                disk_id: g.disk_id,
+                fixed: g.fixed,
+            }),
+            _ => None,
+        },
         ext4: Ext4Facts {
             uuid: Uuid::from_bytes(geometry.uuid),
-            bytes: geometry.blocks_count * u64::from(geometry.block_size),
+            bytes: fs_bytes(&fs),
             block_size: geometry.block_size,
             blocks: geometry.blocks_count,
             groups: geometry.groups,
@@ -229,6 +262,7 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<ExitCode, CliError> {
             ]),
         },
         counts: count(&fs).map_err(about)?,
+        verity: verity_facts(&image, &fs)?,
         record: record.map(|(_, info)| info.into()),
     };
     if args.json {
@@ -237,6 +271,17 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<ExitCode, CliError> {
         print(&inspection_text(&inspection))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn verity_facts(image: &Image, fs: &Ext4<Disk>) -> Result<Option<VerityFacts>, CliError> {
+    let about = |e| failed("read", &image.path, &e);
+    let Some(superblock) = verity::find(&image.disk, fs_bytes(fs)).map_err(about)? else { return Ok(None) };
+    Ok(Some(VerityFacts {
+        root_hash: RootHash(verity::root(&image.disk, &superblock).map_err(about)?),
+        hash_offset: superblock.offset,
+        data_blocks: superblock.data_blocks,
+        uuid: Uuid::from_bytes(superblock.uuid),
+    }))
 }
 
 fn inspection_text(i: &Inspection) -> String {
@@ -248,9 +293,17 @@ fn inspection_text(i: &Inspection) -> String {
     line("file", format!("{} ({} bytes), {}", ByteSize(i.file_bytes), i.file_bytes, i.kind));
     line(
         "vhd",
-        match &i.vhd {
-            Some(v) => format!("fixed, disk of {} bytes, uuid {}", v.disk_bytes, v.uuid),
-            None => "no footer: a bare image".to_owned(),
+        match (&i.vhd, &i.vhdx) {
+            (Some(v), _) => format!("fixed, disk of {} bytes, uuid {}", v.disk_bytes, v.uuid),
+            (_, Some(v)) => format!(
+                "vhdx, {}, disk of {} bytes, blocks of {}, sectors of {}, id {}",
+                if v.fixed { "fixed" } else { "dynamic" },
+                v.disk_bytes,
+                ByteSize(v.block_size.into()),
+                v.logical_sector,
+                v.disk_id
+            ),
+            _ => "no footer: a bare image".to_owned(),
         },
     );
     let e = &i.ext4;
@@ -284,9 +337,12 @@ fn inspection_text(i: &Inspection) -> String {
         .map(|(name, n)| format!("{n} {name}"))
         .join(", "),
     );
+    if let Some(v) = &i.verity {
+        line("verity", format!("{}, {} blocks, hash offset {}", v.root_hash, v.data_blocks, v.hash_offset));
+    }
     if let Some(r) = &i.record {
         line("record", format!("{} in {} frames", ByteSize(r.record_bytes), r.frames));
-        line("tar", format!("{} bytes, sha256 {}", r.tar_bytes, r.tar_sha256));
+        line("tar", format!("{} bytes, {}", r.tar_bytes, r.tar_digest));
     }
     text
 }
@@ -466,70 +522,6 @@ fn date(time: Timestamp) -> String {
     let day = day - (153 * month + 2) / 5 + 1;
     let (year, month) = (era * 400 + year + i64::from(month >= 10), (month + 2) % 12 + 1);
     format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60)
-}
-
-/// What `verify` found.
-#[derive(Debug, Serialize)]
-struct Verified {
-    sound: bool,
-    uuid: Uuid,
-    inodes: u64,
-    directories: u64,
-    blocks_used: u64,
-    /// The digest that was found right; only with a record.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tar_sha256: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tar_bytes: Option<u64>,
-}
-
-pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
-    let image = Image::open(&args.image)?;
-    if image.kind()? == LayerKind::Sandbox {
-        return Err(format!(
-            "{} is a sandbox: only images that `layer pack` and ApplyDiff made can be verified (try `e2fsck -fn`)",
-            shown(&args.image)
-        )
-        .into());
-    }
-    let report =
-        check(image.disk.clone(), CheckLimits::default()).map_err(|e| failed("verify", &args.image, &e))?;
-    let replayed = match &args.record {
-        None => None,
-        Some(path) => {
-            let (record, info) = open_record(path)?;
-            let bar = input::bar(Some(info.tar_bytes));
-            let result = record::replay(&image.disk, &record, bar.wrap_write(io::sink()));
-            bar.finish_and_clear();
-            Some(result.map_err(|e| failed("verify", &args.image, &e))?)
-        }
-    };
-    let verified = Verified {
-        sound: true,
-        uuid: Uuid::from_bytes(report.uuid),
-        inodes: report.inodes,
-        directories: report.directories,
-        blocks_used: report.blocks_used,
-        tar_sha256: replayed.map(|r| hex(&r.tar_sha256)),
-        tar_bytes: replayed.map(|r| r.tar_bytes),
-    };
-    if args.json {
-        print_json(&verified)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let data = match (&verified.tar_bytes, &verified.tar_sha256) {
-        (Some(bytes), Some(digest)) => format!("its tar of {bytes} bytes is whole, sha256 {digest}"),
-        _ => "file data were not checked: that needs the exact record (--record)".to_owned(),
-    };
-    print(&format!(
-        "{}: metadata sound, {} inodes, {} folders, {} blocks used, uuid {}\n{data}\n",
-        shown(&args.image),
-        verified.inodes,
-        verified.directories,
-        verified.blocks_used,
-        verified.uuid
-    ))?;
-    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

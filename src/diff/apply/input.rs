@@ -1,7 +1,10 @@
 //! The tar reader's chunks, hashed on a second thread while they are parsed.
 
 use crate::{
-    diff::hash::{HashPipe, Shared},
+    diff::{
+        digest::{DigestKind, TarDigest},
+        hash::{HashPipe, Shared},
+    },
     tar::{CHUNK_BYTES, ChunkSource, fill},
 };
 use std::{
@@ -19,11 +22,11 @@ pub(super) struct HashedChunks<R> {
 
 impl<R: Read> HashedChunks<R> {
     pub(super) fn new(input: R) -> Self {
-        Self { input, pipe: HashPipe::new(CHUNK_BYTES), chunk: None, len: 0 }
+        Self { input, pipe: HashPipe::new(DigestKind::Blake3, CHUNK_BYTES), chunk: None, len: 0 }
     }
 
     /// Digest of the bytes so far.
-    pub(super) fn finish(self) -> io::Result<[u8; 32]> {
+    pub(super) fn finish(self) -> io::Result<TarDigest> {
         self.pipe.finish()
     }
 }

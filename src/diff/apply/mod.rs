@@ -5,7 +5,7 @@
 //!                    │              ├─ Data ──────────────────────────────────────►│  │ Placed::At → image op
 //!                    │              │                                                 └ Placed::Inline → literal op
 //!                    │              └─ Raw ───────────────────────────────────────────► literal op     ─► record
-//!                    └─► SHA-256 on a second thread ──────────────────────────────────► trailer        ─► record
+//!                    └─► digest on a second thread  ──────────────────────────────────► trailer        ─► record
 //! ```
 //!
 //! Invariants:
@@ -50,15 +50,16 @@ pub use lower::{LowerLayers, LowerNode, NoLowers};
 pub use owner::IdMap;
 
 use crate::{
-    diff::{DiffError, record::RecordWriter},
-    ext4::writer::{ImageWriter, Placed, WriterOptions},
+    diff::{DiffError, TarDigest, record::RecordWriter},
+    ext4::writer::{ImageWriter, Placed, UuidSource, WriterOptions},
     io::WriteAt,
     tar::{Event, TarReader},
+    verity::{self, TreeDisk},
     vhd::{self, Footer},
 };
 use input::HashedChunks;
 use layer::{Layer, Placement};
-use std::io::Read;
+use std::{io::Read, sync::Arc};
 
 /// How to apply, and what to refuse.
 #[derive(Debug, Clone)]
@@ -81,6 +82,31 @@ pub struct ApplyOptions {
     pub uid_map: Vec<IdMap>,
     /// The same for groups.
     pub gid_map: Vec<IdMap>,
+    /// Whether a dm-verity tree stands behind the file system.
+    pub verity: Verity,
+}
+
+/// Whether an image gets a hash tree.
+#[derive(Clone, Default)]
+pub enum Verity {
+    /// No.
+    #[default]
+    None,
+    /// Yes. The scratch disk takes the leaves of images over 256 MiB; without one they stay in memory.
+    Tree {
+        /// Empty; of no use afterwards.
+        scratch: Option<Arc<dyn WriteAt>>,
+    },
+}
+
+impl std::fmt::Debug for Verity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "None",
+            Self::Tree { scratch: None } => "Tree",
+            Self::Tree { scratch: Some(_) } => "Tree with a scratch disk",
+        })
+    }
 }
 
 impl ApplyOptions {
@@ -97,6 +123,7 @@ impl ApplyOptions {
             max_trailing_bytes: 1 << 30,
             uid_map: Vec::new(),
             gid_map: Vec::new(),
+            verity: Verity::None,
         }
     }
 }
@@ -106,20 +133,22 @@ impl ApplyOptions {
 pub struct ApplySummary {
     /// Size of the ext4 file system.
     pub image_bytes: u64,
-    /// Size of the file: the image and the VHD footer.
+    /// Size of the file: the image, its hash tree if it has one, and the VHD footer.
     pub file_bytes: u64,
     /// Sum of the sizes of regular files, a hard-linked one once, whiteouts 0: the layer's size as engines count.
     pub diff_size: u64,
     /// Length of the tar.
     pub tar_bytes: u64,
     /// Digest of the tar, all bytes.
-    pub tar_sha256: [u8; 32],
+    pub tar_digest: TarDigest,
     /// Size of the exact record.
     pub record_bytes: u64,
     /// UUID of the file system.
     pub uuid: [u8; 16],
     /// Entries of the tar, extended headers not counted.
     pub entries: u64,
+    /// Root of the dm-verity tree, if there is one.
+    pub verity_root: Option<verity::Hash>,
 }
 
 /// Applies `input` to an empty `image` and an empty `record`.
@@ -137,7 +166,18 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
 ) -> Result<ApplySummary, DiffError> {
     let mut reader = TarReader::from_source(HashedChunks::new(input));
     let mut record = RecordWriter::new(record)?;
-    let mut layer = Layer::new(ImageWriter::new(&image, options.writer)?, options)?;
+    let mut settings = options.writer;
+    if settings.uuid == UuidSource::FromContent {
+        // The tar's digest stands for the data: they need not be summed a second time.
+        settings.uuid = UuidSource::FromSource;
+    }
+    let image = match &options.verity {
+        Verity::None => TreeDisk::plain(image),
+        Verity::Tree { scratch } => {
+            TreeDisk::hashing(image, scratch.clone()).map_err(DiffError::io("starting the hashing thread"))?
+        }
+    };
+    let mut layer = Layer::new(ImageWriter::new(&image, settings)?, options)?;
     let mut open = false;
     let mut entries = 0u64;
     loop {
@@ -199,28 +239,45 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     }
     let tar_bytes = reader.offset();
     let (writer, diff_size) = layer.finish(lowers)?;
-    let summary = writer.finish()?;
-    let file_bytes = append_footer(&image, summary.image_bytes, summary.uuid)?;
-    let tar_sha256 = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
-    let record_bytes = record.finish(tar_sha256, summary.image_bytes)?;
+    let tar_digest = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
+    let summary = writer.finish_with(tar_digest.bytes)?;
+    let (disk_bytes, verity_root) = append_tree(&image, summary.image_bytes, summary.uuid)?;
+    let file_bytes = append_footer(&image, disk_bytes, summary.uuid)?;
+    let record_bytes = record.finish(tar_digest, summary.image_bytes)?;
     Ok(ApplySummary {
         image_bytes: summary.image_bytes,
         file_bytes,
         diff_size,
         tar_bytes,
-        tar_sha256,
+        tar_digest,
         record_bytes,
         uuid: summary.uuid,
         entries,
+        verity_root,
     })
 }
-/// Puts the VHD footer behind the image; the size of the file.
-fn append_footer<W: WriteAt>(image: &W, image_bytes: u64, uuid: [u8; 16]) -> Result<u64, DiffError> {
+
+/// Puts the hash tree, if one is wanted, behind the image; the size of the disk and the root.
+fn append_tree<W: WriteAt, S: WriteAt + 'static>(
+    image: &TreeDisk<W, S>,
+    image_bytes: u64,
+    mut uuid: [u8; 16],
+) -> Result<(u64, Option<verity::Hash>), DiffError> {
+    // The super block needs a UUID of its own: tools find disks by it.
+    uuid[0] = !uuid[0];
+    Ok(match image.finish(image_bytes, uuid)? {
+        None => (image_bytes, None),
+        Some(tree) => (tree.end, Some(tree.root)),
+    })
+}
+
+/// Puts the VHD footer behind the disk; the size of the file.
+fn append_footer<W: WriteAt>(image: &W, disk_bytes: u64, uuid: [u8; 16]) -> Result<u64, DiffError> {
     // The time is the epoch and the id that of the file system: equal tars give equal files.
-    let footer = Footer::new(image_bytes, 0, uuid)?;
-    let file_bytes = image_bytes + vhd::FOOTER_SIZE as u64;
+    let footer = Footer::new(disk_bytes, 0, uuid)?;
+    let file_bytes = disk_bytes + vhd::FOOTER_SIZE as u64;
     image
-        .write_all_at(&footer.to_bytes(), image_bytes)
+        .write_all_at(&footer.to_bytes(), disk_bytes)
         .and_then(|()| image.set_len(file_bytes))
         .map_err(DiffError::io("writing the vhd footer"))?;
     Ok(file_bytes)

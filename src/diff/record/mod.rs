@@ -9,8 +9,8 @@
 //!   │ payload: packed bytes = zstd( ops bytes ‖ literal bytes )     │
 //!   ├──────────────────────  … more frames …  ─────────────────────┤
 //!   ├────────────────────── trailer, 80 bytes ─────────────────────┤
-//!   │ kind u32 "END1" │ flags u32 = 0 │ frames u64 │ tar bytes u64   │
-//!   │ image bytes u64 │ record bytes u64 │ sha256 of the tar [32]    │
+//!   │ kind u32 "END1" │ digest u32 │ frames u64 │ tar bytes u64      │
+//!   │ image bytes u64 │ record bytes u64 │ digest of the tar [32]    │
 //!   │ crc u32 │ reserved u32 = 0                                     │
 //!   └──────────────────────────────────────────────────────────────┘
 //!
@@ -18,12 +18,13 @@
 //!   literal op: the next len literal bytes of this frame       image op: image[offset .. offset + len]
 //! ```
 //!
+//! `digest` names the function: 1 is BLAKE3, which is written; 0 is SHA-256, which the first records have.
 //! All numbers are little-endian; varints are LEB128 of at most 10 bytes. Each `crc` is CRC-32C over the bytes before
 //! it in its part (and the payload), *seeded with the `crc` of the part before* (the header's own for the first), so
 //! that lost, doubled or swapped frames are found as well as flipped bits.
 //!
 //! Invariants:
-//! * Concatenating the ops gives exactly `tar bytes` bytes with digest `sha256`.
+//! * Concatenating the ops gives exactly `tar bytes` bytes with that digest.
 //! * A frame has at most [`MAX_FRAME_OPS`] + [`MAX_FRAME_LITERALS`] unpacked bytes: reader and writer need one such
 //!   buffer whatever the layer's size. No op is empty; the literals of a frame are used up by its ops.
 //! * `record bytes` is the size of the record: nothing follows the trailer.
@@ -45,7 +46,10 @@ const MAGIC: [u8; 8] = *b"LCOWDIFF";
 const VERSION: u32 = 1;
 const FRAME: u32 = u32::from_le_bytes(*b"FRM1");
 const END: u32 = u32::from_le_bytes(*b"END1");
+/// The digest functions by their numbers in the trailer.
+const DIGESTS: [DigestKind; 2] = [DigestKind::Sha256, DigestKind::Blake3];
 
+use super::digest::DigestKind;
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
     little_endian::{U32, U64},
@@ -73,12 +77,12 @@ struct RawFrame {
 #[repr(C)]
 struct RawTrailer {
     kind: U32,
-    flags: U32,
+    digest_kind: U32,
     frames: U64,
     tar_bytes: U64,
     image_bytes: U64,
     record_bytes: U64,
-    sha256: [u8; 32],
+    digest: [u8; 32],
     crc: U32,
     reserved: U32,
 }

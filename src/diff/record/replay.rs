@@ -9,12 +9,12 @@
 //! been found right: who gets all bytes of the last chunk has the very tar.
 
 use super::{
-    END, FRAME, FRAME_BYTES, HEADER_BYTES, MAGIC, MAX_FRAME_LITERALS, MAX_FRAME_OPS, RawFrame, RawHeader,
-    RawTrailer, TRAILER_BYTES, VERSION, take_varint, unzigzag,
+    DIGESTS, END, FRAME, FRAME_BYTES, HEADER_BYTES, MAGIC, MAX_FRAME_LITERALS, MAX_FRAME_OPS, RawFrame,
+    RawHeader, RawTrailer, TRAILER_BYTES, VERSION, take_varint, unzigzag,
 };
 use crate::{
     diff::{
-        DiffError,
+        DiffError, DigestKind, TarDigest,
         hash::{HashPipe, Shared},
     },
     io::ReadAt,
@@ -37,8 +37,8 @@ const NEAR: u64 = 64 << 10;
 pub struct RecordInfo {
     /// Length of the tar.
     pub tar_bytes: u64,
-    /// Its SHA-256.
-    pub tar_sha256: [u8; 32],
+    /// Its digest.
+    pub tar_digest: TarDigest,
     /// Size of the ext4 image that the record points into.
     pub image_bytes: u64,
     /// Size of the record.
@@ -53,7 +53,7 @@ pub struct ReplaySummary {
     /// Bytes of tar.
     pub tar_bytes: u64,
     /// Digest of the tar, verified.
-    pub tar_sha256: [u8; 32],
+    pub tar_digest: TarDigest,
 }
 
 fn corrupt(offset: u64, reason: impl Into<String>) -> DiffError {
@@ -89,15 +89,19 @@ fn open<S: ReadAt>(record: &S) -> Result<(RecordInfo, RawHeader, RawTrailer), Di
     }
     let end = size - TRAILER_BYTES as u64;
     let trailer: RawTrailer = read_struct(record, end)?;
-    if trailer.kind.get() != END || trailer.flags.get() != 0 || trailer.reserved.get() != 0 {
+    if trailer.kind.get() != END || trailer.reserved.get() != 0 {
         return Err(corrupt(end, "bad trailer"));
     }
     if trailer.record_bytes.get() != size {
         return Err(corrupt(end, format!("record of {} bytes has a size of {size}", trailer.record_bytes)));
     }
+    let Some(&kind) = DIGESTS.get(trailer.digest_kind.get() as usize) else {
+        let reason = format!("digest function {}", trailer.digest_kind);
+        return Err(DiffError::Unsupported { what: "exact record", reason });
+    };
     let info = RecordInfo {
         tar_bytes: trailer.tar_bytes.get(),
-        tar_sha256: trailer.sha256,
+        tar_digest: TarDigest { kind, bytes: trailer.digest },
         image_bytes: trailer.image_bytes.get(),
         record_bytes: size,
         frames: trailer.frames.get(),
@@ -137,7 +141,7 @@ pub fn replay<R: ReadAt, S: ReadAt, O: Write>(
     let end = info.record_bytes - TRAILER_BYTES as u64;
     let mut frames = Frames { record: &record, at: HEADER_BYTES as u64, end, crc: header.crc(), count: 0 };
     let mut source = ImageRanges::new(&image, info.image_bytes);
-    let mut sink = Sink::new(out)?;
+    let mut sink = Sink::new(info.tar_digest.kind, out)?;
     let (mut packed, mut plain) = (Vec::new(), Vec::with_capacity(MAX_FRAME_OPS + MAX_FRAME_LITERALS));
     let mut unpacker = zstd::bulk::Decompressor::new().map_err(DiffError::io("starting the decompressor"))?;
     let mut left = info.tar_bytes;
@@ -179,7 +183,7 @@ pub fn replay<R: ReadAt, S: ReadAt, O: Write>(
         return Err(corrupt(end, "checksum of the trailer does not match"));
     }
     sink.finish(&info)?;
-    Ok(ReplaySummary { tar_bytes: info.tar_bytes, tar_sha256: info.tar_sha256 })
+    Ok(ReplaySummary { tar_bytes: info.tar_bytes, tar_digest: info.tar_digest })
 }
 
 struct Frames<'a, S> {
@@ -301,8 +305,8 @@ struct Sink<O> {
 }
 
 impl<O: Write> Sink<O> {
-    fn new(out: O) -> Result<Self, DiffError> {
-        let mut pipe = HashPipe::new(OUT_BYTES);
+    fn new(kind: DigestKind, out: O) -> Result<Self, DiffError> {
+        let mut pipe = HashPipe::new(kind, OUT_BYTES);
         let chunk = pipe.buffer().map_err(DiffError::io("hashing the tar"))?;
         Ok(Self { out, pipe, chunk, filled: 0, held: None })
     }
@@ -344,7 +348,7 @@ impl<O: Write> Sink<O> {
     fn finish(mut self, info: &RecordInfo) -> Result<(), DiffError> {
         self.pipe.submit(&self.chunk, self.filled).map_err(DiffError::io("hashing the tar"))?;
         let digest = self.pipe.finish().map_err(DiffError::io("hashing the tar"))?;
-        if digest != info.tar_sha256 {
+        if digest != info.tar_digest {
             return Err(DiffError::Corrupt {
                 what: "layer image or exact record",
                 offset: info.tar_bytes,

@@ -2,11 +2,10 @@
 
 use super::*;
 use crate::{
-    diff::DiffError,
+    diff::{DiffError, TarDigest},
     io::{FaultDisk, MemDisk, ReadAt, WriteAt},
 };
 use proptest::prelude::*;
-use sha2::{Digest, Sha256};
 use zerocopy::IntoBytes;
 
 /// A piece of tar: literal bytes, or a range of the image.
@@ -36,7 +35,7 @@ fn write(pieces: &[Piece], image: &[u8], out: impl WriteAt) -> Result<u64, DiffE
             Piece::Image(offset, len) => writer.image(*offset, *len),
         }
     }
-    let digest = Sha256::digest(tar_of(pieces, image)).into();
+    let digest = TarDigest::of(DigestKind::Blake3, &tar_of(pieces, image));
     writer.finish(digest, image.len() as u64)
 }
 
@@ -86,7 +85,7 @@ fn what_was_recorded_comes_back() {
         let (out, result) = play(&image, &record);
         let summary = result.unwrap();
         assert_eq!(summary.tar_bytes, tar.len() as u64);
-        assert_eq!(summary.tar_sha256, <[u8; 32]>::from(Sha256::digest(&tar)));
+        assert_eq!(summary.tar_digest, TarDigest::of(DigestKind::Blake3, &tar));
         assert!(out == tar, "{} bytes come back as {}", tar.len(), out.len());
         let info = inspect(&MemDisk::from(record.clone())).unwrap();
         assert_eq!((info.record_bytes, info.tar_bytes), (record.len() as u64, tar.len() as u64));
@@ -191,12 +190,13 @@ fn forged(frames: &[(&[u8], &[u8])], tar_bytes: u64, image_bytes: u64, tar: &[u8
     }
     let mut trailer = RawTrailer {
         kind: END.into(),
-        flags: 0.into(),
+        // As the first records have it.
+        digest_kind: 0.into(),
         frames: (frames.len() as u64).into(),
         tar_bytes: tar_bytes.into(),
         image_bytes: image_bytes.into(),
         record_bytes: ((out.len() + TRAILER_BYTES) as u64).into(),
-        sha256: Sha256::digest(tar).into(),
+        digest: TarDigest::of(DigestKind::Sha256, tar).bytes,
         crc: 0.into(),
         reserved: 0.into(),
     };

@@ -1,10 +1,13 @@
 //! Writes a record while the tar passes by.
 
 use super::{
-    END, FRAME, FRAME_BYTES, HEADER_BYTES, MAGIC, MAX_FRAME_LITERALS, MAX_FRAME_OPS, RawFrame, RawHeader,
-    RawTrailer, TRAILER_BYTES, VERSION, put_varint, zigzag,
+    DIGESTS, END, FRAME, FRAME_BYTES, HEADER_BYTES, MAGIC, MAX_FRAME_LITERALS, MAX_FRAME_OPS, RawFrame,
+    RawHeader, RawTrailer, TRAILER_BYTES, VERSION, put_varint, zigzag,
 };
-use crate::{diff::DiffError, io::WriteAt};
+use crate::{
+    diff::{DiffError, TarDigest},
+    io::WriteAt,
+};
 use zerocopy::IntoBytes;
 
 /// An op takes at most two numbers of ten bytes.
@@ -119,17 +122,17 @@ impl<S: WriteAt> RecordWriter<S> {
     ///
     /// # Errors
     /// If anything could not be written.
-    pub fn finish(mut self, tar_sha256: [u8; 32], image_bytes: u64) -> Result<u64, DiffError> {
+    pub fn finish(mut self, digest: TarDigest, image_bytes: u64) -> Result<u64, DiffError> {
         self.flush();
         self.check()?;
         let mut trailer = RawTrailer {
             kind: END.into(),
-            flags: 0.into(),
+            digest_kind: DIGESTS.iter().position(|k| *k == digest.kind).map_or(0, |n| n as u32).into(),
             frames: self.frames.into(),
             tar_bytes: self.tar_bytes.into(),
             image_bytes: image_bytes.into(),
             record_bytes: (self.at + TRAILER_BYTES as u64).into(),
-            sha256: tar_sha256,
+            digest: digest.bytes,
             crc: 0.into(),
             reserved: 0.into(),
         };

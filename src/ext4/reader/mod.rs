@@ -19,6 +19,7 @@ pub(in crate::ext4) mod extent;
 mod file;
 pub(in crate::ext4) mod inode;
 mod journal;
+mod owners;
 pub(in crate::ext4) mod source;
 pub(in crate::ext4) mod superblock;
 #[cfg(test)]
@@ -29,6 +30,7 @@ pub use dir::DirEntry;
 pub use extent::Extent;
 pub use file::DataRange;
 pub use inode::{FileKind, Inode};
+pub use owners::{MAX_NAMED, Owners};
 pub use superblock::Geometry;
 
 use super::{Ext4Error, Place};

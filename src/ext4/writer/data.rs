@@ -144,7 +144,9 @@ impl<W: WriteAt> ImageWriter<W> {
         };
         let content = if let Some(start) = file.inline {
             self.spool.resize((start + file.size) as usize, 0);
-            self.data_crc = crc32c::crc32c_append(self.data_crc, &self.spool[start as usize..]);
+            if self.sink.crc.is_some() {
+                self.data_crc = crc32c::crc32c_append(self.data_crc, &self.spool[start as usize..]);
+            }
             Content::Inline(start)
         } else {
             extents::store(

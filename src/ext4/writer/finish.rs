@@ -145,7 +145,7 @@ impl<W: WriteAt> ImageWriter<W> {
         Ok((ino, hash))
     }
 
-    pub(super) fn finish_image(mut self) -> Result<ImageSummary> {
+    pub(super) fn finish_image(mut self, source: &[u8]) -> Result<ImageSummary> {
         if self.open.is_some() {
             return Err(Ext4Error::usage("a file is still open"));
         }
@@ -182,9 +182,12 @@ impl<W: WriteAt> ImageWriter<W> {
         self.write_descriptors(&mut descs)?;
         let uuid = match self.options.uuid {
             UuidSource::Fixed(uuid) => uuid,
-            UuidSource::FromContent => {
-                content.update(self.sink.crc.to_le_bytes());
+            UuidSource::FromContent | UuidSource::FromSource => {
+                content.update(self.sink.crc.unwrap_or_default().to_le_bytes());
                 content.update(self.data_crc.to_le_bytes());
+                if self.options.uuid == UuidSource::FromSource {
+                    content.update(source);
+                }
                 content.update(blocks.to_le_bytes());
                 let digest = content.finalize();
                 let mut uuid = [0; 16];

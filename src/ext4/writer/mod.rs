@@ -118,6 +118,9 @@ pub enum UuidSource {
     /// Derived from all metadata and the file data (version 8 form): equal content, equal UUID.
     #[default]
     FromContent,
+    /// Derived from all metadata and a digest of where the content came from, given to [`ImageWriter::finish_with`]:
+    /// saves looking at the data once more.
+    FromSource,
     /// Given by the caller.
     Fixed([u8; 16]),
 }
@@ -228,7 +231,7 @@ impl<W: WriteAt> ImageWriter<W> {
             tree: Tree::new(),
             sets: xattrs::Sets::default(),
             space,
-            sink: Sink::new(out),
+            sink: Sink::new(out, options.uuid == UuidSource::FromContent),
             roots: Vec::new(),
             spool: Vec::new(),
             open: None,
@@ -399,8 +402,20 @@ impl<W: WriteAt> ImageWriter<W> {
     }
 
     /// Writes all metadata and sets the image's size. Does not sync.
+    ///
+    /// # Errors
+    /// `Usage` with [`UuidSource::FromSource`], for which [`Self::finish_with`] is there.
     pub fn finish(self) -> Result<ImageSummary> {
-        self.finish_image()
+        if self.options.uuid == UuidSource::FromSource {
+            return Err(Ext4Error::usage("the digest of the image's source is missing"));
+        }
+        self.finish_image(&[])
+    }
+
+    /// As [`Self::finish`]; with [`UuidSource::FromSource`] the UUID depends on `source`, a digest of what the content
+    /// was read from.
+    pub fn finish_with(self, source: [u8; 32]) -> Result<ImageSummary> {
+        self.finish_image(&source)
     }
 
     fn symlink(&mut self, target: &[u8]) -> Result<Payload> {

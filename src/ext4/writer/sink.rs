@@ -19,19 +19,21 @@ pub(super) struct Sink<W> {
     buf: Vec<u8>,
     /// Byte of the image where `buf` begins.
     at: u64,
-    /// crc32c of all bytes in their order: a part of the content's digest.
-    pub(super) crc: u32,
+    /// crc32c of all bytes in their order, where it is wanted: a part of the content's digest.
+    pub(super) crc: Option<u32>,
 }
 
 impl<W: WriteAt> Sink<W> {
-    pub(super) fn new(out: W) -> Self {
-        Self { out, buf: Vec::with_capacity(CAPACITY), at: 0, crc: 0 }
+    pub(super) fn new(out: W, sum: bool) -> Self {
+        Self { out, buf: Vec::with_capacity(CAPACITY), at: 0, crc: sum.then_some(0) }
     }
 
     /// Writes `bytes` at `offset` of the image, sooner or later.
     #[inline]
     pub(super) fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.crc = crc32c::crc32c_append(self.crc, bytes);
+        if let Some(crc) = &mut self.crc {
+            *crc = crc32c::crc32c_append(*crc, bytes);
+        }
         let end = self.at + self.buf.len() as u64;
         if offset != end {
             let gap = offset.wrapping_sub(end);

@@ -192,7 +192,11 @@ impl Lease {
         let image = self.attach(&mut attached, &job.image).await?;
         let record = self.attach(&mut attached, &job.record).await?;
         let lowers = self.attach_layers(&mut attached, &job.lowers).await?;
-        let operation = Operation::Apply { image, record, lowers, options: job.options.clone() };
+        let scratch = match &job.scratch {
+            Some(scratch) => Some(self.attach(&mut attached, scratch).await?),
+            None => None,
+        };
+        let operation = Operation::Apply { image, record, scratch, lowers, options: job.options.clone() };
         let (mut sender, mut receiver) = self.begin(&operation).await?;
         let sent = {
             let mut sending = pin!(sender.body(body));
@@ -343,7 +347,7 @@ pub(super) async fn check(lease: &Lease, job: &CheckJob) -> Result<CheckSummary,
     let run = async {
         let mut attached = Attached::default();
         let image = lease.attach(&mut attached, &job.image).await?;
-        let (_sender, mut receiver) = lease.begin(&Operation::Check { image }).await?;
+        let (_sender, mut receiver) = lease.begin(&Operation::Check { image, tree: job.tree }).await?;
         receiver.result().await
     };
     lease.judge(run.await)

@@ -70,11 +70,11 @@ fn tar_of(bytes: usize) -> Vec<u8> {
     let mut header = vec![0; 512];
     let fields: [(usize, &[u8]); 6] = [
         (0, b"file"),
-        (100, b"0000644\0000000000\0000000000\0"),
+        (100, b"0000644\x000000000\x000000000\x00"),
         (124, &format!("{bytes:011o}\0").into_bytes()),
         (136, b"14000000000\0"),
         (148, b"        0"),
-        (257, b"ustar\00000"),
+        (257, b"ustar\x0000"),
     ];
     for (at, text) in fields {
         header[at..at + text.len()].copy_from_slice(text);
@@ -105,6 +105,7 @@ async fn round_trip(agent: &RemoteAgent, folder: &std::path::Path, name: &str, b
         image: DiskId(first),
         record: DiskId(first + 1),
         lowers: vec![],
+        scratch: None,
         options: wire::ApplyOptions::default(),
     };
     let mut channel: Channel = Box::new(agent.open_channel().await.unwrap());
@@ -176,13 +177,15 @@ async fn a_dropped_channel_cancels_and_a_sleeping_one_holds_up_nobody() {
         agent.attach(&disk).await.unwrap();
     }
     let options = wire::ApplyOptions::default();
-    let operation = Operation::Apply { image: DiskId(0), record: DiskId(1), lowers: vec![], options };
+    let operation =
+        Operation::Apply { image: DiskId(0), record: DiskId(1), lowers: vec![], scratch: None, options };
     let mut sleeping = agent.open_channel().await.unwrap();
     sleeping.write_all(&control_frame(FrameType::Request, &operation).unwrap()).await.unwrap();
     // Bytes that nobody takes until the window is full: back-pressure, not memory.
     let full = timeout(Duration::from_millis(300), async {
         let mut stuck = agent.open_channel().await.unwrap();
-        let mut request = control_frame(FrameType::Request, &Operation::Check { image: DiskId(9) }).unwrap();
+        let mut request =
+            control_frame(FrameType::Request, &Operation::Check { image: DiskId(9), tree: false }).unwrap();
         request.truncate(8);
         stuck.write_all(&request).await.unwrap();
         stuck.write_all(&vec![0; 3 * frame::WINDOW]).await
@@ -230,7 +233,7 @@ async fn a_hostile_agent_ends_its_link_and_every_channel() {
         frame::numbers(1, frame::Kind::Stored, &[0, 1]),
         frame::numbers(0, frame::Kind::Free, &[0]),
         (0..17)
-            .flat_map(|_| [&frame::header(0, frame::Kind::Data, 65536)[..], &[0; 65536]].concat())
+            .flat_map(|_| [&frame::header(0, frame::Kind::Data, 65536)[..], &vec![0; 65536]].concat())
             .collect(),
     ];
     for lie in lies {

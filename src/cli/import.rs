@@ -1,0 +1,230 @@
+//! `store import`: images of another storage driver, of another engine, or of an original LCOW home.
+//!
+//! ```text
+//!   data-root   overlay2 or vfs, engine stopped ─► store + the engine's database      migrate
+//!   engine      a running engine ─docker save─► ─docker load─► another running one    here
+//!   lcow-home   an original LCOW home ─► a tar for each layer                          migrate
+//! ```
+//!
+//! Progress goes to standard error: a bar on a terminal, else a line for each layer or image. Called by `store`.
+
+use super::{CliError, runtime, store::print_json};
+use crate::{
+    config::Options,
+    driver::{Driver, DriverConfig},
+    migrate::{self, EngineDb, Event},
+};
+use bytesize::ByteSize;
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+/// What every kind of import says of containers.
+const NO_CONTAINERS: &str =
+    "containers are not brought over: commit those that matter before (`docker commit`)";
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ImportCommand {
+    /// Brings the images of an overlay2 or vfs data root over; both engines must be stopped. Containers stay behind.
+    DataRoot(DataRootArgs),
+    /// Copies images from one running engine to another by `docker save` and `docker load`. Containers stay behind.
+    Engine(EngineArgs),
+    /// Writes the layers of an original LCOW home as tars.
+    LcowHome(LcowHomeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DataRootArgs {
+    /// The engine's data root (`/var/lib/docker`; with userns-remap the folder of the ids in it). Only read.
+    from: PathBuf,
+    /// The storage driver there, if it had several: overlay2 or vfs.
+    #[arg(long)]
+    from_driver: Option<String>,
+    /// The data root of the engine that is to have the images; by default the same.
+    #[arg(long)]
+    to: Option<PathBuf>,
+    /// The new storage driver, exactly as it is given to the engine.
+    #[arg(long, default_value = "lcow")]
+    driver: String,
+    /// The folder of the store; by default `<data root>/<driver>`. A managed plugin's is
+    /// `<data root>/plugins/<id>/propagated-mount/<driver>`.
+    #[arg(long)]
+    home: Option<PathBuf>,
+    /// Prints the report as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EngineArgs {
+    /// Socket of the engine that has the images (`/run/docker.sock`).
+    from: PathBuf,
+    /// Socket of the engine that is to have them.
+    to: PathBuf,
+    /// Names or ids of images; by default all.
+    images: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct LcowHomeArgs {
+    /// The home: a folder with a folder for each layer. Only read.
+    home: PathBuf,
+    /// Where the tars go; one that is there is not made again.
+    to: PathBuf,
+    /// Prints the report as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(command: ImportCommand) -> Result<ExitCode, CliError> {
+    match command {
+        ImportCommand::DataRoot(args) => runtime()?.block_on(data_root(args)),
+        ImportCommand::Engine(args) => {
+            runtime()?.block_on(super::import_engine::copy(&args.from, &args.to, &args.images))
+        }
+        ImportCommand::LcowHome(args) => runtime()?.block_on(lcow_home(args)),
+    }
+}
+
+/// A bar on a terminal; `None` elsewhere, where lines are better.
+pub(super) fn bar(length: u64) -> Option<ProgressBar> {
+    let style =
+        ProgressStyle::with_template("{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {eta}").ok()?;
+    std::io::stderr().is_terminal().then(|| ProgressBar::new(length).with_style(style))
+}
+
+async fn data_root(args: DataRootArgs) -> Result<ExitCode, CliError> {
+    let found = migrate::look(&args.from, args.from_driver.as_deref())?;
+    if args.driver.is_empty() || args.driver.contains('/') || args.driver == found.driver() {
+        return Err(format!("--driver '{}': give the name of the new storage driver", args.driver).into());
+    }
+    let root = args.to.clone().unwrap_or_else(|| args.from.clone());
+    if !root.is_dir() {
+        return Err(format!("'{}' is no folder: give the data root of the engine", root.display()).into());
+    }
+    let home = std::path::absolute(args.home.unwrap_or_else(|| root.join(&args.driver)))?;
+    eprintln!(
+        "{} images, {} layers of {} in '{}' go to '{}'",
+        found.images,
+        found.layers(),
+        found.driver(),
+        args.from.display(),
+        home.display()
+    );
+    if found.containers > 0 {
+        eprintln!("{} {NO_CONTAINERS}", found.containers);
+    }
+    if let Some(parent) = home.parent() {
+        std::fs::create_dir_all(parent).map_err(|e| format!("cannot create '{}': {e}", parent.display()))?;
+    }
+    let options = Options::load(None, &[])?;
+    let config = DriverConfig { root: home.clone(), options, worker_program: None };
+    let driver = Driver::repair(&home, config)?;
+    let progress = Arc::new(Progress::default());
+    let watch: Arc<dyn Fn(Event) + Send + Sync> = {
+        let progress = progress.clone();
+        Arc::new(move |event| progress.hear(event))
+    };
+    let target = EngineDb::new(&root, &args.driver);
+    let outcome = migrate::import(&found, &root, &target, &driver, &watch).await;
+    driver.stop().await;
+    progress.end();
+    let report = outcome?;
+    if args.json {
+        print_json(&report)?;
+    } else {
+        println!(
+            "{} images with {} layers are here ({} of them from an earlier run), {} names added",
+            report.images,
+            report.layers + report.layers_earlier,
+            report.layers_earlier,
+            report.names
+        );
+        for name in &report.names_taken {
+            println!("left alone: {name} stands for another image there");
+        }
+        for fault in &report.failed {
+            println!("not brought over: {fault}");
+        }
+        for image in &report.images_left_out {
+            println!("left out for it: image {image}");
+        }
+        if report.containers_left_out > 0 {
+            println!("{} {NO_CONTAINERS}", report.containers_left_out);
+        }
+    }
+    Ok(if report.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Shows the events of an import.
+#[derive(Default)]
+struct Progress {
+    state: parking_lot::Mutex<(Option<ProgressBar>, usize)>,
+}
+
+impl Progress {
+    fn hear(&self, event: Event) {
+        let mut state = self.state.lock();
+        let (shown, layers) = &mut *state;
+        match (event, shown) {
+            (Event::Planned { layers: all, bytes }, shown) => {
+                *layers = all;
+                *shown = bar(bytes);
+            }
+            (Event::Layer { number, id, .. }, Some(bar)) => {
+                bar.set_message(format!("{number}/{layers} {:.12}", id.as_str()));
+            }
+            (Event::Layer { number, id, bytes }, None) => {
+                eprintln!("layer {number} of {layers}: {id}, {}", ByteSize(bytes));
+            }
+            // A tar is a little longer than its files.
+            (Event::Bytes(n), Some(bar)) => bar.inc(n),
+            (Event::Done { bytes, earlier: true }, Some(bar)) => bar.inc(bytes),
+            (Event::Failed(text), Some(bar)) => bar.println(text),
+            (Event::Failed(text), None) => eprintln!("{text}"),
+            (Event::Bytes(_) | Event::Done { .. }, _) => {}
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = self.state.lock().0.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+async fn lcow_home(args: LcowHomeArgs) -> Result<ExitCode, CliError> {
+    let watch = |done: usize, all: usize, id: &crate::store::LayerId| {
+        eprintln!("layer {} of {all}: {id}", done + 1);
+    };
+    let report = migrate::export_original(&args.home, &args.to, watch).await?;
+    // Which tar stands on which.
+    let list = args.to.join("layers.json");
+    crate::store::durable::write_json(&list, &report.layers)?;
+    if args.json {
+        print_json(&report)?;
+    } else {
+        println!(
+            "{} layers in '{}'; {} tells their order",
+            report.layers.len(),
+            args.to.display(),
+            shown(&list)
+        );
+        for fault in &report.failed {
+            println!("not read: {fault}");
+        }
+        if report.sandboxes_left_out > 0 {
+            println!("{} sandboxes left out: {NO_CONTAINERS}", report.sandboxes_left_out);
+        }
+    }
+    Ok(if report.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn shown(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}

@@ -1,0 +1,448 @@
+//! From an engine's data root, on overlay2 or vfs, into a store and the engine's database for it.
+//!
+//! ```text
+//!   for each layer of an image, parents first:
+//!     thread:  tar-split.json.gz + the layer's folder ─► tar ─► digest checked before the end is told ─┐ 4 chunks
+//!     driver:  Create, ApplyDiff (service VM, strict check, commit) ◄──────────────────────────────────┘
+//!     then     image/lcow/layerdb/sha256/<chain id>
+//!   for each image whose layers are there:   image/lcow/imagedb;  at last the names
+//! ```
+
+use super::{
+    Digest, EngineDb, LayerNote, MigrateError, SplitError,
+    tarsplit::{self},
+    tree::Tree,
+};
+use crate::{
+    driver::{Driver, LayerRequest},
+    store::LayerId,
+};
+use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{File, TryLockError},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tokio::sync::mpsc;
+
+/// Storage drivers whose layers can be read, and the folder of one layer's files below the data root.
+const READABLE: [(&str, &str, &str); 2] = [("overlay2", "overlay2", "diff"), ("vfs", "vfs/dir", "")];
+/// Bytes handed over at a time.
+const CHUNK: usize = 256 << 10;
+/// Chunks between the thread that rebuilds a tar and the one that applies it.
+const QUEUED: usize = 4;
+/// A file that the engine locks while it runs (its database of volumes, of 20.10 and later).
+const RUNNING: &str = "volumes/metadata.db";
+
+/// What happens, for who watches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// This many layers, with this many bytes of files, are to be brought over.
+    Planned {
+        /// Layers.
+        layers: usize,
+        /// Bytes.
+        bytes: u64,
+    },
+    /// A layer begins.
+    Layer {
+        /// Counted from 1.
+        number: usize,
+        /// Its id in the store.
+        id: LayerId,
+        /// Bytes of its files.
+        bytes: u64,
+    },
+    /// So many more bytes of its tar were made.
+    Bytes(u64),
+    /// A layer is here (it may have been before).
+    Done {
+        /// Bytes of its files.
+        bytes: u64,
+        /// An earlier run brought it over.
+        earlier: bool,
+    },
+    /// A layer could not be brought over; those on it are left out.
+    Failed(String),
+}
+
+/// What there is to be brought over.
+#[derive(Debug)]
+pub struct Found {
+    data_root: PathBuf,
+    driver: &'static str,
+    db: EngineDb,
+    /// Images.
+    pub images: usize,
+    /// Layers of images, parents first.
+    layers: Vec<LayerNote>,
+    notes: Vec<super::ImageNote>,
+    /// What of the engine's databases cannot be read.
+    faults: Vec<String>,
+    /// Containers, which are not brought over.
+    pub containers: usize,
+    /// Held, so that no engine starts on the source meanwhile.
+    _still: Option<File>,
+}
+
+impl Found {
+    /// The storage driver whose layers these are.
+    pub fn driver(&self) -> &str {
+        self.driver
+    }
+    /// Number of layers.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+}
+
+/// What was done.
+#[derive(Debug, Default, Clone, serde::Serialize)]
+pub struct Report {
+    /// Layers brought over now.
+    pub layers: usize,
+    /// Layers that earlier runs had brought over.
+    pub layers_earlier: usize,
+    /// Images that are in the engine's database now.
+    pub images: usize,
+    /// Names that were added.
+    pub names: usize,
+    /// Names that stand for another image in the target, and were left alone.
+    pub names_taken: Vec<String>,
+    /// Layers that could not be brought over, and why.
+    pub failed: Vec<String>,
+    /// Images that are left out for them.
+    pub images_left_out: Vec<String>,
+    /// Containers that the source has and the target will not have.
+    pub containers_left_out: usize,
+}
+
+/// Looks at a data root. `driver` is needed where the engine used several there.
+///
+/// # Errors
+/// An engine runs on it; there is no layer that can be read; the engine's databases are damaged.
+pub fn look(data_root: &Path, driver: Option<&str>) -> Result<Found, MigrateError> {
+    let still = stopped(data_root)?;
+    let usable = |name: &str| EngineDb::new(data_root, name).exists();
+    let known: Vec<&'static str> = READABLE.iter().map(|(name, ..)| *name).filter(|n| usable(n)).collect();
+    let all = READABLE.map(|(name, ..)| name).join(" and ");
+    let driver = match (driver, known.as_slice()) {
+        (Some(wanted), _) => *known.iter().find(|n| **n == wanted).ok_or_else(|| {
+            MigrateError::Usage(format!(
+                "'{}' holds no layers of '{wanted}' that can be read; {all} can, others by `store import engine`",
+                data_root.display()
+            ))
+        })?,
+        (None, [only]) => *only,
+        (None, []) => {
+            return Err(MigrateError::Usage(format!(
+                "'{}' is no data root of an engine on {all}; for other storage drivers, use `store import engine`",
+                data_root.display()
+            )));
+        }
+        (None, several) => {
+            return Err(MigrateError::Usage(format!(
+                "'{}' holds layers of several storage drivers: say --from-driver {}",
+                data_root.display(),
+                several.join(" or ")
+            )));
+        }
+    };
+    let db = EngineDb::new(data_root, driver);
+    let (mut notes, mut faults) = (Vec::new(), Vec::new());
+    for image in db.images()? {
+        match image {
+            Ok(image) => notes.push(image),
+            Err(error) => faults.push(text_of(&error)),
+        }
+    }
+    let mut layers = Vec::new();
+    let mut seen = BTreeSet::new();
+    for chain in notes.iter().flat_map(|image| &image.layers) {
+        // Lowest first within each image, so a parent comes before its children.
+        if seen.insert(*chain) {
+            match db.layer(*chain) {
+                Ok(Some(note)) => layers.push(note),
+                Ok(None) => faults.push(format!("layer {chain} of an image is missing")),
+                Err(error) => faults.push(text_of(&error)),
+            }
+        }
+    }
+    Ok(Found {
+        data_root: data_root.to_owned(),
+        driver,
+        images: notes.len(),
+        containers: db.containers()?,
+        db,
+        layers,
+        notes,
+        faults,
+        _still: still,
+    })
+}
+
+/// Makes sure that no engine runs on a data root, and that none starts while the returned file is open.
+fn stopped(data_root: &Path) -> Result<Option<File>, MigrateError> {
+    let path = data_root.join(RUNNING);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(MigrateError::io("open", &path)(e)),
+    };
+    match file.try_lock_shared() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(MigrateError::Usage(format!(
+            "an engine runs on '{}': stop it first, or use `store import engine`",
+            data_root.display()
+        ))),
+        Err(TryLockError::Error(e)) => Err(MigrateError::io("lock", &path)(e)),
+    }
+}
+
+/// Brings images over: layers into the current home of `driver`, and what the engine must know into `target`, the
+/// databases below `target_root`.
+///
+/// # Errors
+/// What concerns more than one layer: a full disk, a store that refuses. Layers that cannot be made again are in the
+/// report.
+pub async fn import(
+    found: &Found,
+    target_root: &Path,
+    target: &EngineDb,
+    driver: &Driver,
+    watch: &Arc<dyn Fn(Event) + Send + Sync>,
+) -> Result<Report, MigrateError> {
+    // The same file as the source's, if it is the same data root: shared locks go together.
+    let _still = stopped(target_root)?;
+    target.prepare()?;
+    let mut report =
+        Report { containers_left_out: found.containers, failed: found.faults.clone(), ..Report::default() };
+    watch(Event::Planned { layers: found.layers.len(), bytes: found.layers.iter().map(|l| l.size).sum() });
+    // Chain ids of what is in the target, with its id there.
+    let mut here: BTreeMap<Digest, LayerId> = BTreeMap::new();
+    for (n, note) in found.layers.iter().enumerate() {
+        let parent = match note.parent.map(|p| here.get(&p)) {
+            None => None,
+            Some(Some(parent)) => Some(parent.clone()),
+            Some(None) => continue,
+        };
+        let id = target.layer(note.chain)?.map_or_else(|| note.cache_id.clone(), |known| known.cache_id);
+        watch(Event::Layer { number: n + 1, id: id.clone(), bytes: note.size });
+        match bring(found, note, target, driver, &id, parent.as_ref(), watch).await {
+            Ok(earlier) => {
+                watch(Event::Done { bytes: note.size, earlier });
+                *(if earlier { &mut report.layers_earlier } else { &mut report.layers }) += 1;
+                here.insert(note.chain, id);
+            }
+            Err(error) if error.is_of_one_layer() => {
+                let text = text_of(&error);
+                watch(Event::Failed(text.clone()));
+                report.failed.push(text);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let mut present = BTreeSet::new();
+    for image in &found.notes {
+        if image.layers.iter().all(|chain| here.contains_key(chain)) {
+            if !target.has_image(image.id) {
+                target.add_image(image.id, &found.db)?;
+            }
+            present.insert(image.id);
+        } else {
+            report.images_left_out.push(image.id.to_string());
+        }
+    }
+    report.images = present.len();
+    target.copy_distribution(&found.db)?;
+    (report.names, report.names_taken) = target.add_names(&found.db, &present)?;
+    Ok(report)
+}
+
+/// Brings one layer over; true if an earlier run had done so.
+async fn bring(
+    found: &Found,
+    note: &LayerNote,
+    target: &EngineDb,
+    driver: &Driver,
+    id: &LayerId,
+    parent: Option<&LayerId>,
+    watch: &Arc<dyn Fn(Event) + Send + Sync>,
+) -> Result<bool, MigrateError> {
+    let parent_text = parent.map_or("", LayerId::as_str);
+    let known = if driver.exists(id.as_str())? { driver.metadata(id.as_str()).await.ok() } else { None };
+    let fact = |name: &str| known.as_ref().and_then(|facts| facts.get(name)).map(String::as_str);
+    let on_parent = fact("parent").unwrap_or("") == parent_text;
+    let here = match fact("state") {
+        Some("applied") => fact("tar_digest") == Some(&note.diff.to_string()) && on_parent,
+        // Written by a build of the target's engine, which knows it by the same tar.
+        Some("sandbox") => target.layer(note.chain)?.is_some() && on_parent,
+        // What a run that was killed left, or a layer that can only be removed.
+        _ => {
+            driver.remove(id.as_str()).await?;
+            let request = LayerRequest {
+                id: id.to_string(),
+                parent: parent_text.to_owned(),
+                ..LayerRequest::default()
+            };
+            driver.create(request).await?;
+            if let Err(error) = apply(found, note, driver, id, parent_text, watch).await {
+                driver.remove(id.as_str()).await?;
+                return Err(error);
+            }
+            note_layer(note, found, target, driver, id, parent_text).await?;
+            return Ok(false);
+        }
+    };
+    if !here {
+        return Err(MigrateError::Usage(format!(
+            "the store has another layer of the id {id}; import into an empty store, or remove it there"
+        )));
+    }
+    note_layer(note, found, target, driver, id, parent_text).await?;
+    Ok(true)
+}
+
+/// Tells the engine of a layer that is in the store, unless it knows.
+async fn note_layer(
+    note: &LayerNote,
+    found: &Found,
+    target: &EngineDb,
+    driver: &Driver,
+    id: &LayerId,
+    parent: &str,
+) -> Result<(), MigrateError> {
+    if target.layer(note.chain)?.is_none() {
+        let size = driver.diff_size(id.as_str(), parent).await?;
+        target.add_layer(&LayerNote { cache_id: id.clone(), size, ..note.clone() }, &found.db)?;
+    }
+    Ok(())
+}
+
+/// Rebuilds a layer's tar on a thread of its own and applies it.
+async fn apply(
+    found: &Found,
+    note: &LayerNote,
+    driver: &Driver,
+    id: &LayerId,
+    parent: &str,
+    watch: &Arc<dyn Fn(Event) + Send + Sync>,
+) -> Result<(), MigrateError> {
+    let (sender, mut receiver) = mpsc::channel::<io::Result<Bytes>>(QUEUED);
+    let layer = note.cache_id.to_string();
+    let (wanted, watch) = (note.diff, watch.clone());
+    let split = found.db.tar_split(note.chain);
+    let folder = folder_of(&found.data_root, found.driver, &note.cache_id);
+    let maker = tokio::task::spawn_blocking(move || {
+        let mut out = Chunks { sender, chunk: Vec::with_capacity(CHUNK), hash: Sha256::new(), watch };
+        let made = make(&split, &folder, &mut out).map_err(|source| source.about(&layer)).and_then(|()| {
+            out.flush()
+                .map_err(|e| MigrateError::Rebuild { layer: layer.clone(), source: SplitError::Output(e) })?;
+            let found = Digest::from_hash(std::mem::take(&mut out.hash));
+            if found == wanted {
+                Ok(())
+            } else {
+                Err(MigrateError::Differs { layer: layer.clone(), found, wanted })
+            }
+        });
+        if let Err(error) = &made {
+            // Without it the tar would end properly, and be taken for whole.
+            let _ = out.sender.blocking_send(Err(io::Error::other(error.to_string())));
+        }
+        made
+    });
+    let body = futures_util::stream::poll_fn(move |context| receiver.poll_recv(context));
+    let applied = driver.apply_diff(id.as_str(), parent, body).await;
+    let made = maker.await.map_err(|e| MigrateError::Internal(e.to_string()))?;
+    match (made, applied) {
+        // The driver's own failure closed the channel.
+        (Err(MigrateError::Rebuild { source: SplitError::Output(_), .. }) | Ok(()), Err(error)) => {
+            Err(error.into())
+        }
+        (Err(error), _) => Err(error),
+        (Ok(()), Ok(_)) => Ok(()),
+    }
+}
+
+/// Where a storage driver keeps the files of a layer.
+fn folder_of(data_root: &Path, driver: &str, cache_id: &LayerId) -> PathBuf {
+    let (_, folder, inner) = READABLE.iter().find(|(name, ..)| *name == driver).unwrap_or(&READABLE[0]);
+    let path = data_root.join(folder).join(cache_id.as_str());
+    if inner.is_empty() { path } else { path.join(inner) }
+}
+
+/// Why making a tar failed, before it is known of which layer.
+enum MakeError {
+    Split(SplitError),
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+}
+
+impl MakeError {
+    fn about(self, layer: &str) -> MigrateError {
+        match self {
+            Self::Split(source) => MigrateError::Rebuild { layer: layer.to_owned(), source },
+            // One layer's folder or tar data are not there.
+            Self::Io { action, path, source } => {
+                MigrateError::corrupt(&path, format!("cannot {action} it: {source}"))
+            }
+        }
+    }
+}
+
+fn make(split: &Path, folder: &Path, out: &mut dyn Write) -> Result<(), MakeError> {
+    let io = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| MakeError::Io { action, path, source }
+    };
+    let file = File::open(split).map_err(io("open", split))?;
+    let tree = Tree::open(folder.to_owned()).map_err(io("open", folder))?;
+    let lines = flate2::read::MultiGzDecoder::new(file);
+    tarsplit::rebuild(lines, |name| tree.file(name), out).map_err(MakeError::Split).map(|_| ())
+}
+
+/// Collects bytes into chunks, hashes them and hands them over.
+struct Chunks {
+    sender: mpsc::Sender<io::Result<Bytes>>,
+    chunk: Vec<u8>,
+    hash: Sha256,
+    watch: Arc<dyn Fn(Event) + Send + Sync>,
+}
+
+impl Write for Chunks {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = bytes.len().min(CHUNK - self.chunk.len());
+        self.chunk.extend_from_slice(&bytes[..n]);
+        if self.chunk.len() == CHUNK {
+            self.flush()?;
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.chunk.is_empty() {
+            return Ok(());
+        }
+        let chunk = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK));
+        self.hash.update(&chunk);
+        let n = chunk.len() as u64;
+        let sent = self.sender.blocking_send(Ok(chunk.into()));
+        sent.map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "the store takes no more"))?;
+        (self.watch)(Event::Bytes(n));
+        Ok(())
+    }
+}
+
+/// An error with its causes in one line.
+pub(super) fn text_of(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    text
+}

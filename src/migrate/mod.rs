@@ -1,0 +1,121 @@
+//! Brings what another storage driver keeps over into a layer store, so that the engine finds its images again.
+//!
+//! ```text
+//!   <data-root>/                                            <data-root>/  (the same one, or another)
+//!     image/overlay2/  layerdb, imagedb, repositories.json ──► image/lcow/  layerdb, imagedb, repositories.json   engine
+//!     overlay2/<cache-id>/diff   ┐ tree                  ┌──► lcow/<cache-id>/layer.vhd …
+//!     …/tar-split.json.gz ───────┴─► tarsplit ─► tar ────┘    the driver's ApplyDiff, in a service VM              data_root
+//!   <LCOW home>/<id>/layer.vhd ─► service VM ─► <folder>/<id>.tar                                                  original
+//! ```
+//!
+//! Invariants:
+//! * The source is read only: no file of it is opened for writing, renamed or touched.
+//! * A layer is committed only if the rebuilt tar has the digest that the engine knows it by (its diff id).
+//! * An image appears in the engine's database after all of its layers; a layer after its parent. So a run that was
+//!   killed at any moment leaves a working engine, and the next run goes on where it stopped.
+//! * The files of a layer are untrusted: names are resolved inside its folder only, and the rebuilt tar is interpreted
+//!   nowhere but in a service VM.
+//! * Containers are not brought over; how many there are is told.
+//!
+//! Formats: moby's `layer/filestore.go`, `image/fs.go`, `reference/store.go`; vbatts/tar-split `tar/storage`. Called by
+//! `cli` (`store import`).
+
+mod data_root;
+mod digest;
+mod engine;
+mod original;
+mod tarsplit;
+mod tree;
+
+pub use data_root::{Event, Found, Report, import, look};
+pub use digest::{Digest, ParseDigestError};
+pub use engine::{EngineDb, ImageNote, LayerNote};
+pub use original::{ExportedLayer, OriginalReport, export_original};
+pub use tarsplit::SplitError;
+
+use crate::{driver::DriverError, store::StoreError, svm::SvmError};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+/// Why something could not be brought over.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// Wrong use.
+    #[error("{0}")]
+    Usage(String),
+    /// A file of the source, or of the target's database, is not what it must be.
+    #[error("'{}' is damaged: {reason}", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A layer's tar cannot be made again.
+    #[error("layer {layer} cannot be made again")]
+    Rebuild {
+        /// Its cache id: the name of its folder.
+        layer: String,
+        /// Why.
+        #[source]
+        source: SplitError,
+    },
+    /// A layer's tar was made again, but is another than the engine knows.
+    #[error("layer {layer} cannot be made again: its tar would be {found}, the engine knows {wanted}")]
+    Differs {
+        /// Its cache id.
+        layer: String,
+        /// What its files and its tar data give.
+        found: Digest,
+        /// Its diff id.
+        wanted: Digest,
+    },
+    /// The store refused.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// A layer's file or folder in the store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A service VM refused or failed.
+    #[error("layer {layer}: a service VM cannot read it")]
+    Svm {
+        /// The layer.
+        layer: String,
+        /// Why.
+        #[source]
+        source: SvmError,
+    },
+    /// The system refused a file operation.
+    #[error("cannot {action} '{}'", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A task of the program died.
+    #[error("an internal task ended early: {0}")]
+    Internal(String),
+}
+
+impl MigrateError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "errors are handed over as they come")]
+    fn corrupt(path: &Path, reason: impl ToString) -> Self {
+        Self::Corrupt { path: path.to_owned(), reason: reason.to_string() }
+    }
+
+    /// Only this layer is at fault; others can be brought over all the same.
+    fn is_of_one_layer(&self) -> bool {
+        matches!(self, Self::Corrupt { .. } | Self::Rebuild { .. } | Self::Differs { .. })
+    }
+}

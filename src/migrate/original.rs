@@ -1,0 +1,220 @@
+//! The layers of an original LCOW home, out into tars.
+//!
+//! ```text
+//!   <home>/<id>/layer.vhd         ext4 + VHD footer ──► service VM ──► <folder>/<id>.tar   (canonical, whiteouts as AUFS)
+//!   <home>/<id>/layerchain.json   absolute folders, nearest first
+//!   <home>/<id>/sandbox.vhdx      a container: left out
+//! ```
+//!
+//! The original kept no exact record: the tars hold what the layers held, but their digests are new. A tar appears
+//! whole or not at all, and one that is there is not made again.
+
+use super::{Digest, MigrateError};
+use crate::{
+    config::Options,
+    store::{LayerId, chain, durable, layout},
+    svm::{
+        DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, ParentDisks, Pool, PoolConfig,
+        Purpose,
+        embedded::{EmbeddedBackend, EmbeddedConfig},
+    },
+    vhd,
+};
+use futures_util::StreamExt;
+use sha2::{Digest as _, Sha256};
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+/// Version of the canonical tar that is written.
+const CANONICAL_VERSION: u32 = 1;
+/// Time that service VMs get to end.
+const GRACE: Duration = Duration::from_secs(5);
+/// Ending of a tar that is being written.
+const PART: &str = "part";
+
+/// A layer that was written out.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct ExportedLayer {
+    /// Its id.
+    pub id: LayerId,
+    /// Its parent.
+    pub parent: Option<LayerId>,
+    /// The tar's file.
+    pub file: PathBuf,
+    /// Bytes of the tar.
+    pub bytes: u64,
+    /// Digest of the tar.
+    pub digest: String,
+    /// An earlier run had made it.
+    pub earlier: bool,
+}
+
+/// What was done with a home.
+#[derive(Debug, Default, Clone, serde::Serialize)]
+pub struct OriginalReport {
+    /// Layers, parents first.
+    pub layers: Vec<ExportedLayer>,
+    /// Sandboxes: containers, which are left out.
+    pub sandboxes_left_out: usize,
+    /// Layers that could not be read, and why.
+    pub failed: Vec<String>,
+}
+
+struct Original {
+    id: LayerId,
+    chain: Vec<LayerId>,
+}
+
+/// Writes each layer of the LCOW home at `home` into `folder`, as `<id>.tar`; `watch` hears the number done, the number
+/// of all, and the layer that begins. Needs a tokio runtime.
+///
+/// # Errors
+/// A folder that is no LCOW home, or one that cannot be written to. Layers that cannot be read are in the report.
+pub async fn export_original(
+    home: &Path,
+    folder: &Path,
+    mut watch: impl FnMut(usize, usize, &LayerId) + Send,
+) -> Result<OriginalReport, MigrateError> {
+    let (layers, mut report) = list(home)?;
+    fs::create_dir_all(folder).map_err(MigrateError::io("create", folder))?;
+    let options = Options::load(None, &[]).map_err(|e| MigrateError::Usage(e.to_string()))?;
+    let backend = EmbeddedConfig { memory_limit: options.memory_bytes, ..EmbeddedConfig::default() };
+    let settings = PoolConfig { idle_timeout: options.idle_timeout, ..PoolConfig::default() };
+    let pool = Pool::start(Arc::new(EmbeddedBackend::new(backend)), settings);
+    for (done, layer) in layers.iter().enumerate() {
+        watch(done, layers.len(), &layer.id);
+        match write_out(home, folder, layer, &pool).await {
+            Ok(exported) => report.layers.push(exported),
+            Err(error @ MigrateError::Io { .. }) => {
+                pool.shutdown(GRACE).await;
+                return Err(error);
+            }
+            Err(error) => report.failed.push(super::data_root::text_of(&error)),
+        }
+    }
+    pool.shutdown(GRACE).await;
+    Ok(report)
+}
+
+/// The layers of a home, parents before children.
+fn list(home: &Path) -> Result<(Vec<Original>, OriginalReport), MigrateError> {
+    let (mut layers, mut report) = (Vec::new(), OriginalReport::default());
+    for entry in fs::read_dir(home).map_err(MigrateError::io("list", home))? {
+        let path = entry.map_err(MigrateError::io("list", home))?.path();
+        let Some(id) = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse::<LayerId>().ok())
+        else {
+            continue;
+        };
+        if path.join(layout::LAYER_FILE).is_file() {
+            layers.push(Original { id, chain: chain::read(&path)? });
+        } else if path.join(layout::SANDBOX_VHDX_FILE).exists() {
+            report.sandboxes_left_out += 1;
+        }
+    }
+    if layers.is_empty() {
+        return Err(MigrateError::Usage(format!(
+            "'{}' is no LCOW home: no folder in it has a {}",
+            home.display(),
+            layout::LAYER_FILE
+        )));
+    }
+    layers.sort_by(|a, b| (a.chain.len(), &a.id).cmp(&(b.chain.len(), &b.id)));
+    Ok((layers, report))
+}
+
+async fn write_out(
+    home: &Path,
+    folder: &Path,
+    layer: &Original,
+    pool: &Pool,
+) -> Result<ExportedLayer, MigrateError> {
+    let file = folder.join(format!("{}.tar", layer.id));
+    let done = |bytes, digest: Digest, earlier| ExportedLayer {
+        id: layer.id.clone(),
+        parent: layer.chain.first().cloned(),
+        file: file.clone(),
+        bytes,
+        digest: digest.to_string(),
+        earlier,
+    };
+    if file.exists() {
+        let (bytes, digest) = measure(&file).map_err(MigrateError::io("read", &file))?;
+        return Ok(done(bytes, digest, true));
+    }
+    let target = std::iter::once(&layer.id)
+        .chain(&layer.chain)
+        .map(|id| disk(&home.join(id.as_str()).join(layout::LAYER_FILE)))
+        .collect::<Result<_, _>>()?;
+    let svm = |source| MigrateError::Svm { layer: layer.id.to_string(), source };
+    let lease = pool.lease(layer.id.as_str(), Purpose::Export).await.map_err(svm)?;
+    let kind = ExportKind::Canonical {
+        target,
+        parent: ParentDisks::Own,
+        format: CANONICAL_VERSION,
+        id_maps: IdMaps::default(),
+    };
+    let mut tar = lease.layer_to_tar(ExportJob { kind, live: None }).await.map_err(svm)?;
+    let part = file.with_extension(PART);
+    let failed = |action| MigrateError::io(action, &part);
+    let mut out = File::create(&part).map_err(failed("create"))?;
+    let (mut hash, mut bytes) = (Sha256::new(), 0);
+    let outcome = loop {
+        match tar.next().await {
+            Some(Ok(chunk)) => {
+                hash.update(&chunk);
+                bytes += chunk.len() as u64;
+                out.write_all(&chunk).map_err(failed("write"))?;
+            }
+            Some(Err(error)) => break Err(svm(error)),
+            None if tar.complete() => break Ok(()),
+            None => break Err(MigrateError::corrupt(&part, "the service VM's tar has no proper end")),
+        }
+    };
+    if let Err(error) = outcome {
+        fs::remove_file(&part).map_err(failed("delete"))?;
+        return Err(error);
+    }
+    out.sync_all().map_err(failed("sync"))?;
+    fs::rename(&part, &file).map_err(MigrateError::io("rename to", &file))?;
+    durable::sync_dir(folder)?;
+    Ok(done(bytes, Digest::from_hash(hash), false))
+}
+
+fn measure(path: &Path) -> io::Result<(u64, Digest)> {
+    let (mut file, mut hash, mut buffer) = (File::open(path)?, Sha256::new(), vec![0; 1 << 20]);
+    let mut bytes = 0;
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok((bytes, Digest::from_hash(hash))),
+            n => {
+                hash.update(&buffer[..n]);
+                bytes += n as u64;
+            }
+        }
+    }
+}
+
+/// A layer's image without its footer.
+fn disk(path: &Path) -> Result<LayerDisk, MigrateError> {
+    let corrupt = |reason: &dyn std::fmt::Display| MigrateError::corrupt(path, reason);
+    // One layer whose file is missing is that layer's fault.
+    let file = File::open(path).map_err(|e| corrupt(&format_args!("cannot open it: {e}")))?;
+    let length = file.metadata().map_err(|e| corrupt(&e))?.len();
+    let at = length
+        .checked_sub(vhd::FOOTER_SIZE as u64)
+        .ok_or_else(|| corrupt(&"it is shorter than a VHD's footer"))?;
+    let mut bytes = [0; vhd::FOOTER_SIZE];
+    file.read_exact_at(&mut bytes, at).map_err(|e| corrupt(&e))?;
+    let footer = vhd::Footer::parse(&bytes).map_err(|e| corrupt(&e))?;
+    if footer.disk_bytes > at {
+        return Err(corrupt(&"its VHD footer tells of more than the file has: it is cut"));
+    }
+    let disk = DiskSource::read_only(Arc::new(file), path).window(0, footer.disk_bytes);
+    Ok(LayerDisk { disk, kind: LayerKind::Applied })
+}
