@@ -83,4 +83,5 @@ mod system {
     }
 }
 
+#[allow(unused_imports, reason = "each test program uses its own part")]
 pub(crate) use system::{FLAG, Stream, address, ask_to_stop, connect, is_there, prepare};
