@@ -42,7 +42,7 @@ const SPEC: &str = "lcow.spec";
 /// The log, below the root.
 const LOG: &str = "lcow.log";
 /// Longest wait for a service to start or stop. A stop lets running requests end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// What the manager is told to wait for each step.
 const STEP: Duration = Duration::from_secs(30);
 

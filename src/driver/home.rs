@@ -77,6 +77,7 @@ impl Home {
         Self::assemble(store, init, options, config)
     }
 
+    #[cfg_attr(not(target_os = "linux"), expect(clippy::unnecessary_wraps, reason = "only Linux has mounts"))]
     fn assemble(
         store: Arc<Store>,
         init: InitRecord,
@@ -158,6 +159,7 @@ impl Home {
     }
 
     /// Numbers of merged views and disks that are mounted.
+    #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_self, reason = "only Linux has mounts"))]
     pub(super) fn mount_counts(&self) -> (u64, u64) {
         #[cfg(target_os = "linux")]
         {

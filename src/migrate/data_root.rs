@@ -18,6 +18,7 @@ use crate::{
     store::LayerId,
 };
 use bytes::Bytes;
+use futures_util::StreamExt;
 use sha2::{Digest as _, Sha256};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -277,7 +278,7 @@ async fn bring(
     let fact = |name: &str| known.as_ref().and_then(|facts| facts.get(name)).map(String::as_str);
     let on_parent = fact("parent").unwrap_or("") == parent_text;
     let here = match fact("state") {
-        Some("applied") => fact("tar_digest") == Some(&note.diff.to_string()) && on_parent,
+        Some("applied") => on_parent && is_same(note, target, driver, id, parent_text).await?,
         // Written by a build of the target's engine, which knows it by the same tar.
         Some("sandbox") => target.layer(note.chain)?.is_some() && on_parent,
         // What a run that was killed left, or a layer that can only be removed.
@@ -304,6 +305,26 @@ async fn bring(
     }
     note_layer(note, found, target, driver, id, parent_text).await?;
     Ok(true)
+}
+
+/// Whether an applied layer of the store is the noted one. What the target's engine knows by the same tar was compared
+/// when it came; for others (a run was killed before the engine was told) the tar is read back and hashed.
+async fn is_same(
+    note: &LayerNote,
+    target: &EngineDb,
+    driver: &Driver,
+    id: &LayerId,
+    parent: &str,
+) -> Result<bool, MigrateError> {
+    if target.layer(note.chain)?.is_some_and(|known| known.cache_id == *id) {
+        return Ok(true);
+    }
+    let mut hash = Sha256::new();
+    let mut tar = driver.diff(id.as_str(), parent).await?;
+    while let Some(chunk) = tar.next().await {
+        hash.update(&chunk?);
+    }
+    Ok(Digest::from_hash(hash) == note.diff)
 }
 
 /// Tells the engine of a layer that is in the store, unless it knows.

@@ -606,8 +606,8 @@ impl Engine {
 
 fn path() -> String {
     match std::env::var("LCOW_E2E_PATH") {
-        Ok(first) => format!("{first}:{PATH}"),
-        Err(_) => PATH.to_owned(),
+        Ok(first) if !first.is_empty() => format!("{first}:{PATH}"),
+        _ => PATH.to_owned(),
     }
 }
 

@@ -119,7 +119,15 @@ fn data_root(driver: Driver) {
     let options = EngineOptions { driver, ..EngineOptions::lcow() };
     let (engine, _) = rootfs::engine_with(options, &rootfs::full());
     let names = fill(&engine);
-    let tree_of = |n: &str| in_seconds(Tree::of_image(&engine, n).except_times_of(&["/etc"]));
+    let tree_of = |n: &str| {
+        let mut tree = in_seconds(Tree::of_image(&engine, n).except_times_of(&["/etc"]));
+        if driver == Driver::Vfs {
+            // This driver's diff is a comparison of folders: it writes a link to a file of a lower layer as a file of
+            // its own, so that its folders have links which the image has not.
+            tree.0.values_mut().for_each(|node| node.same_as = None);
+        }
+        tree
+    };
     let trees: Vec<Tree> = names.iter().map(|n| tree_of(n)).collect();
     let before = images(&engine);
     let saved: Vec<_> =

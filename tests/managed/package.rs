@@ -81,6 +81,18 @@ fn the_plugin_is_one_static_program_and_the_same_bytes_each_time() {
     let first = pack("one.tar.gz", "1.2.3");
     assert!(first == pack("two.tar.gz", "1.2.3"), "the same plugin twice is not the same bytes");
     assert!(first != pack("three.tar.gz", "1.2.4"), "the version is not in the plugin");
+
+    let more = folder.path().join("more");
+    fs::create_dir_all(more.join("usr/share/lcow")).expect("folder");
+    fs::write(more.join("usr/share/lcow/kernel"), "kernel").expect("file");
+    let path = text(&folder.path().join("four.tar.gz"));
+    script("build-plugin", &["--program", &text(&files[0]), "--add", &text(&more), "--save", &path]);
+    let list = Command::new("tar").args(["-tzf", &path]).output().expect("tar").stdout;
+    let list = String::from_utf8_lossy(&list);
+    assert!(
+        list.contains("rootfs/usr/share/lcow/kernel") && list.contains("rootfs/bin/lcow-graphdriver"),
+        "{list}"
+    );
 }
 
 /// `unshare` and what runs in it; ended with the test.

@@ -83,5 +83,6 @@ mod system {
     }
 }
 
-#[allow(unused_imports, reason = "each test program uses its own part")]
-pub(crate) use system::{FLAG, Stream, address, ask_to_stop, connect, is_there, prepare};
+#[allow(unused_imports, reason = "not every test program asks whether somebody listens")]
+pub(crate) use system::is_there;
+pub(crate) use system::{FLAG, Stream, address, ask_to_stop, connect, prepare};

@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 pub(in crate::cli) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
     #[cfg(target_os = "linux")]
     if crate::sys::linux::init::is_first_process() {
-        return as_first_process();
+        return as_first_process(&args.root);
     }
     telemetry::start_logging(args.log_format);
     let options = Options::load(args.config.as_deref(), &args.storage_opt)?;
@@ -28,6 +28,8 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
         None => UnixIncoming::bind(&args.socket)?,
     };
     let ready = || {
+        #[cfg(target_os = "linux")]
+        watch_propagation(&args.root);
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
             socket = %args.socket.display(),
@@ -56,9 +58,28 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
     answer(incoming, &args, options, ready, stop).await?;
     Ok(ExitCode::SUCCESS)
 }
+
+/// In a managed plugin: ends the program when an engine that stops leaves it running but unmounts its folder, so that the
+/// next engine finds no plugin alive and starts it anew, with a folder that it sees. Nothing is lost: an engine does so
+/// only when no container runs. To end later, at the engine's first request, would not do: the engine sends a request
+/// anew without its body.
+#[cfg(target_os = "linux")]
+fn watch_propagation(root: &std::path::Path) {
+    let Some(canary) = crate::sys::linux::init::Canary::find(root) else { return };
+    std::thread::spawn(move || {
+        if let Err(error) = canary.wait_until_gone() {
+            tracing::warn!(%error, "mounts are not watched");
+            return;
+        }
+        tracing::warn!("the engine unmounted the plugin's folder: ending, to be started with a new one");
+        // EX_TEMPFAIL of sysexits.h.
+        std::process::exit(75);
+    });
+}
+
 /// What the first process of a container does: see to `/dev`, start the plugin, reap and forward.
 #[cfg(target_os = "linux")]
-fn as_first_process() -> Result<ExitCode, CliError> {
+fn as_first_process(root: &std::path::Path) -> Result<ExitCode, CliError> {
     use crate::sys::linux::init;
     use std::{error::Error as _, os::unix::process::ExitStatusExt};
     /// What a shell adds to the number of a signal.
@@ -66,6 +87,10 @@ fn as_first_process() -> Result<ExitCode, CliError> {
     if let Err(error) = init::furnish_dev() {
         // Converting layers works all the same; a Get would say what it lacks.
         crate::cli::report(&format!("layers cannot be mounted here: {error}"), error.source());
+    }
+    // Only to notice what an engine does with a plugin that it leaves running: without it, all else works.
+    if let Err(error) = init::Canary::set(root) {
+        crate::cli::report(&format!("mounts are not watched: {error}"), error.source());
     }
     let mut again = std::process::Command::new("/proc/self/exe");
     again.args(std::env::args_os().skip(1));

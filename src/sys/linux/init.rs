@@ -18,7 +18,7 @@ use rustix::{
 use std::{
     io, mem,
     os::unix::process::CommandExt,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus},
     ptr,
 };
@@ -51,6 +51,69 @@ pub fn furnish_dev() -> Result<bool, SysError> {
         return Ok(true);
     }
     Err(SysError::usage("find", control, "the host's kernel has no loop driver loaded (modprobe loop)"))
+}
+
+/// A small mount below a shared folder, which tells whether mounts made in that folder are still seen by the host.
+///
+/// An engine with live-restore that stops while no container runs leaves a managed plugin running, but unmounts
+/// everything below the plugin's folder, the shared folder itself included (moby `plugin/manager_linux.go`, `Shutdown`).
+/// What the plugin mounts from then on is seen by nobody else, and no table in this process's reach tells: both sides
+/// of a broken propagation look the same. But this mount goes with the others.
+#[derive(Debug)]
+pub struct Canary {
+    mount: PathBuf,
+    folder: PathBuf,
+}
+
+impl Canary {
+    /// Its name in the shared folder; no layer can be called so.
+    const NAME: &str = ".propagation";
+
+    /// Mounts it, unless a predecessor's is there.
+    ///
+    /// # Errors
+    /// The kernel or the file system refuses.
+    pub fn set(folder: &Path) -> Result<(), SysError> {
+        let canary = Self { mount: folder.join(Self::NAME), folder: folder.to_owned() };
+        if canary.stands() {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&canary.mount).context("create", &canary.mount)?;
+        let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV | MountFlags::RDONLY;
+        rustix::mount::mount("lcow", &canary.mount, "tmpfs", flags, Some(c"size=4k"))
+            .context("mount tmpfs on", &canary.mount)
+    }
+
+    /// The one in this folder, if there is one.
+    pub fn find(folder: &Path) -> Option<Self> {
+        let canary = Self { mount: folder.join(Self::NAME), folder: folder.to_owned() };
+        canary.stands().then_some(canary)
+    }
+
+    /// Waits until it is no longer mounted.
+    ///
+    /// # Errors
+    /// The kernel's table of mounts cannot be watched (proc_pid_mountinfo(5): poll tells of each change).
+    pub fn wait_until_gone(&self) -> Result<(), SysError> {
+        const TABLE: &str = "/proc/self/mountinfo";
+        let table = std::fs::File::open(TABLE).context("open", TABLE)?;
+        while self.stands() {
+            let mut watched = [rustix::event::PollFd::new(&table, rustix::event::PollFlags::PRI)];
+            match rustix::event::poll(&mut watched, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error).context("watch", TABLE),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it is mounted.
+    pub fn stands(&self) -> bool {
+        match (stat(&self.mount), stat(&self.folder)) {
+            (Ok(mount), Ok(folder)) => mount.st_dev != folder.st_dev,
+            _ => false,
+        }
+    }
 }
 
 fn is_loop_control(path: &Path) -> bool {
