@@ -21,6 +21,8 @@ pub mod embedded;
 #[path = "embedded/windows.rs"]
 pub mod embedded;
 mod exchange;
+#[cfg(windows)]
+pub mod hcs;
 mod job;
 pub mod pool;
 pub mod remote;
@@ -191,6 +193,12 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
 
     /// Takes a disk away.
     fn detach(&self, disk: DiskId) -> BoxFuture<'_, Result<(), SvmError>>;
+
+    /// A disk that grows has got its final length: a backend that lends devices of fixed size cuts the file to it.
+    fn grown<'a>(&'a self, disk: &'a DiskSource, len: u64) -> BoxFuture<'a, Result<(), SvmError>> {
+        let _ = (disk, len);
+        Box::pin(async { Ok(()) })
+    }
 
     /// A new channel to the agent.
     fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>>;

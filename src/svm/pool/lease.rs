@@ -35,6 +35,9 @@ use tokio::sync::{mpsc, oneshot};
 /// Most bytes of changed paths that are taken from a VM.
 const MAX_CHANGES: usize = 256 << 20;
 
+/// What an image's file may have beyond the largest file system: verity tree and VHD footer.
+const FOOTER_SLACK: u64 = 1 << 30;
+
 /// The right to use a VM; dropping it gives the VM back.
 pub struct Lease {
     inner: Arc<Inner>,
@@ -197,7 +200,20 @@ impl Lease {
             None => None,
         };
         let operation = Operation::Apply { image, record, scratch, lowers, options: job.options.clone() };
-        let (mut sender, mut receiver) = self.begin(&operation).await?;
+        let summary = self.apply_stream(&operation, body).await?;
+        if let Some(vm) = &self.vm {
+            // The VM's word is checked by the driver against the files, and the image by a VM that saw no tar.
+            vm.grown(&job.image, summary.file_bytes.min(job.options.max_image_bytes + FOOTER_SLACK)).await?;
+            vm.grown(&job.record, summary.record_bytes.min(job.options.max_image_bytes)).await?;
+        }
+        Ok(summary)
+    }
+
+    async fn apply_stream<S>(&self, operation: &Operation, body: S) -> Result<ApplySummary, SvmError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        let (mut sender, mut receiver) = self.begin(operation).await?;
         let sent = {
             let mut sending = pin!(sender.body(body));
             let mut receiving = pin!(receiver.result::<ApplySummary>());

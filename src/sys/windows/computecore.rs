@@ -83,7 +83,6 @@ functions! {
     modify = "HcsModifyComputeSystem": fn(RawSystem, Operation, Text, *mut c_void) -> i32;
     properties = "HcsGetComputeSystemProperties": fn(RawSystem, Operation, Text) -> i32;
     terminate = "HcsTerminateComputeSystem": fn(RawSystem, Operation, Text) -> i32;
-    enumerate = "HcsEnumerateComputeSystems": fn(Text, Operation) -> i32;
     set_callback = "HcsSetComputeSystemCallback": fn(RawSystem, u32, *const c_void, Callback) -> i32;
     close = "HcsCloseComputeSystem": fn(RawSystem) -> ();
     grant = "HcsGrantVmAccess": fn(Text, Text) -> i32;
@@ -94,7 +93,9 @@ functions! {
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// There is no DLL.
-    #[error("Hyper-V is not enabled: {NAME} cannot be loaded; enable it with: Enable-WindowsOptionalFeature -Online -FeatureName Microsoft-Hyper-V -All")]
+    #[error(
+        "Hyper-V is not enabled: {NAME} cannot be loaded; enable it with: Enable-WindowsOptionalFeature -Online -FeatureName Microsoft-Hyper-V -All"
+    )]
     Missing(#[source] std::io::Error),
     /// The DLL is too old.
     #[error("this Windows is too old: its {NAME} has no {0}; Windows 10 1809 or Server 2019 is needed")]
@@ -203,17 +204,6 @@ impl Library {
         // SAFETY: the text ends with a NUL.
         outcome(call, unsafe { (self.functions.grant_group)(path.as_ptr()) })
     }
-
-    /// Lists machines by a query; a JSON array of properties.
-    ///
-    /// # Errors
-    /// What the service says.
-    pub fn enumerate(&self, query: &str, patience: Duration) -> Result<String, HcsError> {
-        let call = "HcsEnumerateComputeSystems";
-        let query = text(call, query)?;
-        // SAFETY: the text ends with a NUL, and the operation is open.
-        self.operate(call, patience, |f, op| unsafe { (f.enumerate)(query.as_ptr(), op) })
-    }
 }
 
 fn outcome(call: &'static str, code: i32) -> Result<(), HcsError> {
@@ -313,7 +303,11 @@ impl System {
             unsafe { (f.create)(id.as_ptr(), document.as_ptr(), op, ptr::null(), &raw mut raw) }
         });
         if raw.is_null() {
-            return Err(created.err().unwrap_or(HcsError { call, code: 0x8000_FFFF, document: "no handle".into() }));
+            return Err(created.err().unwrap_or(HcsError {
+                call,
+                code: 0x8000_FFFF,
+                document: "no handle".into(),
+            }));
         }
         let on_exit: Box<OnExit> = Box::new(Box::new(on_exit));
         let context: *const OnExit = &raw const *on_exit;
@@ -349,7 +343,9 @@ impl System {
     pub fn start(&self, patience: Duration) -> Result<(), HcsError> {
         let call = "HcsStartComputeSystem";
         // SAFETY: handle and operation are open; no options.
-        self.library.operate(call, patience, |f, op| unsafe { (f.start)(self.raw, op, ptr::null()) }).map(drop)
+        self.library
+            .operate(call, patience, |f, op| unsafe { (f.start)(self.raw, op, ptr::null()) })
+            .map(drop)
     }
 
     /// Changes it (hot-add, remove).
@@ -383,7 +379,8 @@ impl System {
     pub fn terminate(&self, patience: Duration) -> Result<(), HcsError> {
         let call = "HcsTerminateComputeSystem";
         // SAFETY: handle and operation are open; no options.
-        let ended = self.library.operate(call, patience, |f, op| unsafe { (f.terminate)(self.raw, op, ptr::null()) });
+        let ended =
+            self.library.operate(call, patience, |f, op| unsafe { (f.terminate)(self.raw, op, ptr::null()) });
         match ended {
             Err(e) if !e.is_gone() => Err(e),
             _ => Ok(()),
