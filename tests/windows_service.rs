@@ -106,6 +106,6 @@ fn a_service_is_installed_started_stopped_and_uninstalled() {
 #[test]
 fn a_service_that_cannot_start_says_where_to_look() {
     // By hand, without a service manager, it explains itself.
-    let told = refused(&["service", "run"]);
+    let told = refused(&["service", "run", "--discovery", r"C:\nowhere\lcow.spec"]);
     assert!(told.contains("use 'serve'"), "{told}");
 }

@@ -61,7 +61,13 @@ pub(super) enum ServiceCommand {
     Status,
     /// The service itself; started by the service manager.
     #[command(hide = true)]
-    Run(ServeArgs),
+    Run {
+        /// The discovery file. Named at installation: a service's environment is not its installer's.
+        #[arg(long)]
+        discovery: PathBuf,
+        #[command(flatten)]
+        args: ServeArgs,
+    },
 }
 
 pub(super) fn run(command: ServiceCommand) -> Result<ExitCode, CliError> {
@@ -71,8 +77,8 @@ pub(super) fn run(command: ServiceCommand) -> Result<ExitCode, CliError> {
         ServiceCommand::Stop => stop()?,
         ServiceCommand::Uninstall => uninstall()?,
         ServiceCommand::Status => println!("{}", status()?),
-        ServiceCommand::Run(args) => {
-            let _ = ARGUMENTS.set(Mutex::new(Some(args)));
+        ServiceCommand::Run { discovery, args } => {
+            let _ = ARGUMENTS.set(Mutex::new(Some((args, discovery))));
             service_dispatcher::start(NAME, ffi_service_main)
                 .map_err(|e| told("this command is for the service manager; by hand use 'serve'", &e))?;
         }
@@ -99,9 +105,9 @@ fn opened(access: ServiceAccess) -> Result<windows_service::service::Service, Cl
 }
 
 /// The command line that the manager starts.
-fn launch_arguments(args: &ServeArgs) -> Vec<OsString> {
-    let mut all: Vec<OsString> =
-        vec!["service".into(), "run".into(), "--root".into(), args.root.clone().into()];
+fn launch_arguments(args: &ServeArgs, discovery: PathBuf) -> Vec<OsString> {
+    let mut all: Vec<OsString> = vec!["service".into(), "run".into(), "--discovery".into(), discovery.into()];
+    all.extend(["--root".into(), args.root.clone().into()]);
     all.extend([
         "--pipe".into(),
         args.pipe.clone(),
@@ -128,7 +134,7 @@ fn install(args: &ServeArgs) -> Result<(), CliError> {
         start_type: ServiceStartType::AutoStart,
         error_control: ServiceErrorControl::Normal,
         executable_path: std::env::current_exe()?,
-        launch_arguments: launch_arguments(args),
+        launch_arguments: launch_arguments(args, discovery_path()?),
         dependencies: Vec::new(),
         // LocalSystem: attaching disks to virtual machines needs it.
         account_name: None,
@@ -209,7 +215,7 @@ fn discovery_path() -> Result<PathBuf, CliError> {
 
 /// The pipe as Docker's discovery wants it: `npipe:////./pipe/lcow`.
 fn discovery_text(pipe: &str) -> String {
-    format!("npipe:{}", pipe.replace('\\', "/"))
+    format!("npipe://{}", pipe.replace('\\', "/"))
 }
 
 fn write_discovery(path: &Path, pipe: &str) -> io::Result<()> {
@@ -227,13 +233,13 @@ fn remove_discovery(path: &Path) -> io::Result<()> {
 }
 
 /// What `service run` was given, for the thread that the manager starts.
-static ARGUMENTS: OnceLock<Mutex<Option<ServeArgs>>> = OnceLock::new();
+static ARGUMENTS: OnceLock<Mutex<Option<(ServeArgs, PathBuf)>>> = OnceLock::new();
 
 define_windows_service!(ffi_service_main, service_main);
 
 fn service_main(_: Vec<OsString>) {
     let given = ARGUMENTS.get().and_then(|a| a.lock().unwrap_or_else(PoisonError::into_inner).take());
-    let Some(args) = given else { return };
+    let Some((args, discovery)) = given else { return };
     let log = args.root.join(LOG);
     let logging = fs::create_dir_all(&args.root).and_then(|()| telemetry::log_to_file(args.log_format, &log));
     let (stop, stopped) = oneshot::channel();
@@ -251,7 +257,8 @@ fn service_main(_: Vec<OsString>) {
     };
     let Ok(handle) = service_control_handler::register(NAME, handler) else { return };
     tell(handle, ServiceState::StartPending, 0);
-    let served = logging.map_err(CliError::from).and_then(|()| serve_as_service(&args, handle, stopped));
+    let served =
+        logging.map_err(CliError::from).and_then(|()| serve_as_service(&args, &discovery, handle, stopped));
     let code = match served {
         Ok(()) => 0,
         Err(error) => {
@@ -264,14 +271,14 @@ fn service_main(_: Vec<OsString>) {
 
 fn serve_as_service(
     args: &ServeArgs,
+    discovery: &Path,
     handle: ServiceStatusHandle,
     stopped: oneshot::Receiver<()>,
 ) -> Result<(), CliError> {
     let options = Options::load(args.config.as_deref(), &args.storage_opt)?;
-    let discovery = discovery_path()?;
     let pipe = args.pipe.to_string_lossy().into_owned();
     let ready = || {
-        if let Err(error) = write_discovery(&discovery, &pipe) {
+        if let Err(error) = write_discovery(discovery, &pipe) {
             tracing::error!(path = %discovery.display(), %error, "cannot write the discovery file: Docker will not find the plugin");
         }
         tell(handle, ServiceState::Running, 0);
@@ -283,7 +290,7 @@ fn serve_as_service(
         tell(handle, ServiceState::StopPending, 0);
     };
     let served = runtime()?.block_on(serve::windows::serve(args, options, ready, stop));
-    if let Err(error) = remove_discovery(&discovery) {
+    if let Err(error) = remove_discovery(discovery) {
         tracing::warn!(path = %discovery.display(), %error, "cannot remove the discovery file");
     }
     served

@@ -64,7 +64,7 @@ impl Disk {
                     return Err(corrupt(&"not the footer of this file, or lent for writing"));
                 }
                 out.set_len(end).map_err(io(raw))?;
-                copy(&reader, &out, &[0..end]).map_err(io(raw))?;
+                copy(&reader, &out, std::slice::from_ref(&(0..end))).map_err(io(raw))?;
             }
             Some("vhdx") => {
                 let vhdx = Vhdx::open(&reader).map_err(|e| corrupt(&e))?;
@@ -86,7 +86,9 @@ impl Disk {
             let file = File::options().read(true).write(true).open(&self.path).map_err(io(&self.path))?;
             let vhdx = VhdxWriter::open(file).map_err(|e| Fault(CORRUPT, e.to_string()))?;
             let end = ReadAt::size(&written).map_err(io(raw))?;
-            copy(&written, &vhdx, &[0..end]).and_then(|()| vhdx.sync()).map_err(io(&self.path))?;
+            copy(&written, &vhdx, std::slice::from_ref(&(0..end)))
+                .and_then(|()| vhdx.sync())
+                .map_err(io(&self.path))?;
         }
         // The agent has let go of it; if not, the test should see it.
         fs::remove_file(raw).map_err(io(raw))

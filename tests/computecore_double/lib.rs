@@ -12,7 +12,12 @@
 //! machine is lost in the Nth hot-add · `double.late-exit=MS` the word of its end comes late · `double.mute=1` no agent.
 #![cfg(windows)]
 #![allow(unsafe_code, reason = "a C interface")]
-#![allow(missing_docs, clippy::missing_safety_doc, reason = "the interface is Microsoft's")]
+#![allow(
+    missing_docs,
+    clippy::missing_safety_doc,
+    clippy::missing_panics_doc,
+    reason = "the interface is Microsoft's"
+)]
 
 mod check;
 mod disk;
@@ -54,13 +59,13 @@ struct Operation {
 }
 
 #[repr(C)]
-struct Event {
+pub struct Event {
     kind: u32,
     data: *const u16,
     operation: *mut c_void,
 }
 
-type Callback = unsafe extern "system" fn(*const Event, *const c_void);
+pub type Callback = unsafe extern "system" fn(*const Event, *const c_void);
 
 #[derive(Default)]
 struct Faults {
@@ -424,7 +429,10 @@ pub unsafe extern "system" fn HcsCloseComputeSystem(system: *mut c_void) {
     let last = {
         let mut state = machine.state.lock();
         state.handles -= 1;
-        state.callback = None;
+        // The callback is its maker's, who closes last here; a second handle is only opened to end a machine.
+        if state.handles == 0 {
+            state.callback = None;
+        }
         state.handles == 0
     };
     if last {

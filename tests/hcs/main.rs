@@ -208,17 +208,16 @@ async fn a_vhdx_sandbox_is_read_as_it_is() {
     let place = Place::new();
     let pool = place.pool(Mode::Safe, "");
     let file = File::create_new(place.path("sandbox.vhdx")).unwrap();
-    let attributes = lcow_graphdriver::ext4::Attributes { permissions: 0o755, ..Default::default() };
+    let attributes = lcow_graphdriver::ext4::writer::Attributes { permissions: 0o755, ..Default::default() };
     let options = BlankOptions {
         uuid: [7; 16],
         label: Vec::new(),
-        root: attributes.clone(),
-        directories: vec![(b"upper".to_vec(), attributes.clone()), (b"work".to_vec(), attributes)],
+        root: attributes,
+        directories: vec![(b"upper".to_vec(), attributes), (b"work".to_vec(), attributes)],
         journal_bytes: None,
         mkfs_time: 1_600_000_000,
     };
-    let content: Vec<_> =
-        blank(256 << 20, &options).unwrap().into_iter().map(|(at, b)| (at, b.to_vec())).collect();
+    let content = blank(256 << 20, &options).unwrap();
     let created = vhdx::CreateOptions::new(256 << 20, uuid::Uuid::new_v4());
     vhdx::create(&file, &created, &content).unwrap();
     drop(file);
@@ -237,7 +236,7 @@ async fn faults_cost_one_operation() {
     // The first hot-add of each machine fails; the machine is lost in its second one; its end is told late.
     for (faults, told) in [
         ("double.fail-add=1", "failed by order of the test"),
-        ("double.lose-at=2", "was lost"),
+        ("double.lose-at=2", "service VM"),
         ("double.late-exit=700 double.fail-add=2", "failed by order of the test"),
     ] {
         let place = Place::new();

@@ -191,11 +191,24 @@ impl HcsVm {
         self.system.lock().clone().ok_or_else(|| self.died())
     }
 
-    async fn modify(&self, request: &ModifySettingRequest) -> Result<(), SvmError> {
+    async fn modify(&self, request: &ModifySettingRequest) -> Result<Result<(), HcsError>, SvmError> {
         let system = self.system()?;
         let document = serde_json::to_string(request).map_err(|e| self.disk_error("-", e))?;
         let deadline = self.config.deadline;
-        blocking(move || system.modify(&document, deadline)).await.map_err(|e| self.disk_error("-", e))
+        Ok(blocking(move || system.modify(&document, deadline)).await)
+    }
+
+    async fn hot_add(&self, slot: Slot, path: &Path, read_only: bool) -> Result<(), SvmError> {
+        let added = self.modify(&ModifySettingRequest::add_disk(slot, path, read_only)).await?;
+        added.map_err(|e| self.disk_error(path.display(), e))
+    }
+
+    /// Takes a slot's disk from the machine; one that it does not have is fine.
+    async fn hot_remove(&self, slot: Slot) -> Result<(), SvmError> {
+        match self.modify(&ModifySettingRequest::remove_disk(slot)).await? {
+            Err(e) if !e.is_absent() => Err(self.disk_error(slot.serial(), e)),
+            _ => Ok(()),
+        }
     }
 
     /// Lets the machine open a file: its own disks by name, shared layers as one of all machines.
@@ -215,24 +228,15 @@ impl HcsVm {
         let writable = disk.access == Access::ReadWrite;
         let own = !matches!(ready.backing, Backing::Direct(_)) || disk.format == DiskFormat::Vhdx;
         self.grant(path, own).map_err(|e| self.disk_error(&shown, e))?;
-        self.modify(&ModifySettingRequest::add_disk(slot, path, !writable))
-            .await
-            .map_err(|e| self.disk_error(&shown, e))?;
+        self.hot_add(slot, path, !writable).await?;
         let told = RemoteDisk { disk: id, writable, offset: 0, len: ready.len, serial: slot.serial() };
-        match self.agent.attach(&told).await {
-            Ok(()) => Ok(()),
-            Err(e) => {
-                let error = self.disk_error(&shown, e);
-                self.modify(&ModifySettingRequest::remove_disk(slot)).await?;
-                Err(error)
-            }
-        }
+        self.agent.attach(&told).await.map_err(|e| self.disk_error(&shown, e))
     }
 
     /// Takes a disk from the agent and from the machine.
     async fn unplug(&self, disk: DiskId, slot: Slot) -> Result<(), SvmError> {
         self.agent.detach(disk).await.map_err(|e| self.disk_error(disk.0, e))?;
-        self.modify(&ModifySettingRequest::remove_disk(slot)).await
+        self.hot_remove(slot).await
     }
 }
 
@@ -265,7 +269,7 @@ impl ServiceVm for HcsVm {
             };
             if let Err(e) = self.plug(disk, id, slot, &prepared).await {
                 // The service may have the disk after all: only its word that it has not frees the slot.
-                if self.modify(&ModifySettingRequest::remove_disk(slot)).await.is_ok() {
+                if self.hot_remove(slot).await.is_ok() {
                     self.disks.lock().luns.give_back(slot);
                 }
                 prepared.backing.clear();

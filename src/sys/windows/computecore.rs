@@ -38,6 +38,8 @@ const INVALID_STATE: u32 = 0x0037_0105;
 const NOT_FOUND: u32 = 0x0037_010E;
 /// The machine has stopped already.
 const ALREADY_STOPPED: u32 = 0x0037_0110;
+/// `ERROR_NOT_FOUND` as HRESULT: the resource of a change is not there.
+const NO_SUCH_RESOURCE: u32 = 0x8007_0490;
 /// `HcsEventSystemExited`.
 const EVENT_EXITED: u32 = 1;
 
@@ -119,6 +121,11 @@ fn document_suffix(document: &str) -> String {
 }
 
 impl HcsError {
+    /// Whether what was to be taken from a machine is not there.
+    pub fn is_absent(&self) -> bool {
+        self.code == NO_SUCH_RESOURCE
+    }
+
     /// Whether a machine that is to end has ended already.
     pub fn is_gone(&self) -> bool {
         [INVALID_STATE, NOT_FOUND, ALREADY_STOPPED].contains(&(self.code & CODE_MASK))

@@ -111,8 +111,7 @@ impl Listener {
     pub fn accept(&self, patience: Duration, given_up: impl Fn() -> bool) -> io::Result<HvStream> {
         let begin = Instant::now();
         loop {
-            let mut set: FD_SET = FD_SET::default();
-            set.fd_count = 1;
+            let mut set = FD_SET { fd_count: 1, ..FD_SET::default() };
             set.fd_array[0] = raw(&self.0);
             let wait = TIMEVAL { tv_sec: 0, tv_usec: LOOK.as_micros() as i32 };
             // SAFETY: the set names one open socket; the other sets may be null.
