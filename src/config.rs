@@ -66,16 +66,52 @@ pub const SPECS: &[OptionSpec] = &[
     OptionSpec {
         name: "lcow.svm",
         default: "auto",
-        accepts: "embedded or auto (which is embedded here)",
+        accepts: if cfg!(windows) {
+            "embedded, hcs or auto (which is embedded here)"
+        } else {
+            "embedded or auto (which is embedded here)"
+        },
         help: "Kind of service VM that handles layer bytes: embedded is a jailed worker process.",
-        set: |o, v| match v {
-            "auto" | "embedded" => {
-                o.svm = SvmKind::Embedded;
-                Some(())
-            }
-            _ => None,
+        set: |o, v| {
+            o.svm = match v {
+                "auto" | "embedded" => SvmKind::Embedded,
+                #[cfg(windows)]
+                "hcs" => SvmKind::Hcs,
+                _ => return None,
+            };
+            Some(())
         },
         show: |o| o.svm.to_string(),
+    },
+    #[cfg(windows)]
+    OptionSpec {
+        name: "lcow.kernel",
+        default: r"C:\Program Files\Linux Containers\kernel",
+        accepts: "a path",
+        help: "Kernel of the service VMs' guest (lcow.svm=hcs).",
+        set: |o, v| (!v.is_empty()).then(|| o.kernel = v.into()),
+        show: |o| o.kernel.display().to_string(),
+    },
+    #[cfg(windows)]
+    OptionSpec {
+        name: "lcow.initrd",
+        default: r"C:\Program Files\Linux Containers\initrd.img",
+        accepts: "a path",
+        help: "Initial RAM disk of the service VMs' guest (lcow.svm=hcs).",
+        set: |o, v| (!v.is_empty()).then(|| o.initrd = v.into()),
+        show: |o| o.initrd.display().to_string(),
+    },
+    #[cfg(windows)]
+    OptionSpec {
+        name: "lcow.bootparameters",
+        default: "",
+        accepts: "parameters of the Linux kernel",
+        help: "Added to the kernel's command line of the service VMs' guest (lcow.svm=hcs).",
+        set: |o, v| {
+            v.clone_into(&mut o.boot_parameters);
+            Some(())
+        },
+        show: |o| o.boot_parameters.clone(),
     },
     OptionSpec {
         name: "lcow.mount",
@@ -175,6 +211,9 @@ pub const SPECS: &[OptionSpec] = &[
 pub enum SvmKind {
     /// A jailed worker process.
     Embedded,
+    /// A Hyper-V utility VM.
+    #[cfg(windows)]
+    Hcs,
 }
 
 /// What Get does.
@@ -206,7 +245,15 @@ macro_rules! show_as {
         }
     };
 }
-show_as!(SvmKind: Embedded = "embedded");
+impl fmt::Display for SvmKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Embedded => "embedded",
+            #[cfg(windows)]
+            Self::Hcs => "hcs",
+        })
+    }
+}
 show_as!(MountKind: Overlay = "overlay", None = "none");
 show_as!(OverlayApi: Auto = "auto", New = "new", Legacy = "legacy");
 
@@ -219,6 +266,15 @@ pub struct Options {
     pub sandbox_bytes: u64,
     /// `lcow.svm`
     pub svm: SvmKind,
+    /// `lcow.kernel`
+    #[cfg(windows)]
+    pub kernel: std::path::PathBuf,
+    /// `lcow.initrd`
+    #[cfg(windows)]
+    pub initrd: std::path::PathBuf,
+    /// `lcow.bootparameters`
+    #[cfg(windows)]
+    pub boot_parameters: String,
     /// `lcow.mount`
     pub mount: MountKind,
     /// `lcow.overlayapi`
@@ -245,6 +301,12 @@ impl Default for Options {
             global_mode: false,
             sandbox_bytes: DEFAULT_SANDBOX_BYTES,
             svm: SvmKind::Embedded,
+            #[cfg(windows)]
+            kernel: std::path::PathBuf::new(),
+            #[cfg(windows)]
+            initrd: std::path::PathBuf::new(),
+            #[cfg(windows)]
+            boot_parameters: String::new(),
             mount: MountKind::None,
             overlay_api: OverlayApi::Auto,
             idle_timeout: Duration::ZERO,

@@ -84,7 +84,7 @@ impl Home {
         options: Options,
         config: &DriverConfig,
     ) -> Result<Self, DriverError> {
-        let pool = start_pool(&options, config);
+        let pool = start_pool(&options, config, &store);
         #[cfg(target_os = "linux")]
         let mounts = Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap(&init)?));
         Ok(Self {
@@ -110,7 +110,7 @@ impl Home {
             ));
         }
         self.store.record_init(init.clone())?;
-        let pool = start_pool(&options, config);
+        let pool = start_pool(&options, config, &self.store);
         #[cfg(target_os = "linux")]
         let mounts =
             if (&init.uid_maps, options.overlay_api) == (&self.init.uid_maps, self.options.overlay_api) {
@@ -246,7 +246,7 @@ fn remap(init: &InitRecord) -> Result<Option<Arc<std::os::fd::OwnedFd>>, DriverE
     )
 }
 
-fn start_pool(options: &Options, config: &DriverConfig) -> Pool {
+fn start_pool(options: &Options, config: &DriverConfig, store: &Store) -> Pool {
     let settings = PoolConfig {
         mode: if options.global_mode { Mode::Global } else { Mode::Safe },
         spares: options.pool_spares,
@@ -254,6 +254,17 @@ fn start_pool(options: &Options, config: &DriverConfig) -> Pool {
         idle_timeout: options.idle_timeout,
         ..PoolConfig::default()
     };
+    #[cfg(windows)]
+    if options.svm == crate::config::SvmKind::Hcs {
+        let scratch = store.layout().top(crate::store::layout::SCRATCH);
+        let mut hcs = svm::hcs::HcsConfig::new(&options.kernel, &options.initrd, scratch);
+        hcs.boot_parameters.clone_from(&options.boot_parameters);
+        hcs.memory = options.memory_bytes;
+        hcs.growing_bytes = options.max_layer_bytes;
+        return Pool::start(Arc::new(svm::hcs::HcsBackend::new(hcs)), settings);
+    }
+    #[cfg(not(windows))]
+    let _ = store;
     let mut embedded =
         svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() };
     if let Some(program) = &config.worker_program {
