@@ -76,15 +76,19 @@ pub const SPECS: &[OptionSpec] = &[
         default: "auto",
         accepts: if cfg!(target_os = "linux") {
             "embedded, qemu or auto (which is embedded here)"
+        } else if cfg!(windows) {
+            "embedded, hcs or auto (which is embedded here)"
         } else {
             "embedded or auto (which is embedded here)"
         },
-        help: "Kind of service VM that handles layer bytes: embedded is a jailed worker process, qemu a virtual machine.",
+        help: "Kind of service VM that handles layer bytes: embedded is a jailed worker process, qemu and (on Windows) hcs are virtual machines.",
         set: |o, v| {
             o.svm = match v {
                 "auto" | "embedded" => SvmKind::Embedded,
                 #[cfg(target_os = "linux")]
                 "qemu" => SvmKind::Qemu,
+                #[cfg(windows)]
+                "hcs" => SvmKind::Hcs,
                 _ => return None,
             };
             Some(())
@@ -93,7 +97,11 @@ pub const SPECS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "lcow.kirdpath",
-        default: "/usr/lib/lcow-graphdriver",
+        default: if cfg!(windows) {
+            r"C:\Program Files\Linux Containers"
+        } else {
+            "/usr/lib/lcow-graphdriver"
+        },
         accepts: "a folder",
         help: "Folder of a virtual machine's kernel and initrd, as scripts/build-svm-image makes it.",
         set: |o, v| path(v).map(|v| o.kird_path = v),
@@ -101,7 +109,7 @@ pub const SPECS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "lcow.kernel",
-        default: "vmlinux",
+        default: if cfg!(windows) { "kernel" } else { "vmlinux" },
         accepts: "a file name in lcow.kirdpath, or an absolute path",
         help: "Kernel of a virtual machine: an uncompressed vmlinux that boots by PVH.",
         set: |o, v| path(v).map(|v| o.kernel = v),
@@ -109,7 +117,7 @@ pub const SPECS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "lcow.initrd",
-        default: "initrd",
+        default: if cfg!(windows) { "initrd.img" } else { "initrd" },
         accepts: "a file name in lcow.kirdpath, or an absolute path",
         help: "Initial file system of a virtual machine: the agent and the modules that it loads.",
         set: |o, v| path(v).map(|v| o.initrd = v),
@@ -267,6 +275,9 @@ pub enum SvmKind {
     /// A virtual machine under QEMU.
     #[cfg(target_os = "linux")]
     Qemu,
+    /// A Hyper-V utility VM.
+    #[cfg(windows)]
+    Hcs,
 }
 
 /// How a virtual machine's instructions run.
@@ -320,7 +331,9 @@ macro_rules! show_as {
 }
 #[cfg(target_os = "linux")]
 show_as!(SvmKind: Embedded = "embedded", Qemu = "qemu");
-#[cfg(not(target_os = "linux"))]
+#[cfg(windows)]
+show_as!(SvmKind: Embedded = "embedded", Hcs = "hcs");
+#[cfg(not(any(target_os = "linux", windows)))]
 show_as!(SvmKind: Embedded = "embedded");
 show_as!(Acceleration: Auto = "auto", Kvm = "kvm", Tcg = "tcg");
 show_as!(MountKind: Overlay = "overlay", None = "none");

@@ -37,6 +37,31 @@ pub fn start_logging(format: LogFormat) {
     }
 }
 
+/// Starts logging to a file, for a service that has no standard error. A file beyond 16 MiB is put aside as `*.old`
+/// first, replacing the one before.
+///
+/// # Errors
+/// The file cannot be opened or put aside.
+#[cfg(windows)]
+pub fn log_to_file(format: LogFormat, path: &std::path::Path) -> std::io::Result<()> {
+    const MAX_BYTES: u64 = 16 << 20;
+    if std::fs::metadata(path).is_ok_and(|m| m.len() > MAX_BYTES) {
+        std::fs::rename(path, path.with_extension("old"))?;
+    }
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_writer(std::sync::Mutex::new(file));
+    match format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}
+
 /// Labels of a request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {

@@ -21,6 +21,8 @@ mod import;
 mod import_engine;
 mod layer;
 mod serve;
+#[cfg(windows)]
+mod service;
 mod store;
 
 use crate::{
@@ -69,6 +71,10 @@ enum Command {
     Layer(layer::LayerCommand),
     /// Sends one request to a running plugin and prints its reply.
     Call(call::CallArgs),
+    /// Installs, starts and stops the plugin as a Windows service.
+    #[cfg(windows)]
+    #[command(subcommand)]
+    Service(service::ServiceCommand),
     /// Prints the completions of a shell, for its start-up file.
     Completions(generate::CompletionsArgs),
     /// Writes the manual pages into a folder.
@@ -163,6 +169,8 @@ pub fn run() -> ExitCode {
         Command::Store(command) => store::run(command),
         Command::Layer(command) => layer::run(command),
         Command::Call(args) => call::run(args),
+        #[cfg(windows)]
+        Command::Service(command) => service::run(command),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::Worker { args } => {

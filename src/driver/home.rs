@@ -77,13 +77,14 @@ impl Home {
         Self::assemble(store, init, options, config)
     }
 
+    #[cfg_attr(not(target_os = "linux"), expect(clippy::unnecessary_wraps, reason = "only Linux has mounts"))]
     fn assemble(
         store: Arc<Store>,
         init: InitRecord,
         options: Options,
         config: &DriverConfig,
     ) -> Result<Self, DriverError> {
-        let pool = start_pool(&options, config);
+        let pool = start_pool(&options, config, &store);
         #[cfg(target_os = "linux")]
         let mounts = Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap(&init)?));
         Ok(Self {
@@ -109,7 +110,7 @@ impl Home {
             ));
         }
         self.store.record_init(init.clone())?;
-        let pool = start_pool(&options, config);
+        let pool = start_pool(&options, config, &self.store);
         #[cfg(target_os = "linux")]
         let mounts =
             if (&init.uid_maps, options.overlay_api) == (&self.init.uid_maps, self.options.overlay_api) {
@@ -158,6 +159,7 @@ impl Home {
     }
 
     /// Numbers of merged views and disks that are mounted.
+    #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_self, reason = "only Linux has mounts"))]
     pub(super) fn mount_counts(&self) -> (u64, u64) {
         #[cfg(target_os = "linux")]
         {
@@ -265,7 +267,7 @@ fn qemu_config(options: &Options, config: &DriverConfig) -> svm::qemu::QemuConfi
     qemu
 }
 
-fn start_pool(options: &Options, config: &DriverConfig) -> Pool {
+fn start_pool(options: &Options, config: &DriverConfig, store: &Store) -> Pool {
     let settings = PoolConfig {
         mode: if options.global_mode { Mode::Global } else { Mode::Safe },
         spares: options.pool_spares,
@@ -280,6 +282,21 @@ fn start_pool(options: &Options, config: &DriverConfig) -> Pool {
         let settings = PoolConfig { boot_timeout: qemu.deadline * 2, ..settings };
         return Pool::start(Arc::new(svm::qemu::QemuBackend::new(qemu)), settings);
     }
+    #[cfg(windows)]
+    if options.svm == SvmKind::Hcs {
+        let scratch = store.layout().top(crate::store::layout::SCRATCH);
+        let mut hcs = svm::hcs::HcsConfig::new(
+            &options.kird_path.join(&options.kernel),
+            &options.kird_path.join(&options.initrd),
+            scratch,
+        );
+        hcs.boot_parameters.clone_from(&options.boot_parameters);
+        hcs.memory = options.guest_memory_bytes;
+        hcs.growing_bytes = options.max_layer_bytes;
+        return Pool::start(Arc::new(svm::hcs::HcsBackend::new(hcs)), settings);
+    }
+    #[cfg(not(windows))]
+    let _ = store;
     let mut embedded =
         svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() };
     if let Some(program) = &config.worker_program {

@@ -82,6 +82,7 @@ impl Home {
         .await
     }
 
+    #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_async, reason = "only Linux has mounts"))]
     async fn put_view(self: Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
         #[cfg(target_os = "linux")]
         {
@@ -98,6 +99,7 @@ impl Home {
     }
 
     /// Unmounts a layer's view whatever its references.
+    #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_async, reason = "only Linux has mounts"))]
     pub(super) async fn drop_view(self: Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
         #[cfg(target_os = "linux")]
         {

@@ -428,7 +428,8 @@ fn superblock(plan: &Plan, options: &BlankOptions, used_inodes: u64, journal: &R
     sb
 }
 
-#[cfg(test)]
+// Their oracles are Linux programs and the Linux kernel.
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
     use crate::{

@@ -10,7 +10,7 @@
 
 use super::ListenError;
 use crate::sys::windows::{
-    pipe::{Instance, create_server},
+    pipe::{Instance, PipeStream, create_server},
     security::SecurityDescriptor,
 };
 use std::{
@@ -64,6 +64,11 @@ impl PipeIncoming {
             path: path(),
             source,
         })?;
+        // Besides the flag for the first instance, which Wine does not hold to.
+        if !matches!(PipeStream::connect(name, Duration::ZERO), Err(e) if e.kind() == io::ErrorKind::NotFound)
+        {
+            return Err(ListenError::InUse { path: path() });
+        }
         let first = create_server(name, Instance::First, &descriptor).map_err(|source| {
             // The flag for the first instance is answered so when the name exists.
             if source.kind() == io::ErrorKind::PermissionDenied {

@@ -20,6 +20,8 @@ pub mod embedded;
 #[path = "embedded/windows.rs"]
 pub mod embedded;
 mod exchange;
+#[cfg(windows)]
+pub mod hcs;
 mod job;
 pub mod pool;
 #[cfg(target_os = "linux")]

@@ -119,7 +119,7 @@ impl Tar {
         let mut put = |at: usize, text: &[u8]| header[at..at + text.len()].copy_from_slice(text);
         put(0, name.as_bytes());
         put(100, if flag == b'5' { b"0000755\0" } else { b"0000644\0" });
-        put(108, b"0000000\00000000\0");
+        put(108, b"0000000\x000000000\x00");
         put(124, format!("{:011o}\0", content.len()).as_bytes());
         put(136, b"14000000000\0");
         put(148, b"        ");

@@ -217,6 +217,7 @@ impl Plugin {
 
     /// Mount points below this plugin's folder now.
     #[cfg(windows)]
+    #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_self, reason = "only Linux has mounts"))]
     pub(crate) fn mounts(&self) -> Vec<String> {
         Vec::new()
     }

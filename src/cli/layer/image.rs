@@ -96,6 +96,7 @@ pub(super) fn fs_bytes<R: ReadAt>(fs: &Ext4<R>) -> u64 {
 }
 
 /// Where a file has data, as far as its file system tells: the whole of it elsewhere.
+#[cfg_attr(not(target_os = "linux"), expect(unused_variables, reason = "only Linux is asked"))]
 fn data_ranges(file: &File, bytes: u64) -> Vec<Range<u64>> {
     #[cfg(target_os = "linux")]
     {

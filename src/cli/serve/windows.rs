@@ -4,6 +4,7 @@ use super::{CliError, ServeArgs, answer};
 use crate::{cli::runtime, config::Options, listen::PipeIncoming, telemetry};
 use std::{future::Future, process::ExitCode, time::Duration};
 
+#[expect(clippy::needless_pass_by_value, reason = "as on unix")]
 pub(in crate::cli) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
     telemetry::start_logging(args.log_format);
     let options = Options::load(args.config.as_deref(), &args.storage_opt)?;

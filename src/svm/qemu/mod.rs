@@ -84,7 +84,7 @@ impl QemuConfig {
             memory: 512 << 20,
             growing_bytes: 128 << 30,
             cache: cache.into(),
-            deadline: Duration::from_secs(60),
+            deadline: Duration::from_mins(1),
             accelerator: None,
             launcher: "/proc/self/exe".into(),
             launcher_args: vec!["launch".into()],

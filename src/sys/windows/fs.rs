@@ -123,6 +123,14 @@ pub fn make_plain(file: &File) -> io::Result<()> {
     if found & FILE_ATTRIBUTE_SPARSE_FILE != 0 {
         control(file, FSCTL_SET_SPARSE, &[0]).map_err(tried("make not sparse"))?;
     }
+    check_plain(file)
+}
+
+/// Fails unless a virtual machine can attach a file.
+///
+/// # Errors
+/// What the system says; a file that is sparse, compressed or encrypted.
+pub fn check_plain(file: &File) -> io::Result<()> {
     let left = attributes(file)?;
     let wrong = [
         (FILE_ATTRIBUTE_COMPRESSED, "compressed"),

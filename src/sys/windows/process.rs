@@ -274,6 +274,7 @@ impl WorkerProcess {
     ///
     /// # Errors
     /// What could not be done. Nothing is left behind, and nothing runs with more rights than meant.
+    #[expect(clippy::needless_pass_by_value, reason = "the handles are closed here once the worker has them")]
     pub fn start(command: &WorkerCommand, control: OwnedHandle, stderr: OwnedHandle) -> io::Result<Self> {
         let token = restricted_token()?;
         let job = job(command.memory)?;

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod logs;
+#[cfg(target_os = "linux")]
 mod qemu;
 
 use super::{CreateOptions, Geometry, Vhdx, VhdxError, VhdxWriter, create, layout};

@@ -1,0 +1,169 @@
+//! The HCS backend: a Hyper-V utility VM for layer bytes, on Windows.
+//!
+//! ```text
+//!   boot    create (documents) ─ RuntimeId ─ listen on hvsock ─ start ─ console, agent's connection ─ greeting
+//!   attach  a slot (luns) ─ a file that Hyper-V takes (disks) ─ access granted ─ hot-add ─ agent: Attach
+//!   end     terminate, or the last handle closed: nothing outlives a daemon that was killed
+//! ```
+//!
+//! `computecore.dll` is loaded when the backend is made. Each machine has a folder of scratch disks named after it; a
+//! folder that a crashed predecessor left names the machine to be ended. Kernel and initrd are those of
+//! `scripts/build-svm-image`, with the modules hv_vmbus, hv_storvsc, hv_sock. Called by `pool` through the traits in
+//! `svm`.
+
+mod disks;
+pub mod documents;
+pub mod luns;
+mod transport;
+mod vm;
+
+pub use transport::{AgentInput, AgentListener, AgentOutput, AgentTransport, Hvsock, VSOCK_PORT};
+
+use super::{BackendLimits, ServiceVm, SvmError, VmBackend, VmSpec};
+use crate::sys::windows::computecore::{Library, LoadError, System};
+use futures_util::{FutureExt, future::BoxFuture};
+use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
+
+/// Serial console, no other hardware to look for, end instead of waiting after a panic.
+const KERNEL_LINE: &str = "8250_core.nr_uarts=1 8250_core.skip_txen_test=1 console=ttyS0,115200 pci=off brd.rd_nr=0 pmtmr=0 panic=-1 quiet";
+
+/// How machines are made.
+#[derive(Debug, Clone)]
+pub struct HcsConfig {
+    /// The guest's kernel.
+    pub kernel: PathBuf,
+    /// The guest's initramfs.
+    pub initrd: PathBuf,
+    /// Added to the kernel's line.
+    pub boot_parameters: String,
+    /// The guest's memory; bytes.
+    pub memory: u64,
+    /// The guest's processors.
+    pub processors: u32,
+    /// Largest image that an apply may write; bytes.
+    pub growing_bytes: u64,
+    /// Folder for scratch disks.
+    pub scratch: PathBuf,
+    /// How long one call of the service, or the agent's greeting, may take.
+    pub deadline: Duration,
+}
+
+impl HcsConfig {
+    /// The usual machine, with this guest and this folder for scratch disks.
+    pub fn new(kernel: impl Into<PathBuf>, initrd: impl Into<PathBuf>, scratch: impl Into<PathBuf>) -> Self {
+        Self {
+            kernel: kernel.into(),
+            initrd: initrd.into(),
+            boot_parameters: String::new(),
+            memory: 1 << 30,
+            processors: 2,
+            growing_bytes: 128 << 30,
+            scratch: scratch.into(),
+            deadline: Duration::from_mins(1),
+        }
+    }
+
+    fn kernel_line(&self) -> String {
+        if self.boot_parameters.is_empty() {
+            return KERNEL_LINE.into();
+        }
+        format!("{KERNEL_LINE} {}", self.boot_parameters)
+    }
+}
+
+/// Starts machines.
+#[derive(Debug)]
+pub struct HcsBackend {
+    config: Arc<HcsConfig>,
+    library: Result<Arc<Library>, Arc<LoadError>>,
+    transport: Arc<dyn AgentTransport>,
+}
+
+impl HcsBackend {
+    /// A backend on the system's own service. Where Hyper-V is not enabled, every boot says so.
+    pub fn new(config: HcsConfig) -> Self {
+        Self::with(config, Library::load(None), Arc::new(Hvsock))
+    }
+
+    /// A backend on a given library and transport (tests).
+    pub fn with(
+        config: HcsConfig,
+        library: Result<Arc<Library>, LoadError>,
+        transport: Arc<dyn AgentTransport>,
+    ) -> Self {
+        Self { config: Arc::new(config), library: library.map_err(Arc::new), transport }
+    }
+
+    fn library(&self) -> Result<Arc<Library>, SvmError> {
+        self.library.clone().map_err(|e| failed(&*e))
+    }
+}
+
+/// A boot that failed before the machine said a word.
+fn failed(error: &(impl std::error::Error + ?Sized)) -> SvmError {
+    SvmError::Boot { reason: error.to_string(), console: String::new() }
+}
+
+/// Runs a call that blocks.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(e) => std::panic::resume_unwind(e.into_panic()),
+    }
+}
+
+/// Ends what a predecessor left in the folder of scratch disks; says how many machines that were.
+fn reap(library: &Arc<Library>, config: &HcsConfig) -> io::Result<usize> {
+    let entries = match fs::read_dir(&config.scratch) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
+        other => other?,
+    };
+    let mut ended = 0;
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // Only folders that a machine of ours gave its name to.
+        if uuid::Uuid::parse_str(&name).is_err() {
+            continue;
+        }
+        match System::open(library, &name) {
+            Ok(system) => {
+                if let Err(e) = system.terminate(config.deadline) {
+                    tracing::warn!(machine = name, "{e}");
+                }
+            }
+            Err(e) if e.is_gone() => {}
+            Err(e) => tracing::warn!(machine = name, "{e}"),
+        }
+        fs::remove_dir_all(entry.path())?;
+        ended += 1;
+    }
+    Ok(ended)
+}
+
+impl VmBackend for HcsBackend {
+    fn name(&self) -> &'static str {
+        "hcs"
+    }
+
+    fn limits(&self) -> BackendLimits {
+        BackendLimits { disks: usize::from(luns::MAX_DISKS), vms: 64 }
+    }
+
+    fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {
+        async move {
+            let vm =
+                vm::start(self.library()?, self.config.clone(), self.transport.clone(), spec.number).await?;
+            Ok(vm as Arc<dyn ServiceVm>)
+        }
+        .boxed()
+    }
+
+    fn reap(&self) -> BoxFuture<'_, Result<usize, SvmError>> {
+        async move {
+            let (library, config) = (self.library()?, self.config.clone());
+            blocking(move || reap(&library, &config)).await.map_err(|e| failed(&e))
+        }
+        .boxed()
+    }
+}

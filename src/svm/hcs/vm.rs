@@ -1,0 +1,388 @@
+//! One machine: its start, its disks, its end.
+//!
+//! ```text
+//!   Held: slot + file ── attach ──► grown? ── detach ──► slot free, scratch gone
+//! ```
+//!
+//! A slot is free only after the service has said that its disk is gone; one that it will not take away stays taken.
+//! The folder of scratch disks goes with the machine.
+
+use super::{
+    AgentTransport, HcsConfig, blocking,
+    disks::{self, Backing, Prepared},
+    documents::{ComputeSystem, Machine, ModifySettingRequest, Properties},
+    failed,
+    luns::{Luns, Slot},
+};
+use crate::{
+    agent::wire::JailReport,
+    svm::{
+        Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
+        console::Console,
+        remote::{RemoteAgent, RemoteDisk},
+    },
+    sys::windows::computecore::{HcsError, Library, System},
+};
+use futures_util::{FutureExt, future::BoxFuture};
+use parking_lot::Mutex;
+use std::{
+    collections::HashMap,
+    fmt, fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{net::windows::named_pipe::ClientOptions, sync::watch, time::timeout};
+
+/// How long a machine may take to say that it has ended, after it was told to.
+const EXIT_TIME: Duration = Duration::from_secs(10);
+/// Pause between two looks for the console's pipe.
+const CONSOLE_LOOK: Duration = Duration::from_millis(50);
+
+/// The folder of a machine's scratch disks; removed with it.
+#[derive(Debug)]
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if let Err(error) = crate::sys::windows::fs::patiently(|| fs::remove_dir_all(&self.0)) {
+            tracing::warn!(path = %self.0.display(), %error, "scratch disks stay until the next start");
+        }
+    }
+}
+
+/// A disk that the machine has.
+struct Held {
+    slot: Slot,
+    backing: Backing,
+    /// The file behind it, if it grows: to tell which one `grown` means.
+    grows: Option<Arc<fs::File>>,
+    /// The machine has lost it already.
+    gone: bool,
+}
+
+#[derive(Default)]
+struct Disks {
+    luns: Luns,
+    next: u32,
+    held: HashMap<DiskId, Held>,
+}
+
+/// A machine in use. Dropping it closes its handle, which ends it.
+pub(super) struct HcsVm {
+    label: String,
+    id: String,
+    agent: RemoteAgent,
+    console: Console,
+    death: watch::Receiver<Option<Death>>,
+    ending: watch::Sender<Option<Death>>,
+    disks: Mutex<Disks>,
+    config: Arc<HcsConfig>,
+    library: Arc<Library>,
+    // In this order: the handle is closed before the folder goes.
+    system: Mutex<Option<Arc<System>>>,
+    folder: Folder,
+}
+
+impl fmt::Debug for HcsVm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HcsVm").field("label", &self.label).finish_non_exhaustive()
+    }
+}
+
+/// Creates a machine, starts it, and waits for its agent's greeting. What was made goes when the future is dropped.
+pub(super) async fn start(
+    library: Arc<Library>,
+    config: Arc<HcsConfig>,
+    transport: Arc<dyn AgentTransport>,
+    number: u64,
+) -> Result<Arc<HcsVm>, SvmError> {
+    let id = uuid::Uuid::new_v4().to_string();
+    let label = format!("hcs {id} (vm {number})");
+    let deadline = config.deadline;
+    let folder = Folder(config.scratch.join(&id));
+    fs::create_dir_all(&folder.0).map_err(|e| failed(&e))?;
+    let console_pipe = format!(r"\\.\pipe\lcow-console-{id}");
+    let document = ComputeSystem::service_vm(&Machine {
+        kernel: &config.kernel,
+        initrd: &config.initrd,
+        command_line: &config.kernel_line(),
+        memory_mb: config.memory >> 20,
+        processors: config.processors,
+        console_pipe: &console_pipe,
+    });
+    let document = serde_json::to_string(&document).map_err(|e| failed(&e))?;
+    let (ending, death) = watch::channel(None::<Death>);
+    let console = Console::default();
+    let (told, lines) = (ending.clone(), console.clone());
+    let on_exit = move |report: String| {
+        let cause = if report.is_empty() { "ended".to_owned() } else { format!("ended: {report}") };
+        told.send_replace(Some(Death { cause, console: lines.tail() }));
+    };
+    let (lib, name) = (library.clone(), id.clone());
+    let system = blocking(move || System::create(&lib, &name, &document, deadline, on_exit)).await;
+    let system = Arc::new(system.map_err(|e| failed(&e))?);
+    let asked = system.clone();
+    let properties = blocking(move || asked.properties(deadline)).await.map_err(|e| failed(&e))?;
+    let properties: Properties = serde_json::from_str(&properties).map_err(|e| failed(&e))?;
+    let runtime_id = properties
+        .runtime_id
+        .ok_or_else(|| failed(&io::Error::other("the service tells no RuntimeId of the machine")))?;
+    let listener = transport.listen(runtime_id).map_err(|e| failed(&e))?;
+    let started = system.clone();
+    blocking(move || started.start(deadline)).await.map_err(|e| failed(&e))?;
+    tokio::spawn(follow(console_pipe, console.clone(), label.clone(), death.clone()));
+    let told = |reason: String| SvmError::Boot { reason, console: console.tail() };
+    let greeting = async {
+        let (input, output) = listener.accept(deadline).await?;
+        RemoteAgent::connect(input, output, None).await
+    };
+    let mut watched = death.clone();
+    let agent = tokio::select! {
+        greeted = timeout(deadline, greeting) => match greeted {
+            Ok(greeted) => greeted.map_err(|e| told(format!("the agent's connection: {e}")))?,
+            Err(_) => return Err(told(format!("no agent has greeted within {}s", deadline.as_secs()))),
+        },
+        ended = watched.wait_for(Option::is_some) => {
+            let cause = ended.ok().and_then(|d| d.clone()).map_or_else(String::new, |d| d.cause);
+            return Err(told(format!("the machine {cause} before its agent greeted")));
+        }
+    };
+    for note in &agent.hello().jail.notes {
+        tracing::warn!(note, "service VM's guest");
+    }
+    Ok(Arc::new(HcsVm {
+        label,
+        id,
+        agent,
+        console,
+        death,
+        ending,
+        disks: Mutex::default(),
+        config,
+        library,
+        system: Mutex::new(Some(system)),
+        folder,
+    }))
+}
+
+/// Reads the console from the moment that its pipe is there. The machine's process is the pipe's server.
+async fn follow(pipe: String, console: Console, label: String, death: watch::Receiver<Option<Death>>) {
+    while death.borrow().is_none() && death.has_changed().is_ok() {
+        if let Ok(client) = ClientOptions::new().open(&pipe) {
+            console.follow(client, label);
+            return;
+        }
+        tokio::time::sleep(CONSOLE_LOOK).await;
+    }
+}
+
+impl HcsVm {
+    fn disk_error(&self, disk: impl fmt::Display, e: impl fmt::Display) -> SvmError {
+        SvmError::Disk { vm: self.label.clone(), disk: disk.to_string(), reason: e.to_string() }
+    }
+
+    fn died(&self) -> SvmError {
+        let cause = self.death.borrow().as_ref().map_or_else(|| "ended".to_owned(), |d| d.cause.clone());
+        SvmError::Died { vm: self.label.clone(), cause, console: self.console.tail() }
+    }
+
+    fn system(&self) -> Result<Arc<System>, SvmError> {
+        self.system.lock().clone().ok_or_else(|| self.died())
+    }
+
+    async fn modify(&self, request: &ModifySettingRequest) -> Result<Result<(), HcsError>, SvmError> {
+        let system = self.system()?;
+        let document = serde_json::to_string(request).map_err(|e| self.disk_error("-", e))?;
+        let deadline = self.config.deadline;
+        Ok(blocking(move || system.modify(&document, deadline)).await)
+    }
+
+    async fn hot_add(&self, slot: Slot, path: &Path, read_only: bool) -> Result<(), SvmError> {
+        let added = self.modify(&ModifySettingRequest::add_disk(slot, path, read_only)).await?;
+        added.map_err(|e| self.disk_error(path.display(), e))
+    }
+
+    /// Takes a slot's disk from the machine; one that it does not have is fine.
+    async fn hot_remove(&self, slot: Slot) -> Result<(), SvmError> {
+        match self.modify(&ModifySettingRequest::remove_disk(slot)).await? {
+            Err(e) if !e.is_absent() => Err(self.disk_error(slot.serial(), e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the machine open a file: its own disks by name, shared layers as one of all machines.
+    fn grant(&self, path: &Path, own: bool) -> Result<(), HcsError> {
+        if own { self.library.grant_access(&self.id, path) } else { self.library.grant_group_access(path) }
+    }
+
+    async fn plug(
+        &self,
+        disk: &DiskSource,
+        id: DiskId,
+        slot: Slot,
+        ready: &Prepared,
+    ) -> Result<(), SvmError> {
+        let path = ready.backing.path();
+        let shown = path.display();
+        let writable = disk.access == Access::ReadWrite;
+        let own = !matches!(ready.backing, Backing::Direct(_)) || disk.format == DiskFormat::Vhdx;
+        self.grant(path, own).map_err(|e| self.disk_error(&shown, e))?;
+        self.hot_add(slot, path, !writable).await?;
+        let told = RemoteDisk { disk: id, writable, offset: 0, len: ready.len, serial: slot.serial() };
+        self.agent.attach(&told).await.map_err(|e| self.disk_error(&shown, e))
+    }
+
+    /// Takes a disk from the agent and from the machine.
+    async fn unplug(&self, disk: DiskId, slot: Slot) -> Result<(), SvmError> {
+        self.agent.detach(disk).await.map_err(|e| self.disk_error(disk.0, e))?;
+        self.hot_remove(slot).await
+    }
+}
+
+impl ServiceVm for HcsVm {
+    fn describe(&self) -> String {
+        self.label.clone()
+    }
+
+    fn attach<'a>(&'a self, disk: &'a DiskSource) -> BoxFuture<'a, Result<DiskId, SvmError>> {
+        async move {
+            let shown = disk.path.display();
+            let (id, slot) = {
+                let mut disks = self.disks.lock();
+                let slot = disks.luns.take();
+                let slot =
+                    slot.ok_or_else(|| self.disk_error(&shown, "all slots of its controllers are taken"))?;
+                let id = DiskId(disks.next);
+                disks.next += 1;
+                (id, slot)
+            };
+            let name = self.folder.0.join(format!("disk{}", id.0));
+            let (source, growing) = (disk.clone(), self.config.growing_bytes);
+            let prepared = blocking(move || disks::prepare(&source, &name, growing)).await;
+            let prepared = match prepared {
+                Ok(prepared) => prepared,
+                Err(e) => {
+                    self.disks.lock().luns.give_back(slot);
+                    return Err(self.disk_error(&shown, e));
+                }
+            };
+            if let Err(e) = self.plug(disk, id, slot, &prepared).await {
+                // The service may have the disk after all: only its word that it has not frees the slot.
+                if self.hot_remove(slot).await.is_ok() {
+                    self.disks.lock().luns.give_back(slot);
+                }
+                prepared.backing.clear();
+                return Err(e);
+            }
+            let grows = matches!(prepared.backing, Backing::Growing(_)).then(|| disk.file.clone());
+            self.disks.lock().held.insert(id, Held { slot, backing: prepared.backing, grows, gone: false });
+            Ok(id)
+        }
+        .boxed()
+    }
+
+    fn detach(&self, disk: DiskId) -> BoxFuture<'_, Result<(), SvmError>> {
+        async move {
+            let state = self.disks.lock().held.get(&disk).map(|h| (h.slot, h.gone));
+            let (slot, gone) = state.ok_or_else(|| self.disk_error(disk.0, "not attached"))?;
+            if !gone {
+                self.unplug(disk, slot).await?;
+                self.disks.lock().luns.give_back(slot);
+            }
+            if let Some(held) = self.disks.lock().held.remove(&disk) {
+                held.backing.clear();
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn grown<'a>(&'a self, disk: &'a DiskSource, len: u64) -> BoxFuture<'a, Result<(), SvmError>> {
+        async move {
+            let found = self.disks.lock().held.iter().find_map(|(id, held)| {
+                let ours = held.grows.as_ref().is_some_and(|f| Arc::ptr_eq(f, &disk.file)) && !held.gone;
+                ours.then(|| (*id, held.slot, held.backing.path().to_owned()))
+            });
+            let Some((id, slot, scratch)) = found else { return Ok(()) };
+            // Only a disk that the machine has let go of has all its bytes in its file.
+            self.unplug(id, slot).await?;
+            {
+                let mut disks = self.disks.lock();
+                disks.luns.give_back(slot);
+                if let Some(held) = disks.held.get_mut(&id) {
+                    held.gone = true;
+                }
+            }
+            let file = disk.file.clone();
+            let brought = blocking(move || disks::bring_back(&scratch, &file, len)).await;
+            brought.map_err(|e| self.disk_error(disk.path.display(), e))
+        }
+        .boxed()
+    }
+
+    fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>> {
+        async move {
+            let channel = self.agent.open_channel().await.map_err(|e| {
+                if self.death.borrow().is_some() {
+                    return self.died();
+                }
+                SvmError::Protocol { vm: self.label.clone(), reason: e.to_string() }
+            })?;
+            Ok(Box::new(channel) as Channel)
+        }
+        .boxed()
+    }
+
+    fn ping(&self) -> BoxFuture<'_, Result<(), SvmError>> {
+        async move {
+            let answer = self.agent.ping().await;
+            answer.map_err(|e| SvmError::Protocol { vm: self.label.clone(), reason: e.to_string() })
+        }
+        .boxed()
+    }
+
+    fn terminate(&self) -> BoxFuture<'_, ()> {
+        async move {
+            let system = self.system.lock().take();
+            if let Some(system) = system {
+                let deadline = self.config.deadline;
+                let (label, mut watched) = (self.label.clone(), self.death.clone());
+                let asked = system.clone();
+                if let Err(e) = blocking(move || asked.terminate(deadline)).await {
+                    tracing::warn!(vm = label, "{e}; closing its handle ends it");
+                }
+                // A late word of its end is not waited for without limit: closing the handle ends it too.
+                let _ = timeout(EXIT_TIME, watched.wait_for(Option::is_some)).await;
+                blocking(move || drop(system)).await;
+                self.ending.send_if_modified(|death| {
+                    let silent = death.is_none();
+                    if silent {
+                        let cause = "ended: its handle was closed".to_owned();
+                        *death = Some(Death { cause, console: self.console.tail() });
+                    }
+                    silent
+                });
+            }
+            self.death().await;
+        }
+        .boxed()
+    }
+
+    fn death(&self) -> BoxFuture<'_, Death> {
+        let mut watch = self.death.clone();
+        async move {
+            let seen = watch.wait_for(Option::is_some).await.ok().and_then(|d| d.clone());
+            seen.unwrap_or_else(|| Death { cause: "ended".into(), console: String::new() })
+        }
+        .boxed()
+    }
+
+    fn console(&self) -> String {
+        self.console.tail()
+    }
+
+    fn jail(&self) -> Option<JailReport> {
+        None
+    }
+}
