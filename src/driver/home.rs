@@ -13,6 +13,8 @@ use {
     super::mounts::{Member, Mounts},
     crate::{config::SvmKind, store::LayerId},
 };
+#[cfg(windows)]
+use crate::config::SvmKind;
 
 /// A home that is open.
 #[derive(Debug)]

@@ -229,7 +229,9 @@ impl HcsVm {
         let own = !matches!(ready.backing, Backing::Direct(_)) || disk.format == DiskFormat::Vhdx;
         self.grant(path, own).map_err(|e| self.disk_error(&shown, e))?;
         self.hot_add(slot, path, !writable).await?;
-        let told = RemoteDisk { disk: id, writable, offset: 0, len: ready.len, serial: slot.serial() };
+        // Whatever the file is, Hyper-V attaches it as a disk of plain bytes.
+        let (len, format) = (ready.len, DiskFormat::Raw);
+        let told = RemoteDisk { disk: id, writable, offset: 0, len, serial: slot.serial(), format };
         self.agent.attach(&told).await.map_err(|e| self.disk_error(&shown, e))
     }
 
