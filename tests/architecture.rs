@@ -22,6 +22,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "listen",
             "migrate",
             "store",
+            "svm",
             "sys",
             "tar",
             "telemetry",
