@@ -310,7 +310,8 @@ impl Store {
     /// Deletes what could not be deleted before; what still cannot stays for the next time, and at last for the next
     /// start.
     fn clear_leftovers(&self, delete: impl Fn(&Path) -> io::Result<()>) {
-        for path in std::mem::take(&mut *self.leftovers.lock()) {
+        let leftovers = std::mem::take(&mut *self.leftovers.lock());
+        for path in leftovers {
             match delete(&path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
                     tracing::warn!(path = %path.display(), error = %e, "cannot delete a staging folder yet");
