@@ -689,7 +689,9 @@ mod tests {
 
     /// The default that a row of the documentation tells for this system: `a`, or `a (Windows: b)` and the like.
     fn told_default(cell: &str) -> &str {
-        let Some((linux, others)) = cell.strip_suffix(')').and_then(|c| c.split_once(" (")) else { return cell };
+        let Some((linux, others)) = cell.strip_suffix(')').and_then(|c| c.split_once(" (")) else {
+            return cell;
+        };
         if cfg!(target_os = "linux") {
             return linux;
         }

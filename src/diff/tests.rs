@@ -152,6 +152,7 @@ const DESCRIBE: &str = r"find . -mindepth 1 -printf '%P %y %#m %U:%G %n %l ' \( 
     awk '/^# file:/{f=$0;next} NF{print f, $0}'";
 
 #[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
 fn a_whole_tree_comes_back_exactly_through_gnu_tar() {
     let mut stack = Stack::new();
     stack.layer(
@@ -232,6 +233,7 @@ fn two_layers() -> Stack {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
 fn against_its_own_parent_a_layer_is_what_stands_in_it() {
     let stack = two_layers();
     let (tar, summary) = stack.export(1, Some(ParentSpec::Own));
@@ -272,6 +274,7 @@ fn against_its_own_parent_a_layer_is_what_stands_in_it() {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
 fn against_an_unrelated_copy_contents_decide() {
     let stack = two_layers();
     let copy = Stack::new();
@@ -313,6 +316,7 @@ fn against_an_unrelated_copy_contents_decide() {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
 fn a_distant_ancestor_gives_the_squashed_difference() {
     let mut stack = two_layers();
     stack.layer("rm added; echo 2 > keep/mod2; rm -r keep/newdir; echo again > gone");
@@ -327,6 +331,7 @@ fn a_distant_ancestor_gives_the_squashed_difference() {
 
 /// The canonical format is frozen: these bytes must never change.
 #[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
 fn the_canonical_tar_is_the_golden_one() {
     let mut stack = Stack::new();
     stack.layer("mkdir d; echo 1 > d/gone; echo 2 > d/kept").layer(
@@ -350,6 +355,7 @@ fn the_canonical_tar_is_the_golden_one() {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
 fn host_ids_are_mapped_back() {
     let mut stack = Stack::new();
     stack.layer("echo x > f; chown 500005:500006 f; setfacl -m u:500007:r f; echo y > g");
@@ -396,6 +402,7 @@ impl Drop for Thaw<'_> {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
 fn a_mounted_sandbox_is_a_snapshot_or_an_error() {
     let mut stack = Stack::new();
     stack.layer("head -c 200000 /dev/urandom > a; echo small > b; mkdir d");
@@ -428,6 +435,7 @@ fn a_mounted_sandbox_is_a_snapshot_or_an_error() {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
 fn what_a_tar_of_layers_cannot_express_is_left_out_and_large_values_are_kept() {
     let mut stack = Stack::new();
     stack.layer(

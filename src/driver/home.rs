@@ -8,13 +8,13 @@ use crate::{
 };
 use std::{path::Path, sync::Arc};
 
+#[cfg(windows)]
+use crate::config::SvmKind;
 #[cfg(target_os = "linux")]
 use {
     super::mounts::{Member, Mounts},
     crate::{config::SvmKind, store::LayerId},
 };
-#[cfg(windows)]
-use crate::config::SvmKind;
 
 /// A home that is open.
 #[derive(Debug)]
@@ -288,8 +288,8 @@ fn start_pool(options: &Options, config: &DriverConfig, store: &Store) -> Pool {
     if options.svm == SvmKind::Hcs {
         let scratch = store.layout().top(crate::store::layout::SCRATCH);
         let mut hcs = svm::hcs::HcsConfig::new(
-            &options.kird_path.join(&options.kernel),
-            &options.kird_path.join(&options.initrd),
+            options.kird_path.join(&options.kernel),
+            options.kird_path.join(&options.initrd),
             scratch,
         );
         hcs.boot_parameters.clone_from(&options.boot_parameters);

@@ -37,7 +37,7 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
     #[cfg(unix)]
     return fs::remove_dir_all(path);
     #[cfg(windows)]
-    return crate::sys::windows::fs::patiently(|| fs::remove_dir_all(path));
+    return crate::sys::windows::fs::remove_tree(path);
 }
 
 /// Creates a new file, readable by its owner only (on Windows: by those whom its folder admits); an existing one is an

@@ -39,7 +39,7 @@ pub use meta::{AppliedMeta, LayerMeta, LayerState};
 pub use repair::{Debris, GcReport};
 pub use usage::{DiskUsage, LayerUsage, allocated_bytes};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
@@ -116,14 +116,20 @@ pub struct Store {
     marker: RwLock<Marker>,
     index: RwLock<Index>,
     nonce: AtomicU64,
+    leftovers: Leftovers,
     /// `None` for a reader beside a running owner.
     _lock: Option<OwnerLock>,
 }
+
+/// Folders in `staging/` that could not be deleted when they should have been. On Windows a worker that is just being
+/// ended still has files open; they are tried again by the next [`Store::stage`] and [`Store::remove`].
+type Leftovers = Arc<Mutex<Vec<PathBuf>>>;
 
 /// A folder in `staging/` that is deleted on drop unless its content was moved away.
 #[derive(Debug)]
 pub struct Staged {
     path: PathBuf,
+    leftovers: Leftovers,
 }
 
 impl Staged {
@@ -134,10 +140,13 @@ impl Staged {
 }
 
 impl Drop for Staged {
+    /// Tries once. An operation that is given up is dropped on a thread of the runtime, and the task that ends its
+    /// worker may be next on that very thread: waiting here for the worker's files would be waiting for oneself.
     fn drop(&mut self) {
-        match durable::remove_tree(&self.path) {
+        match fs::remove_dir_all(&self.path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %self.path.display(), error = %e, "cannot delete staging folder; the next start will");
+                tracing::debug!(path = %self.path.display(), error = %e, "a staging folder is in use; it is deleted later");
+                self.leftovers.lock().push(std::mem::take(&mut self.path));
             }
             _ => {}
         }
@@ -187,6 +196,7 @@ impl Store {
             marker: RwLock::new(marker),
             index: RwLock::default(),
             nonce: AtomicU64::new(1),
+            leftovers: Leftovers::default(),
             _lock: lock,
         };
         let home = store.layout.home();
@@ -292,8 +302,24 @@ impl Store {
     pub fn stage(&self, id: &LayerId) -> Result<Staged, StoreError> {
         let path =
             self.layout.top(layout::STAGING).join(format!("{id}.{}.{}", std::process::id(), self.next()));
+        self.clear_leftovers(|path| fs::remove_dir_all(path));
         create_layer_dir(&path).map_err(StoreError::io("create", &path))?;
-        Ok(Staged { path })
+        Ok(Staged { path, leftovers: self.leftovers.clone() })
+    }
+
+    /// Deletes what could not be deleted before; what still cannot stays for the next time, and at last for the next
+    /// start.
+    fn clear_leftovers(&self, delete: impl Fn(&Path) -> io::Result<()>) {
+        let leftovers = std::mem::take(&mut *self.leftovers.lock());
+        for path in leftovers {
+            match delete(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), error = %e, "cannot delete a staging folder yet");
+                    self.leftovers.lock().push(path);
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Creates a layer: `fill` puts files into its folder before it appears under its id. Files that `fill` makes
@@ -434,10 +460,12 @@ impl Store {
                 Err(e) => return Err(StoreError::io("rename away", &folder)(e)),
             }
             index.remove(id);
-            Staged { path }
+            Staged { path, leftovers: self.leftovers.clone() }
         };
         durable::sync_dir(self.layout.home())?;
         drop(doomed);
+        // With patience: this is a thread that may wait, and whoever removes a layer expects its space back.
+        self.clear_leftovers(durable::remove_tree);
         Ok(())
     }
 

@@ -206,3 +206,26 @@ fn the_reserve_refuses_before_the_disk_is_full() {
     store.check_reserve(100, 100).unwrap();
     assert!(matches!(store.check_reserve(100, 99), Err(StoreError::LowSpace { .. })));
 }
+
+/// Only Windows refuses to delete what somebody has open.
+#[cfg(windows)]
+#[test]
+fn a_staging_folder_in_use_goes_with_the_next_removal() {
+    use std::os::windows::fs::OpenOptionsExt;
+    let home = tempfile::tempdir().unwrap();
+    let store = Store::open(home.path()).unwrap();
+    create(&store, "a", None).unwrap();
+    let staged = store.stage(&id("a")).unwrap();
+    let path = staged.path().join("layer.vhd");
+    let held = fs::OpenOptions::new().write(true).create_new(true).share_mode(0).open(path).unwrap();
+    drop(staged);
+    let staging = home.path().join("staging");
+    assert_eq!(names(&staging).len(), 1);
+    let worker = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        drop(held);
+    });
+    store.remove(&id("a")).unwrap();
+    worker.join().unwrap();
+    assert_eq!(names(&staging), Vec::<String>::new());
+}

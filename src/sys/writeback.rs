@@ -15,7 +15,6 @@ use std::{
 /// Bytes between two hints: large enough for long requests, small enough to leave little for the end.
 const STEP: u64 = 8 << 20;
 /// The page that is being filled is left out: it would be written twice.
-#[cfg(target_os = "linux")]
 const PAGES: u64 = 64 << 10;
 
 /// How far a file's writing has been started.
@@ -29,27 +28,25 @@ impl Writeback {
         if end < from.saturating_add(STEP) {
             return;
         }
-        self.0.store(start(file, from, end), Ordering::Relaxed);
+        let end = end & !(PAGES - 1);
+        start(file, from, end);
+        self.0.store(end, Ordering::Relaxed);
     }
 }
 
-/// Starts a range; gives where the next one begins.
+/// Starts a range.
 #[cfg(target_os = "linux")]
-fn start(file: &File, from: u64, end: u64) -> u64 {
+fn start(file: &File, from: u64, end: u64) {
     use std::os::fd::AsRawFd;
-    let end = end & !(PAGES - 1);
     let (Ok(offset), Ok(len)) = (i64::try_from(from), i64::try_from(end.saturating_sub(from))) else {
-        return end;
+        return;
     };
     // SAFETY: the descriptor is open for the whole call, and the call touches no memory of this process.
     let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };
-    end
 }
 
 #[cfg(not(target_os = "linux"))]
-fn start(_: &File, _: u64, end: u64) -> u64 {
-    end
-}
+fn start(_: &File, _: u64, _: u64) {}
 
 #[cfg(test)]
 mod tests {

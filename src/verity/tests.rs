@@ -38,6 +38,7 @@ fn levels_stand_top_first() {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "the oracle is veritysetup of Linux")]
 fn veritysetup_agrees_with_tree_and_root() {
     for len in [4096, 8192, 128 * 4096, 129 * 4096, 300 * 4096 + 1024, 17_000 * 4096] {
         let (disk, summary) = tree_of(&pattern(len));

@@ -57,6 +57,7 @@ fn image(dir: &TempDir, options: &str, size: &str) -> std::path::PathBuf {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn good_images_pass_whatever_their_blocks() {
     for (options, size) in [
         ("-b 1024", "16M"),
@@ -100,12 +101,14 @@ fn seal(raw: &mut [u8], ino: u32, seed: u32) {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn what_e2fsck_refuses_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     mutate(&image(&dir, "-b 1024 -N 1024", "4M"), 700);
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn what_e2fsck_refuses_of_our_writers_images_is_refused() {
     for (block_size, inline_data) in [(BlockSize::B1024, true), (BlockSize::B4096, false)] {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -260,6 +263,7 @@ fn mutate(path: &Path, rounds: u32) {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn a_journal_or_a_strange_xattr_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("j.img");

@@ -72,6 +72,7 @@ fn crashed(options: &str) -> (tempfile::TempDir, std::path::PathBuf) {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn a_dirty_journal_is_replayed_in_memory() {
     for options in [
         "",
@@ -107,6 +108,7 @@ fn a_dirty_journal_is_replayed_in_memory() {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn damage_gives_errors_never_panics() {
     let (_dir, copy) = crashed("-b 1024 -O inline_data,ea_inode,metadata_csum");
     let good = fs::read(&copy).unwrap();
@@ -151,6 +153,7 @@ fn damage_gives_errors_never_panics() {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn the_block_maps_of_ext2_are_read() {
     let dir = tempfile::tempdir().unwrap();
     sh(&format!(

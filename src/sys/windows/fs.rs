@@ -22,8 +22,9 @@ use std::{
 };
 use windows_sys::Win32::{
     Foundation::{
-        ERROR_ACCESS_DENIED, ERROR_INVALID_FUNCTION, ERROR_LOCK_VIOLATION, ERROR_NOT_SUPPORTED,
-        ERROR_SHARING_VIOLATION, GENERIC_READ, GENERIC_WRITE, INVALID_HANDLE_VALUE,
+        ERROR_ACCESS_DENIED, ERROR_DELETE_PENDING, ERROR_DIR_NOT_EMPTY, ERROR_INVALID_FUNCTION,
+        ERROR_LOCK_VIOLATION, ERROR_NOT_SUPPORTED, ERROR_SHARING_VIOLATION, GENERIC_READ, GENERIC_WRITE,
+        INVALID_HANDLE_VALUE,
     },
     Storage::FileSystem::{
         COMPRESSION_FORMAT_NONE, FILE_ATTRIBUTE_COMPRESSED, FILE_ATTRIBUTE_ENCRYPTED,
@@ -53,11 +54,31 @@ pub fn is_transient(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// The last failure.
-pub fn patiently<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+pub fn patiently<T>(work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    patiently_if(is_transient, work)
+}
+
+/// Deletes a folder and all in it. Where the file system cannot take the names of open files away at once (before
+/// Windows 10 1607, and Wine), they stay until the last handle is closed, and the folder is "not empty" so long.
+///
+/// # Errors
+/// What the system says, after some tries.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    let may_pass = |e: &io::Error| {
+        let pending = [ERROR_DIR_NOT_EMPTY, ERROR_DELETE_PENDING];
+        is_transient(e) || e.raw_os_error().is_some_and(|code| pending.contains(&(code as u32)))
+    };
+    patiently_if(may_pass, || std::fs::remove_dir_all(path))
+}
+
+fn patiently_if<T>(
+    may_pass: impl Fn(&io::Error) -> bool,
+    mut work: impl FnMut() -> io::Result<T>,
+) -> io::Result<T> {
     let (begin, mut pause) = (Instant::now(), FIRST_PAUSE);
     loop {
         match work() {
-            Err(e) if is_transient(&e) && begin.elapsed() < PATIENCE => {
+            Err(e) if may_pass(&e) && begin.elapsed() < PATIENCE => {
                 std::thread::sleep(pause);
                 pause = (pause * 2).min(Duration::from_millis(200));
             }
@@ -131,21 +152,25 @@ pub fn make_plain(file: &File) -> io::Result<()> {
 /// # Errors
 /// What the system says; a file that is sparse, compressed or encrypted.
 pub fn check_plain(file: &File) -> io::Result<()> {
-    let left = attributes(file)?;
-    let wrong = [
-        (FILE_ATTRIBUTE_COMPRESSED, "compressed"),
-        (FILE_ATTRIBUTE_SPARSE_FILE, "sparse"),
-        (FILE_ATTRIBUTE_ENCRYPTED, "encrypted"),
-    ];
-    match wrong.iter().find(|(bit, _)| left & bit != 0) {
+    match not_plain(attributes(file)?) {
         None => Ok(()),
-        Some((_, what)) => Err(io::Error::new(
+        Some(what) => Err(io::Error::new(
             io::ErrorKind::Unsupported,
             format!(
                 "the file is {what}, and Hyper-V attaches no such disk; clear that attribute of the store's folder"
             ),
         )),
     }
+}
+
+/// What keeps a file with these attributes from being attached.
+fn not_plain(attributes: u32) -> Option<&'static str> {
+    let wrong = [
+        (FILE_ATTRIBUTE_COMPRESSED, "compressed"),
+        (FILE_ATTRIBUTE_SPARSE_FILE, "sparse"),
+        (FILE_ATTRIBUTE_ENCRYPTED, "encrypted"),
+    ];
+    wrong.iter().find(|(bit, _)| attributes & bit != 0).map(|(_, what)| *what)
 }
 
 fn control(file: &File, code: u32, input: &[u8]) -> io::Result<()> {
@@ -274,6 +299,36 @@ mod tests {
             Err(io::ErrorKind::NotFound.into())
         });
         assert!(missing.is_err() && calls == 1);
+    }
+
+    #[test]
+    fn sparse_compressed_and_encrypted_files_are_no_disks() {
+        // FILE_ATTRIBUTE_… as winnt.h has them: Wine has no such files to ask.
+        for (attributes, expected) in [
+            (0x20, None),
+            (0x80, None),
+            (0x2021, None),
+            (0x220, Some("sparse")),
+            (0x820, Some("compressed")),
+            (0x4020, Some("encrypted")),
+        ] {
+            assert_eq!(not_plain(attributes), expected, "{attributes:#x}");
+        }
+    }
+
+    #[test]
+    fn a_folder_with_an_open_file_goes_when_the_file_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tree");
+        std::fs::create_dir(&path).unwrap();
+        let held = File::create(path.join("f")).unwrap();
+        let closer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(300));
+            drop(held);
+        });
+        remove_tree(&path).unwrap();
+        closer.join().unwrap();
+        assert!(!path.exists());
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   CreateRestrictedToken ─ no privileges, administrators deny-only, low integrity
-//!   CreateProcessAsUser   ─ suspended, two inherited handles (control, stderr), no window
-//!   AssignProcessToJob    ─ one process, memory limit, killed with the job's last handle ─ resume
+//!   CreateProcessAsUser   ─ two inherited handles (control, stderr), no window, in its job from the first instruction:
+//!                           one process, memory limit, killed with the job's last handle ─ resume
 //!   DuplicateHandle       ─ disks and channels, with no more access than the worker may have
 //! ```
 //!
@@ -33,7 +33,7 @@ use windows_sys::Win32::{
     Storage::FileSystem::{FILE_GENERIC_READ, FILE_GENERIC_WRITE},
     System::{
         JobObjects::{
-            AssignProcessToJobObject, CreateJobObjectW, IsProcessInJob, JOB_OBJECT_LIMIT_ACTIVE_PROCESS,
+            CreateJobObjectW, IsProcessInJob, JOB_OBJECT_LIMIT_ACTIVE_PROCESS,
             JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION, JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE,
             JOB_OBJECT_LIMIT_PROCESS_MEMORY, JOBOBJECT_EXTENDED_LIMIT_INFORMATION,
             JobObjectExtendedLimitInformation, SetInformationJobObject, TerminateJobObject,
@@ -43,8 +43,9 @@ use windows_sys::Win32::{
             CREATE_NO_WINDOW, CREATE_SUSPENDED, CREATE_UNICODE_ENVIRONMENT, CreateProcessAsUserW,
             DeleteProcThreadAttributeList, EXTENDED_STARTUPINFO_PRESENT, GetCurrentProcess,
             GetExitCodeProcess, INFINITE, InitializeProcThreadAttributeList, OpenProcessToken,
-            PROC_THREAD_ATTRIBUTE_HANDLE_LIST, PROCESS_INFORMATION, ResumeThread, STARTF_USESTDHANDLES,
-            STARTUPINFOEXW, UpdateProcThreadAttribute, WaitForSingleObject,
+            PROC_THREAD_ATTRIBUTE_HANDLE_LIST, PROC_THREAD_ATTRIBUTE_JOB_LIST, PROCESS_INFORMATION,
+            ResumeThread, STARTF_USESTDHANDLES, STARTUPINFOEXW, UpdateProcThreadAttribute,
+            WaitForSingleObject,
         },
     },
 };
@@ -220,41 +221,52 @@ fn environment(pairs: &[(OsString, OsString)]) -> Vec<u16> {
     block
 }
 
-/// An attribute list that names the handles which a child inherits.
-struct HandleList {
+/// An attribute list that names the handles which a child inherits, and the job that it is born into: a daemon that is
+/// killed between making a process and putting it into a job would leave that process for ever.
+struct Attributes {
     memory: Vec<usize>,
-    /// Must live as long as the list.
+    /// Both must live as long as the list.
     handles: Box<[HANDLE; 2]>,
+    job: Box<[HANDLE; 1]>,
 }
 
-impl HandleList {
-    fn new(handles: [HANDLE; 2]) -> io::Result<Self> {
+impl Attributes {
+    /// Attributes in the list.
+    const COUNT: u32 = 2;
+
+    fn new(handles: [HANDLE; 2], job: HANDLE) -> io::Result<Self> {
         let mut bytes = 0;
         // SAFETY: the first call only asks for the size, and "fails" with it.
-        unsafe { InitializeProcThreadAttributeList(ptr::null_mut(), 1, 0, &raw mut bytes) };
-        let mut list =
-            Self { memory: vec![0; bytes.div_ceil(size_of::<usize>())], handles: Box::new(handles) };
+        unsafe { InitializeProcThreadAttributeList(ptr::null_mut(), Self::COUNT, 0, &raw mut bytes) };
+        let memory = vec![0; bytes.div_ceil(size_of::<usize>())];
+        let mut list = Self { memory, handles: Box::new(handles), job: Box::new([job]) };
         // SAFETY: the memory is aligned and as long as the system asked for.
         check(unsafe {
-            InitializeProcThreadAttributeList(list.memory.as_mut_ptr().cast(), 1, 0, &raw mut bytes)
+            InitializeProcThreadAttributeList(list.memory.as_mut_ptr().cast(), Self::COUNT, 0, &raw mut bytes)
         })?;
-        // SAFETY: the list was initialised; the handles lie in a box that lives as long as the list.
-        check(unsafe {
-            UpdateProcThreadAttribute(
-                list.memory.as_mut_ptr().cast(),
-                0,
-                PROC_THREAD_ATTRIBUTE_HANDLE_LIST as usize,
-                list.handles.as_ptr().cast(),
-                size_of_val(&*list.handles),
-                ptr::null_mut(),
-                ptr::null(),
-            )
-        })?;
+        let attributes = [
+            (PROC_THREAD_ATTRIBUTE_HANDLE_LIST, list.handles.as_ptr(), size_of_val(&*list.handles)),
+            (PROC_THREAD_ATTRIBUTE_JOB_LIST, list.job.as_ptr(), size_of_val(&*list.job)),
+        ];
+        for (attribute, values, length) in attributes {
+            // SAFETY: the list was initialised; the handles lie in boxes that live as long as the list.
+            check(unsafe {
+                UpdateProcThreadAttribute(
+                    list.memory.as_mut_ptr().cast(),
+                    0,
+                    attribute as usize,
+                    values.cast(),
+                    length,
+                    ptr::null_mut(),
+                    ptr::null(),
+                )
+            })?;
+        }
         Ok(list)
     }
 }
 
-impl Drop for HandleList {
+impl Drop for Attributes {
     fn drop(&mut self) {
         // SAFETY: the list was initialised and is not used again.
         unsafe { DeleteProcThreadAttributeList(self.memory.as_mut_ptr().cast()) };
@@ -288,7 +300,8 @@ impl WorkerProcess {
         let program = super::wide(command.program.as_os_str())?;
         let block = environment(&command.env);
         let (input, output) = (inheritable(&control)?, inheritable(&stderr)?);
-        let mut list = HandleList::new([input, output]).map_err(tried("list a worker's handles"))?;
+        let mut list = Attributes::new([input, output], job.as_raw_handle().cast())
+            .map_err(tried("list a worker's handles and its job"))?;
         let mut startup = STARTUPINFOEXW::default();
         startup.StartupInfo.cb = size_of::<STARTUPINFOEXW>() as u32;
         startup.StartupInfo.dwFlags = STARTF_USESTDHANDLES;
@@ -321,18 +334,9 @@ impl WorkerProcess {
         let (process, thread) = unsafe { (own(started.hProcess), own(started.hThread)) };
         let worker = Self { pid: started.dwProcessId, process, job };
         // From here on a failure drops the worker, which kills it: it has not run an instruction of its own yet.
-        let assigned = {
-            // SAFETY: both handles are open.
-            check(unsafe {
-                AssignProcessToJobObject(
-                    worker.job.as_raw_handle().cast(),
-                    worker.process.as_raw_handle().cast(),
-                )
-            })
-        };
-        if let Err(e) = assigned {
+        if !worker.is_held() {
             worker.kill_process();
-            return Err(tried("put a worker into its job")(e));
+            return Err(io::Error::other("the system started a worker outside its job"));
         }
         // SAFETY: the handle is open.
         if unsafe { ResumeThread(thread.as_raw_handle().cast()) } == u32::MAX {
