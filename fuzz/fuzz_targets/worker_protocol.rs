@@ -27,7 +27,7 @@ use std::{
     sync::{Arc, LazyLock, Mutex},
     time::Duration,
 };
-use tokio::{io::AsyncWriteExt, runtime::Runtime};
+use tokio::{io::AsyncWriteExt, runtime::Runtime, sync::watch};
 
 /// What the next channel says.
 static SAID: Mutex<Vec<u8>> = Mutex::new(Vec::new());
@@ -39,9 +39,13 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
 });
 
 #[derive(Debug)]
-struct Liar;
+struct Liars;
 
-impl VmBackend for Liar {
+/// A VM that ends when it is told to.
+#[derive(Debug)]
+struct Liar(watch::Sender<bool>);
+
+impl VmBackend for Liars {
     fn name(&self) -> &'static str {
         "liar"
     }
@@ -51,7 +55,7 @@ impl VmBackend for Liar {
     }
 
     fn boot(&self, _: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {
-        Box::pin(async { Ok(Arc::new(Liar) as Arc<dyn ServiceVm>) })
+        Box::pin(async { Ok(Arc::new(Liar(watch::Sender::new(false))) as Arc<dyn ServiceVm>) })
     }
 
     fn reap(&self) -> BoxFuture<'_, Result<usize, SvmError>> {
@@ -89,11 +93,17 @@ impl ServiceVm for Liar {
     }
 
     fn terminate(&self) -> BoxFuture<'_, ()> {
-        Box::pin(async {})
+        Box::pin(async {
+            self.0.send_replace(true);
+        })
     }
 
     fn death(&self) -> BoxFuture<'_, Death> {
-        Box::pin(std::future::pending())
+        let mut ended = self.0.subscribe();
+        Box::pin(async move {
+            let _ = ended.wait_for(|ended| *ended).await;
+            Death { cause: "told to".into(), console: String::new() }
+        })
     }
 
     fn console(&self) -> String {
@@ -117,7 +127,7 @@ async fn daemon_side(operation: u8, said: &[u8]) {
         ping_interval: Duration::ZERO,
         ..PoolConfig::default()
     };
-    let pool = Pool::start(Arc::new(Liar), config);
+    let pool = Pool::start(Arc::new(Liars), config);
     *SAID.lock().expect("not poisoned") = said.to_vec();
     let layer = || LayerDisk { disk: disk(Access::ReadOnly), kind: LayerKind::Applied };
     let compare = || CompareJob { target: vec![layer()], parent: ParentDisks::Own, live: None };
