@@ -22,6 +22,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "listen",
             "migrate",
             "store",
+            "svm",
             "sys",
             "tar",
             "telemetry",
@@ -35,7 +36,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("migrate", &["config", "driver", "store", "svm", "vhd"]),
     ("driver", &["config", "ext4", "io", "store", "svm", "sys", "telemetry", "verity", "vhd", "vhdx"]),
     ("store", &["sys"]),
-    ("svm", &["agent", "sys"]),
+    // Hyper-V attaches no raw files: what it lends is wrapped, and what came back is unwrapped (svm/hcs/disks.rs).
+    ("svm", &["agent", "io", "sys", "vhd", "vhdx"]),
+    // The guest's program.
+    ("bin", &["agent", "sys"]),
     ("agent", &["diff", "ext4", "io", "sys", "tar", "verity", "vhd", "vhdx"]),
     ("diff", &["ext4", "io", "tar", "verity", "vhd"]),
     ("tar", &["io"]),

@@ -1,4 +1,4 @@
-//! The HTTP face: `/Plugin.Activate`, `/GraphDriver.*`, `/healthz`, `/metrics`.
+//! The HTTP face: `/Plugin.Activate`, `/GraphDriver.*`, `/healthz`, `/metrics`, `/svm`.
 //!
 //! ```text
 //!   POST /GraphDriver.X ─► router ─► extractor (ignores Content-Type, bounds the body)
@@ -64,6 +64,7 @@ pub fn router(context: Context) -> Router {
         .route("/GraphDriver.ApplyDiff", post(apply_diff))
         .route("/healthz", get(healthz))
         .route("/metrics", get(metrics))
+        .route("/svm", get(service_vms))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(CatchPanicLayer::custom(panicked))
@@ -266,6 +267,21 @@ async fn healthz(State(context): State<Context>) -> Response {
     match context.driver.reproduces_exact_diffs() {
         Ok(_) => (StatusCode::OK, "ok\n").into_response(),
         Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", reply::chained(&e))).into_response(),
+    }
+}
+
+/// The running service VMs and the last lines that they said; for `lcow-graphdriver svm`, never asked by dockerd.
+async fn service_vms(State(context): State<Context>) -> Response {
+    let vms = context.driver.service_vms().into_iter();
+    let shown = vms.map(|vm| wire::ServiceVm {
+        name: vm.name,
+        leases: vm.leases,
+        machine: vm.machine,
+        console: vm.console,
+    });
+    match serde_json::to_vec(&shown.collect::<Vec<_>>()) {
+        Ok(text) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
+        Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
     }
 }
 

@@ -175,3 +175,12 @@ mod tests {
         }
     }
 }
+
+/// A service VM in the reply of `GET /svm`, which is ours and not dockerd's.
+#[derive(Debug, Serialize)]
+pub(super) struct ServiceVm {
+    pub(super) name: String,
+    pub(super) leases: usize,
+    pub(super) machine: String,
+    pub(super) console: String,
+}

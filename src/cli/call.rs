@@ -25,6 +25,13 @@ pub(super) struct CallArgs {
     /// Sends this file (`-` is standard input) as the body instead: the tar of an ApplyDiff.
     #[arg(long, short = 'i', value_name = "FILE")]
     input: Option<PathBuf>,
+    #[command(flatten)]
+    endpoint: Endpoint,
+}
+
+/// Where a running plugin listens.
+#[derive(Debug, Args)]
+pub(super) struct Endpoint {
     /// The plugin's socket.
     #[cfg(unix)]
     #[arg(long, env = "LCOW_SOCKET", default_value = super::DEFAULT_SOCKET)]
@@ -37,7 +44,7 @@ pub(super) struct CallArgs {
 
 /// Connects to the plugin's socket.
 #[cfg(unix)]
-async fn connect(args: &CallArgs) -> Result<tokio::net::UnixStream, CliError> {
+async fn connect(args: &Endpoint) -> Result<tokio::net::UnixStream, CliError> {
     let connected = tokio::net::UnixStream::connect(&args.socket).await;
     Ok(connected
         .map_err(|e| format!("cannot connect to '{}': {e}; is the plugin running?", args.socket.display()))?)
@@ -45,7 +52,7 @@ async fn connect(args: &CallArgs) -> Result<tokio::net::UnixStream, CliError> {
 
 /// Connects to the plugin's pipe, waiting for a moment while all its instances are taken.
 #[cfg(windows)]
-async fn connect(args: &CallArgs) -> Result<tokio::net::windows::named_pipe::NamedPipeClient, CliError> {
+async fn connect(args: &Endpoint) -> Result<tokio::net::windows::named_pipe::NamedPipeClient, CliError> {
     use std::time::Duration;
     /// `ERROR_PIPE_BUSY`: every instance has a client, and the next is not made yet.
     const BUSY: i32 = 231;
@@ -74,7 +81,7 @@ pub(super) fn run(args: CallArgs) -> Result<ExitCode, CliError> {
 }
 
 async fn call(args: CallArgs) -> Result<ExitCode, CliError> {
-    let stream = connect(&args).await?;
+    let stream = connect(&args.endpoint).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let driven = tokio::spawn(connection);
     let body = match &args.input {
@@ -116,6 +123,23 @@ async fn call(args: CallArgs) -> Result<ExitCode, CliError> {
     let failed = serde_json::from_slice::<serde_json::Value>(&head)
         .is_ok_and(|v| v.get("Err").and_then(|e| e.as_str()).is_some_and(|e| !e.is_empty()));
     Ok(if ok && !failed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The body of the reply to a GET.
+pub(super) async fn get(endpoint: &Endpoint, path: &str) -> Result<Bytes, CliError> {
+    let stream = connect(endpoint).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let driven = tokio::spawn(connection);
+    let request =
+        Request::builder().uri(path).header(hyper::header::HOST, "").body(Full::new(Bytes::new()))?;
+    let response = sender.send_request(request).await?;
+    let status = response.status();
+    let body = response.into_body().collect().await?.to_bytes();
+    driven.abort();
+    if !status.is_success() {
+        return Err(format!("the plugin answers {status}: {}", String::from_utf8_lossy(&body)).into());
+    }
+    Ok(body)
 }
 
 /// Bytes of a reply that are looked at for an `Err`.

@@ -5,6 +5,7 @@
 //!                    store    look at a store, repair it, fill it store, driver (scrub), migrate (import)
 //!                    layer    convert one layer on files          diff
 //!                    call     one request to a running plugin     HTTP client on its socket or pipe
+//!                    svm      service VMs: list, console, bench   the same client; svm for bench
 //!                    service  install, start, stop (Windows)      the service manager
 //!                    completions, man   for shells and manuals   clap
 //!                    worker   (hidden) the embedded service VM    agent
@@ -24,6 +25,7 @@ mod serve;
 #[cfg(windows)]
 mod service;
 mod store;
+mod svm;
 
 use crate::{
     agent::codec::{Codec, RealCodec},
@@ -71,6 +73,9 @@ enum Command {
     Layer(layer::LayerCommand),
     /// Sends one request to a running plugin and prints its reply.
     Call(call::CallArgs),
+    /// Shows the service VMs of a running plugin, and measures what each kind of them costs.
+    #[command(subcommand)]
+    Svm(svm::SvmCommand),
     /// Installs, starts and stops the plugin as a Windows service.
     #[cfg(windows)]
     #[command(subcommand)]
@@ -169,6 +174,7 @@ pub fn run() -> ExitCode {
         Command::Store(command) => store::run(command),
         Command::Layer(command) => layer::run(command),
         Command::Call(args) => call::run(args),
+        Command::Svm(command) => svm::run(command),
         #[cfg(windows)]
         Command::Service(command) => service::run(command),
         Command::Completions(args) => generate::completions(&args),

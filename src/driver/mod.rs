@@ -242,6 +242,12 @@ impl Driver {
         }
     }
 
+    /// The running service VMs, for people; none before Init.
+    pub fn service_vms(&self) -> Vec<crate::svm::PoolVm> {
+        let home = self.homes.read().current.clone();
+        home.map(|home| home.pool.running()).unwrap_or_default()
+    }
+
     /// What the driver holds now, for metrics.
     pub fn gauges(&self) -> Gauges {
         let Some(home) = self.homes.read().current.clone() else { return Gauges::default() };

@@ -37,7 +37,7 @@ pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,
     LiveControl, ParentDisks, no_writer_left,
 };
-pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, Purpose};
+pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
 pub use stream::TarStream;
 
 use crate::agent::wire::{ErrorKind, FrameError, WireError};

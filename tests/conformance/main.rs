@@ -11,7 +11,10 @@
 #![cfg(target_os = "linux")]
 
 mod files;
+mod killed;
 mod suite;
+#[path = "../support/mod.rs"]
+mod support;
 
 use lcow_graphdriver::svm::{
     VmBackend,
@@ -45,14 +48,21 @@ fn qemu() -> Option<Arc<dyn VmBackend>> {
             eprintln!("skipped: qemu: {reason}");
             return None;
         }
-        let folder = image_folder();
-        let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("conformance");
-        let mut config = QemuConfig::new(folder.join("vmlinux"), folder.join("initrd"), cache);
-        config.launcher = env!("CARGO_BIN_EXE_lcow-graphdriver").into();
-        config.accelerator = std::env::var_os("LCOW_SVM_TCG").map(|_| Accelerator::Tcg);
-        Some(Arc::new(QemuBackend::new(config)))
+        Some(Arc::new(QemuBackend::new(qemu_config())))
     });
     backend.clone().map(|b| b as Arc<dyn VmBackend>)
+}
+
+fn qemu_config() -> QemuConfig {
+    let folder = image_folder();
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("conformance");
+    let mut config = QemuConfig::new(folder.join("vmlinux"), folder.join("initrd"), cache);
+    config.launcher = env!("CARGO_BIN_EXE_lcow-graphdriver").into();
+    if let Ok(cpu) = std::env::var("LCOW_SVM_CPU") {
+        config.cpu = cpu;
+    }
+    config.accelerator = std::env::var_os("LCOW_SVM_TCG").map(|_| Accelerator::Tcg);
+    config
 }
 
 macro_rules! suite {
@@ -84,7 +94,6 @@ suite!(
     canonical_diff_changes_and_sizes,
     a_blank_sandbox_is_empty,
     read_only_disks_stay_read_only,
-    more_disks_than_the_limit_are_an_error,
     two_hundred_disks,
     concurrent_operations_in_both_modes,
     a_dropped_export_is_cancelled,
@@ -95,6 +104,38 @@ suite!(
     a_diff_streams_into_an_apply,
     nothing_is_left_behind,
 );
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_disks_than_the_limit_are_an_error_on_embedded() {
+    assert!(embedded().limits().disks >= 256, "a chain of 128 layers and its parent must fit");
+    suite::more_disks_than_the_limit_are_an_error(embedded()).await;
+}
+
+/// With a small limit: a thousand devices take a minute to come and go under emulation.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_disks_than_the_limit_are_an_error_on_qemu() {
+    let _one_at_a_time = turn().await;
+    let Some(usual) = qemu() else { return };
+    assert!(usual.limits().disks >= 256, "a chain of 128 layers and its parent must fit");
+    let few = QemuBackend::new(QemuConfig { disks: 12, ..qemu_config() });
+    suite::more_disks_than_the_limit_are_an_error(Arc::new(few)).await;
+}
+
+#[test]
+fn a_killed_daemon_leaves_nothing_on_embedded() {
+    killed::leaves_nothing(&["lcow.svm=embedded".into()]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_daemon_leaves_nothing_on_qemu() {
+    let _one_at_a_time = turn().await;
+    if qemu().is_none() {
+        return;
+    }
+    let kird = format!("lcow.kirdpath={}", image_folder().display());
+    let killed = || killed::leaves_nothing(&["lcow.svm=qemu".into(), kird]);
+    tokio::task::spawn_blocking(killed).await.unwrap();
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn identical_bytes_from_every_backend() {

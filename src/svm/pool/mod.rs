@@ -125,6 +125,19 @@ pub struct PoolSnapshot {
     pub cold_boots: u64,
 }
 
+/// A running VM, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolVm {
+    /// What it is called while it works (`<id>_svm`), `spare-<number>` before.
+    pub name: String,
+    /// Leases held on it.
+    pub leases: usize,
+    /// What runs it ("worker 1234").
+    pub machine: String,
+    /// The last lines that it said, escaped.
+    pub console: String,
+}
+
 /// How long an image's former writers may take to vanish before a check gives up.
 const WRITERS_GRACE: Duration = Duration::from_secs(5);
 
@@ -150,6 +163,8 @@ struct Inner {
     runtime: tokio::runtime::Handle,
     state: Mutex<State>,
     next: AtomicU64,
+    /// What a crashed predecessor left is cleared up before the first start.
+    reaped: tokio::sync::OnceCell<()>,
     /// Told after every change.
     changed: Notify,
 }
@@ -189,6 +204,7 @@ impl Pool {
                 jail: None,
             }),
             next: AtomicU64::new(1),
+            reaped: tokio::sync::OnceCell::new(),
             changed: Notify::new(),
         });
         inner.run(Machine::start, |_| {});
@@ -296,6 +312,28 @@ impl Pool {
             detail: self.inner.backend.detail(),
             cold_boots: self.inner.backend.cold_boots(),
         }
+    }
+
+    /// The running VMs, those at work first.
+    pub fn running(&self) -> Vec<PoolVm> {
+        let (used, vms) = {
+            let state = self.inner.state.lock();
+            (state.machine.in_use(), state.vms.clone())
+        };
+        let mut all: Vec<PoolVm> = vms
+            .into_iter()
+            .map(|(number, vm)| {
+                let work = used.iter().find(|(id, ..)| *id == number);
+                PoolVm {
+                    name: work.map_or_else(|| format!("spare-{number}"), |(_, name, _)| shown(name)),
+                    leases: work.map_or(0, |(.., leases)| *leases),
+                    machine: vm.describe(),
+                    console: vm.console(),
+                }
+            })
+            .collect();
+        all.sort_by(|a, b| b.leases.cmp(&a.leases).then_with(|| a.name.cmp(&b.name)));
+        all
     }
 
     /// GraphDriver.Cleanup: no VM of now is used for new leases, and all are ended: idle ones at once, the others
@@ -427,8 +465,17 @@ impl Inner {
         }
     }
 
+    async fn reap(&self) {
+        match self.backend.reap().await {
+            Ok(0) => {}
+            Ok(n) => tracing::info!(n, "cleared up what service VMs of a killed daemon left"),
+            Err(e) => tracing::warn!("clearing up after a killed daemon: {e}"),
+        }
+    }
+
     async fn boot(self: Arc<Self>, number: VmId) {
         let after = self.config.boot_timeout;
+        self.reaped.get_or_init(|| self.reap()).await;
         let booted = timeout(after, self.backend.boot(VmSpec { number })).await;
         let booted = booted.unwrap_or(Err(SvmError::Timeout { what: "starting a service VM", after }));
         match booted {

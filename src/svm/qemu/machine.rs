@@ -49,6 +49,8 @@ pub(super) const TRANSFER_UNIT: u32 = 0;
 pub(super) struct Recipe {
     pub(super) qemu: Qemu,
     pub(super) accelerator: Accelerator,
+    /// Model under TCG.
+    pub(super) cpu: String,
     /// Bytes, a multiple of 2 MiB.
     pub(super) memory: u64,
     /// The kernel's whole line.
@@ -117,7 +119,7 @@ impl Recipe {
             }
             Accelerator::Tcg => {
                 add("-accel", "tcg,tb-size=128".into());
-                add("-cpu", "max".into());
+                add("-cpu", self.cpu.clone());
             }
         }
         add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());

@@ -59,6 +59,10 @@ pub struct QemuConfig {
     pub memory: u64,
     /// Largest image that an apply may write; bytes.
     pub growing_bytes: u64,
+    /// QEMU's model of the processor under TCG; KVM shows the host's.
+    pub cpu: String,
+    /// Most disks of one machine at a time, at most 1,024.
+    pub disks: u32,
     /// Folder that keeps the template.
     pub cache: PathBuf,
     /// How long a boot or a restored guest's greeting may take.
@@ -83,6 +87,8 @@ impl QemuConfig {
             boot_parameters: String::new(),
             memory: 512 << 20,
             growing_bytes: 128 << 30,
+            cpu: "max".into(),
+            disks: vm::MAX_DISKS,
             cache: cache.into(),
             deadline: Duration::from_mins(1),
             accelerator: None,
@@ -133,6 +139,7 @@ impl QemuBackend {
         Recipe {
             qemu,
             accelerator,
+            cpu: c.cpu.clone(),
             memory: c.memory.next_multiple_of(MEMORY_STEP),
             kernel_line,
             launcher: c.launcher.clone(),
@@ -213,7 +220,8 @@ impl QemuBackend {
 
     async fn restore(&self, ready: &Ready, spec: &VmSpec) -> Result<Arc<dyn ServiceVm>, SvmError> {
         let machine = ready.template.restore(&ready.recipe, spec.number, ready.kvm.as_ref()).await?;
-        let vm = QemuVm::greet(machine, spec.number, self.config.growing_bytes, self.config.deadline).await?;
+        let (growing, disks) = (self.config.growing_bytes, self.limits().disks as u32);
+        let vm = QemuVm::greet(machine, spec.number, growing, disks, self.config.deadline).await?;
         Ok(vm)
     }
 
@@ -237,7 +245,7 @@ impl VmBackend for QemuBackend {
     }
 
     fn limits(&self) -> BackendLimits {
-        BackendLimits { disks: vm::MAX_DISKS as usize, vms: 64 }
+        BackendLimits { disks: self.config.disks.min(vm::MAX_DISKS) as usize, vms: 64 }
     }
 
     fn detail(&self) -> String {
@@ -255,9 +263,10 @@ impl VmBackend for QemuBackend {
     fn reap(&self) -> BoxFuture<'_, Result<usize, SvmError>> {
         // Machines die with the daemon and own nothing that has a name; half-made templates do.
         async {
-            let Ok(entries) = std::fs::read_dir(template::folder(&self.config.cache)) else { return Ok(0) };
-            let left = entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with("making-"));
-            Ok(left.filter(|e| std::fs::remove_dir_all(e.path()).is_ok()).count())
+            let cache = template::folder(&self.config.cache);
+            tokio::task::spawn_blocking(move || template::reap(&cache))
+                .await
+                .map_err(|_| SvmError::Cancelled("clearing up was cut off"))
         }
         .boxed()
     }

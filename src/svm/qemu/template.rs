@@ -18,6 +18,7 @@ use crate::{
     svm::{SvmError, remote::RemoteAgent},
     sys::linux::fdpass,
 };
+use rustix::fs::{FlockOperation, flock};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::{
@@ -35,6 +36,8 @@ use tokio::{io::AsyncReadExt, io::AsyncWriteExt, time::timeout};
 
 /// Version of what a template's folder holds.
 const FORMAT: u32 = 1;
+/// A template in the making: `making-…`.
+const MAKING: &str = "making-";
 /// Largest state besides the memory; bytes.
 const MAX_STATE: u64 = 64 << 20;
 /// Kernel buffer of the state's pipe; bytes.
@@ -68,6 +71,16 @@ impl Image {
         };
         Ok(Self { kernel: open(kernel)?, initrd: open(initrd)? })
     }
+}
+
+/// Deletes templates that a killed daemon was making; says how many.
+pub(super) fn reap(cache: &Path) -> usize {
+    let Ok(entries) = fs::read_dir(cache) else { return 0 };
+    let left = entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(MAKING));
+    let free = left.filter(|e| {
+        File::open(e.path()).is_ok_and(|f| flock(&f, FlockOperation::NonBlockingLockExclusive).is_ok())
+    });
+    free.filter(|e| fs::remove_dir_all(e.path()).is_ok()).count()
 }
 
 /// A digest of everything that a saved state depends on; hex.
@@ -129,9 +142,12 @@ impl Template {
         let failed = |reason: String| SvmError::Boot { reason, console: String::new() };
         fs::create_dir_all(cache).map_err(|e| failed(format!("{}: {e}", cache.display())))?;
         let folder = tempfile::Builder::new()
-            .prefix("making-")
+            .prefix(MAKING)
             .tempdir_in(cache)
             .map_err(|e| failed(format!("{}: {e}", cache.display())))?;
+        // Held until the end: a folder without a holder is what a killed daemon left.
+        let holder = File::open(folder.path()).map_err(|e| failed(e.to_string()))?;
+        flock(&holder, FlockOperation::NonBlockingLockExclusive).map_err(|e| failed(e.to_string()))?;
         let path = folder.path().join("memory");
         let open = || -> io::Result<(File, File)> {
             let memory = File::options().read(true).write(true).create_new(true).open(&path)?;

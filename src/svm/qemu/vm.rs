@@ -63,6 +63,8 @@ pub(super) struct QemuVm {
     paused: tokio::sync::Mutex<bool>,
     /// Size of a disk that grows.
     growing_bytes: u64,
+    /// Most disks at a time.
+    most_disks: u32,
 }
 
 #[derive(Default)]
@@ -77,7 +79,10 @@ struct Disks {
 impl Disks {
     /// A free unit that was not used for long, and a number never used before. A guest hears of a removed disk a
     /// moment after it is gone; another one in its place would then be taken for it.
-    fn take(&mut self) -> Option<(DiskId, u32)> {
+    fn take(&mut self, most: u32) -> Option<(DiskId, u32)> {
+        if self.taken.len() >= most as usize {
+            return None;
+        }
         let first = TRANSFER_UNIT + 1;
         let unit = (self.last + 1..=SHORT_UNITS)
             .chain(first..=MAX_DISKS)
@@ -109,6 +114,7 @@ impl QemuVm {
         mut machine: Machine,
         number: u64,
         growing_bytes: u64,
+        most_disks: u32,
         limit: Duration,
     ) -> Result<Arc<Self>, SvmError> {
         let greeted = timeout(limit, Self::hello(&mut machine)).await;
@@ -131,6 +137,7 @@ impl QemuVm {
             disks: Mutex::default(),
             paused: tokio::sync::Mutex::new(true),
             growing_bytes,
+            most_disks,
             console,
         });
         vm.watch().map_err(|e| failed(e.to_string(), &vm.console))?;
@@ -294,9 +301,10 @@ impl ServiceVm for QemuVm {
     fn attach<'a>(&'a self, disk: &'a DiskSource) -> BoxFuture<'a, Result<DiskId, SvmError>> {
         async move {
             let path = disk.path.display();
-            let taken = self.disks.lock().take();
-            let (id, unit) = taken
-                .ok_or_else(|| self.disk_error(&path, format!("{MAX_DISKS} disks are attached already")))?;
+            let taken = self.disks.lock().take(self.most_disks);
+            let (id, unit) = taken.ok_or_else(|| {
+                self.disk_error(&path, format!("{} disks are attached already", self.most_disks))
+            })?;
             if let Err(e) = self.plug(disk, id, unit).await {
                 if self.unplug(unit).await.is_ok() {
                     self.disks.lock().give_back(id);
@@ -392,18 +400,18 @@ mod tests {
     #[test]
     fn units_are_used_again_late_and_numbers_never() {
         let mut disks = Disks::default();
-        let (a, unit) = disks.take().unwrap();
+        let (a, unit) = disks.take(MAX_DISKS).unwrap();
         assert_eq!(unit, TRANSFER_UNIT + 1);
-        let (b, _) = disks.take().unwrap();
+        let (b, _) = disks.take(MAX_DISKS).unwrap();
         disks.give_back(a);
-        let (c, again) = disks.take().unwrap();
+        let (c, again) = disks.take(MAX_DISKS).unwrap();
         assert!(again != unit && c != a && c != b);
         for _ in 0..SHORT_UNITS {
-            let (id, _) = disks.take().unwrap();
+            let (id, _) = disks.take(MAX_DISKS).unwrap();
             disks.give_back(id);
         }
         assert!(disks.taken.len() == 2 && !disks.taken.contains(&unit));
-        while disks.take().is_some() {}
+        while disks.take(MAX_DISKS).is_some() {}
         assert_eq!(disks.taken.len(), MAX_DISKS as usize);
     }
 }

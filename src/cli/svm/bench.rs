@@ -1,0 +1,135 @@
+//! `svm bench`: the first lease, a lease, apply and exact diff, on every backend that works here.
+
+use crate::{
+    cli::{CliError, store::table},
+    svm::{
+        ApplyJob, ApplyOptions, DiskSource, ExportJob, ExportKind, Pool, PoolConfig, Purpose, VmBackend,
+        embedded::{EmbeddedBackend, EmbeddedConfig},
+        qemu::{QemuBackend, QemuConfig},
+    },
+    vhd::FOOTER_SIZE,
+};
+use clap::Args;
+use futures_util::StreamExt;
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio_util::io::ReaderStream;
+
+/// Bytes read from the tar at a time.
+const CHUNK: usize = 256 << 10;
+/// How long a first boot, which makes QEMU's template, may take.
+const BOOT: Duration = Duration::from_mins(2);
+/// Runs of each backend; the best one is shown, as others share the machine.
+const RUNS: usize = 3;
+
+/// Arguments of `svm bench`.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct BenchArgs {
+    /// An uncompressed tar without whiteouts, such as a base image's layer.
+    tar: PathBuf,
+    /// Folder of the guest's vmlinux and initrd (scripts/build-svm-image); without it, QEMU is not measured.
+    #[arg(long, value_name = "FOLDER")]
+    kirdpath: Option<PathBuf>,
+    /// Folder for what is written meanwhile; all of it is deleted.
+    #[arg(long, value_name = "FOLDER", default_value = "/var/tmp")]
+    work: PathBuf,
+}
+
+struct Figures {
+    first: Duration,
+    lease: Duration,
+    apply: Duration,
+    diff: Duration,
+}
+
+pub(in crate::cli) async fn run(args: &BenchArgs) -> Result<ExitCode, CliError> {
+    let work = tempfile::Builder::new().prefix("lcow-bench-").tempdir_in(&args.work)?;
+    let mut backends: Vec<Arc<dyn VmBackend>> =
+        vec![Arc::new(EmbeddedBackend::new(EmbeddedConfig::default()))];
+    if let Some(kird) = &args.kirdpath {
+        let config = QemuConfig::new(kird.join("vmlinux"), kird.join("initrd"), work.path());
+        backends.push(Arc::new(QemuBackend::new(config)));
+    }
+    let mut table = table(&["BACKEND", "FIRST LEASE", "LEASE", "APPLY", "EXACT DIFF", "RUNS ON"]);
+    let mut failed = false;
+    for backend in backends {
+        match measure(&backend, &args.tar, work.path()).await {
+            Ok(f) => {
+                let shown = |d: Duration| format!("{:.3} s", d.as_secs_f64());
+                table.add_row([
+                    backend.name().to_owned(),
+                    shown(f.first),
+                    shown(f.lease),
+                    shown(f.apply),
+                    shown(f.diff),
+                    backend.detail(),
+                ]);
+            }
+            Err(e) => {
+                failed = true;
+                eprintln!("lcow-graphdriver: {}: {e}", backend.name());
+            }
+        }
+    }
+    println!("{table}");
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+async fn measure(backend: &Arc<dyn VmBackend>, tar: &Path, work: &Path) -> Result<Figures, CliError> {
+    let config = PoolConfig { spares: 0, boot_timeout: BOOT, ..PoolConfig::default() };
+    let pool = Pool::start(backend.clone(), config);
+    let result = rounds(&pool, tar, work).await;
+    pool.shutdown(Duration::from_secs(5)).await;
+    result
+}
+
+async fn rounds(pool: &Pool, tar: &Path, work: &Path) -> Result<Figures, CliError> {
+    let begin = Instant::now();
+    drop(pool.lease("first", Purpose::Work).await?);
+    let first = begin.elapsed();
+    let mut best = Figures { first, lease: Duration::MAX, apply: Duration::MAX, diff: Duration::MAX };
+    for _ in 0..RUNS {
+        let (image, record) = (fresh(&work.join("image"))?, fresh(&work.join("record"))?);
+        let begin = Instant::now();
+        let lease = pool.lease("bench", Purpose::Work).await?;
+        best.lease = best.lease.min(begin.elapsed());
+        let file = tokio::fs::File::open(tar).await;
+        let file = file.map_err(|e| format!("cannot open '{}': {e}", tar.display()))?;
+        let job =
+            ApplyJob { image, record, scratch: None, lowers: Vec::new(), options: ApplyOptions::default() };
+        lease.tar_to_layer(job, ReaderStream::with_capacity(file, CHUNK)).await?;
+        drop(lease);
+        best.apply = best.apply.min(begin.elapsed());
+
+        let image = readable(&work.join("image"))?;
+        let len = image.file.metadata()?.len().saturating_sub(FOOTER_SIZE as u64);
+        let kind = ExportKind::Exact { image: image.window(0, len), record: readable(&work.join("record"))? };
+        let begin = Instant::now();
+        let lease = pool.lease("bench", Purpose::Export).await?;
+        let mut back = lease.layer_to_tar(ExportJob { kind, live: None }).await?;
+        let mut bytes = 0;
+        while let Some(chunk) = back.next().await {
+            bytes += chunk?.len() as u64;
+        }
+        best.diff = best.diff.min(begin.elapsed());
+        let expected = std::fs::metadata(tar)?.len();
+        if bytes != expected {
+            return Err(format!("the diff has {bytes} bytes, the tar {expected}").into());
+        }
+    }
+    Ok(best)
+}
+
+fn fresh(path: &Path) -> std::io::Result<DiskSource> {
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+    Ok(DiskSource::read_write(Arc::new(file), path.to_owned()))
+}
+
+fn readable(path: &Path) -> std::io::Result<DiskSource> {
+    Ok(DiskSource::read_only(Arc::new(File::open(path)?), path.to_owned()))
+}

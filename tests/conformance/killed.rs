@@ -1,0 +1,106 @@
+//! kill -9 of a daemon in the middle of an apply: its machines end with it, and the next daemon finds nothing of them.
+//! On the way, what `svm ls` and `svm console` show of a machine at work.
+
+use crate::support::{Plugin, Tar, noise, send_chunks};
+use serde_json::Value;
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+/// Longest wait: a first guest is booted under emulation, beside other tests.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+fn soon(what: &str, plugin: &Plugin, mut reached: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !reached() {
+        assert!(begin.elapsed() < PATIENCE, "never: {what}\n{}", plugin.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// What `lcow-graphdriver svm` prints.
+fn svm(plugin: &Plugin, arguments: &[&str]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"));
+    let done = command.arg("svm").args(arguments).arg("--socket").arg(plugin.socket()).output().unwrap();
+    assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+    String::from_utf8(done.stdout).unwrap()
+}
+
+/// Number of a process's parent; `None` once the process is gone.
+fn parent_of(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// All processes below this one.
+fn descendants(of: u32) -> BTreeSet<u32> {
+    let all: Vec<(u32, u32)> = fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .filter_map(|pid| Some((pid, parent_of(pid)?)))
+        .collect();
+    let mut found = BTreeSet::from([of]);
+    while all.iter().any(|(pid, parent)| found.contains(parent) && found.insert(*pid)) {}
+    found.remove(&of);
+    found
+}
+
+fn names(folder: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
+}
+
+pub(crate) fn leaves_nothing(options: &[String]) {
+    let mut arguments = vec!["--storage-opt", "lcow.pool.spares=1"];
+    arguments.extend(options.iter().flat_map(|o| ["--storage-opt", o]));
+    let mut plugin = Plugin::start(&arguments);
+    plugin.init();
+    let tar = Tar::new().file("f", &noise(1, 600_000)).end();
+    plugin.layer("whole", "", &tar);
+    plugin.ok("GraphDriver.Create", &serde_json::json!({"ID": "half", "Parent": ""}));
+    let seen = |plugin: &Plugin| {
+        [plugin.home(), plugin.home().join("half"), plugin.folder.clone()].map(|folder| names(&folder))
+    };
+    let quiet = seen(&plugin);
+
+    let mut upload = plugin.begin_apply("half", "");
+    send_chunks(&mut upload, &tar[..300_000], 50_000).unwrap();
+    let list = || serde_json::from_str::<Vec<Value>>(&svm(&plugin, &["ls", "--json"])).unwrap();
+    soon("a machine at work and a spare", &plugin, || {
+        let vms = list();
+        vms.iter().any(|v| v["name"] == "half_svm" && v["leases"] == 1)
+            && vms.iter().any(|v| v["leases"] == 0)
+    });
+    assert!(svm(&plugin, &["ls"]).contains("half_svm"));
+    assert!(svm(&plugin, &["console", "half_svm"]).starts_with("==> half_svm ("));
+
+    let machines: Vec<u32> = list()
+        .iter()
+        .map(|v| v["machine"].as_str().unwrap().split(' ').nth(1).unwrap().parse().unwrap())
+        .collect();
+    let below = descendants(plugin.pid());
+    assert!(machines.len() >= 2 && machines.iter().all(|m| below.contains(m)), "{machines:?} of {below:?}");
+
+    let cache = plugin.folder.join("root/.svm");
+    if cache.exists() {
+        // As a daemon leaves it that is killed while it makes one.
+        fs::create_dir(cache.join("making-x")).unwrap();
+        fs::write(cache.join("making-x/memory"), b"half").unwrap();
+    }
+    plugin.kill_and_restart();
+    soon("all of its processes are gone", &plugin, || below.iter().all(|pid| parent_of(*pid).is_none()));
+    drop(upload);
+    plugin.init();
+    assert_eq!(seen(&plugin), quiet, "home, the layer that was being written, what lies beside the home");
+    for folder in ["scratch", "staging"] {
+        assert!(names(&plugin.home().join(folder)).is_empty(), "{folder}");
+    }
+    assert_eq!(plugin.diff("whole", ""), tar);
+    let cache = names(&cache);
+    assert!(!cache.iter().any(|name| name.starts_with("making-")), "{cache:?}");
+}
