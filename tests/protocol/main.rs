@@ -178,7 +178,8 @@ fn a_cut_apply_cannot_come_back_as_a_tail() {
             let mut stream = plugin.begin_apply(&id, "");
             send_chunks(&mut stream, &tar[..cut], 4096).unwrap();
             stream.flush().unwrap();
-            std::thread::sleep(Duration::from_millis(40));
+            // An apply that the plugin has not begun may be begun again.
+            plugin.wait_for_state(&id, "applying");
             if restart {
                 plugin.kill_and_restart();
                 drop(stream);

@@ -211,6 +211,18 @@ impl Plugin {
         self.ok("GraphDriver.Put", &serde_json::json!({"ID": id}));
     }
 
+    /// Waits until a layer's `layer.json` tells a state.
+    pub(crate) fn wait_for_state(&self, id: &str, state: &str) {
+        let (path, begin) = (self.home().join(id).join("layer.json"), std::time::Instant::now());
+        let is = |text: &[u8]| {
+            serde_json::from_slice::<serde_json::Value>(text).is_ok_and(|meta| meta["state"] == state)
+        };
+        while !std::fs::read(&path).is_ok_and(|text| is(&text)) {
+            assert!(begin.elapsed() < REPLY, "layer {id} does not become {state}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub(crate) fn remove(&self, id: &str) {
         self.ok("GraphDriver.Remove", &serde_json::json!({"ID": id}));
     }

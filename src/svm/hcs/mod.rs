@@ -135,7 +135,7 @@ fn reap(library: &Arc<Library>, config: &HcsConfig) -> io::Result<usize> {
             Err(e) if e.is_gone() => {}
             Err(e) => tracing::warn!(machine = name, "{e}"),
         }
-        fs::remove_dir_all(entry.path())?;
+        crate::sys::windows::fs::remove_tree(&entry.path())?;
         ended += 1;
     }
     Ok(ended)

@@ -43,11 +43,21 @@ const CONSOLE_LOOK: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 struct Folder(PathBuf);
 
+impl Folder {
+    /// Waits for files that the machine's process is just letting go.
+    fn clear(path: &Path) {
+        match crate::sys::windows::fs::remove_tree(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "scratch disks stay until the next start");
+            }
+            _ => {}
+        }
+    }
+}
+
 impl Drop for Folder {
     fn drop(&mut self) {
-        if let Err(error) = crate::sys::windows::fs::patiently(|| fs::remove_dir_all(&self.0)) {
-            tracing::warn!(path = %self.0.display(), %error, "scratch disks stay until the next start");
-        }
+        Self::clear(&self.0);
     }
 }
 
@@ -367,6 +377,9 @@ impl ServiceVm for HcsVm {
                 });
             }
             self.death().await;
+            // Here and not in the drop: that happens on a thread of the runtime, which must not wait.
+            let folder = self.folder.0.clone();
+            blocking(move || Folder::clear(&folder)).await;
         }
         .boxed()
     }
