@@ -93,10 +93,11 @@ async fn rounds(pool: &Pool, tar: &Path, work: &Path) -> Result<Figures, CliErro
     drop(pool.lease("first", Purpose::Work).await?);
     let first = begin.elapsed();
     let mut best = Figures { first, lease: Duration::MAX, apply: Duration::MAX, diff: Duration::MAX };
-    for _ in 0..RUNS {
+    for run in 0..RUNS {
+        // Names of their own: an operation that is just ending would share its VM with the next of its name.
         let (image, record) = (fresh(&work.join("image"))?, fresh(&work.join("record"))?);
         let begin = Instant::now();
-        let lease = pool.lease("bench", Purpose::Work).await?;
+        let lease = pool.lease(&format!("apply-{run}"), Purpose::Work).await?;
         best.lease = best.lease.min(begin.elapsed());
         let file = tokio::fs::File::open(tar).await;
         let file = file.map_err(|e| format!("cannot open '{}': {e}", tar.display()))?;
@@ -110,7 +111,7 @@ async fn rounds(pool: &Pool, tar: &Path, work: &Path) -> Result<Figures, CliErro
         let len = image.file.metadata()?.len().saturating_sub(FOOTER_SIZE as u64);
         let kind = ExportKind::Exact { image: image.window(0, len), record: readable(&work.join("record"))? };
         let begin = Instant::now();
-        let lease = pool.lease("bench", Purpose::Export).await?;
+        let lease = pool.lease(&format!("diff-{run}"), Purpose::Export).await?;
         let mut back = lease.layer_to_tar(ExportJob { kind, live: None }).await?;
         let mut bytes = 0;
         while let Some(chunk) = back.next().await {
