@@ -12,8 +12,8 @@ use crate::{
         ApplySummary, Change, CheckSummary, DiskId, ErrorKind, LayerRef, Operation, ParentRef, decode_change,
     },
     svm::{
-        ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk, ParentDisks, ServiceVm,
-        SvmError, TarStream,
+        ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk,
+        ParentDisks, ServiceVm, SvmError, TarStream,
         exchange::{self, Incoming, Receiver, Sender},
         stream::{Freeze, Item, QUEUED_CHUNKS},
     },
