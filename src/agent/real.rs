@@ -18,14 +18,14 @@ use crate::{
         hcsshim::{HcsshimOptions, LCOW_MAX_DISK},
         writer::WriterOptions,
     },
-    io::{ReadAt, WriteAt},
+    io::{ReadAt, StreamOut, WriteAt},
     tar::TarError,
     verity::{self, VerityError},
 };
 use std::{
     error::Error,
     fmt::Write as _,
-    io::{self, Read, Write},
+    io::{self, Read},
     sync::Arc,
 };
 
@@ -286,7 +286,7 @@ impl Codec for RealCodec {
         &self,
         image: OpDisk,
         record: OpDisk,
-        out: &mut dyn Write,
+        out: &mut dyn StreamOut,
     ) -> Result<wire::ExportSummary, WireError> {
         let summary = record::replay(image, record, out)?;
         Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_digest: Some(summary.tar_digest) })
@@ -299,7 +299,7 @@ impl Codec for RealCodec {
         format: u32,
         id_maps: &wire::IdMaps,
         live: Option<&mut dyn Live>,
-        out: &mut dyn Write,
+        out: &mut dyn StreamOut,
     ) -> Result<wire::ExportSummary, WireError> {
         if format != canonical::VERSION {
             return Err(WireError::new(
