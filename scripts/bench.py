@@ -69,6 +69,8 @@ def generated_mixed(path):
     rng = random.Random(2)
     pool = rng.randbytes(2 * MIB)
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for parent in ("usr/", "usr/lib/"):
+            add(tar, parent, kind=tarfile.DIRTYPE)
         for d in range(300):
             add(tar, f"usr/lib/d{d:03}/", kind=tarfile.DIRTYPE)
             for n in range(20):
@@ -186,8 +188,10 @@ def fresh(*paths):
 class Place:
     """A folder on one file system, and the tasks in it on one layer."""
 
-    def __init__(self, folder, program, tar, size, entries, tree):
-        self.names = dict(P=program, TAR=tar, TREE=tree, F=folder, IMG=f"{folder}/layer.vhd",
+    def __init__(self, folder, options, tar, size, entries, tree):
+        program = options.program
+        self.reads_tar = options.mke2fs is not None
+        self.names = dict(P=program, TAR=tar, TREE=tree, F=folder, MKE2FS=options.mke2fs or "", IMG=f"{folder}/layer.vhd",
                           REC=f"{folder}/layer.rec", OUT=f"{folder}/out", MNT=f"{folder}/mnt",
                           # Room for inodes, slack of blocks, and the file system's own.
                           SIZE=(size * 3 // 2 + entries * 1024 + 64 * MIB) // MIB * MIB,
@@ -207,20 +211,18 @@ class Place:
         return measured
 
     def tasks(self):
-        # A tar as the source of a file system came with 1.47.1.
-        told = subprocess.run(["mke2fs", "-V"], stderr=subprocess.PIPE).stderr.decode().split()[1]
-        reads_tar = [int(n) for n in told.split(".")] >= [1, 47, 1]
         tasks = {
             "cat": self.task('cat "$TAR" >"$OUT"; sync "$OUT"'),
             "pack": self.task('"$P" layer pack --record "$OUT.rec" "$TAR" "$OUT"'),
             "pack stream": self.task('cat "$TAR" | "$P" layer pack --record "$OUT.rec" - "$OUT"'),
             "pack verity": self.task('"$P" layer pack --verity --record "$OUT.rec" "$TAR" "$OUT"'),
             "catcp": self.task('cat "$TAR" | cat >"$OUT"; sync "$OUT"'),
+            "rw": self.task('dd if="$TAR" of="$OUT" bs=256K status=none; sync "$OUT"'),
             "mke2fs": self.task('truncate -s "$SIZE" "$OUT"; mke2fs -q -F -t ext4 -N "$INODES" -d "$TREE" "$OUT"; '
                                 'sync "$OUT"'),
-            # From 1.47.1 on it reads a tar itself.
+            # From 1.47.1 on it reads a tar itself: a newer one, unpacked beside the machine's own.
             "mke2fs tar": self.task('truncate -s "$SIZE" "$OUT"; '
-                                    'mke2fs -q -F -t ext4 -N "$INODES" -d "$TAR" "$OUT"; sync "$OUT"'),
+                                    'LD_LIBRARY_PATH="$MKE2FS/lib/$(uname -m)-linux-gnu" "$MKE2FS/sbin/mke2fs" -q -F -t ext4 -N "$INODES" -d "$TAR" "$OUT"; sync "$OUT"'),
             "mount": self.task('truncate -s "$SIZE" "$OUT"; mkfs.ext4 -q -F -N "$INODES" "$OUT"; '
                                'mount -o loop "$OUT" "$MNT"; tar -C "$MNT" -xf "$TAR"; umount "$MNT"; sync "$OUT"'),
             "mount bsdtar": self.task('truncate -s "$SIZE" "$OUT"; mkfs.ext4 -q -F -N "$INODES" "$OUT"; '
@@ -236,7 +238,7 @@ class Place:
             "find": self.task('mount -o loop,ro "$IMG" "$MNT"; find "$MNT" -printf "%s %T@ %p\\n" >/dev/null; '
                               'umount "$MNT"'),
         }
-        if not reads_tar:
+        if not self.reads_tar:
             del tasks["mke2fs tar"]
         return tasks
 
@@ -287,11 +289,12 @@ class Connection(http.client.HTTPConnection):
 
 
 class Plugin:
-    def __init__(self, program, folder):
+    def __init__(self, program, folder, *arguments):
         self.folder, self.socket = folder, f"{folder}/s"
         os.makedirs(folder, exist_ok=True)
         self.log = open(f"{folder}/log", "w")
-        self.child = subprocess.Popen([program, "serve", "--root", f"{folder}/root", "--socket", self.socket],
+        self.child = subprocess.Popen([program, "serve", "--root", f"{folder}/root", "--socket", self.socket,
+                                       *arguments],
                                       stdout=self.log, stderr=self.log)
         for _ in range(200):
             if os.path.exists(self.socket):
@@ -369,6 +372,18 @@ def latencies(plugin):
     return {name: statistics.median(times) for name, times in result.items()}
 
 
+def blanks(program, folder):
+    """CreateReadWrite of a sandbox for virtual machines, a blank ext4 of 20 GB in a VHDX: seconds, bytes on the disk."""
+    plugin = Plugin(program, folder, "--storage-opt", "lcow.mount=none")
+    try:
+        plugin.call("Create", ID="base", Parent="")
+        times = [plugin.timed("CreateReadWrite", ID=f"rw{n}", Parent="base", MountLabel="", StorageOpt={})
+                 for n in range(CALLS)]
+        return statistics.median(times), os.stat(f"{folder}/home/rw0/sandbox.vhdx").st_blocks * 512
+    finally:
+        plugin.stop()
+
+
 def pulls(plugin, folder):
     """Applies an image of PULLED layers, one after the other as dockerd does, and the same layers by two at once.
 
@@ -411,7 +426,8 @@ def pulls(plugin, folder):
 
 # Columns: tasks by name, and what they are.
 PACKERS = {"pack": "`layer pack --record`", "pack stream": "the same from a pipe", "pack verity": "with `--verity`",
-           "catcp": "`cat tar` into `cat > file`", "mke2fs": "`mke2fs -d` folder", "mke2fs tar": "`mke2fs -d` tar",
+           "rw": "`dd bs=256K`", "catcp": "`cat tar` into `cat > file`",
+           "mke2fs": "`mke2fs -d` folder", "mke2fs tar": "`mke2fs -d` tar",
            "mount": "mkfs, loop mount, `tar -x`", "mount bsdtar": "mkfs, loop mount, `bsdtar -x`"}
 UNPACKERS = {"exact": "`layer unpack --exact`", "canonical": "`layer unpack`", "gnutar": "loop mount, `tar -c`",
              "bsdtar": "loop mount, `bsdtar -c`"}
@@ -473,7 +489,7 @@ def ratio(value, base, with_processor=True):
     return text + (f" · {value[1] / base[1]:.2f}" if with_processor else "")
 
 
-def measure_place(place, folder, options, layers, known, tree_of):
+def measure_place(place, folder, options, layers, known, tree_of, sizes):
     """All figures of one file system: by layer, and the latencies."""
     figures, calls, pulled = {}, {}, {}
     for name, (tar, _) in layers.items():
@@ -483,12 +499,16 @@ def measure_place(place, folder, options, layers, known, tree_of):
         say(f"{place}, {name}")
         plugin = Plugin(options.program, f"{work}/plugin")
         try:
-            tasks = Place(work, options.program, tar, size, entries, tree_of[name]).tasks()
+            tasks = Place(work, options, tar, size, entries, tree_of[name]).tasks()
             tasks.update(plugin_tasks(plugin, tar))
             wanted = {task: f for task, f in tasks.items() if not options.tasks or task in options.tasks}
             figures[name] = rounds(wanted, options.rounds)
             if not calls and not options.tasks:
                 calls = latencies(plugin)
+                calls["CreateReadWrite with lcow.mount=none: a VHDX of 20 GB"], blank = blanks(
+                    options.program, f"{work}/none")
+                say(f"{place}: a blank VHDX of 20 GB takes {blank:,} bytes")
+                sizes[place] = blank
             if not pulled and (not options.tasks or "pull" in options.tasks):
                 pulled = pulls(plugin, work)
             figures[name]["image"] = os.path.getsize(f"{work}/layer.vhd")
@@ -504,6 +524,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--program", required=True)
     parser.add_argument("--dir", required=True)
+    parser.add_argument("--mke2fs", help="folder of an unpacked mke2fs that reads tars (1.47.1 or later)")
     parser.add_argument("--out")
     parser.add_argument("--only", default="minbase,toolchain,small,big")
     parser.add_argument("--tasks", type=lambda names: names.split(","), default=[])
@@ -517,7 +538,7 @@ def main():
     known = {name: facts(tar) for name, (tar, _) in layers.items()}
     memory = f"/dev/shm/lcow-bench.{os.getpid()}"
     places = {"tmpfs": memory, "disk": f"{options.dir}/run.{os.getpid()}"}
-    figures, calls, pulled, peaks, tree_of = {}, {}, {}, {}, {}
+    figures, calls, pulled, peaks, tree_of, sizes = {}, {}, {}, {}, {}, {}
     try:
         os.makedirs(memory)
         for name, (tar, _) in layers.items():
@@ -527,7 +548,8 @@ def main():
             peaks[name] = peak_memory(options.program, tar, memory)
         for place, folder in places.items():
             os.makedirs(folder, exist_ok=True)
-            figures[place], calls[place], pulled[place] = measure_place(place, folder, options, layers, known, tree_of)
+            figures[place], calls[place], pulled[place] = measure_place(place, folder, options, layers, known, tree_of,
+                                                                        sizes)
     finally:
         for folder in places.values():
             shutil.rmtree(folder, ignore_errors=True)
@@ -563,6 +585,8 @@ def main():
     table(out, f"Latencies through the socket, medians of {CALLS}, a container on *{first}*",
           ["call", ""] + list(places),
           [[name, ""] + [f"{calls[p][name] * 1000:.2f} ms" for p in places] for name in calls["tmpfs"]])
+    if sizes:
+        out.append("That VHDX takes on the disk: " + ", ".join(f"{n / 1e6:.2f} MB ({p})" for p, n in sizes.items()) + ".")
     table(out, f"{PULLED} layers of {8_000:,} small files through the plugin",
           ["where", "", "one after the other", "two at once", "gain", "two `sha256sum` at once gain"],
           [[p, "", span(f[1]), span(f[2]), f"{f[1] / f[2]:.2f}", f"{f['processors']:.2f}"]

@@ -6,10 +6,13 @@
 use lcow_graphdriver::{
     diff::{LayerKind, LayerSource, NoHooks, changes, export},
     ext4::{Ext4, FileKind, check},
-    io::MemDisk,
+    io::{MemDisk, StreamOut},
 };
 use libfuzzer_sys::fuzz_target;
-use std::io::{self, Write};
+use std::{
+    fs::File,
+    io::{self, Write},
+};
 
 /// A hostile image may describe terabytes in its holes: who reads has a limit of its own.
 struct Limited(usize);
@@ -22,6 +25,12 @@ impl Write for Limited {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+impl StreamOut for Limited {
+    fn splice(&mut self, _: &File, _: u64, _: u64) -> io::Result<u64> {
+        Ok(0)
     }
 }
 

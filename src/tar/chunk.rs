@@ -10,7 +10,7 @@ use super::layout::BLOCK;
 use std::io::{self, Read};
 
 /// Bytes per chunk: large enough that the cost of a read vanishes, small enough to stay in the second-level cache.
-pub const CHUNK_BYTES: usize = 512 << 10;
+pub const CHUNK_BYTES: usize = 256 << 10;
 
 /// A stream cut into chunks.
 ///

@@ -25,7 +25,7 @@ use std::{fs::File, ops::Range, sync::Arc};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Bytes given out at once, and held back at the end.
-const OUT_BYTES: usize = 512 << 10;
+const OUT_BYTES: usize = 256 << 10;
 /// Ranges from here on are read straight to where they go out.
 const DIRECT_BYTES: u64 = 64 << 10;
 /// Parts of a chunk from here on go out from the image's file if they can: less is copied sooner than arranged.
@@ -126,7 +126,7 @@ pub fn verify<R: ReadAt, S: ReadAt>(image: R, record: S) -> Result<ReplaySummary
 /// `image` is the layer (a VHD footer or hash tree behind the ext4 image does not matter).
 ///
 /// # Errors
-/// `Corrupt` if record or image are damaged: the last bytes (up to 512 KiB, or all of a smaller tar) were not given out then, and the caller
+/// `Corrupt` if record or image are damaged: the last bytes (up to 256 KiB, or all of a smaller tar) were not given out then, and the caller
 /// must cut the stream. `Io` if a disk or `out` fails.
 pub fn replay<R: ReadAt, S: ReadAt, O: StreamOut>(
     image: R,

@@ -1,4 +1,4 @@
-//! Ordered output: small pieces are joined to writes of about a MiB, large ones go out as they come.
+//! Ordered output: small pieces are joined to writes of 256 KiB, large ones go out as they come.
 
 use super::Result;
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Size of the buffer.
-const CAPACITY: usize = 1 << 20;
+const CAPACITY: usize = 256 << 10;
 /// Pieces of at least this size are not copied.
 const DIRECT: usize = 64 << 10;
 /// Gaps of at most this size are filled with zeros instead of starting a new write.
