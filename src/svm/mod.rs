@@ -19,6 +19,7 @@ pub mod embedded;
 #[cfg(windows)]
 #[path = "embedded/windows.rs"]
 pub mod embedded;
+mod end;
 mod exchange;
 #[cfg(windows)]
 pub mod hcs;
