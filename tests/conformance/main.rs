@@ -12,6 +12,7 @@
 
 mod files;
 mod killed;
+mod start;
 mod suite;
 #[path = "../support/mod.rs"]
 mod support;
@@ -119,6 +120,11 @@ async fn more_disks_than_the_limit_are_an_error_on_qemu() {
     assert!(usual.limits().disks >= 256, "a chain of 128 layers and its parent must fit");
     let few = QemuBackend::new(QemuConfig { disks: 12, ..qemu_config() });
     suite::more_disks_than_the_limit_are_an_error(Arc::new(few)).await;
+}
+
+#[test]
+fn a_start_without_a_guest_names_what_is_missing() {
+    start::names_what_is_missing();
 }
 
 #[test]
