@@ -5,8 +5,8 @@
 //! ```
 //!
 //! `qemu` needs QEMU and the guest that `scripts/build-svm-image` makes (`LCOW_SVM_IMAGE` names its folder, else
-//! `<target>/svm-image`). Without them its tests fail, unless `LCOW_SVM_SKIP` says why they may be left out; then they
-//! say so and pass.
+//! `<target>/svm-image`). Without them its tests fail and say what is missing; who wants the rest alone leaves them out by
+//! name (`cargo test --test conformance -- --skip qemu`), which cargo counts.
 
 #![cfg(target_os = "linux")]
 
@@ -42,16 +42,14 @@ fn image_folder() -> PathBuf {
 }
 
 /// One backend for all tests of this process, so that the template is made once.
-fn qemu() -> Option<Arc<dyn VmBackend>> {
-    static BACKEND: OnceLock<Option<Arc<QemuBackend>>> = OnceLock::new();
+fn qemu() -> Arc<dyn VmBackend> {
+    static BACKEND: OnceLock<Arc<QemuBackend>> = OnceLock::new();
     let backend = BACKEND.get_or_init(|| {
-        if let Ok(reason) = std::env::var("LCOW_SVM_SKIP") {
-            eprintln!("skipped: qemu: {reason}");
-            return None;
-        }
-        Some(Arc::new(QemuBackend::new(qemu_config())))
+        let backend = QemuBackend::new(qemu_config());
+        backend.preflight().expect("virtual machines can be made here (see the first lines of this file)");
+        Arc::new(backend)
     });
-    backend.clone().map(|b| b as Arc<dyn VmBackend>)
+    backend.clone()
 }
 
 fn qemu_config() -> QemuConfig {
@@ -78,7 +76,7 @@ macro_rules! suite {
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $name() {
                 let _one_at_a_time = super::turn().await;
-                if let Some(backend) = super::qemu() { super::suite::$name(backend).await; }
+                super::suite::$name(super::qemu()).await;
             }
         )* }
     };
@@ -116,8 +114,7 @@ async fn more_disks_than_the_limit_are_an_error_on_embedded() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_disks_than_the_limit_are_an_error_on_qemu() {
     let _one_at_a_time = turn().await;
-    let Some(usual) = qemu() else { return };
-    assert!(usual.limits().disks >= 256, "a chain of 128 layers and its parent must fit");
+    assert!(qemu().limits().disks >= 256, "a chain of 128 layers and its parent must fit");
     let few = QemuBackend::new(QemuConfig { disks: 12, ..qemu_config() });
     suite::more_disks_than_the_limit_are_an_error(Arc::new(few)).await;
 }
@@ -135,19 +132,16 @@ fn a_killed_daemon_leaves_nothing_on_embedded() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_daemon_leaves_nothing_on_qemu() {
     let _one_at_a_time = turn().await;
-    if qemu().is_none() {
-        return;
-    }
     let kird = format!("lcow.kirdpath={}", image_folder().display());
     let killed = || killed::leaves_nothing(&["lcow.svm=qemu".into(), kird]);
     tokio::task::spawn_blocking(killed).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn identical_bytes_from_every_backend() {
+async fn identical_bytes_from_embedded_and_qemu() {
     let _one_at_a_time = turn().await;
     let mut all = Vec::new();
-    for backend in std::iter::once(embedded()).chain(qemu()) {
+    for backend in [embedded(), qemu()] {
         all.push((backend.name(), suite::fingerprint(backend).await));
     }
     let (first, expected) = &all[0];
@@ -159,8 +153,8 @@ async fn identical_bytes_from_every_backend() {
 /// The table of `docs/service-vms.md`: `cargo test --release --test conformance -- --ignored --nocapture figures`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "figures for people, of use in a release build only"]
-async fn figures() {
-    for backend in std::iter::once(embedded()).chain(qemu()) {
+async fn figures_of_embedded_and_qemu() {
+    for backend in [embedded(), qemu()] {
         suite::figures(backend).await;
     }
 }
