@@ -32,7 +32,7 @@ mod stream;
 
 pub use crate::agent::wire::{
     ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
-    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest,
+    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest, Witness,
 };
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,
@@ -229,4 +229,9 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
 
     /// What holds the agent in, where the VM itself does not.
     fn jail(&self) -> Option<JailReport>;
+
+    /// What the machine's clock and random numbers were when its agent greeted, where they are its own.
+    fn witness(&self) -> Option<Witness> {
+        None
+    }
 }

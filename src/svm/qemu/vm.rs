@@ -18,7 +18,7 @@ use super::{
 use crate::{
     agent::{link::slots::TransferDisk, wire::JailReport},
     svm::{
-        Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
+        Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError, Witness,
         end::{End, Process},
         remote::{RemoteAgent, RemoteDisk},
     },
@@ -343,6 +343,10 @@ impl ServiceVm for QemuVm {
 
     fn jail(&self) -> Option<JailReport> {
         None
+    }
+
+    fn witness(&self) -> Option<Witness> {
+        self.agent.hello().witness.clone()
     }
 }
 
