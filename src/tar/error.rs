@@ -28,7 +28,11 @@ impl EntryName {
 impl fmt::Display for EntryName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // No name yet: the stream is bad before the first entry's header was understood.
-        if self.0.is_empty() { f.write_str("before the first entry") } else { write!(f, "entry {:?}", self.0) }
+        if self.0.is_empty() {
+            f.write_str("before the first entry")
+        } else {
+            write!(f, "entry {:?}", self.0)
+        }
     }
 }
 

@@ -110,8 +110,8 @@ impl EmbeddedBackend {
             return Err(failed(&"worker without control socket"));
         };
         let pid = worker.pid();
-        let pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(OwnedFd::from(stderr))
-            .map_err(|e| failed(&e))?;
+        let pipe =
+            tokio::net::unix::pipe::Receiver::from_owned_fd(OwnedFd::from(stderr)).map_err(|e| failed(&e))?;
         console.follow(pipe, format!("worker {pid}"));
         let control = ControlClient::new(socket).map_err(|e| failed(&e))?;
         let vm = Arc::new(EmbeddedVm {
