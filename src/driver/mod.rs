@@ -128,7 +128,9 @@ impl Driver {
                 let opened = Home::open(&home, None, &driver.config)?;
                 // The next Init may say otherwise, so this is no reason to end.
                 if let Err(error) = home::check_backend(&opened.options, &driver.config) {
-                    tracing::error!("no layer can be handled until this is mended or Init says otherwise: {error}");
+                    tracing::error!(
+                        "no layer can be handled until this is mended or Init says otherwise: {error}"
+                    );
                 }
                 driver.adopt(home, opened);
             } else {
@@ -270,6 +272,7 @@ impl Driver {
             spares: pool.spares as u64,
             boots: pool.boots,
             cold_boots: pool.cold_boots,
+            restores: pool.restores,
             lease_waits: pool.waits,
             vm_failures: pool.boot_failures + pool.deaths + pool.poisoned,
             free_bytes: home.free_bytes().unwrap_or(0),

@@ -188,6 +188,11 @@ pub trait VmBackend: Send + Sync + 'static {
         0
     }
 
+    /// VMs restored from a saved guest since the backend began.
+    fn restores(&self) -> u64 {
+        0
+    }
+
     /// Starts a VM and waits for its agent's greeting. Dropping the future leaves nothing behind.
     fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>>;
 

@@ -42,8 +42,7 @@ const TCG_LINE: &str = " mitigations=off nokaslr";
 /// How long the first boot under KVM may take before it is held for broken.
 const KVM_DEADLINE: Duration = Duration::from_secs(5);
 /// Said where only KVM is wanted.
-const NO_KVM: &str =
-    "KVM was asked for, and this machine has none that works; set lcow.accelerator=auto, or let the service open /dev/kvm";
+const NO_KVM: &str = "KVM was asked for, and this machine has none that works; set lcow.accelerator=auto, or let the service open /dev/kvm";
 /// Memory comes in pieces of this; bytes.
 const MEMORY_STEP: u64 = 2 << 20;
 
@@ -109,6 +108,7 @@ pub struct QemuBackend {
     ready: tokio::sync::Mutex<Option<Arc<Ready>>>,
     detail: parking_lot::Mutex<String>,
     cold_boots: AtomicU64,
+    restores: AtomicU64,
 }
 
 /// What is known after the first boot.
@@ -127,6 +127,7 @@ impl QemuBackend {
             ready: tokio::sync::Mutex::default(),
             detail: parking_lot::Mutex::default(),
             cold_boots: AtomicU64::new(0),
+            restores: AtomicU64::new(0),
         }
     }
 
@@ -244,6 +245,7 @@ impl QemuBackend {
         let machine = ready.template.restore(&ready.recipe, spec.number, ready.kvm.as_ref()).await?;
         let (growing, disks) = (self.config.growing_bytes, self.limits().disks as u32);
         let vm = QemuVm::greet(machine, spec.number, growing, disks, self.config.deadline).await?;
+        self.restores.fetch_add(1, Ordering::Relaxed);
         Ok(vm)
     }
 
@@ -278,6 +280,10 @@ impl VmBackend for QemuBackend {
         self.cold_boots.load(Ordering::Relaxed)
     }
 
+    fn restores(&self) -> u64 {
+        self.restores.load(Ordering::Relaxed)
+    }
+
     fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {
         self.start(spec).boxed()
     }
@@ -310,7 +316,9 @@ mod tests {
         let mut config = QemuConfig::new(path("vmlinux"), path("initrd"), folder.path());
         config.program = Some(old);
         let said = QemuBackend::new(config.clone()).preflight().unwrap_err();
-        for expected in ["vmlinux: No such file", "initrd: is empty", "build-svm-image", "7.2.17; 8.2 or later"] {
+        for expected in
+            ["vmlinux: No such file", "initrd: is empty", "build-svm-image", "7.2.17; 8.2 or later"]
+        {
             assert!(said.contains(expected), "{expected} is missing in: {said}");
         }
         config.program = Some(path("no-qemu"));
