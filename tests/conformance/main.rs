@@ -10,8 +10,10 @@
 
 #![cfg(target_os = "linux")]
 
+mod disks;
 mod files;
 mod killed;
+mod plugin;
 mod start;
 mod suite;
 #[path = "../support/mod.rs"]
@@ -65,18 +67,18 @@ fn qemu_config() -> QemuConfig {
 }
 
 macro_rules! suite {
-    ($($name:ident),* $(,)?) => {
+    ($($module:ident::$name:ident),* $(,)?) => {
         mod on_embedded { $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $name() {
-                super::suite::$name(super::embedded()).await;
+                super::$module::$name(super::embedded()).await;
             }
         )* }
         mod on_qemu { $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $name() {
                 let _one_at_a_time = super::turn().await;
-                super::suite::$name(super::qemu()).await;
+                super::$module::$name(super::qemu()).await;
             }
         )* }
     };
@@ -89,19 +91,22 @@ async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
 }
 
 suite!(
-    apply_and_exact_diff,
-    canonical_diff_changes_and_sizes,
-    a_blank_sandbox_is_empty,
-    read_only_disks_stay_read_only,
-    two_hundred_disks,
-    concurrent_operations_in_both_modes,
-    a_dropped_export_is_cancelled,
-    a_killed_vm_fails_one_operation,
-    a_silent_vm_is_given_up,
-    hostile_layers_are_refused,
-    a_full_disk_is_an_error_of_its_own,
-    a_diff_streams_into_an_apply,
-    nothing_is_left_behind,
+    suite::apply_and_exact_diff,
+    suite::canonical_diff_changes_and_sizes,
+    suite::a_blank_sandbox_is_empty,
+    suite::read_only_disks_stay_read_only,
+    suite::two_hundred_disks,
+    suite::concurrent_operations_in_both_modes,
+    suite::a_dropped_export_is_cancelled,
+    suite::a_killed_vm_fails_one_operation,
+    suite::a_silent_vm_is_given_up,
+    suite::hostile_layers_are_refused,
+    suite::a_full_disk_is_an_error_of_its_own,
+    suite::a_diff_streams_into_an_apply,
+    suite::nothing_is_left_behind,
+    disks::a_hash_tree_with_a_scratch_disk,
+    disks::a_disk_in_a_vhdx,
+    disks::garbage_on_a_channel,
 );
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -124,6 +129,13 @@ fn a_start_without_a_guest_names_what_is_missing() {
     start::names_what_is_missing();
 }
 
+/// A test with plugins of its own on virtual machines, which waits for its turn.
+async fn on_plugins(test: impl FnOnce(&[String]) + Send + 'static) {
+    let _one_at_a_time = turn().await;
+    let options = ["lcow.svm=qemu".into(), format!("lcow.kirdpath={}", image_folder().display())];
+    tokio::task::spawn_blocking(move || test(&options)).await.unwrap();
+}
+
 #[test]
 fn a_killed_daemon_leaves_nothing_on_embedded() {
     killed::leaves_nothing(&["lcow.svm=embedded".into()]);
@@ -131,23 +143,53 @@ fn a_killed_daemon_leaves_nothing_on_embedded() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_daemon_leaves_nothing_on_qemu() {
-    let _one_at_a_time = turn().await;
-    let kird = format!("lcow.kirdpath={}", image_folder().display());
-    let killed = || killed::leaves_nothing(&["lcow.svm=qemu".into(), kird]);
-    tokio::task::spawn_blocking(killed).await.unwrap();
+    on_plugins(killed::leaves_nothing).await;
+}
+
+#[test]
+fn scratch_goes_in_every_case_on_embedded() {
+    plugin::scratch_goes_in_every_case(&["lcow.svm=embedded".into()]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn scratch_goes_in_every_case_on_qemu() {
+    on_plugins(plugin::scratch_goes_in_every_case).await;
+}
+
+#[test]
+fn metrics_show_no_restores_on_embedded() {
+    plugin::metrics_tell_restores_from_boots(&["lcow.svm=embedded".into()], false);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metrics_show_restores_on_qemu() {
+    on_plugins(|options| plugin::metrics_tell_restores_from_boots(options, true)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bench_measures_embedded_and_qemu() {
+    on_plugins(|_| plugin::bench_measures_each_backend(&image_folder())).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn identical_bytes_from_embedded_and_qemu() {
     let _one_at_a_time = turn().await;
-    let mut all = Vec::new();
-    for backend in [embedded(), qemu()] {
-        all.push((backend.name(), suite::fingerprint(backend).await));
+    let (ours, theirs) = (files::Files::new(), files::Files::new());
+    let expected = disks::bytes(embedded(), &ours).await;
+    let found = disks::bytes(qemu(), &theirs).await;
+    assert_eq!(expected.len(), 8);
+    for ((what, expected), (same, found)) in expected.iter().zip(&found) {
+        assert_eq!(what, same);
+        assert!(expected == found, "{what}: {} bytes of embedded, {} of qemu", expected.len(), found.len());
     }
-    let (first, expected) = &all[0];
-    for (name, found) in &all {
-        assert_eq!(found, expected, "{name} differs from {first}");
-    }
+    disks::reads_the_others_layers(qemu(), &ours, &found).await;
+    disks::reads_the_others_layers(embedded(), &theirs, &expected).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn restored_machines_have_a_clock_and_random_numbers_of_their_own() {
+    let _one_at_a_time = turn().await;
+    disks::restored_machines_wake_alone(qemu()).await;
 }
 
 /// The table of `docs/service-vms.md`: `cargo test --release --test conformance -- --ignored --nocapture figures`.

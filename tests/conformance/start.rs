@@ -45,7 +45,8 @@ pub(crate) fn names_what_is_missing() {
     let kird = folder.path().join("kird");
     let options = ["lcow.svm=qemu".to_owned(), format!("lcow.kirdpath={}", kird.display())];
     let said = refused(folder.path(), &options);
-    for expected in [&kird.join("vmlinux").display().to_string(), "scripts/build-svm-image", "lcow.kirdpath"] {
+    for expected in [&kird.join("vmlinux").display().to_string(), "scripts/build-svm-image", "lcow.kirdpath"]
+    {
         assert!(said.contains(expected), "{expected} is missing in:\n{said}");
     }
 
