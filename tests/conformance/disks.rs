@@ -11,7 +11,11 @@ use lcow_graphdriver::{
     },
     vhdx,
 };
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    path::Path,
+    process::Command,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// The tars of [`bytes`]: a base, and a layer on it with whiteouts and changes.
@@ -136,6 +140,69 @@ pub(crate) async fn a_disk_in_a_vhdx(backend: Backend) {
     let e = export(files.readable("junk").vhdx()).await.unwrap_err();
     assert!(e.to_string().contains("VHDX"), "{e}");
     assert!(export(files.readable("l.vhdx").vhdx()).await.unwrap() == expected);
+    pool.shutdown(END).await;
+}
+
+/// A mounted file system, unmounted on drop.
+struct Mounted<'a>(&'a Path);
+
+impl<'a> Mounted<'a> {
+    fn new(image: &Path, point: &'a Path) -> Self {
+        std::fs::create_dir_all(point).unwrap();
+        run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(point));
+        Self(point)
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0).status();
+    }
+}
+
+fn run(command: &mut Command) {
+    let done = command.output().unwrap();
+    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// A file system whose journal was never replayed is read as the kernel would, without being mounted anywhere; one with
+/// a feature that the reader does not know is refused by the feature's name, and not guessed at.
+pub(crate) async fn a_dirty_file_system_is_read_and_a_foreign_one_is_refused(backend: Backend) {
+    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
+    let (image, point) = (files.path("fs"), files.path("point"));
+    std::fs::File::create(&image).unwrap().set_len(32 << 20).unwrap();
+    run(Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&image));
+    {
+        let _mounted = Mounted::new(&image, &point);
+        std::fs::create_dir_all(point.join("upper/d")).unwrap();
+        std::fs::create_dir_all(point.join("work")).unwrap();
+        for n in 0..40 {
+            std::fs::write(point.join(format!("upper/d/f{n}")), noise(3000, n)).unwrap();
+        }
+        run(Command::new("sync").arg("-f").arg(&point));
+        // What lies in the journal now is nowhere else, as after a power cut.
+        std::fs::copy(&image, files.path("dirty")).unwrap();
+    }
+    let recover = std::fs::read(files.path("dirty")).unwrap()[1024 + 0x60] & 4;
+    assert_eq!(recover, 4, "the copy has a journal to replay");
+    let export = async |name: &str| {
+        let target = vec![LayerDisk { disk: files.readable(name), kind: LayerKind::Sandbox }];
+        let (parent, id_maps) = (ParentDisks::None, IdMaps::default());
+        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps };
+        files.export(&pool, name, ExportJob { kind, live: None }).await
+    };
+    let before = std::fs::read(files.path("dirty")).unwrap();
+    let clean = export("fs").await.unwrap();
+    assert!(clean.len() > 40 * 3000);
+    assert!(export("dirty").await.unwrap() == clean, "the journal's part is missing");
+    assert!(std::fs::read(files.path("dirty")).unwrap() == before, "a disk that is read was written");
+
+    run(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4", "-O", "bigalloc"]).arg(files.path("fs")));
+    let e = export("fs").await.unwrap_err();
+    assert_eq!(e.refused_kind(), Some(ErrorKind::Unsupported), "{e}");
+    assert!(e.to_string().contains("bigalloc"), "{e}");
+    assert!(export("dirty").await.unwrap() == clean);
+    assert_eq!(pool.snapshot().poisoned, 0);
     pool.shutdown(END).await;
 }
 

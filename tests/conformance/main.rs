@@ -11,6 +11,7 @@
 #![cfg(target_os = "linux")]
 
 mod disks;
+mod faults;
 mod files;
 mod killed;
 mod plugin;
@@ -106,6 +107,7 @@ suite!(
     suite::nothing_is_left_behind,
     disks::a_hash_tree_with_a_scratch_disk,
     disks::a_disk_in_a_vhdx,
+    disks::a_dirty_file_system_is_read_and_a_foreign_one_is_refused,
     disks::garbage_on_a_channel,
 );
 
@@ -147,14 +149,40 @@ async fn a_killed_daemon_leaves_nothing_on_qemu() {
 }
 
 #[test]
-fn scratch_goes_in_every_case_on_embedded() {
+fn fault_10_scratch_goes_in_every_case_on_embedded() {
     plugin::scratch_goes_in_every_case(&["lcow.svm=embedded".into()]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn scratch_goes_in_every_case_on_qemu() {
+async fn fault_10_scratch_goes_in_every_case_on_qemu() {
     on_plugins(plugin::scratch_goes_in_every_case).await;
 }
+
+macro_rules! faults {
+    ($($name:ident),* $(,)?) => {
+        mod faults_on_embedded { $(
+            #[test]
+            fn $name() {
+                super::faults::$name(&["lcow.svm=embedded".into()]);
+            }
+        )* }
+        mod faults_on_qemu { $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                super::on_plugins(super::faults::$name).await;
+            }
+        )* }
+    };
+}
+
+faults!(
+    fault_6_an_export_that_fails_half_way_is_cut,
+    fault_7_and_23_a_read_only_layer_is_exported_at_once_and_without_get,
+    fault_14_what_a_vm_holds_is_removed_all_the_same,
+    fault_20_blanks_made_at_one_time_are_all_whole,
+    fault_21_an_apply_that_stands_still_holds_up_nobody,
+    fault_22_missing_folders_are_no_reason_to_crash,
+);
 
 #[test]
 fn metrics_show_no_restores_on_embedded() {

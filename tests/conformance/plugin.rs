@@ -60,7 +60,7 @@ fn machines(plugin: &Plugin) -> Vec<Value> {
 }
 
 /// Scratch disks and staged files below the home.
-fn debris(plugin: &Plugin) -> Vec<String> {
+pub(crate) fn debris(plugin: &Plugin) -> Vec<String> {
     let names = |folder: &str| {
         let entries = fs::read_dir(plugin.home().join(folder)).into_iter().flatten().flatten();
         entries.map(|e| e.path().display().to_string()).collect::<Vec<_>>()
