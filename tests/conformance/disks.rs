@@ -103,7 +103,8 @@ pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
 
     // One bit of a file's bytes: the metadata are as good as before, the tree is not.
     let mut damaged = read("with.image");
-    let at = damaged.windows(64).position(|w| w == &noise(64, 4)[..]).expect("the first file's bytes");
+    let part = noise(64, 4);
+    let at = damaged.windows(part.len()).position(|w| w == part).expect("the first file's bytes");
     damaged[at] ^= 1;
     std::fs::write(files.path("damaged.image"), damaged).unwrap();
     let check = |tree| CheckJob { image: files.image("damaged"), require_no_writers: true, tree };

@@ -43,8 +43,8 @@ pub(crate) fn fault_6_an_export_that_fails_half_way_is_cut(options: &[String]) {
     plugin.layer("a", "", &whole);
     let path = plugin.home().join("a/layer.vhd");
     let image = fs::read(&path).unwrap();
-    let at =
-        image.windows(64).position(|w| w == &noise(1, 6_000_000)[5_000_000..5_000_064]).expect("its bytes");
+    let part = noise(1, 6_000_000)[5_000_000..5_000_064].to_vec();
+    let at = image.windows(part.len()).position(|w| w == part).expect("its bytes");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     let file = fs::File::options().write(true).open(&path).unwrap();
     file.write_all_at(&[!image[at]], at as u64).unwrap();
