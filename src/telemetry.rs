@@ -92,6 +92,8 @@ pub struct Gauges {
     pub boots: u64,
     /// Guests booted from nothing so far, where service VMs are restored from a saved one.
     pub cold_boots: u64,
+    /// Service VMs restored from a saved guest so far.
+    pub restores: u64,
     /// Leases that had to wait for a service VM.
     pub lease_waits: u64,
     /// Service VMs that failed so far.
@@ -146,14 +148,15 @@ impl Metrics {
         );
         registry.register_with_unit("diff_sent", "Tar bytes sent by Diff", Unit::Bytes, bytes_out.clone());
         type Row = (&'static str, &'static str, ReadGauge);
-        let rows: [Row; 10] = [
+        let rows: [Row; 11] = [
             ("layers", "Layers in the current store", |g| g.layers),
             ("mounts", "Mounted merged views", |g| g.mounts),
             ("disks", "Mounted images and sandboxes", |g| g.disks),
             ("service_vms", "Running service VMs, spares included", |g| g.service_vms),
             ("service_vm_spares", "Spare service VMs", |g| g.spares),
-            ("service_vm_boots", "Service VMs started since the program's start", |g| g.boots),
+            ("service_vm_boots", "Service VMs started since the program's start, however", |g| g.boots),
             ("service_vm_cold_boots", "Guests booted to save a template of", |g| g.cold_boots),
+            ("service_vm_restores", "Service VMs restored from a template", |g| g.restores),
             ("service_vm_lease_waits", "Leases that waited for a service VM", |g| g.lease_waits),
             ("service_vm_failures", "Service VMs that failed since the program's start", |g| g.vm_failures),
             ("free_bytes", "Bytes free on the disk of the home", |g| g.free_bytes),

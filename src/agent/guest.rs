@@ -11,16 +11,16 @@
 use super::{
     codec::{Codec, RealCodec},
     link::{self, Platform},
-    wire::{ErrorKind, WireError},
+    wire::{ErrorKind, WireError, Witness},
 };
 use crate::sys::linux::guest;
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 /// Name of the virtio-serial port that leads to the daemon.
@@ -153,6 +153,13 @@ impl Platform for Guest {
             .into_iter()
             .filter_map(|done| done.err().map(|e| e.to_string()))
             .collect()
+    }
+
+    fn witness(&self) -> Option<Witness> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+        let mut random = [0; 16];
+        File::open("/dev/urandom").ok()?.read_exact(&mut random).ok()?;
+        Some(Witness { unix_nanos: u64::try_from(now.as_nanos()).ok()?, random })
     }
 }
 

@@ -543,6 +543,19 @@ pub struct Hello {
     /// On a link: the transfer disk is in use.
     #[serde(default)]
     pub transfer: bool,
+    /// What shows that the machine woke well; none from agents that share the daemon's kernel.
+    #[serde(default)]
+    pub witness: Option<Witness>,
+}
+
+/// A machine's clock and random numbers right after its [`Wake`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Witness {
+    /// The machine's clock: nanoseconds since 1970, UTC.
+    pub unix_nanos: u64,
+    /// Bytes of its random numbers, drawn for this greeting and used for nothing else. Machines that are restored from
+    /// one saved state would all draw the same, had the reseeding failed.
+    pub random: [u8; 16],
 }
 
 /// First message to an agent at the other end of a [`link`](super::link).

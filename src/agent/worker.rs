@@ -95,7 +95,8 @@ fn run_self_test(name: &str, report: &jail::Report) -> i32 {
 fn run(report: jail::Report, codec: &Arc<dyn Codec>) -> io::Result<()> {
     let mut transport =
         Messages { socket: io::stdin().as_fd().try_clone_to_owned()?, buffer: vec![0; MAX_CONTROL] };
-    let hello = Hello { version: PROTOCOL_VERSION, jail: report.into(), nonce: 0, transfer: false };
+    let hello =
+        Hello { version: PROTOCOL_VERSION, jail: report.into(), nonce: 0, transfer: false, witness: None };
     transport.send(FrameType::Hello, &serde_json::to_vec(&hello)?)?;
     serve::serve(&mut transport, codec)
 }

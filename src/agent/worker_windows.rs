@@ -67,7 +67,7 @@ pub fn worker_main(args: &[String], codec: &Arc<dyn Codec>) -> i32 {
 fn run(report: jail::Report, codec: &Arc<dyn Codec>) -> io::Result<()> {
     let mut transport = Frames { pipe: PipeStream::from_handle(take_standard_input()?)? };
     let jail = JailReport { walls: report.walls, notes: report.notes, ..JailReport::default() };
-    let hello = Hello { version: PROTOCOL_VERSION, jail, nonce: 0, transfer: false };
+    let hello = Hello { version: PROTOCOL_VERSION, jail, nonce: 0, transfer: false, witness: None };
     wire::write_json(&mut &transport.pipe, FrameType::Hello, &hello)?;
     serve::serve(&mut transport, codec)
 }

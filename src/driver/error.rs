@@ -1,6 +1,10 @@
 //! What can go wrong in the driver.
 
-use crate::{config::ConfigError, store::StoreError, svm::SvmError};
+use crate::{
+    config::{ConfigError, SvmKind},
+    store::StoreError,
+    svm::SvmError,
+};
 use std::{io, path::PathBuf};
 
 /// Errors of graphdriver operations. Their text is what `docker` shows.
@@ -25,6 +29,14 @@ pub enum DriverError {
         /// Why it failed.
         #[source]
         source: SvmError,
+    },
+    /// The kind of service VM that was asked for cannot work here.
+    #[error("lcow.svm={kind} cannot work: {reason}")]
+    Backend {
+        /// The kind.
+        kind: SvmKind,
+        /// What is missing, and what to do.
+        reason: String,
     },
     /// The kernel refused a mount or a loop device.
     #[cfg(target_os = "linux")]

@@ -224,7 +224,7 @@ pub(super) fn open_door(folder: &Path, (uid, gid): (u32, u32)) -> Result<(), Dri
         .map_err(DriverError::io("change the mode of", folder))
 }
 
-fn options_of(init: &InitRecord, config: &DriverConfig) -> Result<Options, DriverError> {
+pub(super) fn options_of(init: &InitRecord, config: &DriverConfig) -> Result<Options, DriverError> {
     let mut options = config.options.clone();
     options.set_all(&init.opts)?;
     Ok(options)
@@ -267,6 +267,18 @@ fn qemu_config(options: &Options, config: &DriverConfig) -> svm::qemu::QemuConfi
         qemu.launcher.clone_from(program);
     }
     qemu
+}
+
+/// Refuses options whose service VMs cannot be made here, instead of failing at the first layer. What `auto` chooses
+/// needs nothing.
+pub(super) fn check_backend(options: &Options, config: &DriverConfig) -> Result<(), DriverError> {
+    #[cfg(target_os = "linux")]
+    if options.svm == SvmKind::Qemu {
+        let backend = svm::qemu::QemuBackend::new(qemu_config(options, config));
+        return backend.preflight().map_err(|reason| DriverError::Backend { kind: options.svm, reason });
+    }
+    let _ = (options, config);
+    Ok(())
 }
 
 fn start_pool(options: &Options, config: &DriverConfig, store: &Store) -> Pool {

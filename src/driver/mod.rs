@@ -116,14 +116,22 @@ impl Driver {
     /// said. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// The root or the home cannot be used, or another process owns the store.
+    /// The root or the home cannot be used, another process owns the store, or the kind of service VM that the options
+    /// name cannot work here.
     pub fn start(config: DriverConfig) -> Result<Self, DriverError> {
         std::fs::create_dir_all(&config.root).map_err(DriverError::io("create", &config.root))?;
         let last = Self::last_home(&config.root)?;
+        home::check_backend(&config.options, &config)?;
         let driver = Self { config, homes: RwLock::default(), init: tokio::sync::Mutex::default() };
         if let Some(home) = last {
             if home.is_dir() {
                 let opened = Home::open(&home, None, &driver.config)?;
+                // The next Init may say otherwise, so this is no reason to end.
+                if let Err(error) = home::check_backend(&opened.options, &driver.config) {
+                    tracing::error!(
+                        "no layer can be handled until this is mended or Init says otherwise: {error}"
+                    );
+                }
                 driver.adopt(home, opened);
             } else {
                 tracing::warn!(home = %home.display(), "the last Init's home is gone; waiting for the next Init");
@@ -195,6 +203,9 @@ impl Driver {
             )));
         }
         let _one_at_a_time = self.init.lock().await;
+        let options = home::options_of(&record, &self.config)?;
+        let config = self.config.clone();
+        blocking(move || home::check_backend(&options, &config)).await?;
         let known = self.homes.read().open.get(&path).cloned();
         match known {
             Some(home) if home.store.marker().init == record => self.homes.write().current = Some(home),
@@ -261,6 +272,7 @@ impl Driver {
             spares: pool.spares as u64,
             boots: pool.boots,
             cold_boots: pool.cold_boots,
+            restores: pool.restores,
             lease_waits: pool.waits,
             vm_failures: pool.boot_failures + pool.deaths + pool.poisoned,
             free_bytes: home.free_bytes().unwrap_or(0),

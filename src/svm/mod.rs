@@ -19,6 +19,7 @@ pub mod embedded;
 #[cfg(windows)]
 #[path = "embedded/windows.rs"]
 pub mod embedded;
+mod end;
 mod exchange;
 #[cfg(windows)]
 pub mod hcs;
@@ -31,7 +32,7 @@ mod stream;
 
 pub use crate::agent::wire::{
     ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
-    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest,
+    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest, Witness,
 };
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,
@@ -187,6 +188,11 @@ pub trait VmBackend: Send + Sync + 'static {
         0
     }
 
+    /// VMs restored from a saved guest since the backend began.
+    fn restores(&self) -> u64 {
+        0
+    }
+
     /// Starts a VM and waits for its agent's greeting. Dropping the future leaves nothing behind.
     fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>>;
 
@@ -228,4 +234,9 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
 
     /// What holds the agent in, where the VM itself does not.
     fn jail(&self) -> Option<JailReport>;
+
+    /// What the machine's clock and random numbers were when its agent greeted, where they are its own.
+    fn witness(&self) -> Option<Witness> {
+        None
+    }
 }

@@ -2,7 +2,8 @@
 
 use std::{fmt, io};
 
-/// The name of an entry as it is shown in errors: lossy, and cut to a length that fits a log line.
+/// The name of an entry as it is shown in errors: lossy, and cut to a length that fits a log line; empty before the
+/// first entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EntryName(String);
 
@@ -26,7 +27,12 @@ impl EntryName {
 
 impl fmt::Display for EntryName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}", self.0)
+        // No name yet: the stream is bad before the first entry's header was understood.
+        if self.0.is_empty() {
+            f.write_str("before the first entry")
+        } else {
+            write!(f, "entry {:?}", self.0)
+        }
     }
 }
 
@@ -39,7 +45,7 @@ pub enum TarError {
     #[error("tar stream is empty: not even an end-of-archive block")]
     Empty,
     /// The stream ended inside an entry or a header.
-    #[error("tar stream ends at byte {offset} inside {what} (entry {entry})")]
+    #[error("tar stream ends at byte {offset} inside {what} ({entry})")]
     Truncated {
         /// Entry being read.
         entry: EntryName,
@@ -49,7 +55,7 @@ pub enum TarError {
         what: &'static str,
     },
     /// A field contradicts the format.
-    #[error("tar stream is corrupt at byte {offset} (entry {entry}): {reason}")]
+    #[error("tar stream is corrupt at byte {offset} ({entry}): {reason}")]
     Corrupt {
         /// Entry being read.
         entry: EntryName,
@@ -59,7 +65,7 @@ pub enum TarError {
         reason: &'static str,
     },
     /// Valid, but of a kind that no layer can hold.
-    #[error("tar stream has an unsupported entry at byte {offset} (entry {entry}): {reason}")]
+    #[error("tar stream has an unsupported entry at byte {offset} ({entry}): {reason}")]
     Unsupported {
         /// Entry being read.
         entry: EntryName,
@@ -69,7 +75,7 @@ pub enum TarError {
         reason: String,
     },
     /// Larger than this reader accepts.
-    #[error("tar entry {entry} at byte {offset} has more than {limit} {what}")]
+    #[error("tar stream has more than {limit} {what} at byte {offset} ({entry})")]
     Limit {
         /// Entry being read.
         entry: EntryName,

@@ -22,9 +22,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-type Backend = Arc<dyn VmBackend>;
+pub(crate) type Backend = Arc<dyn VmBackend>;
 
-fn pool(backend: &Backend, mode: Mode) -> Pool {
+pub(crate) fn pool(backend: &Backend, mode: Mode) -> Pool {
     let config = PoolConfig {
         mode,
         spares: 1,
@@ -35,7 +35,7 @@ fn pool(backend: &Backend, mode: Mode) -> Pool {
     Pool::start(backend.clone(), config)
 }
 
-const END: Duration = Duration::from_secs(5);
+pub(crate) const END: Duration = Duration::from_secs(5);
 
 fn pid_of(description: &str) -> i32 {
     description.split(' ').nth(1).unwrap().parse().unwrap()
@@ -75,51 +75,6 @@ pub(crate) async fn apply_and_exact_diff(backend: Backend) {
         pool.shutdown(END).await;
         assert!(pool.snapshot().vms.is_empty());
     }
-}
-
-/// Digests and numbers that must be the same whoever made them.
-pub(crate) async fn fingerprint(backend: Backend) -> Vec<String> {
-    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
-    let mut out = Vec::new();
-    let mut note = |what: &str, bytes: &[u8]| {
-        use sha2::Digest as _;
-        let digest = sha2::Sha256::digest(bytes);
-        out.push(format!("{what} {} {digest:x}", bytes.len()));
-    };
-    let base = tree(250, 7000, 3);
-    let top = Tar::default()
-        .folder("d0/")
-        .file("d0/.wh.f1", b"")
-        .file("d0/f2", &noise(50_000, 99))
-        .folder("d1/")
-        .file("d1/.wh..wh..opq", b"")
-        .file("d1/new", b"new")
-        .end();
-    files.apply(&pool, "base", &base).await.unwrap();
-    let lease = pool.lease("top", Purpose::Work).await.unwrap();
-    let mut job = files.apply_job("top");
-    job.lowers = vec![files.layer("base")];
-    lease.tar_to_layer(job, body(&top, 1000)).await.unwrap();
-    drop(lease);
-    for name in ["base", "top"] {
-        for kind in ["image", "record"] {
-            let file = format!("{name}.{kind}");
-            note(&file, &std::fs::read(files.path(&file)).unwrap());
-        }
-        note("exact", &files.export(&pool, name, files.exact(name)).await.unwrap());
-    }
-    let own = files.canonical(&["top", "base"], ParentDisks::Own);
-    note("canonical", &files.export(&pool, "top", own).await.unwrap());
-    let squashed = files.canonical(&["top", "base"], ParentDisks::None);
-    note("squashed", &files.export(&pool, "top", squashed).await.unwrap());
-    let lease = pool.lease("top", Purpose::Work).await.unwrap();
-    let changes = lease.changes(files.compare(&["top", "base"])).await.unwrap();
-    note("changes", format!("{changes:?}").as_bytes());
-    let size = lease.diff_size(files.compare(&["top", "base"])).await.unwrap();
-    note("size", size.to_string().as_bytes());
-    drop(lease);
-    pool.shutdown(END).await;
-    out
 }
 
 pub(crate) async fn canonical_diff_changes_and_sizes(backend: Backend) {

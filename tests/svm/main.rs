@@ -196,7 +196,7 @@ async fn fault_4_a_read_only_disk_stays_read_only_even_from_a_writable_file() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fault_5_and_6_a_cut_or_refused_tar_is_an_error() {
+async fn fault_5_a_cut_or_refused_tar_is_an_error() {
     for mode in [Mode::Safe, Mode::Global] {
         let (pool, files) = (pool(mode), Files::new());
         let lease = pool.lease("a", Purpose::Work).await.unwrap();
@@ -215,7 +215,7 @@ async fn fault_5_and_6_a_cut_or_refused_tar_is_an_error() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_export_that_fails_late_or_dies_never_looks_complete() {
+async fn fault_6_an_export_that_fails_late_or_dies_never_looks_complete() {
     let (pool, files) = (pool(Mode::Safe), Files::new());
     std::fs::write(files.path("l.record"), b"").unwrap();
     for (head, died) in [(b"later", false), (b"died!", true)] {

@@ -22,7 +22,7 @@ use crate::agent::{
     serve::{self, ControlTransport},
     wire::{
         self, Control, ControlReply, ControlRequest, ErrorKind, FrameType, Hello, JailReport,
-        PROTOCOL_VERSION, Wake, WireError,
+        PROTOCOL_VERSION, Wake, WireError, Witness,
     },
 };
 use std::{
@@ -58,6 +58,11 @@ pub trait Platform: Send + Sync + 'static {
     /// The machine was started, or woken from a saved state: its random numbers are known to its siblings and its
     /// clock stands still since then. Gives notes for people on what could not be done.
     fn wake(&self, entropy: &[u8], unix_time: std::time::Duration) -> Vec<String>;
+
+    /// Clock and random numbers after [`Platform::wake`], where they are the machine's own.
+    fn witness(&self) -> Option<Witness> {
+        None
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -472,7 +477,8 @@ impl LinkControl {
         }
         let transfer = self.session.slots.get().is_some();
         let jail = JailReport { notes, ..JailReport::default() };
-        let hello = Hello { version: PROTOCOL_VERSION, jail, nonce: wake.nonce, transfer };
+        let witness = self.platform.witness();
+        let hello = Hello { version: PROTOCOL_VERSION, jail, nonce: wake.nonce, transfer, witness };
         self.session.send(&SYNC, &[])?;
         wire::write_json(&mut &self.channel, FrameType::Hello, &hello)
     }

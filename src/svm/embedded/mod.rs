@@ -12,10 +12,11 @@
 
 mod control;
 
-use super::console::Console;
 use super::{
     Access, BackendLimits, Channel, Death, DiskId, DiskSource, JailReport, ServiceVm, SvmError, VmBackend,
     VmSpec,
+    console::Console,
+    end::{End, Process},
 };
 use crate::{
     agent::{
@@ -23,8 +24,8 @@ use crate::{
         worker::MEMORY_VARIABLE,
     },
     sys::linux::{
-        asyncfd, fdpass,
-        process::{WorkerCommand, WorkerProcess, is_writable, reopen_read_only, spawn_worker},
+        fdpass,
+        process::{WorkerCommand, is_writable, reopen_read_only, spawn_worker},
     },
 };
 use control::ControlClient;
@@ -32,7 +33,7 @@ use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use std::{
     ffi::OsString,
-    fmt, io,
+    fmt,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
@@ -43,7 +44,6 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
 };
-use tokio::{io::Interest, sync::watch};
 
 /// Kernel buffer of a data channel, each way; bytes.
 const CHANNEL_BUFFER: usize = 256 << 10;
@@ -92,49 +92,45 @@ impl EmbeddedBackend {
     }
 
     async fn start(&self, spec: VmSpec) -> Result<Arc<dyn ServiceVm>, SvmError> {
-        let failed = |reason: String, console: String| SvmError::Boot { reason, console };
+        let console = Console::default();
+        let end = End::new(console.clone());
+        let failed = |reason: &dyn fmt::Display| end.boot_failed(reason);
         let (sender, started) = tokio::sync::oneshot::channel();
         spawn_worker(self.command(), move |worker| {
             // If nobody waits any more, the worker is killed and reaped by being dropped here.
             let _ = sender.send(worker);
         })
-        .map_err(|e| failed(e.to_string(), String::new()))?;
+        .map_err(|e| failed(&e))?;
         let program = self.config.program.display();
         let mut worker = started
             .await
-            .map_err(|_| failed("the spawner thread is gone".into(), String::new()))?
-            .map_err(|e| failed(format!("{program}: {e}"), String::new()))?;
-        let console = Console::default();
+            .map_err(|_| failed(&"the spawner thread is gone"))?
+            .map_err(|e| failed(&format_args!("{program}: {e}")))?;
         let (Some(stderr), Some(socket)) = (worker.stderr.take(), worker.control.take()) else {
-            return Err(failed("worker without control socket".into(), String::new()));
+            return Err(failed(&"worker without control socket"));
         };
         let pid = worker.pid();
-        let pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(OwnedFd::from(stderr))
-            .map_err(|e| failed(e.to_string(), String::new()))?;
+        let pipe =
+            tokio::net::unix::pipe::Receiver::from_owned_fd(OwnedFd::from(stderr)).map_err(|e| failed(&e))?;
         console.follow(pipe, format!("worker {pid}"));
-        let control = ControlClient::new(socket).map_err(|e| failed(e.to_string(), String::new()))?;
+        let control = ControlClient::new(socket).map_err(|e| failed(&e))?;
         let vm = Arc::new(EmbeddedVm {
             label: format!("worker {pid} (vm {})", spec.number),
             control,
-            console,
-            death: watch::channel(None).0,
             next_disk: AtomicU32::new(0),
-            worker: Mutex::new(Some(worker)),
+            worker: Process::watch(worker, end.clone()).map_err(|e| failed(&e))?,
             jail: Mutex::new(None),
         });
-        vm.watch().map_err(|e| failed(e.to_string(), String::new()))?;
         let hello: Hello = match vm.control.hello().await {
             Ok(hello) => hello,
             Err(e) => {
                 vm.terminate().await;
-                let cause =
-                    vm.death.borrow().as_ref().map_or_else(String::new, |d| format!(" ({})", d.cause));
-                return Err(failed(format!("{program} did not greet: {e}{cause}"), vm.console.tail()));
+                return Err(failed(&format_args!("{program} did not greet: {e}")));
             }
         };
         if hello.version != PROTOCOL_VERSION {
             let reason = format!("it speaks protocol {}, we speak {PROTOCOL_VERSION}", hello.version);
-            return Err(failed(reason, vm.console.tail()));
+            return Err(failed(&reason));
         }
         *vm.jail.lock() = Some(hello.jail);
         Ok(vm)
@@ -164,11 +160,8 @@ impl VmBackend for EmbeddedBackend {
 struct EmbeddedVm {
     label: String,
     control: ControlClient,
-    console: Console,
-    death: watch::Sender<Option<Death>>,
     next_disk: AtomicU32,
-    /// `None` once reaped.
-    worker: Mutex<Option<WorkerProcess>>,
+    worker: Process,
     jail: Mutex<Option<JailReport>>,
 }
 
@@ -179,31 +172,6 @@ impl fmt::Debug for EmbeddedVm {
 }
 
 impl EmbeddedVm {
-    /// Starts the task that reaps the worker and tells of its end.
-    fn watch(self: &Arc<Self>) -> io::Result<()> {
-        let Some(pidfd) = self.worker.lock().as_ref().map(WorkerProcess::end_watch).transpose()? else {
-            return Ok(());
-        };
-        let pidfd = asyncfd::watch(pidfd, Interest::READABLE)?;
-        // Weak: dropping the last user of a VM must end it, not wait for this task.
-        let vm = Arc::downgrade(self);
-        let (console, death) = (self.console.clone(), self.death.clone());
-        tokio::spawn(async move {
-            let _ = pidfd.readable().await;
-            // The pipe usually still holds its last words.
-            tokio::task::yield_now().await;
-            let ended = vm.upgrade().and_then(|vm| {
-                let mut worker = vm.worker.lock();
-                let ended = worker.as_mut().and_then(WorkerProcess::try_reap);
-                *worker = None;
-                ended
-            });
-            let cause = ended.map_or_else(|| "ended".to_owned(), |e| e.to_string());
-            death.send_replace(Some(Death { cause, console: console.tail() }));
-        });
-        Ok(())
-    }
-
     fn disk_error(&self, disk: impl fmt::Display, e: impl fmt::Display) -> SvmError {
         SvmError::Disk { vm: self.label.clone(), disk: disk.to_string(), reason: e.to_string() }
     }
@@ -273,26 +241,15 @@ impl ServiceVm for EmbeddedVm {
     }
 
     fn terminate(&self) -> BoxFuture<'_, ()> {
-        async move {
-            if let Some(worker) = self.worker.lock().as_ref() {
-                worker.kill();
-            }
-            self.death().await;
-        }
-        .boxed()
+        self.worker.terminate().map(|_| ()).boxed()
     }
 
     fn death(&self) -> BoxFuture<'_, Death> {
-        let mut watch = self.death.subscribe();
-        async move {
-            let seen = watch.wait_for(Option::is_some).await.ok().and_then(|d| d.clone());
-            seen.unwrap_or_else(|| Death { cause: "ended".into(), console: String::new() })
-        }
-        .boxed()
+        self.worker.end.wait()
     }
 
     fn console(&self) -> String {
-        self.console.tail()
+        self.worker.end.console()
     }
 
     fn jail(&self) -> Option<JailReport> {

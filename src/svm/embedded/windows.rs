@@ -12,7 +12,9 @@
 
 use super::{
     Access, BackendLimits, Channel, Death, DiskId, DiskSource, JailReport, ServiceVm, SvmError, VmBackend,
-    VmSpec, console::Console,
+    VmSpec,
+    console::Console,
+    end::{End, Process},
 };
 use crate::{
     agent::{
@@ -40,7 +42,7 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadHalf},
     net::windows::named_pipe::NamedPipeServer,
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, oneshot},
 };
 
 /// How workers are started.
@@ -81,15 +83,13 @@ impl EmbeddedBackend {
 
     async fn start(&self, spec: VmSpec) -> Result<Arc<dyn ServiceVm>, SvmError> {
         let program = self.config.program.display();
-        let failed = |reason: &dyn fmt::Display, console: &Console| SvmError::Boot {
-            reason: format!("{program}: {reason}"),
-            console: console.tail(),
-        };
         let console = Console::default();
-        let (control, theirs) = pipe::pair(true).map_err(|e| failed(&e, &console))?;
-        let (stderr, their_stderr) = pipe::pair(false).map_err(|e| failed(&e, &console))?;
+        let end = End::new(console.clone());
+        let failed = |reason: &dyn fmt::Display| end.boot_failed(format_args!("{program}: {reason}"));
+        let (control, theirs) = pipe::pair(true).map_err(|e| failed(&e))?;
+        let (stderr, their_stderr) = pipe::pair(false).map_err(|e| failed(&e))?;
         for ours in [&control, &stderr] {
-            ours.connect().await.map_err(|e| failed(&e, &console))?;
+            ours.connect().await.map_err(|e| failed(&e))?;
         }
         let command = WorkerCommand {
             program: self.config.program.clone(),
@@ -99,28 +99,24 @@ impl EmbeddedBackend {
         };
         let started =
             tokio::task::spawn_blocking(move || WorkerProcess::start(&command, theirs, their_stderr)).await;
-        let worker = started.map_err(|e| failed(&e, &console))?.map_err(|e| failed(&e, &console))?;
+        let worker = started.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
         let pid = worker.pid();
         console.follow(stderr, format!("worker {pid}"));
         let (control, hello) = ControlClient::new(control);
         let vm = Arc::new(EmbeddedVm {
             label: format!("worker {pid} (vm {})", spec.number),
             control,
-            console,
-            death: watch::channel(None).0,
             next_disk: AtomicU32::new(0),
-            worker: Mutex::new(Some(worker)),
+            worker: Process::watch(worker, end.clone()).map_err(|e| failed(&e))?,
             jail: Mutex::new(None),
         });
-        vm.watch().map_err(|e| failed(&e, &vm.console))?;
         let Ok(hello) = hello.await else {
             vm.terminate().await;
-            let cause = vm.death.borrow().as_ref().map_or_else(String::new, |d| format!(" ({})", d.cause));
-            return Err(failed(&format_args!("it did not greet{cause}"), &vm.console));
+            return Err(failed(&"it did not greet"));
         };
         if hello.version != PROTOCOL_VERSION {
             let reason = format!("it speaks protocol {}, we speak {PROTOCOL_VERSION}", hello.version);
-            return Err(failed(&reason, &vm.console));
+            return Err(failed(&reason));
         }
         *vm.jail.lock() = Some(hello.jail);
         Ok(vm)
@@ -229,11 +225,8 @@ async fn read_replies(
 struct EmbeddedVm {
     label: String,
     control: ControlClient,
-    console: Console,
-    death: watch::Sender<Option<Death>>,
     next_disk: AtomicU32,
-    /// `None` once it has ended.
-    worker: Mutex<Option<WorkerProcess>>,
+    worker: Process,
     jail: Mutex<Option<JailReport>>,
 }
 
@@ -244,24 +237,6 @@ impl fmt::Debug for EmbeddedVm {
 }
 
 impl EmbeddedVm {
-    /// Starts the thread that tells of the worker's end.
-    fn watch(self: &Arc<Self>) -> io::Result<()> {
-        let Some(watch) = self.worker.lock().as_ref().map(WorkerProcess::end_watch).transpose()? else {
-            return Ok(());
-        };
-        // Weak: dropping the last user of a VM must end it, not wait for this thread.
-        let vm = Arc::downgrade(self);
-        let (console, death) = (self.console.clone(), self.death.clone());
-        std::thread::Builder::new().name("worker-end".into()).spawn(move || {
-            let cause = watch.wait();
-            if let Some(vm) = vm.upgrade() {
-                *vm.worker.lock() = None;
-            }
-            death.send_replace(Some(Death { cause, console: console.tail() }));
-        })?;
-        Ok(())
-    }
-
     fn disk_error(&self, disk: impl fmt::Display, e: impl fmt::Display) -> SvmError {
         SvmError::Disk { vm: self.label.clone(), disk: disk.to_string(), reason: e.to_string() }
     }
@@ -271,9 +246,8 @@ impl EmbeddedVm {
     }
 
     fn give(&self, handle: BorrowedHandle<'_>, access: Given) -> io::Result<u64> {
-        let worker = self.worker.lock();
-        let worker = worker.as_ref().ok_or_else(|| io::Error::other("the worker has ended"))?;
-        worker.give(handle, access)
+        let given = self.worker.with(|worker| worker.give(handle, access));
+        given.unwrap_or_else(|| Err(io::Error::other("the worker has ended")))
     }
 }
 
@@ -331,26 +305,15 @@ impl ServiceVm for EmbeddedVm {
     }
 
     fn terminate(&self) -> BoxFuture<'_, ()> {
-        async move {
-            if let Some(worker) = self.worker.lock().as_ref() {
-                worker.kill();
-            }
-            self.death().await;
-        }
-        .boxed()
+        self.worker.terminate().map(|_| ()).boxed()
     }
 
     fn death(&self) -> BoxFuture<'_, Death> {
-        let mut watch = self.death.subscribe();
-        async move {
-            let seen = watch.wait_for(Option::is_some).await.ok().and_then(|d| d.clone());
-            seen.unwrap_or_else(|| Death { cause: "ended".into(), console: String::new() })
-        }
-        .boxed()
+        self.worker.end.wait()
     }
 
     fn console(&self) -> String {
-        self.console.tail()
+        self.worker.end.console()
     }
 
     fn jail(&self) -> Option<JailReport> {

@@ -19,6 +19,7 @@ use crate::{
     svm::{
         Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
         console::Console,
+        end::End,
         remote::{RemoteAgent, RemoteDisk},
     },
     sys::windows::computecore::{HcsError, Library, System},
@@ -83,9 +84,7 @@ pub(super) struct HcsVm {
     label: String,
     id: String,
     agent: RemoteAgent,
-    console: Console,
-    death: watch::Receiver<Option<Death>>,
-    ending: watch::Sender<Option<Death>>,
+    end: End,
     disks: Mutex<Disks>,
     config: Arc<HcsConfig>,
     library: Arc<Library>,
@@ -122,12 +121,11 @@ pub(super) async fn start(
         console_pipe: &console_pipe,
     });
     let document = serde_json::to_string(&document).map_err(|e| failed(&e))?;
-    let (ending, death) = watch::channel(None::<Death>);
     let console = Console::default();
-    let (told, lines) = (ending.clone(), console.clone());
+    let end = End::new(console.clone());
+    let told = end.clone();
     let on_exit = move |report: String| {
-        let cause = if report.is_empty() { "ended".to_owned() } else { format!("ended: {report}") };
-        told.send_replace(Some(Death { cause, console: lines.tail() }));
+        told.tell(if report.is_empty() { "ended".to_owned() } else { format!("ended: {report}") });
     };
     let (lib, name) = (library.clone(), id.clone());
     let system = blocking(move || System::create(&lib, &name, &document, deadline, on_exit)).await;
@@ -141,22 +139,20 @@ pub(super) async fn start(
     let listener = transport.listen(runtime_id).map_err(|e| failed(&e))?;
     let started = system.clone();
     blocking(move || started.start(deadline)).await.map_err(|e| failed(&e))?;
-    tokio::spawn(follow(console_pipe, console.clone(), label.clone(), death.clone()));
-    let told = |reason: String| SvmError::Boot { reason, console: console.tail() };
+    tokio::spawn(follow(console_pipe, console, label.clone(), end.watch()));
     let greeting = async {
         let (input, output) = listener.accept(deadline).await?;
         RemoteAgent::connect(input, output, None).await
     };
-    let mut watched = death.clone();
     let agent = tokio::select! {
         greeted = timeout(deadline, greeting) => match greeted {
-            Ok(greeted) => greeted.map_err(|e| told(format!("the agent's connection: {e}")))?,
-            Err(_) => return Err(told(format!("no agent has greeted within {}s", deadline.as_secs()))),
+            Ok(greeted) => greeted.map_err(|e| end.boot_failed(format_args!("the agent's connection: {e}")))?,
+            Err(_) => {
+                let reason = format!("no agent has greeted within {}s", deadline.as_secs());
+                return Err(end.boot_failed(reason));
+            }
         },
-        ended = watched.wait_for(Option::is_some) => {
-            let cause = ended.ok().and_then(|d| d.clone()).map_or_else(String::new, |d| d.cause);
-            return Err(told(format!("the machine {cause} before its agent greeted")));
-        }
+        _ = end.wait() => return Err(end.boot_failed("the machine ended before its agent greeted")),
     };
     for note in &agent.hello().jail.notes {
         tracing::warn!(note, "service VM's guest");
@@ -165,9 +161,7 @@ pub(super) async fn start(
         label,
         id,
         agent,
-        console,
-        death,
-        ending,
+        end,
         disks: Mutex::default(),
         config,
         library,
@@ -193,8 +187,8 @@ impl HcsVm {
     }
 
     fn died(&self) -> SvmError {
-        let cause = self.death.borrow().as_ref().map_or_else(|| "ended".to_owned(), |d| d.cause.clone());
-        SvmError::Died { vm: self.label.clone(), cause, console: self.console.tail() }
+        let cause = self.end.seen().map_or_else(|| "ended".to_owned(), |d| d.cause);
+        SvmError::Died { vm: self.label.clone(), cause, console: self.end.console() }
     }
 
     fn system(&self) -> Result<Arc<System>, SvmError> {
@@ -336,7 +330,7 @@ impl ServiceVm for HcsVm {
     fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>> {
         async move {
             let channel = self.agent.open_channel().await.map_err(|e| {
-                if self.death.borrow().is_some() {
+                if self.end.seen().is_some() {
                     return self.died();
                 }
                 SvmError::Protocol { vm: self.label.clone(), reason: e.to_string() }
@@ -359,24 +353,17 @@ impl ServiceVm for HcsVm {
             let system = self.system.lock().take();
             if let Some(system) = system {
                 let deadline = self.config.deadline;
-                let (label, mut watched) = (self.label.clone(), self.death.clone());
+                let label = self.label.clone();
                 let asked = system.clone();
                 if let Err(e) = blocking(move || asked.terminate(deadline)).await {
                     tracing::warn!(vm = label, "{e}; closing its handle ends it");
                 }
                 // A late word of its end is not waited for without limit: closing the handle ends it too.
-                let _ = timeout(EXIT_TIME, watched.wait_for(Option::is_some)).await;
+                let _ = timeout(EXIT_TIME, self.end.wait()).await;
                 blocking(move || drop(system)).await;
-                self.ending.send_if_modified(|death| {
-                    let silent = death.is_none();
-                    if silent {
-                        let cause = "ended: its handle was closed".to_owned();
-                        *death = Some(Death { cause, console: self.console.tail() });
-                    }
-                    silent
-                });
+                self.end.tell("ended: its handle was closed");
             }
-            self.death().await;
+            self.end.wait().await;
             // Here and not in the drop: that happens on a thread of the runtime, which must not wait.
             let folder = self.folder.0.clone();
             blocking(move || Folder::clear(&folder)).await;
@@ -385,16 +372,11 @@ impl ServiceVm for HcsVm {
     }
 
     fn death(&self) -> BoxFuture<'_, Death> {
-        let mut watch = self.death.clone();
-        async move {
-            let seen = watch.wait_for(Option::is_some).await.ok().and_then(|d| d.clone());
-            seen.unwrap_or_else(|| Death { cause: "ended".into(), console: String::new() })
-        }
-        .boxed()
+        self.end.wait()
     }
 
     fn console(&self) -> String {
-        self.console.tail()
+        self.end.console()
     }
 
     fn jail(&self) -> Option<JailReport> {

@@ -123,6 +123,8 @@ pub struct PoolSnapshot {
     pub detail: String,
     /// Guests that were booted from nothing, where others are restored.
     pub cold_boots: u64,
+    /// VMs that were restored from a saved guest.
+    pub restores: u64,
 }
 
 /// A running VM, for people.
@@ -311,6 +313,7 @@ impl Pool {
             jail: state.jail.clone(),
             detail: self.inner.backend.detail(),
             cold_boots: self.inner.backend.cold_boots(),
+            restores: self.inner.backend.restores(),
         }
     }
 

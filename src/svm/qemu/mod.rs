@@ -41,6 +41,8 @@ const KERNEL_LINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests no_tim
 const TCG_LINE: &str = " mitigations=off nokaslr";
 /// How long the first boot under KVM may take before it is held for broken.
 const KVM_DEADLINE: Duration = Duration::from_secs(5);
+/// Said where only KVM is wanted.
+const NO_KVM: &str = "KVM was asked for, and this machine has none that works; set lcow.accelerator=auto, or let the service open /dev/kvm";
 /// Memory comes in pieces of this; bytes.
 const MEMORY_STEP: u64 = 2 << 20;
 
@@ -106,6 +108,7 @@ pub struct QemuBackend {
     ready: tokio::sync::Mutex<Option<Arc<Ready>>>,
     detail: parking_lot::Mutex<String>,
     cold_boots: AtomicU64,
+    restores: AtomicU64,
 }
 
 /// What is known after the first boot.
@@ -124,7 +127,27 @@ impl QemuBackend {
             ready: tokio::sync::Mutex::default(),
             detail: parking_lot::Mutex::default(),
             cold_boots: AtomicU64::new(0),
+            restores: AtomicU64::new(0),
         }
+    }
+
+    /// Whether machines can be made at all, as far as can be told without making one: the guest's files, QEMU, and KVM
+    /// where it is asked for. Runs `qemu --version`, and so takes some ten milliseconds.
+    ///
+    /// # Errors
+    /// All that is missing, and what the operator has to do.
+    pub fn preflight(&self) -> Result<(), String> {
+        let c = &self.config;
+        let no_kvm = c.accelerator == Some(Accelerator::Kvm) && kvm_device().is_none();
+        let faults: Vec<String> = [
+            Image::open(&c.kernel, &c.initrd).err(),
+            find(c.program.as_deref()).err(),
+            no_kvm.then(|| NO_KVM.to_owned()),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) }
     }
 
     fn recipe(&self, qemu: Qemu, accelerator: Accelerator) -> Recipe {
@@ -173,7 +196,7 @@ impl QemuBackend {
         if self.config.accelerator != Some(Accelerator::Kvm) {
             tries.push((Accelerator::Tcg, None, self.config.deadline));
         }
-        let mut last = failed("KVM was asked for, and this machine has none".into());
+        let mut last = failed(NO_KVM.into());
         for (accelerator, kvm, deadline) in tries {
             let recipe = self.recipe(qemu.clone(), accelerator);
             match self.template(&recipe, &image, kvm.as_ref(), deadline, anew).await {
@@ -222,6 +245,7 @@ impl QemuBackend {
         let machine = ready.template.restore(&ready.recipe, spec.number, ready.kvm.as_ref()).await?;
         let (growing, disks) = (self.config.growing_bytes, self.limits().disks as u32);
         let vm = QemuVm::greet(machine, spec.number, growing, disks, self.config.deadline).await?;
+        self.restores.fetch_add(1, Ordering::Relaxed);
         Ok(vm)
     }
 
@@ -256,6 +280,10 @@ impl VmBackend for QemuBackend {
         self.cold_boots.load(Ordering::Relaxed)
     }
 
+    fn restores(&self) -> u64 {
+        self.restores.load(Ordering::Relaxed)
+    }
+
     fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {
         self.start(spec).boxed()
     }
@@ -269,5 +297,35 @@ impl VmBackend for QemuBackend {
                 .map_err(|_| SvmError::Cancelled("clearing up was cut off"))
         }
         .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, os::unix::fs::PermissionsExt};
+
+    #[test]
+    fn a_preflight_tells_all_that_is_missing_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let old = path("qemu");
+        fs::write(&old, "#!/bin/sh\necho QEMU emulator version 7.2.17\n").unwrap();
+        fs::set_permissions(&old, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(path("initrd"), b"").unwrap();
+        let mut config = QemuConfig::new(path("vmlinux"), path("initrd"), folder.path());
+        config.program = Some(old);
+        let said = QemuBackend::new(config.clone()).preflight().unwrap_err();
+        for expected in
+            ["vmlinux: No such file", "initrd: is empty", "build-svm-image", "7.2.17; 8.2 or later"]
+        {
+            assert!(said.contains(expected), "{expected} is missing in: {said}");
+        }
+        config.program = Some(path("no-qemu"));
+        for name in ["vmlinux", "initrd"] {
+            fs::write(path(name), b"x").unwrap();
+        }
+        let said = QemuBackend::new(config).preflight().unwrap_err();
+        assert!(said.contains("no-qemu cannot be run") && !said.contains("initrd"), "{said}");
     }
 }

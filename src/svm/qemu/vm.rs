@@ -18,26 +18,23 @@ use super::{
 use crate::{
     agent::{link::slots::TransferDisk, wire::JailReport},
     svm::{
-        Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
-        console::Console,
+        Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError, Witness,
+        end::{End, Process},
         remote::{RemoteAgent, RemoteDisk},
     },
-    sys::linux::{
-        asyncfd,
-        process::{WorkerProcess, is_writable, reopen_read_only},
-    },
+    sys::linux::process::{is_writable, reopen_read_only},
 };
 use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use serde_json::json;
 use std::{
     collections::{BTreeSet, HashMap},
-    fmt, io,
+    fmt,
     os::fd::{AsFd, BorrowedFd},
     sync::Arc,
     time::Duration,
 };
-use tokio::{io::Interest, sync::watch, time::timeout};
+use tokio::time::timeout;
 
 /// Most disks of one machine at a time.
 pub(super) const MAX_DISKS: u32 = 1024;
@@ -55,10 +52,7 @@ pub(super) struct QemuVm {
     label: String,
     qmp: Qmp,
     agent: RemoteAgent,
-    console: Console,
-    death: watch::Sender<Option<Death>>,
-    /// `None` once reaped.
-    process: Mutex<Option<WorkerProcess>>,
+    process: Process,
     disks: Mutex<Disks>,
     paused: tokio::sync::Mutex<bool>,
     /// Size of a disk that grows.
@@ -118,30 +112,26 @@ impl QemuVm {
         limit: Duration,
     ) -> Result<Arc<Self>, SvmError> {
         let greeted = timeout(limit, Self::hello(&mut machine)).await;
-        let failed = |reason: String, console: &Console| SvmError::Boot { reason, console: console.tail() };
+        let Machine { process, qmp, console, .. } = machine;
+        let end = End::new(console);
         let agent = match greeted {
             Ok(Ok(agent)) => agent,
-            Ok(Err(e)) => return Err(failed(e, &machine.console)),
+            Ok(Err(e)) => return Err(end.boot_failed(e)),
             Err(_) => {
                 let reason = format!("the restored guest did not greet within {}s", limit.as_secs());
-                return Err(failed(reason, &machine.console));
+                return Err(end.boot_failed(reason));
             }
         };
-        let Machine { process, qmp, console, .. } = machine;
-        let vm = Arc::new(Self {
+        Ok(Arc::new(Self {
             label: format!("qemu {} (vm {number})", process.pid()),
             qmp,
             agent,
-            death: watch::channel(None).0,
-            process: Mutex::new(Some(process)),
+            process: Process::watch(process, end.clone()).map_err(|e| end.boot_failed(e))?,
             disks: Mutex::default(),
             paused: tokio::sync::Mutex::new(true),
             growing_bytes,
             most_disks,
-            console,
-        });
-        vm.watch().map_err(|e| failed(e.to_string(), &vm.console))?;
-        Ok(vm)
+        }))
     }
 
     async fn hello(machine: &mut Machine) -> Result<RemoteAgent, String> {
@@ -158,31 +148,6 @@ impl QemuVm {
         }
         machine.qmp.run("stop", json!({})).await.map_err(|e| text(&e))?;
         Ok(agent)
-    }
-
-    /// Starts the task that reaps the process and tells of its end.
-    fn watch(self: &Arc<Self>) -> io::Result<()> {
-        let Some(pidfd) = self.process.lock().as_ref().map(WorkerProcess::end_watch).transpose()? else {
-            return Ok(());
-        };
-        let pidfd = asyncfd::watch(pidfd, Interest::READABLE)?;
-        // Weak: dropping the last user of a VM must end it, not wait for this task.
-        let vm = Arc::downgrade(self);
-        let (console, death) = (self.console.clone(), self.death.clone());
-        tokio::spawn(async move {
-            let _ = pidfd.readable().await;
-            // The sockets usually still hold its last words.
-            tokio::task::yield_now().await;
-            let ended = vm.upgrade().and_then(|vm| {
-                let mut process = vm.process.lock();
-                let ended = process.as_mut().and_then(WorkerProcess::try_reap);
-                *process = None;
-                ended
-            });
-            let cause = ended.map_or_else(|| "ended".to_owned(), |e| e.to_string());
-            death.send_replace(Some(Death { cause, console: console.tail() }));
-        });
-        Ok(())
     }
 
     async fn go_on(&self) -> Result<(), QmpError> {
@@ -365,31 +330,23 @@ impl ServiceVm for QemuVm {
     }
 
     fn terminate(&self) -> BoxFuture<'_, ()> {
-        async move {
-            if let Some(process) = self.process.lock().as_ref() {
-                // Nothing in it is worth a farewell: what was written is in the files' page cache.
-                process.kill();
-            }
-            self.death().await;
-        }
-        .boxed()
+        self.process.terminate().map(|_| ()).boxed()
     }
 
     fn death(&self) -> BoxFuture<'_, Death> {
-        let mut watch = self.death.subscribe();
-        async move {
-            let seen = watch.wait_for(Option::is_some).await.ok().and_then(|d| d.clone());
-            seen.unwrap_or_else(|| Death { cause: "ended".into(), console: String::new() })
-        }
-        .boxed()
+        self.process.end.wait()
     }
 
     fn console(&self) -> String {
-        self.console.tail()
+        self.process.end.console()
     }
 
     fn jail(&self) -> Option<JailReport> {
         None
+    }
+
+    fn witness(&self) -> Option<Witness> {
+        self.agent.hello().witness.clone()
     }
 }
 

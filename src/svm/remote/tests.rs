@@ -255,7 +255,8 @@ async fn a_hostile_agent_ends_its_link_and_every_channel() {
             theirs.read_exact(&mut wake).unwrap();
             let wake: Wake = serde_json::from_slice(&wake).unwrap();
             let jail = wire::JailReport::default();
-            let mut hello = Hello { version: PROTOCOL_VERSION, jail, nonce: 1, transfer: false };
+            let mut hello =
+                Hello { version: PROTOCOL_VERSION, jail, nonce: 1, transfer: false, witness: None };
             // First a stale greeting, as an earlier session may have left it.
             for nonce in [7, wake.nonce] {
                 hello.nonce = nonce;

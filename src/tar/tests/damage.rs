@@ -115,6 +115,17 @@ fn bad_archives_name_entry_and_place() {
 }
 
 #[test]
+fn a_fault_before_the_first_entry_names_none() {
+    let message = refused(&[7; 4096]).to_string();
+    assert!(message.contains("byte 0 (before the first entry)"), "{message}");
+    let message = refused(&[0; 511]).to_string();
+    assert!(message.contains("(before the first entry)") && !message.contains(r#""""#), "{message}");
+    let behind = Builder::default().entry("first", b'0', b"x").block(&[7; BLOCK]).end();
+    let message = refused(&behind).to_string();
+    assert!(message.contains(r#"(entry "first")"#), "{message}");
+}
+
+#[test]
 fn sparse_map_bombs_are_bounded() {
     let mut tar = Builder::default().odd(header(b"s", b'S', 0), &[(257, MAGIC_GNU), (482, b"\x01")]);
     let mut block = vec![0; BLOCK];
