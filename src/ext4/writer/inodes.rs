@@ -185,8 +185,9 @@ impl<W: WriteAt> ImageWriter<W> {
         raw.i_links_count.set(body.links as u16);
         raw.i_extra_isize.set(EXTRA_ISIZE);
         let time = |(low, extra): (u32, u32)| (low.into(), extra.into());
-        (raw.i_atime, raw.i_atime_extra) = time(node.atime);
-        (raw.i_ctime, raw.i_ctime_extra) = time(node.ctime);
+        let other = self.tree.other_times(node);
+        (raw.i_atime, raw.i_atime_extra) = time(other.atime);
+        (raw.i_ctime, raw.i_ctime_extra) = time(other.ctime);
         (raw.i_mtime, raw.i_mtime_extra) = time(node.mtime);
         (raw.i_crtime, raw.i_crtime_extra) = time(node.mtime);
         if let Payload::EaValue { hash, .. } = node.payload {

@@ -73,7 +73,7 @@ pub(super) enum Payload {
     Gone,
 }
 
-/// A node; about 96 bytes.
+/// A node. There may be millions: what few have lies beside.
 #[derive(Debug, Clone)]
 pub(super) struct Node {
     /// Type and permissions.
@@ -83,35 +83,34 @@ pub(super) struct Node {
     pub(super) uid: u32,
     pub(super) gid: u32,
     pub(super) mtime: (u32, u32),
-    pub(super) atime: (u32, u32),
-    pub(super) ctime: (u32, u32),
+    /// Index of the times of access and change, where they are not `mtime`.
+    other_times: u32,
     /// Index of a set of extended attributes.
     pub(super) xattrs: u32,
     pub(super) payload: Payload,
 }
 
+const _: () = assert!(size_of::<Node>() == 64);
+
+/// Times of access and change.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OtherTimes {
+    pub(super) atime: (u32, u32),
+    pub(super) ctime: (u32, u32),
+}
+
 impl Node {
     pub(super) fn new(mode: u16, payload: Payload) -> Self {
-        let epoch = Timestamp::default().encode();
         Self {
             mode,
             links: 0,
             uid: 0,
             gid: 0,
-            mtime: epoch,
-            atime: epoch,
-            ctime: epoch,
+            mtime: Timestamp::default().encode(),
+            other_times: NONE,
             xattrs: NONE,
             payload,
         }
-    }
-
-    pub(super) fn set_attributes(&mut self, a: &super::Attributes) {
-        self.mode = self.mode & raw::S_IFMT | a.permissions & 0o7777;
-        (self.uid, self.gid) = (a.uid, a.gid);
-        self.mtime = a.mtime.encode();
-        self.atime = a.atime.unwrap_or(a.mtime).encode();
-        self.ctime = a.ctime.unwrap_or(a.mtime).encode();
     }
 
     pub(super) fn is_dir(&self) -> bool {
@@ -138,6 +137,7 @@ const REMOVED: u32 = u32::MAX - 1;
 #[derive(Debug)]
 pub(super) struct Tree {
     pub(super) nodes: Vec<Node>,
+    other_times: Vec<OtherTimes>,
     entries: Vec<Entry>,
     names: Vec<u8>,
     index: Vec<u32>,
@@ -153,6 +153,7 @@ impl Tree {
         root.links = 1;
         Self {
             nodes: vec![root],
+            other_times: Vec::new(),
             entries: Vec::new(),
             names: Vec::new(),
             index: vec![EMPTY; 64],
@@ -237,6 +238,30 @@ impl Tree {
             next = e.next;
             Some((self.name_at(e.name), e.node))
         })
+    }
+
+    /// Replaces the attributes of a node.
+    pub(super) fn set_attributes(&mut self, id: u32, a: &super::Attributes) {
+        let node = &mut self.nodes[id as usize];
+        node.mode = node.mode & raw::S_IFMT | a.permissions & 0o7777;
+        (node.uid, node.gid) = (a.uid, a.gid);
+        node.mtime = a.mtime.encode();
+        let times = OtherTimes {
+            atime: a.atime.unwrap_or(a.mtime).encode(),
+            ctime: a.ctime.unwrap_or(a.mtime).encode(),
+        };
+        if let Some(known) = self.other_times.get_mut(node.other_times as usize) {
+            *known = times;
+        } else if (times.atime, times.ctime) != (node.mtime, node.mtime) {
+            node.other_times = self.other_times.len() as u32;
+            self.other_times.push(times);
+        }
+    }
+
+    /// Times of access and change of a node.
+    pub(super) fn other_times(&self, node: &Node) -> OtherTimes {
+        let known = self.other_times.get(node.other_times as usize).copied();
+        known.unwrap_or(OtherTimes { atime: node.mtime, ctime: node.mtime })
     }
 
     /// Adds a node without a name.
