@@ -397,6 +397,10 @@ impl ServiceVm for HcsVm {
         self.console.tail()
     }
 
+    fn daemon_digests(&self) -> bool {
+        true
+    }
+
     fn jail(&self) -> Option<JailReport> {
         None
     }

@@ -388,6 +388,10 @@ impl ServiceVm for QemuVm {
         self.console.tail()
     }
 
+    fn daemon_digests(&self) -> bool {
+        true
+    }
+
     fn jail(&self) -> Option<JailReport> {
         None
     }
