@@ -12,6 +12,7 @@
 
 mod files;
 mod killed;
+mod speed;
 mod suite;
 #[path = "../support/mod.rs"]
 mod support;
@@ -156,5 +157,15 @@ async fn identical_bytes_from_every_backend() {
 async fn figures() {
     for backend in std::iter::once(embedded()).chain(qemu()) {
         suite::figures(backend).await;
+    }
+}
+
+/// Wall and processor time of each operation, the backends in turn.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "figures for people, of use in an optimised build only"]
+async fn speed() {
+    let rounds = std::env::var("LCOW_ROUNDS").map_or(3, |n| n.parse().unwrap());
+    for backend in std::iter::once(embedded()).chain(qemu()) {
+        speed::figures(&backend, rounds).await;
     }
 }
