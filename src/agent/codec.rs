@@ -7,6 +7,7 @@
 //! The trait exists so that channels, pool and jail are tested without a codec. Called by `operation`.
 
 pub use super::real::{RealCodec, damage};
+pub use crate::diff::apply::ToldDigest;
 
 use super::{
     disk::OpDisk,
@@ -58,10 +59,12 @@ pub type ChangeSink<'a> = &'a mut dyn FnMut(&Change) -> Result<(), WireError>;
     reason = "all fail alike: what the bytes, the disks or the caller did wrong"
 )]
 pub trait Codec: Send + Sync + 'static {
-    /// tar → image and record. Must read `input` to its end.
+    /// tar → image and record. Must read `input` to its end, where `told` is filled if it is given: then the daemon
+    /// digests the tar.
     fn apply(
         &self,
         input: &mut dyn Read,
+        told: Option<ToldDigest>,
         image: OpDisk,
         record: OpDisk,
         scratch: Option<OpDisk>,
@@ -72,11 +75,13 @@ pub trait Codec: Send + Sync + 'static {
     /// Strict check of metadata; with `tree` of all bytes against the hash tree too.
     fn check(&self, image: OpDisk, tree: bool) -> Result<CheckSummary, WireError>;
 
-    /// image and record → the applied tar.
+    /// image and record → the applied tar. With `digested` the daemon holds it against the digest of the summary, and
+    /// need not be spared bytes that do not match it.
     fn export_exact(
         &self,
         image: OpDisk,
         record: OpDisk,
+        digested: bool,
         out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError>;
 

@@ -8,7 +8,7 @@
 //! Bytes of the stream are read straight into the codec's buffer. Called by `serve`, on a thread of its own.
 
 use super::{
-    codec::{Codec, Layer, Live, Parent},
+    codec::{Codec, Layer, Live, Parent, ToldDigest},
     disk::{Cancel, Disk, OpDisk},
     wire::{
         self, Change, DATA_PAYLOAD, DiskId, ErrorKind, Event, FrameError, FrameType, HEADER_LEN, LayerRef,
@@ -46,6 +46,11 @@ pub trait AgentChannel: Send + Sync + 'static {
     }
     /// Whether [`Self::send_file`] is worth an attempt.
     fn sends_files(&self) -> bool {
+        false
+    }
+    /// Whether the daemon digests the tars that pass: it tells an applied one's digest at its End, and holds an exact
+    /// one against the digest of the summary. Hashing is what an emulated processor is worst at.
+    fn daemon_digests(&self) -> bool {
         false
     }
 }
@@ -129,8 +134,8 @@ impl Run<'_> {
                 let (image, record) = (self.writable(image)?, self.writable(record)?);
                 let written = [image.clone(), record.clone()];
                 let scratch = scratch.map(|disk| self.writable(disk)).transpose()?;
-                let summary =
-                    self.codec.apply(&mut input, image, record, scratch, self.layers(&lowers)?, &options);
+                let (told, lowers) = (input.told.clone(), self.layers(&lowers)?);
+                let summary = self.codec.apply(&mut input, told, image, record, scratch, lowers, &options);
                 if input.broken {
                     return Err(WireError::new(ErrorKind::Cancelled, "the tar's stream was cut"));
                 }
@@ -155,7 +160,9 @@ impl Run<'_> {
             Operation::Check { image, tree } => json(&self.codec.check(self.disk(image)?, tree)?),
             Operation::ExportExact { image, record } => {
                 let mut out = FrameOutput::new(self.channel);
-                let summary = self.codec.export_exact(self.disk(image)?, self.disk(record)?, &mut out)?;
+                let (image, record) = (self.disk(image)?, self.disk(record)?);
+                let digested = self.channel.daemon_digests();
+                let summary = self.codec.export_exact(image, record, digested, &mut out)?;
                 out.finish()?;
                 json(&summary)
             }
@@ -226,9 +233,14 @@ fn sending(e: &io::Error) -> WireError {
     WireError::new(ErrorKind::Cancelled, format!("sending: {e}"))
 }
 
+/// Most bytes of a digest's text.
+const MAX_DIGEST_TEXT: usize = 128;
+
 /// The stream that comes in: Data frames up to End.
 struct FrameInput<'a> {
     channel: &'a dyn AgentChannel,
+    /// Filled from End where the daemon digests.
+    told: Option<ToldDigest>,
     left: usize,
     end: bool,
     broken: bool,
@@ -236,7 +248,8 @@ struct FrameInput<'a> {
 
 impl<'a> FrameInput<'a> {
     fn new(channel: &'a dyn AgentChannel) -> Self {
-        Self { channel, left: 0, end: false, broken: false }
+        let told = channel.daemon_digests().then(ToldDigest::default);
+        Self { channel, told, left: 0, end: false, broken: false }
     }
 
     /// Whether the stream is read to its explicit end (looks at the next frame if there is one).
@@ -249,10 +262,30 @@ impl<'a> FrameInput<'a> {
         Conn(self.channel).read_exact(&mut head)?;
         match wire::parse_header(head).map_err(io::Error::other)? {
             (FrameType::Data, len) => self.left = len,
-            (FrameType::End, 0) => self.end = true,
+            (FrameType::End, len) if len <= MAX_DIGEST_TEXT => {
+                let mut text = vec![0; len];
+                Conn(self.channel).read_exact(&mut text)?;
+                self.take_digest(&text)?;
+                self.end = true;
+            }
             (other, _) => return Err(io::Error::other(format!("{other:?} frame inside the tar's stream"))),
         }
         Ok(())
+    }
+
+    /// Where the daemon digests, End carries what it found; elsewhere nothing.
+    fn take_digest(&self, text: &[u8]) -> io::Result<()> {
+        let bad = |reason: &str| io::Error::new(io::ErrorKind::InvalidData, reason.to_owned());
+        match &self.told {
+            None if text.is_empty() => Ok(()),
+            None => Err(bad("a digest that nobody asked for at the tar's end")),
+            Some(told) => {
+                let text = std::str::from_utf8(text).map_err(|_| bad("no digest at the tar's end"))?;
+                let digest = text.parse().map_err(|e| bad(&format!("the tar's end: {e}")))?;
+                // Read once: End is the last frame.
+                told.set(digest).map_err(|_| bad("a second end of the tar"))
+            }
+        }
     }
 }
 

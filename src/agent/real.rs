@@ -3,7 +3,7 @@
 //! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
 
 use super::{
-    codec::{ChangeSink, Codec, Layer, Live, Parent},
+    codec::{ChangeSink, Codec, Layer, Live, Parent, ToldDigest},
     disk::OpDisk,
     wire::{self, ErrorKind, WireError},
 };
@@ -222,6 +222,7 @@ impl Codec for RealCodec {
     fn apply(
         &self,
         input: &mut dyn Read,
+        told: Option<ToldDigest>,
         image: OpDisk,
         record: OpDisk,
         scratch: Option<OpDisk>,
@@ -243,6 +244,7 @@ impl Codec for RealCodec {
                 ..HcsshimOptions::new(LCOW_MAX_DISK)
             }));
         }
+        settings.told_digest = told;
         settings.max_tar_bytes = settings.max_tar_bytes.min(options.max_image_bytes.saturating_mul(2));
         let convert = |ranges: &[wire::IdRange]| {
             ranges
@@ -286,9 +288,14 @@ impl Codec for RealCodec {
         &self,
         image: OpDisk,
         record: OpDisk,
+        digested: bool,
         out: &mut dyn StreamOut,
     ) -> Result<wire::ExportSummary, WireError> {
-        let summary = record::replay(image, record, out)?;
+        let summary = if digested {
+            record::replay_for_digesting_reader(image, record, out)?
+        } else {
+            record::replay(image, record, out)?
+        };
         Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_digest: Some(summary.tar_digest) })
     }
 

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 
 /// Version of frames and messages; both sides of a pair must agree.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 5;
 /// Most payload bytes of any frame.
@@ -38,7 +38,7 @@ pub enum FrameType {
     Request = 2,
     /// either: bytes of the stream.
     Data = 3,
-    /// daemon: the stream is complete.
+    /// daemon: the stream is complete. Behind a [`link`](super::link) with the text of its digest.
     End = 4,
     /// agent: something the daemon must do before the agent goes on ([`Event`]).
     Event = 5,
@@ -438,7 +438,7 @@ impl TryFrom<String> for RootHash {
 pub struct ExportSummary {
     /// Bytes of tar sent.
     pub tar_bytes: u64,
-    /// Their digest, where it was computed.
+    /// Their digest, where it is known: of an exact tar.
     pub tar_digest: Option<TarDigest>,
 }
 

@@ -8,7 +8,8 @@
 //!
 //! Invariants: at most [`BUFFERS`] buffers exist, so memory is bounded and the caller waits if hashing falls behind;
 //! a buffer is given out only when no one else holds it; a stream shorter than one buffer never starts a thread, and
-//! where no thread can be had the caller hashes. Used by `apply` (input) and by `record` (replay).
+//! where no thread can be had the caller hashes. A pipe without a function only lends its buffers: somebody else
+//! digests the stream. Used by `apply` (input) and by `record` (replay).
 
 use super::digest::{DigestKind, Hasher, TarDigest};
 use std::{
@@ -36,14 +37,16 @@ pub(super) struct HashPipe {
 }
 
 enum Mode {
+    Off,
     Inline(Hasher),
     Thread { work: Sender<(Shared, usize)>, done: Receiver<Shared>, thread: JoinHandle<Hasher> },
 }
 
 impl HashPipe {
-    /// A pipe with buffers of `bytes`.
-    pub(super) fn new(kind: DigestKind, bytes: usize) -> Self {
-        Self { mode: Mode::Inline(kind.hasher()), bytes, allocated: 0, back: Vec::new() }
+    /// A pipe with buffers of `bytes`; without a function nothing is hashed.
+    pub(super) fn new(kind: Option<DigestKind>, bytes: usize) -> Self {
+        let mode = kind.map_or(Mode::Off, |kind| Mode::Inline(kind.hasher()));
+        Self { mode, bytes, allocated: 0, back: Vec::new() }
     }
 
     /// A buffer that nobody else holds, to be filled through [`Arc::get_mut`].
@@ -67,7 +70,9 @@ impl HashPipe {
                     self.back
                         .push(done.recv().map_err(|_| io::Error::other("the hashing thread ended early"))?);
                 }
-                Mode::Inline(_) => return Err(io::Error::other("more buffers held than there are")),
+                Mode::Off | Mode::Inline(_) => {
+                    return Err(io::Error::other("more buffers held than there are"));
+                }
             }
         }
     }
@@ -78,6 +83,10 @@ impl HashPipe {
             self.start_thread();
         }
         match &mut self.mode {
+            Mode::Off => {
+                self.back.push(Arc::clone(buffer));
+                Ok(())
+            }
             Mode::Inline(hash) => {
                 hash.update(buffer.get(..len).unwrap_or(buffer));
                 self.back.push(Arc::clone(buffer));
@@ -89,19 +98,20 @@ impl HashPipe {
         }
     }
 
-    /// The digest of all that was submitted.
+    /// The digest of all that was submitted; `None` from a pipe without a function.
     ///
     /// # Errors
     /// If the hashing thread died.
-    pub(super) fn finish(self) -> io::Result<TarDigest> {
+    pub(super) fn finish(self) -> io::Result<Option<TarDigest>> {
         let hash = match self.mode {
+            Mode::Off => return Ok(None),
             Mode::Inline(hash) => hash,
             Mode::Thread { work, thread, .. } => {
                 drop(work);
                 thread.join().map_err(|_| io::Error::other("the hashing thread ended early"))?
             }
         };
-        Ok(hash.finish())
+        Ok(Some(hash.finish()))
     }
 
     fn start_thread(&mut self) {
@@ -132,7 +142,7 @@ mod tests {
     fn the_digest_is_that_of_the_stream_with_and_without_a_thread() {
         for total in [0usize, 1, 1023, 1024, 1025, 1024 * 20 + 7] {
             let data: Vec<u8> = (0..total).map(|i| (i * 7) as u8).collect();
-            let mut pipe = HashPipe::new(DigestKind::Blake3, 1024);
+            let mut pipe = HashPipe::new(Some(DigestKind::Blake3), 1024);
             let mut held = None;
             for part in data.chunks(1024) {
                 let mut buffer = pipe.buffer().unwrap();
@@ -141,7 +151,21 @@ mod tests {
                 held = Some(buffer);
             }
             drop(held);
-            assert_eq!(pipe.finish().unwrap(), TarDigest::of(DigestKind::Blake3, &data), "{total}");
+            assert_eq!(pipe.finish().unwrap(), Some(TarDigest::of(DigestKind::Blake3, &data)), "{total}");
         }
+    }
+
+    #[test]
+    fn a_pipe_without_a_function_lends_its_buffers_for_ever() {
+        let mut pipe = HashPipe::new(None, 1024);
+        let mut held = None;
+        for _ in 0..3 * BUFFERS {
+            let buffer = pipe.buffer().unwrap();
+            pipe.submit(&buffer, 1024).unwrap();
+            held.replace(buffer);
+        }
+        drop(held);
+        assert!(pipe.allocated <= BUFFERS);
+        assert_eq!(pipe.finish().unwrap(), None);
     }
 }

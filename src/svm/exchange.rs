@@ -6,10 +6,17 @@
 //!
 //! Every read and write that makes no progress for the idle time-out ends the operation; there is no other clock. A
 //! channel that ends without Result or Error means that the VM died or cut it, never that the stream is complete.
+//!
+//! Where the daemon digests ([`ServiceVm::daemon_digests`]), End carries the digest of the tar that was sent, and the
+//! agent's summary must repeat it; an exact tar that comes back is held against the digest of its record, and its last
+//! frame is kept until that was found right: who gets all bytes has the very tar, whatever the guest says.
 //! Called by `lease` and `stream`.
 
-use super::{Channel, ServiceVm, SvmError};
-use crate::agent::wire::{self, DATA_PAYLOAD, FrameType, HEADER_LEN, Operation, WireError};
+use super::{Channel, ServiceVm, SvmError, digesting::Digesting};
+use crate::{
+    agent::wire::{self, DATA_PAYLOAD, ErrorKind, FrameType, HEADER_LEN, Operation, WireError},
+    diff::{DigestKind, TarDigest},
+};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
 use parking_lot::Mutex;
@@ -47,6 +54,8 @@ pub(super) enum Incoming {
 struct Progress {
     sending: AtomicBool,
     last: Mutex<Instant>,
+    /// Digest of the tar that was sent, where the daemon digests.
+    sent: Mutex<Option<TarDigest>>,
 }
 
 impl Progress {
@@ -66,6 +75,12 @@ pub(super) struct Receiver {
     name: String,
     idle: Duration,
     input: ReadHalf<Channel>,
+    /// Set for an exact tar, where the daemon digests.
+    digesting: Option<Digesting>,
+    /// Its last frame so far.
+    held: Option<Bytes>,
+    /// The result, once that frame goes out.
+    result: Option<Bytes>,
 }
 
 /// The writing half.
@@ -73,6 +88,14 @@ pub(super) struct Sender {
     progress: Arc<Progress>,
     idle: Duration,
     output: WriteHalf<Channel>,
+    /// Set for a tar to apply, where the daemon digests.
+    digesting: Option<Digesting>,
+}
+
+/// The one word of a summary that is looked at here.
+#[derive(serde::Deserialize)]
+struct Told {
+    tar_digest: Option<TarDigest>,
 }
 
 /// Why sending stopped.
@@ -100,10 +123,24 @@ pub(super) async fn begin(
         Err(e) => return Err(explain(vm, name, e).await),
     };
     let (input, output) = split(channel);
-    let progress = Arc::new(Progress { sending: AtomicBool::new(false), last: Mutex::new(Instant::now()) });
-    let mut receiver =
-        Receiver { progress: progress.clone(), vm: vm.clone(), name: name.to_owned(), idle, input };
-    let mut sender = Sender { progress, idle, output };
+    let progress = Arc::new(Progress {
+        sending: AtomicBool::new(false),
+        last: Mutex::new(Instant::now()),
+        sent: Mutex::default(),
+    });
+    let digest = |wanted: bool| (wanted && vm.daemon_digests()).then(Digesting::start);
+    let mut receiver = Receiver {
+        progress: progress.clone(),
+        vm: vm.clone(),
+        name: name.to_owned(),
+        idle,
+        input,
+        digesting: digest(matches!(operation, Operation::ExportExact { .. })),
+        held: None,
+        result: None,
+    };
+    let digesting = digest(matches!(operation, Operation::Apply { .. }));
+    let mut sender = Sender { progress, idle, output, digesting };
     let request = serde_json::to_vec(operation)
         .map_err(|e| SvmError::Protocol { vm: name.to_owned(), reason: e.to_string() })?;
     if let Err(e) = sender.frame(FrameType::Request, &request).await {
@@ -171,6 +208,9 @@ impl Sender {
         let mut frame = Gathered::default();
         while let Some(chunk) = body.next().await {
             let mut chunk = chunk.map_err(SendError::Body)?;
+            if let Some(digesting) = &self.digesting {
+                digesting.update(chunk.clone()).await;
+            }
             while !chunk.is_empty() {
                 if copied_below == usize::MAX && frame.len == 0 && chunk.len() >= DATA_PAYLOAD {
                     self.frame(FrameType::Data, &chunk.split_to(DATA_PAYLOAD)).await?;
@@ -186,7 +226,12 @@ impl Sender {
         if frame.len > 0 {
             self.parts(FrameType::Data, frame.take()).await?;
         }
-        self.frame(FrameType::End, &[]).await
+        let Some(digesting) = self.digesting.take() else { return self.frame(FrameType::End, &[]).await };
+        let digest = digesting.finish().await;
+        let digest =
+            digest.ok_or_else(|| SendError::Body(io::Error::other("the tar's digest was cut off")))?;
+        *self.progress.sent.lock() = Some(digest);
+        self.frame(FrameType::End, digest.to_string().as_bytes()).await
     }
 }
 
@@ -228,6 +273,50 @@ impl Gathered {
 impl Receiver {
     /// The agent's next word. An Error frame becomes [`SvmError::Refused`].
     pub(super) async fn next(&mut self) -> Result<Incoming, SvmError> {
+        if let Some(result) = self.result.take() {
+            return Ok(Incoming::Result(result));
+        }
+        loop {
+            match self.word().await? {
+                Incoming::Data(bytes) if self.digesting.is_some() => {
+                    if let Some(digesting) = &self.digesting {
+                        digesting.update(bytes.clone()).await;
+                    }
+                    if let Some(before) = self.held.replace(bytes) {
+                        return Ok(Incoming::Data(before));
+                    }
+                }
+                Incoming::Result(json) => {
+                    self.check_digest(&json).await?;
+                    let Some(held) = self.held.take() else { return Ok(Incoming::Result(json)) };
+                    self.result = Some(json);
+                    return Ok(Incoming::Data(held));
+                }
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// Holds the digest of the agent's summary against that of the bytes that passed here.
+    async fn check_digest(&mut self, json: &[u8]) -> Result<(), SvmError> {
+        let sent = self.progress.sent.lock().take();
+        if let Some(sent) = sent
+            && self.decode::<Told>(json)?.tar_digest != Some(sent)
+        {
+            return Err(self.protocol("the summary's digest is not that of the tar that was sent".into()));
+        }
+        let Some(digesting) = self.digesting.take() else { return Ok(()) };
+        let told = self.decode::<Told>(json)?.tar_digest;
+        let told = told.ok_or_else(|| self.protocol("an exact tar without a digest".into()))?;
+        // Other functions, of the first records, are the agent's matter: it alone knows beforehand which it is.
+        if told.kind == DigestKind::Blake3 && digesting.finish().await != Some(told) {
+            let message = "layer image or exact record: digest of the tar does not match";
+            return Err(SvmError::Refused(WireError::new(ErrorKind::Corrupt, message)));
+        }
+        Ok(())
+    }
+
+    async fn word(&mut self) -> Result<Incoming, SvmError> {
         let mut head = [0u8; HEADER_LEN];
         self.fill(&mut &mut head[..]).await?;
         let (kind, len) = wire::parse_header(head).map_err(|e| SvmError::from_frame(&self.name, &e))?;

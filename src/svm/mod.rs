@@ -14,6 +14,7 @@
 //! 256 KiB from our own agent), two queued, and the socket's buffers (at most 512 KiB): below 2 MiB.
 
 mod console;
+mod digesting;
 #[cfg(target_os = "linux")]
 pub mod embedded;
 #[cfg(windows)]
@@ -231,6 +232,12 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
 
     /// Last lines that it said.
     fn console(&self) -> String;
+
+    /// Whether the daemon digests the tars that pass, and not the agent
+    /// ([`AgentChannel::daemon_digests`](crate::agent::operation::AgentChannel::daemon_digests)).
+    fn daemon_digests(&self) -> bool {
+        false
+    }
 
     /// What holds the agent in, where the VM itself does not.
     fn jail(&self) -> Option<JailReport>;

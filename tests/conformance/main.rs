@@ -15,6 +15,7 @@ mod faults;
 mod files;
 mod killed;
 mod plugin;
+mod speed;
 mod start;
 mod suite;
 #[path = "../support/mod.rs"]
@@ -226,5 +227,15 @@ async fn restored_machines_have_a_clock_and_random_numbers_of_their_own() {
 async fn figures_of_embedded_and_qemu() {
     for backend in [embedded(), qemu()] {
         suite::figures(backend).await;
+    }
+}
+
+/// Wall and processor time of each operation, the backends in turn.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "figures for people, of use in an optimised build only"]
+async fn speed() {
+    let rounds = std::env::var("LCOW_ROUNDS").map_or(3, |n| n.parse().unwrap());
+    for backend in std::iter::once(embedded()).chain([qemu()]) {
+        speed::figures(&backend, rounds).await;
     }
 }

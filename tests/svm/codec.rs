@@ -2,7 +2,7 @@
 
 use lcow_graphdriver::{
     agent::{
-        codec::{ChangeSink, Codec, Layer, Live, Parent},
+        codec::{ChangeSink, Codec, Layer, Live, Parent, ToldDigest},
         disk::OpDisk,
         wire::{
             ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, ErrorKind, ExportSummary, IdMaps,
@@ -39,6 +39,7 @@ impl Codec for TestCodec {
     fn apply(
         &self,
         input: &mut dyn Read,
+        _: Option<ToldDigest>,
         image: OpDisk,
         record: OpDisk,
         _: Option<OpDisk>,
@@ -85,6 +86,7 @@ impl Codec for TestCodec {
         &self,
         image: OpDisk,
         _: OpDisk,
+        _: bool,
         out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError> {
         let tar_bytes = copy_out(&image, out)?;

@@ -29,6 +29,10 @@
 //! piece that is worth a disk request; the stream then carries only the slot's number. Without such a disk, or with
 //! all slots in use, bytes go inline: nothing ever waits for a slot.
 //!
+//! Behind a link the daemon digests the tars that pass ([`AgentChannel::daemon_digests`]): it moves their bytes anyhow, on
+//! a real processor, and its own digest is one that a machine which was taken over can't lie about.
+//!
+//! [`AgentChannel::daemon_digests`]: super::operation::AgentChannel::daemon_digests
 //! [`frame`] is what both ends share, [`session`] the guest's end ([`serve`]); the daemon's end is `svm::remote`.
 
 pub mod frame;

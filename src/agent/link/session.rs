@@ -422,6 +422,10 @@ impl AgentChannel for Channel {
     fn peer_gone(&self) -> bool {
         lock(&self.inbox.state).closed
     }
+
+    fn daemon_digests(&self) -> bool {
+        true
+    }
 }
 
 impl Read for &Channel {

@@ -1,5 +1,6 @@
-//! The tar reader's chunks, hashed on a second thread while they are parsed.
+//! The tar reader's chunks, hashed on a second thread while they are parsed, unless somebody else does that.
 
+use super::ToldDigest;
 use crate::{
     diff::{
         digest::{DigestKind, TarDigest},
@@ -18,16 +19,22 @@ pub(super) struct HashedChunks<R> {
     pipe: HashPipe,
     chunk: Option<Shared>,
     len: usize,
+    told: Option<ToldDigest>,
 }
 
 impl<R: Read> HashedChunks<R> {
-    pub(super) fn new(input: R) -> Self {
-        Self { input, pipe: HashPipe::new(DigestKind::Blake3, CHUNK_BYTES), chunk: None, len: 0 }
+    pub(super) fn new(input: R, told: Option<ToldDigest>) -> Self {
+        let kind = told.is_none().then_some(DigestKind::Blake3);
+        Self { input, pipe: HashPipe::new(kind, CHUNK_BYTES), chunk: None, len: 0, told }
     }
 
-    /// Digest of the bytes so far.
+    /// Digest of the bytes so far, or, at the end of the stream, what was told of them.
     pub(super) fn finish(self) -> io::Result<TarDigest> {
-        self.pipe.finish()
+        let told = self.told.as_ref().and_then(|told| told.get().copied());
+        self.pipe
+            .finish()?
+            .or(told)
+            .ok_or_else(|| io::Error::other("the sender of the tar did not tell its digest"))
     }
 }
 

@@ -5,7 +5,7 @@
 //!                    │              ├─ Data ──────────────────────────────────────►│  │ Placed::At → image op
 //!                    │              │                                                 └ Placed::Inline → literal op
 //!                    │              └─ Raw ───────────────────────────────────────────► literal op     ─► record
-//!                    └─► digest on a second thread  ──────────────────────────────────► trailer        ─► record
+//!                    └─► digest on a second thread (or told) ──────────────────────────────────► trailer        ─► record
 //! ```
 //!
 //! Invariants:
@@ -63,7 +63,10 @@ use crate::{
 use hcsshim::HcsshimLayer;
 use input::HashedChunks;
 use layer::{Layer, Placement};
-use std::{io::Read, sync::Arc};
+use std::{
+    io::Read,
+    sync::{Arc, OnceLock},
+};
 use target::Target;
 
 /// How the image is laid out, and what the entries of a tar mean.
@@ -106,7 +109,13 @@ pub struct ApplyOptions {
     pub gid_map: Vec<IdMap>,
     /// Whether a dm-verity tree stands behind the file system.
     pub verity: Verity,
+    /// Set if the sender of the tar digests it: nothing is hashed here.
+    pub told_digest: Option<ToldDigest>,
 }
+
+/// The digest of a tar that its sender computes: filled when the stream has ended. Who sends the bytes knows best what
+/// they are, so a digest that is not theirs harms nobody else.
+pub type ToldDigest = Arc<OnceLock<TarDigest>>;
 
 /// Whether an image gets a hash tree.
 #[derive(Clone, Default)]
@@ -148,6 +157,7 @@ impl ApplyOptions {
             uid_map: Vec::new(),
             gid_map: Vec::new(),
             verity: Verity::None,
+            told_digest: None,
         }
     }
 }
@@ -227,7 +237,7 @@ fn run<I: Read, W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
 ) -> Result<ApplySummary, DiffError> {
-    let mut reader = TarReader::from_source(HashedChunks::new(input));
+    let mut reader = TarReader::from_source(HashedChunks::new(input, options.told_digest.clone()));
     let mut record = RecordWriter::new(record)?;
     let mut open = false;
     let mut entries = 0u64;

@@ -34,7 +34,7 @@
 mod replay;
 mod writer;
 
-pub use replay::{RecordInfo, ReplaySummary, inspect, replay, verify};
+pub use replay::{RecordInfo, ReplaySummary, inspect, replay, replay_for_digesting_reader, verify};
 pub use writer::RecordWriter;
 
 /// The most unpacked op bytes of a frame.

@@ -379,6 +379,10 @@ impl ServiceVm for HcsVm {
         self.end.console()
     }
 
+    fn daemon_digests(&self) -> bool {
+        true
+    }
+
     fn jail(&self) -> Option<JailReport> {
         None
     }

@@ -341,6 +341,10 @@ impl ServiceVm for QemuVm {
         self.process.end.console()
     }
 
+    fn daemon_digests(&self) -> bool {
+        true
+    }
+
     fn jail(&self) -> Option<JailReport> {
         None
     }

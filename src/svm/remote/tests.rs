@@ -7,6 +7,7 @@ use crate::{
         link::{self, Platform, frame, slots::TRANSFER_BYTES},
         wire::{ErrorKind, Operation, WireError, parse_header},
     },
+    diff::{DigestKind, TarDigest},
     svm::Channel,
 };
 use std::{
@@ -115,7 +116,8 @@ async fn round_trip(agent: &RemoteAgent, folder: &std::path::Path, name: &str, b
     for chunk in tar.chunks(wire::DATA_PAYLOAD) {
         wire::write_frame(&mut frames, FrameType::Data, chunk).unwrap();
     }
-    wire::write_frame(&mut frames, FrameType::End, &[]).unwrap();
+    let digest = TarDigest::of(DigestKind::Blake3, &tar).to_string();
+    wire::write_frame(&mut frames, FrameType::End, digest.as_bytes()).unwrap();
     channel.write_all(&frames).await.unwrap();
     let (kind, payload) = frame_of(&mut channel).await;
     assert_eq!(kind, FrameType::Result, "{}", String::from_utf8_lossy(&payload));
@@ -126,7 +128,11 @@ async fn round_trip(agent: &RemoteAgent, folder: &std::path::Path, name: &str, b
     loop {
         match frame_of(&mut channel).await {
             (FrameType::Data, bytes) => back.extend_from_slice(&bytes),
-            (FrameType::Result, _) => break,
+            (FrameType::Result, summary) => {
+                let summary: wire::ExportSummary = serde_json::from_slice(&summary).unwrap();
+                assert_eq!(summary.tar_digest.unwrap().to_string(), digest);
+                break;
+            }
             (kind, text) => panic!("{kind:?}: {}", String::from_utf8_lossy(&text)),
         }
     }
