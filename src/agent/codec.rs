@@ -56,7 +56,8 @@ pub type ChangeSink<'a> = &'a mut dyn FnMut(&Change) -> Result<(), WireError>;
 /// Everything that interprets layer bytes.
 #[allow(
     clippy::missing_errors_doc,
-    reason = "all fail alike: what the bytes, the disks or the caller did wrong"
+    clippy::too_many_arguments,
+    reason = "all fail alike: what the bytes, the disks or the caller did wrong; each argument is a stream or a disk"
 )]
 pub trait Codec: Send + Sync + 'static {
     /// tar → image and record. Must read `input` to its end, where `told` is filled if it is given: then the daemon

@@ -14,6 +14,7 @@ use std::{
 };
 
 /// Seconds of processor time that a process has used, without those of its children.
+#[expect(clippy::cast_precision_loss, reason = "ticks of a test's life")]
 fn processor_seconds(pid: i32) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
