@@ -89,7 +89,9 @@ impl Driver {
             .lease(id.as_str(), Purpose::Export)
             .await
             .map_err(DriverError::svm(&id, "start a diff"))?;
+        let mut applied = None;
         let (job, version) = if let (true, LayerState::Applied) = (own, meta.state) {
+            applied = meta.applied.map(|applied| applied.tar_digest);
             let (opener, member) = (home.clone(), layer.clone());
             let (image, record) = blocking(move || opener.exact_disks(&member)).await?;
             (ExportJob { kind: ExportKind::Exact { image, record }, live: None }, None)
@@ -106,7 +108,7 @@ impl Driver {
             (ExportJob { kind, live: comparison.live }, first)
         };
         let tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(&id, "export it"))?;
-        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version })
+        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied })
     }
 
     /// `GraphDriver.Changes`.
@@ -413,6 +415,8 @@ pub struct DiffStream {
     layer: Layer,
     /// Set if a complete end fixes this version for the layer.
     freeze_version: Option<u32>,
+    /// Digest of the tar that was applied, if this is to be that one.
+    applied: Option<String>,
 }
 
 impl Stream for DiffStream {
@@ -431,7 +435,15 @@ impl Stream for DiffStream {
             }
             Poll::Ready(None) => {
                 let complete = tar.complete();
+                let digest = tar.summary().and_then(|s| s.tar_digest).map(|digest| digest.to_string());
                 this.tar = None;
+                if complete && this.applied.is_some() && this.applied != digest {
+                    // A sound pair of image and record, but of another layer.
+                    let (was, is) = (this.applied.take().unwrap_or_default(), digest.unwrap_or_default());
+                    let path = this.home.store.layout().layer_file(&this.layer.id, layout::RECORD_FILE);
+                    let reason = format!("it gives the tar {is}, and {was} was applied");
+                    return Poll::Ready(Some(Err(StoreError::Corrupt { path, reason }.into())));
+                }
                 if !complete {
                     return Poll::Ready(Some(Err(failed(
                         SvmError::Cancelled("the tar has no proper end"),

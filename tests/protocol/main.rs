@@ -401,3 +401,19 @@ fn damage_is_found(plugin: &Plugin, image: &Path) {
     let reply = plugin.call("GraphDriver.Diff", &json!({"ID": "base", "Parent": ""}));
     assert!(reply.status != 200 || !reply.complete, "a damaged layer was handed out");
 }
+
+#[test]
+fn a_sound_image_and_record_of_another_layer_are_not_taken_for_this_one() {
+    let plugin = Plugin::start(&[]);
+    plugin.init();
+    for (id, content) in [("a", b"one"), ("b", b"two")] {
+        plugin.layer(id, "", &Tar::new().file("file", content).end());
+    }
+    for name in ["layer.vhd", "layer.exact"] {
+        fs::copy(plugin.home().join("b").join(name), plugin.home().join("a").join(name)).unwrap();
+    }
+    let reply = plugin.call("GraphDriver.Diff", &json!({"ID": "a", "Parent": ""}));
+    assert!(reply.status != 200 || !reply.complete, "layer b was handed out as layer a");
+    let reply = plugin.call("GraphDriver.Diff", &json!({"ID": "b", "Parent": ""}));
+    assert!(reply.status == 200 && reply.complete);
+}
