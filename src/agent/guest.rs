@@ -28,7 +28,11 @@ pub const PORT_NAME: &str = "lcow.agent";
 /// Modules of the initramfs, loaded in the order of their names.
 const MODULES: &str = "/modules";
 /// How long a disk that the daemon has attached may take to be seen.
-const DISK_WAIT: Duration = Duration::from_secs(20);
+const DISK_WAIT: Duration = Duration::from_mins(1);
+/// How long the kernel may take to see a disk by itself, before it is told where to look: a controller drops events when
+/// more disks come and go at one time than the guest has room for (virtio 1.2, 5.6.6.3), and on a full machine a disk
+/// was not seen within 20 s while two hundred others went.
+const SCAN_AFTER: Duration = Duration::from_secs(2);
 /// How often a look is taken.
 const LOOK: Duration = Duration::from_millis(1);
 /// Pause while nobody is at the other end of the port.
@@ -100,17 +104,29 @@ fn parse_serial(serial: &str) -> Option<(usize, u32)> {
     Some((controller.parse().ok()?, unit.parse().ok()?))
 }
 
-/// The block device of a unit, if the kernel has found it.
-fn block_device(controller: usize, unit: u32) -> Option<PathBuf> {
+/// Number of a controller's host, and how Linux writes a unit there.
+fn address(controller: usize, unit: u32) -> Option<(u32, u32)> {
     let mut hosts: Vec<u32> = fs::read_dir("/sys/class/scsi_host")
         .ok()?
         .flatten()
         .filter_map(|e| e.file_name().to_str()?.strip_prefix("host")?.parse().ok())
         .collect();
     hosts.sort_unstable();
-    let host = hosts.get(controller)?;
     // Beyond 255 Linux counts units by their address on the wire, whose upper bits say "flat" (SAM-5, 4.7.7.4).
-    let unit = if unit < 256 { unit } else { unit | 0x4000 };
+    Some((*hosts.get(controller)?, if unit < 256 { unit } else { unit | 0x4000 }))
+}
+
+/// Lets the kernel look for one unit, whatever it has heard of it.
+fn scan(controller: usize, unit: u32) {
+    if let Some((host, unit)) = address(controller, unit) {
+        // A kernel that refuses has its own events still.
+        let _ = fs::write(format!("/sys/class/scsi_host/host{host}/scan"), format!("0 0 {unit}"));
+    }
+}
+
+/// The block device of a unit, if the kernel has found it.
+fn block_device(controller: usize, unit: u32) -> Option<PathBuf> {
+    let (host, unit) = address(controller, unit)?;
     let device = format!("/sys/class/scsi_device/{host}:0:0:{unit}/device/block");
     let name = fs::read_dir(device).ok()?.flatten().next()?.file_name();
     Some(Path::new("/dev").join(name))
@@ -124,7 +140,12 @@ impl Guest {
             WireError::new(ErrorKind::Usage, format!("disk {serial}: not of the form lun:C:N"))
         })?;
         // The device is listed before it can be opened.
+        let mut looked = Instant::now();
         let opened = wait_for(DISK_WAIT, || {
+            if looked.elapsed() > SCAN_AFTER {
+                scan(controller, unit);
+                looked = Instant::now();
+            }
             let path = block_device(controller, unit)?;
             File::options().read(true).write(writable).custom_flags(flags).open(path).ok()
         });
