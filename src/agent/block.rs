@@ -218,7 +218,7 @@ mod tests {
                     Step::Write { at, len, value } => {
                         let end = (at as usize + len).min(model.len());
                         model[at as usize..end].fill(value);
-                        way.write_all_at(&model[at as usize..end].to_vec(), at).unwrap();
+                        way.write_all_at(&model[at as usize..end], at).unwrap();
                     }
                     Step::Read { at, len } => {
                         let mut buf = vec![1; len];
