@@ -25,6 +25,14 @@ pub struct Layer {
     pub kind: LayerKind,
 }
 
+/// A tar to apply.
+pub struct TarInput<'a> {
+    /// Its bytes.
+    pub bytes: &'a mut dyn Read,
+    /// Where the daemon digests the tar: filled at the end of the bytes.
+    pub told: Option<ToldDigest>,
+}
+
 /// What a layer is compared with.
 #[derive(Clone)]
 pub enum Parent {
@@ -60,12 +68,10 @@ pub type ChangeSink<'a> = &'a mut dyn FnMut(&Change) -> Result<(), WireError>;
     reason = "all fail alike: what the bytes, the disks or the caller did wrong; each argument is a stream or a disk"
 )]
 pub trait Codec: Send + Sync + 'static {
-    /// tar → image and record. Must read `input` to its end, where `told` is filled if it is given: then the daemon
-    /// digests the tar.
+    /// tar → image and record. Must read `input` to its end.
     fn apply(
         &self,
-        input: &mut dyn Read,
-        told: Option<ToldDigest>,
+        input: TarInput<'_>,
         image: OpDisk,
         record: OpDisk,
         scratch: Option<OpDisk>,

@@ -6,12 +6,16 @@
 //!
 //! A block device can't grow: a writable disk without a given length is a device that is large enough, and has the
 //! length that was set or written, as a file would; the daemon cuts the file behind it to what the operation says.
-//! What lies in the guest's page cache is no use to anybody, so [`OpDisk::reach_host`] sends it on.
+//! Bulk bytes of devices go past the guest's page cache (`block`); what lies in either is no use to anybody, so
+//! [`OpDisk::reach_host`] sends it on.
 //!
 //! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
 //! the disk fails when the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
 
-use super::wire::{DiskFormat, ErrorKind, WireError};
+use super::{
+    block::Unbuffered,
+    wire::{DiskFormat, ErrorKind, WireError},
+};
 use crate::{
     io::{ReadAt, WriteAt},
     sys::writeback::Writeback,
@@ -41,6 +45,8 @@ pub struct Disk {
     pub inner: Option<Arc<Vhdx<Arc<File>>>>,
     /// Set for a device of fixed size that stands for a growing file: the file's length.
     pub length: Option<Arc<AtomicU64>>,
+    /// A device once more, open for access past the page cache.
+    pub unbuffered: Option<Arc<File>>,
 }
 
 impl Disk {
@@ -56,7 +62,11 @@ impl Disk {
     ) -> Result<Self, WireError> {
         let kind =
             file.metadata().map_err(|e| WireError::new(ErrorKind::Io, format!("a disk: {e}")))?.file_type();
-        let length = (writable && len.is_none() && is_block_device(kind)).then(Arc::default);
+        let device = is_block_device(kind);
+        let length = (writable && len.is_none() && device).then(Arc::default);
+        // A writable device that does not grow is left alone: nobody would send on what was gathered.
+        let bulk = device && format == DiskFormat::Raw && (!writable || length.is_some());
+        let unbuffered = bulk.then(|| unbuffered(&file, writable)).flatten().map(Arc::new);
         let file = Arc::new(file);
         let inner = match format {
             DiskFormat::Raw => None,
@@ -68,7 +78,7 @@ impl Disk {
                     .map_err(|e| WireError::new(ErrorKind::Corrupt, format!("VHDX: {e}")))?,
             )),
         };
-        Ok(Self { file, writable, offset, len, inner, length })
+        Ok(Self { file, writable, offset, len, inner, length, unbuffered })
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -83,6 +93,17 @@ impl Disk {
             None => ReadAt::size(&*self.file),
             Some(inner) => inner.size(),
         }
+    }
+}
+
+/// The device once more, for access past the page cache; `None` where it can't be had, which costs speed alone.
+fn unbuffered(file: &File, writable: bool) -> Option<File> {
+    #[cfg(target_os = "linux")]
+    return crate::sys::linux::guest::reopen_unbuffered(file, writable).ok();
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (file, writable);
+        None
     }
 }
 
@@ -141,12 +162,15 @@ pub struct OpDisk {
     disk: Disk,
     cancel: Cancel,
     writeback: Arc<Writeback>,
+    /// For bulk bytes of a device.
+    bulk: Option<Arc<Unbuffered>>,
 }
 
 impl OpDisk {
     /// `disk` as long as `cancel` allows.
     pub fn new(disk: Disk, cancel: Cancel) -> Self {
-        Self { disk, cancel, writeback: Arc::default() }
+        let bulk = disk.unbuffered.clone().map(|device| Arc::new(Unbuffered::new(device)));
+        Self { disk, cancel, writeback: Arc::default(), bulk }
     }
 
     /// Whether both are the same window of the same attached file.
@@ -160,6 +184,9 @@ impl OpDisk {
     /// # Errors
     /// What the device says.
     pub fn reach_host(&self) -> io::Result<()> {
+        if let Some(bulk) = &self.bulk {
+            bulk.flush()?;
+        }
         if self.disk.length.is_some() { self.disk.file.sync_data() } else { Ok(()) }
     }
 
@@ -186,6 +213,11 @@ impl ReadAt for OpDisk {
             }
             None => len,
         };
+        if let Some(bulk) = &self.bulk
+            && let Some(n) = bulk.read_at(&mut buf[..len], at)?
+        {
+            return Ok(n);
+        }
         self.disk.read_at(&mut buf[..len], at)
     }
 
@@ -214,7 +246,13 @@ impl WriteAt for OpDisk {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "disk is attached read-only"));
         }
         let (at, len) = self.place(offset, buf.len())?;
-        let written = self.disk.file.write_at(&buf[..len], at)?;
+        let written = match &self.bulk {
+            Some(bulk) => {
+                bulk.write_all_at(&buf[..len], at)?;
+                len
+            }
+            None => self.disk.file.write_at(&buf[..len], at)?,
+        };
         if let Some(length) = &self.disk.length {
             length.fetch_max(offset.saturating_add(written as u64), Ordering::AcqRel);
             return Ok(written);
@@ -246,6 +284,9 @@ impl WriteAt for OpDisk {
     }
 
     fn sync(&self) -> io::Result<()> {
+        if let Some(bulk) = &self.bulk {
+            bulk.flush()?;
+        }
         self.disk.file.sync_all()
     }
 }
@@ -296,6 +337,8 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         let mut disk = raw(file, true, (0, None));
         disk.length = Some(Arc::default());
+        disk.unbuffered = Some(disk.file.clone());
+        let file = disk.file.clone();
         let d = OpDisk::new(disk, Cancel::new(|| false));
         assert_eq!((d.size().unwrap(), d.read_at(&mut [0; 9], 0).unwrap()), (0, 0));
         d.write_all_at(b"abc", 10).unwrap();
@@ -304,6 +347,9 @@ mod tests {
         assert_eq!(d.size().unwrap(), 20);
         assert!(d.set_len(5).is_err());
         d.reach_host().unwrap();
+        let mut there = [0; 3];
+        file.read_exact_at(&mut there, 10).unwrap();
+        assert_eq!(&there, b"abc");
     }
 
     #[test]

@@ -10,6 +10,8 @@
 //! answered as an error; a channel that closes cancels its operation at the next byte that it reads or writes.
 //! Called by `svm` (the wire types) and `main` (the worker).
 
+mod aligned;
+mod block;
 pub mod codec;
 pub mod disk;
 #[cfg(target_os = "linux")]

@@ -8,7 +8,7 @@
 //! Bytes of the stream are read straight into the codec's buffer. Called by `serve`, on a thread of its own.
 
 use super::{
-    codec::{Codec, Layer, Live, Parent, ToldDigest},
+    codec::{Codec, Layer, Live, Parent, TarInput, ToldDigest},
     disk::{Cancel, Disk, OpDisk},
     wire::{
         self, Change, DATA_PAYLOAD, DiskId, ErrorKind, Event, FrameError, FrameType, HEADER_LEN, LayerRef,
@@ -135,7 +135,8 @@ impl Run<'_> {
                 let written = [image.clone(), record.clone()];
                 let scratch = scratch.map(|disk| self.writable(disk)).transpose()?;
                 let (told, lowers) = (input.told.clone(), self.layers(&lowers)?);
-                let summary = self.codec.apply(&mut input, told, image, record, scratch, lowers, &options);
+                let tar = TarInput { bytes: &mut input, told };
+                let summary = self.codec.apply(tar, image, record, scratch, lowers, &options);
                 if input.broken {
                     return Err(WireError::new(ErrorKind::Cancelled, "the tar's stream was cut"));
                 }

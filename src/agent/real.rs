@@ -3,7 +3,7 @@
 //! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
 
 use super::{
-    codec::{ChangeSink, Codec, Layer, Live, Parent, ToldDigest},
+    codec::{ChangeSink, Codec, Layer, Live, Parent, TarInput},
     disk::OpDisk,
     wire::{self, ErrorKind, WireError},
 };
@@ -22,12 +22,7 @@ use crate::{
     tar::TarError,
     verity::{self, VerityError},
 };
-use std::{
-    error::Error,
-    fmt::Write as _,
-    io::{self, Read},
-    sync::Arc,
-};
+use std::{error::Error, fmt::Write as _, io, sync::Arc};
 
 /// Files that a message names.
 const MAX_TOLD: usize = 8;
@@ -221,8 +216,7 @@ pub fn damage<R: ReadAt>(fs: &Ext4<R>, report: &verity::CheckReport) -> String {
 impl Codec for RealCodec {
     fn apply(
         &self,
-        input: &mut dyn Read,
-        told: Option<ToldDigest>,
+        input: TarInput<'_>,
         image: OpDisk,
         record: OpDisk,
         scratch: Option<OpDisk>,
@@ -244,7 +238,7 @@ impl Codec for RealCodec {
                 ..HcsshimOptions::new(LCOW_MAX_DISK)
             }));
         }
-        settings.told_digest = told;
+        settings.told_digest = input.told;
         settings.max_tar_bytes = settings.max_tar_bytes.min(options.max_image_bytes.saturating_mul(2));
         let convert = |ranges: &[wire::IdRange]| {
             ranges
@@ -259,7 +253,7 @@ impl Codec for RealCodec {
             settings.verity = apply::Verity::Tree { scratch };
         }
         let mut chain = LayerChain::new(sources(&lowers, false));
-        let summary = apply::apply(&mut *input, image, record, &mut chain, &settings)?;
+        let summary = apply::apply(input.bytes, image, record, &mut chain, &settings)?;
         Ok(wire::ApplySummary {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,

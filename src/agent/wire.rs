@@ -14,7 +14,7 @@
 //! the other as hostile: lengths are checked before memory is taken, unknown types end the channel. This module does
 //! no I/O but through `Read`/`Write`; `svm` reads the same frames asynchronously with [`parse_header`].
 
-pub use crate::diff::TarDigest;
+pub use crate::diff::{DigestKind, TarDigest};
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 

@@ -9,7 +9,7 @@
 //! For VMs whose agents do not digest ([`ServiceVm::daemon_digests`](super::ServiceVm::daemon_digests)). Bytes are moved
 //! and digested, never interpreted. Called by `exchange`.
 
-use crate::diff::{DigestKind, TarDigest};
+use crate::agent::wire::{DigestKind, TarDigest};
 use bytes::Bytes;
 use tokio::{sync::mpsc, task::JoinHandle};
 

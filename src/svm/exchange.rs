@@ -13,9 +13,8 @@
 //! Called by `lease` and `stream`.
 
 use super::{Channel, ServiceVm, SvmError, digesting::Digesting};
-use crate::{
-    agent::wire::{self, DATA_PAYLOAD, ErrorKind, FrameType, HEADER_LEN, Operation, WireError},
-    diff::{DigestKind, TarDigest},
+use crate::agent::wire::{
+    self, DATA_PAYLOAD, DigestKind, ErrorKind, FrameType, HEADER_LEN, Operation, TarDigest, WireError,
 };
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
@@ -383,5 +382,129 @@ impl Receiver {
             return Err(explain(&self.vm, &self.name, otherwise).await);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        agent::wire::{ApplyOptions, ExportSummary, JailReport},
+        svm::{Death, DiskId, DiskSource},
+    };
+    use futures_util::future::{BoxFuture, FutureExt, pending};
+    use tokio::io::DuplexStream;
+
+    /// A machine whose agent is the test.
+    #[derive(Debug)]
+    struct Machine(Mutex<Option<DuplexStream>>);
+
+    impl ServiceVm for Machine {
+        fn describe(&self) -> String {
+            "test".into()
+        }
+        fn attach<'a>(&'a self, _: &'a DiskSource) -> BoxFuture<'a, Result<DiskId, SvmError>> {
+            pending().boxed()
+        }
+        fn detach(&self, _: DiskId) -> BoxFuture<'_, Result<(), SvmError>> {
+            pending().boxed()
+        }
+        fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>> {
+            let channel = self.0.lock().take();
+            async move { Ok(Box::new(channel.unwrap()) as Channel) }.boxed()
+        }
+        fn ping(&self) -> BoxFuture<'_, Result<(), SvmError>> {
+            pending().boxed()
+        }
+        fn terminate(&self) -> BoxFuture<'_, ()> {
+            pending().boxed()
+        }
+        fn death(&self) -> BoxFuture<'_, Death> {
+            pending().boxed()
+        }
+        fn console(&self) -> String {
+            String::new()
+        }
+        fn daemon_digests(&self) -> bool {
+            true
+        }
+        fn jail(&self) -> Option<JailReport> {
+            None
+        }
+    }
+
+    /// An operation, and the agent's end of its channel with the request read.
+    async fn start(operation: &Operation) -> (Sender, Receiver, DuplexStream) {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 20);
+        let vm: Arc<dyn ServiceVm> = Arc::new(Machine(Mutex::new(Some(ours))));
+        let (sender, receiver) = begin(&vm, "test", Duration::from_secs(20), operation).await.unwrap();
+        assert_eq!(frame(&mut theirs).await.0, FrameType::Request);
+        (sender, receiver, theirs)
+    }
+
+    async fn frame(channel: &mut DuplexStream) -> (FrameType, Vec<u8>) {
+        let mut head = [0; HEADER_LEN];
+        channel.read_exact(&mut head).await.unwrap();
+        let (kind, len) = wire::parse_header(head).unwrap();
+        let mut payload = vec![0; len];
+        channel.read_exact(&mut payload).await.unwrap();
+        (kind, payload)
+    }
+
+    async fn say(channel: &mut DuplexStream, kind: FrameType, payload: &[u8]) {
+        channel.write_all(&wire::header(kind, payload.len())).await.unwrap();
+        channel.write_all(payload).await.unwrap();
+    }
+
+    fn summary(digest: Option<TarDigest>) -> Vec<u8> {
+        serde_json::to_vec(&ExportSummary { tar_bytes: 8, tar_digest: digest }).unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_applied_tar_ends_with_its_digest_and_a_summary_with_another_is_refused() {
+        let tar = b"all of the tar";
+        let digest = TarDigest::of(DigestKind::Blake3, tar);
+        for (answer, good) in [(Some(digest), true), (Some(TarDigest::default()), false), (None, false)] {
+            let operation = Operation::Apply {
+                image: DiskId(0),
+                record: DiskId(1),
+                scratch: None,
+                lowers: vec![],
+                options: ApplyOptions::default(),
+            };
+            let (mut sender, mut receiver, mut agent) = start(&operation).await;
+            let body = futures_util::stream::iter(tar.chunks(5).map(|c| Ok(Bytes::from_static(c))));
+            assert!(sender.body(body).await.is_ok());
+            assert_eq!(frame(&mut agent).await, (FrameType::Data, tar.to_vec()));
+            assert_eq!(frame(&mut agent).await, (FrameType::End, digest.to_string().into_bytes()));
+            say(&mut agent, FrameType::Result, &summary(answer)).await;
+            let result = receiver.result::<ExportSummary>().await;
+            assert_eq!(result.is_ok(), good, "{result:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_last_bytes_of_an_exact_tar_come_only_after_its_digest_was_found_right() {
+        let digest = TarDigest::of(DigestKind::Blake3, b"onetwo");
+        let old = TarDigest { kind: DigestKind::Sha256, bytes: [0; 32] };
+        let cases =
+            [(Some(digest), true), (Some(TarDigest::default()), false), (None, false), (Some(old), true)];
+        for (told, good) in cases {
+            let operation = Operation::ExportExact { image: DiskId(0), record: DiskId(1) };
+            let (_sender, mut receiver, mut agent) = start(&operation).await;
+            say(&mut agent, FrameType::Data, b"one").await;
+            say(&mut agent, FrameType::Data, b"two").await;
+            assert!(matches!(receiver.next().await, Ok(Incoming::Data(b)) if b == "one"[..]));
+            say(&mut agent, FrameType::Result, &summary(told)).await;
+            let last = receiver.next().await;
+            if good {
+                assert!(matches!(last, Ok(Incoming::Data(b)) if b == "two"[..]));
+                assert!(matches!(receiver.next().await, Ok(Incoming::Result(_))));
+            } else {
+                let wrong = matches!(last, Err(SvmError::Refused(ref e)) if e.kind == ErrorKind::Corrupt);
+                assert_eq!(wrong, told.is_some());
+                assert!(last.is_err());
+            }
+        }
     }
 }

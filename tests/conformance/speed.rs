@@ -13,13 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Seconds of processor time that a process has used, without those of its children.
-#[expect(clippy::cast_precision_loss, reason = "ticks of a test's life")]
-fn processor_seconds(pid: i32) -> f64 {
+/// Processor time that a process has used, without that of its children.
+fn processor_time(pid: i32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
     let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+    Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
 }
 
 fn pid_of(lease: &Lease) -> i32 {
@@ -29,15 +28,16 @@ fn pid_of(lease: &Lease) -> i32 {
 struct Measured {
     name: &'static str,
     wall: Duration,
-    processor: f64,
+    /// Where the machine is known.
+    processor: Option<Duration>,
 }
 
 async fn measure<T>(pid: i32, name: &'static str, work: impl Future<Output = T>) -> (T, Measured) {
-    let before = processor_seconds(pid);
+    let before = processor_time(pid);
     let start = Instant::now();
     let done = work.await;
     let wall = start.elapsed();
-    let processor = processor_seconds(pid) - before;
+    let processor = Some(processor_time(pid).saturating_sub(before));
     (done, Measured { name, wall, processor })
 }
 
@@ -61,7 +61,7 @@ pub(crate) async fn figures(backend: &Arc<dyn VmBackend>, rounds: usize) {
         let start = Instant::now();
         let check = CheckJob { image: files.image("l"), require_no_writers: true, tree: false };
         pool.check_image(check).await.unwrap();
-        all.push(Measured { name: "check with its lease", wall: start.elapsed(), processor: 0.0 });
+        all.push(Measured { name: "check with its lease", wall: start.elapsed(), processor: None });
         gone(&pool).await;
         let lease = pool.lease("l", Purpose::Export).await.unwrap();
         let exact = files.exact("l");
@@ -87,7 +87,10 @@ pub(crate) async fn figures(backend: &Arc<dyn VmBackend>, rounds: usize) {
         gone(&pool).await;
         let text: Vec<String> = all
             .iter()
-            .map(|m| format!("{} {:.2} s ({:.2} s cpu)", m.name, m.wall.as_secs_f64(), m.processor))
+            .map(|m| {
+                let processor = m.processor.map(|p| format!(" ({:.2} s of processor)", p.as_secs_f64()));
+                format!("{} {:.2} s{}", m.name, m.wall.as_secs_f64(), processor.unwrap_or_default())
+            })
             .collect();
         println!("{}: {}", backend.name(), text.join(", "));
     }

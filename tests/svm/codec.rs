@@ -2,7 +2,7 @@
 
 use lcow_graphdriver::{
     agent::{
-        codec::{ChangeSink, Codec, Layer, Live, Parent, ToldDigest},
+        codec::{ChangeSink, Codec, Layer, Live, Parent, TarInput},
         disk::OpDisk,
         wire::{
             ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, ErrorKind, ExportSummary, IdMaps,
@@ -11,7 +11,7 @@ use lcow_graphdriver::{
     },
     io::{ReadAt, StreamOut, WriteAt},
 };
-use std::io::{self, Read};
+use std::io;
 
 /// Magic first bytes of a "tar" make the codec misbehave.
 pub(crate) struct TestCodec;
@@ -38,8 +38,7 @@ fn copy_out(disk: &OpDisk, out: &mut dyn StreamOut) -> Result<u64, WireError> {
 impl Codec for TestCodec {
     fn apply(
         &self,
-        input: &mut dyn Read,
-        _: Option<ToldDigest>,
+        input: TarInput<'_>,
         image: OpDisk,
         record: OpDisk,
         _: Option<OpDisk>,
@@ -48,7 +47,7 @@ impl Codec for TestCodec {
     ) -> Result<ApplySummary, WireError> {
         let (mut buf, mut at) = (vec![0; 256 << 10], 0u64);
         loop {
-            let n = input.read(&mut buf).map_err(failed)?;
+            let n = input.bytes.read(&mut buf).map_err(failed)?;
             if n == 0 {
                 break;
             }

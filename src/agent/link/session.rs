@@ -14,7 +14,7 @@ use super::{
         self, CREDIT_STEP, HEADER_LEN, Header, Kind, MAX_INLINE, MIN_STORED, Parsed, SYNC, WINDOW, invalid,
         number,
     },
-    slots::{Side, Slots},
+    slots::{Side, Slots, Taken},
 };
 use crate::agent::{
     codec::Codec,
@@ -141,7 +141,12 @@ struct InboxState {
 
 enum Piece {
     Bytes(Vec<u8>, usize),
-    Stored { slot: u32, len: usize },
+    /// Taken out of its slot; read up to there.
+    Taken(Taken, usize),
+    Stored {
+        slot: u32,
+        len: usize,
+    },
 }
 
 impl Inbox {
@@ -338,23 +343,23 @@ impl Drop for Channel {
 }
 
 impl Channel {
-    /// The next piece's bytes, taken out of its slot if it lies in one.
-    fn piece(&self) -> io::Result<Option<(Vec<u8>, usize)>> {
+    /// The next piece, taken out of its slot if it lies in one.
+    fn piece(&self) -> io::Result<Option<Piece>> {
         let mut state = lock(&self.inbox.state);
         loop {
             if self.session.over.load(Ordering::Relaxed) {
                 return Err(io::ErrorKind::ConnectionAborted.into());
             }
             match state.pieces.pop_front() {
-                Some(Piece::Bytes(bytes, at)) => return Ok(Some((bytes, at))),
                 Some(Piece::Stored { slot, len }) => {
                     drop(state);
                     let slots =
                         self.session.slots.get().ok_or_else(|| invalid("a slot without a transfer disk"))?;
-                    let bytes = slots.load(slot, len)?;
+                    let taken = slots.load(slot, len)?;
                     self.session.send(&frame::numbers(0, Kind::Free, &[slot]), &[])?;
-                    return Ok(Some((bytes, 0)));
+                    return Ok(Some(Piece::Taken(taken, 0)));
                 }
+                Some(piece) => return Ok(Some(piece)),
                 None if state.closed => return Ok(None),
                 None => state = self.inbox.wait(state),
             }
@@ -367,12 +372,21 @@ impl AgentChannel for Channel {
         if buf.is_empty() {
             return Ok(0);
         }
-        let Some((bytes, at)) = self.piece()? else { return Ok(0) };
-        let n = buf.len().min(bytes.len() - at);
-        buf[..n].copy_from_slice(&bytes[at..at + n]);
+        let Some(mut piece) = self.piece()? else { return Ok(0) };
+        let (bytes, at) = match &mut piece {
+            Piece::Bytes(bytes, at) => (bytes.as_slice(), at),
+            Piece::Taken(taken, at) => (taken.bytes(), at),
+            Piece::Stored { .. } => return Err(invalid("a piece that was not taken out of its slot")),
+        };
+        let n = buf.len().min(bytes.len() - *at);
+        buf[..n].copy_from_slice(&bytes[*at..*at + n]);
+        *at += n;
+        let more = *at < bytes.len();
         let mut state = lock(&self.inbox.state);
-        if at + n < bytes.len() {
-            state.pieces.push_front(Piece::Bytes(bytes, at + n));
+        if more {
+            state.pieces.push_front(piece);
+        } else if let (Piece::Taken(taken, _), Some(slots)) = (piece, self.session.slots.get()) {
+            slots.put_back(taken);
         }
         state.taken += n;
         if state.taken >= CREDIT_STEP {

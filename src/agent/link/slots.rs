@@ -9,6 +9,7 @@
 //! The daemon holds a memory file, the guest sees it as a disk, read and written past its page cache. Whatever the
 //! other side writes there are untrusted bytes of a stream: they are copied out once, before anybody looks at them.
 
+use super::super::aligned::Aligned;
 use super::frame::{WINDOW, invalid};
 use crate::io::{ReadAt, WriteAt};
 use serde::{Deserialize, Serialize};
@@ -18,8 +19,7 @@ use std::{fs::File, io, sync::Mutex};
 pub const SLOT_BYTES: usize = 256 << 10;
 /// Slots each way: some channels at full speed; the others go inline.
 pub const SLOTS: u32 = 8 * (WINDOW / SLOT_BYTES) as u32;
-/// Alignment that unbuffered disk access needs, of offsets, lengths and memory; bytes.
-pub const ALIGN: usize = 4096;
+pub use super::super::aligned::ALIGN;
 /// Bytes of the transfer disk.
 pub const TRANSFER_BYTES: u64 = SLOTS as u64 * 2 * SLOT_BYTES as u64;
 
@@ -64,23 +64,17 @@ pub struct Slots {
     buffers: Mutex<Vec<Aligned>>,
 }
 
-/// Memory whose start is aligned.
+/// Bytes taken out of a slot; their memory goes back to [`Slots::put_back`].
 #[derive(Debug)]
-struct Aligned {
-    memory: Vec<u8>,
-    start: usize,
+pub struct Taken {
+    memory: Aligned,
     len: usize,
 }
 
-impl Aligned {
-    fn new(len: usize) -> Self {
-        let memory = vec![0; len + ALIGN];
-        let start = memory.as_ptr().align_offset(ALIGN).min(ALIGN);
-        Self { memory, start, len }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
+impl Taken {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.memory.bytes()[..self.len]
     }
 }
 
@@ -116,7 +110,7 @@ impl Slots {
         let mut used = 0;
         for part in parts {
             let n = part.len().min(self.slot_bytes - used);
-            buffer.bytes()[used..used + n].copy_from_slice(&part[..n]);
+            buffer.bytes_mut()[used..used + n].copy_from_slice(&part[..n]);
             used += n;
         }
         let whole = used.next_multiple_of(ALIGN);
@@ -135,16 +129,26 @@ impl Slots {
     ///
     /// # Errors
     /// `InvalidData` for a slot that is not the peer's; what the disk says.
-    pub fn load(&self, slot: u32, len: usize) -> io::Result<Vec<u8>> {
+    pub fn load(&self, slot: u32, len: usize) -> io::Result<Taken> {
         if slot >= self.per_side * 2 || self.is_ours(slot) || len > self.slot_bytes {
             return Err(invalid("bytes in a slot that the peer does not own"));
         }
-        let mut buffer = self.buffer();
-        let read =
-            self.file.read_exact_at(&mut buffer.bytes()[..len.next_multiple_of(ALIGN)], self.place(slot));
-        let bytes = buffer.bytes()[..len].to_vec();
-        self.give_back(buffer);
-        read.map(|()| bytes)
+        let mut memory = self.buffer();
+        let whole = len.next_multiple_of(ALIGN);
+        let read = self.file.read_exact_at(&mut memory.bytes_mut()[..whole], self.place(slot));
+        let taken = Taken { memory, len };
+        match read {
+            Ok(()) => Ok(taken),
+            Err(e) => {
+                self.put_back(taken);
+                Err(e)
+            }
+        }
+    }
+
+    /// Memory that was taken is used again.
+    pub fn put_back(&self, taken: Taken) {
+        self.give_back(taken.memory);
     }
 
     /// The peer has emptied a slot of ours.
@@ -195,7 +199,8 @@ mod tests {
         let (slot, n) = daemon.store(&[b"head", &[7; 10_000]]).unwrap().unwrap();
         assert_eq!((slot, n), (0, 8192), "what fits");
         let got = agent.load(slot, n).unwrap();
-        assert!(got.starts_with(b"head\x07") && got.len() == 8192);
+        assert!(got.bytes().starts_with(b"head\x07") && got.bytes().len() == 8192);
+        agent.put_back(got);
         assert_eq!(daemon.store(&[b"2"]).unwrap().unwrap(), (1, 1));
         assert!(daemon.store(&[b"3"]).unwrap().is_none(), "all in use: inline");
         daemon.free(0).unwrap();
@@ -209,7 +214,7 @@ mod tests {
             assert!(agent.load(slot, len).is_err(), "slot {slot} len {len}");
         }
         assert_eq!(agent.store(&[b"back"]).unwrap().unwrap(), (2, 4));
-        assert_eq!(daemon.load(2, 4).unwrap(), b"back");
+        assert_eq!(daemon.load(2, 4).unwrap().bytes(), b"back");
         assert!(
             Slots::new(tempfile::tempfile().unwrap(), &TransferDisk { slot_bytes: 100, ..disk }, Side::Agent)
                 .is_err()

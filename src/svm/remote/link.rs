@@ -129,9 +129,11 @@ impl Link {
         let payload = if kind == Kind::Stored {
             let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
             let slot = number(&payload, 0)?;
-            let bytes = slots.load(slot, number(&payload, 1)? as usize)?;
+            let taken = slots.load(slot, number(&payload, 1)? as usize)?;
             self.send(frame::numbers(0, Kind::Free, &[slot]).into());
-            bytes.into()
+            let bytes = Bytes::copy_from_slice(taken.bytes());
+            slots.put_back(taken);
+            bytes
         } else {
             payload
         };

@@ -5,9 +5,8 @@ use crate::{
     agent::{
         codec::{Codec, RealCodec},
         link::{self, Platform, frame, slots::TRANSFER_BYTES},
-        wire::{ErrorKind, Operation, WireError, parse_header},
+        wire::{DigestKind, ErrorKind, Operation, TarDigest, WireError, parse_header},
     },
-    diff::{DigestKind, TarDigest},
     svm::Channel,
 };
 use std::{

@@ -12,7 +12,14 @@ use rustix::{
     system::RebootCommand,
     time::{ClockId, Timespec},
 };
-use std::{ffi::CStr, fs::File, io, os::fd::AsRawFd, path::Path, time::Duration};
+use std::{
+    ffi::CStr,
+    fs::File,
+    io,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    path::Path,
+    time::Duration,
+};
 
 /// `RNDADDENTROPY`, include/uapi/linux/random.h.
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
@@ -84,6 +91,17 @@ pub fn reseed(entropy: &[u8]) -> Result<(), SysError> {
 pub fn set_clock(time: Duration) -> Result<(), SysError> {
     let spec = Timespec { tv_sec: time.as_secs().cast_signed(), tv_nsec: i64::from(time.subsec_nanos()) };
     rustix::time::clock_settime(ClockId::Realtime, spec).context("set the clock to", format!("{time:?}"))
+}
+
+/// A device once more, for access past the page cache.
+///
+/// # Errors
+/// What the kernel says.
+pub fn reopen_unbuffered(device: &File, writable: bool) -> Result<File, SysError> {
+    let path = format!("/proc/self/fd/{}", device.as_raw_fd());
+    let mut options = File::options();
+    options.read(true).write(writable).custom_flags(libc::O_DIRECT);
+    options.open(&path).context("open past the page cache", path)
 }
 
 /// Ends the machine at once (QEMU's `-no-reboot` ends with it).
