@@ -77,6 +77,56 @@ pub fn create_dir(path: &Path, descriptor: &SecurityDescriptor) -> io::Result<()
     check(unsafe { CreateDirectoryW(name.as_ptr(), &raw const attributes) })
 }
 
+/// The access list of a file or folder as SDDL, as the system keeps it.
+///
+/// # Errors
+/// What the system says.
+#[cfg(test)]
+pub(crate) fn access_list(path: &Path) -> io::Result<String> {
+    use windows_sys::Win32::Security::{
+        Authorization::{
+            ConvertSecurityDescriptorToStringSecurityDescriptorW, GetNamedSecurityInfoW, SE_FILE_OBJECT,
+        },
+        DACL_SECURITY_INFORMATION,
+    };
+    let name = wide_path(path)?;
+    let mut descriptor = ptr::null_mut();
+    // SAFETY: the name ends with a NUL; one pointer is stored, the others may be null.
+    let status = unsafe {
+        GetNamedSecurityInfoW(
+            name.as_ptr(),
+            SE_FILE_OBJECT,
+            DACL_SECURITY_INFORMATION,
+            ptr::null_mut(),
+            ptr::null_mut(),
+            ptr::null_mut(),
+            ptr::null_mut(),
+            &raw mut descriptor,
+        )
+    };
+    if status != 0 {
+        return Err(io::Error::from_raw_os_error(status as i32));
+    }
+    let descriptor = SecurityDescriptor(descriptor);
+    let (mut text, mut len) = (ptr::null_mut(), 0);
+    // SAFETY: the descriptor is the system's own; one pointer and one number are stored.
+    check(unsafe {
+        ConvertSecurityDescriptorToStringSecurityDescriptorW(
+            descriptor.0,
+            SDDL_REVISION_1,
+            DACL_SECURITY_INFORMATION,
+            &raw mut text,
+            &raw mut len,
+        )
+    })?;
+    // SAFETY: the call succeeded: so many units are there, the last of them a NUL.
+    let units = unsafe { std::slice::from_raw_parts(text, len as usize) };
+    let sddl = String::from_utf16_lossy(units).trim_end_matches('\0').to_owned();
+    // SAFETY: the pointer came from the call that asks for LocalFree, and nothing uses it any more.
+    unsafe { LocalFree(text.cast()) };
+    Ok(sddl)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,5 +150,7 @@ mod tests {
         create_dir(&path, &descriptor).unwrap();
         std::fs::write(path.join("f"), "x").unwrap();
         assert_eq!(create_dir(&path, &descriptor).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        println!("DACL folder {}", access_list(&path).unwrap());
+        println!("DACL file {}", access_list(&path.join("f")).unwrap());
     }
 }
