@@ -1,29 +1,39 @@
 //! One suite for every backend of service VMs: what the driver relies on, with the real codec.
 //!
 //! ```text
-//!   suite::apply, suite::cancel, …  ×  embedded │ qemu       + identical: the same bytes from all of them
+//!   suite::apply, suite::cancel, …  ×  embedded │ qemu (Linux) │ hcs (Windows)    + identical: the same bytes from all
 //! ```
+//!
+//! `hcs` runs against the test double of `computecore.dll`. What of the suite is left out there: nothing of the suite;
+//! `a_killed_daemon_leaves_nothing` alone, because a daemon of its own would need the real DLL and Hyper-V sockets
+//! (`tests/hcs`, `what_a_predecessor_left_is_ended`, has what a killed daemon leaves behind).
 //!
 //! `qemu` needs QEMU and the guest that `scripts/build-svm-image` makes (`LCOW_SVM_IMAGE` names its folder, else
 //! `<target>/svm-image`). Without them its tests fail, unless `LCOW_SVM_SKIP` says why they may be left out; then they
 //! say so and pass.
 
-#![cfg(target_os = "linux")]
+#![cfg(any(target_os = "linux", windows))]
 
+#[cfg(windows)]
+#[path = "../computecore_double/client.rs"]
+mod client;
 mod files;
 mod killed;
 mod suite;
 #[path = "../support/mod.rs"]
 mod support;
 
+#[cfg(target_os = "linux")]
+use lcow_graphdriver::svm::qemu::{Accelerator, QemuBackend, QemuConfig};
 use lcow_graphdriver::svm::{
     VmBackend,
     embedded::{EmbeddedBackend, EmbeddedConfig},
-    qemu::{Accelerator, QemuBackend, QemuConfig},
 };
+use std::sync::Arc;
+#[cfg(target_os = "linux")]
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::OnceLock,
 };
 
 fn embedded() -> Arc<dyn VmBackend> {
@@ -33,6 +43,7 @@ fn embedded() -> Arc<dyn VmBackend> {
     }))
 }
 
+#[cfg(target_os = "linux")]
 fn image_folder() -> PathBuf {
     std::env::var_os("LCOW_SVM_IMAGE").map_or_else(
         || Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap().join("svm-image"),
@@ -41,6 +52,7 @@ fn image_folder() -> PathBuf {
 }
 
 /// One backend for all tests of this process, so that the template is made once.
+#[cfg(target_os = "linux")]
 fn qemu() -> Option<Arc<dyn VmBackend>> {
     static BACKEND: OnceLock<Option<Arc<QemuBackend>>> = OnceLock::new();
     let backend = BACKEND.get_or_init(|| {
@@ -53,6 +65,7 @@ fn qemu() -> Option<Arc<dyn VmBackend>> {
     backend.clone().map(|b| b as Arc<dyn VmBackend>)
 }
 
+#[cfg(target_os = "linux")]
 fn qemu_config() -> QemuConfig {
     let folder = image_folder();
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("conformance");
@@ -65,6 +78,24 @@ fn qemu_config() -> QemuConfig {
     config
 }
 
+/// The backends besides the embedded one.
+#[cfg(target_os = "linux")]
+struct Others;
+#[cfg(windows)]
+type Others = Hcs;
+
+#[cfg(target_os = "linux")]
+impl Others {
+    fn new() -> Self {
+        Self
+    }
+
+    #[expect(clippy::unused_self, reason = "as on Windows")]
+    fn backends(&self) -> Option<Arc<dyn VmBackend>> {
+        qemu()
+    }
+}
+
 macro_rules! suite {
     ($($name:ident),* $(,)?) => {
         mod on_embedded { $(
@@ -73,6 +104,7 @@ macro_rules! suite {
                 super::suite::$name(super::embedded()).await;
             }
         )* }
+        #[cfg(target_os = "linux")]
         mod on_qemu { $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $name() {
@@ -80,10 +112,53 @@ macro_rules! suite {
                 if let Some(backend) = super::qemu() { super::suite::$name(backend).await; }
             }
         )* }
+        #[cfg(windows)]
+        mod on_hcs { $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                let place = super::Hcs::new();
+                super::suite::$name(place.backend()).await;
+                place.assert_clear();
+            }
+        )* }
     };
 }
 
+/// Folders of an HCS backend on the double.
+#[cfg(windows)]
+struct Hcs(tempfile::TempDir);
+
+#[cfg(windows)]
+impl Hcs {
+    fn new() -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        for name in ["kernel", "initrd.img"] {
+            std::fs::write(place.0.path().join(name), name).unwrap();
+        }
+        place
+    }
+
+    fn backend(&self) -> Arc<dyn VmBackend> {
+        let at = |name: &str| self.0.path().join(name);
+        let mut config =
+            lcow_graphdriver::svm::hcs::HcsConfig::new(at("kernel"), at("initrd.img"), at("scratch"));
+        config.growing_bytes = 1 << 30;
+        Arc::new(client::backend(config))
+    }
+
+    fn backends(&self) -> Option<Arc<dyn VmBackend>> {
+        Some(self.backend())
+    }
+
+    /// No scratch disk of any machine is left.
+    fn assert_clear(&self) {
+        let left = std::fs::read_dir(self.0.path().join("scratch")).map_or(0, Iterator::count);
+        assert_eq!(left, 0, "folders of machines are left");
+    }
+}
+
 /// Emulated machines on few processors only slow each other down.
+#[cfg(target_os = "linux")]
 async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
     static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
     TURN.lock().await
@@ -111,7 +186,18 @@ async fn more_disks_than_the_limit_are_an_error_on_embedded() {
     suite::more_disks_than_the_limit_are_an_error(embedded()).await;
 }
 
+/// All 256 places of its four controllers.
+#[cfg(windows)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_disks_than_the_limit_are_an_error_on_hcs() {
+    let place = Hcs::new();
+    assert!(place.backend().limits().disks >= 256, "a chain of 128 layers and its parent must fit");
+    suite::more_disks_than_the_limit_are_an_error(place.backend()).await;
+    place.assert_clear();
+}
+
 /// With a small limit: a thousand devices take a minute to come and go under emulation.
+#[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_disks_than_the_limit_are_an_error_on_qemu() {
     let _one_at_a_time = turn().await;
@@ -126,6 +212,7 @@ fn a_killed_daemon_leaves_nothing_on_embedded() {
     killed::leaves_nothing(&["lcow.svm=embedded".into()]);
 }
 
+#[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_daemon_leaves_nothing_on_qemu() {
     let _one_at_a_time = turn().await;
@@ -139,9 +226,11 @@ async fn a_killed_daemon_leaves_nothing_on_qemu() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn identical_bytes_from_every_backend() {
+    #[cfg(target_os = "linux")]
     let _one_at_a_time = turn().await;
+    let place = Others::new();
     let mut all = Vec::new();
-    for backend in std::iter::once(embedded()).chain(qemu()) {
+    for backend in std::iter::once(embedded()).chain(place.backends()) {
         all.push((backend.name(), suite::fingerprint(backend).await));
     }
     let (first, expected) = &all[0];
@@ -154,7 +243,8 @@ async fn identical_bytes_from_every_backend() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "figures for people, of use in a release build only"]
 async fn figures() {
-    for backend in std::iter::once(embedded()).chain(qemu()) {
+    let place = Others::new();
+    for backend in std::iter::once(embedded()).chain(place.backends()) {
         suite::figures(backend).await;
     }
 }

@@ -4,6 +4,7 @@
 //! nothing, send too much, and it sees how a reply really ends.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub(crate) mod machine;
 pub(crate) mod transport;
 
 use serde_json::Value;
@@ -27,6 +28,8 @@ pub(crate) struct Plugin {
     child: Child,
     pub(crate) folder: PathBuf,
     pub(crate) arguments: Vec<String>,
+    /// What Init will say.
+    pub(crate) home: PathBuf,
     _temporary: tempfile::TempDir,
 }
 
@@ -39,7 +42,8 @@ impl Plugin {
         let folder = folder.canonicalize().unwrap();
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let child = Self::spawn(&folder, &arguments);
-        let plugin = Self { child, folder, arguments, _temporary: temporary };
+        let home = folder.join("home");
+        let plugin = Self { child, folder, arguments, home, _temporary: temporary };
         plugin.wait_until_ready();
         plugin
     }
@@ -86,15 +90,20 @@ impl Plugin {
     }
 
     pub(crate) fn home(&self) -> PathBuf {
-        self.folder.join("home")
+        self.home.clone()
     }
 
     /// kill -9 and a new process on the same folders.
     pub(crate) fn kill_and_restart(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.kill();
         self.child = Self::spawn(&self.folder, &self.arguments);
         self.wait_until_ready();
+    }
+
+    /// kill -9.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// SIGTERM (Windows: Ctrl+Break); the exit status.

@@ -12,10 +12,10 @@ use super::{
     disks::{self, Backing, Prepared},
     documents::{ComputeSystem, Machine, ModifySettingRequest, Properties},
     failed,
-    luns::{Luns, Slot},
+    luns::{Luns, MAX_DISKS, Slot},
 };
 use crate::{
-    agent::wire::JailReport,
+    agent::wire::{ErrorKind, JailReport, WireError},
     svm::{
         Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
         console::Console,
@@ -263,8 +263,9 @@ impl ServiceVm for HcsVm {
             let (id, slot) = {
                 let mut disks = self.disks.lock();
                 let slot = disks.luns.take();
-                let slot =
-                    slot.ok_or_else(|| self.disk_error(&shown, "all slots of its controllers are taken"))?;
+                let slot = slot.ok_or_else(|| {
+                    self.disk_error(&shown, format!("{MAX_DISKS} disks are attached already"))
+                })?;
                 let id = DiskId(disks.next);
                 disks.next += 1;
                 (id, slot)
@@ -328,7 +329,16 @@ impl ServiceVm for HcsVm {
             }
             let file = disk.file.clone();
             let brought = blocking(move || disks::bring_back(&scratch, &file, len)).await;
-            brought.map_err(|e| self.disk_error(disk.path.display(), e))
+            brought.map_err(|e| match e.kind() {
+                // Nothing that the machine is to blame for.
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    SvmError::Refused(WireError::new(
+                        ErrorKind::NoSpace,
+                        format!("no space left on the host: {}: {e}", disk.path.display()),
+                    ))
+                }
+                _ => self.disk_error(disk.path.display(), e),
+            })
         }
         .boxed()
     }
