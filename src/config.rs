@@ -206,6 +206,19 @@ pub const SPECS: &[OptionSpec] = &[
         show: |o| o.profile.to_string(),
     },
     OptionSpec {
+        name: "lcow.blocksize",
+        default: "1KiB",
+        accepts: "1KiB, 2KiB or 4KiB",
+        help: "Blocks of applied layers. Small ones waste least; disks with sectors of 4096 bytes need 4KiB, and so does a symbolic link whose target is as long as a block. Profile hcsshim always has 4KiB.",
+        set: |o, v| {
+            parse_size(v, Unit::Bytes)
+                .and_then(|b| u32::try_from(b).ok())
+                .filter(|b| [1024, 2048, 4096].contains(b))
+                .map(|b| o.block_size = b)
+        },
+        show: |o| ByteSize(o.block_size.into()).to_string(),
+    },
+    OptionSpec {
         name: "lcow.timeout",
         default: "300",
         accepts: "seconds, 1 or more",
@@ -367,6 +380,8 @@ pub struct Options {
     pub overlay_api: OverlayApi,
     /// `lcow.profile`
     pub profile: LayoutProfile,
+    /// `lcow.blocksize`, bytes
+    pub block_size: u32,
     /// `lcow.timeout`
     pub idle_timeout: Duration,
     /// `lcow.pool.spares`
@@ -398,6 +413,7 @@ impl Default for Options {
             mount: MountKind::None,
             overlay_api: OverlayApi::Auto,
             profile: LayoutProfile::Default,
+            block_size: 0,
             idle_timeout: Duration::ZERO,
             pool_spares: 0,
             pool_max: 0,

@@ -466,15 +466,28 @@ fn a_disk_is_the_same_in_every_kind_of_file() {
     ok(&["pack", "--verity", tar.to_str().unwrap(), &source]);
     let bytes = fs::read(&source).unwrap();
     let disk = &bytes[..bytes.len() - 512];
+    // A disk with sectors of 4096 bytes needs blocks of that size.
+    let wide_source = scene.text("wide.vhd");
+    ok(&["pack", "--block-size", "4KiB", tar.to_str().unwrap(), &wide_source]);
+    let wide_bytes = fs::read(&wide_source).unwrap();
+    let wide = ["--block-size", "32MiB", "--sector-size", "4096"];
+    assert!(
+        fails(&[&["convert"], &wide[..], &[&source, &scene.text("e.vhdx")]].concat())
+            .contains("blocks of 1024 bytes")
+    );
     for (arguments, name, format) in [
         (&[][..], "a.img", "raw"),
         (&["--to", "raw"], "b", "raw"),
         (&[], "c.vhd", "vpc"),
         (&[], "d.vhdx", "vhdx"),
-        (&["--block-size", "32MiB", "--sector-size", "4096"], "e.vhdx", "vhdx"),
+        (&wide, "e.vhdx", "vhdx"),
     ] {
+        let (source, disk) = match name {
+            "e.vhdx" => (&wide_source, &wide_bytes[..wide_bytes.len() - 512]),
+            _ => (&source, disk),
+        };
         let out = scene.text(name);
-        let mut command = vec!["convert", "--json", &source, &out];
+        let mut command = vec!["convert", "--json", source, &out];
         command.splice(1..1, arguments.iter().copied());
         let done: serde_json::Value = serde_json::from_slice(&ok(&command).stdout).unwrap();
         assert_eq!(done["disk_bytes"], disk.len(), "{name}");
@@ -605,8 +618,37 @@ fn options_that_do_not_go_together_and_sizes_that_cannot_be_are_refused() {
         assert!(refused(&[flag]).contains("is for --profile hcsshim"));
     }
     assert!(refused(&["--max-disk", "128GiB"]).contains("is for --profile hcsshim"));
+    assert!(refused(&["--profile", "hcsshim", "--block-size", "2KiB"]).contains("is for --profile default"));
+    assert_eq!(layer(&["pack", "--block-size", "8KiB", "x", "y"]).output().unwrap().status.code(), Some(2));
     assert!(refused(&["--max-size", "2041GiB"]).contains("a vhd"));
     assert!(refused(&["--max-size", "17TiB", "--raw"]).contains("has at most 16.0 TiB"));
     assert!(refused(&["--profile", "hcsshim", "--max-disk", "17TiB"]).contains("maximum disk"));
     assert!(!scene.path("x.vhd").exists());
+    // A disk of more than a layer may have.
+    let huge = scene.text("huge.vhdx");
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "vhdx", &huge, "17T"]));
+    for out in ["out.vhdx", "out.img"] {
+        assert!(fails(&["convert", &huge, &scene.text(out)]).contains("at most 16.0 TiB"));
+    }
+    assert!(fails(&["convert", &huge, &scene.text("out.vhd")]).contains("2040 GiB"));
+}
+
+#[test]
+fn a_symbolic_link_longer_than_a_block_needs_a_larger_one() {
+    let scene = Scene::new();
+    let long = "long/".repeat(600);
+    symlink(&long, scene.path("tree/far")).unwrap();
+    let (tar, image) = (scene.tar("in.tar", &[]), scene.text("x.vhd"));
+    let tar = tar.to_str().unwrap();
+    let said = fails(&["pack", tar, &image]);
+    for part in ["far", "3000 bytes", "1023", "--block-size 4KiB"] {
+        assert!(said.contains(part), "{said}");
+    }
+    let record = scene.text("x.rec");
+    ok(&["pack", "--block-size", "4KiB", "--record", &record, tar, &image]);
+    run(Command::new("e2fsck").args(["-fn", &image]));
+    let out = ok(&["unpack", "--exact", &record, &image]).stdout;
+    assert!(out == fs::read(tar).unwrap());
+    let stat = run(Command::new("debugfs").args(["-R", "stat /far", &image])).stdout;
+    assert!(String::from_utf8_lossy(&stat).contains("Size: 3000"), "{}", String::from_utf8_lossy(&stat));
 }

@@ -12,7 +12,8 @@ use super::{
     disk::OpDisk,
     wire::{ApplyOptions, ApplySummary, Change, CheckSummary, ExportSummary, IdMaps, LayerKind, WireError},
 };
-use std::io::{Read, Write};
+use crate::io::StreamOut;
+use std::io::Read;
 
 /// A layer to read.
 #[derive(Clone)]
@@ -76,7 +77,7 @@ pub trait Codec: Send + Sync + 'static {
         &self,
         image: OpDisk,
         record: OpDisk,
-        out: &mut dyn Write,
+        out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError>;
 
     /// difference → canonical tar. `live` is given for a sandbox in use.
@@ -87,7 +88,7 @@ pub trait Codec: Send + Sync + 'static {
         format: u32,
         id_maps: &IdMaps,
         live: Option<&mut dyn Live>,
-        out: &mut dyn Write,
+        out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError>;
 
     /// Paths that differ.

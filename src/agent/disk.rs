@@ -196,6 +196,15 @@ impl ReadAt for OpDisk {
         let rest = self.disk.size()?.saturating_sub(self.disk.offset);
         Ok(self.disk.len.map_or(rest, |len| len.min(rest)))
     }
+
+    fn in_file(&self, offset: u64, len: u64) -> Option<(&File, u64)> {
+        let inside = self.disk.len.is_none_or(|size| offset.checked_add(len).is_some_and(|end| end <= size));
+        // What may still be written is not taken by reference; see `StreamOut`.
+        if !inside || self.disk.writable || self.disk.inner.is_some() {
+            return None;
+        }
+        Some((&self.disk.file, self.disk.offset.checked_add(offset)?))
+    }
 }
 
 impl WriteAt for OpDisk {

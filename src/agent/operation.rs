@@ -15,7 +15,9 @@ use super::{
         Operation, ParentRef, WireError, read_frame, write_frame, write_json,
     },
 };
+use crate::io::{ReadAt, StreamOut};
 use std::{
+    fs::File,
     io::{self, IoSlice, Read, Write},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
@@ -35,6 +37,17 @@ pub trait AgentChannel: Send + Sync + 'static {
     fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize>;
     /// Whether the daemon has closed its end.
     fn peer_gone(&self) -> bool;
+    /// Writes up to `len` bytes of a file from `offset`; 0 if this transport, or the system, cannot.
+    ///
+    /// # Errors
+    /// What the transport says.
+    fn send_file(&self, _file: &File, _offset: u64, _len: u64) -> io::Result<u64> {
+        Ok(0)
+    }
+    /// Whether [`Self::send_file`] is worth an attempt.
+    fn sends_files(&self) -> bool {
+        false
+    }
 }
 
 /// Finds attached disks.
@@ -316,6 +329,31 @@ impl Write for FrameOutput<'_> {
             self.buffer.clear();
         }
         Ok(())
+    }
+}
+
+impl StreamOut for FrameOutput<'_> {
+    fn splice(&mut self, file: &File, offset: u64, len: u64) -> io::Result<u64> {
+        if !self.channel.sends_files() {
+            return Ok(0);
+        }
+        self.flush()?;
+        let len = len.min(DATA_PAYLOAD as u64);
+        Conn(self.channel).write_all(&wire::header(FrameType::Data, len as usize))?;
+        let mut sent = 0;
+        while sent < len {
+            match self.channel.send_file(file, offset + sent, len - sent)? {
+                0 => break,
+                n => sent += n,
+            }
+        }
+        // The frame was promised: what the system did not take is read and written.
+        if sent < len {
+            let mut rest = vec![0; (len - sent) as usize];
+            file.read_exact_at(&mut rest, offset + sent)?;
+            Conn(self.channel).write_all(&rest)?;
+        }
+        Ok(len)
     }
 }
 

@@ -14,18 +14,18 @@ use crate::{
         canonical, record,
     },
     ext4::{
-        self, Ext4, Ext4Error,
+        self, BlockSize, Ext4, Ext4Error,
         hcsshim::{HcsshimOptions, LCOW_MAX_DISK},
         writer::WriterOptions,
     },
-    io::{ReadAt, WriteAt},
+    io::{ReadAt, StreamOut, WriteAt},
     tar::TarError,
     verity::{self, VerityError},
 };
 use std::{
     error::Error,
     fmt::Write as _,
-    io::{self, Read, Write},
+    io::{self, Read},
     sync::Arc,
 };
 
@@ -60,7 +60,7 @@ fn io_kind(kind: io::ErrorKind) -> ErrorKind {
 fn ext4_kind(error: &Ext4Error) -> ErrorKind {
     match error {
         Ext4Error::Corrupt { .. } => ErrorKind::Corrupt,
-        Ext4Error::Unsupported { .. } => ErrorKind::Unsupported,
+        Ext4Error::Unsupported { .. } | Ext4Error::LinkTarget { .. } => ErrorKind::Unsupported,
         Ext4Error::Io { source, .. } => io_kind(source.kind()),
         Ext4Error::Usage { .. } => ErrorKind::Usage,
         Ext4Error::Full { .. } => ErrorKind::Limit,
@@ -228,8 +228,13 @@ impl Codec for RealCodec {
         lowers: Vec<Layer>,
         options: &wire::ApplyOptions,
     ) -> Result<wire::ApplySummary, WireError> {
+        let block_size = BlockSize::from_bytes(options.block_size).ok_or_else(|| {
+            let message = format!("blocks of {} bytes: 1024, 2048 or 4096 are possible", options.block_size);
+            WireError::new(ErrorKind::Usage, message)
+        })?;
         let mut settings = apply::ApplyOptions::new(WriterOptions {
             max_image_bytes: options.max_image_bytes,
+            block_size,
             ..WriterOptions::default()
         });
         if options.profile == wire::Profile::Hcsshim {
@@ -281,7 +286,7 @@ impl Codec for RealCodec {
         &self,
         image: OpDisk,
         record: OpDisk,
-        out: &mut dyn Write,
+        out: &mut dyn StreamOut,
     ) -> Result<wire::ExportSummary, WireError> {
         let summary = record::replay(image, record, out)?;
         Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_digest: Some(summary.tar_digest) })
@@ -294,7 +299,7 @@ impl Codec for RealCodec {
         format: u32,
         id_maps: &wire::IdMaps,
         live: Option<&mut dyn Live>,
-        out: &mut dyn Write,
+        out: &mut dyn StreamOut,
     ) -> Result<wire::ExportSummary, WireError> {
         if format != canonical::VERSION {
             return Err(WireError::new(

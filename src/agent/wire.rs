@@ -250,6 +250,8 @@ pub enum Profile {
 pub struct ApplyOptions {
     /// Layout.
     pub profile: Profile,
+    /// Block size of the default profile: 1024, 2048 or 4096 bytes.
+    pub block_size: u32,
     /// dm-verity tree behind the file system.
     pub verity: bool,
     /// The image may not grow beyond this; bytes.
@@ -262,6 +264,7 @@ impl Default for ApplyOptions {
     fn default() -> Self {
         Self {
             profile: Profile::Default,
+            block_size: 1024,
             verity: false,
             max_image_bytes: 1 << 40,
             id_maps: IdMaps::default(),

@@ -18,11 +18,14 @@ use super::{
         PROTOCOL_VERSION, WireError,
     },
 };
-use crate::sys::linux::{
-    fdpass,
-    jail::{self, Spec},
-    probe::{self, Outcome},
-    process,
+use crate::sys::{
+    linux::{
+        fdpass,
+        jail::{self, Spec},
+        probe::{self, Outcome},
+        process,
+    },
+    splice,
 };
 use std::{
     fs::File,
@@ -188,5 +191,13 @@ impl AgentChannel for Socket {
 
     fn peer_gone(&self) -> bool {
         process::peer_gone(self.0.as_fd())
+    }
+
+    fn send_file(&self, file: &File, offset: u64, len: u64) -> io::Result<u64> {
+        splice::send_file(&self.0, file, offset, len)
+    }
+
+    fn sends_files(&self) -> bool {
+        true
     }
 }

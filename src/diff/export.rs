@@ -20,10 +20,10 @@ use super::{
 };
 use crate::{
     ext4::{Ext4, FileKind, Inode, Timestamp},
-    io::ReadAt,
+    io::{ReadAt, StreamOut},
     tar::writer::{Header, Kind},
 };
-use std::{collections::HashMap, io::Write};
+use std::collections::HashMap;
 
 /// Settings of an export.
 #[derive(Debug, Clone, Default)]
@@ -266,7 +266,7 @@ pub fn export<R: ReadAt>(
     parent: Option<ParentSpec<'_, R>>,
     options: &ExportOptions,
     hooks: &mut dyn LiveHooks,
-    out: &mut dyn Write,
+    out: &mut dyn StreamOut,
 ) -> Result<ExportSummary, DiffError> {
     let mut table = Table::new(options.ids.as_ref());
     let mut details = Details::default();
@@ -401,7 +401,9 @@ impl<R: ReadAt> Export<'_, '_, R> {
                 self.out.header(&header)?;
             }
             Kind::File => {
-                let mut file = self.details.file(self.table.fs(item.node.layer)?, item, detail);
+                let fs = self.table.fs(item.node.layer)?;
+                let fixed = self.table.is_fixed(item.node.layer)?;
+                let mut file = self.details.file(fs, item, detail).fixed(fixed);
                 header.size = item.size;
                 self.summary.diff_size += item.size;
                 // Most files are one range from their start: no list is made for them.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  disk ──pread──► buffer 512 KiB (headers, data, padding, in order) ──write──► out
+//!    └───────────── long ranges of layers that never change ───────────splice──► out
 //! ```
 //!
 //! Called by [`super::export`].
@@ -9,13 +10,15 @@
 use super::DiffError;
 use crate::{
     ext4::{Ext4, Inode},
-    io::ReadAt,
+    io::{ReadAt, StreamOut},
     tar::writer::{Header, append},
 };
-use std::{borrow::Cow, io::Write};
+use std::{borrow::Cow, fs::File};
 
 /// Bytes gathered before they are written.
 const BUFFER: usize = 512 << 10;
+/// Ranges from here on go out from the layer's file if they can.
+const SPLICE_BYTES: u64 = 64 << 10;
 /// Bytes compared at once.
 const COMPARE: usize = 256 << 10;
 
@@ -35,15 +38,24 @@ pub(super) struct FileBytes<'a, R> {
     ranges: Cow<'a, [Range]>,
     /// The first range that is not wholly behind.
     next: usize,
+    /// The layer never changes, so its bytes may be sent by reference.
+    fixed: bool,
 }
 
 impl<'a, R: ReadAt> FileBytes<'a, R> {
     pub(super) fn new(fs: &'a Ext4<R>, size: u64, ranges: &'a [Range]) -> Self {
-        Self { fs, size, inline: None, ranges: ranges.into(), next: 0 }
+        Self { fs, size, inline: None, ranges: ranges.into(), next: 0, fixed: false }
     }
 
     pub(super) fn inline(fs: &'a Ext4<R>, bytes: &'a [u8]) -> Self {
-        Self { fs, size: bytes.len() as u64, inline: Some(bytes.into()), ranges: Cow::default(), next: 0 }
+        Self {
+            fs,
+            size: bytes.len() as u64,
+            inline: Some(bytes.into()),
+            ranges: Cow::default(),
+            next: 0,
+            fixed: false,
+        }
     }
 
     /// Reads the metadata now.
@@ -51,7 +63,27 @@ impl<'a, R: ReadAt> FileBytes<'a, R> {
         let inline = fs.inline_bytes(inode)?.map(Cow::Owned);
         let mut ranges = Vec::new();
         super::export::ranges_of(fs, inode, &mut ranges)?;
-        Ok(Self { fs, size: inode.size, inline, ranges: ranges.into(), next: 0 })
+        Ok(Self { fs, size: inode.size, inline, ranges: ranges.into(), next: 0, fixed: false })
+    }
+
+    /// Says that the layer never changes.
+    pub(super) fn fixed(self, fixed: bool) -> Self {
+        Self { fixed, ..self }
+    }
+
+    /// The file that holds the bytes from `offset` on, where in it, and how many up to `len`: those of one range.
+    fn in_file(&mut self, offset: u64, len: u64) -> Option<(&File, u64, u64)> {
+        if !self.fixed || self.inline.is_some() {
+            return None;
+        }
+        while self.ranges.get(self.next).is_some_and(|r| r.offset + r.len <= offset) {
+            self.next += 1;
+        }
+        let range = self.ranges.get(self.next).filter(|r| r.offset <= offset)?;
+        let skip = offset - range.offset;
+        let n = len.min(range.len - skip);
+        let (file, at) = self.fs.in_file(range.disk + skip, n)?;
+        Some((file, at, n))
     }
 
     /// Whether it is without holes and one range at most.
@@ -133,13 +165,13 @@ pub(super) fn same_bytes<R: ReadAt, S: ReadAt>(
 
 /// The tar being written.
 pub(super) struct Out<'a> {
-    sink: &'a mut dyn Write,
+    sink: &'a mut dyn StreamOut,
     buf: Vec<u8>,
     written: u64,
 }
 
 impl<'a> Out<'a> {
-    pub(super) fn new(out: &'a mut dyn Write) -> Self {
+    pub(super) fn new(out: &'a mut dyn StreamOut) -> Self {
         Self { sink: out, buf: Vec::with_capacity(BUFFER + 4096), written: 0 }
     }
 
@@ -176,6 +208,14 @@ impl<'a> Out<'a> {
         mut len: u64,
     ) -> Result<(), DiffError> {
         while len > 0 {
+            if len >= SPLICE_BYTES {
+                let sent = self.splice(file, offset, len)?;
+                if sent > 0 {
+                    offset += sent;
+                    len -= sent;
+                    continue;
+                }
+            }
             if self.buf.len() >= BUFFER {
                 self.flush()?;
             }
@@ -187,6 +227,22 @@ impl<'a> Out<'a> {
             len -= n as u64;
         }
         Ok(())
+    }
+
+    /// Sends a part of the `len` bytes of a file from `offset` from where they lie; 0 if that cannot be.
+    fn splice<R: ReadAt>(
+        &mut self,
+        file: &mut FileBytes<'_, R>,
+        offset: u64,
+        len: u64,
+    ) -> Result<u64, DiffError> {
+        let Some((source, at, n)) = file.in_file(offset, len).filter(|(.., n)| *n >= SPLICE_BYTES) else {
+            return Ok(0);
+        };
+        self.flush()?;
+        let sent = self.sink.splice(source, at, n).map_err(DiffError::io("sending the tar"))?.min(n);
+        self.written += sent;
+        Ok(sent)
     }
 
     /// Writes what is left; gives the bytes of the whole tar.

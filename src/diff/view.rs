@@ -69,6 +69,8 @@ struct Layer<'a, R> {
     root: u32,
     live: bool,
     host_ids: bool,
+    /// It never changes.
+    fixed: bool,
 }
 
 /// All opened layers of one operation.
@@ -134,7 +136,8 @@ impl<'a, R: ReadAt> Table<'a, R> {
                 })?
             }
         };
-        self.layers.push(Layer { fs, root, live: source.live, host_ids: source.host_ids });
+        let fixed = source.kind == LayerKind::Applied && !source.live;
+        self.layers.push(Layer { fs, root, live: source.live, host_ids: source.host_ids, fixed });
         Ok(number)
     }
 
@@ -144,6 +147,11 @@ impl<'a, R: ReadAt> Table<'a, R> {
 
     pub(super) fn fs(&self, number: u16) -> Result<&Ext4<&'a R>, DiffError> {
         Ok(&self.layer(number)?.fs)
+    }
+
+    /// Whether a layer never changes.
+    pub(super) fn is_fixed(&self, number: u16) -> Result<bool, DiffError> {
+        self.layer(number).map(|layer| layer.fixed)
     }
 
     pub(super) fn is_live(&self, number: u16) -> bool {

@@ -322,6 +322,7 @@ impl Home {
                     LayoutProfile::Default => Profile::Default,
                     LayoutProfile::Hcsshim => Profile::Hcsshim,
                 },
+                block_size: self.options.block_size,
                 max_image_bytes: self.options.max_layer_bytes,
                 verity: self.options.verity,
                 ..ApplyOptions::default()

@@ -98,6 +98,14 @@ pub enum Ext4Error {
         /// What was wrong with the call.
         what: String,
     },
+    /// A symbolic link does not fit a block; larger blocks take longer ones (kernel: `ext4_symlink`).
+    #[error("a symbolic link's target has {bytes} bytes, blocks of this size take {most}")]
+    LinkTarget {
+        /// Length of the target.
+        bytes: u64,
+        /// The longest that fits.
+        most: u32,
+    },
     /// The image would outgrow the limit that the caller set.
     #[error("ext4 image exceeds its limit of {limit} bytes")]
     Full {

@@ -14,10 +14,12 @@
 
 mod fault;
 mod mem;
+mod stream;
 mod sub;
 
 pub use fault::FaultDisk;
 pub use mem::MemDisk;
+pub use stream::StreamOut;
 pub use sub::SubDisk;
 
 use std::{fs::File, io, sync::Arc};
@@ -32,6 +34,12 @@ pub trait ReadAt: Send + Sync {
 
     /// Size of the disk in bytes.
     fn size(&self) -> io::Result<u64>;
+
+    /// The open file that holds the `len` bytes at `offset`, and where in it, if one does as they are: for streams that
+    /// can take them from there ([`StreamOut::splice`]).
+    fn in_file(&self, _offset: u64, _len: u64) -> Option<(&File, u64)> {
+        None
+    }
 
     /// Fills `buf` from `offset`.
     ///
@@ -110,6 +118,10 @@ impl ReadAt for File {
         // cursor that nothing here uses (all I/O is positioned).
         io::Seek::seek(&mut &*self, io::SeekFrom::End(0))
     }
+
+    fn in_file(&self, offset: u64, _: u64) -> Option<(&File, u64)> {
+        Some((self, offset))
+    }
 }
 
 impl WriteAt for File {
@@ -137,6 +149,9 @@ macro_rules! forward {
             }
             fn size(&self) -> io::Result<u64> {
                 (**self).size()
+            }
+            fn in_file(&self, offset: u64, len: u64) -> Option<(&File, u64)> {
+                (**self).in_file(offset, len)
             }
         }
         impl<D: WriteAt + ?Sized> WriteAt for $t {

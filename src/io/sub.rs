@@ -1,7 +1,7 @@
 //! A window of a disk.
 
 use super::{ReadAt, WriteAt};
-use std::io;
+use std::{fs::File, io};
 
 /// The bytes `offset .. offset + len` of another disk, as a disk of fixed size.
 ///
@@ -37,6 +37,11 @@ impl<D: ReadAt> ReadAt for SubDisk<D> {
 
     fn size(&self) -> io::Result<u64> {
         Ok(self.len)
+    }
+
+    fn in_file(&self, offset: u64, len: u64) -> Option<(&File, u64)> {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        if inside { self.inner.in_file(self.offset + offset, len) } else { None }
     }
 }
 

@@ -10,12 +10,13 @@
 
 use super::{Channel, ServiceVm, SvmError};
 use crate::agent::wire::{self, DATA_PAYLOAD, FrameType, HEADER_LEN, Operation, WireError};
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use std::{
-    io,
+    io::{self, IoSlice},
+    iter,
     pin::pin,
     sync::{
         Arc,
@@ -24,12 +25,15 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf, split},
+    io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split},
     time::timeout,
 };
 
 /// How long a VM whose channel broke may take to be seen dead.
 const DEATH_GRACE: Duration = Duration::from_secs(2);
+
+/// Pieces of a body below this are joined; larger ones are sent from where they lie.
+const COPIED_BELOW: usize = 4 << 10;
 
 /// What the agent sent.
 pub(super) enum Incoming {
@@ -119,25 +123,34 @@ async fn explain(vm: &Arc<dyn ServiceVm>, name: &str, otherwise: SvmError) -> Sv
 impl Sender {
     /// Sends one frame.
     pub(super) async fn frame(&mut self, kind: FrameType, payload: &[u8]) -> Result<(), SendError> {
-        self.all(&wire::header(kind, payload.len())).await?;
-        self.all(payload).await
+        self.vectored(&wire::header(kind, payload.len()), &[IoSlice::new(payload)]).await
     }
 
-    async fn all(&mut self, mut bytes: &[u8]) -> Result<(), SendError> {
-        while !bytes.is_empty() {
-            match timeout(self.idle, self.output.write(bytes)).await {
+    /// Sends one frame whose payload lies in pieces.
+    async fn parts(&mut self, kind: FrameType, pieces: Vec<Bytes>) -> Result<(), SendError> {
+        let header = wire::header(kind, pieces.iter().map(Bytes::len).sum());
+        let slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        self.vectored(&header, &slices).await
+    }
+
+    async fn vectored(&mut self, header: &[u8], payload: &[IoSlice<'_>]) -> Result<(), SendError> {
+        let mut all: Vec<_> = iter::once(IoSlice::new(header)).chain(payload.iter().copied()).collect();
+        let mut left = &mut all[..];
+        IoSlice::advance_slices(&mut left, 0);
+        while !left.is_empty() {
+            match timeout(self.idle, self.output.write_vectored(left)).await {
                 Err(_) => return Err(SendError::Timeout),
                 Ok(Err(e)) => return Err(SendError::Channel(e)),
                 Ok(Ok(0)) => return Err(SendError::Channel(io::ErrorKind::WriteZero.into())),
-                Ok(Ok(n)) => bytes = &bytes[n..],
+                Ok(Ok(n)) => IoSlice::advance_slices(&mut left, n),
             }
             self.progress.touch();
         }
         Ok(())
     }
 
-    /// Sends a body as Data frames and End. Tiny chunks are gathered into frames of [`DATA_PAYLOAD`], large ones sent
-    /// from where they lie. How long the body itself may idle is its owner's business.
+    /// Sends a body as Data frames and End. Chunks are gathered into frames of [`DATA_PAYLOAD`], large ones without a
+    /// copy where the channel can do that. How long the body itself may idle is its owner's business.
     pub(super) async fn body<S>(&mut self, body: S) -> Result<(), SendError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
@@ -154,27 +167,61 @@ impl Sender {
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         let mut body = pin!(body);
-        let mut gathered = Vec::with_capacity(DATA_PAYLOAD);
+        let copied_below = if self.output.is_write_vectored() { COPIED_BELOW } else { usize::MAX };
+        let mut frame = Gathered::default();
         while let Some(chunk) = body.next().await {
             let mut chunk = chunk.map_err(SendError::Body)?;
             while !chunk.is_empty() {
-                if gathered.is_empty() && chunk.len() >= DATA_PAYLOAD {
-                    let frame = chunk.split_to(DATA_PAYLOAD);
-                    self.frame(FrameType::Data, &frame).await?;
+                if copied_below == usize::MAX && frame.len == 0 && chunk.len() >= DATA_PAYLOAD {
+                    self.frame(FrameType::Data, &chunk.split_to(DATA_PAYLOAD)).await?;
                     continue;
                 }
-                let n = chunk.len().min(DATA_PAYLOAD - gathered.len());
-                gathered.extend_from_slice(&chunk.split_to(n));
-                if gathered.len() == DATA_PAYLOAD {
-                    self.frame(FrameType::Data, &gathered).await?;
-                    gathered.clear();
+                let room = DATA_PAYLOAD - frame.len;
+                frame.add(chunk.split_to(chunk.len().min(room)), copied_below);
+                if frame.len == DATA_PAYLOAD {
+                    self.parts(FrameType::Data, frame.take()).await?;
                 }
             }
         }
-        if !gathered.is_empty() {
-            self.frame(FrameType::Data, &gathered).await?;
+        if frame.len > 0 {
+            self.parts(FrameType::Data, frame.take()).await?;
         }
         self.frame(FrameType::End, &[]).await
+    }
+}
+
+/// The payload of the next frame: pieces as they came, tiny ones joined.
+#[derive(Default)]
+struct Gathered {
+    pieces: Vec<Bytes>,
+    joined: BytesMut,
+    len: usize,
+}
+
+impl Gathered {
+    fn add(&mut self, piece: Bytes, copied_below: usize) {
+        self.len += piece.len();
+        if piece.len() < copied_below {
+            if self.joined.capacity() == 0 {
+                self.joined.reserve(DATA_PAYLOAD);
+            }
+            self.joined.extend_from_slice(&piece);
+            return;
+        }
+        self.close();
+        self.pieces.push(piece);
+    }
+
+    fn close(&mut self) {
+        if !self.joined.is_empty() {
+            self.pieces.push(self.joined.split().freeze());
+        }
+    }
+
+    fn take(&mut self) -> Vec<Bytes> {
+        self.close();
+        self.len = 0;
+        std::mem::take(&mut self.pieces)
     }
 }
 
@@ -182,10 +229,11 @@ impl Receiver {
     /// The agent's next word. An Error frame becomes [`SvmError::Refused`].
     pub(super) async fn next(&mut self) -> Result<Incoming, SvmError> {
         let mut head = [0u8; HEADER_LEN];
-        self.fill(&mut head).await?;
+        self.fill(&mut &mut head[..]).await?;
         let (kind, len) = wire::parse_header(head).map_err(|e| SvmError::from_frame(&self.name, &e))?;
-        let mut payload = BytesMut::zeroed(len);
-        self.fill(&mut payload).await?;
+        // Not zeroed first: payloads are the bulk of all bytes.
+        let mut payload = BytesMut::with_capacity(len);
+        self.fill(&mut (&mut payload).limit(len)).await?;
         match kind {
             FrameType::Data => Ok(Incoming::Data(payload.freeze())),
             FrameType::Event => Ok(Incoming::Event(self.decode(&payload)?)),
@@ -228,17 +276,16 @@ impl Receiver {
         }
     }
 
-    async fn fill(&mut self, buf: &mut [u8]) -> Result<(), SvmError> {
-        let mut have = 0;
-        while have < buf.len() {
-            let read = timeout(self.idle, self.input.read(&mut buf[have..])).await;
+    /// Reads until there is no room left in `buf`.
+    async fn fill(&mut self, buf: &mut (impl BufMut + Send)) -> Result<(), SvmError> {
+        while buf.has_remaining_mut() {
+            let read = timeout(self.idle, self.input.read_buf(buf)).await;
             let reason = match read {
                 Err(_) if !self.progress.is_idle(self.idle) => continue,
                 Err(_) => return Err(SvmError::Timeout { what: "the service VM", after: self.idle }),
                 Ok(Ok(0)) => "channel ended without a result".to_owned(),
-                Ok(Ok(n)) => {
+                Ok(Ok(_)) => {
                     self.progress.touch();
-                    have += n;
                     continue;
                 }
                 Ok(Err(e)) => format!("channel broke: {e}"),

@@ -6,6 +6,7 @@
 
 #[cfg(target_os = "linux")]
 pub mod linux;
+pub mod splice;
 #[cfg(windows)]
 pub mod windows;
 pub mod writeback;

@@ -205,3 +205,16 @@ fn a_hash_tree_stands_behind_each_layer_where_it_is_wanted() {
     let (sound, said) = scrub();
     assert!(!sound && said.contains("1 blocks are damaged") && said.contains("'/big'"), "{said}");
 }
+
+#[test]
+fn blocks_have_the_size_that_was_asked_for() {
+    let plugin = Plugin::start(&["--storage-opt", "lcow.blocksize=4KiB"]);
+    plugin.init();
+    let tar = small_tar();
+    plugin.layer("base", "", &tar);
+    let image = fs::read(plugin.home().join("base/layer.vhd")).unwrap();
+    assert_eq!(image[1024 + 0x18..1024 + 0x1c], 2u32.to_le_bytes(), "s_log_block_size");
+    assert!(plugin.diff("base", "") == tar);
+    assert!(plugin.get("base").join("big").exists());
+    plugin.ok("GraphDriver.Put", &json!({"ID": "base"}));
+}

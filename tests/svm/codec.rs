@@ -9,9 +9,9 @@ use lcow_graphdriver::{
             WireError,
         },
     },
-    io::{ReadAt, WriteAt},
+    io::{ReadAt, StreamOut, WriteAt},
 };
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 
 /// Magic first bytes of a "tar" make the codec misbehave.
 pub(crate) struct TestCodec;
@@ -21,7 +21,7 @@ fn failed(e: io::Error) -> WireError {
     WireError::new(ErrorKind::Io, e.to_string())
 }
 
-fn copy_out(disk: &OpDisk, out: &mut dyn Write) -> Result<u64, WireError> {
+fn copy_out(disk: &OpDisk, out: &mut dyn StreamOut) -> Result<u64, WireError> {
     let size = disk.size().map_err(failed)?;
     let (mut buf, mut at) = (vec![0; 256 << 10], 0);
     while at < size {
@@ -85,7 +85,7 @@ impl Codec for TestCodec {
         &self,
         image: OpDisk,
         _: OpDisk,
-        out: &mut dyn Write,
+        out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError> {
         let tar_bytes = copy_out(&image, out)?;
         let mut head = [0; 5];
@@ -107,7 +107,7 @@ impl Codec for TestCodec {
         _: u32,
         _: &IdMaps,
         live: Option<&mut dyn Live>,
-        out: &mut dyn Write,
+        out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError> {
         if let Some(live) = live {
             live.metadata_read()?;

@@ -238,6 +238,21 @@ async fn an_export_that_fails_late_or_dies_never_looks_complete() {
     }
 }
 
+/// A caller that saw the end may ask at once for the VM that it used, or count what is in use.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_an_export_is_seen_only_after_its_lease_is_given_back() {
+    let (pool, files) = (pool(Mode::Global), Files::new());
+    std::fs::write(files.path("l.record"), b"").unwrap();
+    std::fs::write(files.path("l.image"), b"small").unwrap();
+    for round in 0..300 {
+        let lease = pool.lease("a", Purpose::Export).await.unwrap();
+        let tar = lease.layer_to_tar(files.exact("l")).await.unwrap();
+        assert_eq!(collect(tar).await.unwrap(), b"small");
+        assert_eq!(pool.snapshot().leases, 0, "round {round}");
+    }
+    pool.shutdown(Duration::from_secs(5)).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fault_9_and_10_a_worker_killed_in_mid_stream_fails_one_request_and_leaves_nothing() {
     for mode in [Mode::Safe, Mode::Global] {

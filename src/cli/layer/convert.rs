@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     cli::CliError,
+    diff::apply::MAX_RAW_BYTES,
     io::{ReadAt, WriteAt},
     vhd::{self, Footer},
     vhdx::{self, CreateOptions, VhdxWriter},
@@ -26,6 +27,8 @@ use std::process::ExitCode;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
+/// The larger of the two sizes that a VHDX's sectors have.
+const WIDE_SECTOR: u32 = 4096;
 /// Runs of zeros of at least this size are left out.
 const GRAIN: usize = 4096;
 
@@ -53,6 +56,22 @@ pub(super) fn convert(args: &ConvertArgs) -> Result<ExitCode, CliError> {
         return Err("--block-size and --sector-size are for VHDX".into());
     }
     let size = image.disk.size().map_err(|e| failed("read", &args.input, &e))?;
+    if format != DiskFormat::Vhd && size > MAX_RAW_BYTES {
+        let (size, most) = (ByteSize(size), ByteSize(MAX_RAW_BYTES));
+        return Err(format!("{} is a disk of {size}: layers have at most {most}", shown(&args.input)).into());
+    }
+    if args.sector_size == Some(WIDE_SECTOR)
+        && let Ok(fs) = image.ext4()
+        && fs.geometry().block_size < WIDE_SECTOR
+    {
+        return Err(format!(
+            "the file system of {} has blocks of {} bytes, which no disk with sectors of {WIDE_SECTOR} can hold: pack it \
+             with --block-size 4KiB",
+            shown(&args.input),
+            fs.geometry().block_size
+        )
+        .into());
+    }
     let out = NewFile::create(&args.output)?;
     let about = |e: &(dyn std::error::Error + 'static)| failed("write", &args.output, e);
     let file = out.disk();

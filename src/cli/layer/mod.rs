@@ -24,7 +24,10 @@ mod unpack;
 mod verify;
 
 use super::CliError;
-use crate::{agent::wire::RootHash, ext4::hcsshim};
+use crate::{
+    agent::wire::RootHash,
+    ext4::{BlockSize, hcsshim},
+};
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -84,6 +87,10 @@ pub(super) struct PackArgs {
     /// Profile hcsshim: `.wh.` names stay names instead of becoming whiteouts (tar2ext4 without -overlay).
     #[arg(long)]
     keep_whiteouts: bool,
+    /// Blocks of the file system: 1KiB, 2KiB or 4KiB. Small ones waste least; a disk with sectors of 4096 bytes needs
+    /// 4KiB, and so does a symbolic link whose target is as long as a block. Profile hcsshim always has 4KiB.
+    #[arg(long, value_name = "SIZE", default_value = "1KiB", value_parser = block_size)]
+    block_size: BlockSize,
     /// Profile hcsshim: backslashes in names become slashes (tar2ext4 -convert-slash).
     #[arg(long)]
     convert_slash: bool,
@@ -109,6 +116,15 @@ pub(super) struct PackArgs {
     /// The image to be made; replaced if it exists.
     #[arg(value_name = "OUT.vhd")]
     output: PathBuf,
+}
+
+/// The block size that a text means.
+fn block_size(text: &str) -> Result<BlockSize, String> {
+    let size: ByteSize = text.parse()?;
+    u32::try_from(size.as_u64())
+        .ok()
+        .and_then(BlockSize::from_bytes)
+        .ok_or_else(|| "1KiB, 2KiB and 4KiB are possible".to_owned())
 }
 
 #[derive(Debug, Args)]

@@ -10,9 +10,10 @@ use super::{
 };
 use crate::{
     cli::CliError,
-    io::{ReadAt, WriteAt},
-    sys::writeback::Writeback,
+    io::{ReadAt, StreamOut, WriteAt},
+    sys::{splice::send_file, writeback::Writeback},
 };
+use indicatif::ProgressBar;
 use std::{
     ffi::OsString,
     fs::{self, File},
@@ -161,6 +162,42 @@ impl Write for TarOutput {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+impl StreamOut for TarOutput {
+    fn splice(&mut self, file: &File, offset: u64, len: u64) -> io::Result<u64> {
+        match self {
+            // A file would get a copy all the same.
+            Self::File(_) => Ok(0),
+            Self::Stream(stream) => send_file(&*stream, file, offset, len),
+        }
+    }
+}
+
+/// Bytes going out, shown by a bar.
+pub(super) struct Counted<'a, W> {
+    pub(super) out: W,
+    pub(super) bar: &'a ProgressBar,
+}
+
+impl<W: StreamOut> Write for Counted<'_, W> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(buf)?;
+        self.bar.inc(written as u64);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+impl<W: StreamOut> StreamOut for Counted<'_, W> {
+    fn splice(&mut self, file: &File, offset: u64, len: u64) -> io::Result<u64> {
+        let sent = self.out.splice(file, offset, len)?;
+        self.bar.inc(sent);
+        Ok(sent)
     }
 }
 

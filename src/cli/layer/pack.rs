@@ -14,6 +14,7 @@ use crate::{
         apply::{self, ApplyOptions, ApplySummary, HcsshimProfile, NoLowers, Verity},
     },
     ext4::{
+        BlockSize,
         hcsshim::{self, HcsshimOptions},
         writer::WriterOptions,
     },
@@ -89,7 +90,11 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     let mut input = input::open(&args.input)?;
     let image = NewFile::create(&args.output)?;
     let record = args.record.as_deref().map(NewFile::create).transpose()?;
-    let mut options = ApplyOptions::new(WriterOptions { max_image_bytes, ..WriterOptions::default() });
+    let mut options = ApplyOptions::new(WriterOptions {
+        max_image_bytes,
+        block_size: args.block_size,
+        ..WriterOptions::default()
+    });
     options.profile = profile;
     options.footer = !args.raw;
     if args.verity {
@@ -140,6 +145,9 @@ fn profile(args: &PackArgs, max_image_bytes: u64) -> Result<apply::Profile, CliE
             }
         }
         return Ok(apply::Profile::Default);
+    }
+    if args.block_size != BlockSize::default() {
+        return Err("--block-size is for --profile default: hcsshim's images have blocks of 4 KiB".into());
     }
     Ok(apply::Profile::Hcsshim(HcsshimProfile {
         image: HcsshimOptions {

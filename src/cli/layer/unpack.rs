@@ -5,7 +5,7 @@ use super::{
     failure::failed,
     image::{Disk, Image, resolve},
     input,
-    output::{TarOutput, standard_output},
+    output::{Counted, TarOutput, standard_output},
 };
 use crate::{
     cli::CliError,
@@ -14,6 +14,7 @@ use crate::{
         record::{self, replay},
     },
     ext4::{Ext4, FileKind, Inode},
+    io::StreamOut,
 };
 use std::{fs::File, io::Write, path::Path, process::ExitCode};
 
@@ -53,11 +54,11 @@ fn write_tar(
     image: &Path,
     output: &Path,
     length: Option<u64>,
-    write: impl FnOnce(&mut dyn Write) -> Result<(), crate::diff::DiffError>,
+    write: impl FnOnce(&mut dyn StreamOut) -> Result<(), crate::diff::DiffError>,
 ) -> Result<ExitCode, CliError> {
     let mut out = TarOutput::create(output)?;
     let bar = input::bar(length);
-    let result = write(&mut bar.wrap_write(&mut out));
+    let result = write(&mut Counted { out: &mut out, bar: &bar });
     bar.finish_and_clear();
     result.map_err(|e| failed("unpack", image, &e))?;
     out.commit()?;

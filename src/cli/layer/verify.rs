@@ -9,7 +9,7 @@ use super::{
     failure::{failed, shown},
     image::{Image, fs_bytes},
     input,
-    output::{print, print_json},
+    output::{Counted, print, print_json},
     show::open_record,
 };
 use crate::{
@@ -65,7 +65,7 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
         Some(path) => {
             let (record, info) = open_record(path)?;
             let bar = input::bar(Some(info.tar_bytes));
-            let result = record::replay(&image.disk, &record, bar.wrap_write(io::sink()));
+            let result = record::replay(&image.disk, &record, Counted { out: io::sink(), bar: &bar });
             bar.finish_and_clear();
             Some(result.map_err(|e| failed("verify", &args.image, &e))?)
         }

@@ -5,6 +5,8 @@
 //!                    └─ image range ─► read-ahead ──► │                    │ ─► held back ─► out
 //! ```
 //!
+//! Long ranges of an image file are read for the hash, and go out from the file itself where `out` can splice.
+//!
 //! A chunk is given out only when the next one is complete or, for the last, when length, checksums and digest have
 //! been found right: who gets all bytes of the last chunk has the very tar.
 
@@ -17,15 +19,17 @@ use crate::{
         DiffError, DigestKind, TarDigest,
         hash::{HashPipe, Shared},
     },
-    io::ReadAt,
+    io::{ReadAt, StreamOut},
 };
-use std::{io::Write, sync::Arc};
+use std::{fs::File, ops::Range, sync::Arc};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Bytes given out at once, and held back at the end.
 const OUT_BYTES: usize = 512 << 10;
 /// Ranges from here on are read straight to where they go out.
 const DIRECT_BYTES: u64 = 64 << 10;
+/// Parts of a chunk from here on go out from the image's file if they can: less is copied sooner than arranged.
+const SPLICE_BYTES: usize = 32 << 10;
 /// Read-ahead for small ranges, doubled while they follow each other.
 const MIN_WINDOW: usize = 16 << 10;
 const MAX_WINDOW: usize = 512 << 10;
@@ -124,7 +128,7 @@ pub fn verify<R: ReadAt, S: ReadAt>(image: R, record: S) -> Result<ReplaySummary
 /// # Errors
 /// `Corrupt` if record or image are damaged: the last bytes (up to 512 KiB, or all of a smaller tar) were not given out then, and the caller
 /// must cut the stream. `Io` if a disk or `out` fails.
-pub fn replay<R: ReadAt, S: ReadAt, O: Write>(
+pub fn replay<R: ReadAt, S: ReadAt, O: StreamOut>(
     image: R,
     record: S,
     out: O,
@@ -261,12 +265,17 @@ impl<'a, R: ReadAt> ImageRanges<'a, R> {
     }
 
     /// Copies `offset .. offset + len`, which lies inside the image.
-    fn copy<O: Write>(&mut self, mut offset: u64, mut len: u64, sink: &mut Sink<O>) -> Result<(), DiffError> {
+    fn copy<O: StreamOut>(
+        &mut self,
+        mut offset: u64,
+        mut len: u64,
+        sink: &mut Sink<'a, O>,
+    ) -> Result<(), DiffError> {
         while len >= DIRECT_BYTES {
             let room = sink.room()?;
             let n = usize::try_from(len).map_or(room.len(), |l| l.min(room.len()));
             Self::read(self.image, &mut room[..n], offset)?;
-            sink.filled(n);
+            sink.filled_from(self.image.in_file(offset, n as u64), n);
             offset += n as u64;
             len -= n as u64;
             (self.start, self.len) = (offset, 0);
@@ -296,30 +305,68 @@ impl<'a, R: ReadAt> ImageRanges<'a, R> {
 }
 
 /// Collects chunks, hashes them, and gives each out when the next one is complete.
-struct Sink<O> {
+struct Sink<'a, O> {
     out: O,
     pipe: HashPipe,
     chunk: Shared,
     filled: usize,
-    held: Option<Shared>,
+    /// Parts of the chunk that a file holds as well.
+    parts: Vec<Part<'a>>,
+    held: Option<(Shared, Vec<Part<'a>>)>,
 }
 
-impl<O: Write> Sink<O> {
+/// Bytes of a chunk, and where a file has them.
+struct Part<'a> {
+    bytes: Range<usize>,
+    file: &'a File,
+    offset: u64,
+}
+
+/// Gives out a chunk.
+fn give<O: StreamOut>(out: &mut O, chunk: &[u8], parts: &[Part<'_>]) -> Result<(), DiffError> {
+    let sending = |source| DiffError::Io { what: "sending the tar", source };
+    let mut done = 0;
+    for part in parts {
+        if part.bytes.len() < SPLICE_BYTES {
+            continue;
+        }
+        let (before, mut at) = (chunk.get(done..part.bytes.start).unwrap_or_default(), part.bytes.start);
+        if !before.is_empty() {
+            out.write_all(before).map_err(sending)?;
+        }
+        while at < part.bytes.end {
+            let (skip, left) = ((at - part.bytes.start) as u64, (part.bytes.end - at) as u64);
+            match out.splice(part.file, part.offset + skip, left).map_err(sending)? {
+                0 => break,
+                sent => at += usize::try_from(sent).map_or(left as usize, |n| n.min(left as usize)),
+            }
+        }
+        done = at;
+    }
+    out.write_all(chunk.get(done..).unwrap_or_default()).map_err(sending)
+}
+
+impl<'a, O: StreamOut> Sink<'a, O> {
     fn new(kind: DigestKind, out: O) -> Result<Self, DiffError> {
         let mut pipe = HashPipe::new(kind, OUT_BYTES);
         let chunk = pipe.buffer().map_err(DiffError::io("hashing the tar"))?;
-        Ok(Self { out, pipe, chunk, filled: 0, held: None })
+        Ok(Self { out, pipe, chunk, filled: 0, parts: Vec::new(), held: None })
     }
 
     /// Where the next bytes go; never empty.
     fn room(&mut self) -> Result<&mut [u8], DiffError> {
         if self.filled == self.chunk.len() {
             self.pipe.submit(&self.chunk, self.filled).map_err(DiffError::io("hashing the tar"))?;
-            if let Some(held) = self.held.take() {
-                self.out.write_all(&held).map_err(DiffError::io("sending the tar"))?;
+            let mut free = Vec::new();
+            if let Some((held, parts)) = self.held.take() {
+                give(&mut self.out, &held, &parts)?;
+                drop(held);
+                free = parts;
+                free.clear();
             }
             let fresh = self.pipe.buffer().map_err(DiffError::io("hashing the tar"))?;
-            self.held = Some(std::mem::replace(&mut self.chunk, fresh));
+            let full = std::mem::replace(&mut self.chunk, fresh);
+            self.held = Some((full, std::mem::replace(&mut self.parts, free)));
             self.filled = 0;
         }
         let filled = self.filled;
@@ -327,6 +374,14 @@ impl<O: Write> Sink<O> {
         Arc::get_mut(&mut self.chunk)
             .and_then(|c| c.get_mut(filled..))
             .ok_or_else(|| DiffError::Usage("a buffer is shared while it is filled".into()))
+    }
+
+    /// As [`Self::filled`], with bytes that a file may hold as well.
+    fn filled_from(&mut self, file: Option<(&'a File, u64)>, n: usize) {
+        if let Some((file, offset)) = file {
+            self.parts.push(Part { bytes: self.filled..self.filled + n, file, offset });
+        }
+        self.filled(n);
     }
 
     fn filled(&mut self, n: usize) {
@@ -355,12 +410,10 @@ impl<O: Write> Sink<O> {
                 reason: "digest of the tar does not match".into(),
             });
         }
-        if let Some(held) = self.held {
-            self.out.write_all(&held).map_err(DiffError::io("sending the tar"))?;
+        if let Some((held, parts)) = self.held {
+            give(&mut self.out, &held, &parts)?;
         }
-        self.out
-            .write_all(&self.chunk[..self.filled])
-            .and_then(|()| self.out.flush())
-            .map_err(DiffError::io("sending the tar"))
+        give(&mut self.out, &self.chunk[..self.filled], &self.parts)?;
+        self.out.flush().map_err(DiffError::io("sending the tar"))
     }
 }

@@ -14,6 +14,7 @@ use super::{
     xattr,
 };
 use crate::{ext4::Ext4Error, io::ReadAt};
+use std::fs::File;
 
 /// The longest target of a symbolic link (`PATH_MAX` with its NUL left out).
 const MAX_TARGET: u64 = 4095;
@@ -109,6 +110,11 @@ impl<R: ReadAt> Ext4<R> {
     /// `Io` where the disk fails or ends.
     pub fn read_disk(&self, disk_offset: u64, buf: &mut [u8]) -> Result<(), Ext4Error> {
         self.source.read(disk_offset, buf)
+    }
+
+    /// Where an open file holds the bytes that [`Ext4::read_disk`] would give, if one does.
+    pub fn in_file(&self, disk_offset: u64, len: u64) -> Option<(&File, u64)> {
+        self.source.in_file(disk_offset, len)
     }
 
     /// What a symbolic link points to.

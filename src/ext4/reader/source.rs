@@ -12,7 +12,7 @@
 use super::{corrupt, journal::Overlay, superblock::Geometry};
 use crate::{ext4::Ext4Error, io::ReadAt};
 use parking_lot::Mutex;
-use std::sync::Arc;
+use std::{fs::File, sync::Arc};
 
 /// Bytes read at once for metadata, at least.
 const CHUNK: usize = 16 * 1024;
@@ -92,6 +92,11 @@ impl<R: ReadAt> Source<R> {
             done += n;
         }
         Ok(())
+    }
+
+    /// Where the bytes that [`Self::read`] would give lie in an open file, if they do.
+    pub(in crate::ext4) fn in_file(&self, offset: u64, len: u64) -> Option<(&File, u64)> {
+        if self.overlay.is_empty() { self.disk.in_file(offset, len) } else { None }
     }
 
     /// One metadata block.

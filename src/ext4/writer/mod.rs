@@ -424,8 +424,10 @@ impl<W: WriteAt> ImageWriter<W> {
             return Err(Ext4Error::usage("target of a symbolic link is empty or holds a NUL"));
         }
         if target.len() >= self.options.block_size.bytes() as usize {
-            let what = format!("target of a symbolic link of {} bytes", target.len());
-            return Err(Ext4Error::unsupported(what, Place::default()));
+            return Err(Ext4Error::LinkTarget {
+                bytes: target.len() as u64,
+                most: self.options.block_size.bytes() - 1,
+            });
         }
         Ok(Payload::Symlink { at: self.tree.store(target)?, len: target.len() as u16, block: 0 })
     }

@@ -12,8 +12,8 @@ use crate::{
         ApplySummary, Change, CheckSummary, DiskId, ErrorKind, LayerRef, Operation, ParentRef, decode_change,
     },
     svm::{
-        ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk, ParentDisks, ServiceVm,
-        SvmError, TarStream,
+        ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk,
+        ParentDisks, ServiceVm, SvmError, TarStream,
         exchange::{self, Incoming, Receiver, Sender},
         stream::{Freeze, Item, QUEUED_CHUNKS},
     },
@@ -266,15 +266,15 @@ impl Lease {
     pub async fn layer_to_tar(self, job: ExportJob) -> Result<TarStream, SvmError> {
         let (sender, stream) = mpsc::channel(QUEUED_CHUNKS);
         tokio::spawn(async move {
-            let failed = tokio::select! {
+            let end = tokio::select! {
                 biased;
                 () = sender.closed() => None,
-                done = self.export(job, &sender) => self.judge(done).err(),
+                done = self.export(job, &sender) => Some(self.judge(done)),
             };
             // The lease goes first: whoever sees the end of the stream finds the VM given back.
             drop(self);
-            if let Some(e) = failed {
-                let _ = sender.send(Err(e)).await;
+            if let Some(end) = end {
+                let _ = sender.send(end.map(Item::Done)).await;
             }
         });
         TarStream::begin(stream).await
@@ -284,7 +284,7 @@ impl Lease {
         &self,
         job: ExportJob,
         out: &mpsc::Sender<Result<Item, SvmError>>,
-    ) -> Result<(), SvmError> {
+    ) -> Result<ExportSummary, SvmError> {
         let mut attached = Attached::default();
         let operation = match &job.kind {
             ExportKind::Exact { image, record } => Operation::ExportExact {
@@ -314,10 +314,7 @@ impl Lease {
                         return Err(SvmError::Cancelled("the reader of the tar has gone"));
                     }
                 }
-                Incoming::Result(json) => {
-                    let _ = out.send(Ok(Item::Done(receiver.decode(&json)?))).await;
-                    return Ok(());
-                }
+                Incoming::Result(json) => return receiver.decode(&json),
                 Incoming::Event(_) => return Err(receiver.protocol("unexpected event".into())),
             }
         }

@@ -28,6 +28,7 @@ const FREE: &[libc::c_long] = &[
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
+    libc::SYS_sendfile,
     libc::SYS_lseek,
     libc::SYS_ftruncate,
     libc::SYS_fallocate,
