@@ -186,8 +186,9 @@ pub(crate) async fn more_disks_than_the_limit_are_an_error(backend: Backend) {
     let limit = backend.limits().disks;
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
     let mut target = chain(&files, &pool, 3).await;
-    // The files stay three; the windows are as many as one likes, and each is a disk.
-    let disk = target[0].disk.clone();
+    // The files stay four; the windows are as many as one likes, and each is a disk.
+    std::fs::write(files.path("many"), vec![0; limit * 512 + 4608]).unwrap();
+    let disk = files.readable("many");
     let window =
         |n: usize| LayerDisk { disk: disk.clone().window(n as u64 * 512, 4096), kind: LayerKind::Applied };
     target.extend((0..=limit).map(window));

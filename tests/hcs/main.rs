@@ -267,6 +267,32 @@ async fn a_layer_that_somebody_writes_is_not_attached() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_ends_while_its_disks_come_and_go_is_told_as_dead() {
+    let place = Place::new();
+    let backend = place.backend("");
+    for last_call in ["attach", "detach", "grown"] {
+        let vm = backend.boot(VmSpec { number: 1 }).await.unwrap();
+        let disk = place.writable("new");
+        let id = vm.attach(&disk).await.unwrap();
+        let folder = std::env::temp_dir()
+            .join(format!("computecore-double-{}", vm.describe().split(' ').nth(1).unwrap()));
+        fs::write(folder.join("order.kill"), "").unwrap();
+        while folder.exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let error = match last_call {
+            "attach" => vm.attach(&place.writable("other")).await.unwrap_err(),
+            "detach" => vm.detach(id).await.unwrap_err(),
+            _ => vm.grown(&disk, 0).await.unwrap_err(),
+        };
+        let SvmError::Died { cause, .. } = &error else { panic!("{last_call}: {error}") };
+        assert!(cause.contains("the guest ended by itself"), "{last_call}: {error}");
+        vm.terminate().await;
+    }
+    assert!(place.is_clear());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_that_is_not_plain_is_refused_and_costs_one_operation() {
     // FILE_ATTRIBUTE_SPARSE_FILE, _COMPRESSED, _ENCRYPTED: Wine has no such files, so the double is told of them.
     for (attribute, name) in [(0x200, "sparse"), (0x800, "compressed"), (0x4000, "encrypted")] {

@@ -110,7 +110,12 @@ mod system {
             match self {
                 // SAFETY: the handle is open.
                 Self::Handle(h) => assert_ne!(unsafe { TerminateProcess(raw(h), 9) }, 0),
-                Self::Folder(folder) => fs::write(folder.join("order.kill"), "").unwrap(),
+                Self::Folder(folder) => {
+                    fs::write(folder.join("order.kill"), "").unwrap();
+                    while folder.exists() {
+                        std::thread::sleep(std::time::Duration::from_millis(5));
+                    }
+                }
             }
         }
 

@@ -36,6 +36,8 @@ use tokio::{net::windows::named_pipe::ClientOptions, sync::watch, time::timeout}
 
 /// How long a machine may take to say that it has ended, after it was told to.
 const EXIT_TIME: Duration = Duration::from_secs(10);
+/// How long the word of a machine's end may come after the first call that failed because of it.
+const END_WORD: Duration = Duration::from_secs(1);
 /// Pause between two looks for the console's pipe.
 const CONSOLE_LOOK: Duration = Duration::from_millis(50);
 
@@ -192,6 +194,14 @@ impl HcsVm {
         SvmError::Disk { vm: self.label.clone(), disk: disk.to_string(), reason: e.to_string() }
     }
 
+    /// An error of a disk, or of the whole machine if that has ended: its word may come a moment later.
+    async fn disk_or_death(&self, disk: impl fmt::Display, e: impl fmt::Display) -> SvmError {
+        let error = self.disk_error(disk, e);
+        let mut watched = self.death.clone();
+        let ended = timeout(END_WORD, watched.wait_for(Option::is_some)).await.is_ok();
+        if ended { self.died() } else { error }
+    }
+
     fn died(&self) -> SvmError {
         let cause = self.death.borrow().as_ref().map_or_else(|| "ended".to_owned(), |d| d.cause.clone());
         SvmError::Died { vm: self.label.clone(), cause, console: self.console.tail() }
@@ -209,14 +219,16 @@ impl HcsVm {
     }
 
     async fn hot_add(&self, slot: Slot, path: &Path, read_only: bool) -> Result<(), SvmError> {
-        let added = self.modify(&ModifySettingRequest::add_disk(slot, path, read_only)).await?;
-        added.map_err(|e| self.disk_error(path.display(), e))
+        match self.modify(&ModifySettingRequest::add_disk(slot, path, read_only)).await? {
+            Err(e) => Err(self.disk_or_death(path.display(), e).await),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Takes a slot's disk from the machine; one that it does not have is fine.
     async fn hot_remove(&self, slot: Slot) -> Result<(), SvmError> {
         match self.modify(&ModifySettingRequest::remove_disk(slot)).await? {
-            Err(e) if !e.is_absent() => Err(self.disk_error(slot.serial(), e)),
+            Err(e) if !e.is_absent() => Err(self.disk_or_death(slot.serial(), e).await),
             _ => Ok(()),
         }
     }
@@ -242,12 +254,17 @@ impl HcsVm {
         // Whatever the file is, Hyper-V attaches it as a disk of plain bytes.
         let (len, format) = (ready.len, DiskFormat::Raw);
         let told = RemoteDisk { disk: id, writable, offset: 0, len, serial: slot.serial(), format };
-        self.agent.attach(&told).await.map_err(|e| self.disk_error(&shown, e))
+        match self.agent.attach(&told).await {
+            Err(e) => Err(self.disk_or_death(&shown, e).await),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Takes a disk from the agent and from the machine.
     async fn unplug(&self, disk: DiskId, slot: Slot) -> Result<(), SvmError> {
-        self.agent.detach(disk).await.map_err(|e| self.disk_error(disk.0, e))?;
+        if let Err(e) = self.agent.detach(disk).await {
+            return Err(self.disk_or_death(disk.0, e).await);
+        }
         self.hot_remove(slot).await
     }
 }
