@@ -369,7 +369,7 @@ mod tests {
             format!("[string]$Pipe = '{DEFAULT_PIPE}',\n"),
             format!("[string]$Root = (Join-Path $env:ProgramData '{folder}'),\n"),
             format!("'{}.exe'", program.get_name()),
-            format!(r"%ProgramData%\{PLUGINS}\{SPEC} "),
+            format!(r"%ProgramData%\{PLUGINS}\{SPEC}"),
             format!("({LOG})"),
         ] {
             assert!(SCRIPT.replace('\r', "").contains(&expected), "not in the script: {expected}");

@@ -127,6 +127,33 @@ pub(crate) fn access_list(path: &Path) -> io::Result<String> {
     Ok(sddl)
 }
 
+/// Who has which rights by a list in SDDL, whatever the order and the flags: names of rights as a file system keeps them.
+#[cfg(test)]
+pub(crate) fn rights(sddl: &str) -> std::collections::BTreeSet<(String, String)> {
+    let entries = sddl.split('(').skip(1).filter_map(|entry| entry.split_once(')'));
+    entries
+        .map(|(entry, _)| {
+            let fields: Vec<&str> = entry.split(';').collect();
+            // Generic rights become those of files when the list is stored; read and execute has no name then.
+            let right = match fields[2] {
+                "GA" => "FA",
+                "GRGX" | "FRFX" => "0x1200a9",
+                other => other,
+            };
+            (fields[5].to_owned(), right.to_owned())
+        })
+        .collect()
+}
+
+/// Whether this is Wine, which keeps no lists: it makes a file's mode of them, and a list of the mode.
+#[cfg(test)]
+pub(crate) fn is_wine() -> bool {
+    use windows_sys::Win32::System::LibraryLoader::{GetModuleHandleW, GetProcAddress};
+    let Ok(name) = wide(OsStr::new("ntdll.dll")) else { return false };
+    // SAFETY: both names end with a NUL, and the module is in every process.
+    unsafe { GetProcAddress(GetModuleHandleW(name.as_ptr()), c"wine_get_version".as_ptr().cast()) }.is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,7 +177,12 @@ mod tests {
         create_dir(&path, &descriptor).unwrap();
         std::fs::write(path.join("f"), "x").unwrap();
         assert_eq!(create_dir(&path, &descriptor).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
-        println!("DACL folder {}", access_list(&path).unwrap());
-        println!("DACL file {}", access_list(&path.join("f")).unwrap());
+    }
+    #[test]
+    fn a_list_is_read_as_who_may_what() {
+        let given = rights("D:P(A;OICI;GA;;;SY)(A;OICI;GRGX;;;S-1-5-83-0)");
+        let kept = "D:PAI(A;;FA;;;SY)(A;OICIIO;GA;;;SY)(A;ID;0x1200a9;;;S-1-5-83-0)";
+        assert_eq!(given, rights(kept));
+        assert_ne!(given, rights("D:P(A;;FA;;;SY)(A;;FA;;;WD)"));
     }
 }
