@@ -146,6 +146,7 @@ impl Hcs {
         Arc::new(client::backend(config))
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "as on Linux")]
     fn backends(&self) -> Option<Arc<dyn VmBackend>> {
         Some(self.backend())
     }
