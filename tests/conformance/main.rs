@@ -4,9 +4,9 @@
 //!   suite::apply, suite::cancel, …  ×  embedded │ qemu (Linux) │ hcs (Windows)    + identical: the same bytes from all
 //! ```
 //!
-//! `hcs` runs against the test double of `computecore.dll`. What of the suite is left out there: nothing of the suite;
-//! `a_killed_daemon_leaves_nothing` alone, because a daemon of its own would need the real DLL and Hyper-V sockets
-//! (`tests/hcs`, `what_a_predecessor_left_is_ended`, has what a killed daemon leaves behind).
+//! `hcs` runs against the test double of `computecore.dll`, with all of the suite; in `read_only_disks_stay_read_only` the
+//! file is not open for writing there, because Hyper-V opens disks alone. Left out is `a_killed_daemon_leaves_nothing`: a
+//! daemon of its own would load the real DLL and listen on Hyper-V sockets (`tests/hcs` has what a predecessor left).
 //!
 //! `qemu` needs QEMU and the guest that `scripts/build-svm-image` makes (`LCOW_SVM_IMAGE` names its folder, else
 //! `<target>/svm-image`). Without them its tests fail, unless `LCOW_SVM_SKIP` says why they may be left out; then they
