@@ -96,8 +96,7 @@ impl Plugin {
     /// kill -9 and a new process on the same folders.
     pub(crate) fn kill_and_restart(&mut self) {
         self.kill();
-        self.child = Self::spawn(&self.folder, &self.arguments);
-        self.wait_until_ready();
+        self.start_again();
     }
 
     /// kill -9.
@@ -119,9 +118,24 @@ impl Plugin {
         }
     }
 
+    /// A new process on the same folders, after a stop or a kill.
     pub(crate) fn start_again(&mut self) {
         self.child = Self::spawn(&self.folder, &self.arguments);
-        self.wait_until_ready();
+        // A worker that a killed plugin was just forking holds its socket for a moment: a connection alone proves nothing.
+        let begin = Instant::now();
+        while !self.answers() {
+            assert!(begin.elapsed() < READY, "the plugin does not answer:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn answers(&self) -> bool {
+        let request = b"POST /Plugin.Activate HTTP/1.1\r\nHost: \r\nContent-Length: 0\r\n\r\n";
+        let asked = transport::connect(&self.socket()).and_then(|mut stream| {
+            stream.write_all(request)?;
+            Reply::read(stream)
+        });
+        asked.is_ok_and(|reply| reply.status == 200)
     }
 
     /// Init with this plugin's usual home.
