@@ -27,5 +27,8 @@ pub mod worker;
 #[path = "worker_windows.rs"]
 pub mod worker;
 
+/// The port that an agent dials on its host where there is no serial port (vsock, Hyper-V sockets): "LCOW".
+pub const VSOCK_PORT: u32 = 0x4c43_4f57;
+
 pub use real::RealCodec;
 pub use worker::worker_main;

@@ -330,4 +330,86 @@ mod tests {
         remove_discovery(&path).unwrap();
         assert!(!path.exists());
     }
+
+    /// No PowerShell runs it in this project: it is read instead.
+    const SCRIPT: &str = include_str!("../../scripts/install.ps1");
+
+    /// What stands in single quotes on a line.
+    fn quoted(line: &str) -> impl Iterator<Item = &str> {
+        line.split('\'').skip(1).step_by(2)
+    }
+
+    #[test]
+    fn the_script_names_commands_options_and_places_as_the_program_has_them() {
+        use crate::cli::{Cli, DEFAULT_PIPE, DEFAULT_ROOT};
+        use clap::CommandFactory;
+        let program = Cli::command();
+        let service = program.find_subcommand("service").unwrap();
+        let install = service.find_subcommand("install").unwrap();
+        let (mut verbs, mut options) = (Vec::new(), Vec::new());
+        for line in SCRIPT.lines().filter(|line| line.contains("@('")) {
+            let words: Vec<&str> =
+                quoted(line.split_once("@('").map_or("", |(_, rest)| &line[line.len() - rest.len() - 1..]))
+                    .collect();
+            if let Some(["service", verb]) = words.get(..2) {
+                assert!(service.find_subcommand(verb).is_some(), "{line}");
+                verbs.push(*verb);
+            }
+            options.extend(words.into_iter().filter(|word| word.starts_with("--")));
+        }
+        assert_eq!(verbs, ["uninstall", "uninstall", "install", "start"]);
+        assert_eq!(options, ["--root", "--pipe", "--config", "--storage-opt"]);
+        for option in options {
+            assert!(install.get_arguments().any(|a| a.get_long() == Some(&option[2..])), "{option}");
+        }
+        let (data, folder) = DEFAULT_ROOT.rsplit_once('\\').unwrap();
+        assert_eq!(data, r"C:\ProgramData");
+        for expected in [
+            format!("$Name = '{NAME}'\n"),
+            format!("[string]$Pipe = '{DEFAULT_PIPE}',\n"),
+            format!("[string]$Root = (Join-Path $env:ProgramData '{folder}'),\n"),
+            format!("'{}.exe'", program.get_name()),
+            format!(r"%ProgramData%\{PLUGINS}\{SPEC}"),
+            format!("({LOG})"),
+        ] {
+            assert!(SCRIPT.replace('\r', "").contains(&expected), "not in the script: {expected}");
+        }
+        let shown = SCRIPT.split("lcow.").skip(1).filter_map(|rest| rest.split_once('='));
+        let shown: Vec<String> =
+            shown.map(|(name, _)| format!("lcow.{name}")).filter(|n| !n.contains(' ')).collect();
+        assert!(!shown.is_empty());
+        for name in shown {
+            assert!(crate::config::SPECS.iter().any(|spec| spec.name == name), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_script_has_help_for_each_parameter_and_does_nothing_under_what_if() {
+        let documented: Vec<&str> =
+            SCRIPT.lines().filter_map(|line| line.strip_prefix(".PARAMETER ")).map(str::trim).collect();
+        let parameters = SCRIPT.split_once("\nparam(").unwrap().1.split_once("\n)").unwrap().0;
+        let taken: Vec<&str> =
+            parameters.lines().filter_map(|line| line.split_once('$')?.1.split([',', ' ']).next()).collect();
+        assert_eq!(documented, taken);
+        assert_eq!(taken.len(), 7);
+        for part in [".SYNOPSIS", ".DESCRIPTION", ".EXAMPLE", "SupportsShouldProcess = $true", "-WhatIf"] {
+            assert!(SCRIPT.contains(part), "{part}");
+        }
+        // Whatever changes something stands inside an if that asks first.
+        let (depth, mut asked, mut changes) =
+            (|line: &str| line.len() - line.trim_start().len(), Vec::new(), 0);
+        let code = SCRIPT.split_once("$service = Get-Service").unwrap().1;
+        for line in code.lines().filter(|line| !line.trim().is_empty()) {
+            asked.retain(|d| *d < depth(line));
+            if ["Invoke-Program ", "New-Item ", "Copy-Item ", "Remove-Item "].iter().any(|c| line.contains(c))
+            {
+                assert!(!asked.is_empty(), "not asked for: {line}");
+                changes += 1;
+            }
+            if line.contains("$PSCmdlet.ShouldProcess(") {
+                asked.push(depth(line));
+            }
+        }
+        assert_eq!(changes, 7);
+    }
 }

@@ -60,7 +60,12 @@ impl Home {
         }
         if !debris.is_empty() {
             let store = home.store.clone();
+            // Folders of scratch disks are named after the machines that a killed daemon may have left.
+            #[cfg(windows)]
+            let (pool, runtime) = (home.pool.clone(), tokio::runtime::Handle::current());
             std::thread::spawn(move || {
+                #[cfg(windows)]
+                runtime.block_on(pool.clear_predecessor());
                 let report = store.collect(debris);
                 tracing::info!(deleted = report.deleted.len(), "cleared what an earlier process left behind");
                 for (path, error) in report.failed {
@@ -86,7 +91,7 @@ impl Home {
         options: Options,
         config: &DriverConfig,
     ) -> Result<Self, DriverError> {
-        let pool = start_pool(&options, config, &store);
+        let pool = start_pool(&options, config, &store, true);
         #[cfg(target_os = "linux")]
         let mounts = Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap(&init)?));
         Ok(Self {
@@ -112,7 +117,8 @@ impl Home {
             ));
         }
         self.store.record_init(init.clone())?;
-        let pool = start_pool(&options, config, &self.store);
+        // The machines of the pool that this one replaces are still at work.
+        let pool = start_pool(&options, config, &self.store, cfg!(not(windows)));
         #[cfg(target_os = "linux")]
         let mounts =
             if (&init.uid_maps, options.overlay_api) == (&self.init.uid_maps, self.options.overlay_api) {
@@ -281,12 +287,14 @@ pub(super) fn check_backend(options: &Options, config: &DriverConfig) -> Result<
     Ok(())
 }
 
-fn start_pool(options: &Options, config: &DriverConfig, store: &Store) -> Pool {
+/// Starts the service VMs of a home; `reap` says that what is found of machines is a predecessor's.
+fn start_pool(options: &Options, config: &DriverConfig, store: &Store, reap: bool) -> Pool {
     let settings = PoolConfig {
         mode: if options.global_mode { Mode::Global } else { Mode::Safe },
         spares: options.pool_spares,
         max_vms: options.pool_max,
         idle_timeout: options.idle_timeout,
+        reap,
         ..PoolConfig::default()
     };
     #[cfg(target_os = "linux")]

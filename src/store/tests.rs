@@ -229,3 +229,30 @@ fn a_staging_folder_in_use_goes_with_the_next_removal() {
     worker.join().unwrap();
     assert_eq!(names(&staging), Vec::<String>::new());
 }
+
+/// What the system says of the lists, not what was asked for.
+#[cfg(windows)]
+#[test]
+fn folders_of_the_store_admit_those_whom_they_should() {
+    use crate::sys::windows::security::{access_list, is_wine, rights};
+    let outer = tempfile::tempdir().unwrap();
+    let home = outer.path().join("home");
+    let store = Store::open(&home).unwrap();
+    create(&store, "base", None).unwrap();
+    let (layer, file) = (home.join("base"), home.join("base").join(layout::META_FILE));
+    for (path, asked) in [(&home, PRIVATE_ACCESS), (&layer, LAYER_ACCESS), (&file, LAYER_ACCESS)] {
+        let (found, path) = (access_list(path).unwrap(), path.display());
+        if !is_wine() {
+            assert_eq!(rights(&found), rights(asked), "{path}: {found}");
+        } else if !path.to_string().ends_with(".json") {
+            // A mode of 0700 is all that Wine keeps of it; files do not even get that.
+            assert!(found.contains(";FA;;;SY)") && !found.contains(";WD)"), "{path}: {found}");
+        }
+    }
+    if !is_wine() {
+        for path in [&home, &layer] {
+            let found = access_list(path).unwrap();
+            assert!(found.starts_with("D:P"), "what the folder above admits counts too: {found}");
+        }
+    }
+}

@@ -102,6 +102,7 @@ pub(crate) fn create(document: &str) -> Result<Created, Fault> {
             pending: fault("pending").map(Duration::from_millis),
             late_exit: fault("late-exit").map(Duration::from_millis),
             mute: fault("mute").is_some(),
+            attributes: fault("attributes").map_or(0, |n| n as u32),
         },
     })
 }

@@ -4,7 +4,7 @@ use super::Fault;
 use lcow_graphdriver::{
     io::{ReadAt, WriteAt},
     sys::windows::{
-        fs::{check_plain, has_writers},
+        fs::{attributes, has_writers},
         pipe::{Instance, create_server},
         security::SecurityDescriptor,
     },
@@ -20,6 +20,8 @@ use std::{
 
 /// Sparse, compressed or encrypted.
 const NOT_PLAIN: u32 = 0xC03A_001A;
+/// `FILE_ATTRIBUTE_…` of files that Hyper-V does not attach.
+const REFUSED: [(u32, &str); 3] = [(0x200, "sparse"), (0x800, "compressed"), (0x4000, "encrypted")];
 const SHARING: u32 = 0x8007_0020;
 const CORRUPT: u32 = 0xC03A_0002;
 const PIECE: usize = 1 << 20;
@@ -42,10 +44,13 @@ fn io(what: &Path) -> impl Fn(io::Error) -> Fault {
 }
 
 impl Disk {
-    /// Opens a disk as a machine would and lays its bytes out at `raw`.
-    pub(crate) fn lend(path: &Path, read_only: bool, raw: &Path) -> Result<Self, Fault> {
+    /// Opens a disk as a machine would and lays its bytes out at `raw`; it is taken to have the attributes `also`, too.
+    pub(crate) fn lend(path: &Path, read_only: bool, raw: &Path, also: u32) -> Result<Self, Fault> {
         let file = File::options().read(true).write(!read_only).open(path).map_err(io(path))?;
-        check_plain(&file).map_err(|e| Fault(NOT_PLAIN, e.to_string()))?;
+        let found = attributes(&file).map_err(io(path))? | also;
+        if let Some((_, what)) = REFUSED.iter().find(|(bit, _)| found & bit != 0) {
+            return Err(Fault(NOT_PLAIN, format!("{} is {what}", path.display())));
+        }
         let reader = File::open(path).map_err(io(path))?;
         drop(file);
         if has_writers(&reader).map_err(io(path))? {

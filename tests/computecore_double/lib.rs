@@ -9,7 +9,9 @@
 //! Wrong use is answered as the service answers it, with an error document that says what is wrong. Faults come
 //! through the kernel's command line, so that they belong to one machine:
 //! `double.fail-add=N` the Nth hot-add fails · `double.pending=MS` every call is answered later · `double.lose-at=N` the
-//! machine is lost in the Nth hot-add · `double.late-exit=MS` the word of its end comes late · `double.mute=1` no agent.
+//! machine is lost in the Nth hot-add · `double.late-exit=MS` the word of its end comes late · `double.mute=1` no agent ·
+//! `double.attributes=N` every file is taken to have these attributes (Wine has no sparse or compressed ones).
+//! At any time through files in the machine's folder, `%TEMP%\computecore-double-<id>`: `order.kill`, `order.pause`.
 #![cfg(windows)]
 #![allow(unsafe_code, reason = "a C interface")]
 #![allow(
@@ -26,6 +28,7 @@ use parking_lot::{Condvar, Mutex};
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     ffi::c_void,
+    os::windows::io::AsRawHandle,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     ptr,
@@ -45,6 +48,16 @@ const ACCESS_DENIED: u32 = 0x8007_0005;
 #[link(name = "kernel32")]
 unsafe extern "system" {
     fn LocalAlloc(flags: u32, bytes: usize) -> *mut c_void;
+}
+
+#[link(name = "ntdll")]
+unsafe extern "system" {
+    fn NtSuspendProcess(process: *mut c_void) -> i32;
+}
+
+/// Whether a test has given this order since it was last asked for.
+fn take_order(folder: &Path, name: &str) -> bool {
+    std::fs::remove_file(folder.join(name)).is_ok()
 }
 
 /// An error with its document.
@@ -74,6 +87,7 @@ struct Faults {
     pending: Option<Duration>,
     late_exit: Option<Duration>,
     mute: bool,
+    attributes: u32,
 }
 
 #[derive(PartialEq, Clone, Copy)]
@@ -227,6 +241,12 @@ impl Machine {
                 std::thread::sleep(Duration::from_millis(20));
                 let mut state = machine.state.lock();
                 let Some(agent) = &mut state.agent else { return };
+                if take_order(&machine.folder, "order.pause") {
+                    unsafe { NtSuspendProcess(agent.as_raw_handle()) };
+                }
+                if take_order(&machine.folder, "order.kill") {
+                    let _ = agent.kill();
+                }
                 if agent.try_wait().is_ok_and(|ended| ended.is_some()) {
                     drop(state);
                     machine.end("the guest ended by itself");
@@ -270,7 +290,8 @@ impl Machine {
         if !granted {
             return Err(Fault(ACCESS_DENIED, format!("{} may not open {}", self.id, settings.path)));
         }
-        let disk = disk::Disk::lend(Path::new(&settings.path), settings.read_only, &raw)?;
+        let disk =
+            disk::Disk::lend(Path::new(&settings.path), settings.read_only, &raw, self.faults.attributes)?;
         state.disks.insert(request.serial, disk);
         Ok(String::new())
     }

@@ -1,7 +1,7 @@
-//! Kinds of disks and what is told of machines: hash trees, VHDX, bytes compared between backends, greetings, garbage.
+//! Kinds of disks and what is told of machines: hash trees, VHDX, dirty file systems, greetings, garbage.
 
 use crate::{
-    files::{Files, Tar, body, noise, tree},
+    files::{Files, body, noise, tree},
     suite::{Backend, END, pool},
 };
 use lcow_graphdriver::{
@@ -18,60 +18,6 @@ use std::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// The tars of [`bytes`]: a base, and a layer on it with whiteouts and changes.
-fn chain() -> [(&'static str, Vec<u8>); 2] {
-    let top = Tar::default()
-        .folder("d0/")
-        .file("d0/.wh.f1", b"")
-        .file("d0/f2", &noise(300_001, 99))
-        .folder("d1/")
-        .file("d1/.wh..wh..opq", b"")
-        .file("d1/new", b"new")
-        .end();
-    [("base", tree(150, 7000, 3)), ("top", top)]
-}
-
-/// All bytes that a backend makes of the same layers: what it is called and the bytes. Images and records go to `files`.
-pub(crate) async fn bytes(backend: Backend, files: &Files) -> Vec<(String, Vec<u8>)> {
-    let pool = pool(&backend, Mode::Safe);
-    let mut all = Vec::new();
-    for (name, tar) in chain() {
-        let lease = pool.lease(name, Purpose::Work).await.unwrap();
-        let mut job = files.apply_job(name);
-        if name == "top" {
-            job.lowers = vec![files.layer("base")];
-        }
-        lease.tar_to_layer(job, body(&tar, 60_000)).await.unwrap();
-        drop(lease);
-        for kind in ["image", "record"] {
-            let file = format!("{name}.{kind}");
-            all.push((file.clone(), std::fs::read(files.path(&file)).unwrap()));
-        }
-        let exact = files.export(&pool, name, files.exact(name)).await.unwrap();
-        assert!(exact == tar, "{name}: {} bytes came back of {}", exact.len(), tar.len());
-        all.push((format!("exact diff of {name}"), exact));
-    }
-    for (what, parent) in [("canonical", ParentDisks::Own), ("squashed", ParentDisks::None)] {
-        let job = files.canonical(&["top", "base"], parent);
-        all.push((format!("{what} diff"), files.export(&pool, "top", job).await.unwrap()));
-    }
-    pool.shutdown(END).await;
-    all
-}
-
-/// Layers that one backend wrote give the same diffs when another one reads them.
-pub(crate) async fn reads_the_others_layers(backend: Backend, files: &Files, written: &[(String, Vec<u8>)]) {
-    let pool = pool(&backend, Mode::Global);
-    let expected = |what: &str| &written.iter().find(|(name, _)| name == what).unwrap().1;
-    for name in ["base", "top"] {
-        let exact = files.export(&pool, name, files.exact(name)).await.unwrap();
-        assert!(exact == *expected(&format!("exact diff of {name}")), "{name}");
-    }
-    let own = files.canonical(&["top", "base"], ParentDisks::Own);
-    assert!(files.export(&pool, "top", own).await.unwrap() == *expected("canonical diff"));
-    pool.shutdown(END).await;
-}
-
 /// A hash tree behind the image, its leaves on a scratch disk; the tree is checked against every byte.
 pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
@@ -85,7 +31,7 @@ pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
         let summary = lease.tar_to_layer(job, body(&tar, 60_000)).await.unwrap();
         drop(lease);
         roots.push(summary.verity_root.expect("a root").to_string());
-        let image = files.readable(&format!("{name}.image")).window(0, summary.image_bytes);
+        let image = files.readable(&format!("{name}.vhd")).window(0, summary.image_bytes);
         // The tree lies behind the file system.
         for (image, tree) in [(image.clone(), false), (files.image(name), true)] {
             let check = CheckJob { image, require_no_writers: true, tree };
@@ -99,14 +45,14 @@ pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
     }
     assert_eq!(roots[0], roots[1]);
     let read = |name: &str| std::fs::read(files.path(name)).unwrap();
-    assert!(read("with.image") == read("without.image"));
+    assert!(read("with.vhd") == read("without.vhd"));
 
     // One bit of a file's bytes: the metadata are as good as before, the tree is not.
-    let mut damaged = read("with.image");
+    let mut damaged = read("with.vhd");
     let part = noise(64, 4);
     let at = damaged.windows(part.len()).position(|w| w == part).expect("the first file's bytes");
     damaged[at] ^= 1;
-    std::fs::write(files.path("damaged.image"), damaged).unwrap();
+    std::fs::write(files.path("damaged.vhd"), damaged).unwrap();
     let check = |tree| CheckJob { image: files.image("damaged"), require_no_writers: true, tree };
     pool.check_image(check(false)).await.unwrap();
     let e = pool.check_image(check(true)).await.unwrap_err();
@@ -120,7 +66,7 @@ pub(crate) async fn a_disk_in_a_vhdx(backend: Backend) {
     files.apply(&pool, "l", &tree(60, 60_000, 5)).await.unwrap();
     let plain = files.image("l");
     let len = plain.len.unwrap();
-    let image = std::fs::read(files.path("l.image")).unwrap()[..len as usize].to_vec();
+    let image = std::fs::read(files.path("l.vhd")).unwrap()[..len as usize].to_vec();
     let options = vhdx::CreateOptions::new(len.next_multiple_of(1 << 20), uuid::Uuid::from_u128(7));
     // Two pieces, the second first, so that the disk's order is not the file's.
     let (head, tail) = image.split_at(1 << 20);

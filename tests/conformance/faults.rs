@@ -1,7 +1,8 @@
 //! Faults of the original (docs/faults.md) that only a whole plugin shows, on each backend.
 
 use crate::{
-    plugin::{debris, soon},
+    killed::soon,
+    linux::plugin::debris,
     support::{Plugin, Reply, Tar, noise, send_chunks},
 };
 use serde_json::json;

@@ -33,7 +33,7 @@ impl Files {
 
     pub(crate) fn apply_job(&self, name: &str) -> ApplyJob {
         ApplyJob {
-            image: self.writable(&format!("{name}.image")),
+            image: self.writable(&format!("{name}.vhd")),
             record: self.writable(&format!("{name}.record")),
             scratch: None,
             lowers: Vec::new(),
@@ -49,7 +49,7 @@ impl Files {
 
     /// The image without its footer.
     pub(crate) fn image(&self, name: &str) -> DiskSource {
-        let disk = self.readable(&format!("{name}.image"));
+        let disk = self.readable(&format!("{name}.vhd"));
         let len = disk.file.metadata().unwrap().len() - 512;
         disk.window(0, len)
     }

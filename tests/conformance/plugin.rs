@@ -2,57 +2,12 @@
 
 use crate::{
     files::tree,
+    killed::{descendants, soon, svm},
     support::{Plugin, Tar, noise, send_chunks},
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use std::{
-    collections::BTreeSet,
-    fs,
-    io::Write,
-    path::Path,
-    process::Command,
-    time::{Duration, Instant},
-};
-
-/// Longest wait: a first guest is booted under emulation, beside other tests.
-const PATIENCE: Duration = Duration::from_mins(2);
-
-pub(crate) fn soon(what: &str, plugin: &Plugin, mut reached: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !reached() {
-        assert!(begin.elapsed() < PATIENCE, "never: {what}\n{}", plugin.log());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// What `lcow-graphdriver svm` prints.
-pub(crate) fn svm(plugin: &Plugin, arguments: &[&str]) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"));
-    let done = command.arg("svm").args(arguments).arg("--socket").arg(plugin.socket()).output().unwrap();
-    assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
-    String::from_utf8(done.stdout).unwrap()
-}
-
-/// Number of a process's parent; `None` once the process is gone.
-pub(crate) fn parent_of(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-}
-
-/// All processes below this one.
-pub(crate) fn descendants(of: u32) -> BTreeSet<u32> {
-    let all: Vec<(u32, u32)> = fs::read_dir("/proc")
-        .unwrap()
-        .flatten()
-        .filter_map(|e| e.file_name().to_str()?.parse().ok())
-        .filter_map(|pid| Some((pid, parent_of(pid)?)))
-        .collect();
-    let mut found = BTreeSet::from([of]);
-    while all.iter().any(|(pid, parent)| found.contains(parent) && found.insert(*pid)) {}
-    found.remove(&of);
-    found
-}
+use std::{fs, io::Write, path::Path, process::Command};
 
 /// The machines that `svm ls --json` shows.
 fn machines(plugin: &Plugin) -> Vec<Value> {

@@ -1,6 +1,9 @@
 //! The suite: every function takes a backend and must hold on all of them.
 
-use crate::files::{Files, Tar, body, collect, noise, tree};
+use crate::{
+    files::{Files, Tar, body, collect, noise, tree},
+    support::machine::{Machine, SmallDisk},
+};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use lcow_graphdriver::{
@@ -11,13 +14,12 @@ use lcow_graphdriver::{
     },
     io::WriteAt,
     svm::{
-        Access, ChangeKind, CheckJob, CompareJob, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, Mode,
-        ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
+        ChangeKind, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind,
+        Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
     },
 };
 use std::{
     io,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -37,24 +39,12 @@ pub(crate) fn pool(backend: &Backend, mode: Mode) -> Pool {
 
 pub(crate) const END: Duration = Duration::from_secs(5);
 
-fn pid_of(description: &str) -> i32 {
-    description.split(' ').nth(1).unwrap().parse().unwrap()
-}
-
-fn alive(pid: i32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
-}
-
 async fn soon(what: &str, mut reached: impl FnMut() -> bool) {
     let start = Instant::now();
     while !reached() {
         assert!(start.elapsed() < Duration::from_secs(30), "never: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-}
-
-fn signal(pid: i32, signal: rustix::process::Signal) {
-    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
 pub(crate) async fn apply_and_exact_diff(backend: Backend) {
@@ -66,7 +56,7 @@ pub(crate) async fn apply_and_exact_diff(backend: Backend) {
             let summary = files.apply(&pool, name, &tar).await.unwrap();
             assert_eq!(summary.tar_bytes, tar.len() as u64);
             let len = |kind: &str| std::fs::metadata(files.path(&format!("{name}.{kind}"))).unwrap().len();
-            assert_eq!((len("image"), len("record")), (summary.file_bytes, summary.record_bytes), "{name}");
+            assert_eq!((len("vhd"), len("record")), (summary.file_bytes, summary.record_bytes), "{name}");
             let check = CheckJob { image: files.image(name), require_no_writers: true, tree: false };
             assert_eq!(pool.check_image(check).await.unwrap().uuid, summary.uuid);
             let back = files.export(&pool, name, files.exact(name)).await.unwrap();
@@ -120,17 +110,18 @@ pub(crate) async fn a_blank_sandbox_is_empty(backend: Backend) {
 pub(crate) async fn read_only_disks_stay_read_only(backend: Backend) {
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
     files.apply(&pool, "l", &tree(1, 10, 1)).await.unwrap();
-    let before = std::fs::read(files.path("l.image")).unwrap();
+    let before = std::fs::read(files.path("l.vhd")).unwrap();
     let lease = pool.lease("l", Purpose::Work).await.unwrap();
     let mut job = files.apply_job("other");
-    // A disk that says read-only, though its file could be written.
-    let file = std::fs::File::options().read(true).write(true).open(files.path("l.image")).unwrap();
-    job.image.file = Arc::new(file);
-    job.image.access = Access::ReadOnly;
+    // A disk that says read-only, though its file could be written. Not so on Hyper-V, which opens disks alone: a handle
+    // that can write keeps it from attaching the file at all (tests/hcs, `a_layer_that_somebody_writes_is_not_attached`).
+    let path = files.path("l.vhd");
+    let file = std::fs::File::options().read(true).write(backend.name() != "hcs").open(&path).unwrap();
+    job.image = DiskSource::read_only(Arc::new(file), path);
     let e = lease.tar_to_layer(job, body(&tree(1, 10, 2), 999)).await.unwrap_err();
     assert!(e.refused_kind().is_some(), "{e}");
     drop(lease);
-    assert!(std::fs::read(files.path("l.image")).unwrap() == before);
+    assert!(std::fs::read(files.path("l.vhd")).unwrap() == before);
     pool.shutdown(END).await;
 }
 
@@ -140,7 +131,7 @@ async fn chain(files: &Files, pool: &Pool, count: usize) -> Vec<LayerDisk> {
     let mut layers = Vec::new();
     for n in 0..count {
         let name = format!("copy{n}");
-        std::fs::copy(files.path("l.image"), files.path(&format!("{name}.image"))).unwrap();
+        std::fs::copy(files.path("l.vhd"), files.path(&format!("{name}.vhd"))).unwrap();
         layers.push(files.layer(&name));
     }
     layers
@@ -150,8 +141,9 @@ pub(crate) async fn more_disks_than_the_limit_are_an_error(backend: Backend) {
     let limit = backend.limits().disks;
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
     let mut target = chain(&files, &pool, 3).await;
-    // The files stay three; the windows are as many as one likes, and each is a disk.
-    let disk = target[0].disk.clone();
+    // The files stay four; the windows are as many as one likes, and each is a disk.
+    std::fs::write(files.path("many"), vec![0; limit * 512 + 4608]).unwrap();
+    let disk = files.readable("many");
     let window =
         |n: usize| LayerDisk { disk: disk.clone().window(n as u64 * 512, 4096), kind: LayerKind::Applied };
     target.extend((0..=limit).map(window));
@@ -225,18 +217,19 @@ pub(crate) async fn a_dropped_export_is_cancelled(backend: Backend) {
 pub(crate) async fn a_killed_vm_fails_one_operation(backend: Backend) {
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
     let lease = pool.lease("a", Purpose::Work).await.unwrap();
-    let pid = pid_of(&lease.vm_description());
+    let machine = Arc::new(Machine::of(&lease.vm_description()));
     let tar = tree(4, 1_000_000, 1);
     let (head, tail) = (Bytes::copy_from_slice(&tar[..5000]), Bytes::copy_from_slice(&tar[5000..]));
+    let victim = machine.clone();
     let killed = stream::iter([Ok(head)]).chain(stream::once(async move {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        signal(pid, rustix::process::Signal::KILL);
+        victim.kill();
         Ok(tail)
     }));
     let e = lease.tar_to_layer(files.apply_job("a"), killed).await.unwrap_err();
-    assert!(matches!(&e, SvmError::Died { cause, .. } if cause.contains("signal 9")), "{e}");
+    assert!(matches!(&e, SvmError::Died { cause, .. } if cause.contains(machine.killed())), "{e}");
     drop(lease);
-    soon("the process is reaped", || !alive(pid)).await;
+    soon("the process is reaped", || !machine.is_alive()).await;
     files.apply(&pool, "a", &tar).await.unwrap();
     let s = pool.snapshot();
     assert_eq!(s.deaths + s.poisoned, 1, "{s:?}");
@@ -252,11 +245,12 @@ pub(crate) async fn a_silent_vm_is_given_up(backend: Backend) {
     };
     let (pool, files) = (Pool::start(backend.clone(), config), Files::new());
     let lease = pool.lease("a", Purpose::Work).await.unwrap();
-    let pid = pid_of(&lease.vm_description());
+    let machine = Arc::new(Machine::of(&lease.vm_description()));
     let tar = tree(4, 1_000_000, 1);
     let (head, tail) = (Bytes::copy_from_slice(&tar[..5000]), Bytes::copy_from_slice(&tar[5000..]));
+    let victim = machine.clone();
     let stopped = stream::iter([Ok(head)]).chain(stream::once(async move {
-        signal(pid, rustix::process::Signal::STOP);
+        victim.pause();
         Ok(tail)
     }));
     let start = Instant::now();
@@ -264,7 +258,7 @@ pub(crate) async fn a_silent_vm_is_given_up(backend: Backend) {
     assert!(matches!(e, SvmError::Timeout { .. }), "{e}");
     assert!(start.elapsed() < Duration::from_secs(20));
     drop(lease);
-    soon("the silent process is ended", || !alive(pid)).await;
+    soon("the silent process is ended", || !machine.is_alive()).await;
     files.apply(&pool, "a", &tar).await.unwrap();
     pool.shutdown(END).await;
 }
@@ -306,17 +300,13 @@ pub(crate) async fn hostile_layers_are_refused(backend: Backend) {
 }
 
 pub(crate) async fn a_full_disk_is_an_error_of_its_own(backend: Backend) {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: mounting a small file system needs root");
-        return;
-    }
     let (pool, files) = (pool(&backend, Mode::Global), Files::new());
-    let small = SmallDisk::new(&files.path("small"), 8 << 20);
+    let Some(small) = SmallDisk::of(files.path("small"), SmallDisk::BYTES) else { return };
     let lease = pool.lease("a", Purpose::Work).await.unwrap();
     let mut job = files.apply_job("a");
-    let path = files.path("small/image");
+    let path = small.folder.join("image");
     let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-    job.image.file = Arc::new(file);
+    job.image = DiskSource::read_write(Arc::new(file), path);
     let e = lease.tar_to_layer(job, body(&tree(40, 1_000_000, 1), 60_000)).await.unwrap_err();
     assert_eq!(e.refused_kind(), Some(ErrorKind::NoSpace), "{e}");
     drop(lease);
@@ -324,31 +314,6 @@ pub(crate) async fn a_full_disk_is_an_error_of_its_own(backend: Backend) {
     assert_eq!(pool.snapshot().poisoned, 0);
     pool.shutdown(END).await;
     drop(small);
-}
-
-/// A tmpfs of a few megabytes.
-struct SmallDisk(std::path::PathBuf);
-
-impl SmallDisk {
-    fn new(path: &Path, bytes: u64) -> Self {
-        std::fs::create_dir(path).unwrap();
-        let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
-        rustix::mount::mount(
-            "tmpfs",
-            path,
-            "tmpfs",
-            rustix::mount::MountFlags::empty(),
-            Some(size.as_c_str()),
-        )
-        .unwrap();
-        Self(path.to_owned())
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-    }
 }
 
 pub(crate) async fn a_diff_streams_into_an_apply(backend: Backend) {
@@ -363,7 +328,7 @@ pub(crate) async fn a_diff_streams_into_an_apply(backend: Backend) {
         target.tar_to_layer(files.apply_job("b"), stream).await.unwrap();
         drop(target);
         let read = |name: &str| std::fs::read(files.path(name)).unwrap();
-        assert!(read("a.image") == read("b.image") && read("a.record") == read("b.record"));
+        assert!(read("a.vhd") == read("b.vhd") && read("a.record") == read("b.record"));
         pool.shutdown(END).await;
     }
 }
@@ -372,13 +337,13 @@ pub(crate) async fn nothing_is_left_behind(backend: Backend) {
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
     let lease = pool.lease("a", Purpose::Work).await.unwrap();
     let other = pool.lease("b", Purpose::Work).await.unwrap();
-    let pids = [pid_of(&lease.vm_description()), pid_of(&other.vm_description())];
-    assert!(pids.iter().all(|p| alive(*p)));
+    let machines = [&lease, &other].map(|lease| Machine::of(&lease.vm_description()));
+    assert!(machines.iter().all(Machine::is_alive));
     drop(lease);
-    soon("the first is gone", || !alive(pids[0])).await;
+    soon("the first is gone", || !machines[0].is_alive()).await;
     pool.shutdown(Duration::ZERO).await;
     drop(other);
-    soon("both are gone", || pids.iter().all(|p| !alive(*p))).await;
+    soon("both are gone", || machines.iter().all(|m| !m.is_alive())).await;
     assert_eq!(std::fs::read_dir(files.folder.path()).unwrap().count(), 0);
     assert_eq!(backend.reap().await.unwrap(), 0);
 }

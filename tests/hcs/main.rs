@@ -2,57 +2,29 @@
 //! the real codec. The agent's stream is a named pipe here: Wine has no Hyper-V sockets.
 #![cfg(windows)]
 
+#[path = "../computecore_double/client.rs"]
+mod client;
+
 use bytes::Bytes;
-use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream};
+use futures_util::{Stream, StreamExt, stream};
 use lcow_graphdriver::{
     ext4::format::{BlankOptions, blank},
     svm::{
         Access, ApplyJob, ApplyOptions, ApplySummary, CheckJob, CompareJob, DiskSource, ExportJob,
         ExportKind, LayerDisk, LayerKind, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
         VmSpec,
-        hcs::{AgentInput, AgentListener, AgentOutput, AgentTransport, HcsBackend, HcsConfig},
+        hcs::{HcsBackend, HcsConfig},
     },
-    sys::windows::{
-        computecore::Library,
-        pipe::{Instance, create_server},
-        security::SecurityDescriptor,
-    },
+    sys::windows::computecore::Library,
     vhdx,
 };
 use std::{
-    ffi::OsString,
     fs::{self, File},
     io,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::net::windows::named_pipe::NamedPipeServer;
-
-/// In place of Hyper-V sockets.
-#[derive(Debug)]
-struct PipeTransport;
-
-struct PipeListener(NamedPipeServer);
-
-impl AgentTransport for PipeTransport {
-    fn listen(&self, machine: uuid::Uuid) -> io::Result<Box<dyn AgentListener>> {
-        let name = OsString::from(format!(r"\\.\pipe\lcow-double-{machine}"));
-        let descriptor = SecurityDescriptor::parse("D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GA;;;OW)")?;
-        Ok(Box::new(PipeListener(create_server(&name, Instance::First, &descriptor)?)))
-    }
-}
-
-impl AgentListener for PipeListener {
-    fn accept(self: Box<Self>, _: Duration) -> BoxFuture<'static, io::Result<(AgentInput, AgentOutput)>> {
-        async move {
-            self.0.connect().await?;
-            let (input, output) = tokio::io::split(self.0);
-            Ok((Box::new(input) as AgentInput, Box::new(output) as AgentOutput))
-        }
-        .boxed()
-    }
-}
 
 struct Place {
     folder: tempfile::TempDir,
@@ -77,13 +49,11 @@ impl Place {
 
     /// A backend on the double, with faults that it is told by the kernel's command line.
     fn backend(&self, faults: &str) -> Arc<HcsBackend> {
-        let double = std::env::current_exe().unwrap();
-        let double = double.parent().unwrap().join(r"..\examples\computecore_double.dll");
         let mut config = HcsConfig::new(self.path("kernel"), self.path("initrd.img"), self.scratch());
         config.boot_parameters = faults.into();
         config.growing_bytes = 1 << 30;
         config.deadline = Duration::from_secs(20);
-        Arc::new(HcsBackend::with(config, Library::load(Some(&double)), Arc::new(PipeTransport)))
+        Arc::new(client::backend(config))
     }
 
     fn pool(&self, mode: Mode, faults: &str) -> Pool {
@@ -266,7 +236,7 @@ async fn a_failed_hot_add_frees_its_slot_and_the_machine_goes_on() {
         ids.push(vm.attach(&place.readable("a")).await.unwrap());
     }
     let full = vm.attach(&place.readable("a")).await.unwrap_err();
-    assert!(full.to_string().contains("slots"), "{full}");
+    assert!(full.to_string().contains("256 disks are attached already"), "{full}");
     for id in ids.into_iter().chain([first]) {
         vm.detach(id).await.unwrap();
     }
@@ -294,6 +264,51 @@ async fn a_layer_that_somebody_writes_is_not_attached() {
     drop(writer);
     assert!(place.exact(&pool, "l").await.is_ok());
     pool.shutdown(END).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_ends_while_its_disks_come_and_go_is_told_as_dead() {
+    let place = Place::new();
+    let backend = place.backend("");
+    for last_call in ["attach", "detach", "grown"] {
+        let vm = backend.boot(VmSpec { number: 1 }).await.unwrap();
+        let disk = place.writable("new");
+        let id = vm.attach(&disk).await.unwrap();
+        let folder = std::env::temp_dir()
+            .join(format!("computecore-double-{}", vm.describe().split(' ').nth(1).unwrap()));
+        fs::write(folder.join("order.kill"), "").unwrap();
+        while folder.exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let error = match last_call {
+            "attach" => vm.attach(&place.writable("other")).await.unwrap_err(),
+            "detach" => vm.detach(id).await.unwrap_err(),
+            _ => vm.grown(&disk, 0).await.unwrap_err(),
+        };
+        let SvmError::Died { cause, .. } = &error else { panic!("{last_call}: {error}") };
+        assert!(cause.contains("the guest ended by itself"), "{last_call}: {error}");
+        vm.terminate().await;
+    }
+    assert!(place.is_clear());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_is_not_plain_is_refused_and_costs_one_operation() {
+    // FILE_ATTRIBUTE_SPARSE_FILE, _COMPRESSED, _ENCRYPTED: Wine has no such files, so the double is told of them.
+    for (attribute, name) in [(0x200, "sparse"), (0x800, "compressed"), (0x4000, "encrypted")] {
+        let place = Place::new();
+        let backend = place.backend(&format!("double.attributes={attribute}"));
+        let vm = backend.boot(VmSpec { number: 1 }).await.unwrap();
+        fs::write(place.path("a"), [1; 700]).unwrap();
+        for disk in [place.readable("a"), place.writable("new")] {
+            let error = vm.attach(&disk).await.unwrap_err().to_string();
+            assert!(error.contains("0xc03a001a") && error.contains(name), "{error}");
+        }
+        vm.ping().await.unwrap();
+        vm.terminate().await;
+        drop(vm);
+        assert!(place.is_clear());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -326,12 +341,10 @@ async fn a_dropped_export_and_a_dropped_apply_leave_the_pool_usable() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_machine_whose_agent_never_comes_is_given_up() {
     let place = Place::new();
-    let double = std::env::current_exe().unwrap();
-    let double = double.parent().unwrap().join(r"..\examples\computecore_double.dll");
     let mut config = HcsConfig::new(place.path("kernel"), place.path("initrd.img"), place.scratch());
     config.boot_parameters = "double.mute=1".into();
     config.deadline = Duration::from_secs(2);
-    let backend = HcsBackend::with(config, Library::load(Some(&double)), Arc::new(PipeTransport));
+    let backend = client::backend(config);
     let error = backend.boot(VmSpec { number: 1 }).await.unwrap_err().to_string();
     assert!(error.contains("no agent has greeted within 2s"), "{error}");
     assert!(place.is_clear());
@@ -345,7 +358,7 @@ async fn wrong_paths_and_a_missing_dll_are_told() {
     assert!(error.contains("HcsCreateComputeSystem") && error.contains("kernel"), "{error}");
     let config = HcsConfig::new("k", "i", place.scratch());
     let none = Library::load(Some(Path::new(r"C:\nowhere\computecore.dll")));
-    let backend = HcsBackend::with(config, none, Arc::new(PipeTransport));
+    let backend = HcsBackend::with(config, none, Arc::new(client::PipeTransport));
     for error in [backend.boot(VmSpec { number: 1 }).await.unwrap_err(), backend.reap().await.unwrap_err()] {
         assert!(error.to_string().contains("Hyper-V is not enabled"), "{error}");
     }
@@ -362,4 +375,35 @@ async fn what_a_predecessor_left_is_ended() {
     assert_eq!(place.backend("").reap().await.unwrap(), 2);
     assert!(vm.death().await.cause.contains("terminated"));
     assert!(place.scratch().join("not-ours.txt").exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_ends_what_a_predecessor_left_but_not_what_its_sibling_runs() {
+    let place = Place::new();
+    let left = place.backend("").boot(VmSpec { number: 1 }).await.unwrap();
+    let config = PoolConfig { spares: 0, ..PoolConfig::default() };
+    let pool = Pool::start(place.backend(""), config.clone());
+    // At the start of a daemon: before the home's scratch folder, which names the machines, is cleared.
+    pool.clear_predecessor().await;
+    assert!(left.death().await.cause.contains("terminated"));
+    assert!(place.is_clear());
+    let lease = pool.lease("a", Purpose::Work).await.unwrap();
+    // Another Init brings a pool of its own, while operations of this one go on.
+    let sibling = Pool::start(place.backend(""), PoolConfig { reap: false, ..config });
+    sibling.clear_predecessor().await;
+    place.apply(&sibling, "l", &tar(1, 10)).await.unwrap();
+    let job = ApplyJob {
+        image: place.writable("a.vhd"),
+        record: place.writable("a.exact"),
+        scratch: None,
+        lowers: Vec::new(),
+        options: ApplyOptions::default(),
+    };
+    lease.tar_to_layer(job, body(&tar(1, 10))).await.unwrap();
+    drop(lease);
+    for pool in [pool, sibling] {
+        pool.shutdown(END).await;
+        assert_eq!(pool.snapshot().deaths, 0);
+    }
+    assert!(place.is_clear());
 }

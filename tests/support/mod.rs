@@ -4,6 +4,7 @@
 //! nothing, send too much, and it sees how a reply really ends.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub(crate) mod machine;
 pub(crate) mod transport;
 
 use serde_json::Value;
@@ -27,6 +28,8 @@ pub(crate) struct Plugin {
     child: Child,
     pub(crate) folder: PathBuf,
     pub(crate) arguments: Vec<String>,
+    /// What Init will say.
+    pub(crate) home: PathBuf,
     _temporary: tempfile::TempDir,
 }
 
@@ -39,7 +42,8 @@ impl Plugin {
         let folder = folder.canonicalize().unwrap();
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let child = Self::spawn(&folder, &arguments);
-        let plugin = Self { child, folder, arguments, _temporary: temporary };
+        let home = folder.join("home");
+        let plugin = Self { child, folder, arguments, home, _temporary: temporary };
         plugin.wait_until_ready();
         plugin
     }
@@ -86,15 +90,19 @@ impl Plugin {
     }
 
     pub(crate) fn home(&self) -> PathBuf {
-        self.folder.join("home")
+        self.home.clone()
     }
 
     /// kill -9 and a new process on the same folders.
     pub(crate) fn kill_and_restart(&mut self) {
+        self.kill();
+        self.start_again();
+    }
+
+    /// kill -9.
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.child = Self::spawn(&self.folder, &self.arguments);
-        self.wait_until_ready();
     }
 
     /// SIGTERM (Windows: Ctrl+Break); the exit status.
@@ -110,9 +118,24 @@ impl Plugin {
         }
     }
 
+    /// A new process on the same folders, after a stop or a kill.
     pub(crate) fn start_again(&mut self) {
         self.child = Self::spawn(&self.folder, &self.arguments);
-        self.wait_until_ready();
+        // A worker that a killed plugin was just forking holds its socket for a moment: a connection alone proves nothing.
+        let begin = Instant::now();
+        while !self.answers() {
+            assert!(begin.elapsed() < READY, "the plugin does not answer:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn answers(&self) -> bool {
+        let request = b"POST /Plugin.Activate HTTP/1.1\r\nHost: \r\nContent-Length: 0\r\n\r\n";
+        let asked = transport::connect(&self.socket()).and_then(|mut stream| {
+            stream.write_all(request)?;
+            Reply::read(stream)
+        });
+        asked.is_ok_and(|reply| reply.status == 200)
     }
 
     /// Init with this plugin's usual home.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   layer.vhd, sandbox.vhdx          ─► Direct   attached as it is, by its path
-//!   another file, to be read         ─► Copy     scratch VHD: the bytes and a footer (exact records: small)
+//!   another file, to be read         ─► Copy     scratch VHD: the bytes (cloned on ReFS) and a footer (exact records)
 //!   an empty file, to be written     ─► Growing  scratch VHDX of the largest size ── grown(len) ─► the file
 //! ```
 //!
@@ -12,7 +12,7 @@
 use crate::{
     io::{ReadAt, WriteAt},
     svm::{Access, DiskFormat, DiskSource},
-    sys::windows::fs::{check_plain, make_plain},
+    sys::windows::fs::{check_plain, clone_prefix, make_plain},
     vhd::{FOOTER_SIZE, Footer},
     vhdx::{CreateOptions, Vhdx, create},
 };
@@ -20,6 +20,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -111,19 +112,21 @@ pub(super) fn prepare(disk: &DiskSource, name: &Path, growing_bytes: u64) -> io:
     let path = name.with_extension("vhd");
     let copy = File::options().read(true).write(true).create_new(true).open(&path)?;
     make_plain(&copy)?;
-    copy_bytes(&*disk.file, disk.offset, &copy, len)?;
     let disk_bytes = len.next_multiple_of(SECTOR).max(SECTOR);
     WriteAt::set_len(&copy, disk_bytes)?;
+    let cloned = clone_prefix(&disk.file, disk.offset, &copy, len)?;
+    copy_bytes(&*disk.file, disk.offset, &copy, cloned..len)?;
     let footer = Footer::new(disk_bytes, 0, *uuid::Uuid::new_v4().as_bytes()).map_err(io::Error::other)?;
     copy.write_all_at(&footer.to_bytes(), disk_bytes)?;
     Ok(Prepared { backing: Backing::Copy(path), len: Some(len) })
 }
 
-fn copy_bytes(from: &impl ReadAt, offset: u64, to: &impl WriteAt, len: u64) -> io::Result<()> {
+/// Copies a range of `to` from where it lies in `from`, `offset` further on.
+fn copy_bytes(from: &impl ReadAt, offset: u64, to: &impl WriteAt, range: Range<u64>) -> io::Result<()> {
     let mut buffer = vec![0; PIECE];
-    let mut at = 0;
-    while at < len {
-        let n = usize::try_from(len - at).unwrap_or(PIECE).min(PIECE);
+    let mut at = range.start;
+    while at < range.end {
+        let n = usize::try_from(range.end - at).unwrap_or(PIECE).min(PIECE);
         from.read_exact_at(&mut buffer[..n], offset + at)?;
         to.write_all_at(&buffer[..n], at)?;
         at += n as u64;
@@ -138,7 +141,7 @@ fn copy_bytes(from: &impl ReadAt, offset: u64, to: &impl WriteAt, len: u64) -> i
 pub(super) fn bring_back(scratch: &Path, file: &File, len: u64) -> io::Result<()> {
     let vhdx = Vhdx::open(File::open(scratch)?).map_err(io::Error::other)?;
     WriteAt::set_len(file, 0)?;
-    copy_bytes(&vhdx, 0, file, len)?;
+    copy_bytes(&vhdx, 0, file, 0..len)?;
     WriteAt::set_len(file, len)
 }
 

@@ -24,8 +24,8 @@ use crate::sys::windows::computecore::{Library, LoadError, System};
 use futures_util::{FutureExt, future::BoxFuture};
 use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
 
-/// Serial console, no other hardware to look for, end instead of waiting after a panic.
-const KERNEL_LINE: &str = "8250_core.nr_uarts=1 8250_core.skip_txen_test=1 console=ttyS0,115200 pci=off brd.rd_nr=0 pmtmr=0 panic=-1 quiet";
+/// Serial console, no other hardware to look for, end instead of waiting after a panic; the agent dials.
+const KERNEL_LINE: &str = "lcow.agent=vsock 8250_core.nr_uarts=1 8250_core.skip_txen_test=1 console=ttyS0,115200 pci=off brd.rd_nr=0 pmtmr=0 panic=-1 quiet";
 
 /// How machines are made.
 #[derive(Debug, Clone)]

@@ -7,6 +7,7 @@
 //! Hyper-V sockets are the only transport in the program. It is a trait because Wine has no such sockets: tests bring
 //! a named pipe of their own. Called by `hcs`.
 
+pub use crate::agent::VSOCK_PORT;
 use crate::sys::windows::hvsock::{HvStream, Listener};
 use futures_util::{FutureExt, future::BoxFuture};
 use std::{
@@ -16,8 +17,6 @@ use std::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// The port that the agent dials on the host (CID 2): "LCOW".
-pub const VSOCK_PORT: u32 = 0x4c43_4f57;
 /// Bytes between a blocking end and the runtime, each way.
 const BUFFER: usize = 256 << 10;
 

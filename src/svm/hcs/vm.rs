@@ -12,10 +12,10 @@ use super::{
     disks::{self, Backing, Prepared},
     documents::{ComputeSystem, Machine, ModifySettingRequest, Properties},
     failed,
-    luns::{Luns, Slot},
+    luns::{Luns, MAX_DISKS, Slot},
 };
 use crate::{
-    agent::wire::JailReport,
+    agent::wire::{ErrorKind, JailReport, WireError},
     svm::{
         Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
         console::Console,
@@ -37,6 +37,8 @@ use tokio::{net::windows::named_pipe::ClientOptions, sync::watch, time::timeout}
 
 /// How long a machine may take to say that it has ended, after it was told to.
 const EXIT_TIME: Duration = Duration::from_secs(10);
+/// How long the word of a machine's end may come after the first call that failed because of it.
+const END_WORD: Duration = Duration::from_secs(1);
 /// Pause between two looks for the console's pipe.
 const CONSOLE_LOOK: Duration = Duration::from_millis(50);
 
@@ -186,6 +188,14 @@ impl HcsVm {
         SvmError::Disk { vm: self.label.clone(), disk: disk.to_string(), reason: e.to_string() }
     }
 
+    /// An error of a disk, or of the whole machine if that has ended: its word may come a moment later.
+    async fn disk_or_death(&self, disk: impl fmt::Display, e: impl fmt::Display) -> SvmError {
+        let error = self.disk_error(disk, e);
+        let mut watched = self.death.clone();
+        let ended = timeout(END_WORD, watched.wait_for(Option::is_some)).await.is_ok();
+        if ended { self.died() } else { error }
+    }
+
     fn died(&self) -> SvmError {
         let cause = self.end.seen().map_or_else(|| "ended".to_owned(), |d| d.cause);
         SvmError::Died { vm: self.label.clone(), cause, console: self.end.console() }
@@ -203,14 +213,16 @@ impl HcsVm {
     }
 
     async fn hot_add(&self, slot: Slot, path: &Path, read_only: bool) -> Result<(), SvmError> {
-        let added = self.modify(&ModifySettingRequest::add_disk(slot, path, read_only)).await?;
-        added.map_err(|e| self.disk_error(path.display(), e))
+        match self.modify(&ModifySettingRequest::add_disk(slot, path, read_only)).await? {
+            Err(e) => Err(self.disk_or_death(path.display(), e).await),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Takes a slot's disk from the machine; one that it does not have is fine.
     async fn hot_remove(&self, slot: Slot) -> Result<(), SvmError> {
         match self.modify(&ModifySettingRequest::remove_disk(slot)).await? {
-            Err(e) if !e.is_absent() => Err(self.disk_error(slot.serial(), e)),
+            Err(e) if !e.is_absent() => Err(self.disk_or_death(slot.serial(), e).await),
             _ => Ok(()),
         }
     }
@@ -236,12 +248,17 @@ impl HcsVm {
         // Whatever the file is, Hyper-V attaches it as a disk of plain bytes.
         let (len, format) = (ready.len, DiskFormat::Raw);
         let told = RemoteDisk { disk: id, writable, offset: 0, len, serial: slot.serial(), format };
-        self.agent.attach(&told).await.map_err(|e| self.disk_error(&shown, e))
+        match self.agent.attach(&told).await {
+            Err(e) => Err(self.disk_or_death(&shown, e).await),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Takes a disk from the agent and from the machine.
     async fn unplug(&self, disk: DiskId, slot: Slot) -> Result<(), SvmError> {
-        self.agent.detach(disk).await.map_err(|e| self.disk_error(disk.0, e))?;
+        if let Err(e) = self.agent.detach(disk).await {
+            return Err(self.disk_or_death(disk.0, e).await);
+        }
         self.hot_remove(slot).await
     }
 }
@@ -257,8 +274,9 @@ impl ServiceVm for HcsVm {
             let (id, slot) = {
                 let mut disks = self.disks.lock();
                 let slot = disks.luns.take();
-                let slot =
-                    slot.ok_or_else(|| self.disk_error(&shown, "all slots of its controllers are taken"))?;
+                let slot = slot.ok_or_else(|| {
+                    self.disk_error(&shown, format!("{MAX_DISKS} disks are attached already"))
+                })?;
                 let id = DiskId(disks.next);
                 disks.next += 1;
                 (id, slot)
@@ -322,7 +340,16 @@ impl ServiceVm for HcsVm {
             }
             let file = disk.file.clone();
             let brought = blocking(move || disks::bring_back(&scratch, &file, len)).await;
-            brought.map_err(|e| self.disk_error(disk.path.display(), e))
+            brought.map_err(|e| match e.kind() {
+                // Nothing that the machine is to blame for.
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    SvmError::Refused(WireError::new(
+                        ErrorKind::NoSpace,
+                        format!("no space left on the host: {}: {e}", disk.path.display()),
+                    ))
+                }
+                _ => self.disk_error(disk.path.display(), e),
+            })
         }
         .boxed()
     }

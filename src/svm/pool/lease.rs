@@ -70,20 +70,23 @@ impl Drop for Lease {
 /// A guest's page cache makes an input/output error of a full disk: the host knows better.
 fn say_full(error: SvmError, job: &ApplyJob) -> SvmError {
     /// Fewer bytes than this are none.
-    #[cfg(unix)]
     const NONE_LEFT: u64 = 1 << 20;
-    #[cfg(unix)]
     if error.refused_kind() == Some(ErrorKind::Io)
         && let SvmError::Refused(wire) = &error
-        && [&job.image, &job.record].iter().any(|disk| {
-            rustix::fs::fstatvfs(&*disk.file).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) < NONE_LEFT)
-        })
+        && [&job.image, &job.record].iter().any(|disk| bytes_left(disk).is_some_and(|left| left < NONE_LEFT))
     {
         let message = format!("no space left on the host: {}", wire.message);
         return SvmError::Refused(crate::agent::wire::WireError::new(ErrorKind::NoSpace, message));
     }
-    let _ = job;
     error
+}
+
+/// Bytes that the file system of a disk's file still takes.
+fn bytes_left(disk: &DiskSource) -> Option<u64> {
+    #[cfg(unix)]
+    return rustix::fs::fstatvfs(&*disk.file).ok().map(|s| s.f_bavail.saturating_mul(s.f_frsize));
+    #[cfg(windows)]
+    return crate::sys::windows::fs::available_bytes(disk.path.parent()?).ok();
 }
 
 /// A disk in use by one operation.

@@ -70,6 +70,9 @@ pub struct PoolConfig {
     pub freeze_limit: Duration,
     /// Every VM is asked this often whether it is there; zero = never.
     pub ping_interval: Duration,
+    /// Whether a killed daemon may have left something to clear up. Not for a pool beside another one of this process:
+    /// its machines are no leftovers.
+    pub reap: bool,
 }
 
 impl Default for PoolConfig {
@@ -82,6 +85,7 @@ impl Default for PoolConfig {
             idle_timeout: Duration::from_mins(5),
             freeze_limit: Duration::from_secs(10),
             ping_interval: Duration::from_secs(30),
+            reap: true,
         }
     }
 }
@@ -191,7 +195,6 @@ impl Pool {
         let ping = config.ping_interval;
         let inner = Arc::new(Inner {
             backend,
-            config,
             runtime: tokio::runtime::Handle::current(),
             state: Mutex::new(State {
                 machine,
@@ -206,7 +209,8 @@ impl Pool {
                 jail: None,
             }),
             next: AtomicU64::new(1),
-            reaped: tokio::sync::OnceCell::new(),
+            reaped: tokio::sync::OnceCell::new_with((!config.reap).then_some(())),
+            config,
             changed: Notify::new(),
         });
         inner.run(Machine::start, |_| {});
@@ -221,6 +225,11 @@ impl Pool {
             });
         }
         Self { inner }
+    }
+
+    /// Ends and clears what a killed daemon left, unless that has been done: the first start does it, too.
+    pub async fn clear_predecessor(&self) {
+        self.inner.reaped.get_or_init(|| self.inner.reap()).await;
     }
 
     /// A VM for work on layer `id`; waits, in order of asking, while all VMs are taken.

@@ -8,6 +8,7 @@
 //!          ──► mountinfo the kernel's mount table                  ──► probe    tries what the jail forbids
 //!   cli ─────► init      pid 1 of a container           svm::qemu ────► launch   confines a VM's process, then starts it
 //!                                                   lcow-agent ───► guest    what the first process of a guest does
+//!                                                              ───► vsock    its way to a host that is Hyper-V
 //! ```
 //!
 //! Errors are [`SysError`]: what was tried, on what, and the kernel's answer.
@@ -26,6 +27,7 @@ pub mod overlay;
 pub mod probe;
 pub mod process;
 mod seccomp;
+pub mod vsock;
 
 use std::{
     io,

@@ -77,6 +77,83 @@ pub fn create_dir(path: &Path, descriptor: &SecurityDescriptor) -> io::Result<()
     check(unsafe { CreateDirectoryW(name.as_ptr(), &raw const attributes) })
 }
 
+/// The access list of a file or folder as SDDL, as the system keeps it.
+///
+/// # Errors
+/// What the system says.
+#[cfg(test)]
+pub(crate) fn access_list(path: &Path) -> io::Result<String> {
+    use windows_sys::Win32::Security::{
+        Authorization::{
+            ConvertSecurityDescriptorToStringSecurityDescriptorW, GetNamedSecurityInfoW, SE_FILE_OBJECT,
+        },
+        DACL_SECURITY_INFORMATION,
+    };
+    let name = wide_path(path)?;
+    let mut descriptor = ptr::null_mut();
+    // SAFETY: the name ends with a NUL; one pointer is stored, the others may be null.
+    let status = unsafe {
+        GetNamedSecurityInfoW(
+            name.as_ptr(),
+            SE_FILE_OBJECT,
+            DACL_SECURITY_INFORMATION,
+            ptr::null_mut(),
+            ptr::null_mut(),
+            ptr::null_mut(),
+            ptr::null_mut(),
+            &raw mut descriptor,
+        )
+    };
+    if status != 0 {
+        return Err(io::Error::from_raw_os_error(status as i32));
+    }
+    let descriptor = SecurityDescriptor(descriptor);
+    let (mut text, mut len) = (ptr::null_mut(), 0);
+    // SAFETY: the descriptor is the system's own; one pointer and one number are stored.
+    check(unsafe {
+        ConvertSecurityDescriptorToStringSecurityDescriptorW(
+            descriptor.0,
+            SDDL_REVISION_1,
+            DACL_SECURITY_INFORMATION,
+            &raw mut text,
+            &raw mut len,
+        )
+    })?;
+    // SAFETY: the call succeeded: so many units are there, the last of them a NUL.
+    let units = unsafe { std::slice::from_raw_parts(text, len as usize) };
+    let sddl = String::from_utf16_lossy(units).trim_end_matches('\0').to_owned();
+    // SAFETY: the pointer came from the call that asks for LocalFree, and nothing uses it any more.
+    unsafe { LocalFree(text.cast()) };
+    Ok(sddl)
+}
+
+/// Who has which rights by a list in SDDL, whatever the order and the flags: names of rights as a file system keeps them.
+#[cfg(test)]
+pub(crate) fn rights(sddl: &str) -> std::collections::BTreeSet<(String, String)> {
+    let entries = sddl.split('(').skip(1).filter_map(|entry| entry.split_once(')'));
+    entries
+        .map(|(entry, _)| {
+            let fields: Vec<&str> = entry.split(';').collect();
+            // Generic rights become those of files when the list is stored; read and execute has no name then.
+            let right = match fields[2] {
+                "GA" => "FA",
+                "GRGX" | "FRFX" => "0x1200a9",
+                other => other,
+            };
+            (fields[5].to_owned(), right.to_owned())
+        })
+        .collect()
+}
+
+/// Whether this is Wine, which keeps no lists: it makes a file's mode of them, and a list of the mode.
+#[cfg(test)]
+pub(crate) fn is_wine() -> bool {
+    use windows_sys::Win32::System::LibraryLoader::{GetModuleHandleW, GetProcAddress};
+    let Ok(name) = wide(OsStr::new("ntdll.dll")) else { return false };
+    // SAFETY: both names end with a NUL, and the module is in every process.
+    unsafe { GetProcAddress(GetModuleHandleW(name.as_ptr()), c"wine_get_version".as_ptr().cast()) }.is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,5 +177,12 @@ mod tests {
         create_dir(&path, &descriptor).unwrap();
         std::fs::write(path.join("f"), "x").unwrap();
         assert_eq!(create_dir(&path, &descriptor).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+    }
+    #[test]
+    fn a_list_is_read_as_who_may_what() {
+        let given = rights("D:P(A;OICI;GA;;;SY)(A;OICI;GRGX;;;S-1-5-83-0)");
+        let kept = "D:PAI(A;;FA;;;SY)(A;OICIIO;GA;;;SY)(A;ID;0x1200a9;;;S-1-5-83-0)";
+        assert_eq!(given, rights(kept));
+        assert_ne!(given, rights("D:P(A;;FA;;;SY)(A;;FA;;;WD)"));
     }
 }
