@@ -8,7 +8,7 @@ use crate::{
 };
 use lcow_graphdriver::{
     diff::apply::Profile,
-    ext4::{Ext4, hcsshim::LCOW_MAX_DISK},
+    ext4::{BlockSize, Ext4, hcsshim::LCOW_MAX_DISK, writer::WriterOptions},
 };
 use std::{
     fs,
@@ -69,8 +69,14 @@ fn e2fsck_finds_nothing_where_it_finds_fault_with_the_tools_images() {
             Ok(image) => assert_clean(&image),
             Err(e) => {
                 let e = text(&e);
-                let known =
-                    ["leaves the layer's root", "target of a symbolic link of", "is used as a folder"];
+                if e.contains("a symbolic link's target has") {
+                    // As long as a block: larger blocks take it.
+                    let writer = WriterOptions { block_size: BlockSize::B4096, ..WriterOptions::default() };
+                    let image = make_from(tar.as_slice(), Profile::Default, writer, |_, _| {});
+                    assert_clean(&image.unwrap_or_else(|e| panic!("{}: {}", case.name, text(&e))));
+                    continue;
+                }
+                let known = ["leaves the layer's root", "is used as a folder"];
                 assert!(known.iter().any(|k| e.contains(k)), "{}: {e}", case.name);
             }
         }
@@ -171,7 +177,8 @@ fn many_small_files_stay_small() {
     let tar = made(300_000, |i| {
         Tar::default().file(&format!("d{:03}/file-{i}", i / 1000), &[i as u8 | 1; 200]).bytes()
     });
-    let image = make_from(tar, Profile::Default, |_, _| {}).unwrap_or_else(|e| panic!("{}", text(&e)));
+    let image = make_from(tar, Profile::Default, WriterOptions::default(), |_, _| {})
+        .unwrap_or_else(|e| panic!("{}", text(&e)));
     assert!(image.summary.image_bytes <= 175_000_000, "{} bytes", image.summary.image_bytes);
     assert_clean(&image);
 }
@@ -189,7 +196,8 @@ fn a_layer_like_node_modules_is_at_most_a_fifth_larger_than_its_tar() {
             )
             .bytes()
     });
-    let image = make_from(tar, Profile::Default, |_, _| {}).unwrap_or_else(|e| panic!("{}", text(&e)));
+    let image = make_from(tar, Profile::Default, WriterOptions::default(), |_, _| {})
+        .unwrap_or_else(|e| panic!("{}", text(&e)));
     let summary = &image.summary;
     println!("{} bytes of image for {} of tar", summary.image_bytes, summary.tar_bytes);
     assert!(
@@ -225,7 +233,8 @@ fn name(i: u64) -> String {
 fn lookups_in_a_folder_of_100_000_are_as_fast_as_in_a_folder_of_the_kernels() {
     const COUNT: u64 = 100_000;
     let tar = made(COUNT, |i| Tar::default().file(&format!("many/{}", name(i)), b"").bytes());
-    let image = make_from(tar, Profile::Default, |_, _| {}).unwrap_or_else(|e| panic!("{}", text(&e)));
+    let image = make_from(tar, Profile::Default, WriterOptions::default(), |_, _| {})
+        .unwrap_or_else(|e| panic!("{}", text(&e)));
     assert_clean(&image);
     let dir = tempfile::tempdir().expect("a folder");
     let disk = dir.path().join("mkfs.img");

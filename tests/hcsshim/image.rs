@@ -35,7 +35,7 @@ pub(crate) fn text(e: &DiffError) -> String {
 /// Applies a tar, and has the record give it back.
 pub(crate) fn make(tar: &[u8], profile: Profile) -> Result<Image, DiffError> {
     let mut back = Vec::with_capacity(tar.len());
-    let image = make_from(tar, profile, |image, record| {
+    let image = make_from(tar, profile, WriterOptions::default(), |image, record| {
         record::replay(image, record, &mut back).expect("the tar comes back");
     })?;
     assert!(back == tar, "another tar comes back");
@@ -46,6 +46,7 @@ pub(crate) fn make(tar: &[u8], profile: Profile) -> Result<Image, DiffError> {
 pub(crate) fn make_from(
     tar: impl Read,
     profile: Profile,
+    writer: WriterOptions,
     look: impl FnOnce(&File, &File),
 ) -> Result<Image, DiffError> {
     let dir = tempfile::tempdir().expect("a folder");
@@ -54,7 +55,7 @@ pub(crate) fn make_from(
     };
     let (file, record_file) = (create("image"), create("record"));
     let verity = Verity::Tree { scratch: None };
-    let options = ApplyOptions { profile, verity, ..ApplyOptions::new(WriterOptions::default()) };
+    let options = ApplyOptions { profile, verity, ..ApplyOptions::new(writer) };
     let summary = apply(tar, &file, &record_file, &mut NoLowers, &options)?;
     look(&file, &record_file);
     Ok(Image { dir, file, summary })

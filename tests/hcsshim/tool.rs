@@ -14,6 +14,7 @@ use lcow_graphdriver::{
     ext4::{
         Ext4Error,
         hcsshim::{DEFAULT_MAX_DISK, LCOW_MAX_DISK},
+        writer::WriterOptions,
     },
 };
 use std::{collections::BTreeMap, env, fs, fs::File, io::Read, path::Path, process::Command};
@@ -156,7 +157,12 @@ fn tars_of_a_folder_give_the_tools_bytes() {
         }
         for profile in profiles() {
             let case = format!("{}, {profile:?}", tar.display());
-            let ours = make_from(File::open(&tar).expect("a tar"), Profile::Hcsshim(profile), |_, _| {});
+            let ours = make_from(
+                File::open(&tar).expect("a tar"),
+                Profile::Hcsshim(profile),
+                WriterOptions::default(),
+                |_, _| {},
+            );
             match (run(&tar, &image_path, &profile), ours) {
                 (Ok(()), Ok(image)) => {
                     assert_same_bytes(&image, &image_path, &case);
