@@ -277,6 +277,10 @@ fn qemu_config(options: &Options, config: &DriverConfig) -> svm::qemu::QemuConfi
 
 /// Refuses options whose service VMs cannot be made here, instead of failing at the first layer. What `auto` chooses
 /// needs nothing.
+#[cfg_attr(
+    not(target_os = "linux"),
+    expect(clippy::unnecessary_wraps, reason = "only Linux has a kind that needs a look")
+)]
 pub(super) fn check_backend(options: &Options, config: &DriverConfig) -> Result<(), DriverError> {
     #[cfg(target_os = "linux")]
     if options.svm == SvmKind::Qemu {

@@ -76,7 +76,9 @@ pub(super) use process::Process;
 
 #[cfg(any(target_os = "linux", windows))]
 mod process {
-    use super::{Death, End, UNEXPLAINED};
+    #[cfg(target_os = "linux")]
+    use super::UNEXPLAINED;
+    use super::{Death, End};
     #[cfg(target_os = "linux")]
     use crate::sys::linux::process::WorkerProcess;
     #[cfg(windows)]

@@ -147,13 +147,13 @@ pub(super) async fn start(
         RemoteAgent::connect(input, output, None).await
     };
     let agent = tokio::select! {
-        greeted = timeout(deadline, greeting) => match greeted {
-            Ok(greeted) => greeted.map_err(|e| end.boot_failed(format_args!("the agent's connection: {e}")))?,
-            Err(_) => {
+        greeted = timeout(deadline, greeting) => {
+            let Ok(greeted) = greeted else {
                 let reason = format!("no agent has greeted within {}s", deadline.as_secs());
                 return Err(end.boot_failed(reason));
-            }
-        },
+            };
+            greeted.map_err(|e| end.boot_failed(format_args!("the agent's connection: {e}")))?
+        }
         _ = end.wait() => return Err(end.boot_failed("the machine ended before its agent greeted")),
     };
     for note in &agent.hello().jail.notes {
@@ -191,8 +191,7 @@ impl HcsVm {
     /// An error of a disk, or of the whole machine if that has ended: its word may come a moment later.
     async fn disk_or_death(&self, disk: impl fmt::Display, e: impl fmt::Display) -> SvmError {
         let error = self.disk_error(disk, e);
-        let mut watched = self.death.clone();
-        let ended = timeout(END_WORD, watched.wait_for(Option::is_some)).await.is_ok();
+        let ended = timeout(END_WORD, self.end.wait()).await.is_ok();
         if ended { self.died() } else { error }
     }
 
