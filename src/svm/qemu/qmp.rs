@@ -32,7 +32,7 @@ use tokio::{
 /// Longest line that is taken; bytes.
 const MAX_LINE: usize = 1 << 20;
 /// Events kept for a waiter that is late.
-const EVENTS: usize = 256;
+const EVENTS: usize = 1024;
 
 /// What QEMU answered to a command.
 #[derive(Debug, Clone, thiserror::Error)]

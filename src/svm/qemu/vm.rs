@@ -34,7 +34,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use tokio::time::timeout;
+use tokio::{sync::broadcast::error::RecvError, time::timeout};
 
 /// Most disks of one machine at a time.
 pub(super) const MAX_DISKS: u32 = 1024;
@@ -204,6 +204,12 @@ impl QemuVm {
         self.agent.attach(&disk).await.map_err(|e| text(&e))
     }
 
+    /// Whether there is no such device any more. One that is on its way out refuses with another class.
+    async fn is_gone(&self, device: &str) -> bool {
+        let asked = self.qmp.run("device_del", json!({ "id": device })).await;
+        matches!(asked, Err(QmpError::Refused { class, .. }) if class == "DeviceNotFound")
+    }
+
     /// Takes a disk's parts away, as far as they are there.
     async fn unplug(&self, unit: u32) -> Result<(), QmpError> {
         let mut events = self.qmp.events();
@@ -211,12 +217,18 @@ impl QemuVm {
         match self.qmp.run("device_del", json!({ "id": name })).await {
             Ok(_) => {
                 let gone = async {
-                    while let Ok(event) = events.recv().await {
-                        if event.name == "DEVICE_DELETED" && event.data["device"] == name.as_str() {
-                            return true;
+                    loop {
+                        match events.recv().await {
+                            Ok(event)
+                                if event.name != "DEVICE_DELETED"
+                                    || event.data["device"] != name.as_str() => {}
+                            Ok(_) => return true,
+                            // The word may be among those that were lost when many disks went at once: ask for it.
+                            Err(RecvError::Lagged(_)) if self.is_gone(&name).await => return true,
+                            Err(RecvError::Lagged(_)) => {}
+                            Err(RecvError::Closed) => return false,
                         }
                     }
-                    false
                 };
                 if !matches!(timeout(UNPLUG_TIME, gone).await, Ok(true)) {
                     return Err(QmpError::Broken(format!("the guest does not let go of {name}")));
