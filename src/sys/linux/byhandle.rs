@@ -39,6 +39,8 @@ const NAMES: usize = 64 << 10;
 /// `XATTR_SIZE_MAX` and `XATTR_LIST_MAX`.
 const XATTR_MAX: usize = 64 << 10;
 
+const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
 /// `struct file_handle` with an inode and its generation.
 #[repr(C)]
 struct Handle {
@@ -109,7 +111,9 @@ pub struct Name<'a> {
 /// A mounted file system.
 #[derive(Debug)]
 pub struct Tree {
-    mount: OwnedFd,
+    /// Its root: what stands for the mount itself takes no look-ups.
+    root: OwnedFd,
+    _mount: Option<OwnedFd>,
 }
 
 impl Tree {
@@ -131,7 +135,9 @@ impl Tree {
             | MountAttrFlags::MOUNT_ATTR_NOEXEC
             | MountAttrFlags::MOUNT_ATTR_NOATIME;
         let mount = fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).context(action, device)?;
-        Ok(Self { mount })
+        let root =
+            rustix::fs::openat(&mount, c".", FOLDER, Mode::empty()).context("open the root of", device)?;
+        Ok(Self { root, _mount: Some(mount) })
     }
 
     /// The ext4 in which `folder` lies.
@@ -139,9 +145,8 @@ impl Tree {
     /// # Errors
     /// [`SysError::Os`].
     pub fn of(folder: &Path) -> Result<Self, SysError> {
-        let mount =
-            rustix::fs::open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-        Ok(Self { mount: mount.context("open", folder)? })
+        let root = rustix::fs::open(folder, FOLDER, Mode::empty()).context("open", folder)?;
+        Ok(Self { root, _mount: None })
     }
 
     fn open(&self, ino: u32, flags: OFlags) -> io::Result<OwnedFd> {
@@ -152,7 +157,7 @@ impl Tree {
         let fd = unsafe {
             libc::syscall(
                 libc::SYS_open_by_handle_at,
-                self.mount.as_raw_fd(),
+                self.root.as_raw_fd(),
                 &raw mut handle,
                 flags.bits() as libc::c_int,
             )
