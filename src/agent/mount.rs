@@ -13,7 +13,7 @@
 use super::disk::OpDisk;
 use crate::{
     diff::{DiffError, ForeignFs, Mounter, VisitName},
-    ext4::{FileKind, Inode, Timestamp, Xattr},
+    ext4::{Ext4Error, FileKind, Inode, Place, Timestamp, Xattr},
     io::ReadAt,
     sys::linux::{
         SysError,
@@ -24,7 +24,7 @@ use crate::{
 };
 use parking_lot::Mutex;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fs::File,
     io,
     path::PathBuf,
@@ -51,18 +51,18 @@ const REFUSED: [i32; 4] = [libc::EINVAL, libc::EOPNOTSUPP, libc::ENOKEY, libc::E
 
 fn failed(what: &'static str, error: io::Error) -> DiffError {
     match error.raw_os_error() {
-        Some(number) if DAMAGED.contains(&number) => DiffError::Corrupt {
-            what: "a sandbox's file system",
-            offset: 0,
-            reason: format!("{what}: {error}"),
-        },
+        Some(number) if DAMAGED.contains(&number) => corrupt(format!("{what}: {error}")),
         Some(number) if REFUSED.contains(&number) => unsupported(format!("{what}: {error}")),
         _ => DiffError::Io { what, source: error },
     }
 }
 
+fn corrupt(what: String) -> DiffError {
+    Ext4Error::corrupt(what, Place::default()).into()
+}
+
 fn unsupported(reason: String) -> DiffError {
-    DiffError::Unsupported { what: "a sandbox's file system, by the guest's kernel too,", reason }
+    DiffError::Unsupported { what: "a sandbox's file system that is not of our making", reason }
 }
 
 /// Mounts with the kernel of this guest.
@@ -132,6 +132,7 @@ fn chain(error: &SysError) -> String {
 
 impl Mounter<OpDisk> for GuestMounter {
     fn mount(&self, disk: &OpDisk) -> Result<Box<dyn ForeignFs>, DiffError> {
+        eprintln!("agent: a sandbox that our reader does not know is mounted by this kernel");
         self.load()?;
         let number = self.devices.take().ok_or_else(|| {
             unsupported(format!("{} sandboxes are mounted already in this machine", nbd::DEVICES))
@@ -227,17 +228,18 @@ impl Served for Overlay {
         let mut done = 0;
         while done < buf.len() {
             let (number, at, n) = Self::piece(offset + done as u64, buf.len() - done);
-            if !written.contains_key(&number) {
-                let start = number * PIECE as u64;
-                let mut piece = vec![0; PIECE].into_boxed_slice();
-                let there = (self.bytes - start).min(PIECE as u64) as usize;
-                self.below(&mut piece[..there], start)?;
-                self.take_room()?;
-                written.insert(number, piece);
-            }
-            if let Some(piece) = written.get_mut(&number) {
-                piece[at..at + n].copy_from_slice(&buf[done..done + n]);
-            }
+            let piece = match written.entry(number) {
+                Entry::Occupied(there) => there.into_mut(),
+                Entry::Vacant(place) => {
+                    let start = number * PIECE as u64;
+                    let mut piece = vec![0; PIECE].into_boxed_slice();
+                    let there = (self.bytes - start).min(PIECE as u64) as usize;
+                    self.below(&mut piece[..there], start)?;
+                    self.take_room()?;
+                    place.insert(piece)
+                }
+            };
+            piece[at..at + n].copy_from_slice(&buf[done..done + n]);
             done += n;
         }
         Ok(())
@@ -309,11 +311,8 @@ fn inode(tree: &Tree, ino: u32) -> Result<Inode, DiffError> {
     if stat.encrypted {
         return Err(unsupported(format!("inode {ino} is encrypted")));
     }
-    let mut inode = Inode::told(ino, stat.mode).ok_or_else(|| DiffError::Corrupt {
-        what: "a sandbox's file system",
-        offset: 0,
-        reason: format!("inode {ino}: unknown file type"),
-    })?;
+    let mut inode =
+        Inode::told(ino, stat.mode).ok_or_else(|| corrupt(format!("inode {ino}: unknown file type")))?;
     let time = |(secs, nanos): (i64, u32)| Timestamp { secs, nanos: nanos.min(999_999_999) };
     (inode.uid, inode.gid, inode.size, inode.rdev) = (stat.uid, stat.gid, stat.size, stat.rdev);
     (inode.mtime, inode.ctime) = (time(stat.mtime), time(stat.ctime));

@@ -184,3 +184,57 @@ impl<D: ReadAt> Fs<D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ext4::format::{BlankOptions, blank},
+        io::{MemDisk, WriteAt},
+    };
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// Counts who asks.
+    #[derive(Debug, Default)]
+    struct Asked(AtomicU32);
+
+    impl Mounter<MemDisk> for Asked {
+        fn mount(&self, _: &MemDisk) -> Result<Box<dyn ForeignFs>, DiffError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Err(DiffError::Usage("mounted".to_owned()))
+        }
+    }
+
+    /// A file system with a word of its superblock changed; 0x60 are the incompatible features. It has no checksums then.
+    fn disk(word: u64, value: u32) -> MemDisk {
+        let disk = MemDisk::new();
+        disk.set_len(16 << 20).unwrap();
+        for (offset, bytes) in blank(16 << 20, &BlankOptions::default()).unwrap() {
+            disk.write_all_at(&bytes, offset).unwrap();
+        }
+        disk.write_all_at(&0u32.to_le_bytes(), 1024 + 0x64).unwrap();
+        disk.write_all_at(&value.to_le_bytes(), 1024 + word).unwrap();
+        disk
+    }
+
+    #[test]
+    fn only_what_is_unsupported_is_mounted_and_only_with_permission() {
+        let asked = Arc::new(Asked::default());
+        let open = |disk: &MemDisk, allowed: bool, live: bool| {
+            let foreign =
+                if allowed { Foreign::Mounted(asked.clone() as _) } else { Foreign::Refused("ask") };
+            let error = Fs::open_sandbox(disk, &foreign, live).err();
+            (error, asked.0.swap(0, Ordering::Relaxed))
+        };
+        let unknown = disk(0x60, 0x1_0042);
+        assert!(matches!(open(&unknown, true, false), (Some(DiffError::Usage(_)), 1)));
+        let (error, asked) = open(&unknown, false, false);
+        assert!(matches!(error, Some(DiffError::Foreign { advice: "ask", .. })) && asked == 0, "{error:?}");
+        let (error, asked) = open(&unknown, true, true);
+        let Some(DiffError::Foreign { advice, source }) = error else { panic!("{error:?}") };
+        assert!(advice.contains("in use") && asked == 0);
+        assert!(source.to_string().contains("0x10000"), "{source}");
+        let corrupt = disk(0x38, 0);
+        assert!(matches!(open(&corrupt, true, false), (Some(DiffError::Ext4(Ext4Error::Corrupt { .. })), 0)));
+    }
+}

@@ -12,7 +12,7 @@ use crate::{
     files::{Files, noise, tree},
     suite::{Backend, END},
 };
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture};
 use lcow_graphdriver::{
     agent::wire::ErrorKind,
     svm::{
@@ -89,7 +89,9 @@ async fn images(pool: &Pool, files: &Files) {
     files.apply(pool, "base", &tree(20, 5000, 1)).await.unwrap();
     let (script, point) = (files.path("script"), files.path("point"));
     fs::write(&script, CONTENT).unwrap();
-    for (name, features) in [("fs", "^metadata_csum"), ("bigalloc", "bigalloc,inline_data")] {
+    for (name, features) in
+        [("fs", "^metadata_csum"), ("bigalloc", "bigalloc,inline_data"), ("fast", "fast_commit")]
+    {
         mke2fs(&files.path(name), features);
         let _mounted = Mounted::new(&files.path(name), &point);
         if name == "fs" {
@@ -101,13 +103,17 @@ async fn images(pool: &Pool, files: &Files) {
             run(Command::new("bash").arg("-c").arg(COPY).arg("copy").arg(&from).arg(&point));
         }
         run(Command::new("sync").arg("-f").arg(&point));
+        if name == "fast" {
+            // The last word on it is a fast commit's alone.
+            run(Command::new("bash").arg("-c").arg(FAST).arg("fast").arg(&point));
+        }
         fs::copy(files.path(name), files.path(&format!("{name}.dirty"))).unwrap();
     }
     fs::copy(files.path("fs"), files.path("encrypt")).unwrap();
     set_incompat(&files.path("encrypt"), ENCRYPT);
     fs::copy(files.path("fs.dirty"), files.path("encrypt.dirty")).unwrap();
     set_incompat(&files.path("encrypt.dirty"), ENCRYPT);
-    for name in ["encrypt.dirty", "bigalloc.dirty"] {
+    for name in ["encrypt.dirty", "bigalloc.dirty", "fast.dirty"] {
         let features = fs::read(files.path(name)).unwrap()[1024 + 0x60];
         assert_eq!(features & 4, 4, "{name} has a journal to replay");
     }
@@ -130,6 +136,15 @@ for f in reserved beyond; do
 done
 find . -print0 | xargs -0 touch -h -d '2031-02-03 04:05:06.789012345'
 touch -h -d '1901-12-14 00:00:00.5' long
+"#;
+
+const FAST: &str = r#"
+set -e
+cd "$1/upper"
+chmod 700 tiny
+sync -f tiny
+chmod 6755 tiny
+sync tiny
 "#;
 
 fn pool(backend: &Backend, mode: Mode, guest_mount: bool) -> Pool {
@@ -173,13 +188,9 @@ pub(crate) async fn the_guests_kernel_reads_what_our_reader_does_not_know(backen
     images(&pool, &files).await;
     let own = ask(&pool, &files, &files.readable("fs")).await.unwrap();
     assert!(own.tar.len() > 300_000 && own.changes.len() > 300 && own.size > 3_000_000);
-    for name in ["encrypt", "encrypt.dirty", "bigalloc", "bigalloc.dirty"] {
+    for name in ["encrypt", "encrypt.dirty", "bigalloc", "bigalloc.dirty", "fast.dirty"] {
         let before = fs::read(files.path(name)).unwrap();
         let foreign = ask(&pool, &files, &files.readable(name)).await.unwrap();
-        if let Ok(folder) = std::env::var("LCOW_KEEP_TARS") {
-            fs::write(format!("{folder}/{name}.tar"), &foreign.tar).unwrap();
-            fs::write(format!("{folder}/own.tar"), &own.tar).unwrap();
-        }
         assert_eq!(foreign.changes, own.changes, "{name}");
         assert_eq!(foreign.size, own.size, "{name}");
         let same = foreign.tar == own.tar && foreign.squashed == own.squashed;
@@ -196,6 +207,19 @@ pub(crate) async fn the_guests_kernel_reads_what_our_reader_does_not_know(backen
     let options = vhdx::CreateOptions::new(image.len() as u64, uuid::Uuid::from_u128(7));
     vhdx::create(&*files.writable("s.vhdx").file, &options, &[(0, image)]).unwrap();
     assert!(ask(&pool, &files, &files.readable("s.vhdx").vhdx()).await.unwrap() == own);
+    // Both at one time in one machine, and one whose reader goes away.
+    let (a, b) = (files.readable("bigalloc"), files.readable("encrypt.dirty"));
+    let (a, b) = tokio::join!(ask(&pool, &files, &a), ask(&pool, &files, &b));
+    assert!(a.unwrap() == own && b.unwrap() == own);
+    for _ in 0..3 {
+        let target = stack(&files, files.readable("bigalloc"));
+        let (parent, id_maps) = (ParentDisks::Own, IdMaps::default());
+        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps };
+        let lease = pool.lease("s", Purpose::Export).await.unwrap();
+        let mut tar = lease.layer_to_tar(ExportJob { kind, live: None }).await.unwrap();
+        tar.next().await.unwrap().unwrap();
+    }
+    assert!(ask(&pool, &files, &files.readable("bigalloc")).await.unwrap() == own);
     assert_eq!(pool.snapshot().poisoned, 0);
     pool.shutdown(END).await;
 }
@@ -273,14 +297,17 @@ pub(crate) async fn hostile_foreign_sandboxes_cost_one_operation(backend: Backen
         damaged[at..at + len].copy_from_slice(&noise(len, at as u64));
         fs::write(files.path("damaged"), damaged).unwrap();
         let found = size(files.readable("damaged")).await;
-        println!("{what}: {found:?}");
         if what != "the end" {
             found.unwrap_err();
         }
         assert_eq!(size(files.readable("bigalloc")).await.unwrap(), good.size, "after {what}");
     }
+    // One that asks the kernel to panic at the first error.
+    run(Command::new("tune2fs").args(["-e", "panic"]).arg(files.path("bigalloc")));
+    let image = fs::read(files.path("bigalloc")).unwrap();
     // Bytes here and there, in what mke2fs and the kernel have written.
-    for seed in 0..16u64 {
+    let mut refused = 0;
+    for seed in 0..24u64 {
         let mut damaged = image.clone();
         for word in noise(8 * 64, seed + 100).chunks_exact(8) {
             let at = u64::from_le_bytes(word.try_into().unwrap());
@@ -288,9 +315,10 @@ pub(crate) async fn hostile_foreign_sandboxes_cost_one_operation(backend: Backen
         }
         fs::write(files.path("damaged"), damaged).unwrap();
         // Whatever it says, it says it, and goes on.
-        let found = size(files.readable("damaged")).await;
-        println!("seed {seed}: {found:?}");
+        refused += u32::from(size(files.readable("damaged")).await.is_err());
     }
+    assert!(refused > 12, "{refused} of 24: the damage was not where it is seen");
+    assert_eq!(pool.snapshot().poisoned, 0, "no machine died");
     // A file system that is cut off, and none at all.
     fs::write(files.path("damaged"), &image[..image.len() / 2]).unwrap();
     size(files.readable("damaged")).await.unwrap_err();

@@ -229,7 +229,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let memory = Memory(Mutex::new((0..4096u32).map(|n| (n / 512) as u8).collect()));
         let server = std::thread::spawn(move || serve(&ours, &memory));
-        let mut send = |bytes: &[u8]| (&theirs).write_all(bytes).unwrap();
+        let send = |bytes: &[u8]| (&theirs).write_all(bytes).unwrap();
         send(&request(READ, 7, 1024, 512));
         assert_eq!(answer(&theirs, 512), (0, 7, vec![2; 512]));
         send(&request(WRITE, 8, 512, 512));
