@@ -113,6 +113,8 @@ async fn images(pool: &Pool, files: &Files) {
     set_incompat(&files.path("encrypt"), ENCRYPT);
     fs::copy(files.path("fs.dirty"), files.path("encrypt.dirty")).unwrap();
     set_incompat(&files.path("encrypt.dirty"), ENCRYPT);
+    fs::copy(files.path("fs"), files.path("casefold")).unwrap();
+    run(Command::new("tune2fs").args(["-O", "casefold"]).arg(files.path("casefold")));
     for name in ["encrypt.dirty", "bigalloc.dirty", "fast.dirty"] {
         let features = fs::read(files.path(name)).unwrap()[1024 + 0x60];
         assert_eq!(features & 4, 4, "{name} has a journal to replay");
@@ -188,7 +190,7 @@ pub(crate) async fn the_guests_kernel_reads_what_our_reader_does_not_know(backen
     images(&pool, &files).await;
     let own = ask(&pool, &files, &files.readable("fs")).await.unwrap();
     assert!(own.tar.len() > 300_000 && own.changes.len() > 300 && own.size > 3_000_000);
-    for name in ["encrypt", "encrypt.dirty", "bigalloc", "bigalloc.dirty", "fast.dirty"] {
+    for name in ["encrypt", "encrypt.dirty", "bigalloc", "bigalloc.dirty", "fast.dirty", "casefold"] {
         let before = fs::read(files.path(name)).unwrap();
         let foreign = ask(&pool, &files, &files.readable(name)).await.unwrap();
         assert_eq!(foreign.changes, own.changes, "{name}");
