@@ -333,3 +333,44 @@ pub(crate) async fn hostile_foreign_sandboxes_cost_one_operation(backend: Backen
     pool.shutdown(END).await;
     assert!(pool.snapshot().vms.is_empty());
 }
+
+/// Our reader and the guest's kernel on the same disk, in turn.
+pub(crate) async fn speed(backend: Backend) {
+    let (pool, files) = (pool(&backend, Mode::Global, true), Files::new());
+    files.apply(&pool, "base", &tree(1, 5000, 1)).await.unwrap();
+    let (own, foreign, point) = (files.path("fs"), files.path("encrypt"), files.path("point"));
+    fs::File::create(&own).unwrap().set_len(256 << 20).unwrap();
+    run(Command::new("mke2fs")
+        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-O", "^metadata_csum"])
+        .arg(&own));
+    {
+        let _mounted = Mounted::new(&own, &point);
+        for n in 0..6000u64 {
+            let folder = point.join(format!("upper/d{}", n / 100));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join(format!("f{n}")), noise(18_000, n)).unwrap();
+        }
+    }
+    fs::copy(&own, &foreign).unwrap();
+    set_incompat(&foreign, ENCRYPT);
+    for round in 0..4 {
+        for name in ["fs", "encrypt"] {
+            let target = || stack(&files, files.readable(name));
+            let (parent, id_maps) = (ParentDisks::Own, IdMaps::default());
+            let kind = ExportKind::Canonical { target: target(), parent, format: 1, id_maps };
+            let begin = std::time::Instant::now();
+            let tar = files.export(&pool, "s", ExportJob { kind, live: None }).await.unwrap();
+            let export = begin.elapsed();
+            let begin = std::time::Instant::now();
+            let lease = pool.lease("s", Purpose::Work).await.unwrap();
+            let changes = CompareJob { target: target(), parent: ParentDisks::Own, live: None };
+            let n = lease.changes(changes).await.unwrap().len();
+            println!(
+                "round {round} {name}: {} bytes in {export:?}, {n} changes in {:?}",
+                tar.len(),
+                begin.elapsed()
+            );
+        }
+    }
+    pool.shutdown(END).await;
+}

@@ -137,6 +137,14 @@ async fn restored_machines_have_a_clock_and_random_numbers_of_their_own() {
     disks::restored_machines_wake_alone(qemu()).await;
 }
 
+/// The price of a kernel's reading: our reader and the guest's kernel on the same content, in turn.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "figures for people"]
+async fn speed_of_foreign_sandboxes() {
+    let _one_at_a_time = turn().await;
+    foreign::speed(qemu()).await;
+}
+
 /// Wall and processor time of each operation, the backends in turn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "figures for people, of use in an optimised build only"]
