@@ -160,6 +160,14 @@ pub const SPECS: &[OptionSpec] = &[
         show: |o| ByteSize(o.guest_memory_bytes).to_string(),
     },
     OptionSpec {
+        name: "lcow.guestmount",
+        default: "false",
+        accepts: "true or false",
+        help: "Let a virtual machine's kernel mount a sandbox whose ext4 has features that the built-in reader does not know, and read it that way. It meets hostile bytes then. Of no effect with lcow.svm=embedded.",
+        set: |o, v| parse_bool(v).map(|v| o.guest_mount = v),
+        show: |o| o.guest_mount.to_string(),
+    },
+    OptionSpec {
         name: "lcow.mount",
         default: if cfg!(target_os = "linux") { "overlay" } else { "none" },
         accepts: if cfg!(target_os = "linux") { "overlay or none" } else { "none" },
@@ -374,6 +382,8 @@ pub struct Options {
     pub accelerator: Acceleration,
     /// `lcow.guestmemory`, bytes
     pub guest_memory_bytes: u64,
+    /// `lcow.guestmount`
+    pub guest_mount: bool,
     /// `lcow.mount`
     pub mount: MountKind,
     /// `lcow.overlayapi`
@@ -410,6 +420,7 @@ impl Default for Options {
             boot_parameters: String::new(),
             accelerator: Acceleration::Auto,
             guest_memory_bytes: 0,
+            guest_mount: false,
             mount: MountKind::None,
             overlay_api: OverlayApi::Auto,
             profile: LayoutProfile::Default,

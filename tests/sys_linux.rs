@@ -2,6 +2,7 @@
 //! missing the test fails with the reason.
 
 use lcow_graphdriver::sys::linux::{
+    byhandle::{self, Name, Tree},
     idmap::{self, IdMapping},
     loopdev::{self, LoopDevice, LoopSpec},
     mount::{self, Ext4Options},
@@ -10,7 +11,10 @@ use lcow_graphdriver::sys::linux::{
 };
 use std::{
     fs::{self, File},
-    os::{fd::AsFd, unix::fs::MetadataExt},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     process::Command,
     sync::mpsc,
@@ -65,6 +69,56 @@ impl Drop for Scene {
             let _ = mount::umount(target, true);
         }
     }
+}
+
+#[test]
+fn an_ext4_without_a_place_in_the_tree_is_read_by_inode_number() {
+    let mut scene = Scene::new();
+    let image = scene.image("image");
+    let point = scene.mount_image(&image, "point", Ext4Options::default());
+    fs::create_dir_all(point.join("folder/inner")).unwrap();
+    fs::write(point.join("folder/file"), [7; 5000]).unwrap();
+    let script = "cd $0/folder; ln -s file link; setfattr -n trusted.x -v 1 file; setfattr -h -n trusted.y -v 2 link; \
+                  fallocate -l 100000 reserved; printf start | dd of=reserved conv=notrunc status=none; sync -f .";
+    let status = Command::new("sh").arg("-ec").arg(script).arg(&point).status().unwrap();
+    assert!(status.success(), "fallocate and attr are needed");
+    let ino = |name: &str| fs::symlink_metadata(point.join(name)).unwrap().ino() as u32;
+    let numbers = ["folder", "folder/inner", "folder/file", "folder/link", "folder/reserved"].map(ino);
+    let [folder, inner, file, link, reserved] = numbers;
+    let look = |tree: &Tree| {
+        let mut names = Vec::new();
+        tree.visit_dir::<std::io::Error>(folder, |Name { name, ino, .. }| {
+            names.push((name.to_vec(), ino as u32));
+            Ok(())
+        })
+        .unwrap();
+        names.sort();
+        let expected: [(&[u8], u32); 4] =
+            [(b"file", file), (b"inner", inner), (b"link", link), (b"reserved", reserved)];
+        assert_eq!(names, expected.map(|(name, ino)| (name.to_vec(), ino)));
+        let stat = tree.stat(file).unwrap();
+        assert_eq!(
+            (stat.size, stat.links, stat.mode & 0o170_000, stat.encrypted),
+            (5000, 1, 0o100_000, false)
+        );
+        assert_eq!(tree.read_link(link).unwrap(), b"file");
+        assert_eq!(tree.xattrs(file).unwrap(), [(b"trusted.x".to_vec(), b"1".to_vec())]);
+        assert_eq!(tree.xattrs(link).unwrap(), [(b"trusted.y".to_vec(), b"2".to_vec())]);
+        assert_eq!(tree.xattrs(inner).unwrap(), []);
+        // mkfs gives an image of this size blocks of 1 KiB; what is reserved behind the first is no data.
+        let file = tree.open_file(reserved).unwrap();
+        assert_eq!(byhandle::data_ranges(&file, 9).unwrap(), [(0, 1024)]);
+        assert!(byhandle::data_ranges(&file, 0).is_err());
+        assert_eq!(tree.stat(9999).unwrap_err().raw_os_error(), Some(libc::ESTALE));
+    };
+    look(&Tree::of(&point).unwrap());
+    mount::umount(&point, false).unwrap();
+    let device = Scene::attach(&image, false);
+    let tree = Tree::mount(&device.path).unwrap();
+    assert!(mountinfo::read().unwrap().iter().all(|entry| entry.source != device.path.as_os_str()));
+    look(&tree);
+    let file = tree.open_file(file).unwrap();
+    assert!(File::options().write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd())).is_err());
 }
 
 #[test]

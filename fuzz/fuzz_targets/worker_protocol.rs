@@ -196,7 +196,7 @@ impl Platform for Bare {
 fn agent_side(said: &[u8]) {
     let input = [&frame::SYNC, said].concat();
     let platform: Arc<dyn Platform> = Arc::new(Bare);
-    let codec: Arc<dyn Codec> = Arc::new(RealCodec);
+    let codec: Arc<dyn Codec> = Arc::new(RealCodec::default());
     link::serve(input.as_slice(), io::sink(), &platform, &codec)
         .expect("garbage costs a session, not the agent");
 }

@@ -23,6 +23,8 @@ pub struct Layer {
     pub disk: OpDisk,
     /// How its files lie there.
     pub kind: LayerKind,
+    /// It may be mounted with the guest's kernel: [`LayerRef::guest_mount`](super::wire::LayerRef).
+    pub guest_mount: bool,
 }
 
 /// A tar to apply.

@@ -15,6 +15,7 @@ use super::{
     VSOCK_PORT,
     codec::{Codec, RealCodec},
     link::{self, Platform},
+    mount::GuestMounter,
     wire::{ErrorKind, WireError, Witness},
 };
 use crate::sys::linux::{guest, vsock};
@@ -22,7 +23,7 @@ use std::{
     fs::{self, File},
     io::{self, Read},
     os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -31,6 +32,8 @@ use std::{
 pub const PORT_NAME: &str = "lcow.agent";
 /// Modules of the initramfs, loaded in the order of their names.
 const MODULES: &str = "/modules";
+/// Modules that are loaded when a sandbox is to be mounted, and not before.
+const MOUNT_MODULES: &str = "/modules-mount";
 /// How long a disk that the daemon has attached may take to be seen.
 const DISK_WAIT: Duration = Duration::from_mins(1);
 /// How long the kernel may take to see a disk by itself, before it is told where to look: a controller drops events when
@@ -53,7 +56,8 @@ pub fn main() -> ! {
 fn run() -> io::Result<()> {
     guest::mount_basics().map_err(io::Error::other)?;
     load_modules()?;
-    let codec: Arc<dyn Codec> = Arc::new(RealCodec);
+    let codec: Arc<dyn Codec> =
+        Arc::new(RealCodec::mounting(Arc::new(GuestMounter::new(MOUNT_MODULES.into()))));
     let system = System::new("/");
     let platform: Arc<dyn Platform> = Arc::new(Guest { system: system.clone() });
     let wanted = Wanted::of(&fs::read_to_string("/proc/cmdline")?)?;
@@ -117,17 +121,10 @@ enum Way {
     Vsock,
 }
 
+/// Loads what every machine needs; a kernel that has it all built in needs no folder.
 fn load_modules() -> io::Result<()> {
-    let mut modules: Vec<PathBuf> = match fs::read_dir(MODULES) {
-        Ok(entries) => entries.map(|e| e.map(|e| e.path())).collect::<io::Result<_>>()?,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(e) => return Err(e),
-    };
-    modules.sort();
-    for module in &modules {
-        guest::load_module(module).map_err(io::Error::other)?;
-    }
-    Ok(())
+    let folder = Path::new(MODULES);
+    if folder.exists() { guest::load_modules(folder, c"").map_err(io::Error::other) } else { Ok(()) }
 }
 
 fn wait_for<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {

@@ -18,6 +18,8 @@ pub mod disk;
 #[cfg(target_os = "linux")]
 pub mod guest;
 pub mod link;
+#[cfg(target_os = "linux")]
+pub mod mount;
 pub mod operation;
 mod real;
 pub mod serve;

@@ -214,7 +214,10 @@ impl Run<'_> {
     }
 
     fn layers(&self, layers: &[LayerRef]) -> Result<Vec<Layer>, WireError> {
-        layers.iter().map(|l| Ok(Layer { disk: self.disk(l.disk)?, kind: l.kind })).collect()
+        layers
+            .iter()
+            .map(|l| Ok(Layer { disk: self.disk(l.disk)?, kind: l.kind, guest_mount: l.guest_mount }))
+            .collect()
     }
 
     fn parent(&self, parent: &ParentRef) -> Result<Parent, WireError> {
@@ -412,7 +415,7 @@ impl Lowers for Lent<'_> {
         let answer = Handshake(self.run.channel).exchange(Event::Lower)?;
         let disk: DiskId = serde_json::from_slice(&answer)
             .map_err(|e| WireError::new(ErrorKind::Usage, format!("malformed Resume: {e}")))?;
-        Ok(Layer { disk: self.run.disk(disk)?, kind })
+        Ok(Layer { disk: self.run.disk(disk)?, kind, guest_mount: false })
     }
 }
 

@@ -9,7 +9,8 @@ use super::{
 };
 use crate::{
     diff::{
-        self, DiffError, ExportOptions, IdMap, LayerSource, LiveHooks, NoHooks, ParentLayer, ParentSpec,
+        self, DiffError, ExportOptions, Foreign, IdMap, LayerSource, LiveHooks, Mounter, NoHooks,
+        ParentLayer, ParentSpec,
         apply::{self, HcsshimProfile, LayerChain},
         canonical, record,
     },
@@ -29,7 +30,60 @@ const MAX_TOLD: usize = 8;
 
 /// The codec of this program.
 #[derive(Debug, Default)]
-pub struct RealCodec;
+pub struct RealCodec {
+    /// What mounts sandboxes that our reader does not know; none where the kernel is the host's.
+    mounter: Option<Arc<dyn Mounter<OpDisk>>>,
+}
+
+/// Where it was not allowed.
+const ALLOW_MOUNT: &str =
+    "lcow.guestmount=true and a virtual machine, lcow.svm=qemu or hcs, would let the guest's kernel read it";
+/// Where it was, but nobody can.
+const NO_GUEST: &str =
+    "lcow.guestmount=true lets only the kernel of a virtual machine read it: lcow.svm=qemu or hcs";
+
+impl RealCodec {
+    /// One in a guest, with what mounts there.
+    pub fn mounting(mounter: Arc<dyn Mounter<OpDisk>>) -> Self {
+        Self { mounter: Some(mounter) }
+    }
+
+    fn foreign(&self, layer: &Layer) -> Foreign<OpDisk> {
+        match &self.mounter {
+            _ if !layer.guest_mount => Foreign::Refused(ALLOW_MOUNT),
+            None => Foreign::Refused(NO_GUEST),
+            Some(mounter) => Foreign::Mounted(mounter.clone()),
+        }
+    }
+
+    fn source(&self, layer: &Layer, live: bool) -> LayerSource<OpDisk> {
+        let sandbox = layer.kind == wire::LayerKind::Sandbox;
+        LayerSource {
+            disk: layer.disk.clone(),
+            kind: if sandbox { diff::LayerKind::Sandbox } else { diff::LayerKind::Applied },
+            live: live && sandbox,
+            // With userns-remap, what was written through a mount has host ids; applied layers have the tar's.
+            host_ids: sandbox,
+            foreign: self.foreign(layer),
+        }
+    }
+
+    fn sources(&self, layers: &[Layer], live: bool) -> Vec<LayerSource<OpDisk>> {
+        layers.iter().map(|layer| self.source(layer, live)).collect()
+    }
+
+    /// The parent's stack in terms of the target's where they share layers.
+    fn parent_layers(&self, target: &[Layer], parent: &Parent, live: bool) -> Vec<ParentLayer<OpDisk>> {
+        let Parent::Chain(layers) = parent else { return Vec::new() };
+        layers
+            .iter()
+            .map(|layer| match target.iter().position(|t| t.disk.is_same(&layer.disk)) {
+                Some(shared) => ParentLayer::OfTarget(shared),
+                None => ParentLayer::Other(self.source(layer, live)),
+            })
+            .collect()
+    }
+}
 
 /// An error with its causes in one line.
 fn text(error: &dyn Error) -> String {
@@ -83,7 +137,7 @@ fn diff_kind(error: &DiffError) -> ErrorKind {
         DiffError::Tar(_) | DiffError::Entry { .. } | DiffError::Corrupt { .. } => ErrorKind::Corrupt,
         DiffError::Ext4(e) | DiffError::Image { source: e, .. } => ext4_kind(e),
         DiffError::Vhd(_) | DiffError::Limit { .. } => ErrorKind::Limit,
-        DiffError::Unsupported { .. } => ErrorKind::Unsupported,
+        DiffError::Unsupported { .. } | DiffError::Foreign { .. } => ErrorKind::Unsupported,
         DiffError::ChangedWhileReading { .. } => ErrorKind::Changed,
         DiffError::Usage(_) => ErrorKind::Usage,
     }
@@ -99,33 +153,6 @@ impl From<Ext4Error> for WireError {
     fn from(error: Ext4Error) -> Self {
         Self::new(ext4_kind(&error), text(&error))
     }
-}
-
-fn source(layer: &Layer, live: bool) -> LayerSource<OpDisk> {
-    let sandbox = layer.kind == wire::LayerKind::Sandbox;
-    LayerSource {
-        disk: layer.disk.clone(),
-        kind: if sandbox { diff::LayerKind::Sandbox } else { diff::LayerKind::Applied },
-        live: live && sandbox,
-        // With userns-remap, what was written through a mount has host ids; applied layers have the tar's.
-        host_ids: sandbox,
-    }
-}
-
-fn sources(layers: &[Layer], live: bool) -> Vec<LayerSource<OpDisk>> {
-    layers.iter().map(|layer| source(layer, live)).collect()
-}
-
-/// The parent's stack in terms of the target's where they share layers.
-fn parent_layers(target: &[Layer], parent: &Parent, live: bool) -> Vec<ParentLayer<OpDisk>> {
-    let Parent::Chain(layers) = parent else { return Vec::new() };
-    layers
-        .iter()
-        .map(|layer| match target.iter().position(|t| t.disk.is_same(&layer.disk)) {
-            Some(shared) => ParentLayer::OfTarget(shared),
-            None => ParentLayer::Other(source(layer, live)),
-        })
-        .collect()
 }
 
 fn parent_spec<'a>(parent: &Parent, layers: &'a [ParentLayer<OpDisk>]) -> Option<ParentSpec<'a, OpDisk>> {
@@ -257,7 +284,7 @@ impl Codec for RealCodec {
         }
         let mut refused = None;
         let mut chain = LayerChain::new(lowers.count(), || match lowers.next() {
-            Ok(layer) => Ok(source(&layer, false)),
+            Ok(layer) => Ok(self.source(&layer, false)),
             Err(e) => Err(keep(&mut refused, e)),
         });
         let applied = apply::apply(input.bytes, image, record, &mut chain, &settings);
@@ -317,7 +344,7 @@ impl Codec for RealCodec {
             ));
         }
         let is_live = live.is_some();
-        let (stack, below) = (sources(&target, is_live), parent_layers(&target, &parent, is_live));
+        let (stack, below) = (self.sources(&target, is_live), self.parent_layers(&target, &parent, is_live));
         let (spec, options) = (parent_spec(&parent, &below), export_options(id_maps));
         let summary = match live {
             None => diff::export(&stack, spec, &options, &mut NoHooks, out)?,
@@ -340,7 +367,7 @@ impl Codec for RealCodec {
         sink: ChangeSink<'_>,
     ) -> Result<(), WireError> {
         let (stack, below) =
-            (sources(&target, live.is_some()), parent_layers(&target, &parent, live.is_some()));
+            (self.sources(&target, live.is_some()), self.parent_layers(&target, &parent, live.is_some()));
         let found = diff::changes(&stack, parent_spec(&parent, &below), &ExportOptions::default())?;
         if let Some(live) = live {
             live.metadata_read()?;
@@ -363,7 +390,7 @@ impl Codec for RealCodec {
         live: Option<&mut dyn Live>,
     ) -> Result<u64, WireError> {
         let (stack, below) =
-            (sources(&target, live.is_some()), parent_layers(&target, &parent, live.is_some()));
+            (self.sources(&target, live.is_some()), self.parent_layers(&target, &parent, live.is_some()));
         let size = diff::diff_size(&stack, parent_spec(&parent, &below), &ExportOptions::default())?;
         if let Some(live) = live {
             live.metadata_read()?;

@@ -200,6 +200,9 @@ pub struct LayerRef {
     pub disk: DiskId,
     /// What lies on it.
     pub kind: LayerKind,
+    /// A sandbox that the agent's reader does not know may be mounted with the guest's kernel (`lcow.guestmount`).
+    #[serde(default)]
+    pub guest_mount: bool,
 }
 
 /// What a layer is compared with.

@@ -180,7 +180,7 @@ pub fn run() -> ExitCode {
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::Worker { args } => {
-            let codec: Arc<dyn Codec> = Arc::new(RealCodec);
+            let codec: Arc<dyn Codec> = Arc::new(RealCodec::default());
             let status = crate::agent::worker_main(&args, &codec);
             return u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from);
         }

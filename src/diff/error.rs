@@ -37,6 +37,15 @@ pub enum DiffError {
     /// The image as a whole fails.
     #[error("the ext4 image fails")]
     Ext4(#[from] Ext4Error),
+    /// A sandbox's file system is beyond our reader, and no kernel was asked to read it.
+    #[error("a sandbox's file system is not of our making ({advice})")]
+    Foreign {
+        /// What the operator can do.
+        advice: &'static str,
+        /// What our reader does not know.
+        #[source]
+        source: Ext4Error,
+    },
     /// The hash tree behind the image fails.
     #[error("the image's hash tree fails")]
     Verity(#[from] VerityError),

@@ -13,13 +13,14 @@
 
 use super::{
     DiffError, ParentLayer, ParentSpec, canonical,
+    fs::Fs,
     ids::IdMaps,
     stream::{FileBytes, Out, Range, same_bytes},
     view::{LayerSource, Node, Table},
     walk::{Detailer, Item, Items, Mode, NoDetail, Status, walk},
 };
 use crate::{
-    ext4::{Ext4, FileKind, Inode, Timestamp},
+    ext4::{FileKind, Inode, Timestamp},
     io::{ReadAt, StreamOut},
     tar::writer::{Header, Kind},
 };
@@ -131,20 +132,6 @@ fn slice<T>(arena: &[T], span: Span) -> &[T] {
     arena.get(span.at..span.at + span.len).unwrap_or(&[])
 }
 
-/// The places of a file's bytes on the disk.
-pub(super) fn ranges_of<R: ReadAt>(
-    fs: &Ext4<R>,
-    inode: &Inode,
-    out: &mut Vec<Range>,
-) -> Result<(), DiffError> {
-    for range in fs.data_map(inode)? {
-        if let Some(disk) = range.disk_offset {
-            out.push(Range { offset: range.offset, len: range.len, disk });
-        }
-    }
-    Ok(())
-}
-
 impl Details {
     fn put(&mut self, bytes: &[u8]) -> Span {
         let span = Span { at: self.bytes.len(), len: bytes.len() };
@@ -168,7 +155,7 @@ impl<R: ReadAt> Detailer<R> for Details {
                 if let Some(inline) = fs.inline_bytes(inode)? {
                     bytes = Some(self.put(&inline));
                 } else {
-                    ranges_of(fs, inode, &mut self.ranges)?;
+                    fs.ranges(inode, &mut self.ranges)?;
                     ranges.len = self.ranges.len() - ranges.at;
                 }
             }
@@ -321,10 +308,10 @@ fn settle_with<R: ReadAt>(
 }
 
 impl Details {
-    fn file<'d, R: ReadAt>(&'d self, fs: &'d Ext4<R>, item: &Item, detail: &Detail) -> FileBytes<'d, R> {
+    fn file<'d, R: ReadAt>(&'d self, fs: &'d Fs<R>, item: &Item, detail: &Detail) -> FileBytes<'d, R> {
         match detail.bytes {
             Some(span) => FileBytes::inline(fs, slice(&self.bytes, span)),
-            None => FileBytes::new(fs, item.size, slice(&self.ranges, detail.ranges)),
+            None => FileBytes::new(fs, item.node.ino, item.size, slice(&self.ranges, detail.ranges)),
         }
     }
 }
@@ -456,7 +443,7 @@ fn recheck<R: ReadAt>(
         let unchanged = fresh.inode(item.node).is_ok_and(|inode| {
             inode.kind == FileKind::File
                 && Stamp::of(&inode) == *stamp
-                && fresh.fs(item.node.layer).is_ok_and(|fs| ranges_of(fs, &inode, &mut now).is_ok())
+                && fresh.fs(item.node.layer).is_ok_and(|fs| fs.ranges(&inode, &mut now).is_ok())
                 && now == slice(&details.ranges, detail.ranges)
         });
         if !unchanged {

@@ -23,6 +23,7 @@ mod changes;
 pub mod digest;
 mod error;
 mod export;
+mod fs;
 mod hash;
 mod ids;
 pub mod record;
@@ -36,6 +37,7 @@ pub use changes::{Change, ChangeKind, changes, diff_size};
 pub use digest::{DigestKind, TarDigest};
 pub use error::DiffError;
 pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};
+pub use fs::{Foreign, ForeignFs, Mounter, VisitName};
 pub use ids::{IdMap, IdMaps};
 pub use view::{LayerKind, LayerSource};
 

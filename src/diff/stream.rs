@@ -7,9 +7,9 @@
 //!
 //! Called by [`super::export`].
 
-use super::DiffError;
+use super::{DiffError, fs::Fs};
 use crate::{
-    ext4::{Ext4, Inode},
+    ext4::Inode,
     io::{ReadAt, StreamOut},
     tar::writer::{Header, append},
 };
@@ -32,7 +32,8 @@ pub(super) struct Range {
 
 /// A file to be read from front to back.
 pub(super) struct FileBytes<'a, R> {
-    fs: &'a Ext4<R>,
+    fs: &'a Fs<R>,
+    ino: u32,
     size: u64,
     inline: Option<Cow<'a, [u8]>>,
     ranges: Cow<'a, [Range]>,
@@ -43,13 +44,15 @@ pub(super) struct FileBytes<'a, R> {
 }
 
 impl<'a, R: ReadAt> FileBytes<'a, R> {
-    pub(super) fn new(fs: &'a Ext4<R>, size: u64, ranges: &'a [Range]) -> Self {
-        Self { fs, size, inline: None, ranges: ranges.into(), next: 0, fixed: false }
+    pub(super) fn new(fs: &'a Fs<R>, ino: u32, size: u64, ranges: &'a [Range]) -> Self {
+        Self { fs, ino, size, inline: None, ranges: ranges.into(), next: 0, fixed: false }
     }
 
-    pub(super) fn inline(fs: &'a Ext4<R>, bytes: &'a [u8]) -> Self {
+    pub(super) fn inline(fs: &'a Fs<R>, bytes: &'a [u8]) -> Self {
         Self {
             fs,
+            // Its bytes are here.
+            ino: 0,
             size: bytes.len() as u64,
             inline: Some(bytes.into()),
             ranges: Cow::default(),
@@ -59,11 +62,19 @@ impl<'a, R: ReadAt> FileBytes<'a, R> {
     }
 
     /// Reads the metadata now.
-    pub(super) fn open(fs: &'a Ext4<R>, inode: &Inode) -> Result<Self, DiffError> {
+    pub(super) fn open(fs: &'a Fs<R>, inode: &Inode) -> Result<Self, DiffError> {
         let inline = fs.inline_bytes(inode)?.map(Cow::Owned);
         let mut ranges = Vec::new();
-        super::export::ranges_of(fs, inode, &mut ranges)?;
-        Ok(Self { fs, size: inode.size, inline, ranges: ranges.into(), next: 0, fixed: false })
+        fs.ranges(inode, &mut ranges)?;
+        Ok(Self {
+            fs,
+            ino: inode.ino,
+            size: inode.size,
+            inline,
+            ranges: ranges.into(),
+            next: 0,
+            fixed: false,
+        })
     }
 
     /// Says that the layer never changes.
@@ -132,7 +143,7 @@ impl<'a, R: ReadAt> FileBytes<'a, R> {
                 at = range.offset;
             } else {
                 let n = (range.offset + range.len).min(end) - at;
-                self.fs.read_disk(range.disk + (at - range.offset), &mut part[..n as usize])?;
+                self.fs.read(self.ino, range.disk + (at - range.offset), &mut part[..n as usize])?;
                 at += n;
             }
         }

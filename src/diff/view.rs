@@ -14,6 +14,7 @@
 
 use super::{
     DiffError,
+    fs::{Foreign, Fs},
     ids::{IdMaps, Ids},
 };
 use crate::{
@@ -41,12 +42,15 @@ pub struct LayerSource<R> {
     pub live: bool,
     /// Its ids are host ids, to be mapped back by [`super::ExportOptions::ids`].
     pub host_ids: bool,
+    /// What may be done if it is a sandbox with a file system that our reader does not know.
+    pub foreign: Foreign<R>,
 }
 
 impl<R> LayerSource<R> {
-    /// A layer at rest with container ids.
+    /// A layer at rest with container ids, for our reader alone.
     pub fn new(disk: R, kind: LayerKind) -> Self {
-        Self { disk, kind, live: false, host_ids: false }
+        let foreign = Foreign::Refused("only a service VM that is a virtual machine can mount it");
+        Self { disk, kind, live: false, host_ids: false, foreign }
     }
 }
 
@@ -65,7 +69,7 @@ pub(super) struct Node {
 pub(super) type Stack = Vec<Node>;
 
 struct Layer<'a, R> {
-    fs: Ext4<&'a R>,
+    fs: Fs<&'a R>,
     root: u32,
     live: bool,
     host_ids: bool,
@@ -125,15 +129,21 @@ impl<'a, R: ReadAt> Table<'a, R> {
     pub(super) fn open(&mut self, source: &'a LayerSource<R>) -> Result<u16, DiffError> {
         let number = u16::try_from(self.layers.len())
             .map_err(|_| DiffError::Usage("a stack of more than 65,536 layers".to_owned()))?;
-        let fs = Ext4::open(&source.disk)?;
-        let root = match source.kind {
-            LayerKind::Applied => fs.root(),
+        let (fs, root) = match source.kind {
+            // Ours alone: never shown to a kernel here.
+            LayerKind::Applied => {
+                let fs = Fs::Own(Ext4::open(&source.disk)?);
+                let root = fs.root();
+                (fs, root)
+            }
             LayerKind::Sandbox => {
+                let fs = Fs::open_sandbox(&source.disk, &source.foreign, source.live)?;
                 let top = fs.inode(fs.root())?;
-                fs.lookup(&top, b"upper")?.ok_or_else(|| DiffError::Unsupported {
+                let root = fs.lookup(&top, b"upper")?.ok_or_else(|| DiffError::Unsupported {
                     what: "sandbox image",
                     reason: "it has no folder `upper`".to_owned(),
-                })?
+                })?;
+                (fs, root)
             }
         };
         let fixed = source.kind == LayerKind::Applied && !source.live;
@@ -145,7 +155,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
         self.layers.get(usize::from(number)).ok_or_else(|| DiffError::Usage(format!("no layer {number}")))
     }
 
-    pub(super) fn fs(&self, number: u16) -> Result<&Ext4<&'a R>, DiffError> {
+    pub(super) fn fs(&self, number: u16) -> Result<&Fs<&'a R>, DiffError> {
         Ok(&self.layer(number)?.fs)
     }
 
@@ -164,7 +174,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
     }
 
     pub(super) fn inode(&self, node: Node) -> Result<Inode, DiffError> {
-        Ok(self.fs(node.layer)?.inode(node.ino)?)
+        self.fs(node.layer)?.inode(node.ino)
     }
 
     /// Owner and group as the container sees them.
@@ -213,7 +223,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
                     kind,
                     node: Node { layer: node.layer, ino },
                 });
-                Ok::<(), DiffError>(())
+                Ok(())
             })?;
         }
         let name = |f: &Found| names.get(f.at as usize..f.at as usize + usize::from(f.len)).unwrap_or(&[]);

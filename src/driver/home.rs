@@ -299,6 +299,7 @@ fn start_pool(options: &Options, config: &DriverConfig, store: &Store, reap: boo
         max_vms: options.pool_max,
         idle_timeout: options.idle_timeout,
         reap,
+        guest_mount: options.guest_mount,
         ..PoolConfig::default()
     };
     #[cfg(target_os = "linux")]

@@ -59,7 +59,7 @@ fn main() {
     };
     eprintln!("files_agent: hello from the guest");
     let platform: Arc<dyn Platform> = Arc::new(Files(folder.into()));
-    let codec: Arc<dyn Codec> = Arc::new(RealCodec);
+    let codec: Arc<dyn Codec> = Arc::new(RealCodec::default());
     let ended = link::serve(&*stream, Output(stream.clone()), &platform, &codec);
     if let Err(e) = ended {
         eprintln!("files_agent: {e}");

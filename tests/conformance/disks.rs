@@ -91,10 +91,10 @@ pub(crate) async fn a_disk_in_a_vhdx(backend: Backend) {
 }
 
 /// A mounted file system, unmounted on drop.
-struct Mounted<'a>(&'a Path);
+pub(crate) struct Mounted<'a>(&'a Path);
 
 impl<'a> Mounted<'a> {
-    fn new(image: &Path, point: &'a Path) -> Self {
+    pub(crate) fn new(image: &Path, point: &'a Path) -> Self {
         std::fs::create_dir_all(point).unwrap();
         run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(point));
         Self(point)
@@ -107,7 +107,7 @@ impl Drop for Mounted<'_> {
     }
 }
 
-fn run(command: &mut Command) {
+pub(crate) fn run(command: &mut Command) {
     let done = command.output().unwrap();
     assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
 }

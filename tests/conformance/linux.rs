@@ -4,6 +4,8 @@
 mod disks;
 #[path = "faults.rs"]
 mod faults;
+#[path = "foreign.rs"]
+mod foreign;
 #[path = "plugin.rs"]
 pub(crate) mod plugin;
 #[path = "speed.rs"]
@@ -37,6 +39,29 @@ disks!(
     a_dirty_file_system_is_read_and_a_foreign_one_is_refused,
     garbage_on_a_channel,
 );
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_foreign_sandbox_is_refused_with_advice_on_embedded() {
+    foreign::a_foreign_sandbox_is_refused_with_advice(embedded()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_foreign_sandbox_is_refused_with_advice_on_qemu() {
+    let _one_at_a_time = turn().await;
+    foreign::a_foreign_sandbox_is_refused_with_advice(qemu()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_guests_kernel_reads_what_our_reader_does_not_know() {
+    let _one_at_a_time = turn().await;
+    foreign::the_guests_kernel_reads_what_our_reader_does_not_know(qemu()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_foreign_sandboxes_cost_one_operation() {
+    let _one_at_a_time = turn().await;
+    foreign::hostile_foreign_sandboxes_cost_one_operation(qemu()).await;
+}
 
 #[test]
 fn a_start_without_a_guest_names_what_is_missing() {
@@ -110,6 +135,14 @@ async fn bench_measures_embedded_and_qemu() {
 async fn restored_machines_have_a_clock_and_random_numbers_of_their_own() {
     let _one_at_a_time = turn().await;
     disks::restored_machines_wake_alone(qemu()).await;
+}
+
+/// The price of a kernel's reading: our reader and the guest's kernel on the same content, in turn.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "figures for people"]
+async fn speed_of_foreign_sandboxes() {
+    let _one_at_a_time = turn().await;
+    foreign::speed(qemu()).await;
 }
 
 /// Wall and processor time of each operation, the backends in turn.

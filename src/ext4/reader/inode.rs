@@ -180,6 +180,31 @@ impl Inode {
         })
     }
 
+    /// An inode that a kernel tells of, not a disk: number and mode; all else is zero, for the caller to fill in. `None` for
+    /// a type that is none.
+    pub fn told(ino: u32, mode: u16) -> Option<Self> {
+        let zero = Timestamp { secs: 0, nanos: 0 };
+        Some(Self {
+            ino,
+            mode,
+            kind: FileKind::from_mode(mode)?,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            atime: zero,
+            mtime: zero,
+            ctime: zero,
+            crtime: None,
+            links: 0,
+            rdev: (0, 0),
+            flags: 0,
+            generation: 0,
+            version: 0,
+            file_acl: 0,
+            raw: Box::default(),
+        })
+    }
+
     /// `i_block`: 60 bytes.
     pub(in crate::ext4) fn i_block(&self) -> &[u8] {
         self.raw.get(40..100).unwrap_or(&[])

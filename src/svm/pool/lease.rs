@@ -177,7 +177,8 @@ impl Lease {
     ) -> Result<Vec<LayerRef>, SvmError> {
         let mut refs = Vec::with_capacity(layers.len());
         for layer in layers {
-            refs.push(LayerRef { disk: self.attach(attached, &layer.disk).await?, kind: layer.kind });
+            let disk = self.attach(attached, &layer.disk).await?;
+            refs.push(LayerRef { disk, kind: layer.kind, guest_mount: self.inner.config.guest_mount });
         }
         Ok(refs)
     }

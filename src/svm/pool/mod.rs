@@ -73,6 +73,8 @@ pub struct PoolConfig {
     /// Whether a killed daemon may have left something to clear up. Not for a pool beside another one of this process:
     /// its machines are no leftovers.
     pub reap: bool,
+    /// A virtual machine's kernel may mount sandboxes that our reader does not know (`lcow.guestmount`).
+    pub guest_mount: bool,
 }
 
 impl Default for PoolConfig {
@@ -86,6 +88,7 @@ impl Default for PoolConfig {
             freeze_limit: Duration::from_secs(10),
             ping_interval: Duration::from_secs(30),
             reap: true,
+            guest_mount: false,
         }
     }
 }

@@ -45,7 +45,7 @@ fn agent(folder: &std::path::Path) -> TcpStream {
     ours.set_nodelay(true).unwrap();
     let platform: Arc<dyn Platform> = Arc::new(Files { folder: folder.to_owned() });
     std::thread::spawn(move || {
-        let codec: Arc<dyn Codec> = Arc::new(RealCodec);
+        let codec: Arc<dyn Codec> = Arc::new(RealCodec::default());
         let output = theirs.try_clone().unwrap();
         let _ = link::serve(&theirs, output, &platform, &codec);
         let _ = theirs.shutdown(Shutdown::Both);

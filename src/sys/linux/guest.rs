@@ -51,13 +51,22 @@ pub fn mount_basics() -> Result<(), SysError> {
     Ok(())
 }
 
-/// Loads a module; one that is there already is no error.
+/// Loads all modules of a folder with the same parameters, in the order of their names; one that is there already is no
+/// error.
 ///
 /// # Errors
-/// What the kernel says.
-pub fn load_module(path: &Path) -> Result<(), SysError> {
+/// There is no such folder; what the kernel says.
+pub fn load_modules(folder: &Path, parameters: &CStr) -> Result<(), SysError> {
+    let entries = std::fs::read_dir(folder).context("list", folder)?;
+    let mut modules: Vec<_> =
+        entries.map(|e| e.map(|e| e.path())).collect::<io::Result<_>>().context("list", folder)?;
+    modules.sort();
+    modules.iter().try_for_each(|module| load_module(module, parameters))
+}
+
+fn load_module(path: &Path, parameters: &CStr) -> Result<(), SysError> {
     let file = File::open(path).context("open the module", path)?;
-    match rustix::system::finit_module(&file, c"", 0) {
+    match rustix::system::finit_module(&file, parameters, 0) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
         Err(e) => Err(e).context("load the module", path),
     }
@@ -91,6 +100,12 @@ pub fn reseed(entropy: &[u8]) -> Result<(), SysError> {
 pub fn set_clock(time: Duration) -> Result<(), SysError> {
     let spec = Timespec { tv_sec: time.as_secs().cast_signed(), tv_nsec: i64::from(time.subsec_nanos()) };
     rustix::time::clock_settime(ClockId::Realtime, spec).context("set the clock to", format!("{time:?}"))
+}
+
+/// Memory of this machine, in bytes.
+pub fn memory_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit))
 }
 
 /// A device once more, for access past the page cache.

@@ -9,11 +9,14 @@
 //!   cli ─────► init      pid 1 of a container           svm::qemu ────► launch   confines a VM's process, then starts it
 //!                                                   lcow-agent ───► guest    what the first process of a guest does
 //!                                                              ───► vsock    its way to a host that is Hyper-V
+//!                                                              ───► nbd      a block device out of this process
+//!                                                              ───► byhandle a mounted ext4 by inode number
 //! ```
 //!
 //! Errors are [`SysError`]: what was tried, on what, and the kernel's answer.
 
 pub mod asyncfd;
+pub mod byhandle;
 pub mod fdpass;
 pub mod guest;
 pub mod idmap;
@@ -23,6 +26,7 @@ pub mod launch;
 pub mod loopdev;
 pub mod mount;
 pub mod mountinfo;
+pub mod nbd;
 pub mod overlay;
 pub mod probe;
 pub mod process;
