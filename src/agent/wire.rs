@@ -548,12 +548,12 @@ pub struct Hello {
     pub witness: Option<Witness>,
 }
 
-/// A machine's clock and random numbers right after its [`Wake`].
+/// A machine's clock and random numbers right after its [`Wake`] or [`Control::Wake`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Witness {
     /// The machine's clock: nanoseconds since 1970, UTC.
     pub unix_nanos: u64,
-    /// Bytes of its random numbers, drawn for this greeting and used for nothing else. Machines that are restored from
+    /// Bytes of its random numbers, drawn for this answer and used for nothing else. Machines that are restored from
     /// one saved state would all draw the same, had the reseeding failed.
     pub random: [u8; 16],
 }
@@ -636,6 +636,13 @@ pub enum Control {
         #[serde(default)]
         channel: u32,
     },
+    /// The machine stood still since its [`Wake`], and its clock with it. The reply has a [`Witness`].
+    Wake {
+        /// Fresh random bytes.
+        entropy: Vec<u8>,
+        /// Nanoseconds since 1970, UTC.
+        unix_nanos: u64,
+    },
 }
 
 /// A numbered control request; the reply carries the same number.
@@ -654,6 +661,9 @@ pub struct ControlReply {
     pub seq: u64,
     /// Why it failed.
     pub error: Option<WireError>,
+    /// After a [`Control::Wake`]: what shows that the machine woke well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub witness: Option<Witness>,
 }
 
 #[cfg(test)]
