@@ -22,6 +22,7 @@ pub mod embedded;
 pub mod embedded;
 mod end;
 mod exchange;
+mod guest_files;
 #[cfg(windows)]
 pub mod hcs;
 mod job;
