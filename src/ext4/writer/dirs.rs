@@ -11,7 +11,7 @@ use super::{
     ImageWriter, NodeId, Result,
     extents::{self, Extent},
     inodes::{self, file_type},
-    tree::{Payload, Tree},
+    tree::{Payload, Tree, WrittenDir},
 };
 use crate::{
     ext4::layout::{
@@ -241,8 +241,8 @@ impl<W: WriteAt> ImageWriter<W> {
             &mut self.roots,
         )?;
         let size = total * bs as u64;
-        self.tree.nodes[dir.0 as usize].payload =
-            Payload::DirDone { size, content, subdirs, indexed: inner.is_some() };
+        self.tree.nodes[dir.0 as usize].payload = Payload::DirDone(self.tree.written_dirs.len() as u32);
+        self.tree.written_dirs.push(WrittenDir { size, content, subdirs, indexed: inner.is_some() });
         Ok(())
     }
 

@@ -134,20 +134,23 @@ impl<W: WriteAt> ImageWriter<W> {
                 (body.inline, body.flags) = (Some(value), InodeFlags::INLINE_DATA);
                 body.links = dir_links(subdirs);
             }
-            Payload::DirDone { size, content, subdirs, indexed } => {
-                body.size = size;
+            Payload::DirDone(i) => {
+                let dir = &self.tree.written_dirs[i as usize];
+                body.size = dir.size;
                 body.flags = InodeFlags::EXTENTS;
-                body.flags.set(InodeFlags::INDEX, indexed);
-                (body.i_block, body.blocks) = self.mapped(content);
-                body.links = dir_links(subdirs);
+                body.flags.set(InodeFlags::INDEX, dir.indexed);
+                (body.i_block, body.blocks) = self.mapped(dir.content);
+                body.links = dir_links(dir.subdirs);
             }
             Payload::File { size, content } => {
                 (body.size, body.flags) = (size, InodeFlags::EXTENTS);
                 (body.i_block, body.blocks) = self.mapped(content);
             }
-            Payload::EaValue { size, content, .. } => {
-                (body.size, body.flags) = (u64::from(size), InodeFlags::EXTENTS | InodeFlags::EA_INODE);
-                (body.i_block, body.blocks) = self.mapped(content);
+            Payload::EaValue(i) => {
+                let value = &self.tree.ea_values[i as usize];
+                body.size = u64::from(value.size);
+                body.flags = InodeFlags::EXTENTS | InodeFlags::EA_INODE;
+                (body.i_block, body.blocks) = self.mapped(value.content);
             }
             Payload::Symlink { at, len, block } => {
                 body.size = u64::from(len);
@@ -190,7 +193,8 @@ impl<W: WriteAt> ImageWriter<W> {
         (raw.i_ctime, raw.i_ctime_extra) = time(other.ctime);
         (raw.i_mtime, raw.i_mtime_extra) = time(node.mtime);
         (raw.i_crtime, raw.i_crtime_extra) = time(node.mtime);
-        if let Payload::EaValue { hash, .. } = node.payload {
+        if let Payload::EaValue(i) = node.payload {
+            let hash = self.tree.ea_values[i as usize].hash;
             // The kernel keeps the hash in the access time and the number of users in the change time and version.
             (raw.i_atime, raw.i_atime_extra) = time((hash, u32::from(hash >> 31 != 0)));
             raw.i_version.set(1);
