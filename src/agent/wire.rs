@@ -14,7 +14,7 @@
 //! the other as hostile: lengths are checked before memory is taken, unknown types end the channel. This module does
 //! no I/O but through `Read`/`Write`; `svm` reads the same frames asynchronously with [`parse_header`].
 
-pub use crate::diff::{DigestKind, TarDigest};
+pub use crate::diff::{Change, ChangeKind, DigestKind, TarDigest};
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 
@@ -440,27 +440,6 @@ pub struct ExportSummary {
     pub tar_bytes: u64,
     /// Their digest, where it is known: of an exact tar.
     pub tar_digest: Option<TarDigest>,
-}
-
-/// How a path changed; numbers as in the graphdriver protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[repr(u8)]
-pub enum ChangeKind {
-    /// Exists in both, differs.
-    Modified = 0,
-    /// Only in the layer.
-    Added = 1,
-    /// Only in the parent.
-    Deleted = 2,
-}
-
-/// One changed path.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Change {
-    /// Absolute path in the layer, raw bytes.
-    pub path: Vec<u8>,
-    /// How.
-    pub kind: ChangeKind,
 }
 
 /// Appends a change as `{kind u8, u32 LE length, path}`.

@@ -10,7 +10,7 @@
 use super::{
     ImageWriter, NodeId, Result,
     extents::{self, Extent},
-    inodes::{self, file_type},
+    inodes,
     tree::{Payload, Tree, WrittenDir},
 };
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
         checksum::inode_seed,
         dir::{
             DIR_TAIL_SIZE, DX_ENTRY_SIZE, DX_NODE_OFFSET, DX_ROOT_OFFSET, DxEntry, DxRootInfo, FT_DIR,
-            HEAD_SIZE, dx_limit, entry_size, put_entry, seal_dx, seal_leaf,
+            HEAD_SIZE, dx_limit, entry_size, file_type, put_entry, seal_dx, seal_leaf,
         },
         hash::{HASH_HALF_MD4, half_md4},
         inode::I_BLOCK_SIZE,
