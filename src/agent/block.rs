@@ -1,7 +1,8 @@
 //! A guest's block device past the page cache: writes gathered, reads ahead, both in one aligned piece of memory.
 //!
 //! ```text
-//!   write_at … write_at ─► pending, 1 MiB ─► device        a gap, a read or the end sends on what is pending
+//!   write_at … write_at ─► pending, 1 MiB ─► device        a gap, a read or the end sends on what is pending; a full
+//!                                                           megabyte goes by a thread of its own (`behind`)
 //!   read_at ─► window, 128 KiB doubling to 1 MiB ◄─ device  only for large reads and those that follow each other;
 //!                                                           the others are left to the caller and the page cache
 //! ```
@@ -11,7 +12,10 @@
 //! read first. Belongs to one operation, so nothing is remembered from one to the next. An error of a gathered write
 //! shows at a later call, at the latest at [`Unbuffered::flush`]. Called by `disk`.
 
-use super::aligned::{ALIGN, Aligned};
+use super::{
+    aligned::{ALIGN, Aligned},
+    behind::Behind,
+};
 use crate::io::{ReadAt, WriteAt};
 use std::{
     fs::File,
@@ -38,6 +42,8 @@ pub(super) struct Unbuffered {
 #[derive(Debug, Default)]
 struct State {
     pending: Piece,
+    /// Writes full pieces, once there was one.
+    behind: Option<Behind>,
     window: Piece,
     ahead: usize,
     /// End of the last read.
@@ -46,14 +52,14 @@ struct State {
 
 /// Bytes of the device from an aligned place on.
 #[derive(Debug, Default)]
-struct Piece {
+pub(super) struct Piece {
     memory: Option<Aligned>,
-    start: u64,
-    len: usize,
+    pub(super) start: u64,
+    pub(super) len: usize,
 }
 
 impl Piece {
-    fn memory(&mut self) -> &mut [u8] {
+    pub(super) fn memory(&mut self) -> &mut [u8] {
         self.memory.get_or_insert_with(|| Aligned::new(PIECE)).bytes_mut()
     }
 
@@ -78,8 +84,8 @@ impl Unbuffered {
         state.window.len = 0;
         while !buf.is_empty() {
             if at < state.pending.start || at > state.pending.end() || state.pending.len == 0 {
-                self.send(&mut state.pending)?;
-                self.begin(&mut state.pending, at)?;
+                self.send(state)?;
+                self.begin(state, at)?;
             }
             let pending = &mut state.pending;
             let from = (at - pending.start) as usize;
@@ -89,7 +95,7 @@ impl Unbuffered {
             buf = &buf[n..];
             at += n as u64;
             if pending.len == PIECE {
-                self.send(pending)?;
+                self.send_full(state)?;
             }
         }
         Ok(())
@@ -98,7 +104,7 @@ impl Unbuffered {
     /// Reads up to the length of `buf`; `None` for a read that the page cache serves better.
     pub(super) fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<Option<usize>> {
         let state = &mut *self.lock();
-        self.send(&mut state.pending)?;
+        self.send(state)?;
         if at < state.window.start || at >= state.window.end() {
             let follows = at.checked_sub(state.last).is_some_and(|gap| gap <= NEAR);
             if !follows && buf.len() < LARGE {
@@ -123,14 +129,17 @@ impl Unbuffered {
 
     /// Everything written is on the device.
     pub(super) fn flush(&self) -> io::Result<()> {
-        self.send(&mut self.lock().pending)
+        self.send(&mut self.lock())
     }
 
     /// Begins a pending piece that holds what the device has before `at` in the same block.
-    fn begin(&self, pending: &mut Piece, at: u64) -> io::Result<()> {
+    fn begin(&self, state: &mut State, at: u64) -> io::Result<()> {
+        let pending = &mut state.pending;
         let before = (at % ALIGN as u64) as usize;
         pending.start = at - before as u64;
         if before > 0 {
+            // What is under way may be of the same block.
+            settle(&mut state.behind)?;
             let start = pending.start;
             let n = self.fill(&mut pending.memory()[..ALIGN], start)?;
             pending.memory()[n.min(before)..before].fill(0);
@@ -139,10 +148,26 @@ impl Unbuffered {
         Ok(())
     }
 
-    /// Sends on what is pending, whole blocks.
-    fn send(&self, pending: &mut Piece) -> io::Result<()> {
-        // Taken first: what could not be written is not tried again, the operation fails.
+    /// Sends on a full piece while the next one is filled.
+    fn send_full(&self, state: &mut State) -> io::Result<()> {
+        if state.behind.is_none() {
+            state.behind = Behind::start(self.device.clone()).ok();
+        }
+        let Some(behind) = &mut state.behind else { return self.send(state) };
+        let full = std::mem::take(&mut state.pending);
+        if let Some(piece) = behind.wait()? {
+            state.pending = Piece { len: 0, ..piece };
+        }
+        behind.write(full)
+    }
+
+    /// Sends on what is pending, whole blocks, and waits until all is written.
+    fn send(&self, state: &mut State) -> io::Result<()> {
+        let State { pending, behind, .. } = state;
+        // Both before anything is said of them: after a failure nothing is tried again, the operation fails.
+        let under_way = settle(behind);
         let len = std::mem::take(&mut pending.len);
+        under_way?;
         if len == 0 {
             return Ok(());
         }
@@ -172,6 +197,11 @@ impl Unbuffered {
         }
         Ok(have)
     }
+}
+
+/// Waits for a write that is under way; its memory is not needed again.
+fn settle(behind: &mut Option<Behind>) -> io::Result<()> {
+    behind.as_mut().map_or(Ok(()), |behind| behind.wait().map(drop))
 }
 
 #[cfg(test)]
@@ -258,5 +288,13 @@ mod tests {
         way.write_all_at(b"x", 0).unwrap();
         assert!(way.flush().is_err());
         assert!(way.flush().is_ok());
+        // Of a full piece it is told when the next one is full, or at the end.
+        way.write_all_at(&vec![1; PIECE], 0).unwrap();
+        assert!(way.write_all_at(&vec![2; PIECE], PIECE as u64).is_err());
+        assert!(way.flush().is_ok());
+        way.write_all_at(&vec![3; PIECE], 0).unwrap();
+        assert!(way.flush().is_err());
+        // Dropped with one under way.
+        way.write_all_at(&vec![4; PIECE], 0).unwrap();
     }
 }

@@ -33,6 +33,17 @@ pub struct TarInput<'a> {
     pub told: Option<ToldDigest>,
 }
 
+/// The layers below an applied one, nearest first. Their disks are lent as they are asked for.
+pub trait Lowers {
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// The next of them; asked at most [`Lowers::count`] times, and only when the tar was read to its end.
+    ///
+    /// # Errors
+    /// The daemon could not lend it, or gave up.
+    fn next(&mut self) -> Result<Layer, WireError>;
+}
+
 /// What a layer is compared with.
 #[derive(Clone)]
 pub enum Parent {
@@ -75,7 +86,7 @@ pub trait Codec: Send + Sync + 'static {
         image: OpDisk,
         record: OpDisk,
         scratch: Option<OpDisk>,
-        lowers: Vec<Layer>,
+        lowers: &mut dyn Lowers,
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError>;
 

@@ -11,6 +11,7 @@
 //! Called by `svm` (the wire types) and `main` (the worker).
 
 mod aligned;
+mod behind;
 mod block;
 pub mod codec;
 pub mod disk;

@@ -8,11 +8,11 @@
 //! Bytes of the stream are read straight into the codec's buffer. Called by `serve`, on a thread of its own.
 
 use super::{
-    codec::{Codec, Layer, Live, Parent, TarInput, ToldDigest},
+    codec::{Codec, Layer, Live, Lowers, Parent, TarInput, ToldDigest},
     disk::{Cancel, Disk, OpDisk},
     wire::{
-        self, Change, DATA_PAYLOAD, DiskId, ErrorKind, Event, FrameError, FrameType, HEADER_LEN, LayerRef,
-        Operation, ParentRef, WireError, read_frame, write_frame, write_json,
+        self, Change, DATA_PAYLOAD, DiskId, ErrorKind, Event, FrameError, FrameType, HEADER_LEN, LayerKind,
+        LayerRef, Operation, ParentRef, WireError, read_frame, write_frame, write_json,
     },
 };
 use crate::io::{ReadAt, StreamOut};
@@ -134,9 +134,9 @@ impl Run<'_> {
                 let (image, record) = (self.writable(image)?, self.writable(record)?);
                 let written = [image.clone(), record.clone()];
                 let scratch = scratch.map(|disk| self.writable(disk)).transpose()?;
-                let (told, lowers) = (input.told.clone(), self.layers(&lowers)?);
-                let tar = TarInput { bytes: &mut input, told };
-                let summary = self.codec.apply(tar, image, record, scratch, lowers, &options);
+                let tar = TarInput { told: input.told.clone(), bytes: &mut input };
+                let mut lowers = Lent { run: self, kinds: &lowers, asked: 0 };
+                let summary = self.codec.apply(tar, image, record, scratch, &mut lowers, &options);
                 if input.broken {
                     return Err(WireError::new(ErrorKind::Cancelled, "the tar's stream was cut"));
                 }
@@ -393,13 +393,36 @@ impl StreamOut for FrameOutput<'_> {
 
 struct Handshake<'a>(&'a dyn AgentChannel);
 
+/// The lowers of an apply: each is lent when it is asked for.
+struct Lent<'a> {
+    run: &'a Run<'a>,
+    kinds: &'a [LayerKind],
+    asked: usize,
+}
+
+impl Lowers for Lent<'_> {
+    fn count(&self) -> usize {
+        self.kinds.len()
+    }
+
+    fn next(&mut self) -> Result<Layer, WireError> {
+        let kind = self.kinds.get(self.asked).copied();
+        let kind = kind.ok_or_else(|| WireError::new(ErrorKind::Internal, "more lowers than there are"))?;
+        self.asked += 1;
+        let answer = Handshake(self.run.channel).exchange(Event::Lower)?;
+        let disk: DiskId = serde_json::from_slice(&answer)
+            .map_err(|e| WireError::new(ErrorKind::Usage, format!("malformed Resume: {e}")))?;
+        Ok(Layer { disk: self.run.disk(disk)?, kind })
+    }
+}
+
 impl Handshake<'_> {
-    fn exchange(&mut self, event: Event) -> Result<(), WireError> {
+    fn exchange(&mut self, event: Event) -> Result<Vec<u8>, WireError> {
         let mut conn = Conn(self.0);
         write_json(&mut conn, FrameType::Event, &event).map_err(|e| sending(&e))?;
         let mut buffer = Vec::new();
         match read_frame(&mut conn, &mut buffer) {
-            Ok(FrameType::Resume) => Ok(()),
+            Ok(FrameType::Resume) => Ok(buffer),
             Ok(other) => {
                 Err(WireError::new(ErrorKind::Usage, format!("{other:?} frame where a Resume was due")))
             }
@@ -410,11 +433,11 @@ impl Handshake<'_> {
 
 impl Live for Handshake<'_> {
     fn metadata_read(&mut self) -> Result<(), WireError> {
-        self.exchange(Event::MetadataRead)
+        self.exchange(Event::MetadataRead).map(drop)
     }
 
     fn before_recheck(&mut self) -> Result<(), WireError> {
-        self.exchange(Event::BeforeRecheck)
+        self.exchange(Event::BeforeRecheck).map(drop)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
 
 use super::{
-    codec::{ChangeSink, Codec, Layer, Live, Parent, TarInput},
+    codec::{ChangeSink, Codec, Layer, Live, Lowers, Parent, TarInput},
     disk::OpDisk,
     wire::{self, ErrorKind, WireError},
 };
@@ -152,13 +152,16 @@ struct Hooks<'a> {
     refused: Option<WireError>,
 }
 
+/// Keeps the daemon's own error, which comes back instead of the one that is made of it here.
+fn keep(refused: &mut Option<WireError>, error: WireError) -> DiffError {
+    let made = DiffError::Usage(error.message.clone());
+    *refused = Some(error);
+    made
+}
+
 impl Hooks<'_> {
     fn tell(&mut self, outcome: Result<(), WireError>) -> Result<(), DiffError> {
-        outcome.map_err(|e| {
-            let error = DiffError::Usage(e.message.clone());
-            self.refused = Some(e);
-            error
-        })
+        outcome.map_err(|e| keep(&mut self.refused, e))
     }
 }
 
@@ -220,7 +223,7 @@ impl Codec for RealCodec {
         image: OpDisk,
         record: OpDisk,
         scratch: Option<OpDisk>,
-        lowers: Vec<Layer>,
+        lowers: &mut dyn Lowers,
         options: &wire::ApplyOptions,
     ) -> Result<wire::ApplySummary, WireError> {
         let block_size = BlockSize::from_bytes(options.block_size).ok_or_else(|| {
@@ -252,8 +255,13 @@ impl Codec for RealCodec {
             let scratch = scratch.map(|disk| Arc::new(disk) as Arc<dyn WriteAt>);
             settings.verity = apply::Verity::Tree { scratch };
         }
-        let mut chain = LayerChain::new(sources(&lowers, false));
-        let summary = apply::apply(input.bytes, image, record, &mut chain, &settings)?;
+        let mut refused = None;
+        let mut chain = LayerChain::new(lowers.count(), || match lowers.next() {
+            Ok(layer) => Ok(source(&layer, false)),
+            Err(e) => Err(keep(&mut refused, e)),
+        });
+        let applied = apply::apply(input.bytes, image, record, &mut chain, &settings);
+        let summary = applied.map_err(|error| refused.unwrap_or_else(|| error.into()))?;
         Ok(wire::ApplySummary {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,

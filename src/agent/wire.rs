@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 
 /// Version of frames and messages; both sides of a pair must agree.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 5;
 /// Most payload bytes of any frame.
@@ -286,8 +286,8 @@ pub enum Operation {
         record: DiskId,
         /// Writable, empty, of no use afterwards: the leaves of a large hash tree go there.
         scratch: Option<DiskId>,
-        /// The parents, nearest first, for hard links into them.
-        lowers: Vec<LayerRef>,
+        /// The parents, nearest first, for hard links into them: lent one after the other by [`Event::Lower`].
+        lowers: Vec<LayerKind>,
         /// Options.
         options: ApplyOptions,
     },
@@ -353,7 +353,7 @@ impl Operation {
     }
 }
 
-/// Something the daemon must do before an operation on a live sandbox goes on.
+/// Something the daemon must do before an operation goes on. Resume answers, with the [`DiskId`] of a lent layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
@@ -361,6 +361,9 @@ pub enum Event {
     MetadataRead,
     /// Files are about to be looked at again: freeze once more.
     BeforeRecheck,
+    /// An apply has read its tar and looks for a link's target in the next of its lowers, which is to be lent now.
+    /// Few tars ever ask, and a machine takes long for each disk.
+    Lower,
 }
 
 /// What applying a tar gave.

@@ -158,6 +158,7 @@ impl Freeze {
                     match event {
                         Event::MetadataRead => self.thaw().await?,
                         Event::BeforeRecheck => self.freeze().await?,
+                        Event::Lower => return Err(receiver.protocol("a comparison has no lowers".into())),
                     }
                     if let Err(e) = sender.frame(FrameType::Resume, &[]).await {
                         return Err(receiver.after_send_error(e).await);

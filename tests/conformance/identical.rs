@@ -6,7 +6,7 @@ use crate::{
 };
 use lcow_graphdriver::svm::{Mode, ParentDisks, Purpose};
 
-/// The tars of [`bytes`]: a base, and a layer on it with whiteouts and changes.
+/// The tars of [`bytes`]: a base, and a layer on it with whiteouts, changes and a link to a file of the base.
 fn chain() -> [(&'static str, Vec<u8>); 2] {
     let top = Tar::default()
         .folder("d0/")
@@ -15,6 +15,7 @@ fn chain() -> [(&'static str, Vec<u8>); 2] {
         .folder("d1/")
         .file("d1/.wh..wh..opq", b"")
         .file("d1/new", b"new")
+        .entry("d1/linked", b'1', b"", "d0/f5")
         .end();
     [("base", tree(150, 7000, 3)), ("top", top)]
 }

@@ -119,12 +119,14 @@ fn systemd_can_hand_over_the_socket_and_hears_that_the_plugin_is_ready() {
     let listener = UnixListener::bind(&socket).unwrap();
     let notices = UnixDatagram::bind(folder.path().join("notify")).unwrap();
     notices.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    // Any number but 3, which the shell gives to its copy: the listener itself may have that one.
+    let lent = rustix::io::fcntl_dupfd_cloexec(&listener, 10).unwrap();
+    rustix::io::fcntl_setfd(&lent, rustix::io::FdFlags::empty()).unwrap();
     // LISTEN_PID must name the program itself: the shell becomes it.
     let script = format!(
         "exec 3<&{fd} {fd}<&-; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" serve --root \"$1\" --socket /nonexistent/never-used",
-        fd = listener.as_raw_fd()
+        fd = lent.as_raw_fd()
     );
-    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
     let mut child = Command::new("bash")
         .args(["-c", &script])
         .arg(env!("CARGO_BIN_EXE_lcow-graphdriver"))

@@ -2,7 +2,7 @@
 
 use lcow_graphdriver::{
     agent::{
-        codec::{ChangeSink, Codec, Layer, Live, Parent, TarInput},
+        codec::{ChangeSink, Codec, Layer, Live, Lowers, Parent, TarInput},
         disk::OpDisk,
         wire::{
             ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, ErrorKind, ExportSummary, IdMaps,
@@ -42,10 +42,10 @@ impl Codec for TestCodec {
         image: OpDisk,
         record: OpDisk,
         _: Option<OpDisk>,
-        lowers: Vec<Layer>,
+        lowers: &mut dyn Lowers,
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError> {
-        let (mut buf, mut at) = (vec![0; 256 << 10], 0u64);
+        let (mut buf, mut at, mut asks) = (vec![0; 256 << 10], 0u64, false);
         loop {
             let n = input.bytes.read(&mut buf).map_err(failed)?;
             if n == 0 {
@@ -55,6 +55,7 @@ impl Codec for TestCodec {
                 match &buf[..n.min(5)] {
                     b"panic" => panic!("on request"),
                     b"crash" => std::process::abort(),
+                    b"below" => asks = true,
                     b"bad!!" => return Err(WireError::new(ErrorKind::Corrupt, "entry x at offset 0: bad")),
                     _ => {}
                 }
@@ -66,10 +67,17 @@ impl Codec for TestCodec {
             at += n as u64;
         }
         record.write_all_at(b"record", 0).map_err(failed)?;
+        let mut below = 0;
+        if asks {
+            for _ in 0..lowers.count() {
+                below += lowers.next()?.disk.size().map_err(failed)?;
+            }
+        }
         Ok(ApplySummary {
             image_bytes: at,
             tar_bytes: at,
-            entries: lowers.len() as u64,
+            entries: lowers.count() as u64,
+            diff_size: below,
             ..ApplySummary::default()
         })
     }

@@ -11,8 +11,8 @@ use futures_util::{StreamExt, stream};
 use lcow_graphdriver::{
     agent::{codec::Codec, wire::ErrorKind, worker_main},
     svm::{
-        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk,
-        LayerKind, LiveControl, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError,
+        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskFormat, DiskSource, ExportJob, ExportKind, IdMaps,
+        LayerDisk, LayerKind, LiveControl, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError,
         embedded::{EmbeddedBackend, EmbeddedConfig},
     },
 };
@@ -142,6 +142,32 @@ async fn soon(what: &str, mut reached: impl FnMut() -> bool) {
         assert!(start.elapsed() < Duration::from_secs(20), "never: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lowers_of_an_apply_are_lent_when_they_are_asked_for() {
+    let (pool, files) = (pool(Mode::Safe), Files::new());
+    let lower = |name: &str, bytes: usize| {
+        let disk = files.with(name, &pattern(bytes, 9));
+        LayerDisk { disk, kind: LayerKind::Applied }
+    };
+    let job = |lowers: &[LayerDisk]| ApplyJob { lowers: lowers.to_vec(), ..files.apply("l") };
+    let lowers = [lower("one", 1000), lower("two", 200), lower("three", 30)];
+    let lease = pool.lease("a", Purpose::Work).await.unwrap();
+    let mut tar = b"below".to_vec();
+    tar.extend(pattern(700_000, 1));
+    let summary = lease.tar_to_layer(job(&lowers), body(&tar, 9000)).await.unwrap();
+    assert_eq!((summary.entries, summary.diff_size), (3, 1230));
+    // A disk that can't be attached is in nobody's way as long as nobody looks at it.
+    let mut odd = lowers.clone();
+    odd[1].disk.format = DiskFormat::Vhdx;
+    let summary = lease.tar_to_layer(job(&odd), body(b"a tar without such links", 9)).await.unwrap();
+    assert_eq!((summary.entries, summary.diff_size), (3, 0));
+    let failed = lease.tar_to_layer(job(&odd), body(&tar, 9000)).await.unwrap_err();
+    assert!(matches!(failed, SvmError::Disk { .. }), "{failed}");
+    drop(lease);
+    pool.shutdown(Duration::from_secs(5)).await;
+    assert!(pool.snapshot().vms.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

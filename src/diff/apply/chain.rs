@@ -5,7 +5,8 @@
 //!                 └ found ─► LowerNode                            the way ends the search
 //! ```
 //!
-//! Images are opened at the first look-up: most tars have no link into a lower layer. Called by `agent`.
+//! Layers are asked for, and their images opened, when a look-up comes to them: most tars have no link into a lower
+//! layer. Called by `agent`.
 
 use super::{LowerLayers, LowerNode};
 use crate::{
@@ -23,9 +24,10 @@ const SANDBOX_ROOT: &[u8] = b"upper";
 const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
 /// A chain of layers, nearest first.
-pub struct LayerChain<R> {
-    sources: Vec<LayerSource<R>>,
-    opened: Vec<Ext4<R>>,
+pub struct LayerChain<R, F> {
+    count: usize,
+    next: F,
+    opened: Vec<(Ext4<R>, LayerKind)>,
 }
 
 /// What one layer says about a path.
@@ -38,16 +40,16 @@ enum Found {
     Below,
 }
 
-impl<R: ReadAt + Clone> LayerChain<R> {
-    /// A chain that opens its images when it is asked.
-    pub fn new(sources: Vec<LayerSource<R>>) -> Self {
-        Self { sources, opened: Vec::new() }
+impl<R: ReadAt, F: FnMut() -> Result<LayerSource<R>, DiffError>> LayerChain<R, F> {
+    /// A chain of `count` layers, each of which `next` gives when it is needed.
+    pub fn new(count: usize, next: F) -> Self {
+        Self { count, next, opened: Vec::new() }
     }
 
-    fn layer(&mut self, number: usize) -> Result<Option<&Ext4<R>>, DiffError> {
-        while self.opened.len() <= number {
-            let Some(source) = self.sources.get(self.opened.len()) else { return Ok(None) };
-            self.opened.push(Ext4::open(source.disk.clone())?);
+    fn layer(&mut self, number: usize) -> Result<Option<&(Ext4<R>, LayerKind)>, DiffError> {
+        while self.opened.len() <= number && self.opened.len() < self.count {
+            let source = (self.next)()?;
+            self.opened.push((Ext4::open(source.disk)?, source.kind));
         }
         Ok(self.opened.get(number))
     }
@@ -98,12 +100,11 @@ fn node_kind<R: ReadAt>(fs: &Ext4<R>, inode: &Inode) -> Result<NodeKind, Ext4Err
     })
 }
 
-impl<R: ReadAt + Clone> LowerLayers for LayerChain<R> {
+impl<R: ReadAt, F: FnMut() -> Result<LayerSource<R>, DiffError>> LowerLayers for LayerChain<R, F> {
     fn lookup(&mut self, path: &[&[u8]]) -> Result<Option<LowerNode>, DiffError> {
-        for number in 0..self.sources.len() {
-            let Some(kind) = self.sources.get(number).map(|s| s.kind) else { break };
-            let Some(fs) = self.layer(number)? else { break };
-            let inode = match Self::search(fs, kind, path)? {
+        for number in 0..self.count {
+            let Some((fs, kind)) = self.layer(number)? else { break };
+            let inode = match Self::search(fs, *kind, path)? {
                 Found::Node(inode) => inode,
                 Found::Hidden => return Ok(None),
                 Found::Below => continue,
@@ -136,7 +137,7 @@ impl<R: ReadAt + Clone> LowerLayers for LayerChain<R> {
     }
 
     fn read(&mut self, node: &LowerNode, offset: u64, buf: &mut [u8]) -> Result<usize, DiffError> {
-        let Some(fs) = self.layer(node.layer)? else { return Ok(0) };
+        let Some((fs, _)) = self.layer(node.layer)? else { return Ok(0) };
         Ok(fs.read_file_at(&fs.inode(node.inode)?, offset, buf)?)
     }
 }

@@ -9,7 +9,8 @@
 use super::{Inner, machine::Event};
 use crate::{
     agent::wire::{
-        ApplySummary, Change, CheckSummary, DiskId, ErrorKind, LayerRef, Operation, ParentRef, decode_change,
+        self, ApplySummary, Change, CheckSummary, DiskId, ErrorKind, FrameType, LayerRef, Operation,
+        ParentRef, WireError, decode_change,
     },
     svm::{
         ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk,
@@ -72,11 +73,11 @@ fn say_full(error: SvmError, job: &ApplyJob) -> SvmError {
     /// Fewer bytes than this are none.
     const NONE_LEFT: u64 = 1 << 20;
     if error.refused_kind() == Some(ErrorKind::Io)
-        && let SvmError::Refused(wire) = &error
+        && let SvmError::Refused(said) = &error
         && [&job.image, &job.record].iter().any(|disk| bytes_left(disk).is_some_and(|left| left < NONE_LEFT))
     {
-        let message = format!("no space left on the host: {}", wire.message);
-        return SvmError::Refused(crate::agent::wire::WireError::new(ErrorKind::NoSpace, message));
+        let message = format!("no space left on the host: {}", said.message);
+        return SvmError::Refused(WireError::new(ErrorKind::NoSpace, message));
     }
     error
 }
@@ -216,13 +217,14 @@ impl Lease {
         let mut attached = Attached::default();
         let image = self.attach(&mut attached, &job.image).await?;
         let record = self.attach(&mut attached, &job.record).await?;
-        let lowers = self.attach_layers(&mut attached, &job.lowers).await?;
+        let lowers = job.lowers.iter().map(|layer| layer.kind).collect();
         let scratch = match &job.scratch {
             Some(scratch) => Some(self.attach(&mut attached, scratch).await?),
             None => None,
         };
         let operation = Operation::Apply { image, record, scratch, lowers, options: job.options.clone() };
-        let summary = self.apply_stream(&operation, body).await.map_err(|e| say_full(e, job))?;
+        let summary = self.apply_stream(&operation, body, &mut attached, &job.lowers).await;
+        let summary = summary.map_err(|e| say_full(e, job))?;
         if let Some(vm) = &self.vm {
             // The VM's word is checked by the driver against the files, and the image by a VM that saw no tar.
             vm.grown(&job.image, summary.file_bytes.min(job.options.max_image_bytes + FOOTER_SLACK)).await?;
@@ -231,30 +233,55 @@ impl Lease {
         Ok(summary)
     }
 
-    async fn apply_stream<S>(&self, operation: &Operation, body: S) -> Result<ApplySummary, SvmError>
+    async fn apply_stream<S>(
+        &self,
+        operation: &Operation,
+        body: S,
+        attached: &mut Attached,
+        lowers: &[LayerDisk],
+    ) -> Result<ApplySummary, SvmError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         let (mut sender, mut receiver) = self.begin(operation).await?;
         let sent = {
             let mut sending = pin!(sender.body(body));
-            let mut receiving = pin!(receiver.result::<ApplySummary>());
+            let mut receiving = pin!(receiver.next());
             tokio::select! {
                 biased;
                 early = &mut receiving => match early {
                     // The agent may refuse before it has seen all; it can't be content.
                     Err(e) => return Err(e),
-                    Ok(_) => None,
+                    Ok(_) => Ok(None),
                 },
                 sent = &mut sending => match sent {
-                    Ok(()) => return receiving.await,
-                    Err(e) => Some(e),
+                    Ok(()) => Ok(Some(receiving.await?)),
+                    Err(e) => Err(e),
                 },
             }
         };
-        match sent {
-            Some(e) => Err(receiver.after_send_error(e).await),
-            None => Err(receiver.protocol("a result before the end of the tar".into())),
+        let mut word = match sent {
+            Ok(Some(word)) => word,
+            Ok(None) => return Err(receiver.protocol("a word before the end of the tar".into())),
+            Err(e) => return Err(receiver.after_send_error(e).await),
+        };
+        let mut lowers = lowers.iter();
+        loop {
+            match word {
+                Incoming::Result(json) => return receiver.decode(&json),
+                Incoming::Event(wire::Event::Lower) => {
+                    let lower = lowers.next();
+                    let lower = lower
+                        .ok_or_else(|| receiver.protocol("asked for more lowers than there are".into()))?;
+                    let disk = self.attach(attached, &lower.disk).await?;
+                    if let Err(e) = sender.frame(FrameType::Resume, disk.0.to_string().as_bytes()).await {
+                        return Err(receiver.after_send_error(e).await);
+                    }
+                }
+                Incoming::Event(_) => return Err(receiver.protocol("an apply has nothing live".into())),
+                Incoming::Data(_) => return Err(receiver.protocol("unexpected data".into())),
+            }
+            word = receiver.next().await?;
         }
     }
 
@@ -363,10 +390,7 @@ impl Lease {
                 Incoming::Data(bytes) => {
                     if data.len() + bytes.len() > MAX_CHANGES {
                         let message = format!("more than {MAX_CHANGES} bytes of changed paths");
-                        return Err(SvmError::Refused(crate::agent::wire::WireError::new(
-                            ErrorKind::Limit,
-                            message,
-                        )));
+                        return Err(SvmError::Refused(WireError::new(ErrorKind::Limit, message)));
                     }
                     data.extend_from_slice(&bytes);
                 }
