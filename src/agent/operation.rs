@@ -443,3 +443,130 @@ impl Live for Handshake<'_> {
         self.exchange(Event::BeforeRecheck).map(drop)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{collections::VecDeque, sync::Mutex};
+
+    /// What a channel does when it is to send a file.
+    #[derive(Debug, Clone, Copy)]
+    enum Step {
+        /// Takes one in so many of the bytes, at least one.
+        Part(u64),
+        /// Takes nothing: the system can't go on.
+        Nothing,
+        Fails,
+    }
+
+    /// A daemon's end that takes files by halves, and other bytes in small pieces.
+    struct Fake {
+        steps: Mutex<VecDeque<Step>>,
+        sent: Mutex<Vec<u8>>,
+    }
+
+    impl AgentChannel for Fake {
+        fn receive(&self, _: &mut [u8]) -> io::Result<usize> {
+            Ok(0)
+        }
+
+        fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+            /// No divisor of anything here.
+            const MOST: usize = 7_777;
+            let all: Vec<u8> = bufs.iter().flat_map(|b| b.iter().copied()).take(MOST).collect();
+            self.sent.lock().unwrap().extend_from_slice(&all);
+            Ok(all.len())
+        }
+
+        fn peer_gone(&self) -> bool {
+            false
+        }
+
+        fn send_file(&self, file: &File, offset: u64, len: u64) -> io::Result<u64> {
+            // Behind the last step: all at once.
+            let n = match self.steps.lock().unwrap().pop_front().unwrap_or(Step::Part(1)) {
+                Step::Part(parts) => (len / parts).max(1),
+                Step::Nothing => 0,
+                Step::Fails => return Err(io::ErrorKind::ConnectionReset.into()),
+            };
+            let mut bytes = vec![0; n as usize];
+            file.read_exact_at(&mut bytes, offset)?;
+            self.sent.lock().unwrap().extend_from_slice(&bytes);
+            Ok(n)
+        }
+
+        fn sends_files(&self) -> bool {
+            true
+        }
+    }
+
+    impl Fake {
+        fn new(steps: &[Step]) -> Self {
+            Self { steps: Mutex::new(steps.iter().copied().collect()), sent: Mutex::default() }
+        }
+
+        /// What the frames carried.
+        fn content(&self) -> Vec<u8> {
+            let sent = self.sent.lock().unwrap();
+            let (mut rest, mut frame, mut all) = (sent.as_slice(), Vec::new(), Vec::new());
+            while !rest.is_empty() {
+                assert_eq!(read_frame(&mut rest, &mut frame).unwrap(), FrameType::Data);
+                assert!(!frame.is_empty() && frame.len() <= DATA_PAYLOAD, "{} bytes", frame.len());
+                all.extend_from_slice(&frame);
+            }
+            all
+        }
+    }
+
+    fn file_of(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_frame_that_was_sent_in_part_is_filled_up_with_the_right_bytes() {
+        const BEGIN: usize = 4_099;
+        let bytes: Vec<u8> = (0..BEGIN + 2 * DATA_PAYLOAD + 1234).map(|n| (n / 251 + n) as u8).collect();
+        let file = file_of(&bytes);
+        let cases: [&[Step]; 9] = [
+            &[],
+            &[Step::Nothing],
+            &[Step::Part(2)],
+            &[Step::Part(2), Step::Nothing],
+            &[Step::Part(2), Step::Part(3), Step::Nothing],
+            &[Step::Part(u64::MAX), Step::Nothing],
+            // The first frame whole, the second not at all or in part, the third in part.
+            &[Step::Part(1), Step::Nothing, Step::Part(2), Step::Nothing],
+            &[Step::Part(1), Step::Part(2), Step::Nothing, Step::Part(3), Step::Nothing],
+            // All but little, and then nothing.
+            &[Step::Part(2), Step::Part(2), Step::Part(2), Step::Part(1)],
+        ];
+        for steps in cases {
+            let fake = Fake::new(steps);
+            let mut out = FrameOutput::new(&fake);
+            out.write_all(b"before").unwrap();
+            let mut at = BEGIN;
+            while at < bytes.len() {
+                let n = out.splice(&file, at as u64, (bytes.len() - at) as u64).unwrap() as usize;
+                assert_eq!(n, DATA_PAYLOAD.min(bytes.len() - at), "{steps:?}");
+                at += n;
+            }
+            out.write_all(b"behind").unwrap();
+            out.finish().unwrap();
+            let expected = [b"before", &bytes[BEGIN..], b"behind"].concat();
+            assert!(fake.content() == expected, "{steps:?}");
+        }
+    }
+
+    #[test]
+    fn a_promised_frame_that_can_not_be_filled_is_an_error_and_no_short_frame() {
+        let file = file_of(&[7; 1000]);
+        let splice = |steps: &[Step], len| FrameOutput::new(&Fake::new(steps)).splice(&file, 0, len);
+        // The file ends before the frame does.
+        let e = splice(&[Step::Part(2), Step::Nothing], 1500).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::UnexpectedEof);
+        let e = splice(&[Step::Part(2), Step::Fails], 1000).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::ConnectionReset);
+    }
+}

@@ -372,15 +372,7 @@ impl Codec for RealCodec {
         if let Some(live) = live {
             live.metadata_read()?;
         }
-        for change in found {
-            let kind = match change.kind {
-                diff::ChangeKind::Modified => wire::ChangeKind::Modified,
-                diff::ChangeKind::Added => wire::ChangeKind::Added,
-                diff::ChangeKind::Deleted => wire::ChangeKind::Deleted,
-            };
-            sink(&wire::Change { path: change.path, kind })?;
-        }
-        Ok(())
+        found.iter().try_for_each(sink)
     }
 
     fn diff_size(

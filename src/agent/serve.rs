@@ -1,7 +1,7 @@
 //! The control channel: greeting, disks, data channels.
 //!
 //! ```text
-//!   Hello ─►     ◄─ Attach, Detach, Open, Ping     Reply ─►       end of the channel = end of the agent
+//!   Hello ─►     ◄─ Attach, Detach, Open, Wake, Ping     Reply ─►       end of the channel = end of the agent
 //! ```
 //!
 //! Transport and the way to find a disk are a trait ([`ControlTransport`]): messages with descriptors in a
@@ -11,7 +11,7 @@ use super::{
     codec::Codec,
     disk::Disk,
     operation::{AgentChannel, DiskTable, serve_channel},
-    wire::{Control, ControlReply, ControlRequest, DiskId, ErrorKind, WireError},
+    wire::{Control, ControlReply, ControlRequest, DiskId, ErrorKind, WireError, Witness},
 };
 use std::{
     collections::HashMap,
@@ -21,6 +21,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 /// Most operations at a time in one agent.
@@ -53,6 +54,13 @@ pub trait ControlTransport {
     /// # Errors
     /// Why there is none.
     fn channel(&mut self, beside: Self::Beside, id: u32) -> Result<Arc<dyn AgentChannel>, WireError>;
+    /// Sets the clock and reseeds the random numbers of a machine that stood still.
+    ///
+    /// # Errors
+    /// What could not be done; an agent that has the daemon's clock is never asked.
+    fn wake(&mut self, _entropy: &[u8], _unix_time: Duration) -> Result<Option<Witness>, WireError> {
+        Err(WireError::new(ErrorKind::Usage, "this agent has the daemon's own clock"))
+    }
 }
 
 /// Attached disks by number.
@@ -73,8 +81,12 @@ pub fn serve<T: ControlTransport>(transport: &mut T, codec: &Arc<dyn Codec>) -> 
     let disks = Arc::new(Disks::default());
     let running = Arc::new(AtomicUsize::new(0));
     while let Some((request, beside)) = transport.receive()? {
+        let mut witness = None;
         let outcome = match request.control {
             Control::Ping => Ok(()),
+            Control::Wake { entropy, unix_nanos } => {
+                transport.wake(&entropy, Duration::from_nanos(unix_nanos)).map(|seen| witness = seen)
+            }
             Control::Attach { disk, writable, offset, len, serial, format } => transport
                 .disk(beside, serial.as_deref(), writable)
                 .and_then(|file| attach(&disks, disk, Disk::open(file, format, writable, (offset, len))?)),
@@ -88,7 +100,7 @@ pub fn serve<T: ControlTransport>(transport: &mut T, codec: &Arc<dyn Codec>) -> 
                 transport.channel(beside, channel).and_then(|channel| start(channel, &disks, codec, &running))
             }
         };
-        transport.reply(&ControlReply { seq: request.seq, error: outcome.err() })?;
+        transport.reply(&ControlReply { seq: request.seq, error: outcome.err(), witness })?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@
 //! the other as hostile: lengths are checked before memory is taken, unknown types end the channel. This module does
 //! no I/O but through `Read`/`Write`; `svm` reads the same frames asynchronously with [`parse_header`].
 
-pub use crate::diff::{DigestKind, TarDigest};
+pub use crate::diff::{Change, ChangeKind, DigestKind, TarDigest};
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 
@@ -448,27 +448,6 @@ pub struct ExportSummary {
     pub tar_digest: Option<TarDigest>,
 }
 
-/// How a path changed; numbers as in the graphdriver protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[repr(u8)]
-pub enum ChangeKind {
-    /// Exists in both, differs.
-    Modified = 0,
-    /// Only in the layer.
-    Added = 1,
-    /// Only in the parent.
-    Deleted = 2,
-}
-
-/// One changed path.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Change {
-    /// Absolute path in the layer, raw bytes.
-    pub path: Vec<u8>,
-    /// How.
-    pub kind: ChangeKind,
-}
-
 /// Appends a change as `{kind u8, u32 LE length, path}`.
 pub fn encode_change(out: &mut Vec<u8>, change: &Change) {
     out.push(change.kind as u8);
@@ -554,12 +533,12 @@ pub struct Hello {
     pub witness: Option<Witness>,
 }
 
-/// A machine's clock and random numbers right after its [`Wake`].
+/// A machine's clock and random numbers right after its [`Wake`] or [`Control::Wake`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Witness {
     /// The machine's clock: nanoseconds since 1970, UTC.
     pub unix_nanos: u64,
-    /// Bytes of its random numbers, drawn for this greeting and used for nothing else. Machines that are restored from
+    /// Bytes of its random numbers, drawn for this answer and used for nothing else. Machines that are restored from
     /// one saved state would all draw the same, had the reseeding failed.
     pub random: [u8; 16],
 }
@@ -642,6 +621,13 @@ pub enum Control {
         #[serde(default)]
         channel: u32,
     },
+    /// The machine stood still since its [`Wake`], and its clock with it. The reply has a [`Witness`].
+    Wake {
+        /// Fresh random bytes.
+        entropy: Vec<u8>,
+        /// Nanoseconds since 1970, UTC.
+        unix_nanos: u64,
+    },
 }
 
 /// A numbered control request; the reply carries the same number.
@@ -660,6 +646,9 @@ pub struct ControlReply {
     pub seq: u64,
     /// Why it failed.
     pub error: Option<WireError>,
+    /// After a [`Control::Wake`]: what shows that the machine woke well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub witness: Option<Witness>,
 }
 
 #[cfg(test)]

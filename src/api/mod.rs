@@ -16,7 +16,7 @@ mod stream;
 mod wire;
 
 use crate::{
-    driver::{Driver, LayerRequest as DriverRequest},
+    driver::{Driver, LayerRequest as DriverRequest, with_causes},
     store::InitRecord,
     telemetry::Metrics,
 };
@@ -266,7 +266,7 @@ async fn apply_diff(
 async fn healthz(State(context): State<Context>) -> Response {
     match context.driver.reproduces_exact_diffs() {
         Ok(_) => (StatusCode::OK, "ok\n").into_response(),
-        Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", reply::chained(&e))).into_response(),
+        Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", with_causes(&e))).into_response(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Replies and request bodies, by dockerd's rules instead of the web's.
 
 use super::wire::Outcome;
-use crate::driver::DriverError;
+use crate::driver::{DriverError, with_causes};
 use axum::{
     body::{Body, Bytes},
     extract::{FromRequest, Request},
@@ -36,20 +36,8 @@ impl From<DriverError> for Failure {
     fn from(error: DriverError) -> Self {
         let status =
             if error.is_usage() { StatusCode::BAD_REQUEST } else { StatusCode::INTERNAL_SERVER_ERROR };
-        Self { status, message: chained(&error) }
+        Self { status, message: with_causes(&error) }
     }
-}
-
-/// An error with all its causes in one line.
-pub(super) fn chained(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 impl IntoResponse for Failure {

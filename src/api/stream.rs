@@ -8,6 +8,7 @@
 //!
 //! Only idleness is limited, never a whole transfer: a pull over a slow line may take hours.
 
+use crate::driver::with_causes;
 use axum::body::{Body, Bytes};
 use futures_util::{Stream, StreamExt};
 use std::{io, time::Duration};
@@ -54,11 +55,8 @@ where
         let mut stream = std::pin::pin!(stream);
         while let Some(item) = stream.next().await {
             let item = item.map_err(|e| {
-                tracing::error!(
-                    error = super::reply::chained(&e),
-                    "a diff failed half way; its connection is cut"
-                );
-                io::Error::other(super::reply::chained(&e))
+                tracing::error!(error = with_causes(&e), "a diff failed half way; its connection is cut");
+                io::Error::other(with_causes(&e))
             });
             let failed = item.is_err();
             if let Ok(bytes) = &item {

@@ -33,7 +33,7 @@ pub enum ChangeKind {
 /// A changed path.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Change {
-    /// Absolute path.
+    /// Absolute path in the layer, raw bytes.
     pub path: Vec<u8>,
     /// How it changed.
     pub kind: ChangeKind,

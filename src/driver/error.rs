@@ -89,3 +89,15 @@ impl DriverError {
         move |source| Self::Svm { id, action, source }
     }
 }
+
+/// An error with all its causes in one line, as people are told of it.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    text
+}

@@ -275,16 +275,29 @@ fn qemu_config(options: &Options, config: &DriverConfig) -> svm::qemu::QemuConfi
     qemu
 }
 
+/// The machines of Hyper-V, with their scratch disks in `scratch`.
+#[cfg(windows)]
+fn hcs_config(options: &Options, scratch: impl Into<std::path::PathBuf>) -> svm::hcs::HcsConfig {
+    let kird = &options.kird_path;
+    let mut hcs = svm::hcs::HcsConfig::new(kird.join(&options.kernel), kird.join(&options.initrd), scratch);
+    hcs.boot_parameters.clone_from(&options.boot_parameters);
+    hcs.memory = options.guest_memory_bytes;
+    hcs.growing_bytes = options.max_layer_bytes;
+    hcs
+}
+
 /// Refuses options whose service VMs cannot be made here, instead of failing at the first layer. What `auto` chooses
 /// needs nothing.
-#[cfg_attr(
-    not(target_os = "linux"),
-    expect(clippy::unnecessary_wraps, reason = "only Linux has a kind that needs a look")
-)]
 pub(super) fn check_backend(options: &Options, config: &DriverConfig) -> Result<(), DriverError> {
     #[cfg(target_os = "linux")]
     if options.svm == SvmKind::Qemu {
         let backend = svm::qemu::QemuBackend::new(qemu_config(options, config));
+        return backend.preflight().map_err(|reason| DriverError::Backend { kind: options.svm, reason });
+    }
+    #[cfg(windows)]
+    if options.svm == SvmKind::Hcs {
+        // Of no home: nothing is made.
+        let backend = svm::hcs::HcsBackend::new(hcs_config(options, &config.root));
         return backend.preflight().map_err(|reason| DriverError::Backend { kind: options.svm, reason });
     }
     let _ = (options, config);
@@ -312,14 +325,7 @@ fn start_pool(options: &Options, config: &DriverConfig, store: &Store, reap: boo
     #[cfg(windows)]
     if options.svm == SvmKind::Hcs {
         let scratch = store.layout().top(crate::store::layout::SCRATCH);
-        let mut hcs = svm::hcs::HcsConfig::new(
-            options.kird_path.join(&options.kernel),
-            options.kird_path.join(&options.initrd),
-            scratch,
-        );
-        hcs.boot_parameters.clone_from(&options.boot_parameters);
-        hcs.memory = options.guest_memory_bytes;
-        hcs.growing_bytes = options.max_layer_bytes;
+        let hcs = hcs_config(options, scratch);
         return Pool::start(Arc::new(svm::hcs::HcsBackend::new(hcs)), settings);
     }
     #[cfg(not(windows))]

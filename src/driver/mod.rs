@@ -27,7 +27,7 @@ mod scrub;
 mod transfer;
 mod views;
 
-pub use error::DriverError;
+pub use error::{DriverError, with_causes};
 pub use scrub::{ScrubFinding, ScrubReport};
 
 use crate::{

@@ -4,7 +4,7 @@
 //! block the hash tree where there is one; its exact
 //! tar, read back, has the digest of what was applied.
 
-use super::{Driver, DriverError, blocking};
+use super::{Driver, DriverError, blocking, with_causes};
 use crate::vhd;
 use crate::{
     store::{LayerId, LayerState, StoreError, layout},
@@ -62,7 +62,7 @@ impl Driver {
                         report.tar_bytes += bytes;
                     }
                     Err(error) => {
-                        let fault = crate::driver::scrub::chain_text(&error);
+                        let fault = with_causes(&error);
                         report.faults.push(ScrubFinding { id: layer.id.clone(), fault });
                     }
                 },
@@ -122,16 +122,4 @@ impl Driver {
         }
         Ok(bytes)
     }
-}
-
-/// An error with all its causes in one line.
-fn chain_text(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
 }

@@ -203,13 +203,9 @@ fn inode(mode: u16, links: u32, a: &Attributes, start: u64, blocks: u64) -> RawI
     let mut raw = RawInode::new_zeroed();
     let size = blocks * BLOCK;
     raw.i_mode.set(mode);
-    raw.i_uid.set(a.uid as u16);
-    raw.i_uid_high.set((a.uid >> 16) as u16);
-    raw.i_gid.set(a.gid as u16);
-    raw.i_gid_high.set((a.gid >> 16) as u16);
+    raw.set_owner(a.uid, a.gid);
     raw.i_links_count.set(links as u16);
-    raw.i_size_lo.set(size as u32);
-    raw.i_size_high.set((size >> 32) as u32);
+    raw.set_size(size);
     raw.i_blocks_lo.set((size / SECTOR) as u32);
     raw.i_flags.set(InodeFlags::EXTENTS.bits());
     raw.i_block = extents(start, blocks);

@@ -14,7 +14,7 @@ use super::{
     tree::Tree,
 };
 use crate::{
-    driver::{Driver, LayerRequest},
+    driver::{Driver, LayerRequest, with_causes},
     store::LayerId,
 };
 use bytes::Bytes;
@@ -157,7 +157,7 @@ pub fn look(data_root: &Path, driver: Option<&str>) -> Result<Found, MigrateErro
     for image in db.images()? {
         match image {
             Ok(image) => notes.push(image),
-            Err(error) => faults.push(text_of(&error)),
+            Err(error) => faults.push(with_causes(&error)),
         }
     }
     let mut layers = Vec::new();
@@ -168,7 +168,7 @@ pub fn look(data_root: &Path, driver: Option<&str>) -> Result<Found, MigrateErro
             match db.layer(*chain) {
                 Ok(Some(note)) => layers.push(note),
                 Ok(None) => faults.push(format!("layer {chain} of an image is missing")),
-                Err(error) => faults.push(text_of(&error)),
+                Err(error) => faults.push(with_causes(&error)),
             }
         }
     }
@@ -239,7 +239,7 @@ pub async fn import(
                 here.insert(note.chain, id);
             }
             Err(error) if error.is_of_one_layer() => {
-                let text = text_of(&error);
+                let text = with_causes(&error);
                 watch(Event::Failed(text.clone()));
                 report.failed.push(text);
             }
@@ -454,16 +454,4 @@ impl Write for Chunks {
         (self.watch)(Event::Bytes(n));
         Ok(())
     }
-}
-
-/// An error with its causes in one line.
-pub(super) fn text_of(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
 }

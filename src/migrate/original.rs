@@ -12,6 +12,7 @@
 use super::{Digest, MigrateError};
 use crate::{
     config::Options,
+    driver::with_causes,
     store::{LayerId, chain, durable, layout},
     svm::{
         DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, ParentDisks, Pool, PoolConfig,
@@ -95,7 +96,7 @@ pub async fn export_original(
                 pool.shutdown(GRACE).await;
                 return Err(error);
             }
-            Err(error) => report.failed.push(super::data_root::text_of(&error)),
+            Err(error) => report.failed.push(with_causes(&error)),
         }
     }
     pool.shutdown(GRACE).await;

@@ -22,6 +22,7 @@ pub mod embedded;
 pub mod embedded;
 mod end;
 mod exchange;
+mod guest_files;
 #[cfg(windows)]
 pub mod hcs;
 mod job;
@@ -242,7 +243,8 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
     /// What holds the agent in, where the VM itself does not.
     fn jail(&self) -> Option<JailReport>;
 
-    /// What the machine's clock and random numbers were when its agent greeted, where they are its own.
+    /// What the machine's clock and random numbers were when its agent greeted, or later when it went on after a pause,
+    /// where they are its own.
     fn witness(&self) -> Option<Witness> {
         None
     }

@@ -13,7 +13,7 @@
 //! `double.attributes=N` every file is taken to have these attributes (Wine has no sparse or compressed ones).
 //! At any time through files in the machine's folder, `%TEMP%\computecore-double-<id>`: `order.kill`, `order.pause`.
 #![cfg(windows)]
-#![allow(unsafe_code, reason = "a C interface")]
+#![allow(unsafe_code, reason = "a DLL's exports take and give what its C callers do")]
 #![allow(
     missing_docs,
     clippy::missing_safety_doc,
@@ -24,11 +24,11 @@
 mod check;
 mod disk;
 
+use lcow_graphdriver::sys::windows::foreign::ForeignProcess;
 use parking_lot::{Condvar, Mutex};
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     ffi::c_void,
-    os::windows::io::AsRawHandle,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     ptr,
@@ -48,11 +48,6 @@ const ACCESS_DENIED: u32 = 0x8007_0005;
 #[link(name = "kernel32")]
 unsafe extern "system" {
     fn LocalAlloc(flags: u32, bytes: usize) -> *mut c_void;
-}
-
-#[link(name = "ntdll")]
-unsafe extern "system" {
-    fn NtSuspendProcess(process: *mut c_void) -> i32;
 }
 
 /// Whether a test has given this order since it was last asked for.
@@ -242,7 +237,7 @@ impl Machine {
                 let mut state = machine.state.lock();
                 let Some(agent) = &mut state.agent else { return };
                 if take_order(&machine.folder, "order.pause") {
-                    unsafe { NtSuspendProcess(agent.as_raw_handle()) };
+                    ForeignProcess::open(agent.id()).and_then(|agent| agent.suspend()).unwrap();
                 }
                 if take_order(&machine.folder, "order.kill") {
                     let _ = agent.kill();

@@ -212,3 +212,41 @@ pub(crate) async fn restored_machines_wake_alone(backend: Backend) {
     }
     assert_eq!(backend.cold_boots().min(1), backend.cold_boots(), "restored, not booted");
 }
+
+/// A spare stands still until it is needed, and its clock with it: what its first operation asks, it must know again.
+pub(crate) async fn a_paused_spare_goes_on_with_the_hosts_clock(backend: Backend) {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let slack = Duration::from_secs(1);
+    for (number, with_disk) in [(910, false), (911, true)] {
+        let vm = backend.boot(VmSpec { number }).await.unwrap();
+        let greeting = vm.witness().expect("a machine with a clock of its own");
+        tokio::time::sleep(3 * slack).await;
+        vm.ping().await.unwrap();
+        assert_eq!(vm.witness(), Some(greeting.clone()), "asking whether it is there wakes nobody");
+        let before = now();
+        let files = Files::new();
+        // Whichever comes first.
+        if with_disk {
+            vm.attach(&files.writable("disk")).await.unwrap();
+        }
+        let mut channel = vm.open_channel().await.unwrap();
+        let after = now();
+        let witness = vm.witness().unwrap();
+        let clock = Duration::from_nanos(witness.unix_nanos);
+        assert!(
+            before < clock + slack && clock < after + slack,
+            "the guest's clock says {clock:?}, the host's {before:?} to {after:?}"
+        );
+        assert_ne!(witness.random, greeting.random);
+        let mut request = Vec::new();
+        wire::write_json(&mut request, FrameType::Request, &wire::Operation::Ping).unwrap();
+        channel.write_all(&request).await.unwrap();
+        let mut head = [0; wire::HEADER_LEN];
+        channel.read_exact(&mut head).await.unwrap();
+        assert_eq!(wire::parse_header(head).unwrap().0, FrameType::Result);
+        // It was told once: it does not stand still any more.
+        vm.open_channel().await.unwrap();
+        assert_eq!(vm.witness(), Some(witness));
+        vm.terminate().await;
+    }
+}

@@ -145,6 +145,12 @@ async fn speed_of_foreign_sandboxes() {
     foreign::speed(qemu()).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_spare_goes_on_with_the_hosts_clock_on_qemu() {
+    let _one_at_a_time = turn().await;
+    disks::a_paused_spare_goes_on_with_the_hosts_clock(qemu()).await;
+}
+
 /// Wall and processor time of each operation, the backends in turn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "figures for people, of use in an optimised build only"]

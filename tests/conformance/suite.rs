@@ -15,7 +15,7 @@ use lcow_graphdriver::{
     io::WriteAt,
     svm::{
         ChangeKind, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind,
-        Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
+        Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend, VmSpec,
     },
 };
 use std::{
@@ -379,6 +379,25 @@ pub(crate) async fn figures(backend: Backend) {
     times.sort();
     println!("{name}: lease of a spare, median {:?}", times[2]);
     spared.shutdown(END).await;
+    let (mut disks, mut channels) = (Vec::new(), Vec::new());
+    for n in 0..11 {
+        let vm = backend.boot(VmSpec { number: 700 + n }).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let disk = files.writable("first");
+        let start = Instant::now();
+        vm.attach(&disk).await.unwrap();
+        disks.push(start.elapsed());
+        let start = Instant::now();
+        drop(vm.open_channel().await.unwrap());
+        channels.push(start.elapsed());
+        vm.terminate().await;
+    }
+    disks.sort();
+    channels.sort();
+    println!(
+        "{name}: first disk of a spare {:?} to {:?}, median {:?}; then a channel, median {:?}",
+        disks[0], disks[10], disks[5], channels[5]
+    );
     let tar = tree(6600, 18_000, 1);
     for _ in 0..3 {
         let start = Instant::now();

@@ -4,6 +4,8 @@
 
 #[path = "../computecore_double/client.rs"]
 mod client;
+#[path = "../support/mod.rs"]
+mod support;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
@@ -406,4 +408,50 @@ async fn a_pool_ends_what_a_predecessor_left_but_not_what_its_sibling_runs() {
         assert_eq!(pool.snapshot().deaths, 0);
     }
     assert!(place.is_clear());
+}
+
+#[test]
+fn a_start_without_hyper_v_and_without_a_guest_names_all_that_is_missing() {
+    let place = Place::new();
+    let kird = place.path("kird");
+    let options = |initrd: &str| {
+        let named =
+            [("svm", "hcs"), ("kirdpath", kird.to_str().unwrap()), ("kernel", "kernel"), ("initrd", initrd)];
+        named.map(|(name, value)| format!("lcow.{name}={value}"))
+    };
+    let said = support::refusal::refused(place.folder.path(), &options("initrd"));
+    let lines: Vec<&str> = said.lines().filter(|l| l.contains("lcow.svm=hcs cannot work")).collect();
+    let [line] = lines[..] else { panic!("not one message:\n{said}") };
+    let (kernel, initrd) = (kird.join("kernel"), kird.join("initrd"));
+    for expected in [
+        kernel.to_str().unwrap(),
+        initrd.to_str().unwrap(),
+        "scripts/build-svm-image --hyperv",
+        "lcow.kirdpath",
+        "Hyper-V is not enabled",
+    ] {
+        assert!(line.contains(expected), "{expected} is missing in:\n{line}");
+    }
+
+    // Files that are there are not named: Wine has no Hyper-V, whatever there is of a guest.
+    fs::create_dir(&kird).unwrap();
+    for name in ["kernel", "initrd"] {
+        fs::write(kird.join(name), name).unwrap();
+    }
+    let said = support::refusal::refused(place.folder.path(), &options("initrd"));
+    assert!(said.contains("cannot work: Hyper-V is not enabled"), "{said}");
+}
+
+#[test]
+fn with_hyper_v_only_the_guests_files_can_be_missing() {
+    let place = Place::new();
+    place.backend("").preflight().unwrap();
+    fs::write(place.path("kernel"), "").unwrap();
+    let said = place.backend("").preflight().unwrap_err();
+    assert!(said.contains("kernel: is empty") && !said.contains("initrd.img:"), "{said}");
+    fs::remove_file(place.path("kernel")).unwrap();
+    fs::create_dir(place.path("kernel")).unwrap();
+    fs::remove_file(place.path("initrd.img")).unwrap();
+    let said = place.backend("").preflight().unwrap_err();
+    assert!(said.contains("kernel: is no file") && said.contains("initrd.img: "), "{said}");
 }

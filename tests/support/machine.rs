@@ -65,51 +65,28 @@ mod system {
 }
 
 #[cfg(windows)]
-#[allow(unsafe_code, reason = "no crate of ours stops processes of others")]
 mod system {
-    use std::{
-        ffi::c_void,
-        fs,
-        os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle},
-        path::PathBuf,
-    };
-    use windows_sys::Win32::{
-        Foundation::{HANDLE, WAIT_TIMEOUT},
-        System::Threading::{
-            OpenProcess, PROCESS_SUSPEND_RESUME, PROCESS_SYNCHRONIZE, PROCESS_TERMINATE, TerminateProcess,
-            WaitForSingleObject,
-        },
-    };
-
-    #[link(name = "ntdll")]
-    unsafe extern "system" {
-        fn NtSuspendProcess(process: *mut c_void) -> i32;
-    }
+    use lcow_graphdriver::sys::windows::foreign::ForeignProcess;
+    use std::{fs, path::PathBuf};
 
     pub(super) enum Process {
         /// A worker.
-        Handle(OwnedHandle),
+        Worker(ForeignProcess),
         /// A machine of the double, which takes orders as files in its folder, and removes the folder at its end.
         Folder(PathBuf),
     }
 
     impl Process {
         pub(super) fn named(name: &str) -> Self {
-            let Ok(pid) = name.parse() else {
-                return Self::Folder(std::env::temp_dir().join(format!("computecore-double-{name}")));
-            };
-            let access = PROCESS_TERMINATE | PROCESS_SUSPEND_RESUME | PROCESS_SYNCHRONIZE;
-            // SAFETY: only numbers are given; the handle is new, and ours alone.
-            let handle = unsafe { OpenProcess(access, 0, pid) };
-            assert!(!handle.is_null(), "no process {pid}: {}", std::io::Error::last_os_error());
-            // SAFETY: as above.
-            Self::Handle(unsafe { OwnedHandle::from_raw_handle(handle.cast()) })
+            match name.parse() {
+                Ok(pid) => Self::Worker(ForeignProcess::open(pid).unwrap()),
+                Err(_) => Self::Folder(std::env::temp_dir().join(format!("computecore-double-{name}"))),
+            }
         }
 
         pub(super) fn kill(&self) {
             match self {
-                // SAFETY: the handle is open.
-                Self::Handle(h) => assert_ne!(unsafe { TerminateProcess(raw(h), 9) }, 0),
+                Self::Worker(process) => process.end(9).unwrap(),
                 Self::Folder(folder) => {
                     fs::write(folder.join("order.kill"), "").unwrap();
                     while folder.exists() {
@@ -121,30 +98,24 @@ mod system {
 
         pub(super) fn pause(&self) {
             match self {
-                // SAFETY: the handle is open.
-                Self::Handle(h) => assert_eq!(unsafe { NtSuspendProcess(raw(h)) }, 0),
+                Self::Worker(process) => process.suspend().unwrap(),
                 Self::Folder(folder) => fs::write(folder.join("order.pause"), "").unwrap(),
             }
         }
 
         pub(super) fn is_alive(&self) -> bool {
             match self {
-                // SAFETY: the handle is open.
-                Self::Handle(h) => (unsafe { WaitForSingleObject(raw(h), 0) }) == WAIT_TIMEOUT,
+                Self::Worker(process) => process.is_alive(),
                 Self::Folder(folder) => folder.exists(),
             }
         }
 
         pub(super) fn killed(&self) -> &'static str {
             match self {
-                Self::Handle(_) => "exit status 9",
+                Self::Worker(_) => "exit status 9",
                 Self::Folder(_) => "the guest ended by itself",
             }
         }
-    }
-
-    fn raw(handle: &OwnedHandle) -> HANDLE {
-        handle.as_raw_handle().cast()
     }
 }
 

@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 pub(crate) mod machine;
+pub(crate) mod refusal;
 pub(crate) mod transport;
 
 use serde_json::Value;

@@ -33,6 +33,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 /// Largest control message; bytes.
@@ -55,9 +56,9 @@ pub trait Platform: Send + Sync + 'static {
     /// A disk is about to be taken away; nothing of it is in use any more.
     fn forget_disk(&self, serial: &str);
 
-    /// The machine was started, or woken from a saved state: its random numbers are known to its siblings and its
-    /// clock stands still since then. Gives notes for people on what could not be done.
-    fn wake(&self, entropy: &[u8], unix_time: std::time::Duration) -> Vec<String>;
+    /// The machine was started, woken from a saved state, or goes on after a pause: its random numbers may be known to
+    /// its siblings and its clock stood still since then. Gives notes for people on what could not be done.
+    fn wake(&self, entropy: &[u8], unix_time: Duration) -> Vec<String>;
 
     /// Clock and random numbers after [`Platform::wake`], where they are the machine's own.
     fn witness(&self) -> Option<Witness> {
@@ -483,7 +484,7 @@ impl LinkControl {
     fn greet(&mut self) -> io::Result<()> {
         let Some((FrameType::Wake, payload)) = self.message()? else { return Err(invalid("no Wake")) };
         let wake: Wake = serde_json::from_slice(&payload)?;
-        let mut notes = self.platform.wake(&wake.entropy, std::time::Duration::from_nanos(wake.unix_nanos));
+        let mut notes = self.platform.wake(&wake.entropy, Duration::from_nanos(wake.unix_nanos));
         if let Some(disk) = &wake.transfer {
             let opened = self.platform.open_transfer(&disk.serial).map_err(io::Error::other);
             match opened.and_then(|file| Slots::new(file, disk, Side::Agent)) {
@@ -546,5 +547,14 @@ impl ControlTransport for LinkControl {
             inbox.close();
         }
         Ok(Arc::new(Channel { session: self.session.clone(), id, inbox }))
+    }
+
+    fn wake(&mut self, entropy: &[u8], unix_time: Duration) -> Result<Option<Witness>, WireError> {
+        let notes = self.platform.wake(entropy, unix_time);
+        if notes.is_empty() {
+            Ok(self.platform.witness())
+        } else {
+            Err(WireError::new(ErrorKind::Io, notes.join("; ")))
+        }
     }
 }

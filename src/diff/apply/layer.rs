@@ -94,8 +94,6 @@ pub(super) struct Layer<'o, W> {
     names: u64,
     /// Sum of the sizes of files as they were made.
     size: u64,
-    /// Size of each file by the number of its node.
-    sizes: Vec<u64>,
     /// A file that counts in `size` may be gone.
     removed: bool,
 }
@@ -110,7 +108,6 @@ impl<'o, W: WriteAt> Layer<'o, W> {
             parent: None,
             names: 0,
             size: 0,
-            sizes: Vec::new(),
             removed: false,
         };
         // The root is implied, too, and its owner shifted.
@@ -251,7 +248,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         if entry.kind != EntryKind::File {
             return Ok(Placement::Nothing);
         }
-        self.count_file(node, entry.size);
+        self.count_file(entry.size);
         Ok(if entry.size > 0 { Placement::Data(node) } else { Placement::Nothing })
     }
 
@@ -306,13 +303,9 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         Ok(())
     }
 
-    pub(super) fn count_file(&mut self, node: NodeId, size: u64) {
+    /// A file of this size was made.
+    pub(super) fn count_file(&mut self, size: u64) {
         self.size = self.size.saturating_add(size);
-        let place = node.0 as usize;
-        if self.sizes.len() <= place {
-            self.sizes.resize(place + 1, 0);
-        }
-        self.sizes[place] = size;
     }
 
     /// Takes a name away, and what lies below it.
@@ -463,7 +456,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
                 match self.writer.kind(node) {
                     NodeKind::Directory => folders.push(node),
                     NodeKind::File if seen.insert(node) => {
-                        sum = sum.saturating_add(self.sizes.get(node.0 as usize).copied().unwrap_or(0));
+                        sum = sum.saturating_add(self.writer.file_size(node));
                     }
                     _ => {}
                 }

@@ -120,7 +120,6 @@ impl<W: WriteAt> Layer<'_, W> {
         let time = Timestamp { secs: 0, nanos: 0 };
         let attributes = Attributes { permissions: 0, uid: 0, gid: 0, mtime: time, atime: None, ctime: None };
         let node = self.create(dir, last, NodeKind::File, attributes, Vec::new())?;
-        self.count_file(node, 0);
         let (name, target, context) = (last.to_vec(), target.to_vec(), self.context.clone());
         self.links.waiting.insert(node, Pending { dir, name, target, context });
         self.links.order.push(node);
@@ -214,7 +213,7 @@ impl<W: WriteAt> Layer<'_, W> {
         let node = self.create(pending.dir, &pending.name, below.kind.clone(), attributes, xattrs)?;
         copies.insert(identity, node);
         if matches!(below.kind, NodeKind::File) {
-            self.count_file(node, below.size);
+            self.count_file(below.size);
             self.copy_data(node, &below, lowers)?;
         }
         Ok(())

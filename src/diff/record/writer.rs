@@ -31,9 +31,10 @@ pub struct RecordWriter<S> {
     /// End of what was written.
     at: u64,
     ops: Vec<u8>,
-    /// Ops, then literals, as they are packed.
-    literals: Vec<u8>,
-    plain: Vec<u8>,
+    /// Room for the ops, then the literals: when they are packed, the ops stand right before them.
+    plain: Box<[u8]>,
+    /// Bytes of literals of this frame.
+    literals: usize,
     packed: Vec<u8>,
     last: Option<Op>,
     /// End of the last image op: the next one is told relative to it.
@@ -60,8 +61,8 @@ impl<S: WriteAt> RecordWriter<S> {
             out,
             at: HEADER_BYTES as u64,
             ops: Vec::with_capacity(MAX_FRAME_OPS),
-            literals: Vec::with_capacity(MAX_FRAME_LITERALS),
-            plain: Vec::with_capacity(MAX_FRAME_OPS + MAX_FRAME_LITERALS),
+            plain: vec![0; MAX_FRAME_OPS + MAX_FRAME_LITERALS].into(),
+            literals: 0,
             packed: Vec::with_capacity(bound + FRAME_BYTES),
             last: None,
             image_end: 0,
@@ -81,7 +82,7 @@ impl<S: WriteAt> RecordWriter<S> {
     /// The tar goes on with these bytes, which the image does not hold.
     pub fn literal(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            let room = MAX_FRAME_LITERALS - self.literals.len();
+            let room = MAX_FRAME_LITERALS - self.literals;
             if room == 0 {
                 self.flush();
                 continue;
@@ -89,7 +90,9 @@ impl<S: WriteAt> RecordWriter<S> {
             let (now, rest) = bytes.split_at(room.min(bytes.len()));
             bytes = rest;
             self.tar_bytes += now.len() as u64;
-            self.literals.extend_from_slice(now);
+            let at = MAX_FRAME_OPS + self.literals;
+            self.plain[at..at + now.len()].copy_from_slice(now);
+            self.literals += now.len();
             if let Some(Op::Literal(len)) = &mut self.last {
                 *len += now.len() as u64;
             } else {
@@ -175,21 +178,20 @@ impl<S: WriteAt> RecordWriter<S> {
             self.failed = Some(e);
         }
         self.ops.clear();
-        self.literals.clear();
+        self.literals = 0;
     }
 
     fn write_frame(&mut self) -> Result<(), DiffError> {
-        self.plain.clear();
-        self.plain.extend_from_slice(&self.ops);
-        self.plain.extend_from_slice(&self.literals);
+        let begin = MAX_FRAME_OPS - self.ops.len();
+        self.plain[begin..MAX_FRAME_OPS].copy_from_slice(&self.ops);
         self.packed.clear();
         self.compressor
-            .compress_to_buffer(&self.plain, &mut self.packed)
+            .compress_to_buffer(&self.plain[begin..MAX_FRAME_OPS + self.literals], &mut self.packed)
             .map_err(DiffError::io("packing the exact record"))?;
         let mut frame = RawFrame {
             kind: FRAME.into(),
             ops: (self.ops.len() as u32).into(),
-            literals: (self.literals.len() as u32).into(),
+            literals: (self.literals as u32).into(),
             packed: (self.packed.len() as u32).into(),
             crc: 0.into(),
         };

@@ -2,29 +2,12 @@
 
 use super::{BLOCK, HcsshimWriter, Result, ino_of};
 use crate::{
-    ext4::layout::{
-        dir::{
-            FT_BLKDEV, FT_CHRDEV, FT_DIR, FT_FIFO, FT_REG_FILE, FT_SOCK, FT_SYMLINK, entry_size, put_entry,
-        },
-        inode::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFSOCK},
-    },
+    ext4::layout::dir::{entry_size, file_type, put_entry},
     io::WriteAt,
 };
 
 /// The least room for the empty entry.
 const FILLER: usize = 12;
-
-fn file_type(mode: u16) -> u8 {
-    match mode & S_IFMT {
-        S_IFDIR => FT_DIR,
-        S_IFCHR => FT_CHRDEV,
-        S_IFBLK => FT_BLKDEV,
-        S_IFIFO => FT_FIFO,
-        S_IFSOCK => FT_SOCK,
-        S_IFLNK => FT_SYMLINK,
-        _ => FT_REG_FILE,
-    }
-}
 
 impl<W: WriteAt> HcsshimWriter<W> {
     /// Writes the directory tree.

@@ -84,12 +84,8 @@ fn set_range(bitmap: &mut [u8], from: u32, to: u32) {
 fn encode(node: &Node, slot: &mut [u8; INODE_SIZE]) {
     let mut raw = RawInode::new_zeroed();
     raw.i_mode.set(node.mode);
-    raw.i_uid.set(node.uid as u16);
-    raw.i_uid_high.set((node.uid >> 16) as u16);
-    raw.i_gid.set(node.gid as u16);
-    raw.i_gid_high.set((node.gid >> 16) as u16);
-    raw.i_size_lo.set(node.size as u32);
-    raw.i_size_high.set((node.size >> 32) as u32);
+    raw.set_owner(node.uid, node.gid);
+    raw.set_size(node.size);
     raw.i_links_count.set(node.links as u16);
     raw.i_blocks_lo.set(node.blocks);
     raw.i_flags.set(node.flags | InodeFlags::HUGE_FILE.bits());

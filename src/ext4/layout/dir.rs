@@ -8,7 +8,10 @@
 //! ```
 #![expect(missing_docs, reason = "fields bear the kernel's names; fs/ext4/ext4.h and namei.c")]
 
-use super::checksum::crc32c;
+use super::{
+    checksum::crc32c,
+    inode::{S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK},
+};
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
     little_endian::{U16, U32},
@@ -25,6 +28,20 @@ pub const FT_SOCK: u8 = 6;
 pub const FT_SYMLINK: u8 = 7;
 /// `file_type` of the checksum tail.
 pub const FT_DIR_CSUM: u8 = 0xDE;
+
+/// `file_type` of the entries of an inode with this `i_mode`.
+pub fn file_type(mode: u16) -> u8 {
+    match mode & S_IFMT {
+        S_IFREG => FT_REG_FILE,
+        S_IFDIR => FT_DIR,
+        S_IFCHR => FT_CHRDEV,
+        S_IFBLK => FT_BLKDEV,
+        S_IFIFO => FT_FIFO,
+        S_IFSOCK => FT_SOCK,
+        S_IFLNK => FT_SYMLINK,
+        _ => FT_UNKNOWN,
+    }
+}
 
 /// Fixed part of an entry; the name follows.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]

@@ -103,6 +103,20 @@ impl RawInode {
         u64::from(self.i_size_lo.get()) | u64::from(self.i_size_high.get()) << 32
     }
 
+    /// Sets both halves of `i_size`.
+    pub fn set_size(&mut self, bytes: u64) {
+        self.i_size_lo.set(bytes as u32);
+        self.i_size_high.set((bytes >> 32) as u32);
+    }
+
+    /// Sets both halves of user and group id.
+    pub fn set_owner(&mut self, uid: u32, gid: u32) {
+        self.i_uid.set(uid as u16);
+        self.i_uid_high.set((uid >> 16) as u16);
+        self.i_gid.set(gid as u16);
+        self.i_gid_high.set((gid >> 16) as u16);
+    }
+
     /// `i_file_acl` of both halves: the block of extended attributes, 0 if there is none.
     pub fn file_acl(&self) -> u64 {
         u64::from(self.i_file_acl_lo.get()) | u64::from(self.i_file_acl_high.get()) << 32

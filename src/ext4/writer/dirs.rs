@@ -10,15 +10,15 @@
 use super::{
     ImageWriter, NodeId, Result,
     extents::{self, Extent},
-    inodes::{self, file_type},
-    tree::{Payload, Tree},
+    inodes,
+    tree::{Payload, Tree, WrittenDir},
 };
 use crate::{
     ext4::layout::{
         checksum::inode_seed,
         dir::{
             DIR_TAIL_SIZE, DX_ENTRY_SIZE, DX_NODE_OFFSET, DX_ROOT_OFFSET, DxEntry, DxRootInfo, FT_DIR,
-            HEAD_SIZE, dx_limit, entry_size, put_entry, seal_dx, seal_leaf,
+            HEAD_SIZE, dx_limit, entry_size, file_type, put_entry, seal_dx, seal_leaf,
         },
         hash::{HASH_HALF_MD4, half_md4},
         inode::I_BLOCK_SIZE,
@@ -241,8 +241,8 @@ impl<W: WriteAt> ImageWriter<W> {
             &mut self.roots,
         )?;
         let size = total * bs as u64;
-        self.tree.nodes[dir.0 as usize].payload =
-            Payload::DirDone { size, content, subdirs, indexed: inner.is_some() };
+        self.tree.nodes[dir.0 as usize].payload = Payload::DirDone(self.tree.written_dirs.len() as u32);
+        self.tree.written_dirs.push(WrittenDir { size, content, subdirs, indexed: inner.is_some() });
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use super::{
     CHECKSUM_SEED, HASH_SEED, ImageSummary, ImageWriter, NodeId, Overflow, Result, UuidSource, extents,
     inodes,
     space::{GROUP_BLOCKS, Geometry, Space},
-    tree::{NONE, Node, Payload},
+    tree::{EaValue, NONE, Node, Payload},
     xattrs,
 };
 use crate::{
@@ -134,14 +134,13 @@ impl<W: WriteAt> ImageWriter<W> {
             self.sink.put(start * bs, &value[from..to])?;
             mapped += n;
         }
-        let payload = Payload::EaValue { size: value.len() as u32, hash, content: super::Content::Empty };
-        let mut node = Node::new(S_IFREG | 0o600, payload);
+        let mut node = Node::new(S_IFREG | 0o600, Payload::EaValue(self.tree.ea_values.len() as u32));
         node.links = 1;
         let id = self.tree.add_node(node)?;
         let ino = inodes::ino_of(id);
         let content =
             extents::store(&list, ino, CHECKSUM_SEED, &mut self.space, &mut self.sink, &mut self.roots)?;
-        self.tree.nodes[id as usize].payload = Payload::EaValue { size: value.len() as u32, hash, content };
+        self.tree.ea_values.push(EaValue { size: value.len() as u32, hash, content });
         Ok((ino, hash))
     }
 
@@ -149,6 +148,8 @@ impl<W: WriteAt> ImageWriter<W> {
         if self.open.is_some() {
             return Err(Ext4Error::usage("a file is still open"));
         }
+        // The memory is of use to what is built from here on.
+        self.tree.drop_index();
         let nodes = self.tree.nodes.len() as u32;
         for id in 0..nodes {
             self.write_directory(NodeId(id))?;

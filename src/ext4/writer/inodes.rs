@@ -10,10 +10,9 @@ use crate::{
         Xattr,
         layout::{
             FIRST_INO, LINK_MAX, ROOT_INO, SECTOR,
-            dir::{FT_BLKDEV, FT_CHRDEV, FT_DIR, FT_FIFO, FT_REG_FILE, FT_SOCK, FT_SYMLINK, FT_UNKNOWN},
             inode::{
-                EXTRA_ISIZE, GOOD_OLD_SIZE, I_BLOCK_SIZE, InodeFlags, RAW_INODE_SIZE, RawInode, S_IFBLK,
-                S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK, encode_device, seal_inode,
+                EXTRA_ISIZE, GOOD_OLD_SIZE, I_BLOCK_SIZE, InodeFlags, RAW_INODE_SIZE, RawInode,
+                encode_device, seal_inode,
             },
             xattr::{
                 INDEX_SYSTEM, INLINE_DATA_NAME, INODE_HEADER_SIZE, XATTR_MAGIC, value_size, xattr_entry_size,
@@ -32,20 +31,6 @@ pub(super) const FAST_SYMLINK_MAX: usize = I_BLOCK_SIZE - 1;
 /// Inode number of a node.
 pub(super) fn ino_of(node: u32) -> u32 {
     if node == 0 { ROOT_INO } else { FIRST_INO - 1 + node }
-}
-
-/// `file_type` of a directory entry.
-pub(super) fn file_type(mode: u16) -> u8 {
-    match mode & S_IFMT {
-        S_IFREG => FT_REG_FILE,
-        S_IFDIR => FT_DIR,
-        S_IFCHR => FT_CHRDEV,
-        S_IFBLK => FT_BLKDEV,
-        S_IFIFO => FT_FIFO,
-        S_IFSOCK => FT_SOCK,
-        S_IFLNK => FT_SYMLINK,
-        _ => FT_UNKNOWN,
-    }
 }
 
 /// Bytes of entries and values that a slot holds, the terminator included.
@@ -134,20 +119,23 @@ impl<W: WriteAt> ImageWriter<W> {
                 (body.inline, body.flags) = (Some(value), InodeFlags::INLINE_DATA);
                 body.links = dir_links(subdirs);
             }
-            Payload::DirDone { size, content, subdirs, indexed } => {
-                body.size = size;
+            Payload::DirDone(i) => {
+                let dir = &self.tree.written_dirs[i as usize];
+                body.size = dir.size;
                 body.flags = InodeFlags::EXTENTS;
-                body.flags.set(InodeFlags::INDEX, indexed);
-                (body.i_block, body.blocks) = self.mapped(content);
-                body.links = dir_links(subdirs);
+                body.flags.set(InodeFlags::INDEX, dir.indexed);
+                (body.i_block, body.blocks) = self.mapped(dir.content);
+                body.links = dir_links(dir.subdirs);
             }
             Payload::File { size, content } => {
                 (body.size, body.flags) = (size, InodeFlags::EXTENTS);
                 (body.i_block, body.blocks) = self.mapped(content);
             }
-            Payload::EaValue { size, content, .. } => {
-                (body.size, body.flags) = (u64::from(size), InodeFlags::EXTENTS | InodeFlags::EA_INODE);
-                (body.i_block, body.blocks) = self.mapped(content);
+            Payload::EaValue(i) => {
+                let value = &self.tree.ea_values[i as usize];
+                body.size = u64::from(value.size);
+                body.flags = InodeFlags::EXTENTS | InodeFlags::EA_INODE;
+                (body.i_block, body.blocks) = self.mapped(value.content);
             }
             Payload::Symlink { at, len, block } => {
                 body.size = u64::from(len);
@@ -176,12 +164,8 @@ impl<W: WriteAt> ImageWriter<W> {
         let mut body = self.body(id, node);
         let mut raw = RawInode::new_zeroed();
         raw.i_mode.set(node.mode);
-        raw.i_uid.set(node.uid as u16);
-        raw.i_uid_high.set((node.uid >> 16) as u16);
-        raw.i_gid.set(node.gid as u16);
-        raw.i_gid_high.set((node.gid >> 16) as u16);
-        raw.i_size_lo.set(body.size as u32);
-        raw.i_size_high.set((body.size >> 32) as u32);
+        raw.set_owner(node.uid, node.gid);
+        raw.set_size(body.size);
         raw.i_links_count.set(body.links as u16);
         raw.i_extra_isize.set(EXTRA_ISIZE);
         let time = |(low, extra): (u32, u32)| (low.into(), extra.into());
@@ -190,7 +174,8 @@ impl<W: WriteAt> ImageWriter<W> {
         (raw.i_ctime, raw.i_ctime_extra) = time(other.ctime);
         (raw.i_mtime, raw.i_mtime_extra) = time(node.mtime);
         (raw.i_crtime, raw.i_crtime_extra) = time(node.mtime);
-        if let Payload::EaValue { hash, .. } = node.payload {
+        if let Payload::EaValue(i) = node.payload {
+            let hash = self.tree.ea_values[i as usize].hash;
             // The kernel keeps the hash in the access time and the number of users in the change time and version.
             (raw.i_atime, raw.i_atime_extra) = time((hash, u32::from(hash >> 31 != 0)));
             raw.i_version.set(1);

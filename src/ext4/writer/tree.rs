@@ -34,7 +34,8 @@ pub(super) enum Content {
     Inline(u64),
 }
 
-/// What a node is, with what only that kind has.
+/// What a node is, with what only that kind has. Only one variant has a [`Content`] of its own, which has room for the
+/// others' tags.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Payload {
     Dir {
@@ -43,23 +44,14 @@ pub(super) enum Payload {
         parent: u32,
         subdirs: u32,
     },
-    /// A directory whose blocks are written; `indexed` by a hash tree.
-    DirDone {
-        size: u64,
-        content: Content,
-        subdirs: u32,
-        indexed: bool,
-    },
+    /// A directory whose blocks are written: index into `Tree::written_dirs`.
+    DirDone(u32),
     File {
         size: u64,
         content: Content,
     },
-    /// A value of an extended attribute.
-    EaValue {
-        size: u32,
-        hash: u32,
-        content: Content,
-    },
+    /// A value of an extended attribute: index into `Tree::ea_values`.
+    EaValue(u32),
     Symlink {
         at: u32,
         len: u16,
@@ -71,6 +63,24 @@ pub(super) enum Payload {
     },
     Plain,
     Gone,
+}
+
+/// A directory whose blocks are written.
+#[derive(Debug)]
+pub(super) struct WrittenDir {
+    pub(super) size: u64,
+    pub(super) content: Content,
+    pub(super) subdirs: u32,
+    /// By a hash tree.
+    pub(super) indexed: bool,
+}
+
+/// A value of an extended attribute with an inode of its own.
+#[derive(Debug)]
+pub(super) struct EaValue {
+    pub(super) size: u32,
+    pub(super) hash: u32,
+    pub(super) content: Content,
 }
 
 /// A node. There may be millions: what few have lies beside.
@@ -90,7 +100,7 @@ pub(super) struct Node {
     pub(super) payload: Payload,
 }
 
-const _: () = assert!(size_of::<Node>() == 64);
+const _: () = assert!(size_of::<Node>() == 56);
 
 /// Times of access and change.
 #[derive(Debug, Clone, Copy)]
@@ -137,6 +147,8 @@ const REMOVED: u32 = u32::MAX - 1;
 #[derive(Debug)]
 pub(super) struct Tree {
     pub(super) nodes: Vec<Node>,
+    pub(super) written_dirs: Vec<WrittenDir>,
+    pub(super) ea_values: Vec<EaValue>,
     other_times: Vec<OtherTimes>,
     entries: Vec<Entry>,
     names: Vec<u8>,
@@ -153,6 +165,8 @@ impl Tree {
         root.links = 1;
         Self {
             nodes: vec![root],
+            written_dirs: Vec::new(),
+            ea_values: Vec::new(),
             other_times: Vec::new(),
             entries: Vec::new(),
             names: Vec::new(),
@@ -220,6 +234,11 @@ impl Tree {
             self.index[at] = i;
         }
         self.used = live;
+    }
+
+    /// Lets the index go: no name is looked up or changed any more.
+    pub(super) fn drop_index(&mut self) {
+        self.index = Vec::new();
     }
 
     pub(super) fn lookup(&self, dir: NodeId, name: &[u8]) -> Option<NodeId> {

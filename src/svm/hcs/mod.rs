@@ -19,13 +19,16 @@ mod vm;
 
 pub use transport::{AgentInput, AgentListener, AgentOutput, AgentTransport, Hvsock, VSOCK_PORT};
 
-use super::{BackendLimits, ServiceVm, SvmError, VmBackend, VmSpec};
+use super::{BackendLimits, ServiceVm, SvmError, VmBackend, VmSpec, guest_files};
 use crate::sys::windows::computecore::{Library, LoadError, System};
 use futures_util::{FutureExt, future::BoxFuture};
 use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
 
 /// Serial console, no other hardware to look for, end instead of waiting after a panic; the agent dials.
 const KERNEL_LINE: &str = "lcow.agent=vsock 8250_core.nr_uarts=1 8250_core.skip_txen_test=1 console=ttyS0,115200 pci=off brd.rd_nr=0 pmtmr=0 panic=-1 quiet";
+
+/// What makes the guest.
+const BUILD: &str = "scripts/build-svm-image --hyperv (on Linux)";
 
 /// How machines are made.
 #[derive(Debug, Clone)]
@@ -80,7 +83,7 @@ pub struct HcsBackend {
 }
 
 impl HcsBackend {
-    /// A backend on the system's own service. Where Hyper-V is not enabled, every boot says so.
+    /// A backend on the system's own service. Where Hyper-V is not enabled, [`Self::preflight`] and every boot say so.
     pub fn new(config: HcsConfig) -> Self {
         Self::with(config, Library::load(None), Arc::new(Hvsock))
     }
@@ -92,6 +95,21 @@ impl HcsBackend {
         transport: Arc<dyn AgentTransport>,
     ) -> Self {
         Self { config: Arc::new(config), library: library.map_err(Arc::new), transport }
+    }
+
+    /// Whether machines can be made at all, as far as can be told without making one: the guest's files, and the
+    /// system's service.
+    ///
+    /// # Errors
+    /// All that is missing, and what the operator has to do.
+    pub fn preflight(&self) -> Result<(), String> {
+        let c = &self.config;
+        let faults = [
+            guest_files::open(&c.kernel, &c.initrd, BUILD).err(),
+            self.library.as_ref().err().map(ToString::to_string),
+        ];
+        let faults: Vec<String> = faults.into_iter().flatten().collect();
+        if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) }
     }
 
     fn library(&self) -> Result<Arc<Library>, SvmError> {

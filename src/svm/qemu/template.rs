@@ -15,7 +15,7 @@ use super::{
     machine::{Beginning, Machine, Recipe, stream},
 };
 use crate::{
-    svm::{SvmError, remote::RemoteAgent},
+    svm::{SvmError, guest_files, remote::RemoteAgent},
     sys::linux::fdpass,
 };
 use rustix::fs::{FlockOperation, flock};
@@ -67,25 +67,8 @@ impl Image {
     /// # Errors
     /// All that is wrong with either, and what the operator has to do.
     pub(super) fn open(kernel: &Path, initrd: &Path) -> Result<Self, String> {
-        // A folder opens like a file, and an empty file boots nothing.
-        let open = |path: &Path| {
-            let file = File::open(path).map_err(|e| e.to_string());
-            let file = file.and_then(|file| match file.metadata() {
-                Ok(found) if found.is_file() && found.len() > 0 => Ok(file),
-                Ok(found) if found.is_file() => Err("is empty".to_owned()),
-                Ok(_) => Err("is no file".to_owned()),
-                Err(e) => Err(e.to_string()),
-            });
-            file.map_err(|e| format!("{}: {e}", path.display()))
-        };
-        let wrong = match (open(kernel), open(initrd)) {
-            (Ok(kernel), Ok(initrd)) => return Ok(Self { kernel, initrd }),
-            (Err(kernel), Err(initrd)) => format!("{kernel}; {initrd}"),
-            (Err(one), _) | (_, Err(one)) => one,
-        };
-        Err(format!(
-            "{wrong}; build the guest with scripts/build-svm-image, or name it by lcow.kirdpath, lcow.kernel and lcow.initrd"
-        ))
+        let [kernel, initrd] = guest_files::open(kernel, initrd, "scripts/build-svm-image")?;
+        Ok(Self { kernel, initrd })
     }
 }
 

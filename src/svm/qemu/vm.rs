@@ -3,7 +3,7 @@
 //! ```text
 //!   attach   add-fd ─ blockdev-add (raw: offset, size) ─ device_add scsi-hd ─ agent: Attach "lun:0:N"
 //!   detach   agent: Detach ─ device_del … DEVICE_DELETED ─ blockdev-del ─ remove-fd
-//!   spare    paused after the greeting; the first attach or channel lets it go on
+//!   spare    paused after the greeting; the first attach or channel lets it go on ─ agent: Wake (the time)
 //! ```
 //!
 //! Always `raw` with the window's offset and size: a VHD's footer is never inside the disk, and nothing probes bytes
@@ -55,6 +55,8 @@ pub(super) struct QemuVm {
     process: Process,
     disks: Mutex<Disks>,
     paused: tokio::sync::Mutex<bool>,
+    /// What the machine showed last of its clock and random numbers.
+    witness: Mutex<Option<Witness>>,
     /// Size of a disk that grows.
     growing_bytes: u64,
     /// Most disks at a time.
@@ -125,12 +127,13 @@ impl QemuVm {
         Ok(Arc::new(Self {
             label: format!("qemu {} (vm {number})", process.pid()),
             qmp,
-            agent,
             process: Process::watch(process, end.clone()).map_err(|e| end.boot_failed(e))?,
             disks: Mutex::default(),
             paused: tokio::sync::Mutex::new(true),
+            witness: Mutex::new(agent.hello().witness.clone()),
             growing_bytes,
             most_disks,
+            agent,
         }))
     }
 
@@ -150,10 +153,16 @@ impl QemuVm {
         Ok(agent)
     }
 
+    /// Ends the pause of a spare. Its clock stood still with it, so that it hears the time before anything else.
     async fn go_on(&self) -> Result<(), QmpError> {
         let mut paused = self.paused.lock().await;
         if *paused {
             self.qmp.run("cont", json!({})).await?;
+            // A link that is broken fails what the caller wants next; the time alone is no reason to.
+            match self.agent.wake().await {
+                Ok(witness) => *self.witness.lock() = witness,
+                Err(error) => tracing::warn!(vm = self.label, %error, "telling a service VM the time"),
+            }
             *paused = false;
         }
         Ok(())
@@ -362,7 +371,7 @@ impl ServiceVm for QemuVm {
     }
 
     fn witness(&self) -> Option<Witness> {
-        self.agent.hello().witness.clone()
+        self.witness.lock().clone()
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   stream (virtio-serial, hvsock, pipe) ─► reader task ─► inboxes ─► RemoteChannel (AsyncRead, AsyncWrite)
 //!                                        ◄─ writer task ◄─ queue   ◄─┘      one for each operation
-//!   RemoteAgent: hello, attach, detach, open, ping        (control = channel 0)
+//!   RemoteAgent: hello, attach, detach, open, wake, ping  (control = channel 0)
 //! ```
 //!
 //! A backend brings a pair of byte streams ([`RemoteAgent::connect`]) and, if it can, a transfer disk; the rest is
@@ -24,7 +24,7 @@ use crate::agent::{
     },
     wire::{
         self, Control, ControlReply, ControlRequest, DiskFormat, FrameType, HEADER_LEN, Hello,
-        PROTOCOL_VERSION, Wake,
+        PROTOCOL_VERSION, Wake, Witness,
     },
 };
 use link::Link;
@@ -101,11 +101,8 @@ impl RemoteAgent {
         let wake = Wake {
             version: PROTOCOL_VERSION,
             nonce,
-            // Version-4 UUIDs come from the system's random numbers: 122 bits of each 128.
-            entropy: (0..ENTROPY_BYTES / 16).flat_map(|_| *uuid::Uuid::new_v4().as_bytes()).collect(),
-            unix_nanos: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)),
+            entropy: entropy(),
+            unix_nanos: unix_nanos(),
             transfer: transfer.as_ref().map(|(_, disk)| disk.clone()),
         };
         let slots = transfer.map(|(file, disk)| Slots::new(file, &disk, Side::Daemon)).transpose()?;
@@ -158,7 +155,9 @@ impl RemoteAgent {
     /// The agent does not find it; the link broke.
     pub async fn attach(&self, disk: &RemoteDisk) -> io::Result<()> {
         let RemoteDisk { disk, writable, offset, len, serial, format } = disk.clone();
-        self.call(Control::Attach { disk, writable, offset, len, serial: Some(serial), format }).await
+        self.call(Control::Attach { disk, writable, offset, len, serial: Some(serial), format })
+            .await
+            .map(drop)
     }
 
     /// Lets the agent let go of a disk: after the answer its machine may lose it.
@@ -166,7 +165,7 @@ impl RemoteAgent {
     /// # Errors
     /// As [`RemoteAgent::attach`].
     pub async fn detach(&self, disk: DiskId) -> io::Result<()> {
-        self.call(Control::Detach { disk }).await
+        self.call(Control::Detach { disk }).await.map(drop)
     }
 
     /// Is it there?
@@ -174,7 +173,17 @@ impl RemoteAgent {
     /// # Errors
     /// The link broke.
     pub async fn ping(&self) -> io::Result<()> {
-        self.call(Control::Ping).await
+        self.call(Control::Ping).await.map(drop)
+    }
+
+    /// Tells a machine that goes on after a pause the time, and gives it fresh random numbers; what it shows of both.
+    ///
+    /// # Errors
+    /// What the agent could not do; the link broke.
+    pub async fn wake(&self) -> io::Result<Option<Witness>> {
+        let mut state = self.control.lock().await;
+        // The time is taken under the lock: waiting for it must not make the clock late.
+        state.call(Control::Wake { entropy: entropy(), unix_nanos: unix_nanos() }).await.map(|r| r.witness)
     }
 
     /// A channel for one operation.
@@ -190,7 +199,7 @@ impl RemoteAgent {
         Ok(channel)
     }
 
-    async fn call(&self, control: Control) -> io::Result<()> {
+    async fn call(&self, control: Control) -> io::Result<ControlReply> {
         self.control.lock().await.call(control).await
     }
 }
@@ -202,7 +211,7 @@ impl Drop for RemoteAgent {
 }
 
 impl ControlState {
-    async fn call(&mut self, control: Control) -> io::Result<()> {
+    async fn call(&mut self, control: Control) -> io::Result<ControlReply> {
         self.seq += 1;
         let seq = self.seq;
         let frame = control_frame(FrameType::Control, &ControlRequest { seq, control })?;
@@ -215,15 +224,25 @@ impl ControlState {
             if kind != FrameType::Reply {
                 return Err(io::Error::other(format!("unexpected {kind:?} frame on the control channel")));
             }
-            let reply: ControlReply = serde_json::from_slice(&payload)?;
-            match reply.error {
+            let mut reply: ControlReply = serde_json::from_slice(&payload)?;
+            match reply.error.take() {
                 _ if reply.seq < seq => {}
                 _ if reply.seq > seq => return Err(io::Error::other("reply to a request never made")),
                 Some(e) => return Err(io::Error::other(e)),
-                None => return Ok(()),
+                None => return Ok(reply),
             }
         }
     }
+}
+
+/// Version-4 UUIDs come from the system's random numbers: 122 bits of each 128.
+fn entropy() -> Vec<u8> {
+    (0..ENTROPY_BYTES / 16).flat_map(|_| *uuid::Uuid::new_v4().as_bytes()).collect()
+}
+
+fn unix_nanos() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }
 
 fn control_frame<T: serde::Serialize>(kind: FrameType, message: &T) -> io::Result<Vec<u8>> {

@@ -12,6 +12,7 @@ use crate::{
 use std::{
     net::{Shutdown, TcpListener, TcpStream},
     path::PathBuf,
+    sync::Mutex,
     time::Duration,
 };
 use tokio::time::timeout;
@@ -19,6 +20,8 @@ use tokio::time::timeout;
 /// A platform whose disks are files named by their serials; no part of it is Linux.
 struct Files {
     folder: PathBuf,
+    /// The times that it was told.
+    woken: Mutex<Vec<Duration>>,
 }
 
 impl Platform for Files {
@@ -32,7 +35,18 @@ impl Platform for Files {
     fn forget_disk(&self, _: &str) {}
     fn wake(&self, entropy: &[u8], unix_time: Duration) -> Vec<String> {
         assert!(entropy.len() == ENTROPY_BYTES && unix_time > Duration::from_hours(24 * 365 * 50));
-        vec!["woken".into()]
+        let mut woken = self.woken.lock().unwrap();
+        woken.push(unix_time);
+        match woken.len() {
+            1 => vec!["woken".into()],
+            2 => vec![],
+            _ => vec!["no clock".into(), "no random numbers".into()],
+        }
+    }
+    fn witness(&self) -> Option<Witness> {
+        let woken = self.woken.lock().unwrap();
+        let unix_nanos = u64::try_from(woken.last()?.as_nanos()).unwrap();
+        Some(Witness { unix_nanos, random: [woken.len() as u8; 16] })
     }
 }
 
@@ -43,7 +57,7 @@ fn agent(folder: &std::path::Path) -> TcpStream {
     let theirs = listener.accept().unwrap().0;
     theirs.set_nodelay(true).unwrap();
     ours.set_nodelay(true).unwrap();
-    let platform: Arc<dyn Platform> = Arc::new(Files { folder: folder.to_owned() });
+    let platform: Arc<dyn Platform> = Arc::new(Files { folder: folder.to_owned(), woken: Mutex::default() });
     std::thread::spawn(move || {
         let codec: Arc<dyn Codec> = Arc::new(RealCodec::default());
         let output = theirs.try_clone().unwrap();
@@ -169,6 +183,19 @@ async fn layers_go_over_a_link_with_and_without_a_transfer_disk() {
         );
         tokio::join!(both.0, both.1);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_stood_still_is_told_the_time_and_says_what_it_could_not_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = connect(agent(folder.path()), None).await.unwrap();
+    let greeting = agent.hello().witness.clone().unwrap();
+    let woken = agent.wake().await.unwrap().unwrap();
+    assert!(woken.unix_nanos > greeting.unix_nanos);
+    assert_eq!((greeting.random[0], woken.random[0]), (1, 2));
+    let e = agent.wake().await.unwrap_err().to_string();
+    assert_eq!(e, "no clock; no random numbers");
+    agent.ping().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

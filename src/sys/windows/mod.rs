@@ -5,13 +5,14 @@
 //!   cli    ──► pipe      a blocking client                                              handles given to a worker
 //!   store  ──► fs        rename, flush, attributes, free space     agent (worker) ──► jail     what a worker does to
 //!          ──► security  folders with an access list                                            itself
-//!   svm::hcs ─► computecore, hvsock   machines and their agents
+//!   svm::hcs ─► computecore, hvsock   machines and their agents     tests ──► foreign   processes of others
 //! ```
 //!
 //! Errors are `io::Error` with what was tried in front of what the system said. Paths are made verbatim (`\\?\`), so
 //! that names beyond 260 characters work.
 
 pub mod computecore;
+pub mod foreign;
 pub mod fs;
 pub mod hvsock;
 pub mod jail;
