@@ -285,13 +285,13 @@ fn overlay_of_3_lowers_by_one_page() {
 }
 
 #[test]
-fn overlay_of_127_lowers_by_the_new_api() {
-    overlay_of(127, OverlayMethod::NewApi);
+fn overlay_of_129_lowers_by_the_new_api() {
+    overlay_of(129, OverlayMethod::NewApi);
 }
 
 #[test]
-fn overlay_of_127_lowers_by_one_page() {
-    overlay_of(127, OverlayMethod::OnePage);
+fn overlay_of_129_lowers_by_one_page() {
+    overlay_of(129, OverlayMethod::OnePage);
 }
 
 #[test]

@@ -11,7 +11,7 @@ pub use crate::diff::apply::ToldDigest;
 
 use super::{
     disk::OpDisk,
-    wire::{ApplyOptions, ApplySummary, Change, CheckSummary, ExportSummary, IdMaps, LayerKind, WireError},
+    wire::{ApplyOptions, ApplySummary, BlankRoot, Change, CheckSummary, ExportSummary, IdMaps, LayerKind, WireError},
 };
 use crate::io::StreamOut;
 use std::io::Read;
@@ -124,6 +124,14 @@ pub trait Codec: Send + Sync + 'static {
         live: Option<&mut dyn Live>,
         sink: ChangeSink<'_>,
     ) -> Result<(), WireError>;
+
+    /// Whether anything was ever written into the nearest layer, a sandbox.
+    fn written(
+        &self,
+        target: Vec<Layer>,
+        blank: BlankRoot,
+        live: Option<&mut dyn Live>,
+    ) -> Result<bool, WireError>;
 
     /// Regular-file bytes of the difference.
     fn diff_size(

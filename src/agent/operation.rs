@@ -191,6 +191,11 @@ impl Run<'_> {
                 out.finish()?;
                 json(&())
             }
+            Operation::Written { target, blank, live } => {
+                let mut handshake = Handshake(self.channel);
+                let live = live.then_some(&mut handshake as &mut dyn Live);
+                json(&self.codec.written(self.layers(&target)?, blank, live)?)
+            }
             Operation::DiffSize { target, parent, live } => {
                 let mut handshake = Handshake(self.channel);
                 let live = live.then_some(&mut handshake as &mut dyn Live);

@@ -375,6 +375,21 @@ impl Codec for RealCodec {
         found.iter().try_for_each(sink)
     }
 
+    fn written(
+        &self,
+        target: Vec<Layer>,
+        blank: wire::BlankRoot,
+        live: Option<&mut dyn Live>,
+    ) -> Result<bool, WireError> {
+        let stack = self.sources(&target, live.is_some());
+        let wire::BlankRoot { permissions, uid, gid } = blank;
+        let written = diff::written(&stack, diff::BlankRoot { permissions, uid, gid })?;
+        if let Some(live) = live {
+            live.metadata_read()?;
+        }
+        Ok(written)
+    }
+
     fn diff_size(
         &self,
         target: Vec<Layer>,

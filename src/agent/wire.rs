@@ -275,6 +275,17 @@ impl Default for ApplyOptions {
     }
 }
 
+/// The root folder of a sandbox that was only made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlankRoot {
+    /// Permission bits.
+    pub permissions: u16,
+    /// Owner, as a host id.
+    pub uid: u32,
+    /// Group, as a host id.
+    pub gid: u32,
+}
+
 /// What one data channel is to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -339,6 +350,15 @@ pub enum Operation {
         /// `target[0]` is mounted and in use: Events are sent.
         live: bool,
     },
+    /// Whether a sandbox differs from a blank one on the same ancestors. Answers `bool`.
+    Written {
+        /// The sandbox and its ancestors, nearest first.
+        target: Vec<LayerRef>,
+        /// A blank sandbox's root folder.
+        blank: BlankRoot,
+        /// Sandboxes among them may be in use: Events are sent.
+        live: bool,
+    },
 }
 
 impl Operation {
@@ -352,6 +372,7 @@ impl Operation {
             Self::ExportCanonical { .. } => "export-canonical",
             Self::Changes { .. } => "changes",
             Self::DiffSize { .. } => "diff-size",
+            Self::Written { .. } => "written",
         }
     }
 }

@@ -30,6 +30,17 @@ pub enum ChangeKind {
     Deleted = 2,
 }
 
+/// The root folder of a sandbox that was only made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlankRoot {
+    /// Permission bits.
+    pub permissions: u16,
+    /// Owner, as a host id.
+    pub uid: u32,
+    /// Group, as a host id.
+    pub gid: u32,
+}
+
 /// A changed path.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Change {
@@ -77,6 +88,27 @@ pub fn changes<R: ReadAt>(
     }
     out.sort();
     Ok(out)
+}
+
+/// Whether the nearest layer of `target`, a sandbox, holds anything: a change against its own parent, or a root folder
+/// other than a blank one's. Times of the root and overlayfs' own attributes on it do not count: one mount leaves both.
+///
+/// # Errors
+/// As [`changes`].
+pub fn written<R: ReadAt>(target: &[LayerSource<R>], blank: BlankRoot) -> Result<bool, DiffError> {
+    if !changes(target, Some(ParentSpec::Own), &ExportOptions::default())?.is_empty() {
+        return Ok(true);
+    }
+    let Some(nearest) = target.first() else { return Ok(false) };
+    let mut table = Table::new(None);
+    let layer = table.open(nearest)?;
+    let Some(&root) = table.root(&[layer])?.first() else { return Ok(false) };
+    let inode = table.inode(root)?;
+    /// Permission bits of `i_mode`.
+    const PERMISSIONS: u16 = 0o7777;
+    let root_is = BlankRoot { permissions: inode.mode & PERMISSIONS, uid: inode.uid, gid: inode.gid };
+    Ok(root_is != blank
+        || !table.xattrs(root, &inode)?.is_empty())
 }
 
 /// Sum of the bytes of regular files in the diff, a hard-linked inode once, whiteouts 0; what export leaves out is 0.

@@ -33,7 +33,7 @@ mod tests;
 mod view;
 mod walk;
 
-pub use changes::{Change, ChangeKind, changes, diff_size};
+pub use changes::{BlankRoot, Change, ChangeKind, changes, diff_size, written};
 pub use digest::{DigestKind, TarDigest};
 pub use error::DiffError;
 pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};

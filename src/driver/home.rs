@@ -1,6 +1,6 @@
 //! One home: a store, its service VMs and its mounts.
 
-use super::{DriverConfig, DriverError, GRACE, gates::Gates};
+use super::{DriverConfig, DriverError, GRACE, gates::Gates, pristine::Shown};
 use crate::{
     config::Options,
     store::{IdRange, InitRecord, Store},
@@ -24,6 +24,7 @@ pub(super) struct Home {
     pub(super) pool: Pool,
     pub(super) gates: Arc<Gates>,
     pub(super) init: InitRecord,
+    pub(super) shown: Arc<Shown>,
     #[cfg(target_os = "linux")]
     pub(super) mounts: Arc<Mounts>,
 }
@@ -100,6 +101,7 @@ impl Home {
             pool,
             gates: Arc::default(),
             init,
+            shown: Arc::default(),
             #[cfg(target_os = "linux")]
             mounts,
         })
@@ -136,6 +138,7 @@ impl Home {
             pool,
             gates: self.gates.clone(),
             init,
+            shown: self.shown.clone(),
             #[cfg(target_os = "linux")]
             mounts,
         })

@@ -73,7 +73,12 @@ impl Driver {
             return Err(crate::store::StoreError::HasChildren { id, children }.into());
         }
         home.clone().drop_view(&id).await?;
-        blocking(move || Ok(home.store.remove(&id)?)).await
+        blocking(move || {
+            home.store.remove(&id)?;
+            home.shown.forget(&id);
+            Ok(())
+        })
+        .await
     }
 
     /// `GraphDriver.Exists`.

@@ -5,6 +5,7 @@
 //!   api ───► │ lifecycle  create, remove, metadata, status, cleanup     ──► store                   │
 //!            │ views      get, put: mounts of images and sandboxes      ──► store, sys              │
 //!            │ transfer   diff, apply_diff, changes, diff_size          ──► svm, store              │
+//!            │ pristine   a sandbox that was never written takes a tar  ──► svm, store              │
 //!            └──────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
@@ -23,6 +24,7 @@ mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]
 mod mounts;
+mod pristine;
 mod scrub;
 mod transfer;
 mod views;

@@ -38,7 +38,7 @@ use std::{
 const CANONICAL_VERSION: u32 = 1;
 
 /// Two stacks to be compared, as disks.
-struct Comparison {
+pub(super) struct Comparison {
     target: Vec<LayerDisk>,
     parent: ParentDisks,
     live: Option<Arc<dyn LiveControl>>,
@@ -68,6 +68,7 @@ impl Driver {
                 )));
             }
         }
+        home.take_back(&layer).await?;
         home.mark_applying(&layer).await?;
         let watch = Arc::new(Watch::default());
         let outcome = home.apply(&layer, watched(body, watch.clone())).await;
@@ -142,7 +143,7 @@ impl Driver {
 }
 
 impl Comparison {
-    fn job(self) -> CompareJob {
+    pub(super) fn job(self) -> CompareJob {
         CompareJob { target: self.target, parent: self.parent, live: self.live }
     }
 }
@@ -170,7 +171,7 @@ impl Home {
         Ok((layer, meta, parent))
     }
 
-    async fn comparison(
+    pub(super) async fn comparison(
         self: &Arc<Self>,
         layer: &Layer,
         parent: Option<&LayerId>,

@@ -20,6 +20,8 @@ use std::{
 
 /// Folder of a sandbox that holds what was written.
 pub(super) const UPPER: &str = "upper";
+/// Permissions of that folder in a blank sandbox.
+pub(super) const ROOT_PERMISSIONS: u16 = 0o755;
 /// Folder of a sandbox that overlayfs works in.
 pub(super) const WORK: &str = "work";
 
@@ -28,6 +30,7 @@ impl Driver {
     pub async fn get(&self, id: &str, mount_label: &str) -> Result<PathBuf, DriverError> {
         let home = self.home()?;
         let id: LayerId = id.parse()?;
+        let showing = home.shown.begin(&id);
         match home.options.mount {
             MountKind::None => {
                 let (_, meta) = home.store.get(&id)?;
@@ -35,6 +38,7 @@ impl Driver {
                     return Err(unfinished(&id));
                 }
                 home.materialize(&id).await?;
+                showing.handed_out();
                 Ok(home.store.layout().layer(&id))
             }
             #[cfg(target_os = "linux")]
@@ -51,6 +55,7 @@ impl Driver {
     pub async fn put(&self, id: &str) -> Result<(), DriverError> {
         let home = self.home()?;
         let id: LayerId = id.parse()?;
+        home.shown.put(&id);
         home.put_view(&id).await
     }
 }
@@ -224,7 +229,7 @@ fn sandbox_options(bytes: u64, uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> Blan
         // The mapped root must be able to walk through.
         root: folder(0o711, 0, 0),
         directories: vec![
-            (UPPER.as_bytes().to_vec(), folder(0o755, uid, gid)),
+            (UPPER.as_bytes().to_vec(), folder(ROOT_PERMISSIONS, uid, gid)),
             (WORK.as_bytes().to_vec(), folder(0o755, uid, gid)),
         ],
         // A journal's blocks stay on the host's disk once they were used.

@@ -8,7 +8,7 @@ use std::{
     path::Path,
 };
 
-/// Largest metadata file that is read; a longer one is corrupt. A chain of 127 ids of 128 bytes is 17 KB.
+/// Largest metadata file that is read; a longer one is corrupt. A chain of 128 ids of 128 bytes is 17 KB.
 const MAX_JSON_BYTES: u64 = 1 << 20;
 
 /// Makes the names in a folder durable.

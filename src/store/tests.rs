@@ -79,7 +79,7 @@ fn chains_end_at_the_limit() {
         create(&store, &format!("l{n}"), Some(&format!("l{}", n - 1))).unwrap();
     }
     let error = create(&store, "over", Some(&format!("l{}", chain::MAX_CHAIN))).unwrap_err();
-    assert!(matches!(error, StoreError::TooDeep { depth: 129, max: 128, .. }), "{error}");
+    assert!(matches!(error, StoreError::TooDeep { depth: 130, max: 129, .. }), "{error}");
 }
 
 #[test]

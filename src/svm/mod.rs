@@ -33,7 +33,7 @@ pub mod remote;
 mod stream;
 
 pub use crate::agent::wire::{
-    ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
+    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
     IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest, Witness,
 };
 pub use job::{

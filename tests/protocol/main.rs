@@ -5,6 +5,7 @@
 //!   main.rs    what does not depend on how layers are shown        both transports
 //!   none.rs    lcow.mount=none: folders and VHDX sandboxes         both transports
 //!   mounts.rs  lcow.mount=overlay: merged views, needs root        Linux
+//!   pristine.rs  ApplyDiff of a layer that was shown               Linux, and lcow.mount=none on both
 //!   pipe.rs    what only a pipe has                                Windows
 //! ```
 
@@ -13,6 +14,7 @@ mod mounts;
 mod none;
 #[cfg(windows)]
 mod pipe;
+mod pristine;
 #[path = "../support/mod.rs"]
 mod support;
 

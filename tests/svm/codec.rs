@@ -5,7 +5,7 @@ use lcow_graphdriver::{
         codec::{ChangeSink, Codec, Layer, Live, Lowers, Parent, TarInput},
         disk::OpDisk,
         wire::{
-            ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, ErrorKind, ExportSummary, IdMaps,
+            ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, ErrorKind, ExportSummary, IdMaps,
             WireError,
         },
     },
@@ -127,6 +127,11 @@ impl Codec for TestCodec {
         loop {
             copy_out(&target[0].disk, out)?;
         }
+    }
+
+    fn written(&self, _: Vec<Layer>, _: BlankRoot, live: Option<&mut dyn Live>) -> Result<bool, WireError> {
+        live.map_or(Ok(()), |live| live.metadata_read())?;
+        Ok(true)
     }
 
     fn changes(

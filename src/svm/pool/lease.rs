@@ -373,6 +373,16 @@ impl Lease {
         self.judge(self.compare(job, operation).await).map(|(_, size)| size)
     }
 
+    /// Whether the nearest layer of the job, a sandbox on its own parents, was ever written; `blank` is the root folder
+    /// of one that was not.
+    ///
+    /// # Errors
+    /// As [`Lease::layer_to_tar`].
+    pub async fn written(&self, job: CompareJob, blank: wire::BlankRoot) -> Result<bool, SvmError> {
+        let operation = |target, _, live| Operation::Written { target, blank, live };
+        self.judge(self.compare(job, operation).await).map(|(_, written)| written)
+    }
+
     async fn compare<T: DeserializeOwned>(
         &self,
         job: CompareJob,
