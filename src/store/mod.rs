@@ -62,6 +62,9 @@ pub struct Layer {
     pub meta: Result<LayerMeta, Arc<str>>,
     /// Tells this layer from a later one of the same id.
     pub generation: u64,
+    /// This process created it. What an earlier one created takes no tar: nobody knows what the end of that process
+    /// cut, and a client may come back with the rest.
+    pub made_here: bool,
 }
 
 impl Layer {
@@ -228,7 +231,7 @@ impl Store {
             Ok(chain) => (chain, meta),
             Err(e) => (Vec::new(), Err(Arc::from(e.to_string()))),
         };
-        Layer { id, chain: chain.into(), meta, generation: self.next() }
+        Layer { id, chain: chain.into(), meta, generation: self.next(), made_here: false }
     }
 
     fn next(&self) -> u64 {
@@ -344,7 +347,14 @@ impl Store {
         };
         let staged = self.stage(id)?;
         fill(staged.path())?;
-        let meta = LayerMeta { state, created: now(), sandbox_bytes, applied: None, canonical_version: None };
+        let meta = LayerMeta {
+            state,
+            created: now(),
+            sandbox_bytes,
+            applied: None,
+            canonical_version: None,
+            refused: None,
+        };
         chain::write(staged.path(), &chain)?;
         durable::write_json(&staged.path().join(layout::META_FILE), &meta)?;
         let target = self.layout.layer(id);
@@ -355,7 +365,13 @@ impl Store {
         }
         Self::chain_below(&index, id, parent)?;
         durable::rename(staged.path(), &target).map_err(StoreError::io("rename staged layer to", &target))?;
-        index.insert(Layer { id: id.clone(), chain: chain.into(), meta: Ok(meta), generation: self.next() });
+        index.insert(Layer {
+            id: id.clone(),
+            chain: chain.into(),
+            meta: Ok(meta),
+            generation: self.next(),
+            made_here: true,
+        });
         drop(index);
         durable::sync_dir(self.layout.home())?;
         Ok(())
