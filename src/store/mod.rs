@@ -347,7 +347,14 @@ impl Store {
         };
         let staged = self.stage(id)?;
         fill(staged.path())?;
-        let meta = LayerMeta { state, created: now(), sandbox_bytes, applied: None, canonical_version: None };
+        let meta = LayerMeta {
+            state,
+            created: now(),
+            sandbox_bytes,
+            applied: None,
+            canonical_version: None,
+            refused: None,
+        };
         chain::write(staged.path(), &chain)?;
         durable::write_json(&staged.path().join(layout::META_FILE), &meta)?;
         let target = self.layout.layer(id);
