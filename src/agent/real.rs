@@ -109,7 +109,10 @@ fn io_kind(kind: io::ErrorKind) -> ErrorKind {
 fn ext4_kind(error: &Ext4Error) -> ErrorKind {
     match error {
         Ext4Error::Corrupt { .. } => ErrorKind::Corrupt,
-        Ext4Error::Unsupported { .. } | Ext4Error::LinkTarget { .. } => ErrorKind::Unsupported,
+        Ext4Error::Unsupported { .. }
+        | Ext4Error::LinkTarget { .. }
+        | Ext4Error::AttributeNames { .. }
+        | Ext4Error::FileSize { .. } => ErrorKind::Unsupported,
         Ext4Error::Io { source, .. } => io_kind(source.kind()),
         Ext4Error::Usage { .. } => ErrorKind::Usage,
         Ext4Error::Full { .. } => ErrorKind::Limit,

@@ -103,6 +103,14 @@ pub enum DiffError {
 }
 
 impl DiffError {
+    /// Whether an image of larger blocks would take what was refused: see [`Ext4Error::larger_blocks_help`].
+    pub fn larger_blocks_help(&self) -> bool {
+        match self {
+            Self::Ext4(source) | Self::Image { source, .. } => source.larger_blocks_help(),
+            _ => false,
+        }
+    }
+
     /// The kind of the I/O error at the bottom, if it is one: `StorageFull` tells a full disk from bad input.
     pub fn io_kind(&self) -> Option<io::ErrorKind> {
         match self {

@@ -157,7 +157,8 @@ impl Home {
     /// Asks a service VM whether a sandbox holds anything.
     async fn was_written(self: &Arc<Self>, layer: &Layer) -> Result<bool, DriverError> {
         let id = &layer.id;
-        let job = self.comparison(layer, layer.parent()).await?.job();
+        let pair = self.pair(id.as_str(), layer.parent().map_or("", LayerId::as_str)).await?;
+        let job = self.comparison(pair).await?.job();
         let lease = self
             .pool
             .lease(id.as_str(), Purpose::Work)

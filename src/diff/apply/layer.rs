@@ -493,6 +493,10 @@ impl<W: WriteAt> Target for Layer<'_, W> {
         self.writer.write_data(offset, data, placed).map_err(|e| self.context.image(e))
     }
 
+    fn flush(&mut self) -> Result<(), DiffError> {
+        self.writer.flush().map_err(|e| self.context.image(e))
+    }
+
     fn end_file(&mut self) -> Result<(), DiffError> {
         self.writer.end_file().map_err(|e| self.context.image(e))
     }

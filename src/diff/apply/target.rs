@@ -23,6 +23,11 @@ pub(super) trait Target {
         placed: &mut dyn FnMut(Placed),
     ) -> Result<(), DiffError>;
 
+    /// All data that were placed so far can be read from the disk.
+    fn flush(&mut self) -> Result<(), DiffError> {
+        Ok(())
+    }
+
     /// Ends the open file.
     fn end_file(&mut self) -> Result<(), DiffError>;
 
