@@ -217,7 +217,7 @@ pub const SPECS: &[OptionSpec] = &[
         name: "lcow.blocksize",
         default: "1KiB",
         accepts: "1KiB, 2KiB or 4KiB",
-        help: "Blocks of applied layers. Small ones waste least; disks with sectors of 4096 bytes need 4KiB, and so does a symbolic link whose target is as long as a block. Profile hcsshim always has 4KiB.",
+        help: "Blocks of applied layers. Small ones waste least; disks with sectors of 4096 bytes need 4KiB. A layer with an entry that needs larger ones (a symbolic link whose target is as long as a block, names of extended attributes that fill one) has 4KiB by itself. Profile hcsshim always has 4KiB.",
         set: |o, v| {
             parse_size(v, Unit::Bytes)
                 .and_then(|b| u32::try_from(b).ok())

@@ -3,7 +3,7 @@
 //! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
 
 use super::{
-    codec::{ChangeSink, Codec, Layer, Live, Lowers, Parent, TarInput},
+    codec::{ChangeSink, Codec, Growing, Layer, Live, Lowers, Parent, TarInput},
     disk::OpDisk,
     wire::{self, ErrorKind, WireError},
 };
@@ -139,7 +139,7 @@ fn diff_kind(error: &DiffError) -> ErrorKind {
         DiffError::Verity(e) => verity_kind(e),
         DiffError::Tar(_) | DiffError::Entry { .. } | DiffError::Corrupt { .. } => ErrorKind::Corrupt,
         DiffError::Ext4(e) | DiffError::Image { source: e, .. } => ext4_kind(e),
-        DiffError::Vhd(_) | DiffError::Limit { .. } => ErrorKind::Limit,
+        DiffError::Vhd(_) | DiffError::Limit { .. } | DiffError::Beyond { .. } => ErrorKind::Limit,
         DiffError::Unsupported { .. } | DiffError::Foreign { .. } => ErrorKind::Unsupported,
         DiffError::ChangedWhileReading { .. } => ErrorKind::Changed,
         DiffError::Usage(_) => ErrorKind::Usage,
@@ -207,6 +207,34 @@ impl LiveHooks for Hooks<'_> {
     }
 }
 
+/// The daemon's second pair of disks as `diff` wants it.
+struct Grown<'a> {
+    growing: &'a mut dyn Growing,
+    refused: &'a mut Option<WireError>,
+}
+
+impl apply::Growth<OpDisk, OpDisk> for Grown<'_> {
+    fn disks(&mut self) -> Result<Option<(OpDisk, OpDisk)>, DiffError> {
+        self.growing.disks().map(Some).map_err(|e| keep(self.refused, e))
+    }
+
+    fn replaying(&mut self) -> Result<(), DiffError> {
+        self.growing.replaying().map_err(|e| keep(self.refused, e))
+    }
+
+    fn replayed(&mut self, image: OpDisk, record: OpDisk) -> Result<(), DiffError> {
+        // The host's room is needed; a device keeps its length, and the daemon takes it away.
+        for disk in [&image, &record] {
+            if let Err(source) = disk.set_len(0)
+                && source.kind() != io::ErrorKind::Unsupported
+            {
+                return Err(DiffError::Io { what: "emptying the first disks", source });
+            }
+        }
+        self.growing.replayed().map_err(|e| keep(self.refused, e))
+    }
+}
+
 /// Holds an image against the hash tree behind it, block by block.
 fn check_tree(disk: &OpDisk) -> Result<wire::RootHash, WireError> {
     let fs = Ext4::open(disk.clone())?;
@@ -254,6 +282,7 @@ impl Codec for RealCodec {
         record: OpDisk,
         scratch: Option<OpDisk>,
         lowers: &mut dyn Lowers,
+        growing: &mut dyn Growing,
         options: &wire::ApplyOptions,
     ) -> Result<wire::ApplySummary, WireError> {
         let block_size = BlockSize::from_bytes(options.block_size).ok_or_else(|| {
@@ -285,13 +314,14 @@ impl Codec for RealCodec {
             let scratch = scratch.map(|disk| Arc::new(disk) as Arc<dyn WriteAt>);
             settings.verity = apply::Verity::Tree { scratch };
         }
-        let mut refused = None;
+        let (mut refused, mut no_disks) = (None, None);
         let mut chain = LayerChain::new(lowers.count(), || match lowers.next() {
             Ok(layer) => Ok(self.source(&layer, false)),
             Err(e) => Err(keep(&mut refused, e)),
         });
-        let applied = apply::apply(input.bytes, image, record, &mut chain, &settings);
-        let summary = applied.map_err(|error| refused.unwrap_or_else(|| error.into()))?;
+        let mut grown = Grown { growing, refused: &mut no_disks };
+        let applied = apply::apply_growing(input.bytes, image, record, &mut chain, &settings, &mut grown);
+        let summary = applied.map_err(|error| refused.or(no_disks).unwrap_or_else(|| error.into()))?;
         Ok(wire::ApplySummary {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,

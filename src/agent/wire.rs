@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 
 /// Version of frames and messages; both sides of a pair must agree.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 5;
 /// Most payload bytes of any frame.
@@ -388,6 +388,22 @@ pub enum Event {
     /// An apply has read its tar and looks for a link's target in the next of its lowers, which is to be lent now.
     /// Few tars ever ask, and a machine takes long for each disk.
     Lower,
+    /// An apply met something that needs larger blocks and begins anew on a second pair of disks, [`LargerDisks`] in the
+    /// Resume. It may be asked while the tar is being sent, once; Data that are under way are kept for later.
+    LargerBlocks,
+    /// An apply reads what it wrote and will take no Data for a while. Nobody answers.
+    Replaying,
+    /// An apply no longer needs its first pair of disks. Nobody answers.
+    Replayed,
+}
+
+/// The second pair of disks of an apply: both writable and empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LargerDisks {
+    /// For the image.
+    pub image: DiskId,
+    /// For the exact-diff record.
+    pub record: DiskId,
 }
 
 /// What applying a tar gave.

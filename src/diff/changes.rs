@@ -107,8 +107,7 @@ pub fn written<R: ReadAt>(target: &[LayerSource<R>], blank: BlankRoot) -> Result
     /// Permission bits of `i_mode`.
     const PERMISSIONS: u16 = 0o7777;
     let root_is = BlankRoot { permissions: inode.mode & PERMISSIONS, uid: inode.uid, gid: inode.gid };
-    Ok(root_is != blank
-        || !table.xattrs(root, &inode)?.is_empty())
+    Ok(root_is != blank || !table.xattrs(root, &inode)?.is_empty())
 }
 
 /// Sum of the bytes of regular files in the diff, a hard-linked inode once, whiteouts 0; what export leaves out is 0.

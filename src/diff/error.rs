@@ -64,6 +64,20 @@ pub enum DiffError {
         /// The limit.
         limit: u64,
     },
+    /// A layer holds more than a tar of layers can.
+    #[error("{path:?}: {found} {what}, and a layer has {limit} at most; {advice}")]
+    Beyond {
+        /// Where, printable.
+        path: String,
+        /// What is too much, with its unit.
+        what: &'static str,
+        /// How much there is.
+        found: u64,
+        /// How much may be.
+        limit: u64,
+        /// What the operator can do.
+        advice: &'static str,
+    },
     /// A stored record, or the image it points into, is not what was written.
     #[error("{what} is corrupt at byte {offset}: {reason}")]
     Corrupt {

@@ -15,6 +15,7 @@ use super::{
     DiffError, ParentLayer, ParentSpec, canonical,
     fs::Fs,
     ids::IdMaps,
+    limits,
     stream::{FileBytes, Out, Range, same_bytes},
     view::{LayerSource, Node, Table},
     walk::{Detailer, Item, Items, Mode, NoDetail, Status, walk},
@@ -273,6 +274,8 @@ pub fn export<R: ReadAt>(
         path: Vec::new(),
     };
     let inexpressible = items.inexpressible();
+    let left_out = |n: usize| inexpressible.get(n) == Some(&true) || kept.get(n) == Some(&false);
+    limits::hold(&items, left_out, limits::NAMES)?;
     for ((item, _), left_out) in
         items.items.iter().zip(&kept).zip(inexpressible).filter(|((_, keep), _)| **keep)
     {
@@ -359,6 +362,7 @@ impl<R: ReadAt> Export<'_, '_, R> {
         if kind == Kind::Directory {
             path.push(b'/');
         }
+        limits::hold_xattrs(path, slice(&self.details.xattrs, detail.xattrs))?;
         let xattrs: Vec<(&[u8], &[u8])> =
             slice(&self.details.xattrs, detail.xattrs).iter().map(|(n, v)| (&n[..], &v[..])).collect();
         let mut header = Header {

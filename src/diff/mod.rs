@@ -26,6 +26,7 @@ mod export;
 mod fs;
 mod hash;
 mod ids;
+pub mod limits;
 pub mod record;
 mod stream;
 #[cfg(test)]

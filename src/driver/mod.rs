@@ -19,6 +19,7 @@
 
 mod error;
 mod gates;
+mod growth;
 mod home;
 mod lifecycle;
 mod live;

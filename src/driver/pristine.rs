@@ -100,7 +100,7 @@ impl Home {
     /// A sandbox that was written, is shown, has children, or is of an earlier process: it stays as it is.
     pub(super) async fn take_back(self: &Arc<Self>, layer: &Layer) -> Result<(), DriverError> {
         let id = &layer.id;
-        if self.store.get(id)?.1.state != LayerState::Sandbox {
+        if self.store.get(id)?.meta.state != LayerState::Sandbox {
             return Ok(());
         }
         let (before, _) = self.shown.look(id);
@@ -140,16 +140,19 @@ impl Home {
         if !layer.made_here {
             return Err(refused(id, "was made by an earlier process of the plugin"));
         }
+        let children = self.store.children(id);
+        if let Some(child) = children.first() {
+            return Err(refused(
+                id,
+                &format!("is the parent of {} layers, {child} among them", children.len()),
+            ));
+        }
         #[cfg(target_os = "linux")]
         let (views, mounted) = (self.mounts.references(id), self.mounts.disk_dir(id).is_some());
         #[cfg(not(target_os = "linux"))]
         let (views, mounted) = (0, false);
         if views + self.shown.look(id).1 > 0 || mounted {
             return Err(refused(id, "is in use (a Get without its Put)"));
-        }
-        let children = self.store.children(id);
-        if let Some(child) = children.first() {
-            return Err(refused(id, &format!("is the parent of {} layers, {child} among them", children.len())));
         }
         Ok(())
     }

@@ -11,7 +11,8 @@
 //! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
 
 use super::{
-    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished,
+    ChangedPath, Driver, DriverError, blocking, growth::Files, home::Home, live::Stillness, open,
+    views::unfinished,
 };
 use crate::{
     config::LayoutProfile,
@@ -311,21 +312,14 @@ impl Home {
     {
         let id = &layer.id;
         let (home, member) = (self.clone(), layer.clone());
-        let (staged, image, record, scratch, lowers) = blocking(move || {
+        let (staged, files, scratch, lowers) = blocking(move || {
             let staged = home.store.stage(&member.id)?;
-            let image = staged.path().join(layout::LAYER_FILE);
-            let record = staged.path().join(layout::RECORD_FILE);
-            let make = |path: &std::path::Path| {
-                durable::create_private(path).map(Arc::new).map_err(DriverError::io("create", path))
-            };
-            let (image, record) = (
-                DiskSource::read_write(make(&image)?, &image),
-                DiskSource::read_write(make(&record)?, &record),
-            );
+            let files = Files::new(home.clone(), staged.path())?;
             // The leaves of a large hash tree; it goes with the staging folder.
             let scratch = if home.options.verity {
                 let path = staged.path().join("verity.tmp");
-                Some(DiskSource::read_write(make(&path)?, &path))
+                let file = durable::create_private(&path).map_err(DriverError::io("create", &path))?;
+                Some(DiskSource::read_write(Arc::new(file), &path))
             } else {
                 None
             };
@@ -333,14 +327,16 @@ impl Home {
                 Some(parent) => home.chain_disks(&home.store.snapshot(parent)?, &mut Vec::new())?,
                 None => Vec::new(),
             };
-            Ok((staged, image, record, scratch, lowers))
+            Ok((staged, files, scratch, lowers))
         })
         .await?;
+        let (image, record) = files.first();
         let job = ApplyJob {
-            image: image.clone(),
-            record: record.clone(),
+            image,
+            record,
             scratch,
             lowers,
+            larger: Some(Arc::new(files.clone())),
             options: ApplyOptions {
                 profile: match self.options.profile {
                     LayoutProfile::Default => Profile::Default,
@@ -359,9 +355,10 @@ impl Home {
             .map_err(DriverError::svm(id, "start an apply"))?;
         let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
         drop(lease);
-        let (image_path, record_path) = (image.path.clone(), record.path.clone());
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
         blocking(move || {
+            let (image, record) = files.last()?;
+            let image_path = image.path.clone();
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
                 disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
                 let found = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.len();
@@ -373,7 +370,6 @@ impl Home {
             Ok(durable::sync_dir(image_path.parent().unwrap_or(&image_path))?)
         })
         .await?;
-        drop(record_path);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
         let path = staged.path().join(layout::LAYER_FILE);
         let reopened = Arc::new(open(&path)?);

@@ -108,7 +108,9 @@ pub enum Ext4Error {
         most: u32,
     },
     /// The names of a node's extended attributes do not fit one block, which ext4 keeps them in; larger blocks take more.
-    #[error("the names of {count} extended attributes need a block of {bytes} bytes, blocks here have {most}")]
+    #[error(
+        "the names of {count} extended attributes need a block of {bytes} bytes, blocks here have {most}"
+    )]
     AttributeNames {
         /// How many attributes.
         count: usize,

@@ -32,6 +32,7 @@ use std::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split},
+    sync::mpsc,
     time::timeout,
 };
 
@@ -156,6 +157,9 @@ async fn explain(vm: &Arc<dyn ServiceVm>, name: &str, otherwise: SvmError) -> Sv
     }
 }
 
+/// Frames that shall go out between those of a body.
+pub(super) type Between = mpsc::UnboundedReceiver<(FrameType, Vec<u8>)>;
+
 impl Sender {
     /// Sends one frame.
     pub(super) async fn frame(&mut self, kind: FrameType, payload: &[u8]) -> Result<(), SendError> {
@@ -175,6 +179,8 @@ impl Sender {
         IoSlice::advance_slices(&mut left, 0);
         while !left.is_empty() {
             match timeout(self.idle, self.output.write_vectored(left)).await {
+                // An agent that is busy with what it has takes nothing, and says so.
+                Err(_) if self.progress.last.lock().elapsed() < self.idle => continue,
                 Err(_) => return Err(SendError::Timeout),
                 Ok(Err(e)) => return Err(SendError::Channel(e)),
                 Ok(Ok(0)) => return Err(SendError::Channel(io::ErrorKind::WriteZero.into())),
@@ -186,31 +192,50 @@ impl Sender {
     }
 
     /// Sends a body as Data frames and End. Chunks are gathered into frames of [`DATA_PAYLOAD`], large ones without a
-    /// copy where the channel can do that. How long the body itself may idle is its owner's business.
-    pub(super) async fn body<S>(&mut self, body: S) -> Result<(), SendError>
+    /// copy where the channel can do that. How long the body itself may idle is its owner's business. What comes out of
+    /// `between` meanwhile is sent as soon as a frame has ended.
+    pub(super) async fn body<S>(&mut self, body: S, between: &mut Between) -> Result<(), SendError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         self.progress.sending.store(true, Ordering::Relaxed);
-        let sent = self.gather(body).await;
+        let sent = self.gather(body, between).await;
         self.progress.touch();
         self.progress.sending.store(false, Ordering::Relaxed);
         sent
     }
 
-    async fn gather<S>(&mut self, body: S) -> Result<(), SendError>
+    /// Sends what waits in `between`.
+    async fn insert(&mut self, between: &mut Between) -> Result<(), SendError> {
+        while let Ok((kind, payload)) = between.try_recv() {
+            self.frame(kind, &payload).await?;
+        }
+        Ok(())
+    }
+
+    async fn gather<S>(&mut self, body: S, between: &mut Between) -> Result<(), SendError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         let mut body = pin!(body);
         let copied_below = if self.output.is_write_vectored() { COPIED_BELOW } else { usize::MAX };
         let mut frame = Gathered::default();
-        while let Some(chunk) = body.next().await {
+        loop {
+            let chunk = tokio::select! {
+                biased;
+                Some((kind, payload)) = between.recv() => {
+                    self.frame(kind, &payload).await?;
+                    continue;
+                }
+                chunk = body.next() => chunk,
+            };
+            let Some(chunk) = chunk else { break };
             let mut chunk = chunk.map_err(SendError::Body)?;
             if let Some(digesting) = &self.digesting {
                 digesting.update(chunk.clone()).await;
             }
             while !chunk.is_empty() {
+                self.insert(between).await?;
                 if copied_below == usize::MAX && frame.len == 0 && chunk.len() >= DATA_PAYLOAD {
                     self.frame(FrameType::Data, &chunk.split_to(DATA_PAYLOAD)).await?;
                     continue;
@@ -223,8 +248,10 @@ impl Sender {
             }
         }
         if frame.len > 0 {
+            self.insert(between).await?;
             self.parts(FrameType::Data, frame.take()).await?;
         }
+        self.insert(between).await?;
         let Some(digesting) = self.digesting.take() else { return self.frame(FrameType::End, &[]).await };
         let digest = digesting.finish().await;
         let digest =
@@ -270,6 +297,12 @@ impl Gathered {
 }
 
 impl Receiver {
+    /// [`Receiver::next`] that keeps its half meanwhile: dropped early, it would lose bytes.
+    pub(super) async fn next_owned(mut self) -> (Self, Result<Incoming, SvmError>) {
+        let word = self.next().await;
+        (self, word)
+    }
+
     /// The agent's next word. An Error frame becomes [`SvmError::Refused`].
     pub(super) async fn next(&mut self) -> Result<Incoming, SvmError> {
         if let Some(result) = self.result.take() {
@@ -364,6 +397,22 @@ impl Receiver {
         }
     }
 
+    /// [`Receiver::after_send_error`] of one that waits for a word already.
+    pub(super) async fn after_send_error_of(
+        waiting: impl Future<Output = (Self, Result<Incoming, SvmError>)>,
+        e: SendError,
+        idle: Duration,
+    ) -> SvmError {
+        match e {
+            SendError::Body(e) => SvmError::Body(e.to_string()),
+            SendError::Timeout => SvmError::Timeout { what: "sending to the service VM", after: idle },
+            e @ SendError::Channel(_) => match waiting.await {
+                (_, Err(error)) => error,
+                (mut receiver, Ok(_)) => receiver.after_send_error(e).await,
+            },
+        }
+    }
+
     /// Reads until there is no room left in `buf`.
     async fn fill(&mut self, buf: &mut (impl BufMut + Send)) -> Result<(), SvmError> {
         while buf.has_remaining_mut() {
@@ -435,9 +484,13 @@ mod tests {
 
     /// An operation, and the agent's end of its channel with the request read.
     async fn start(operation: &Operation) -> (Sender, Receiver, DuplexStream) {
+        start_with(operation, Duration::from_secs(20)).await
+    }
+
+    async fn start_with(operation: &Operation, idle: Duration) -> (Sender, Receiver, DuplexStream) {
         let (ours, mut theirs) = tokio::io::duplex(1 << 20);
         let vm: Arc<dyn ServiceVm> = Arc::new(Machine(Mutex::new(Some(ours))));
-        let (sender, receiver) = begin(&vm, "test", Duration::from_secs(20), operation).await.unwrap();
+        let (sender, receiver) = begin(&vm, "test", idle, operation).await.unwrap();
         assert_eq!(frame(&mut theirs).await.0, FrameType::Request);
         (sender, receiver, theirs)
     }
@@ -474,12 +527,79 @@ mod tests {
             };
             let (mut sender, mut receiver, mut agent) = start(&operation).await;
             let body = futures_util::stream::iter(tar.chunks(5).map(|c| Ok(Bytes::from_static(c))));
-            assert!(sender.body(body).await.is_ok());
+            let (_between, mut between) = mpsc::unbounded_channel();
+            assert!(sender.body(body, &mut between).await.is_ok());
             assert_eq!(frame(&mut agent).await, (FrameType::Data, tar.to_vec()));
             assert_eq!(frame(&mut agent).await, (FrameType::End, digest.to_string().into_bytes()));
             say(&mut agent, FrameType::Result, &summary(answer)).await;
             let result = receiver.result::<ExportSummary>().await;
             assert_eq!(result.is_ok(), good, "{result:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_says_it_replays_is_waited_for_and_a_silent_one_is_not() {
+        const IDLE: Duration = Duration::from_millis(500);
+        const WORDS: usize = 8;
+        for talks in [true, false] {
+            let operation = Operation::Apply {
+                image: DiskId(0),
+                record: DiskId(1),
+                scratch: None,
+                lowers: vec![],
+                options: ApplyOptions::default(),
+            };
+            let (mut sender, mut receiver, mut agent) = start_with(&operation, IDLE).await;
+            let (insert, mut between) = mpsc::unbounded_channel();
+            // More than the channel holds.
+            let body = futures_util::stream::iter((0..64).map(|_| Ok(Bytes::from(vec![7; 1 << 16]))));
+            let reading = tokio::spawn(async move {
+                for _ in 0..WORDS {
+                    tokio::time::sleep(IDLE / 2).await;
+                    if talks {
+                        say(&mut agent, FrameType::Event, br#""replaying""#).await;
+                    }
+                }
+                let mut resumes = 0;
+                loop {
+                    let mut head = [0; HEADER_LEN];
+                    if agent.read_exact(&mut head).await.is_err() {
+                        return None;
+                    }
+                    let (kind, len) = wire::parse_header(head).unwrap();
+                    let mut payload = vec![0; len];
+                    if agent.read_exact(&mut payload).await.is_err() {
+                        return None;
+                    }
+                    match kind {
+                        FrameType::End => return Some(resumes),
+                        FrameType::Resume => resumes += 1,
+                        _ => {}
+                    }
+                }
+            });
+            let hearing = tokio::spawn(async move {
+                let mut heard = 0;
+                loop {
+                    let (back, word) = receiver.next_owned().await;
+                    receiver = back;
+                    match word {
+                        Ok(Incoming::Event(wire::Event::Replaying)) => heard += 1,
+                        _ => return heard,
+                    }
+                    if heard == WORDS / 2 {
+                        insert.send((FrameType::Resume, b"null".to_vec())).unwrap();
+                    }
+                }
+            });
+            let sent = sender.body(body, &mut between).await;
+            if talks {
+                assert!(sent.is_ok(), "an agent that talks was given up");
+                assert_eq!(reading.await.unwrap(), Some(1), "the answer goes between the frames of the body");
+                assert_eq!(hearing.await.unwrap(), WORDS);
+            } else {
+                assert!(matches!(sent, Err(SendError::Timeout)), "a silent agent was waited for");
+            }
         }
     }
 

@@ -33,12 +33,12 @@ pub mod remote;
 mod stream;
 
 pub use crate::agent::wire::{
-    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
-    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest, Witness,
+    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId,
+    ExportSummary, IdMaps, IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest, Witness,
 };
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,
-    LiveControl, ParentDisks, no_writer_left,
+    LiveControl, ParentDisks, SecondPair, no_writer_left,
 };
 pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
 pub use stream::TarStream;
@@ -101,6 +101,9 @@ pub enum SvmError {
     /// The caller's body failed; its own words.
     #[error("reading the layer's tar: {0}")]
     Body(String),
+    /// An entry needs larger blocks, and the second pair of disks that takes could not be had.
+    #[error("an entry of the tar needs larger blocks, and there is no place to begin anew: {0}")]
+    SecondPair(String),
     /// Freezing or thawing a live sandbox failed.
     #[error("live sandbox: {0}")]
     Live(String),

@@ -158,7 +158,9 @@ impl Freeze {
                     match event {
                         Event::MetadataRead => self.thaw().await?,
                         Event::BeforeRecheck => self.freeze().await?,
-                        Event::Lower => return Err(receiver.protocol("a comparison has no lowers".into())),
+                        Event::Lower | Event::LargerBlocks | Event::Replaying | Event::Replayed => {
+                            return Err(receiver.protocol(format!("a comparison has no {event:?}")));
+                        }
                     }
                     if let Err(e) = sender.frame(FrameType::Resume, &[]).await {
                         return Err(receiver.after_send_error(e).await);

@@ -3,6 +3,7 @@
 mod build;
 mod faults;
 mod foreign;
+mod growth;
 mod layer;
 mod semantics;
 mod tree;

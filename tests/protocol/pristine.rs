@@ -164,7 +164,8 @@ mod shown {
 
 #[test]
 fn a_sandbox_that_machines_attach_takes_a_tar_once_it_was_given_back() {
-    let plugin = Plugin::start(&["--storage-opt", "lcow.mount=none", "--storage-opt", "lcow.sandboxsize=64m"]);
+    let plugin =
+        Plugin::start(&["--storage-opt", "lcow.mount=none", "--storage-opt", "lcow.sandboxsize=64m"]);
     plugin.init();
     plugin.layer("base", "", &small_tar());
     create(&plugin, "c", "base");

@@ -87,6 +87,7 @@ impl Files {
             record: self.writable(&format!("{name}.record")),
             scratch: None,
             lowers: Vec::new(),
+            larger: None,
             options: ApplyOptions::default(),
         }
     }

@@ -74,7 +74,7 @@ pub(super) fn convert(args: &ConvertArgs) -> Result<ExitCode, CliError> {
     }
     let out = NewFile::create(&args.output)?;
     let about = |e: &(dyn std::error::Error + 'static)| failed("write", &args.output, e);
-    let file = out.disk();
+    let file = out.disk()?;
     let data_bytes = match format {
         DiskFormat::Raw => {
             file.set_len(size).map_err(|e| about(&e))?;

@@ -22,8 +22,8 @@ use crate::{
         digest::Hasher,
         record::{Broken, PartialTar},
     },
+    ext4::Ext4Error,
     io::WriteAt,
-    tar::TarError,
 };
 use std::io::{self, Cursor, Read};
 
@@ -93,8 +93,8 @@ impl From<DiffError> for Stopped {
     }
 }
 
-impl From<TarError> for Stopped {
-    fn from(error: TarError) -> Self {
+impl From<Ext4Error> for Stopped {
+    fn from(error: Ext4Error) -> Self {
         Self::Failed(error.into())
     }
 }

@@ -55,7 +55,7 @@ pub use lower::{LowerLayers, LowerNode, NoLowers};
 pub use owner::IdMap;
 
 use crate::{
-    diff::{DiffError, TarDigest, record::RecordWriter},
+    diff::{DiffError, TarDigest, limits, record::RecordWriter},
     ext4::{
         BlockSize,
         writer::{ImageWriter, Placed, UuidSource, WriterOptions},
@@ -153,11 +153,10 @@ impl ApplyOptions {
             profile: Profile::Default,
             footer: true,
             writer,
-            max_entries: 8 << 20,
-            // Linux' PATH_MAX: nothing longer can be reached by one system call.
-            max_path_bytes: 4096,
-            max_depth: 1024,
-            max_xattr_bytes: 128 << 10,
+            max_entries: limits::NAMES,
+            max_path_bytes: limits::PATH_BYTES,
+            max_depth: limits::DEPTH,
+            max_xattr_bytes: limits::XATTR_BYTES,
             max_tar_bytes: 16 << 40,
             max_trailing_bytes: 1 << 30,
             uid_map: Vec::new(),

@@ -52,8 +52,7 @@ impl<R: ReadAt, S: ReadAt> PartialTar<R, S> {
     /// `Io` if the record can't be read.
     pub fn new(image: R, record: S, broken: Broken) -> Result<Self, DiffError> {
         let header: RawHeader = read_struct(&record, 0)?;
-        let unpacker =
-            zstd::bulk::Decompressor::new().map_err(DiffError::io("starting the decompressor"))?;
+        let unpacker = zstd::bulk::Decompressor::new().map_err(DiffError::io("starting the decompressor"))?;
         Ok(Self {
             image,
             record,
@@ -89,7 +88,8 @@ impl<R: ReadAt, S: ReadAt> PartialTar<R, S> {
             let next = frames.next(&mut self.unpacker, &mut self.packed, &mut self.plain)?;
             (self.at, self.crc, self.frames) = (frames.at, frames.crc, frames.count);
             let Some((_, ops)) = next else {
-                let whole = self.left == 0 && (self.frames, self.crc) == (self.broken.frames, self.broken.crc);
+                let whole =
+                    self.left == 0 && (self.frames, self.crc) == (self.broken.frames, self.broken.crc);
                 return if whole { Ok(false) } else { Err(corrupt(self.at, "it is not what was written")) };
             };
             (self.ops, self.literals) = (0..ops, ops);

@@ -64,7 +64,10 @@ pub(super) fn corrupt(offset: u64, reason: impl Into<String>) -> DiffError {
     DiffError::Corrupt { what: "exact record", offset, reason: reason.into() }
 }
 
-pub(super) fn read_struct<T: FromBytes + IntoBytes, S: ReadAt>(record: &S, offset: u64) -> Result<T, DiffError> {
+pub(super) fn read_struct<T: FromBytes + IntoBytes, S: ReadAt>(
+    record: &S,
+    offset: u64,
+) -> Result<T, DiffError> {
     let mut value = T::new_zeroed();
     record.read_exact_at(value.as_mut_bytes(), offset).map_err(DiffError::io("reading the exact record"))?;
     Ok(value)
