@@ -30,6 +30,7 @@ mod scrub;
 mod transfer;
 mod views;
 
+pub use crate::svm::replayed_within;
 pub use error::{DriverError, with_causes};
 pub use scrub::{ScrubFinding, ScrubReport};
 

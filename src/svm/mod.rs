@@ -30,6 +30,7 @@ pub mod pool;
 #[cfg(target_os = "linux")]
 pub mod qemu;
 pub mod remote;
+mod replays;
 mod stream;
 
 pub use crate::agent::wire::{
@@ -41,6 +42,7 @@ pub use job::{
     LiveControl, ParentDisks, SecondPair, no_writer_left,
 };
 pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
+pub use replays::within as replayed_within;
 pub use stream::TarStream;
 
 use crate::agent::wire::{ErrorKind, FrameError, WireError};

@@ -6,9 +6,12 @@
 //!   none.rs    lcow.mount=none: folders and VHDX sandboxes         both transports
 //!   mounts.rs  lcow.mount=overlay: merged views, needs root        Linux
 //!   pristine.rs  ApplyDiff of a layer that was shown               Linux, and lcow.mount=none on both
+//!   commit.rs  Diff and ApplyDiff of what containers write         Linux
 //!   pipe.rs    what only a pipe has                                Windows
 //! ```
 
+#[cfg(target_os = "linux")]
+mod commit;
 #[cfg(target_os = "linux")]
 mod mounts;
 mod none;

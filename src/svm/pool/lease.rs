@@ -16,6 +16,7 @@ use crate::{
         ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk,
         ParentDisks, ServiceVm, SvmError, TarStream,
         exchange::{self, Incoming, Receiver, Sender},
+        replays,
         stream::{Freeze, Item, QUEUED_CHUNKS},
     },
 };
@@ -460,7 +461,10 @@ impl Growing<'_> {
         let name = &self.lease.name;
         let protocol = |reason: String| SvmError::Protocol { vm: name.clone(), reason };
         match (event, &self.job.larger) {
-            (wire::Event::Replaying, _) => Ok(None),
+            (wire::Event::Replaying, _) => {
+                replays::touch();
+                Ok(None)
+            }
             (wire::Event::LargerBlocks, Some(larger)) if self.second.is_none() => {
                 let (image, record) = larger.make().await.map_err(|e| SvmError::SecondPair(e.to_string()))?;
                 let disks = wire::LargerDisks {
