@@ -56,11 +56,11 @@ pub trait Growing {
     /// # Errors
     /// The daemon could not lend it, or gave up.
     fn disks(&mut self) -> Result<(OpDisk, OpDisk), WireError>;
-    /// The first pair is being read and no tar is: called often.
+    /// The first pair is being read and no tar is: called often, with the number of bytes read so far.
     ///
     /// # Errors
     /// The daemon gave up.
-    fn replaying(&mut self) -> Result<(), WireError>;
+    fn replaying(&mut self, bytes: u64) -> Result<(), WireError>;
     /// The first pair is of no more use.
     ///
     /// # Errors

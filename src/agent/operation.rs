@@ -530,12 +530,12 @@ impl Growing for Grown<'_, '_, '_> {
         Ok((image, record))
     }
 
-    fn replaying(&mut self) -> Result<(), WireError> {
+    fn replaying(&mut self, bytes: u64) -> Result<(), WireError> {
         if self.told.elapsed() < TELL_EVERY {
             return Ok(());
         }
         self.told = Instant::now();
-        self.tell(Event::Replaying)
+        self.tell(Event::Replaying { bytes })
     }
 
     fn replayed(&mut self) -> Result<(), WireError> {

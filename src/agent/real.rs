@@ -218,8 +218,8 @@ impl apply::Growth<OpDisk, OpDisk> for Grown<'_> {
         self.growing.disks().map(Some).map_err(|e| keep(self.refused, e))
     }
 
-    fn replaying(&mut self) -> Result<(), DiffError> {
-        self.growing.replaying().map_err(|e| keep(self.refused, e))
+    fn replaying(&mut self, bytes: u64) -> Result<(), DiffError> {
+        self.growing.replaying(bytes).map_err(|e| keep(self.refused, e))
     }
 
     fn replayed(&mut self, image: OpDisk, record: OpDisk) -> Result<(), DiffError> {

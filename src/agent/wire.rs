@@ -392,7 +392,10 @@ pub enum Event {
     /// Resume. It may be asked while the tar is being sent, once; Data that are under way are kept for later.
     LargerBlocks,
     /// An apply reads what it wrote and will take no Data for a while. Nobody answers.
-    Replaying,
+    Replaying {
+        /// Bytes of the tar that it has read so far: more than it said before, and no more than were sent.
+        bytes: u64,
+    },
     /// An apply no longer needs its first pair of disks. Nobody answers.
     Replayed,
 }

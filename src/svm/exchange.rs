@@ -26,14 +26,14 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split},
     sync::mpsc,
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 /// How long a VM whose channel broke may take to be seen dead.
@@ -53,7 +53,11 @@ pub(super) enum Incoming {
 /// its silence counts from the last byte that it took.
 struct Progress {
     sending: AtomicBool,
+    /// Bytes of the body so far.
+    bytes: AtomicU64,
     last: Mutex<Instant>,
+    /// When the agent last had leave to take nothing.
+    excused: Mutex<Option<Instant>>,
     /// Digest of the tar that was sent, where the daemon digests.
     sent: Mutex<Option<TarDigest>>,
 }
@@ -61,6 +65,10 @@ struct Progress {
 impl Progress {
     fn touch(&self) {
         *self.last.lock() = Instant::now();
+    }
+
+    fn is_excused(&self, idle: Duration) -> bool {
+        self.excused.lock().is_some_and(|since| since.elapsed() < idle)
     }
 
     fn is_idle(&self, idle: Duration) -> bool {
@@ -125,7 +133,9 @@ pub(super) async fn begin(
     let (input, output) = split(channel);
     let progress = Arc::new(Progress {
         sending: AtomicBool::new(false),
+        bytes: AtomicU64::new(0),
         last: Mutex::new(Instant::now()),
+        excused: Mutex::default(),
         sent: Mutex::default(),
     });
     let digest = |wanted: bool| (wanted && vm.daemon_digests()).then(Digesting::start);
@@ -180,7 +190,7 @@ impl Sender {
         while !left.is_empty() {
             match timeout(self.idle, self.output.write_vectored(left)).await {
                 // An agent that is busy with what it has takes nothing, and says so.
-                Err(_) if self.progress.last.lock().elapsed() < self.idle => continue,
+                Err(_) if self.progress.is_excused(self.idle) => continue,
                 Err(_) => return Err(SendError::Timeout),
                 Ok(Err(e)) => return Err(SendError::Channel(e)),
                 Ok(Ok(0)) => return Err(SendError::Channel(io::ErrorKind::WriteZero.into())),
@@ -231,6 +241,7 @@ impl Sender {
             };
             let Some(chunk) = chunk else { break };
             let mut chunk = chunk.map_err(SendError::Body)?;
+            self.progress.bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             if let Some(digesting) = &self.digesting {
                 digesting.update(chunk.clone()).await;
             }
@@ -362,6 +373,17 @@ impl Receiver {
             FrameType::Error => Err(SvmError::Refused(self.decode::<WireError>(&payload)?)),
             other => Err(self.protocol(format!("unexpected {other:?} frame"))),
         }
+    }
+
+    /// Bytes of the body that were sent, or are about to be.
+    pub(super) fn sent_bytes(&self) -> u64 {
+        self.progress.bytes.load(Ordering::Relaxed)
+    }
+
+    /// What the agent said or asked for, as it may, counts as if it had taken something.
+    pub(super) fn excuse(&self) {
+        self.progress.touch();
+        *self.progress.excused.lock() = Some(Instant::now());
     }
 
     /// Waits for the Result of an operation that sends nothing else.
@@ -537,6 +559,10 @@ mod tests {
         }
     }
 
+    fn replaying(bytes: u64) -> Vec<u8> {
+        serde_json::to_vec(&wire::Event::Replaying { bytes }).unwrap()
+    }
+
     #[tokio::test]
     async fn an_agent_that_says_it_replays_is_waited_for_and_a_silent_one_is_not() {
         const IDLE: Duration = Duration::from_millis(500);
@@ -554,10 +580,10 @@ mod tests {
             // More than the channel holds.
             let body = futures_util::stream::iter((0..64).map(|_| Ok(Bytes::from(vec![7; 1 << 16]))));
             let reading = tokio::spawn(async move {
-                for _ in 0..WORDS {
+                for n in 0..WORDS as u64 {
                     tokio::time::sleep(IDLE / 2).await;
                     if talks {
-                        say(&mut agent, FrameType::Event, br#""replaying""#).await;
+                        say(&mut agent, FrameType::Event, &replaying(n)).await;
                     }
                 }
                 let mut resumes = 0;
@@ -584,7 +610,10 @@ mod tests {
                     let (back, word) = receiver.next_owned().await;
                     receiver = back;
                     match word {
-                        Ok(Incoming::Event(wire::Event::Replaying)) => heard += 1,
+                        Ok(Incoming::Event(wire::Event::Replaying { .. })) => {
+                            receiver.excuse();
+                            heard += 1;
+                        }
                         _ => return heard,
                     }
                     if heard == WORDS / 2 {

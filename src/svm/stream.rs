@@ -158,7 +158,7 @@ impl Freeze {
                     match event {
                         Event::MetadataRead => self.thaw().await?,
                         Event::BeforeRecheck => self.freeze().await?,
-                        Event::Lower | Event::LargerBlocks | Event::Replaying | Event::Replayed => {
+                        Event::Lower | Event::LargerBlocks | Event::Replaying { .. } | Event::Replayed => {
                             return Err(receiver.protocol(format!("a comparison has no {event:?}")));
                         }
                     }

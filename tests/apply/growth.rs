@@ -32,7 +32,7 @@ type Disk = Arc<MemDisk>;
 #[derive(Default)]
 struct Second {
     pair: Option<(Disk, Disk)>,
-    replays: usize,
+    replays: Option<u64>,
     dropped: bool,
 }
 
@@ -43,8 +43,9 @@ impl Growth<Disk, Disk> for Second {
         Ok(self.pair.clone())
     }
 
-    fn replaying(&mut self) -> Result<(), DiffError> {
-        self.replays += 1;
+    fn replaying(&mut self, bytes: u64) -> Result<(), DiffError> {
+        assert!(self.replays.is_none_or(|before| bytes > before), "{bytes} after {:?}", self.replays);
+        self.replays = Some(bytes);
         Ok(())
     }
 
@@ -327,7 +328,7 @@ impl Growth<Forgetful, Disk> for Honest {
         Ok(Some((Forgetful(Disk::default()), Disk::default())))
     }
 
-    fn replaying(&mut self) -> Result<(), DiffError> {
+    fn replaying(&mut self, _: u64) -> Result<(), DiffError> {
         Ok(())
     }
 

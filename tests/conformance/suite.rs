@@ -70,7 +70,16 @@ pub(crate) async fn apply_and_exact_diff(backend: Backend) {
 /// An entry that needs larger blocks: what comes out is what comes out of an apply with such blocks from the start, and
 /// the first pair of files is emptied.
 pub(crate) async fn larger_blocks_in_mid_stream(backend: Backend) {
-    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
+    // The shortest time-out that operators can set in seconds and mean it.
+    let config = PoolConfig {
+        mode: Mode::Safe,
+        spares: 1,
+        max_vms: 6,
+        boot_timeout: Duration::from_mins(2),
+        idle_timeout: Duration::from_secs(5),
+        ..PoolConfig::default()
+    };
+    let (pool, files) = (Pool::start(backend, config), Files::new());
     let far = "far/".repeat(700);
     let filled = |tar: Tar| {
         (0..40).fold(tar.folder("d/"), |tar, n| tar.file(&format!("d/f{n}"), &noise(n * 9_000, n as u64)))

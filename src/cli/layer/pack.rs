@@ -163,7 +163,7 @@ impl Growth<NewDisk, Arc<dyn WriteAt>> for Larger<'_> {
         made.map(Some).map_err(DiffError::io("beginning anew in larger blocks"))
     }
 
-    fn replaying(&mut self) -> Result<(), DiffError> {
+    fn replaying(&mut self, _: u64) -> Result<(), DiffError> {
         Ok(())
     }
 

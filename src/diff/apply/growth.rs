@@ -36,11 +36,12 @@ pub trait Growth<W, S> {
     /// The one who gives disks could not, or gave up.
     fn disks(&mut self) -> Result<Option<(W, S)>, DiffError>;
 
-    /// The first pair is being read, and nothing of the stream is: called often, at least once for each 256 KiB.
+    /// The first pair is being read, and nothing of the stream is: called often, at least once for each 256 KiB, with
+    /// the number of bytes that were read so far, which is larger each time.
     ///
     /// # Errors
     /// Nobody waits any more.
-    fn replaying(&mut self) -> Result<(), DiffError>;
+    fn replaying(&mut self, bytes: u64) -> Result<(), DiffError>;
 
     /// The first pair is of no more use.
     ///
@@ -58,7 +59,7 @@ impl<W, S> Growth<W, S> for NoGrowth {
         Ok(None)
     }
 
-    fn replaying(&mut self) -> Result<(), DiffError> {
+    fn replaying(&mut self, _: u64) -> Result<(), DiffError> {
         Ok(())
     }
 
@@ -102,6 +103,8 @@ impl From<Ext4Error> for Stopped {
 /// The stream from its start: what the first pair holds, what was read ahead, and what is still to come.
 pub(super) struct Resumed<'a, W, S> {
     replay: Option<PartialTar<W, S>>,
+    /// Bytes that it gave.
+    replayed: u64,
     rest: Cursor<Vec<u8>>,
     /// The digest of what was read before, until it was found right.
     digest: Option<(Hasher, TarDigest)>,
@@ -119,16 +122,19 @@ impl<'a, W: WriteAt, S: WriteAt> Resumed<'a, W, S> {
     ) -> Result<Self, DiffError> {
         let replay = Some(PartialTar::new(image, record, stopped.record)?);
         let digest = stopped.digest.map(|digest| (digest.kind.hasher(), digest));
-        Ok(Self { replay, rest: Cursor::new(stopped.rest), digest, input, growth })
+        Ok(Self { replay, replayed: 0, rest: Cursor::new(stopped.rest), digest, input, growth })
     }
 
     /// The bytes that were read before, once more; 0 behind them.
     fn again(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if let Some(replay) = &mut self.replay {
-            self.growth.replaying().map_err(io::Error::other)?;
+            self.growth.replaying(self.replayed).map_err(io::Error::other)?;
             match replay.read(buf)? {
                 0 => {}
-                n => return Ok(n),
+                n => {
+                    self.replayed += n as u64;
+                    return Ok(n);
+                }
             }
         }
         if let Some(replay) = self.replay.take() {

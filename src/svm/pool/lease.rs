@@ -234,7 +234,7 @@ impl Lease {
             None => None,
         };
         let operation = Operation::Apply { image, record, scratch, lowers, options: job.options.clone() };
-        let mut growing = Growing { lease: self, job, first: [image, record], second: None };
+        let mut growing = Growing { lease: self, job, first: [image, record], second: None, least: Some(0) };
         let summary = self.apply_stream(&operation, body, &mut attached, &mut growing).await;
         let summary = summary.map_err(|e| say_full(e, job))?;
         let (image, record) = growing.second.unwrap_or_else(|| (job.image.clone(), job.record.clone()));
@@ -272,9 +272,10 @@ impl Lease {
                     Err(e) => return Err(e),
                     Ok(Incoming::Event(event)) => {
                         // Nothing is sent meanwhile: the agent must keep what comes before the answer.
-                        if let Some(answer) = growing.answer(event, attached).await? {
+                        if let Some(answer) = growing.answer(event, attached, receiver.sent_bytes()).await? {
                             let _ = insert.send((FrameType::Resume, answer));
                         }
+                        receiver.excuse();
                     }
                     Ok(_) => return Err(receiver.protocol("a word before the end of the tar".into())),
                 }
@@ -305,7 +306,9 @@ impl Lease {
                     }
                 }
                 Incoming::Event(event) => {
-                    if let Some(answer) = growing.answer(event, attached).await?
+                    let answer = growing.answer(event, attached, receiver.sent_bytes()).await?;
+                    receiver.excuse();
+                    if let Some(answer) = answer
                         && let Err(e) = sender.frame(FrameType::Resume, &answer).await
                     {
                         return Err(receiver.after_send_error(e).await);
@@ -449,6 +452,8 @@ struct Growing<'a> {
     job: &'a ApplyJob,
     first: [DiskId; 2],
     second: Option<(DiskSource, DiskSource)>,
+    /// The fewest bytes that the next word of a replay may tell, until it ends.
+    least: Option<u64>,
 }
 
 impl Growing<'_> {
@@ -457,11 +462,18 @@ impl Growing<'_> {
         &mut self,
         event: wire::Event,
         attached: &mut Attached,
+        sent: u64,
     ) -> Result<Option<Vec<u8>>, SvmError> {
         let name = &self.lease.name;
         let protocol = |reason: String| SvmError::Protocol { vm: name.clone(), reason };
         match (event, &self.job.larger) {
-            (wire::Event::Replaying, _) => {
+            // It must come to its end some time: who only says so is not waited for.
+            (wire::Event::Replaying { bytes }, _)
+                if self.second.is_some()
+                    && bytes <= sent
+                    && self.least.is_some_and(|least| bytes >= least) =>
+            {
+                self.least = Some(bytes + 1);
                 replays::touch();
                 Ok(None)
             }
@@ -478,7 +490,7 @@ impl Growing<'_> {
             (wire::Event::LargerBlocks, None) => {
                 Err(SvmError::SecondPair("nobody gives a second pair of disks here".into()))
             }
-            (wire::Event::Replayed, _) if self.second.is_some() => {
+            (wire::Event::Replayed, _) if self.second.is_some() && self.least.take().is_some() => {
                 for (id, disk) in self.first.iter().zip([&self.job.image, &self.job.record]) {
                     attached.release(*id);
                     // What is left there is garbage; its room is wanted.
