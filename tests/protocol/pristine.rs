@@ -129,23 +129,35 @@ mod shown {
     }
 
     #[test]
-    fn a_layer_in_use_and_one_with_children_are_refused_until_that_ends() {
+    fn a_layer_in_use_and_one_with_children_are_refused_until_they_are_made_anew() {
         let plugin = start();
         create(&plugin, "held", "base");
         plugin.get("held");
         plugin.get("held");
-        refused(&plugin, "held", &["in use"]);
         plugin.put("held");
         refused(&plugin, "held", &["in use"]);
         plugin.put("held");
-        // A child that shows it, one that does not, and none.
-        create(&plugin, "child", "held");
-        plugin.get("child");
-        refused(&plugin, "held", &["parent", "child"]);
-        plugin.put("child");
-        refused(&plugin, "held", &["parent", "child"]);
-        plugin.remove("child");
+        // What comes now may be a tail of what was refused.
+        refused(&plugin, "held", &["in use"]);
+        plugin.remove("held");
+        visited(&plugin, "held", |_| ());
         taken(&plugin, "held");
+        // A child that shows it, and one that does not.
+        for shows in [true, false] {
+            visited(&plugin, "parent", |_| ());
+            create(&plugin, "child", "parent");
+            if shows {
+                plugin.get("child");
+            }
+            refused(&plugin, "parent", &["is the parent", "child"]);
+            plugin.put("child");
+            plugin.remove("child");
+            plugin.remove("parent");
+        }
+        visited(&plugin, "parent", |_| ());
+        create(&plugin, "child", "parent");
+        plugin.remove("child");
+        taken(&plugin, "parent");
         assert_eq!(plugin.mounts(), [""; 0]);
     }
 
@@ -171,9 +183,11 @@ fn a_sandbox_that_machines_attach_takes_a_tar_once_it_was_given_back() {
     create(&plugin, "c", "base");
     plugin.get("c");
     plugin.get("c");
-    refused(&plugin, "c", &["in use"]);
     plugin.put("c");
     refused(&plugin, "c", &["in use"]);
+    plugin.remove("c");
+    create(&plugin, "c", "base");
+    plugin.get("c");
     plugin.put("c");
     let reply = plugin.apply("c", "base", &tar());
     assert_eq!(reply.status, 200, "{}\n{}", reply.text(), plugin.log());
