@@ -15,7 +15,7 @@
 //! Invariants: nothing of a layer that holds a change is deleted; between the look at the image and the change of state
 //! nobody was shown the layer. Called by `transfer` (ApplyDiff) and, to count, by `views` and `lifecycle`.
 
-use super::{DriverError, blocking, home::Home, views::ROOT_PERMISSIONS};
+use super::{DriverError, home::Home, views::ROOT_PERMISSIONS};
 use crate::{
     store::{Layer, LayerId, LayerMeta, LayerState, layout},
     svm::{BlankRoot, Purpose},
@@ -108,20 +108,23 @@ impl Home {
         if self.was_written(layer).await? {
             return Err(refused(id, "was written through a mount"));
         }
-        let _gate = self.gates.close([id]).await;
-        self.nobody_uses(layer)?;
-        if self.shown.look(id).0 != before {
-            return Err(refused(id, "was shown while its content was looked at"));
-        }
-        let (home, id, generation) = (self.clone(), id.clone(), layer.generation);
-        blocking(move || {
-            home.store.update(&id, generation, |meta| match meta.state {
-                LayerState::Sandbox => Ok(LayerMeta { state: LayerState::Created, ..meta.clone() }),
+        let gate = self.gates.close([id]).await;
+        let (home, layer) = (self.clone(), layer.clone());
+        gate.run(move |thread, _gate| {
+            let id = &layer.id;
+            home.nobody_uses(&layer)?;
+            if home.shown.look(id).0 != before {
+                return Err(refused(id, "was shown while its content was looked at"));
+            }
+            home.store.update(thread, id, layer.generation, |meta| match meta.state {
+                LayerState::Sandbox => {
+                    Ok(LayerMeta { state: LayerState::Created, handed_out: false, ..meta.clone() })
+                }
                 // Somebody else was faster: what it is now decides.
                 _ => Ok::<_, DriverError>(meta.clone()),
             })?;
             for name in [layout::SANDBOX_FILE, layout::SANDBOX_VHDX_FILE] {
-                let path = home.store.layout().layer_file(&id, name);
+                let path = home.store.layout().layer_file(id, name);
                 match std::fs::remove_file(&path) {
                     Err(e) if e.kind() != io::ErrorKind::NotFound => {
                         return Err(DriverError::io("delete the unwritten sandbox", &path)(e));

@@ -137,8 +137,7 @@ mod shown {
         plugin.put("held");
         refused(&plugin, "held", &["in use"]);
         plugin.put("held");
-        // What comes now may be a tail of what was refused.
-        refused(&plugin, "held", &["in use"]);
+        // What came now might be the tail of what was refused.
         plugin.remove("held");
         visited(&plugin, "held", |_| ());
         taken(&plugin, "held");
