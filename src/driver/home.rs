@@ -1,6 +1,6 @@
 //! One home: a store, its service VMs and its mounts.
 
-use super::{DriverConfig, DriverError, GRACE, gates::Gates};
+use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered};
 use crate::{
     config::Options,
     store::{IdRange, InitRecord, Store},
@@ -13,7 +13,12 @@ use crate::config::SvmKind;
 #[cfg(target_os = "linux")]
 use {
     super::mounts::{Member, Mounts},
-    crate::{config::SvmKind, store::LayerId},
+    crate::{
+        config::SvmKind,
+        store::{LayerId, layout},
+        sys::linux::reflink,
+    },
+    std::sync::atomic::{AtomicBool, Ordering},
 };
 
 /// A home that is open.
@@ -24,8 +29,13 @@ pub(super) struct Home {
     pub(super) pool: Pool,
     pub(super) gates: Arc<Gates>,
     pub(super) init: InitRecord,
+    /// Files that changed while they were exported.
+    pub(super) remembered: Arc<Remembered>,
     #[cfg(target_os = "linux")]
     pub(super) mounts: Arc<Mounts>,
+    /// The disk has reflinks, as far as is known.
+    #[cfg(target_os = "linux")]
+    pub(super) reflinks: AtomicBool,
 }
 
 impl Home {
@@ -94,14 +104,19 @@ impl Home {
         let pool = start_pool(&options, config, &store, true);
         #[cfg(target_os = "linux")]
         let mounts = Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap(&init)?));
+        #[cfg(target_os = "linux")]
+        let reflinks = AtomicBool::new(reflink::works_in(&store.layout().top(layout::STAGING)));
         Ok(Self {
             store,
             options,
             pool,
             gates: Arc::default(),
             init,
+            remembered: Arc::default(),
             #[cfg(target_os = "linux")]
             mounts,
+            #[cfg(target_os = "linux")]
+            reflinks,
         })
     }
 
@@ -136,8 +151,11 @@ impl Home {
             pool,
             gates: self.gates.clone(),
             init,
+            remembered: self.remembered.clone(),
             #[cfg(target_os = "linux")]
             mounts,
+            #[cfg(target_os = "linux")]
+            reflinks: AtomicBool::new(self.reflinks.load(Ordering::Relaxed)),
         })
     }
 

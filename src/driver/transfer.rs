@@ -11,7 +11,11 @@
 //! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
 
 use super::{
-    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished,
+    ChangedPath, Driver, DriverError, blocking,
+    home::Home,
+    live::{Sandbox, Stillness},
+    open,
+    views::unfinished,
 };
 use crate::{
     config::LayoutProfile,
@@ -41,7 +45,12 @@ const CANONICAL_VERSION: u32 = 1;
 struct Comparison {
     target: Vec<LayerDisk>,
     parent: ParentDisks,
-    live: Option<Arc<dyn LiveControl>>,
+    live: Option<Arc<Stillness>>,
+}
+
+/// What makes the sandboxes of a comparison stand still, for a lease.
+fn control(live: Option<Arc<Stillness>>) -> Option<Arc<dyn LiveControl>> {
+    live.map(|live| live as Arc<dyn LiveControl>)
 }
 
 impl Driver {
@@ -89,7 +98,7 @@ impl Driver {
             .lease(id.as_str(), Purpose::Export)
             .await
             .map_err(DriverError::svm(&id, "start a diff"))?;
-        let mut applied = None;
+        let (mut applied, mut live) = (None, None);
         let (job, version) = if let (true, LayerState::Applied) = (own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
             let (opener, member) = (home.clone(), layer.clone());
@@ -105,10 +114,16 @@ impl Driver {
                 format,
                 id_maps: home.id_maps(),
             };
-            (ExportJob { kind, live: comparison.live }, first)
+            live.clone_from(&comparison.live);
+            (ExportJob { kind, live: control(comparison.live) }, first)
         };
-        let tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(&id, "export it"))?;
-        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied })
+        let tar = lease.layer_to_tar(job).await.map_err(|error| {
+            if let Some(live) = &live {
+                live.remember(&error);
+            }
+            DriverError::svm(&id, "export it")(error)
+        })?;
+        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied, live })
     }
 
     /// `GraphDriver.Changes`.
@@ -143,7 +158,7 @@ impl Driver {
 
 impl Comparison {
     fn job(self) -> CompareJob {
-        CompareJob { target: self.target, parent: self.parent, live: self.live }
+        CompareJob { target: self.target, parent: self.parent, live: control(self.live) }
     }
 }
 
@@ -176,32 +191,25 @@ impl Home {
         parent: Option<&LayerId>,
     ) -> Result<Comparison, DriverError> {
         let (home, layer, parent) = (self.clone(), layer.clone(), parent.cloned());
-        blocking(move || {
+        let stacks = blocking(move || {
             let mut sandboxes = Vec::new();
             let target = home.chain_disks(&layer.id, &mut sandboxes)?;
+            let mut below = Vec::new();
             let parent = match parent {
                 parent if parent.as_ref() == layer.parent() => ParentDisks::Own,
-                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut sandboxes)?),
+                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut below)?),
                 None => ParentDisks::None,
             };
-            let live: Option<Arc<dyn LiveControl>> = if sandboxes.is_empty() {
-                None
-            } else {
-                Some(Arc::new(Stillness {
-                    gates: home.gates.clone(),
-                    sandboxes,
-                    #[cfg(target_os = "linux")]
-                    mounts: home.mounts.clone(),
-                    held: parking_lot::Mutex::default(),
-                }))
-            };
-            Ok(Comparison { target, parent, live })
-        })
-        .await
+            sandboxes.extend(below.into_iter().map(|sandbox| Sandbox { in_target: None, ..sandbox }));
+            Ok((target, parent, sandboxes))
+        });
+        let (mut target, mut parent, sandboxes) = stacks.await?;
+        let live = self.hold_still(sandboxes, &mut target, &mut parent).await?;
+        Ok(Comparison { target, parent, live })
     }
 
     /// A layer and its ancestors as disks; what was only created has none. Names the sandboxes among them.
-    fn chain_disks(&self, id: &LayerId, sandboxes: &mut Vec<LayerId>) -> Result<Vec<LayerDisk>, DriverError> {
+    fn chain_disks(&self, id: &LayerId, sandboxes: &mut Vec<Sandbox>) -> Result<Vec<LayerDisk>, DriverError> {
         let chain = self.store.get(id)?.0.chain;
         let mut disks = Vec::new();
         for id in std::iter::once(id).chain(chain.iter()) {
@@ -214,19 +222,18 @@ impl Home {
                 }
                 LayerState::Sandbox => {
                     let path = self.sandbox_path(id);
-                    let file = open(&path)?;
+                    let file = Arc::new(open(&path)?);
                     let length = file.metadata().map_err(DriverError::io("measure", &path))?.len();
                     let vhdx = path.ends_with(layout::SANDBOX_VHDX_FILE);
-                    let disk = DiskSource::read_only(Arc::new(file), path);
+                    let in_target = u16::try_from(disks.len()).ok();
+                    sandboxes.push(Sandbox { layer, file: file.clone(), in_target });
+                    let disk = DiskSource::read_only(file, path);
                     let disk = if vhdx {
                         disk.vhdx()
                     } else {
                         disk.window(0, length.saturating_sub(vhd::FOOTER_SIZE as u64))
                     };
                     disks.push(LayerDisk { disk, kind: LayerKind::Sandbox });
-                    if !sandboxes.contains(id) {
-                        sandboxes.push(id.clone());
-                    }
                 }
             }
         }
@@ -417,6 +424,8 @@ pub struct DiffStream {
     freeze_version: Option<u32>,
     /// Digest of the tar that was applied, if this is to be that one.
     applied: Option<String>,
+    /// Of sandboxes that are in use.
+    live: Option<Arc<Stillness>>,
 }
 
 impl Stream for DiffStream {
@@ -431,6 +440,9 @@ impl Stream for DiffStream {
             Poll::Ready(Some(Ok(bytes))) => Poll::Ready(Some(Ok(bytes))),
             Poll::Ready(Some(Err(error))) => {
                 this.tar = None;
+                if let Some(live) = &this.live {
+                    live.remember(&error);
+                }
                 Poll::Ready(Some(Err(failed(error, &this.layer.id))))
             }
             Poll::Ready(None) => {
