@@ -172,8 +172,9 @@ impl Run<'_> {
                 let mut out = FrameOutput::new(self.channel);
                 let mut handshake = Handshake::new(self.channel);
                 handshake.copies = copies.map(|job| self.copies(job)).transpose()?;
-                let live = live.then_some(&mut handshake as &mut dyn Live);
                 let (target, parent) = (self.layers(&target)?, self.parent(&parent)?);
+                handshake.watch(&target, &parent)?;
+                let live = live.then_some(&mut handshake as &mut dyn Live);
                 let summary =
                     self.codec.export_canonical(target, parent, format, &id_maps, live, &mut out)?;
                 out.finish()?;
@@ -182,6 +183,8 @@ impl Run<'_> {
             Operation::Changes { target, parent, live } => {
                 let mut out = FrameOutput::new(self.channel);
                 let mut handshake = Handshake::new(self.channel);
+                let (target, parent) = (self.layers(&target)?, self.parent(&parent)?);
+                handshake.watch(&target, &parent)?;
                 let live = live.then_some(&mut handshake as &mut dyn Live);
                 let mut one = Vec::new();
                 let mut sink = |change: &Change| {
@@ -189,14 +192,16 @@ impl Run<'_> {
                     wire::encode_change(&mut one, change);
                     out.write_all(&one).map_err(|e| sending(&e))
                 };
-                self.codec.changes(self.layers(&target)?, self.parent(&parent)?, live, &mut sink)?;
+                self.codec.changes(target, parent, live, &mut sink)?;
                 out.finish()?;
                 json(&())
             }
             Operation::DiffSize { target, parent, live } => {
                 let mut handshake = Handshake::new(self.channel);
+                let (target, parent) = (self.layers(&target)?, self.parent(&parent)?);
+                handshake.watch(&target, &parent)?;
                 let live = live.then_some(&mut handshake as &mut dyn Live);
-                json(&self.codec.diff_size(self.layers(&target)?, self.parent(&parent)?, live)?)
+                json(&self.codec.diff_size(target, parent, live)?)
             }
         }
     }
@@ -410,6 +415,8 @@ impl StreamOut for FrameOutput<'_> {
 struct Handshake<'a> {
     channel: &'a dyn AgentChannel,
     copies: Option<Copies>,
+    /// Disks that others write to.
+    written: Vec<OpDisk>,
 }
 
 /// The lowers of an apply: each is lent when it is asked for.
@@ -437,7 +444,24 @@ impl Lowers for Lent<'_> {
 
 impl<'a> Handshake<'a> {
     fn new(channel: &'a dyn AgentChannel) -> Self {
-        Self { channel, copies: None }
+        Self { channel, copies: None, written: Vec::new() }
+    }
+
+    /// Knows the sandboxes among some layers, so that they are seen as they are.
+    fn watch(&mut self, target: &[Layer], parent: &Parent) -> Result<(), WireError> {
+        let below: &[Layer] = match parent {
+            Parent::Chain(layers) => layers,
+            Parent::None | Parent::Own => &[],
+        };
+        let sandboxes = target.iter().chain(below).filter(|layer| layer.kind == LayerKind::Sandbox);
+        self.written = sandboxes.map(|layer| layer.disk.clone()).collect();
+        self.forget()
+    }
+
+    /// What was read of the sandboxes before is not what they are now.
+    fn forget(&self) -> Result<(), WireError> {
+        let io = |e: io::Error| WireError::new(ErrorKind::Io, format!("a disk that others write to: {e}"));
+        self.written.iter().try_for_each(|disk| disk.forget().map_err(io))
     }
 
     fn exchange(&mut self, event: Event) -> Result<Vec<u8>, WireError> {
@@ -464,7 +488,8 @@ impl Live for Handshake<'_> {
     }
 
     fn before_recheck(&mut self) -> Result<(), WireError> {
-        self.exchange(Event::BeforeRecheck).map(drop)
+        self.exchange(Event::BeforeRecheck)?;
+        self.forget()
     }
 }
 

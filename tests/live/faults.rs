@@ -1,8 +1,8 @@
-//! FIFREEZE and FITHAW watched and made to fail, in the program's own calls.
+//! FIFREEZE, FITHAW and FICLONE watched and made to fail, in the program's own calls.
 //!
 //! ```text
-//!   cc ─► faults.so ─ LD_PRELOAD ─► the plugin: each ioctl of the two ─► <folder>/calls, a line each
-//!                                                <folder>/no-thaw there ─► FITHAW fails with EIO, and is not made
+//!   cc ─► faults.so ─ LD_PRELOAD ─► the plugin: each ioctl of the three ─► <folder>/calls, a line each
+//!                                                <folder>/no-thaw there  ─► FITHAW fails with EIO, and is not made
 //! ```
 
 use super::support::Plugin;

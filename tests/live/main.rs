@@ -1,14 +1,18 @@
 //! Containers that are written to while their layers are read: what stands still, for how long, and what is thawed.
 //!
 //! ```text
+//!   busy.rs     Diffs, Changes and sizes while files are written
 //!   thaw.rs     thaws that fail, that a killed process owed, that a stop overtakes
-//!   faults.rs   FIFREEZE and FITHAW watched and made to fail, in the program's own calls
+//!   ground.rs   the disk below the home: without and with reflinks
+//!   faults.rs   FIFREEZE, FITHAW and FICLONE watched and made to fail, in the program's own calls
 //! ```
 //!
 //! Needs root: sandboxes are mounted and frozen. Nothing is left frozen, mounted or bound after a failure.
 #![cfg(target_os = "linux")]
 
+mod busy;
 mod faults;
+mod ground;
 #[path = "../support/mod.rs"]
 mod support;
 mod thaw;
