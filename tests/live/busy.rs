@@ -90,7 +90,7 @@ fn twenty_diffs_of_a_container_that_logs_are_each_a_state_that_it_had() {
                 assert!(freezes == 2 || freezes == 4 && ground == Ground::Plain, "{ground:?}: {freezes}");
                 let size =
                     plugin.ok("GraphDriver.DiffSize", &json!({"ID": "c", "Parent": parent}))["Size"].as_u64();
-                assert!(size.unwrap() > 22 << 20, "{size:?}");
+                assert!(size.unwrap() > (20 << 20) + 100 * 20_000, "{size:?}");
                 let changes =
                     plugin.ok("GraphDriver.Changes", &json!({"ID": "c", "Parent": parent})).to_string();
                 assert!(changes.contains("{\"Kind\":1,\"Path\":\"/etc/log\"}"), "{changes}");
@@ -189,7 +189,8 @@ fn what_was_written_just_before_is_synced_before_all_stands_still() {
         drop(file);
         let tar = plugin.diff("c", "base");
         assert!(tar.len() > 400 << 20);
-        assert!((0..400).all(|n| tar[512 + (n << 20)..][..1 << 20] == piece), "{ground:?}");
+        let much = read(&unpack(&tar), "much");
+        assert!(much.len() == 400 << 20 && much.chunks(1 << 20).all(|part| part == piece), "{ground:?}");
         assert!((1..=2).contains(&faults.count("freeze", 0)));
         println!("{ground:?}: 400 MB were written just before; it stood still for {:?}", frozen(&plugin));
     }
