@@ -212,6 +212,7 @@ fn ext4_mounts_show_up_in_the_table_freeze_and_thaw() {
     });
     assert!(done.recv_timeout(Duration::from_millis(200)).is_err(), "a frozen file system takes no writes");
     frozen.thaw().unwrap();
+    drop(frozen);
     done.recv_timeout(Duration::from_secs(10)).unwrap();
     writer.join().unwrap();
     drop(freeze::freeze(&target).unwrap());

@@ -309,7 +309,7 @@ pub fn export<R: ReadAt>(
         hooks.before_recheck()?;
         let changed = details.changed(&table, reads.into_iter())?;
         if !changed.is_empty() {
-            return Err(details.changed_error(&items, &changed, most_bytes));
+            return Err(details.changed_error(&items, changed, most_bytes));
         }
     }
     Ok(summary)

@@ -241,24 +241,29 @@ impl Details {
         table: &Table<'_, R>,
         reads: impl Iterator<Item = Read>,
     ) -> Result<Vec<Read>, DiffError> {
-        let mut fresh = HashMap::new();
+        let (mut fresh, mut known) = (HashMap::new(), HashMap::new());
         let mut changed = Vec::new();
         let mut now: Vec<Range> = Vec::new();
         for read in reads {
-            let fs = match fresh.entry(read.node.layer) {
-                Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(new) => new.insert(table.opened_anew(read.node.layer)?),
+            let same = match known.entry(read.node) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(new) => {
+                    let fs = match fresh.entry(read.node.layer) {
+                        Entry::Occupied(known) => known.into_mut(),
+                        Entry::Vacant(new) => new.insert(table.opened_anew(read.node.layer)?),
+                    };
+                    now.clear();
+                    let same = self.list.get(read.detail as usize).is_some_and(|detail| {
+                        fs.inode(read.node.ino).is_ok_and(|inode| {
+                            inode.kind == FileKind::File
+                                && self.stamps.get(detail.stamp as usize) == Some(&Stamp::of(&inode))
+                                && fs.ranges(&inode, &mut now).is_ok()
+                                && now == self.ranges_of(detail)
+                        })
+                    });
+                    *new.insert(same)
+                }
             };
-            let (Some(detail), Ok(inode)) = (self.list.get(read.detail as usize), fs.inode(read.node.ino))
-            else {
-                changed.push(read);
-                continue;
-            };
-            now.clear();
-            let same = inode.kind == FileKind::File
-                && self.stamps.get(detail.stamp as usize) == Some(&Stamp::of(&inode))
-                && fs.ranges(&inode, &mut now).is_ok()
-                && now == self.ranges_of(detail);
             if !same {
                 changed.push(read);
             }
