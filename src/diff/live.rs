@@ -279,9 +279,12 @@ impl Details {
     pub(super) fn changed_error(
         &self,
         items: &Items,
-        changed: &[Read],
+        mut changed: Vec<Read>,
         most_bytes: Option<u64>,
     ) -> DiffError {
+        // Names of one file are one file.
+        let mut seen = HashSet::new();
+        changed.retain(|read| seen.insert(read.node));
         let mut names = Vec::new();
         let mut too_large = false;
         for read in changed.iter().take(MAX_NAMED) {
