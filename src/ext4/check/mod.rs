@@ -32,6 +32,7 @@ use super::{
         superblock::{Geometry, SUPERBLOCK_LEN, SUPERBLOCK_OFFSET, incompat},
         unsupported,
     },
+    writer::GROUP_BLOCKS,
 };
 use crate::io::ReadAt;
 use std::collections::HashMap;
@@ -43,12 +44,18 @@ pub struct CheckLimits {
     pub max_blocks: u64,
     /// Inodes; 16 bytes each.
     pub max_inodes: u32,
+    /// The version of the writer whose image it is, by which some rules are: version 1 made inline data that look like
+    /// an extent tree, times that checkers misread, and devices that look like folders. [`WRITER`] for a new image.
+    pub writer: u32,
 }
+
+/// The version of our writer whose images must keep every rule.
+pub const WRITER: u32 = 2;
 
 impl Default for CheckLimits {
     /// 2^33 blocks would be 1 GiB of bits; here 2^31 (2 TiB of 1 KiB blocks, 256 MiB of bits) and 2^25 inodes (512 MiB).
     fn default() -> Self {
-        Self { max_blocks: 1 << 31, max_inodes: 1 << 25 }
+        Self { max_blocks: 1 << 31, max_inodes: 1 << 25, writer: WRITER }
     }
 }
 
@@ -79,6 +86,8 @@ const INCOMPAT_NEEDED: u32 = incompat::FILETYPE | incompat::EXTENTS;
 const RO_COMPAT_NEEDED: u32 = 0x400;
 /// `s_default_mount_opts`: xattrs and ACLs.
 const DEFAULT_MOUNT_OPTS: u32 = 0xC;
+/// More inodes than fit a group whatever its size (`EXT2_MAX_INODES_PER_GROUP`).
+const MAX_INODES_PER_GROUP: u32 = 65_536;
 /// `EXT4_GOOD_OLD_FIRST_INO`.
 const FIRST_INO: u32 = 11;
 
@@ -184,6 +193,7 @@ impl Layout {
 struct Checker<R> {
     fs: Ext4<R>,
     layout: Layout,
+    writer: u32,
     blocks: Blocks,
     /// By inode number.
     nodes: Vec<Node>,
@@ -214,6 +224,7 @@ pub fn check<R: ReadAt>(disk: R, limits: CheckLimits) -> Result<CheckReport, Ext
         report: CheckReport { uuid: geometry.uuid, ..CheckReport::default() },
         names: Vec::new(),
         layout: Layout::of(geometry),
+        writer: limits.writer,
         fs,
     };
     let sb = checker.superblock()?;
@@ -292,8 +303,19 @@ impl<R: ReadAt> Checker<R> {
             return strange(format!("inodes of {} bytes", geometry.inode_size));
         }
         let room = geometry.inode_size - 128;
-        if u16_at(&sb, 0x15C) > room || u16_at(&sb, 0x15E) > room {
+        // 0: not said; else at least up to the high half of the checksum.
+        let extra = |at| matches!(u16_at(&sb, at), size if size == 0 || size >= 4 && size <= room && size.is_multiple_of(4));
+        if !extra(0x15C) || !extra(0x15E) {
             return bad("its extra inode sizes are out of range");
+        }
+        // A smaller group makes the kernel keep more in memory for each mount, and no writer of ours has one.
+        if !hcsshim && u64::from(geometry.blocks_per_group) != GROUP_BLOCKS {
+            return strange(format!("groups of {} blocks", geometry.blocks_per_group));
+        }
+        let per_block = geometry.block_size / u32::from(geometry.inode_size);
+        let most = (per_block * (geometry.blocks_per_group - 4)).min(MAX_INODES_PER_GROUP - per_block);
+        if !(per_block..=most).contains(&geometry.inodes_per_group) {
+            return bad("its inodes per group are out of range");
         }
         // Without hash trees there is no hash.
         let hash = if hcsshim { (0, 0) } else { (1, 2) };

@@ -22,6 +22,12 @@ use crate::{
 const OVERLAY: &[u8] = b"overlay.";
 const INDEX_TRUSTED: u8 = 4;
 
+/// Whether the bytes that fill a value up to whole words are zero: they count in its hash.
+fn padded_with_zeros(base: &[u8], x: &RawXattr<'_>) -> bool {
+    let end = x.value_offset + x.value.len();
+    base.get(end..end.next_multiple_of(4)).is_some_and(|rest| rest.iter().all(|b| *b == 0))
+}
+
 /// Checks that values lie behind the entries and do not overlap.
 fn layout(found: &[RawXattr<'_>], entries_end: usize) -> Result<(), &'static str> {
     let mut spans: Vec<(usize, usize)> = found
@@ -55,7 +61,10 @@ impl<R: ReadAt> Checker<R> {
             layout(&found, end).map_err(bad)?;
             for x in &found {
                 inline |= x.index == INDEX_SYSTEM && x.name == b"data";
-                if x.value_inum == 0 && x.hash != 0 && x.hash != entry_hash(x.name, value_words(x.value)) {
+                if x.value_inum == 0
+                    && x.hash != 0
+                    && (x.hash != entry_hash(x.name, value_words(x.value)) || !padded_with_zeros(area, x))
+                {
                     return Err(bad("hash of an xattr does not match"));
                 }
                 sectors += self.xattr(inode, x)?;
@@ -103,7 +112,9 @@ impl<R: ReadAt> Checker<R> {
                 if x.index == INDEX_SYSTEM {
                     return Err(bad("inline data outside the inode"));
                 }
-                if x.value_inum == 0 && x.hash != entry_hash(x.name, value_words(x.value)) {
+                if x.value_inum == 0
+                    && (x.hash != entry_hash(x.name, value_words(x.value)) || !padded_with_zeros(&block, x))
+                {
                     return Err(bad("hash of an xattr does not match"));
                 }
                 sectors += self.xattr(inode, x)?;
