@@ -19,6 +19,7 @@
 mod error;
 mod gates;
 mod home;
+mod image;
 mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]

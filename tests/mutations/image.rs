@@ -208,6 +208,16 @@ impl Image {
         }
     }
 
+    /// The image with the padding of its inode bitmaps set: profile hcsshim leaves it clear, as the tool does whose bytes
+    /// it makes, and that is the one thing that e2fsck does not take of its images.
+    pub(crate) fn for_e2fsck(&self) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        for unit in self.units.iter().filter(|unit| unit.kind == Kind::InodeBitmap) {
+            bytes[unit.at + unit.len..unit.at + self.block_size].fill(0xFF);
+        }
+        bytes
+    }
+
     /// Seed of the checksums of an inode and of its blocks.
     fn inode_seed(&self, ino: u32) -> u32 {
         let at = self.inodes[&ino];

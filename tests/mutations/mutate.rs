@@ -230,8 +230,17 @@ fn super_block(b: &mut [u8], random: &mut Random) -> String {
                 0x274, 0x278, 0x27C, 0x280, 0x284,
             ]);
             let old = u32_at(b, at);
-            let value =
-                random.one_of(&[0, 1, 2, 3, old.wrapping_add(1), old.wrapping_sub(1), old * 2, old / 2, !0]);
+            let value = random.one_of(&[
+                0,
+                1,
+                2,
+                3,
+                old.wrapping_add(1),
+                old.wrapping_sub(1),
+                old.wrapping_mul(2),
+                old / 2,
+                !0,
+            ]);
             put32(b, at, value);
             format!("+{at:#x} = {value}")
         }
@@ -433,13 +442,21 @@ fn xattr(b: &mut [u8], first: usize, base: usize, random: &mut Random) -> String
         }
         4 => {
             let old = u32_at(b, at + 8);
-            let value = random.one_of(&[0, old + 1, old.wrapping_sub(1), old + 4, 65536, 65537, !0]);
+            let value = random.one_of(&[
+                0,
+                old.wrapping_add(1),
+                old.wrapping_sub(1),
+                old.wrapping_add(4),
+                65536,
+                65537,
+                !0,
+            ]);
             put32(b, at + 8, value);
             format!("value of {value}")
         }
         5 => {
             // What fills the value up to whole words, which counts in the hash.
-            let end = base + (u16_at(b, at + 2) + u32_at(b, at + 8)) as usize;
+            let end = base + u16_at(b, at + 2) as usize + u32_at(b, at + 8) as usize;
             if end < b.len() && u32_at(b, at + 4) == 0 {
                 b[end] = 0x41;
             }

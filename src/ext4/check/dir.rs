@@ -89,12 +89,9 @@ impl<R: ReadAt> Checker<R> {
             if tail > 0 && !dir::checksum_matches(&block, None, seed) {
                 return Err(bad("checksum of a block does not match"));
             }
-            let mut start = 0;
-            if i == 0 {
-                start = self.dots(inode, &block, 12)?;
-            }
-            let end = block_size - tail;
-            self.block(inode, block.get(..end).unwrap_or(&[]), start, &keys, limits)?;
+            let entries = block.get(..block_size - tail).unwrap_or(&[]);
+            let start = if i == 0 { self.dots(inode, entries, 12)? } else { 0 };
+            self.block(inode, entries, start, &keys, limits)?;
         }
         self.unique(inode)
     }

@@ -6,12 +6,13 @@ use super::{Checker, FIRST_INO, Layout, ROOT_INO, file_type, kind};
 use crate::{
     ext4::{
         Ext4Error, Extent, FileKind, Inode,
-        layout::{BAD_INO, Timestamp, extent::looks_like_root},
+        layout::{BAD_INO, extent::looks_like_root},
         reader::{
             bytes::{u16_at, u32_at},
             corrupt, dir, extent,
             inode::{checksum_matches, flags},
             superblock::{compat, incompat, ro_compat},
+            xattr,
         },
     },
     io::ReadAt,
@@ -22,6 +23,9 @@ const FLAGS: u32 = flags::EXTENTS | flags::INDEX | flags::INLINE_DATA | flags::E
 
 /// Those of profile hcsshim, which has no hash trees and no values in inodes.
 const HCSSHIM_FLAGS: u32 = flags::EXTENTS | flags::INLINE_DATA | flags::HUGE_FILE;
+
+/// Bytes of inline data in `i_block`.
+const INLINE: usize = 60;
 
 /// Collects the blocks of an inode.
 struct Claims {
@@ -92,16 +96,6 @@ impl<R: ReadAt> Checker<R> {
         }
         if [132, 136, 140, 148].iter().any(|at| u32_at(raw, *at) >> 2 > 999_999_999) {
             return bad("more nanoseconds than a second has");
-        }
-        // Access, change, content and creation: seconds and the word with their epoch.
-        let times = [(8, 140), (12, 132), (16, 136), (144, 148)];
-        let here = |at: usize| 128 + extra >= at + 4;
-        if self.writer > 1
-            && times.iter().any(|(secs, epoch)| {
-                here(*secs) && here(*epoch) && Timestamp::is_misread(u32_at(raw, *secs), u32_at(raw, *epoch))
-            })
-        {
-            return bad("a time that checkers take for one before 1970");
         }
         if u16_at(raw, 126) != 0 || u32_at(raw, 112) != 0 || (extra >= 32 && u32_at(raw, 156) != 0) {
             return bad("unknown fields are not zero");
@@ -215,6 +209,19 @@ impl<R: ReadAt> Checker<R> {
             && (!claims.nodes.is_empty() || claims.extents.len() != 1 || claims.extents[0].blocks != 1)
         {
             return bad("a symbolic link of more than one block");
+        }
+        if let (FileKind::Symlink, [extent]) = (inode.kind, claims.extents.as_slice()) {
+            // Whoever takes the target for a string must come to the same end.
+            let block = self.fs.source.block(extent.physical_block)?;
+            if block.get(inode.size as usize) != Some(&0) {
+                return bad("a symbolic link whose target goes on behind its size");
+            }
+        }
+        if inode.kind == FileKind::Symlink && inode.has(flags::INLINE_DATA) {
+            let rest = xattr::inline_data(&inode)?.unwrap_or(&[]);
+            if inode.size != (INLINE + rest.len()) as u64 {
+                return bad("a symbolic link whose target ends elsewhere than its inline data");
+            }
         }
         let depth = u16_at(inode.i_block(), 6);
         if inode.has(flags::EXTENTS)

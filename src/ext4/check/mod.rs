@@ -18,10 +18,13 @@
 mod dir;
 mod group;
 mod inode;
+mod sandbox;
 #[cfg(test)]
 mod tests;
 mod tree;
 mod xattr;
+
+pub use sandbox::{SandboxShape, check_sandbox};
 
 use super::{
     Ext4Error, FileKind,
@@ -44,8 +47,8 @@ pub struct CheckLimits {
     pub max_blocks: u64,
     /// Inodes; 16 bytes each.
     pub max_inodes: u32,
-    /// The version of the writer whose image it is, by which some rules are: version 1 made inline data that look like
-    /// an extent tree, times that checkers misread, and devices that look like folders. [`WRITER`] for a new image.
+    /// The version of the writer whose image it is: version 1 made inline data that look like an extent tree, and
+    /// devices of several names whose number may lead to a block that looks like a folder. [`WRITER`] for a new image.
     pub writer: u32,
 }
 
@@ -62,6 +65,10 @@ impl Default for CheckLimits {
 /// What a good image holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CheckReport {
+    /// Bytes of the file system.
+    pub image_bytes: u64,
+    /// Whose layout it has.
+    pub layout: Layout,
     /// Inodes in use, reserved ones included.
     pub inodes: u64,
     /// Directories.
@@ -170,9 +177,10 @@ impl Blocks {
 }
 
 /// Whose image it is: what may differ between the two is decided by the super block alone, before anything else.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layout {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Layout {
     /// [`super::writer`]'s.
+    #[default]
     Default,
     /// [`super::hcsshim`]'s: no checksums, and some fields as hcsshim's `tar2ext4` writes them.
     Hcsshim,
@@ -221,13 +229,19 @@ pub fn check<R: ReadAt>(disk: R, limits: CheckLimits) -> Result<CheckReport, Ext
         blocks: Blocks::new(geometry.blocks_count),
         nodes: vec![Node::default(); geometry.inodes_count as usize + 1],
         shared: HashMap::new(),
-        report: CheckReport { uuid: geometry.uuid, ..CheckReport::default() },
+        report: CheckReport {
+            image_bytes: geometry.blocks_count * u64::from(geometry.block_size),
+            layout: Layout::of(geometry),
+            uuid: geometry.uuid,
+            ..CheckReport::default()
+        },
         names: Vec::new(),
         layout: Layout::of(geometry),
         writer: limits.writer,
         fs,
     };
     let sb = checker.superblock()?;
+    checker.beside_superblock()?;
     checker.claim_fixed()?;
     let mut totals = group::Totals::default();
     for number in 0..checker.fs.geometry().groups {
@@ -328,6 +342,10 @@ impl<R: ReadAt> Checker<R> {
         if u8_at(&sb, 0x174) > 31 {
             return bad("its flexible groups are too large");
         }
+        let desc_size = u16_at(&sb, 0xFE);
+        if desc_size != 0 && !desc_size.is_power_of_two() || desc_size > 1024 {
+            return bad("its descriptor size is out of range");
+        }
         let desc_blocks = geometry.groups.div_ceil(geometry.block_size / u32::from(geometry.desc_size));
         if geometry.first_meta_bg > desc_blocks {
             return bad("its first meta group is out of range");
@@ -336,6 +354,20 @@ impl<R: ReadAt> Checker<R> {
             return bad("it is not the primary copy");
         }
         Ok(sb)
+    }
+
+    /// Before the super block, and behind it up to the end of its block, nothing stands: other programs look there for
+    /// disks and boot code of their own kinds.
+    fn beside_superblock(&self) -> Result<(), Ext4Error> {
+        let end = u64::from(self.fs.geometry().block_size);
+        for (from, to) in [(0, SUPERBLOCK_OFFSET), (SUPERBLOCK_OFFSET + SUPERBLOCK_LEN as u64, end)] {
+            let mut bytes = vec![0; to.saturating_sub(from) as usize];
+            self.fs.source.read(from, &mut bytes)?;
+            if bytes.iter().any(|b| *b != 0) {
+                return Err(corrupt("boot block", "the bytes beside the superblock are not zero"));
+            }
+        }
+        Ok(())
     }
 
     fn node(&mut self, ino: u32) -> Option<&mut Node> {

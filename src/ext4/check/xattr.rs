@@ -24,8 +24,9 @@ const INDEX_TRUSTED: u8 = 4;
 
 /// Whether the bytes that fill a value up to whole words are zero: they count in its hash.
 fn padded_with_zeros(base: &[u8], x: &RawXattr<'_>) -> bool {
-    let end = x.value_offset + x.value.len();
-    base.get(end..end.next_multiple_of(4)).is_some_and(|rest| rest.iter().all(|b| *b == 0))
+    let len = x.value.len();
+    let (end, padded) = (x.value_offset + len, x.value_offset + len.next_multiple_of(4));
+    base.get(end..padded).is_some_and(|rest| rest.iter().all(|b| *b == 0))
 }
 
 /// Checks that values lie behind the entries and do not overlap.
@@ -67,7 +68,7 @@ impl<R: ReadAt> Checker<R> {
                 {
                     return Err(bad("hash of an xattr does not match"));
                 }
-                sectors += self.xattr(inode, x)?;
+                sectors += self.xattr(inode, x, true)?;
                 names.push((x.index, x.name.to_vec()));
             }
         } else if area.iter().any(|b| *b != 0) {
@@ -117,7 +118,8 @@ impl<R: ReadAt> Checker<R> {
                 {
                     return Err(bad("hash of an xattr does not match"));
                 }
-                sectors += self.xattr(inode, x)?;
+                // A shared block is one user of the values that lie elsewhere.
+                sectors += self.xattr(inode, x, first)?;
                 names.push((x.index, x.name.to_vec()));
             }
         }
@@ -128,8 +130,8 @@ impl<R: ReadAt> Checker<R> {
         Ok(sectors)
     }
 
-    /// Checks one entry; gives the sectors of a value in its own inode.
-    fn xattr(&mut self, inode: &Inode, x: &RawXattr<'_>) -> Result<u64, Ext4Error> {
+    /// Checks one entry; gives the sectors of a value in its own inode, whose users are counted if this is a new one.
+    fn xattr(&mut self, inode: &Inode, x: &RawXattr<'_>, count: bool) -> Result<u64, Ext4Error> {
         let bad = |reason: &'static str| corrupt(format!("inode {}, xattrs", inode.ino), reason);
         match x.index {
             2 | 3 if x.name.is_empty() && x.value_inum == 0 => {
@@ -171,7 +173,7 @@ impl<R: ReadAt> Checker<R> {
             return Err(bad("hash of a value in an inode does not match"));
         }
         let Some(node) = self.node(x.value_inum) else { return Err(bad("a value's inode does not exist")) };
-        node.parent_or_names = node.parent_or_names.saturating_add(1);
+        node.parent_or_names = node.parent_or_names.saturating_add(u32::from(count));
         let block = u64::from(geometry.block_size);
         Ok(u64::from(x.value_size).next_multiple_of(block) / 512)
     }

@@ -9,30 +9,11 @@ pub struct Timestamp {
     pub nanos: u32,
 }
 
-/// Seconds whose low half is negative, in the last epoch: from and before.
-const MISREAD_FROM: i64 = (3 << 32) + i32::MIN as i64;
-const MISREAD_TO: i64 = 3 << 32;
-
 impl Timestamp {
     /// First second that ext4 can hold: 1901-12-13.
     pub const MIN_SECS: i64 = i32::MIN as i64;
     /// Last second that ext4 can hold: 2446-05-10.
     pub const MAX_SECS: i64 = (3 << 32) + i32::MAX as i64;
-
-    /// The nearest time that no checker misreads: 2310-04-04 to 2378-04-21 are taken for times before 1970 that an old
-    /// kernel encoded wrongly (e2fsck, `check_inode_extra_space`), and become the last second before.
-    #[must_use]
-    pub fn unmistakable(self) -> Self {
-        if (MISREAD_FROM..MISREAD_TO).contains(&self.secs) {
-            return Self { secs: MISREAD_FROM - 1, nanos: 999_999_999 };
-        }
-        self
-    }
-
-    /// Whether an on-disk pair means such a time.
-    pub fn is_misread(low: u32, extra: u32) -> bool {
-        low >> 31 == 1 && extra & 3 == 3
-    }
 
     /// The on-disk pair (seconds, extra). Times out of range become the nearest that fits, as in the kernel.
     pub fn encode(self) -> (u32, u32) {
@@ -51,22 +32,6 @@ impl Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_that_checkers_misread_become_the_last_before() {
-        for secs in [MISREAD_FROM - 1, MISREAD_FROM, MISREAD_TO - 1, MISREAD_TO, Timestamp::MAX_SECS, -1] {
-            let (low, extra) = Timestamp { secs, nanos: 0 }.encode();
-            assert_eq!(
-                Timestamp::is_misread(low, extra),
-                (MISREAD_FROM..MISREAD_TO).contains(&secs),
-                "{secs}"
-            );
-            let t = Timestamp { secs, nanos: 5 }.unmistakable();
-            let (low, extra) = t.encode();
-            assert!(!Timestamp::is_misread(low, extra), "{secs}");
-            assert_eq!(Timestamp::decode(low, extra), t, "{secs}");
-        }
-    }
 
     #[test]
     fn encodes_as_the_kernel_does() {

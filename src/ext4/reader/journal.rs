@@ -239,7 +239,9 @@ impl<R: ReadAt> Journal<'_, R> {
                             Pass::Scan(logged) => {
                                 logged.insert(tag.target, None);
                             }
-                            Pass::Replay(logged, overlay) => self.copy(&tag, at, sequence, logged, overlay)?,
+                            Pass::Replay(logged, overlay) => {
+                                self.copy(&tag, at, sequence, logged, overlay)?
+                            }
                             Pass::Revoke(_) => {}
                         }
                     }

@@ -264,10 +264,10 @@ impl Tree {
         let node = &mut self.nodes[id as usize];
         node.mode = node.mode & raw::S_IFMT | a.permissions & 0o7777;
         (node.uid, node.gid) = (a.uid, a.gid);
-        node.mtime = a.mtime.unmistakable().encode();
+        node.mtime = a.mtime.encode();
         let times = OtherTimes {
-            atime: a.atime.unwrap_or(a.mtime).unmistakable().encode(),
-            ctime: a.ctime.unwrap_or(a.mtime).unmistakable().encode(),
+            atime: a.atime.unwrap_or(a.mtime).encode(),
+            ctime: a.ctime.unwrap_or(a.mtime).encode(),
         };
         if let Some(known) = self.other_times.get_mut(node.other_times as usize) {
             *known = times;
