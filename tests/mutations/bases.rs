@@ -133,7 +133,7 @@ fn applied(options: &ApplyOptions) -> Vec<u8> {
 }
 
 /// An image as `mke2fs -d` makes it, with features as our writer sets them: its groups lie otherwise.
-fn mke2fs(options: &[&str]) -> Vec<u8> {
+pub(crate) fn mke2fs(options: &[&str]) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let (tree, image) = (folder.path().join("tree"), folder.path().join("image"));
     std::fs::create_dir_all(tree.join("a/b")).unwrap();
@@ -143,7 +143,7 @@ fn mke2fs(options: &[&str]) -> Vec<u8> {
     std::os::unix::fs::symlink("x".repeat(80), tree.join("a/b/link")).unwrap();
     std::fs::hard_link(tree.join("a/some-name-of-a-file-9"), tree.join("a/b/hard")).unwrap();
     let made = Command::new("mke2fs")
-        .args(["-q", "-t", "ext4", "-m", "0", "-I", "256", "-g", "4096", "-N", "512"])
+        .args(["-q", "-t", "ext4", "-m", "0", "-I", "256", "-N", "512"])
         .args(["-O", "^has_journal,^resize_inode,^orphan_file,64bit,inline_data,ea_inode,metadata_csum,metadata_csum_seed"])
         .args(["-E", "lazy_itable_init=0,hash_seed=01020304-0506-0708-090a-0b0c0d0e0f10", "-d"])
         .arg(&tree)
@@ -187,8 +187,8 @@ pub(crate) fn all() -> Vec<Base> {
         base("hash tree of the disk", applied(&verity)),
         base("hcsshim", applied(&hcsshim(false))),
         base("hcsshim, inline data", applied(&hcsshim(true))),
-        base("mke2fs, 1 KiB", mke2fs(&["-b", "1024"])),
-        base("mke2fs, 4 KiB", mke2fs(&["-b", "4096", "-O", "large_dir"])),
+        base("mke2fs, 1 KiB", mke2fs(&["-b", "1024", "-g", "4096"])),
+        base("mke2fs, 4 KiB", mke2fs(&["-b", "4096", "-g", "4096", "-O", "large_dir"])),
         base("1 KiB, hash tree of two levels", written(BlockSize::B1024, true, 3200, 0)),
     ]
 }

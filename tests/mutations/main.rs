@@ -17,6 +17,7 @@ mod bases;
 mod build;
 mod hostile;
 mod image;
+mod kinds;
 mod mutate;
 
 use bases::Base;
