@@ -76,7 +76,7 @@ fn what_e2fsck_rejects_by_name_is_refused() {
             let leaf = of(image, Kind::DirectoryLeaf);
             change(image, &leaf, |b| b[22] = b'x');
         }),
-        ("`..` reaches over the checksum", "1 KiB", |image| {
+        ("`..` reaches over the checksum", "1 KiB, no inline data", |image| {
             let leaf = unit(image, |image, unit| {
                 unit.kind == Kind::DirectoryLeaf
                     && u16_at(&image.bytes, unit.at + 16) as usize == unit.len - 24

@@ -16,8 +16,8 @@ use crate::{
     agent::{codec::damage, wire::RootHash},
     cli::CliError,
     diff::{LayerKind, TarDigest, record},
-    ext4::check::{CheckLimits, Layout, check},
-    verity,
+    ext4::check::{CheckLimits, check},
+    verity, vhd,
 };
 use serde::Serialize;
 use std::{fmt::Write as _, io, process::ExitCode};
@@ -63,11 +63,11 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
     verity::check_around(&image.disk, report.image_bytes, tree.is_some())
         .map_err(|e| failed("verify", &args.image, &e))?;
     if let Container::Vhd(footer) = image.container {
-        let right = match report.layout {
-            Layout::Default => footer.to_bytes(),
-            Layout::Hcsshim => footer.to_bytes_hcsshim(),
-        };
-        if image.footer != Some(right) || footer.disk_bytes + right.len() as u64 != image.file_bytes {
+        // `layer convert` gives an image of profile hcsshim the other one.
+        let ours = [footer.to_bytes(), footer.to_bytes_hcsshim()];
+        if image.footer.is_none_or(|found| !ours.contains(&found))
+            || footer.disk_bytes + vhd::FOOTER_SIZE as u64 != image.file_bytes
+        {
             return Err(format!("{}: its vhd footer is not one that a layer has", shown(&args.image)).into());
         }
     }

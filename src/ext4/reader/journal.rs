@@ -240,7 +240,7 @@ impl<R: ReadAt> Journal<'_, R> {
                                 logged.insert(tag.target, None);
                             }
                             Pass::Replay(logged, overlay) => {
-                                self.copy(&tag, at, sequence, logged, overlay)?
+                                self.copy(&tag, at, sequence, logged, overlay)?;
                             }
                             Pass::Revoke(_) => {}
                         }
