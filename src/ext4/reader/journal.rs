@@ -88,6 +88,14 @@ struct Tag {
 
 /// Reads the journal of `fs` and gives the overlay that brings it up to date.
 pub(in crate::ext4) fn recover<R: ReadAt>(fs: &Ext4<R>) -> Result<Overlay, Ext4Error> {
+    match open(fs)? {
+        Some((journal, start, sequence)) => journal.replay(start, sequence),
+        None => Ok(Overlay::default()),
+    }
+}
+
+/// The journal, where its log begins, and with which transaction; `None` if there is nothing to replay.
+fn open<R: ReadAt>(fs: &Ext4<R>) -> Result<Option<(Journal<'_, R>, u32, u32)>, Ext4Error> {
     let inum = fs.geometry().journal_inum;
     if inum == 0 {
         return Err(unsupported("a journal on another disk".to_owned()));
@@ -141,12 +149,12 @@ pub(in crate::ext4) fn recover<R: ReadAt>(fs: &Ext4<R>) -> Result<Overlay, Ext4E
     }
     let start = be32(&sb, 0x1C);
     if start == 0 {
-        return Ok(Overlay::default());
+        return Ok(None);
     }
     if start < journal.first || start >= journal.end {
         return Err(bad("its start lies outside its bounds"));
     }
-    journal.replay(start, be32(&sb, 0x18))
+    Ok(Some((journal, start, be32(&sb, 0x18))))
 }
 
 /// The blocks that are logged, and the last transaction that revoked each.
@@ -161,12 +169,18 @@ enum Pass<'a> {
 
 impl<R: ReadAt> Journal<'_, R> {
     fn replay(&self, start: u32, sequence: u32) -> Result<Overlay, Ext4Error> {
-        let mut logged = Logged::new();
-        let end = self.pass(start, sequence, None, &mut Pass::Scan(&mut logged))?;
-        self.pass(start, sequence, Some(end), &mut Pass::Revoke(&mut logged))?;
+        let (logged, end) = self.logged(start, sequence)?;
         let mut overlay = HashMap::new();
         self.pass(start, sequence, Some(end), &mut Pass::Replay(&logged, &mut overlay))?;
         Ok(Overlay(overlay))
+    }
+
+    /// The blocks that are logged with their revocations, and the number behind the last complete transaction.
+    fn logged(&self, start: u32, sequence: u32) -> Result<(Logged, u32), Ext4Error> {
+        let mut logged = Logged::new();
+        let end = self.pass(start, sequence, None, &mut Pass::Scan(&mut logged))?;
+        self.pass(start, sequence, Some(end), &mut Pass::Revoke(&mut logged))?;
+        Ok((logged, end))
     }
 
     /// The disk's block that holds block `number` of the journal.
@@ -388,4 +402,61 @@ fn crc32_be(seed: u32, bytes: &[u8]) -> u32 {
         }
         crc
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ext4::format::{BlankOptions, blank},
+        io::{MemDisk, WriteAt},
+    };
+
+    const BLOCK: usize = 4096;
+
+    fn block(kind: u32, sequence: u32, words: &[u32]) -> Vec<u8> {
+        let mut bytes: Vec<u8> =
+            [MAGIC, kind, sequence].iter().chain(words).flat_map(|word| word.to_be_bytes()).collect();
+        bytes.resize(BLOCK, 0);
+        bytes
+    }
+
+    #[test]
+    fn revocations_of_blocks_that_are_not_logged_are_not_kept() {
+        let disk = MemDisk::new();
+        for (offset, bytes) in blank(16 << 20, &BlankOptions::default()).unwrap() {
+            disk.write_all_at(&bytes, offset).unwrap();
+        }
+        disk.set_len(16 << 20).unwrap();
+        let fs = Ext4::open(&disk).unwrap();
+        let inode = fs.inode(fs.geometry().journal_inum).unwrap();
+        let first = fs.extents(&inode).unwrap()[0].physical_block * BLOCK as u64;
+        // One transaction logs blocks 3000 and 3001; fifty revoke the first one and a thousand others each.
+        let last_tag = tag_flag::SAME_UUID | tag_flag::LAST;
+        let mut log = vec![
+            block(block_type::DESCRIPTOR, 1, &[3000, tag_flag::SAME_UUID, 3001, last_tag]),
+            vec![b'a'; BLOCK],
+            vec![b'b'; BLOCK],
+            block(block_type::COMMIT, 1, &[]),
+        ];
+        for sequence in 2..52 {
+            let mut words = vec![16 + 4 * 1001, 3000];
+            words.extend((0..1000).map(|i| 100_000 + sequence * 1000 + i));
+            log.push(block(block_type::REVOKE, sequence, &words));
+            log.push(block(block_type::COMMIT, sequence, &[]));
+        }
+        for (i, bytes) in log.iter().enumerate() {
+            disk.write_all_at(bytes, first + (1 + i as u64) * BLOCK as u64).unwrap();
+        }
+        for (at, value) in [(0x18u64, 1u32), (0x1C, 1)] {
+            disk.write_all_at(&value.to_be_bytes(), first + at).unwrap();
+        }
+        let fs = Ext4::open(&disk).unwrap();
+        let (journal, start, sequence) = open(&fs).unwrap().expect("there is something to replay");
+        let (logged, end) = journal.logged(start, sequence).unwrap();
+        assert_eq!((logged.len(), end), (2, 52));
+        assert_eq!((logged[&3000], logged[&3001]), (Some(51), None));
+        let overlay = recover(&fs).unwrap();
+        assert!(overlay.get(3000).is_none() && overlay.get(3001).is_some());
+    }
 }
