@@ -206,7 +206,7 @@ fn chance(random: &mut Random) -> Vec<u8> {
         }
         // Seldom a name that is there already.
         if !files.is_empty() && random.below(25) == 0 {
-            path = files[random.below(files.len())].clone();
+            path.clone_from(&files[random.below(files.len())]);
         }
         let (mut records, mut values): (Vec<String>, Vec<Vec<u8>>) = (Vec::new(), Vec::new());
         let mut record = |key: &str, value: Vec<u8>| {
@@ -241,7 +241,7 @@ fn chance(random: &mut Random) -> Vec<u8> {
         let kind = random.below(20);
         let target = match kind {
             12..15 if random.below(3) == 0 => {
-                (0..1 + random.below(1100)).map(|_| 1 + random.below(255) as u8).collect()
+                (0..=random.below(1100)).map(|_| 1 + random.below(255) as u8).collect()
             }
             12..15 => [&[0x0A, 0xF3, 1, 4][..], &b"x".repeat(random.below(60))].concat(),
             15..17 if !files.is_empty() => files[random.below(files.len())].clone(),

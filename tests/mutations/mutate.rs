@@ -73,7 +73,7 @@ impl<'a> Mutant<'a> {
         self.changed.push(range);
     }
 
-    fn touch(&mut self, unit: &Unit, what: String) {
+    fn touch(&mut self, unit: &Unit, what: &str) {
         self.what.push(format!("{:?} of {} {what}", unit.kind, unit.owner));
         self.touched.push(unit.clone());
     }
@@ -143,7 +143,7 @@ impl<'a> Mutant<'a> {
                 }
             }
             self.set(at, &new);
-            self.touch(&unit, format!("+{:#x} {old:02x?} -> {new:02x?}", at - unit.at));
+            self.touch(&unit, &format!("+{:#x} {old:02x?} -> {new:02x?}", at - unit.at));
         }
     }
 
@@ -167,12 +167,12 @@ impl<'a> Mutant<'a> {
             let (offset, len) = if len == 0 { (0, whole) } else { (offset, len) };
             let part = self.image.bytes[from.at + offset..from.at + offset + len].to_vec();
             self.set(to.at + offset, &part);
-            self.touch(&to, format!("+{offset:#x}: {len} bytes of that of {}", from.owner));
+            self.touch(&to, &format!("+{offset:#x}: {len} bytes of that of {}", from.owner));
             // Swapped, so that what is counted may still be right.
             if random.below(3) == 0 {
                 let other = self.good[to.at + offset..to.at + offset + len].to_vec();
                 self.set(from.at + offset, &other);
-                self.touch(&from, "swapped".into());
+                self.touch(&from, "swapped");
             }
         }
     }
@@ -199,7 +199,7 @@ impl<'a> Mutant<'a> {
             }
         };
         self.set(unit.at, &b);
-        self.touch(&unit, what);
+        self.touch(&unit, &what);
     }
 }
 
