@@ -37,6 +37,8 @@ use crate::{
     telemetry::Gauges,
 };
 use home::Home;
+#[cfg(target_os = "linux")]
+pub(crate) use home::embedded_config;
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use std::{

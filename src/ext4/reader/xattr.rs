@@ -219,6 +219,7 @@ impl<R: ReadAt> Ext4<R> {
                 "a value's inode is not what the entry says",
             ));
         }
+        self.source.visit(1 + u64::from(raw.value_size) / u64::from(self.geometry().block_size))?;
         let mut value = vec![0; raw.value_size as usize];
         self.read_file_at(&inode, 0, &mut value)?;
         Ok(value)
