@@ -23,6 +23,7 @@ mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]
 mod mounts;
+mod room;
 mod scrub;
 mod transfer;
 mod views;

@@ -11,7 +11,7 @@
 //! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
 
 use super::{
-    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished,
+    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, room, views::unfinished,
 };
 use crate::{
     config::LayoutProfile,
@@ -356,12 +356,14 @@ impl Home {
             .lease(id.as_str(), Purpose::Work)
             .await
             .map_err(DriverError::svm(id, "start an apply"))?;
+        let body = room::watched(body, self.clone());
         let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
         drop(lease);
         let (image_path, record_path) = (image.path.clone(), record.path.clone());
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
         blocking(move || {
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
+                room::settle(&disk)?;
                 disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
                 let found = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.len();
                 if found != expected {

@@ -223,6 +223,7 @@ impl Ring<'_> {
         let (mut taken, mut ended) = (0, false);
         while taken < self.len() {
             let at = (tail + taken) % self.len();
+            crate::io::steps::add(1);
             self.steps = self
                 .steps
                 .checked_sub(1)
@@ -285,7 +286,9 @@ pub(super) fn active(log: &[u8], log_offset: u64, guid: Guid, file_bytes: u64) -
                 // The head's tail is not in this run, and so in none that begins later in it and has the same head. A log
                 // of stale entries would be walked over once for each of them.
                 if ended {
-                    entries.iter().for_each(|e| dead[(e.offset / SECTOR) as usize] = true);
+                    for entry in &entries {
+                        dead[(entry.offset / SECTOR) as usize] = true;
+                    }
                 }
                 tail = (tail + SECTOR) % ring.len();
             }

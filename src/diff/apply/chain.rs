@@ -217,3 +217,123 @@ impl<R: ReadAt, F: FnMut() -> Result<LayerSource<R>, DiffError>> LowerLayers for
         Ok(layer.read(node.inode, offset, buf)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        diff::apply::{ApplyOptions, NoLowers, apply},
+        ext4::writer::WriterOptions,
+        io::{MemDisk, steps},
+    };
+
+    /// One entry of a tar; `link` makes a hard link.
+    fn entry(name: &str, link: Option<&str>, data: &[u8]) -> Vec<u8> {
+        let mut header = vec![0; 512];
+        let size = format!("{:011o}\0", data.len());
+        let fields: [(usize, &[u8]); 7] = [
+            (0, name.as_bytes()),
+            (100, b"0000644\x000000000\x000000000\x00"),
+            (124, size.as_bytes()),
+            (136, b"14000000000\0"),
+            (148, b"        "),
+            (156, if link.is_some() { b"1" } else { b"0" }),
+            (157, link.unwrap_or_default().as_bytes()),
+        ];
+        for (at, text) in fields {
+            header[at..at + text.len()].copy_from_slice(text);
+        }
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        header.extend_from_slice(data);
+        header.resize(header.len().next_multiple_of(512), 0);
+        header
+    }
+
+    fn apply_on(lower: Option<&MemDisk>, tar: &[u8]) -> MemDisk {
+        let image = MemDisk::new();
+        let options = ApplyOptions::new(WriterOptions::default());
+        let done = match lower {
+            None => apply(tar, &image, &MemDisk::new(), &mut NoLowers, &options),
+            Some(lower) => {
+                let next = || Ok(LayerSource::new(lower, LayerKind::Applied));
+                apply(tar, &image, &MemDisk::new(), &mut LayerChain::new(1, next), &options)
+            }
+        };
+        done.unwrap();
+        image
+    }
+
+    fn end() -> Vec<u8> {
+        vec![0; 1024]
+    }
+
+    /// Read for each link, a folder of many names would make the work the product of both.
+    #[test]
+    fn many_links_into_a_large_folder_cost_what_both_are_long() {
+        const MANY: usize = 3000;
+        let names: Vec<String> = (0..MANY).map(|n| format!("folder/{n}")).collect();
+        let files: Vec<u8> = names.iter().flat_map(|n| entry(n, None, b"")).chain(end()).collect();
+        let links = names.iter().enumerate().flat_map(|(n, to)| entry(&format!("l{n}"), Some(to), b""));
+        let links: Vec<u8> = links.chain(end()).collect();
+        let lower = apply_on(None, &files);
+        steps::taken();
+        let image = apply_on(Some(&lower), &links);
+        let cost = steps::taken();
+        assert!(cost < 100 * MANY as u64, "{cost} steps for {MANY} links");
+        let fs = Ext4::open(&image).unwrap();
+        let root = fs.inode(fs.root()).unwrap();
+        assert!(fs.read_dir(&root).unwrap().len() >= MANY);
+    }
+
+    /// Looked up for each piece, the map of a file of many extents would be read once for each of them.
+    #[test]
+    fn a_linked_file_is_copied_by_one_look_at_its_map() {
+        const RANGES: u64 = 3000;
+        const STEP: u64 = 128 << 10;
+        // A file of many ranges, as an old GNU tar writes it: by PAX 1.0, its map before its data.
+        let mut map = format!("{RANGES}\n").into_bytes();
+        for n in 0..RANGES {
+            map.extend(format!("{}\n512\n", n * STEP).into_bytes());
+        }
+        map.resize(map.len().next_multiple_of(512), 0);
+        map.extend((0..RANGES).flat_map(|n| [n as u8 | 1; 512]));
+        let record = |key: &str, value: String| {
+            let body = format!(" {key}={value}\n");
+            let mut len = body.len() + 1;
+            while len != body.len() + len.to_string().len() {
+                len += 1;
+            }
+            format!("{len}{body}")
+        };
+        let pax = record("GNU.sparse.major", "1".into())
+            + &record("GNU.sparse.minor", "0".into())
+            + &record("GNU.sparse.name", "sparse".into())
+            + &record("GNU.sparse.realsize", (RANGES * STEP).to_string());
+        let mut head = entry("pax", None, pax.as_bytes());
+        head[156] = b'x';
+        head[148..156].fill(b' ');
+        let sum: u32 = head[..512].iter().map(|b| u32::from(*b)).sum();
+        head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        let tar = [head, entry("GNUSparseFile.0/sparse", None, &map), end()].concat();
+        let lower = apply_on(None, &tar);
+        steps::taken();
+        let image = apply_on(Some(&lower), &[entry("copy", Some("sparse"), b""), end()].concat());
+        let cost = steps::taken();
+        assert!(cost < 100 * RANGES, "{cost} steps for {RANGES} ranges");
+        let (a, b) = (Ext4::open(&lower).unwrap(), Ext4::open(&image).unwrap());
+        let inode = |fs: &Ext4<&MemDisk>, name: &[u8]| {
+            let root = fs.inode(fs.root()).unwrap();
+            fs.inode(fs.lookup(&root, name).unwrap().unwrap()).unwrap()
+        };
+        let (from, to) = (inode(&a, b"sparse"), inode(&b, b"copy"));
+        assert_eq!(from.size, to.size);
+        for offset in [0, STEP, 77 * STEP, (RANGES - 1) * STEP] {
+            let (mut x, mut y) = ([0; 1024], [0; 1024]);
+            a.read_file_at(&from, offset, &mut x).unwrap();
+            b.read_file_at(&to, offset, &mut y).unwrap();
+            assert!(x == y && x[0] != 0, "at {offset}");
+        }
+    }
+}

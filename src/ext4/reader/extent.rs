@@ -173,6 +173,7 @@ impl<R: ReadAt> Tree<'_, R> {
         at: Option<u64>,
         limit: u64,
     ) -> Result<(), Ext4Error> {
+        crate::io::steps::add(1);
         let stored = u32::from(u16_at(bytes, entry + 4));
         let physical = u64::from(u32_at(bytes, entry + 8)) | u64::from(u16_at(bytes, entry + 6)) << 32;
         let (blocks, unwritten) =
@@ -239,6 +240,7 @@ impl<R: ReadAt> BlockMap<'_, R> {
         self.source.visit(1)?;
         self.visitor.node(u64::from(pointer))?;
         let block = self.source.block(u64::from(pointer))?;
+        crate::io::steps::add(per_block);
         for i in 0..per_block {
             self.pointer(
                 u32_at(&block, i as usize * 4),

@@ -26,9 +26,9 @@ const CHUNK: usize = 16 * 1024;
 const SLOTS: usize = 64;
 
 /// Visits to each block of the file system, all together: see [`Source::visit`].
-const VISITS_PER_BLOCK: u64 = 256;
+const VISITS_PER_BLOCK: u64 = 64;
 /// Visits that even the smallest file system has.
-const LEAST_VISITS: u64 = 1 << 20;
+const LEAST_VISITS: u64 = 1 << 12;
 
 /// A place in the cache: the chunk's number and bytes.
 type Slot = Option<(u64, Arc<[u8]>)>;
@@ -80,15 +80,17 @@ impl<R: ReadAt> Source<R> {
         }
     }
 
-    /// Counts visits to blocks of extent trees, block maps and xattr values. Each belongs to one inode in a sound file
-    /// system, and is visited some times at most; where all inodes of a hostile one point to the same few, what is read
-    /// would be the product of both.
+    /// Counts visits to blocks of folders, extent trees and block maps, and to xattr values with inodes of their own. Each
+    /// block belongs to one inode in a sound file system, and one operation visits it some times at most; where all inodes
+    /// of a hostile one point to the same few, what is read and kept would be the product of both.
     pub(in crate::ext4) fn visit(&self, blocks: u64) -> Result<(), Ext4Error> {
+        crate::io::steps::add(blocks);
         let take = |left: u64| left.checked_sub(blocks);
         match self.visits.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
             Ok(_) => Ok(()),
             Err(_) => Err(super::unsupported(
-                "a file system whose inodes share blocks of extents or xattrs thousands of times".to_owned(),
+                "a file system whose inodes share their folders' blocks, extents or xattrs by the dozen"
+                    .to_owned(),
             )),
         }
     }
