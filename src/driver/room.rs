@@ -9,7 +9,7 @@
 //! would use it up in between. And a file may have blocks behind its end that its length does not show. Called by
 //! [`super::transfer`].
 
-use super::{DriverError, blocking, home::Home};
+use super::{DriverError, home::Home, on_disk_thread};
 use crate::{store::StoreError, svm::DiskSource};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -34,7 +34,7 @@ where
         async move {
             let chunk = chunk?;
             if due {
-                blocking(move || home.check_reserve()).await.map_err(io::Error::other)?;
+                on_disk_thread(move |thread| home.check_reserve(thread)).await.map_err(io::Error::other)?;
             }
             Ok(chunk)
         }

@@ -11,12 +11,14 @@
 //! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
 
 use super::{
-    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, room, views::unfinished,
+    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, on_disk_thread, open, room,
+    views::unfinished,
 };
 use crate::{
     config::LayoutProfile,
     store::{
-        AppliedMeta, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError, durable, layout,
+        AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError,
+        durable, layout,
     },
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
@@ -28,6 +30,7 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use std::{
     io,
+    path::Path,
     pin::Pin,
     sync::{
         Arc,
@@ -73,9 +76,10 @@ impl Driver {
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
-        let home = self.home()?;
+        let home = self.home().await?;
         let id: LayerId = id.parse()?;
-        home.check_reserve()?;
+        let reserved = home.clone();
+        on_disk_thread(move |thread| reserved.check_reserve(thread)).await?;
         let layer = home.store.get(&id)?.layer;
         if !parent.is_empty() {
             let parent: LayerId = parent.parse()?;
@@ -98,7 +102,7 @@ impl Driver {
 
     /// `GraphDriver.Diff`: the tar of a layer against its parent, any other layer, or nothing (`parent` empty).
     pub async fn diff(&self, id: &str, parent: &str) -> Result<DiffStream, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         let (layer, meta) = (pair.target.top.layer.clone(), pair.target.top.meta.clone());
         let id = layer.id.clone();
@@ -132,7 +136,7 @@ impl Driver {
 
     /// `GraphDriver.Changes`.
     pub async fn changes(&self, id: &str, parent: &str) -> Result<Vec<ChangedPath>, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         let id = &pair.target.id().clone();
         let job = home.comparison(pair).await?.job();
@@ -147,7 +151,7 @@ impl Driver {
 
     /// `GraphDriver.DiffSize`: the sum of regular-file bytes of a diff.
     pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         if let (true, Some(applied)) = (pair.own, &pair.target.top.meta.applied) {
             return Ok(applied.diff_size);
@@ -272,8 +276,12 @@ impl Home {
     }
 
     async fn mark_applying(self: &Arc<Self>, layer: &Layer) -> Result<(), DriverError> {
-        let _gate = self.gates.close([&layer.id]).await;
-        self.set_state(layer, LayerState::Created, LayerState::Applying).await
+        let gate = self.gates.close([&layer.id]).await;
+        let (home, layer) = (self.clone(), layer.clone());
+        gate.run(move |thread, _gate| {
+            home.set_state_now(thread, &layer, LayerState::Created, LayerState::Applying)
+        })
+        .await
     }
 
     /// Changes a layer's state, durably, if it is the one expected.
@@ -283,37 +291,86 @@ impl Home {
         from: LayerState,
         to: LayerState,
     ) -> Result<(), DriverError> {
-        let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
-        blocking(move || {
-            home.store.update(&id, generation, |meta| {
-                if meta.state == from {
-                    return Ok(LayerMeta { state: to, ..meta.clone() });
-                }
-                Err(match meta.state {
-                    LayerState::Applying => unfinished(&id),
-                    LayerState::Applied => DriverError::Usage(format!(
-                        "layer {id} is applied already and never changes; remove it and create it anew"
-                    )),
-                    _ => DriverError::Usage(format!(
-                        "layer {id} was written through a mount; a tar cannot be applied to it"
-                    )),
-                })
+        let (home, layer) = (self.clone(), layer.clone());
+        on_disk_thread(move |thread| home.set_state_now(thread, &layer, from, to)).await
+    }
+
+    fn set_state_now(
+        &self,
+        thread: &DiskThread,
+        layer: &Layer,
+        from: LayerState,
+        to: LayerState,
+    ) -> Result<(), DriverError> {
+        let id = &layer.id;
+        let changed = self.store.update(thread, id, layer.generation, |meta| {
+            if meta.state == from {
+                return Ok(LayerMeta { state: to, ..meta.clone() });
+            }
+            Err(match meta.state {
+                LayerState::Applying => unfinished(id),
+                LayerState::Applied => DriverError::Usage(format!(
+                    "layer {id} is applied already and never changes; remove it and create it anew"
+                )),
+                _ => DriverError::Usage(format!(
+                    "layer {id} was written through a mount; a tar cannot be applied to it"
+                )),
             })
-        })
-        .await
-        .map(|_| ())
+        });
+        changed.map(|_| ())
     }
 
     async fn apply<S>(self: &Arc<Self>, layer: &Layer, body: S) -> Result<u64, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
+        let (home, id) = (self.clone(), layer.id.clone());
+        let staged = on_disk_thread(move |thread| Ok(home.store.stage(thread, &id)?)).await?;
+        let filled = self.fill(layer, staged.path(), body).await;
+        let (home, layer) = (self.clone(), layer.clone());
+        on_disk_thread(move |thread| {
+            let applied = match filled {
+                Ok(applied) => applied,
+                Err(error) => {
+                    staged.discard(thread);
+                    return Err(error);
+                }
+            };
+            let size = applied.diff_size;
+            let files = [layout::RECORD_FILE, layout::LAYER_FILE];
+            home.store.commit::<DriverError>(
+                thread,
+                &layer.id,
+                layer.generation,
+                staged,
+                &files,
+                |meta| match meta.state {
+                    LayerState::Applying => {
+                        Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
+                    }
+                    _ => Err(unfinished(&layer.id)),
+                },
+            )?;
+            Ok(size)
+        })
+        .await
+    }
+
+    /// Makes image and record of a tar in a staging folder, checked and synced.
+    async fn fill<S>(
+        self: &Arc<Self>,
+        layer: &Layer,
+        folder: &Path,
+        body: S,
+    ) -> Result<AppliedMeta, DriverError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
         let id = &layer.id;
-        let (home, member) = (self.clone(), layer.clone());
-        let (staged, image, record, scratch, lowers) = blocking(move || {
-            let staged = home.store.stage(&member.id)?;
-            let image = staged.path().join(layout::LAYER_FILE);
-            let record = staged.path().join(layout::RECORD_FILE);
+        let (home, member, staged) = (self.clone(), layer.clone(), folder.to_owned());
+        let (image, record, scratch, lowers) = blocking(move || {
+            let image = staged.join(layout::LAYER_FILE);
+            let record = staged.join(layout::RECORD_FILE);
             let make = |path: &std::path::Path| {
                 durable::create_private(path).map(Arc::new).map_err(DriverError::io("create", path))
             };
@@ -323,7 +380,7 @@ impl Home {
             );
             // The leaves of a large hash tree; it goes with the staging folder.
             let scratch = if home.options.verity {
-                let path = staged.path().join("verity.tmp");
+                let path = staged.join("verity.tmp");
                 Some(DiskSource::read_write(make(&path)?, &path))
             } else {
                 None
@@ -332,7 +389,7 @@ impl Home {
                 Some(parent) => home.chain_disks(&home.store.snapshot(parent)?, &mut Vec::new())?,
                 None => Vec::new(),
             };
-            Ok((staged, image, record, scratch, lowers))
+            Ok((image, record, scratch, lowers))
         })
         .await?;
         let job = ApplyJob {
@@ -376,15 +433,16 @@ impl Home {
         .await?;
         drop(record_path);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
-        let path = staged.path().join(layout::LAYER_FILE);
-        let reopened = Arc::new(open(&path)?);
+        let path = folder.join(layout::LAYER_FILE);
+        let image = path.clone();
+        let reopened = Arc::new(blocking(move || open(&image)).await?);
         let check = CheckJob {
             image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
             tree: false,
             require_no_writers: true,
         };
         self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
-        let applied = AppliedMeta {
+        Ok(AppliedMeta {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,
             record_bytes: summary.record_bytes,
@@ -395,27 +453,12 @@ impl Home {
             entries: summary.entries,
             verity_root: summary.verity_root.map(|root| root.to_string()),
             checked: true,
-        };
-        let size = applied.diff_size;
-        let (home, layer) = (self.clone(), layer.clone());
-        blocking(move || {
-            let files = [layout::RECORD_FILE, layout::LAYER_FILE];
-            home.store.commit::<DriverError>(&layer.id, layer.generation, &staged, &files, |meta| match meta
-                .state
-            {
-                LayerState::Applying => {
-                    Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
-                }
-                _ => Err(unfinished(&layer.id)),
-            })
         })
-        .await?;
-        Ok(size)
     }
 
     /// Fixes the canonical version of a written layer after its first complete Diff.
-    fn freeze_version(&self, layer: &Layer, version: u32) {
-        let frozen = self.store.update::<StoreError>(&layer.id, layer.generation, |meta| {
+    fn freeze_version(&self, thread: &DiskThread, layer: &Layer, version: u32) {
+        let frozen = self.store.update::<StoreError>(thread, &layer.id, layer.generation, |meta| {
             Ok(LayerMeta {
                 canonical_version: Some(meta.canonical_version.unwrap_or(version)),
                 ..meta.clone()
@@ -475,7 +518,7 @@ impl Stream for DiffStream {
                 }
                 if let Some(version) = this.freeze_version.take() {
                     let (home, layer) = (this.home.clone(), this.layer.clone());
-                    tokio::task::spawn_blocking(move || home.freeze_version(&layer, version));
+                    tokio::spawn(DiskThread::run(move |thread| home.freeze_version(thread, &layer, version)));
                 }
                 Poll::Ready(None)
             }

@@ -136,7 +136,7 @@ mod tests {
     #[tokio::test]
     async fn the_last_lines_are_kept_however_many_were_said() {
         let console = Console::default();
-        let said: String = (0..10_000).map(|n| format!("line {n}\n")).collect();
+        let said: String = (0..10_000).map(|n| ["line ", &n.to_string(), "\n"].concat()).collect();
         console.follow(std::io::Cursor::new(said.into_bytes()), "test".into());
         while !console.tail().ends_with("line 9999") {
             tokio::task::yield_now().await;

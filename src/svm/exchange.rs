@@ -499,7 +499,7 @@ mod tests {
         say(&mut agent, FrameType::Data, b"").await;
         assert!(matches!(receiver.next().await, Err(SvmError::Protocol { .. })));
         // The sending side broke, and the agent sends on and on.
-        let (_sender, mut receiver, mut agent) = start(&operation).await;
+        let (sender, mut receiver, mut agent) = start(&operation).await;
         let flood = tokio::spawn(async move {
             let frame = [&wire::header(FrameType::Data, DATA_PAYLOAD)[..], &vec![7; DATA_PAYLOAD]].concat();
             let mut sent = 0;
@@ -510,7 +510,7 @@ mod tests {
         });
         let broken = SendError::Channel(io::ErrorKind::BrokenPipe.into());
         assert!(matches!(receiver.after_send_error(broken).await, SvmError::Protocol { .. }));
-        drop((receiver, _sender));
+        drop((receiver, sender));
         let frames = flood.await.unwrap();
         assert!(frames <= AFTER_BREAK / DATA_PAYLOAD + 8, "{frames} frames were taken");
         // An Error that was left before is still found.

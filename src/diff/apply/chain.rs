@@ -255,10 +255,10 @@ mod tests {
         let image = MemDisk::new();
         let options = ApplyOptions::new(WriterOptions::default());
         let done = match lower {
-            None => apply(tar, &image, &MemDisk::new(), &mut NoLowers, &options),
+            None => apply(tar, &image, MemDisk::new(), &mut NoLowers, &options),
             Some(lower) => {
                 let next = || Ok(LayerSource::new(lower, LayerKind::Applied));
-                apply(tar, &image, &MemDisk::new(), &mut LayerChain::new(1, next), &options)
+                apply(tar, &image, MemDisk::new(), &mut LayerChain::new(1, next), &options)
             }
         };
         done.unwrap();

@@ -417,7 +417,8 @@ mod tests {
     #[test]
     fn a_strict_jail_asks_for_each_wall_and_for_one_of_two_against_paths() {
         assert!(whole().missing().is_empty());
-        let breaks: [(&str, fn(&mut Report)); 6] = [
+        type Break = fn(&mut Report);
+        let breaks: [(&str, Break); 6] = [
             ("filter", |r| r.seccomp = false),
             ("no_new_privs", |r| r.no_new_privs = false),
             ("user", |r| r.unprivileged_user = false),
