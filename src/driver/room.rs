@@ -55,7 +55,7 @@ pub(super) fn settle(disk: &DiskSource) -> Result<(), DriverError> {
         use std::os::unix::fs::MetadataExt;
         /// Bytes of a unit of `st_blocks`.
         const UNIT: u64 = 512;
-        /// What a file system may count for its own: trees of extents, clusters, attributes.
+        // What a file system may count for its own: trees of extents, clusters, attributes.
         let own = length / 64 + (4 << 20);
         let taken = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.blocks() * UNIT;
         if taken > length + own {
