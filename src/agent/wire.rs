@@ -602,7 +602,10 @@ pub struct JailReport {
     pub ipc_namespace: bool,
     /// The root folder is an empty, unreachable file system.
     pub empty_root: bool,
-    /// Runs as nobody.
+    /// No descriptor of the daemon's was inherited.
+    #[serde(default)]
+    pub closed_descriptors: bool,
+    /// Runs as a user that owns nothing.
     pub unprivileged_user: bool,
     /// No capability is left.
     pub no_capabilities: bool,

@@ -15,7 +15,7 @@ use super::{
     home::Home,
     image::Asked,
     live::{Sandbox, Stillness},
-    on_disk_thread, open,
+    on_disk_thread, open, room,
     views::unfinished,
 };
 use crate::{
@@ -418,6 +418,7 @@ impl Home {
             .lease(id.as_str(), Purpose::Work)
             .await
             .map_err(DriverError::svm(id, "start an apply"))?;
+        let body = room::watched(body, self.clone());
         let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
         drop(lease);
         let (image_path, record_path) = (image.path.clone(), record.path.clone());
@@ -426,6 +427,7 @@ impl Home {
         blocking(move || {
             asked.seal(&image, &made)?;
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
+                room::settle(&disk)?;
                 disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
                 let found = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.len();
                 if found != expected {
