@@ -27,6 +27,7 @@ mod fs;
 mod hash;
 mod ids;
 pub mod limits;
+mod live;
 pub mod record;
 mod stream;
 #[cfg(test)]
@@ -40,6 +41,7 @@ pub use error::DiffError;
 pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};
 pub use fs::{Foreign, ForeignFs, Mounter, VisitName};
 pub use ids::{IdMap, IdMaps};
+pub use live::{Copies, LiveFile};
 pub use view::{LayerKind, LayerSource};
 
 /// A layer of a parent's stack.

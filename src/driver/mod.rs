@@ -23,11 +23,13 @@ mod error;
 mod gates;
 mod growth;
 mod home;
+mod image;
 mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]
 mod mounts;
 mod pristine;
+mod room;
 mod root;
 mod scrub;
 mod transfer;
@@ -44,6 +46,8 @@ use crate::{
     telemetry::Gauges,
 };
 use home::Home;
+#[cfg(target_os = "linux")]
+pub(crate) use home::embedded_config;
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use std::{

@@ -35,11 +35,11 @@ mod stream;
 
 pub use crate::agent::wire::{
     ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId,
-    ExportSummary, IdMaps, IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest, Witness,
+    ExportSummary, IdMaps, IdRange, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
 };
 pub use job::{
-    Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,
-    LiveControl, ParentDisks, SecondPair, no_writer_left,
+    Access, ApplyJob, CheckJob, CompareJob, CopyDisk, DiskSource, ExportJob, ExportKind, FileIdentity,
+    LayerDisk, LiveControl, ParentDisks, SecondPair, no_writer_left,
 };
 pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
 pub use replays::within as replayed_within;
