@@ -229,7 +229,7 @@ fn settle(plugin: &mut Plugin) {
     let home = plugin.home();
     let begin = Instant::now();
     while fs::read_dir(home.join("staging")).unwrap().count() > 0 {
-        assert!(begin.elapsed() < Duration::from_secs(60), "debris stays\n{}", plugin.log());
+        assert!(begin.elapsed() < Duration::from_mins(1), "debris stays\n{}", plugin.log());
         std::thread::sleep(Duration::from_millis(20));
     }
     let mut left: Vec<_> =

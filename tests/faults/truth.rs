@@ -19,7 +19,7 @@ use std::{
 };
 
 /// Longest wait for something that must come.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Lets system calls of a running plugin fail, until it is dropped.
 pub(crate) struct Injection {
