@@ -97,7 +97,7 @@ pub trait Codec: Send + Sync + 'static {
     ) -> Result<ApplySummary, WireError>;
 
     /// Strict check of metadata; with `tree` of all bytes against the hash tree too.
-    fn check(&self, image: OpDisk, tree: bool) -> Result<CheckSummary, WireError>;
+    fn check(&self, image: OpDisk, tree: bool, writer: u32) -> Result<CheckSummary, WireError>;
 
     /// image and record → the applied tar. With `digested` the daemon holds it against the digest of the summary, and
     /// need not be spared bytes that do not match it.

@@ -159,7 +159,9 @@ impl Run<'_> {
                 }
                 json(&summary)
             }
-            Operation::Check { image, tree } => json(&self.codec.check(self.disk(image)?, tree)?),
+            Operation::Check { image, tree, writer } => {
+                json(&self.codec.check(self.disk(image)?, tree, writer)?)
+            }
             Operation::ExportExact { image, record } => {
                 let mut out = FrameOutput::new(self.channel);
                 let (image, record) = (self.disk(image)?, self.disk(record)?);
@@ -282,6 +284,7 @@ impl<'a> FrameInput<'a> {
         let mut head = [0; HEADER_LEN];
         Conn(self.channel).read_exact(&mut head)?;
         match wire::parse_header(head).map_err(io::Error::other)? {
+            (FrameType::Data, 0) => return Err(io::Error::other("a data frame without a byte")),
             (FrameType::Data, len) => self.left = len,
             (FrameType::End, len) if len <= MAX_DIGEST_TEXT => {
                 let mut text = vec![0; len];
@@ -388,7 +391,7 @@ impl Write for FrameOutput<'_> {
 
 impl StreamOut for FrameOutput<'_> {
     fn splice(&mut self, file: &File, offset: u64, len: u64) -> io::Result<u64> {
-        if !self.channel.sends_files() {
+        if !self.channel.sends_files() || len == 0 {
             return Ok(0);
         }
         self.flush()?;

@@ -320,10 +320,17 @@ impl Codec for RealCodec {
         })
     }
 
-    fn check(&self, image: OpDisk, tree: bool) -> Result<wire::CheckSummary, WireError> {
+    fn check(&self, image: OpDisk, tree: bool, writer: u32) -> Result<wire::CheckSummary, WireError> {
         let verity = if tree { Some(check_tree(&image)?) } else { None };
-        let report = ext4::check::check(image, ext4::check::CheckLimits::default())?;
+        let limits = ext4::check::CheckLimits { writer, ..ext4::check::CheckLimits::default() };
+        let report = ext4::check::check(image.clone(), limits)?;
+        verity::check_around(&image, report.image_bytes, tree)?;
         Ok(wire::CheckSummary {
+            image_bytes: report.image_bytes,
+            profile: match report.layout {
+                ext4::check::Layout::Default => wire::Profile::Default,
+                ext4::check::Layout::Hcsshim => wire::Profile::Hcsshim,
+            },
             inodes: report.inodes,
             blocks: report.blocks_used,
             uuid: uuid::Uuid::from_bytes(report.uuid),

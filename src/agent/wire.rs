@@ -300,6 +300,8 @@ pub enum Operation {
         image: DiskId,
         /// The disk goes on behind the file system with a hash tree: every block is held against it.
         tree: bool,
+        /// The version of the writer that made it (`ext4::check::CheckLimits::writer`).
+        writer: u32,
     },
     /// The very tar that was applied (Data frames). Answers [`ExportSummary`].
     ExportExact {
@@ -413,6 +415,10 @@ pub struct ApplySummary {
 /// What a check found (an image that fails it is an error of kind [`ErrorKind::Corrupt`]).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckSummary {
+    /// Bytes of the file system.
+    pub image_bytes: u64,
+    /// Whose layout it has.
+    pub profile: Profile,
     /// Inodes in use.
     pub inodes: u64,
     /// Blocks in use.
@@ -596,7 +602,10 @@ pub struct JailReport {
     pub ipc_namespace: bool,
     /// The root folder is an empty, unreachable file system.
     pub empty_root: bool,
-    /// Runs as nobody.
+    /// No descriptor of the daemon's was inherited.
+    #[serde(default)]
+    pub closed_descriptors: bool,
+    /// Runs as a user that owns nothing.
     pub unprivileged_user: bool,
     /// No capability is left.
     pub no_capabilities: bool,

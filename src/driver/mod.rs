@@ -21,10 +21,12 @@
 mod error;
 mod gates;
 mod home;
+mod image;
 mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]
 mod mounts;
+mod room;
 mod root;
 mod scrub;
 mod transfer;
@@ -40,6 +42,8 @@ use crate::{
     telemetry::Gauges,
 };
 use home::Home;
+#[cfg(target_os = "linux")]
+pub(crate) use home::embedded_config;
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use std::{

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   ApplyDiff  mark "applying" (durable) ─► staging/{layer.vhd,layer.exact} ◄─ VM 1 ◄─ tar
-//!              ─► VM 1 ended ─► VM 2 (fresh) checks the image ─► sync ─► commit "applied"
+//!              ─► VM 1 ended ─► footer ─► VM 2 (fresh) checks the image ─► sync ─► commit "applied"
 //!   Diff       applied layer, own parent: image + record ─► VM ─► the very bytes
 //!              else: images and sandboxes of both chains ─► VM ─► canonical tar
 //! ```
@@ -13,19 +13,20 @@
 use super::{
     ChangedPath, Driver, DriverError, blocking,
     home::Home,
+    image::Asked,
     live::{Sandbox, Stillness},
-    on_disk_thread, open,
+    on_disk_thread, open, room,
     views::unfinished,
 };
 use crate::{
-    config::LayoutProfile,
+    ext4::check::WRITER,
     store::{
         AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError,
         durable, layout,
     },
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
-        LayerKind, LiveControl, ParentDisks, Profile, Purpose, SvmError, TarStream,
+        LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
     },
     vhd,
 };
@@ -405,10 +406,7 @@ impl Home {
             scratch,
             lowers,
             options: ApplyOptions {
-                profile: match self.options.profile {
-                    LayoutProfile::Default => Profile::Default,
-                    LayoutProfile::Hcsshim => Profile::Hcsshim,
-                },
+                profile: Asked::of(&self.options).profile,
                 block_size: self.options.block_size,
                 max_image_bytes: self.options.max_layer_bytes,
                 verity: self.options.verity,
@@ -420,12 +418,16 @@ impl Home {
             .lease(id.as_str(), Purpose::Work)
             .await
             .map_err(DriverError::svm(id, "start an apply"))?;
+        let body = room::watched(body, self.clone());
         let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
         drop(lease);
         let (image_path, record_path) = (image.path.clone(), record.path.clone());
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
+        let (made, asked) = (summary.clone(), Asked::of(&self.options));
         blocking(move || {
+            asked.seal(&image, &made)?;
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
+                room::settle(&disk)?;
                 disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
                 let found = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.len();
                 if found != expected {
@@ -442,11 +444,13 @@ impl Home {
         let image = path.clone();
         let reopened = Arc::new(blocking(move || open(&image)).await?);
         let check = CheckJob {
-            image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
-            tree: false,
+            image: DiskSource::read_only(reopened, path.clone()).window(0, asked.disk_bytes(&summary)),
+            tree: asked.verity,
+            writer: WRITER,
             require_no_writers: true,
         };
-        self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        let found = self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        asked.agree(&path, &summary, &found)?;
         Ok(AppliedMeta {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,

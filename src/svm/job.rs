@@ -145,10 +145,13 @@ pub struct ApplyJob {
 /// An image is to be checked by a VM that has not seen its tar.
 #[derive(Debug, Clone)]
 pub struct CheckJob {
-    /// The file-system part of the image, from a descriptor opened read-only; with `tree` the hash tree too.
+    /// The disk in the image, from a descriptor opened read-only: the file system and its hash tree, if it has one.
+    /// Behind these nothing but zeros may stand.
     pub image: DiskSource,
     /// Hold every block against the hash tree behind the file system.
     pub tree: bool,
+    /// The version of the writer that made it.
+    pub writer: u32,
     /// Fail unless no process at all has the file open for writing any more (see [`no_writer_left`]). The caller must
     /// have dropped its own writable descriptors.
     pub require_no_writers: bool,

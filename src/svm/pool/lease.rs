@@ -36,8 +36,11 @@ use tokio::sync::{mpsc, oneshot};
 /// Most bytes of changed paths that are taken from a VM.
 const MAX_CHANGES: usize = 256 << 20;
 
-/// What an image's file may have beyond the largest file system: verity tree and VHD footer.
-const FOOTER_SLACK: u64 = 1 << 30;
+/// Bytes that an image's file may have: verity tree (less than one block for 64) and VHD footer come on top of the
+/// largest file system.
+fn largest_file(max_image_bytes: u64) -> u64 {
+    max_image_bytes + max_image_bytes / 64 + (64 << 20)
+}
 
 /// The right to use a VM; dropping it gives the VM back.
 pub struct Lease {
@@ -228,7 +231,7 @@ impl Lease {
         let summary = summary.map_err(|e| say_full(e, job))?;
         if let Some(vm) = &self.vm {
             // The VM's word is checked by the driver against the files, and the image by a VM that saw no tar.
-            vm.grown(&job.image, summary.file_bytes.min(job.options.max_image_bytes + FOOTER_SLACK)).await?;
+            vm.grown(&job.image, summary.file_bytes.min(largest_file(job.options.max_image_bytes))).await?;
             vm.grown(&job.record, summary.record_bytes.min(job.options.max_image_bytes)).await?;
         }
         Ok(summary)
@@ -350,7 +353,6 @@ impl Lease {
         let (mut sender, mut receiver) = freeze.within(self.begin(&operation)).await??;
         loop {
             match freeze.next(&mut sender, &mut receiver).await? {
-                Incoming::Data(bytes) if bytes.is_empty() => {}
                 // Bytes go out at the reader's pace, which nobody's writers may be made to wait for.
                 Incoming::Data(_) if freeze.is_frozen() => {
                     return Err(receiver.protocol("data while the sandbox is frozen".into()));
@@ -425,7 +427,8 @@ pub(super) async fn check(lease: &Lease, job: &CheckJob) -> Result<CheckSummary,
     let run = async {
         let mut attached = Attached::default();
         let image = lease.attach(&mut attached, &job.image).await?;
-        let (_sender, mut receiver) = lease.begin(&Operation::Check { image, tree: job.tree }).await?;
+        let (_sender, mut receiver) =
+            lease.begin(&Operation::Check { image, tree: job.tree, writer: job.writer }).await?;
         receiver.result().await
     };
     lease.judge(run.await)
