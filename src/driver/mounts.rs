@@ -111,8 +111,14 @@ impl Mounts {
         Some(view.dir.clone())
     }
 
-    /// Mounts the merged view of `stack` (the layer itself first, then its ancestors) and counts one reference.
-    pub(super) fn mount_view(&self, stack: &Snapshot, label: &str) -> Result<PathBuf, DriverError> {
+    /// Mounts the merged view of `stack` (the layer itself first, then its ancestors) and counts one reference. `xino`
+    /// is the store's wish; the layer's own is stronger.
+    pub(super) fn mount_view(
+        &self,
+        stack: &Snapshot,
+        label: &str,
+        xino: bool,
+    ) -> Result<PathBuf, DriverError> {
         let id = stack.id();
         let dir = self.layout.layer_file(id, layout::MERGED);
         create_dir(&dir)?;
@@ -150,6 +156,7 @@ impl Mounts {
                 upper,
                 context: (!label.is_empty()).then(|| label.to_owned()),
                 target: dir.clone(),
+                xino: stack.top.meta.xino.unwrap_or(xino),
                 read_only: false,
             };
             mount_overlay(&spec, self.method).map_err(failed(id, "mount its merged view"))?;

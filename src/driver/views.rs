@@ -77,7 +77,7 @@ impl Home {
             home.materialize_now(&id)?;
             super::home::open_door(&home.store.layout().layer(&id), home.root_ids())?;
             // Read under the gates: the state may have changed while we waited for them.
-            home.mounts.mount_view(&home.store.snapshot(&id)?, &label)
+            home.mounts.mount_view(&home.store.snapshot(&id)?, &label, home.options.xino)
         })
         .await
     }

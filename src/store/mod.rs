@@ -35,7 +35,7 @@ pub use id::{LayerId, MAX_ID_BYTES, REMOVING_SUFFIX};
 pub use layout::Layout;
 pub use lock::{OwnerLock, holder};
 pub use marker::{IdRange, InitRecord, Marker, STORE_FORMAT};
-pub use meta::{AppliedMeta, LayerMeta, LayerState};
+pub use meta::{AppliedMeta, LayerMeta, LayerState, LayerWishes};
 pub use repair::{Debris, GcReport};
 pub use usage::{DiskUsage, LayerUsage, allocated_bytes};
 
@@ -405,7 +405,7 @@ impl Store {
         id: &LayerId,
         parent: Option<&LayerId>,
         state: LayerState,
-        sandbox_bytes: Option<u64>,
+        wishes: LayerWishes,
         fill: impl FnOnce(&Path) -> Result<(), E>,
     ) -> Result<(), E> {
         let chain = {
@@ -420,7 +420,8 @@ impl Store {
         let meta = LayerMeta {
             state,
             created: now(),
-            sandbox_bytes,
+            sandbox_bytes: wishes.sandbox_bytes,
+            xino: wishes.xino,
             applied: None,
             canonical_version: None,
             refused: None,

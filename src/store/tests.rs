@@ -8,7 +8,7 @@ fn id(text: &str) -> LayerId {
 
 fn create(store: &Store, name: &str, parent: Option<&str>) -> Result<(), StoreError> {
     let parent = parent.map(id);
-    store.create(&id(name), parent.as_ref(), LayerState::Created, None, |_| Ok(()))
+    store.create(&id(name), parent.as_ref(), LayerState::Created, LayerWishes::default(), |_| Ok(()))
 }
 
 fn names(folder: &Path) -> Vec<String> {
@@ -60,10 +60,11 @@ fn wrong_creates_change_nothing() {
     let before = names(home.path());
     assert!(matches!(create(&store, "base", None), Err(StoreError::Exists(_))));
     assert!(matches!(create(&store, "x", Some("nobody")), Err(StoreError::MissingParent { .. })));
-    let failed: Result<(), StoreError> = store.create(&id("y"), None, LayerState::Sandbox, None, |folder| {
-        fs::write(folder.join("sandbox.vhd"), b"half").unwrap();
-        Err(StoreError::Usage("the disk is full".into()))
-    });
+    let failed: Result<(), StoreError> =
+        store.create(&id("y"), None, LayerState::Sandbox, LayerWishes::default(), |folder| {
+            fs::write(folder.join("sandbox.vhd"), b"half").unwrap();
+            Err(StoreError::Usage("the disk is full".into()))
+        });
     assert!(failed.is_err());
     assert!(!store.exists(&id("y")));
     assert_eq!(names(home.path()), before);
