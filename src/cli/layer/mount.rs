@@ -25,9 +25,14 @@ use std::{fs::OpenOptions, os::fd::AsFd, process::ExitCode};
 
 pub(super) fn mount(args: &MountArgs) -> Result<ExitCode, CliError> {
     let image = Image::open(&args.image)?;
-    if let Container::Vhdx(_) = image.container {
+    let kind = match image.container {
+        Container::Vhdx(_) => Some("VHDX"),
+        Container::DynamicVhd { .. } => Some("dynamic VHD"),
+        Container::Raw | Container::Vhd(_) => None,
+    };
+    if let Some(kind) = kind {
         return Err(format!(
-            "{0} is a VHDX, which the kernel cannot mount: `lcow-graphdriver layer convert {0} OUT.vhd` makes one that it can",
+            "{0} is a {kind}, which the kernel cannot mount: `lcow-graphdriver layer convert {0} OUT.vhd` makes one that it can",
             shown(&args.image)
         )
         .into());
