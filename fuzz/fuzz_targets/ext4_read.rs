@@ -73,6 +73,6 @@ fuzz_target!(|image: &[u8]| {
     for kind in [LayerKind::Applied, LayerKind::Sandbox] {
         let layers = [LayerSource::new(&disk, kind)];
         let _ = export(&layers, None, &Default::default(), &mut NoHooks, &mut Limited(32 << 20));
-        let _ = changes(&layers, None, &Default::default());
+        let _ = changes(&layers, None, &Default::default(), &mut NoHooks);
     }
 });

@@ -7,7 +7,7 @@
 //! The trait exists so that channels, pool and jail are tested without a codec. Called by `operation`.
 
 pub use super::real::{RealCodec, damage};
-pub use crate::diff::apply::ToldDigest;
+pub use crate::diff::{Copies, apply::ToldDigest};
 
 use super::{
     disk::OpDisk,
@@ -59,6 +59,10 @@ pub enum Parent {
 
 /// The daemon's part in reading a live sandbox.
 pub trait Live {
+    /// What is to be copied before [`Live::metadata_read`].
+    fn copies(&mut self) -> Option<Copies> {
+        None
+    }
     /// All metadata are in memory: writers may go on.
     ///
     /// # Errors

@@ -11,12 +11,17 @@
 //! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
 
 use super::{
-    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished,
+    ChangedPath, Driver, DriverError, blocking,
+    home::Home,
+    live::{Sandbox, Stillness},
+    on_disk_thread, open,
+    views::unfinished,
 };
 use crate::{
     config::LayoutProfile,
     store::{
-        AppliedMeta, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError, durable, layout,
+        AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError,
+        durable, layout,
     },
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
@@ -28,6 +33,7 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use std::{
     io,
+    path::Path,
     pin::Pin,
     sync::{
         Arc,
@@ -59,7 +65,12 @@ fn moved(id: &LayerId) -> DriverError {
 struct Comparison {
     target: Vec<LayerDisk>,
     parent: ParentDisks,
-    live: Option<Arc<dyn LiveControl>>,
+    live: Option<Arc<Stillness>>,
+}
+
+/// What makes the sandboxes of a comparison stand still, for a lease.
+fn control(live: Option<Arc<Stillness>>) -> Option<Arc<dyn LiveControl>> {
+    live.map(|live| live as Arc<dyn LiveControl>)
 }
 
 impl Driver {
@@ -73,9 +84,10 @@ impl Driver {
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
-        let home = self.home()?;
+        let home = self.home().await?;
         let id: LayerId = id.parse()?;
-        home.check_reserve()?;
+        let reserved = home.clone();
+        on_disk_thread(move |thread| reserved.check_reserve(thread)).await?;
         let layer = home.store.get(&id)?.layer;
         if !parent.is_empty() {
             let parent: LayerId = parent.parse()?;
@@ -98,7 +110,7 @@ impl Driver {
 
     /// `GraphDriver.Diff`: the tar of a layer against its parent, any other layer, or nothing (`parent` empty).
     pub async fn diff(&self, id: &str, parent: &str) -> Result<DiffStream, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         let (layer, meta) = (pair.target.top.layer.clone(), pair.target.top.meta.clone());
         let id = layer.id.clone();
@@ -107,7 +119,7 @@ impl Driver {
             .lease(id.as_str(), Purpose::Export)
             .await
             .map_err(DriverError::svm(&id, "start a diff"))?;
-        let mut applied = None;
+        let (mut applied, mut live) = (None, None);
         let (job, version) = if let (true, LayerState::Applied) = (pair.own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
             let opener = home.clone();
@@ -124,15 +136,21 @@ impl Driver {
                 format,
                 id_maps: home.id_maps(),
             };
-            (ExportJob { kind, live: comparison.live }, first)
+            live.clone_from(&comparison.live);
+            (ExportJob { kind, live: control(comparison.live) }, first)
         };
-        let tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(&id, "export it"))?;
-        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied })
+        let tar = lease.layer_to_tar(job).await.map_err(|error| {
+            if let Some(live) = &live {
+                live.remember(&error);
+            }
+            DriverError::svm(&id, "export it")(error)
+        })?;
+        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied, live })
     }
 
     /// `GraphDriver.Changes`.
     pub async fn changes(&self, id: &str, parent: &str) -> Result<Vec<ChangedPath>, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         let id = &pair.target.id().clone();
         let job = home.comparison(pair).await?.job();
@@ -147,7 +165,7 @@ impl Driver {
 
     /// `GraphDriver.DiffSize`: the bytes of a diff's regular files and symlinks.
     pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         if let (true, Some(applied)) = (pair.own, &pair.target.top.meta.applied) {
             return Ok(applied.diff_size);
@@ -162,7 +180,7 @@ impl Driver {
 
 impl Comparison {
     fn job(self) -> CompareJob {
-        CompareJob { target: self.target, parent: self.parent, live: self.live }
+        CompareJob { target: self.target, parent: self.parent, live: control(self.live) }
     }
 }
 
@@ -190,35 +208,28 @@ impl Home {
 
     async fn comparison(self: &Arc<Self>, pair: Pair) -> Result<Comparison, DriverError> {
         let home = self.clone();
-        blocking(move || {
+        let stacks = blocking(move || {
             let mut sandboxes = Vec::new();
             let target = home.chain_disks(&pair.target, &mut sandboxes)?;
+            let mut below = Vec::new();
             let parent = match pair.other {
                 _ if pair.own => ParentDisks::Own,
-                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut sandboxes)?),
+                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut below)?),
                 None => ParentDisks::None,
             };
-            let live: Option<Arc<dyn LiveControl>> = if sandboxes.is_empty() {
-                None
-            } else {
-                Some(Arc::new(Stillness {
-                    gates: home.gates.clone(),
-                    sandboxes,
-                    #[cfg(target_os = "linux")]
-                    mounts: home.mounts.clone(),
-                    held: parking_lot::Mutex::default(),
-                }))
-            };
-            Ok(Comparison { target, parent, live })
-        })
-        .await
+            sandboxes.extend(below.into_iter().map(|sandbox| Sandbox { in_target: None, ..sandbox }));
+            Ok((target, parent, sandboxes))
+        });
+        let (mut target, mut parent, sandboxes) = stacks.await?;
+        let live = self.hold_still(sandboxes, &mut target, &mut parent).await?;
+        Ok(Comparison { target, parent, live })
     }
 
     /// A layer and its ancestors as disks; what was only created has none. Names the sandboxes among them.
     fn chain_disks(
         &self,
         snapshot: &Snapshot,
-        sandboxes: &mut Vec<LayerId>,
+        sandboxes: &mut Vec<Sandbox>,
     ) -> Result<Vec<LayerDisk>, DriverError> {
         let mut disks = Vec::new();
         for member in snapshot.members() {
@@ -231,19 +242,19 @@ impl Home {
                 }
                 LayerState::Sandbox => {
                     let path = self.sandbox_path(id);
-                    let file = open(&path)?;
+                    let file = Arc::new(open(&path)?);
                     let length = file.metadata().map_err(DriverError::io("measure", &path))?.len();
                     let vhdx = path.ends_with(layout::SANDBOX_VHDX_FILE);
-                    let disk = DiskSource::read_only(Arc::new(file), path);
+                    let in_target = u16::try_from(disks.len()).ok();
+                    let layer = member.layer.clone();
+                    sandboxes.push(Sandbox { layer, file: file.clone(), in_target });
+                    let disk = DiskSource::read_only(file, path);
                     let disk = if vhdx {
                         disk.vhdx()
                     } else {
                         disk.window(0, length.saturating_sub(vhd::FOOTER_SIZE as u64))
                     };
                     disks.push(LayerDisk { disk, kind: LayerKind::Sandbox });
-                    if !sandboxes.contains(id) {
-                        sandboxes.push(id.clone());
-                    }
                 }
             }
         }
@@ -272,8 +283,12 @@ impl Home {
     }
 
     async fn mark_applying(self: &Arc<Self>, layer: &Layer) -> Result<(), DriverError> {
-        let _gate = self.gates.close([&layer.id]).await;
-        self.set_state(layer, LayerState::Created, LayerState::Applying).await
+        let gate = self.gates.close([&layer.id]).await;
+        let (home, layer) = (self.clone(), layer.clone());
+        gate.run(move |thread, _gate| {
+            home.set_state_now(thread, &layer, LayerState::Created, LayerState::Applying)
+        })
+        .await
     }
 
     /// Changes a layer's state, durably, if it is the one expected.
@@ -283,37 +298,86 @@ impl Home {
         from: LayerState,
         to: LayerState,
     ) -> Result<(), DriverError> {
-        let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
-        blocking(move || {
-            home.store.update(&id, generation, |meta| {
-                if meta.state == from {
-                    return Ok(LayerMeta { state: to, ..meta.clone() });
-                }
-                Err(match meta.state {
-                    LayerState::Applying => unfinished(&id),
-                    LayerState::Applied => DriverError::Usage(format!(
-                        "layer {id} is applied already and never changes; remove it and create it anew"
-                    )),
-                    _ => DriverError::Usage(format!(
-                        "layer {id} was written through a mount; a tar cannot be applied to it"
-                    )),
-                })
+        let (home, layer) = (self.clone(), layer.clone());
+        on_disk_thread(move |thread| home.set_state_now(thread, &layer, from, to)).await
+    }
+
+    fn set_state_now(
+        &self,
+        thread: &DiskThread,
+        layer: &Layer,
+        from: LayerState,
+        to: LayerState,
+    ) -> Result<(), DriverError> {
+        let id = &layer.id;
+        let changed = self.store.update(thread, id, layer.generation, |meta| {
+            if meta.state == from {
+                return Ok(LayerMeta { state: to, ..meta.clone() });
+            }
+            Err(match meta.state {
+                LayerState::Applying => unfinished(id),
+                LayerState::Applied => DriverError::Usage(format!(
+                    "layer {id} is applied already and never changes; remove it and create it anew"
+                )),
+                _ => DriverError::Usage(format!(
+                    "layer {id} was written through a mount; a tar cannot be applied to it"
+                )),
             })
-        })
-        .await
-        .map(|_| ())
+        });
+        changed.map(|_| ())
     }
 
     async fn apply<S>(self: &Arc<Self>, layer: &Layer, body: S) -> Result<u64, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
+        let (home, id) = (self.clone(), layer.id.clone());
+        let staged = on_disk_thread(move |thread| Ok(home.store.stage(thread, &id)?)).await?;
+        let filled = self.fill(layer, staged.path(), body).await;
+        let (home, layer) = (self.clone(), layer.clone());
+        on_disk_thread(move |thread| {
+            let applied = match filled {
+                Ok(applied) => applied,
+                Err(error) => {
+                    staged.discard(thread);
+                    return Err(error);
+                }
+            };
+            let size = applied.diff_size;
+            let files = [layout::RECORD_FILE, layout::LAYER_FILE];
+            home.store.commit::<DriverError>(
+                thread,
+                &layer.id,
+                layer.generation,
+                staged,
+                &files,
+                |meta| match meta.state {
+                    LayerState::Applying => {
+                        Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
+                    }
+                    _ => Err(unfinished(&layer.id)),
+                },
+            )?;
+            Ok(size)
+        })
+        .await
+    }
+
+    /// Makes image and record of a tar in a staging folder, checked and synced.
+    async fn fill<S>(
+        self: &Arc<Self>,
+        layer: &Layer,
+        folder: &Path,
+        body: S,
+    ) -> Result<AppliedMeta, DriverError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
         let id = &layer.id;
-        let (home, member) = (self.clone(), layer.clone());
-        let (staged, image, record, scratch, lowers) = blocking(move || {
-            let staged = home.store.stage(&member.id)?;
-            let image = staged.path().join(layout::LAYER_FILE);
-            let record = staged.path().join(layout::RECORD_FILE);
+        let (home, member, staged) = (self.clone(), layer.clone(), folder.to_owned());
+        let (image, record, scratch, lowers) = blocking(move || {
+            let image = staged.join(layout::LAYER_FILE);
+            let record = staged.join(layout::RECORD_FILE);
             let make = |path: &std::path::Path| {
                 durable::create_private(path).map(Arc::new).map_err(DriverError::io("create", path))
             };
@@ -323,7 +387,7 @@ impl Home {
             );
             // The leaves of a large hash tree; it goes with the staging folder.
             let scratch = if home.options.verity {
-                let path = staged.path().join("verity.tmp");
+                let path = staged.join("verity.tmp");
                 Some(DiskSource::read_write(make(&path)?, &path))
             } else {
                 None
@@ -332,7 +396,7 @@ impl Home {
                 Some(parent) => home.chain_disks(&home.store.snapshot(parent)?, &mut Vec::new())?,
                 None => Vec::new(),
             };
-            Ok((staged, image, record, scratch, lowers))
+            Ok((image, record, scratch, lowers))
         })
         .await?;
         let job = ApplyJob {
@@ -374,15 +438,16 @@ impl Home {
         .await?;
         drop(record_path);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
-        let path = staged.path().join(layout::LAYER_FILE);
-        let reopened = Arc::new(open(&path)?);
+        let path = folder.join(layout::LAYER_FILE);
+        let image = path.clone();
+        let reopened = Arc::new(blocking(move || open(&image)).await?);
         let check = CheckJob {
             image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
             tree: false,
             require_no_writers: true,
         };
         self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
-        let applied = AppliedMeta {
+        Ok(AppliedMeta {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,
             record_bytes: summary.record_bytes,
@@ -393,27 +458,12 @@ impl Home {
             entries: summary.entries,
             verity_root: summary.verity_root.map(|root| root.to_string()),
             checked: true,
-        };
-        let size = applied.diff_size;
-        let (home, layer) = (self.clone(), layer.clone());
-        blocking(move || {
-            let files = [layout::RECORD_FILE, layout::LAYER_FILE];
-            home.store.commit::<DriverError>(&layer.id, layer.generation, &staged, &files, |meta| match meta
-                .state
-            {
-                LayerState::Applying => {
-                    Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
-                }
-                _ => Err(unfinished(&layer.id)),
-            })
         })
-        .await?;
-        Ok(size)
     }
 
     /// Fixes the canonical version of a written layer after its first complete Diff.
-    fn freeze_version(&self, layer: &Layer, version: u32) {
-        let frozen = self.store.update::<StoreError>(&layer.id, layer.generation, |meta| {
+    fn freeze_version(&self, thread: &DiskThread, layer: &Layer, version: u32) {
+        let frozen = self.store.update::<StoreError>(thread, &layer.id, layer.generation, |meta| {
             Ok(LayerMeta {
                 canonical_version: Some(meta.canonical_version.unwrap_or(version)),
                 ..meta.clone()
@@ -438,6 +488,8 @@ pub struct DiffStream {
     freeze_version: Option<u32>,
     /// Digest of the tar that was applied, if this is to be that one.
     applied: Option<String>,
+    /// Of sandboxes that are in use.
+    live: Option<Arc<Stillness>>,
 }
 
 impl Stream for DiffStream {
@@ -452,6 +504,9 @@ impl Stream for DiffStream {
             Poll::Ready(Some(Ok(bytes))) => Poll::Ready(Some(Ok(bytes))),
             Poll::Ready(Some(Err(error))) => {
                 this.tar = None;
+                if let Some(live) = &this.live {
+                    live.remember(&error);
+                }
                 Poll::Ready(Some(Err(failed(error, &this.layer.id))))
             }
             Poll::Ready(None) => {
@@ -473,7 +528,7 @@ impl Stream for DiffStream {
                 }
                 if let Some(version) = this.freeze_version.take() {
                     let (home, layer) = (this.home.clone(), this.layer.clone());
-                    tokio::task::spawn_blocking(move || home.freeze_version(&layer, version));
+                    tokio::spawn(DiskThread::run(move |thread| home.freeze_version(thread, &layer, version)));
                 }
                 Poll::Ready(None)
             }

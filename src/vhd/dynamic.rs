@@ -357,7 +357,9 @@ mod tests {
             header.checksum = U32::ZERO;
             header.checksum = U32::new(checksum(header.as_bytes()));
             let mut file = [footer.as_bytes(), header.as_bytes()].concat();
-            self.table.iter().for_each(|entry| file.extend(entry.to_be_bytes()));
+            for entry in &self.table {
+                file.extend(entry.to_be_bytes());
+            }
             file.resize(DATA as usize, 0);
             for (fill, bitmap) in [(3, 0b1011_1111), (1, 0xff)] {
                 file.push(bitmap);
@@ -442,7 +444,9 @@ mod tests {
         let parent = "C:\\base.vhd".encode_utf16().map(U16::new);
         let differencing = said(&|s| {
             s.footer.disk_type = U32::new(TYPE_DIFFERENCING);
-            parent.clone().enumerate().for_each(|(n, unit)| s.header.parent_name[n] = unit);
+            for (n, unit) in parent.clone().enumerate() {
+                s.header.parent_name[n] = unit;
+            }
         });
         assert!(
             differencing.contains("parent 'C:\\base.vhd'") && differencing.contains("Merge-VHD"),

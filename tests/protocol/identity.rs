@@ -171,7 +171,9 @@ fn a_layer_that_is_twice_in_the_chain_has_new_numbers_at_the_next_mount() {
     let groups: BTreeSet<_> = [pair(0), pair(1)].into();
     let first = assert_groups(&dir, &groups);
     let paths = ["own0/single", "own1/single"];
-    paths.iter().for_each(|path| append(&dir.join(path)));
+    for path in paths {
+        append(&dir.join(path));
+    }
     let second = assert_groups(&dir, &groups);
     assert_eq!(paths.map(|p| first[p]), paths.map(|p| second[p]), "while it is mounted numbers stay");
     plugin.put("c");

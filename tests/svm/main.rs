@@ -420,13 +420,18 @@ async fn dropping_the_stream_cancels_and_frees_the_lease() {
 struct Writers {
     frozen: AtomicI32,
     freezes: AtomicU32,
+    /// What stopping them takes.
+    takes: Duration,
 }
 
 impl LiveControl for Writers {
     fn freeze(&self) -> futures_util::future::BoxFuture<'_, io::Result<()>> {
         self.freezes.fetch_add(1, Ordering::SeqCst);
         assert_eq!(self.frozen.fetch_add(1, Ordering::SeqCst), 0, "frozen twice");
-        Box::pin(async { Ok(()) })
+        Box::pin(async {
+            tokio::time::sleep(self.takes).await;
+            Ok(())
+        })
     }
     fn thaw(&self) -> futures_util::future::BoxFuture<'_, io::Result<()>> {
         self.frozen.store(0, Ordering::SeqCst);
@@ -461,6 +466,30 @@ async fn fault_24_a_live_sandbox_is_frozen_for_its_metadata_only_and_thawed_on_e
     assert!(gone.await.is_err());
     soon("thawed", || writers.frozen.load(Ordering::SeqCst) == 0).await;
     assert_eq!(lease.diff_size(files.compare(b"12345", None)).await.unwrap(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_gets_two_freezes_and_stopping_the_writers_is_not_its_time() {
+    let config = PoolConfig { freeze_limit: Duration::from_millis(300), ..PoolConfig::default() };
+    let (pool, files) = (Pool::start(backend(), config), Files::new());
+    let slow = Duration::from_millis(700);
+    for (content, takes, refused) in [("again", Duration::ZERO, true), ("once", slow, false)] {
+        let writers = Arc::new(Writers { takes, ..Writers::default() });
+        let target =
+            vec![LayerDisk { disk: files.with(content, content.as_bytes()), kind: LayerKind::Sandbox }];
+        let kind =
+            ExportKind::Canonical { target, parent: ParentDisks::Own, format: 1, id_maps: IdMaps::default() };
+        let lease = pool.lease("a", Purpose::Export).await.unwrap();
+        let tar = lease.layer_to_tar(ExportJob { kind, live: Some(writers.clone()) }).await;
+        match tar {
+            Err(SvmError::Protocol { reason, .. }) if refused => {
+                assert!(reason.contains("BeforeRecheck"), "{reason}");
+            }
+            other => assert!(!refused && other.is_ok(), "{content}: {other:?}"),
+        }
+        assert_eq!(writers.freezes.load(Ordering::SeqCst), 2, "{content}");
+        soon("thawed", || writers.frozen.load(Ordering::SeqCst) == 0).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
