@@ -108,11 +108,13 @@ impl Home {
         if self.was_written(layer).await? {
             return Err(refused(id, "was written through a mount"));
         }
+        self.nothing_stands_on(layer)?;
         let gate = self.gates.close([id]).await;
         let (home, layer) = (self.clone(), layer.clone());
         gate.run(move |thread, _gate| {
             let id = &layer.id;
             home.nobody_uses(&layer)?;
+            home.nothing_stands_on(&layer)?;
             if home.shown.look(id).0 != before {
                 return Err(refused(id, "was shown while its content was looked at"));
             }
@@ -137,18 +139,11 @@ impl Home {
         .await
     }
 
-    /// Refuses a sandbox that somebody may be writing, or stands on.
+    /// Refuses a sandbox that somebody may be writing.
     fn nobody_uses(&self, layer: &Layer) -> Result<(), DriverError> {
         let id = &layer.id;
         if !layer.made_here {
             return Err(refused(id, "was made by an earlier process of the plugin"));
-        }
-        let children = self.store.children(id);
-        if let Some(child) = children.first() {
-            return Err(refused(
-                id,
-                &format!("is the parent of {} layers, {child} among them", children.len()),
-            ));
         }
         #[cfg(target_os = "linux")]
         let (views, mounted) = (self.mounts.references(id), self.mounts.disk_dir(id).is_some());
@@ -158,6 +153,14 @@ impl Home {
             return Err(refused(id, "is in use (a Get without its Put)"));
         }
         Ok(())
+    }
+
+    /// Refuses a sandbox that is a parent.
+    fn nothing_stands_on(&self, layer: &Layer) -> Result<(), DriverError> {
+        let children = self.store.children(&layer.id);
+        let Some(child) = children.first() else { return Ok(()) };
+        let reason = format!("is the parent of {} layers, {child} among them", children.len());
+        Err(refused(&layer.id, &reason))
     }
 
     /// Asks a service VM whether a sandbox holds anything.

@@ -132,7 +132,11 @@ impl SvmError {
             | Self::Protocol { .. }
             | Self::Body(_)
             | Self::StillWritable(_) => true,
-            Self::Boot { .. } | Self::Disk { .. } | Self::Live(_) | Self::Cancelled(_) => false,
+            Self::Boot { .. }
+            | Self::Disk { .. }
+            | Self::SecondPair(_)
+            | Self::Live(_)
+            | Self::Cancelled(_) => false,
         }
     }
 

@@ -148,7 +148,9 @@ mod shown {
             if shows {
                 plugin.get("child");
             }
-            refused(&plugin, "parent", &["is the parent", "child"]);
+            // Its disk is part of the child's view then.
+            let words: &[&str] = if shows { &["in use"] } else { &["is the parent", "child"] };
+            refused(&plugin, "parent", words);
             plugin.put("child");
             plugin.remove("child");
             plugin.remove("parent");
