@@ -88,6 +88,6 @@ fn one(image: &[u8]) {
     for kind in [LayerKind::Applied, LayerKind::Sandbox] {
         let layers = [LayerSource::new(&disk, kind)];
         let _ = export(&layers, None, &Default::default(), &mut NoHooks, &mut Limited(MAX_EXPORT));
-        let _ = changes(&layers, None, &Default::default());
+        let _ = changes(&layers, None, &Default::default(), &mut NoHooks);
     }
 }

@@ -1,6 +1,6 @@
 //! One home: a store, its service VMs and its mounts.
 
-use super::{DriverConfig, DriverError, GRACE, gates::Gates};
+use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered};
 use crate::store::{DiskThread, guard};
 use crate::{
     config::Options,
@@ -14,7 +14,12 @@ use crate::config::SvmKind;
 #[cfg(target_os = "linux")]
 use {
     super::mounts::Mounts,
-    crate::{config::SvmKind, store::LayerId},
+    crate::{
+        config::SvmKind,
+        store::{LayerId, layout},
+        sys::linux::reflink,
+    },
+    std::sync::atomic::{AtomicBool, Ordering},
 };
 
 /// A home that is open.
@@ -25,8 +30,13 @@ pub(super) struct Home {
     pub(super) pool: Pool,
     pub(super) gates: Arc<Gates>,
     pub(super) init: InitRecord,
+    /// Files that changed while they were exported.
+    pub(super) remembered: Arc<Remembered>,
     #[cfg(target_os = "linux")]
     pub(super) mounts: Arc<Mounts>,
+    /// The disk has reflinks, as far as is known.
+    #[cfg(target_os = "linux")]
+    pub(super) reflinks: AtomicBool,
 }
 
 impl Home {
@@ -103,14 +113,19 @@ impl Home {
         let pool = start_pool(&options, config, &store, reap);
         #[cfg(target_os = "linux")]
         let mounts = Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap(&init)?));
+        #[cfg(target_os = "linux")]
+        let reflinks = AtomicBool::new(reflink::works_in(&store.layout().top(layout::STAGING)));
         Ok(Self {
             store,
             options,
             pool,
             gates: Arc::default(),
             init,
+            remembered: Arc::default(),
             #[cfg(target_os = "linux")]
             mounts,
+            #[cfg(target_os = "linux")]
+            reflinks,
         })
     }
 
@@ -142,8 +157,11 @@ impl Home {
             pool,
             gates: self.gates.clone(),
             init,
+            remembered: self.remembered.clone(),
             #[cfg(target_os = "linux")]
             mounts,
+            #[cfg(target_os = "linux")]
+            reflinks: AtomicBool::new(self.reflinks.load(Ordering::Relaxed)),
         };
         #[cfg(target_os = "linux")]
         if other_maps {

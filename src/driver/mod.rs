@@ -21,6 +21,7 @@
 mod error;
 mod gates;
 mod home;
+mod image;
 mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]

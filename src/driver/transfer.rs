@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   ApplyDiff  mark "applying" (durable) ─► staging/{layer.vhd,layer.exact} ◄─ VM 1 ◄─ tar
-//!              ─► VM 1 ended ─► VM 2 (fresh) checks the image ─► sync ─► commit "applied"
+//!              ─► VM 1 ended ─► footer ─► VM 2 (fresh) checks the image ─► sync ─► commit "applied"
 //!   Diff       applied layer, own parent: image + record ─► VM ─► the very bytes
 //!              else: images and sandboxes of both chains ─► VM ─► canonical tar
 //! ```
@@ -11,18 +11,22 @@
 //! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
 
 use super::{
-    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, on_disk_thread, open, room,
+    ChangedPath, Driver, DriverError, blocking,
+    home::Home,
+    image::Asked,
+    live::{Sandbox, Stillness},
+    on_disk_thread, open, room,
     views::unfinished,
 };
 use crate::{
-    config::LayoutProfile,
+    ext4::check::WRITER,
     store::{
         AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError,
         durable, layout,
     },
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
-        LayerKind, LiveControl, ParentDisks, Profile, Purpose, SvmError, TarStream,
+        LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
     },
     vhd,
 };
@@ -62,7 +66,12 @@ fn moved(id: &LayerId) -> DriverError {
 struct Comparison {
     target: Vec<LayerDisk>,
     parent: ParentDisks,
-    live: Option<Arc<dyn LiveControl>>,
+    live: Option<Arc<Stillness>>,
+}
+
+/// What makes the sandboxes of a comparison stand still, for a lease.
+fn control(live: Option<Arc<Stillness>>) -> Option<Arc<dyn LiveControl>> {
+    live.map(|live| live as Arc<dyn LiveControl>)
 }
 
 impl Driver {
@@ -111,7 +120,7 @@ impl Driver {
             .lease(id.as_str(), Purpose::Export)
             .await
             .map_err(DriverError::svm(&id, "start a diff"))?;
-        let mut applied = None;
+        let (mut applied, mut live) = (None, None);
         let (job, version) = if let (true, LayerState::Applied) = (pair.own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
             let opener = home.clone();
@@ -128,10 +137,16 @@ impl Driver {
                 format,
                 id_maps: home.id_maps(),
             };
-            (ExportJob { kind, live: comparison.live }, first)
+            live.clone_from(&comparison.live);
+            (ExportJob { kind, live: control(comparison.live) }, first)
         };
-        let tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(&id, "export it"))?;
-        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied })
+        let tar = lease.layer_to_tar(job).await.map_err(|error| {
+            if let Some(live) = &live {
+                live.remember(&error);
+            }
+            DriverError::svm(&id, "export it")(error)
+        })?;
+        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied, live })
     }
 
     /// `GraphDriver.Changes`.
@@ -149,7 +164,7 @@ impl Driver {
         Ok(changes.into_iter().map(ChangedPath::from).collect())
     }
 
-    /// `GraphDriver.DiffSize`: the sum of regular-file bytes of a diff.
+    /// `GraphDriver.DiffSize`: the bytes of a diff's regular files and symlinks.
     pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
         let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
@@ -166,7 +181,7 @@ impl Driver {
 
 impl Comparison {
     fn job(self) -> CompareJob {
-        CompareJob { target: self.target, parent: self.parent, live: self.live }
+        CompareJob { target: self.target, parent: self.parent, live: control(self.live) }
     }
 }
 
@@ -194,35 +209,28 @@ impl Home {
 
     async fn comparison(self: &Arc<Self>, pair: Pair) -> Result<Comparison, DriverError> {
         let home = self.clone();
-        blocking(move || {
+        let stacks = blocking(move || {
             let mut sandboxes = Vec::new();
             let target = home.chain_disks(&pair.target, &mut sandboxes)?;
+            let mut below = Vec::new();
             let parent = match pair.other {
                 _ if pair.own => ParentDisks::Own,
-                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut sandboxes)?),
+                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut below)?),
                 None => ParentDisks::None,
             };
-            let live: Option<Arc<dyn LiveControl>> = if sandboxes.is_empty() {
-                None
-            } else {
-                Some(Arc::new(Stillness {
-                    gates: home.gates.clone(),
-                    sandboxes,
-                    #[cfg(target_os = "linux")]
-                    mounts: home.mounts.clone(),
-                    held: parking_lot::Mutex::default(),
-                }))
-            };
-            Ok(Comparison { target, parent, live })
-        })
-        .await
+            sandboxes.extend(below.into_iter().map(|sandbox| Sandbox { in_target: None, ..sandbox }));
+            Ok((target, parent, sandboxes))
+        });
+        let (mut target, mut parent, sandboxes) = stacks.await?;
+        let live = self.hold_still(sandboxes, &mut target, &mut parent).await?;
+        Ok(Comparison { target, parent, live })
     }
 
     /// A layer and its ancestors as disks; what was only created has none. Names the sandboxes among them.
     fn chain_disks(
         &self,
         snapshot: &Snapshot,
-        sandboxes: &mut Vec<LayerId>,
+        sandboxes: &mut Vec<Sandbox>,
     ) -> Result<Vec<LayerDisk>, DriverError> {
         let mut disks = Vec::new();
         for member in snapshot.members() {
@@ -235,19 +243,19 @@ impl Home {
                 }
                 LayerState::Sandbox => {
                     let path = self.sandbox_path(id);
-                    let file = open(&path)?;
+                    let file = Arc::new(open(&path)?);
                     let length = file.metadata().map_err(DriverError::io("measure", &path))?.len();
                     let vhdx = path.ends_with(layout::SANDBOX_VHDX_FILE);
-                    let disk = DiskSource::read_only(Arc::new(file), path);
+                    let in_target = u16::try_from(disks.len()).ok();
+                    let layer = member.layer.clone();
+                    sandboxes.push(Sandbox { layer, file: file.clone(), in_target });
+                    let disk = DiskSource::read_only(file, path);
                     let disk = if vhdx {
                         disk.vhdx()
                     } else {
                         disk.window(0, length.saturating_sub(vhd::FOOTER_SIZE as u64))
                     };
                     disks.push(LayerDisk { disk, kind: LayerKind::Sandbox });
-                    if !sandboxes.contains(id) {
-                        sandboxes.push(id.clone());
-                    }
                 }
             }
         }
@@ -398,10 +406,7 @@ impl Home {
             scratch,
             lowers,
             options: ApplyOptions {
-                profile: match self.options.profile {
-                    LayoutProfile::Default => Profile::Default,
-                    LayoutProfile::Hcsshim => Profile::Hcsshim,
-                },
+                profile: Asked::of(&self.options).profile,
                 block_size: self.options.block_size,
                 max_image_bytes: self.options.max_layer_bytes,
                 verity: self.options.verity,
@@ -418,7 +423,9 @@ impl Home {
         drop(lease);
         let (image_path, record_path) = (image.path.clone(), record.path.clone());
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
+        let (made, asked) = (summary.clone(), Asked::of(&self.options));
         blocking(move || {
+            asked.seal(&image, &made)?;
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
                 room::settle(&disk)?;
                 disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
@@ -437,11 +444,13 @@ impl Home {
         let image = path.clone();
         let reopened = Arc::new(blocking(move || open(&image)).await?);
         let check = CheckJob {
-            image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
-            tree: false,
+            image: DiskSource::read_only(reopened, path.clone()).window(0, asked.disk_bytes(&summary)),
+            tree: asked.verity,
+            writer: WRITER,
             require_no_writers: true,
         };
-        self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        let found = self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        asked.agree(&path, &summary, &found)?;
         Ok(AppliedMeta {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,
@@ -483,6 +492,8 @@ pub struct DiffStream {
     freeze_version: Option<u32>,
     /// Digest of the tar that was applied, if this is to be that one.
     applied: Option<String>,
+    /// Of sandboxes that are in use.
+    live: Option<Arc<Stillness>>,
 }
 
 impl Stream for DiffStream {
@@ -497,6 +508,9 @@ impl Stream for DiffStream {
             Poll::Ready(Some(Ok(bytes))) => Poll::Ready(Some(Ok(bytes))),
             Poll::Ready(Some(Err(error))) => {
                 this.tar = None;
+                if let Some(live) = &this.live {
+                    live.remember(&error);
+                }
                 Poll::Ready(Some(Err(failed(error, &this.layer.id))))
             }
             Poll::Ready(None) => {

@@ -187,8 +187,10 @@ async fn a_tar_goes_in_and_comes_out_in_both_modes() {
             assert_eq!(std::fs::read(files.path("l.image")).unwrap(), content);
             assert_eq!(std::fs::read(files.path("l.record")).unwrap(), b"record");
             let image = files.readable("l.image");
-            let checked =
-                pool.check_image(CheckJob { image, tree: false, require_no_writers: true }).await.unwrap();
+            let checked = pool
+                .check_image(CheckJob { image, tree: false, writer: 2, require_no_writers: true })
+                .await
+                .unwrap();
             assert_eq!(checked.blocks, len as u64);
             let lease = pool.lease("a", Purpose::Export).await.unwrap();
             let tar = collect(lease.layer_to_tar(files.exact("l")).await.unwrap()).await.unwrap();
@@ -206,11 +208,14 @@ async fn a_check_proves_nothing_while_somebody_can_still_write() {
     let (pool, files) = (pool(Mode::Safe), Files::new());
     let writer = files.writable("image");
     let image = files.readable("image");
-    let e = pool.check_image(CheckJob { image, tree: false, require_no_writers: true }).await.unwrap_err();
+    let e = pool
+        .check_image(CheckJob { image, tree: false, writer: 2, require_no_writers: true })
+        .await
+        .unwrap_err();
     assert!(matches!(e, SvmError::StillWritable(_)), "{e}");
     drop(writer);
     let image = files.readable("image");
-    pool.check_image(CheckJob { image, tree: false, require_no_writers: true }).await.unwrap();
+    pool.check_image(CheckJob { image, tree: false, writer: 2, require_no_writers: true }).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -219,7 +224,7 @@ async fn fault_4_a_read_only_disk_stays_read_only_even_from_a_writable_file() {
     let mut image = files.writable("image");
     image.access = lcow_graphdriver::svm::Access::ReadOnly;
     // The test codec's check tries to write.
-    pool.check_image(CheckJob { image, tree: false, require_no_writers: false }).await.unwrap();
+    pool.check_image(CheckJob { image, tree: false, writer: 2, require_no_writers: false }).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -421,13 +426,18 @@ async fn dropping_the_stream_cancels_and_frees_the_lease() {
 struct Writers {
     frozen: AtomicI32,
     freezes: AtomicU32,
+    /// What stopping them takes.
+    takes: Duration,
 }
 
 impl LiveControl for Writers {
     fn freeze(&self) -> futures_util::future::BoxFuture<'_, io::Result<()>> {
         self.freezes.fetch_add(1, Ordering::SeqCst);
         assert_eq!(self.frozen.fetch_add(1, Ordering::SeqCst), 0, "frozen twice");
-        Box::pin(async { Ok(()) })
+        Box::pin(async {
+            tokio::time::sleep(self.takes).await;
+            Ok(())
+        })
     }
     fn thaw(&self) -> futures_util::future::BoxFuture<'_, io::Result<()>> {
         self.frozen.store(0, Ordering::SeqCst);
@@ -465,6 +475,30 @@ async fn fault_24_a_live_sandbox_is_frozen_for_its_metadata_only_and_thawed_on_e
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_gets_two_freezes_and_stopping_the_writers_is_not_its_time() {
+    let config = PoolConfig { freeze_limit: Duration::from_millis(300), ..PoolConfig::default() };
+    let (pool, files) = (Pool::start(backend(), config), Files::new());
+    let slow = Duration::from_millis(700);
+    for (content, takes, refused) in [("again", Duration::ZERO, true), ("once", slow, false)] {
+        let writers = Arc::new(Writers { takes, ..Writers::default() });
+        let target =
+            vec![LayerDisk { disk: files.with(content, content.as_bytes()), kind: LayerKind::Sandbox }];
+        let kind =
+            ExportKind::Canonical { target, parent: ParentDisks::Own, format: 1, id_maps: IdMaps::default() };
+        let lease = pool.lease("a", Purpose::Export).await.unwrap();
+        let tar = lease.layer_to_tar(ExportJob { kind, live: Some(writers.clone()) }).await;
+        match tar {
+            Err(SvmError::Protocol { reason, .. }) if refused => {
+                assert!(reason.contains("BeforeRecheck"), "{reason}");
+            }
+            other => assert!(!refused && other.is_ok(), "{content}: {other:?}"),
+        }
+        assert_eq!(writers.freezes.load(Ordering::SeqCst), 2, "{content}");
+        soon("thawed", || writers.frozen.load(Ordering::SeqCst) == 0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fault_8_the_time_out_is_for_idleness_not_for_the_whole_transfer() {
     let config = PoolConfig { idle_timeout: Duration::from_millis(400), ..PoolConfig::default() };
     let (pool, files) = (Pool::start(backend(), config), Files::new());
@@ -485,55 +519,6 @@ async fn fault_8_the_time_out_is_for_idleness_not_for_the_whole_transfer() {
     drop(lease);
     soon("the silent worker is ended", || !alive(pid)).await;
     assert_eq!(pool.snapshot().poisoned, 1);
-}
-
-fn rate(bytes: usize, start: Instant) -> u128 {
-    bytes as u128 / start.elapsed().as_micros().max(1)
-}
-
-/// Figures for people: `cargo test --test svm -- --nocapture figures`.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn figures() {
-    let files = Files::new();
-    for (what, spares) in [("cold", 0), ("spare", 1)] {
-        let pool = Pool::start(backend(), PoolConfig { spares, ..PoolConfig::default() });
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        let mut times = Vec::new();
-        for n in 0..20 {
-            let start = Instant::now();
-            let lease = pool.lease(&format!("{n}"), Purpose::Work).await.unwrap();
-            times.push(start.elapsed());
-            drop(lease);
-            tokio::time::sleep(Duration::from_millis(30)).await;
-        }
-        times.sort();
-        println!("lease, {what}: median {:?}, worst {:?}", times[10], times[19]);
-        pool.shutdown(Duration::ZERO).await;
-    }
-    let pool = pool(Mode::Global);
-    let lease = pool.lease("a", Purpose::Work).await.unwrap();
-    let (total, block) = (1usize << 30, Bytes::from(pattern(1 << 20, 1)));
-    for chunk in [4 << 10, 32 << 10, 1 << 20] {
-        let block = block.slice(..chunk);
-        let all = stream::iter((0..total / chunk).map(move |_| Ok(block.clone())));
-        let mut job = files.apply("l");
-        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
-        job.image.file = Arc::new(null);
-        let start = Instant::now();
-        lease.tar_to_layer(job, all).await.unwrap();
-        println!("in, chunks of {chunk}: {} MB/s", rate(total, start));
-    }
-    drop(lease);
-    std::fs::write(files.path("l.image"), vec![1u8; 512 << 20]).unwrap();
-    let lease = pool.lease("a", Purpose::Export).await.unwrap();
-    let start = Instant::now();
-    let mut tar = lease.layer_to_tar(files.exact("l")).await.unwrap();
-    let mut n = 0;
-    while let Some(chunk) = tar.next().await {
-        n += chunk.unwrap().len();
-    }
-    println!("out: {} MB/s", rate(n, start));
-    assert_eq!(n, 512 << 20);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -35,6 +35,7 @@ use super::{
     Ext4Error, Place, Xattr,
     layout::{
         FIRST_INO, LINK_MAX, NAME_MAX, ROOT_INO,
+        extent::looks_like_root,
         inode::{
             I_BLOCK_SIZE, InodeFlags, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK,
         },
@@ -344,6 +345,12 @@ impl<W: WriteAt> HcsshimWriter<W> {
         let Some(mut file) = self.open.take() else { return Err(Ext4Error::usage("no file is open")) };
         if self.nodes[file.node as usize].has(InodeFlags::INLINE_DATA) {
             file.inline.resize(file.size as usize, 0);
+            let mut i_block = [0; I_BLOCK_SIZE];
+            let n = file.inline.len().min(I_BLOCK_SIZE);
+            i_block[..n].copy_from_slice(&file.inline[..n]);
+            if looks_like_root(&i_block) {
+                return Err(refuse("data that look like the root of an extent tree inside the inode"));
+            }
             self.nodes[file.node as usize].content = Content::Bytes(file.inline.into());
             return Ok(());
         }
@@ -351,9 +358,14 @@ impl<W: WriteAt> HcsshimWriter<W> {
         self.end_run(file.node, file.size)
     }
 
-    /// Sum of the sizes of the regular files, each once.
+    /// Sum of the sizes of the regular files and of the lengths of symlinks' targets, each once.
     pub fn file_bytes(&self) -> u64 {
-        self.nodes.iter().filter(|n| n.mode & S_IFMT == S_IFREG && n.links > 0).map(|n| n.size).sum()
+        let size = |node: &Node| match (&node.content, node.mode & S_IFMT) {
+            (_, S_IFREG) => node.size,
+            (Content::Bytes(target), S_IFLNK) => target.len() as u64,
+            _ => 0,
+        };
+        self.nodes.iter().filter(|n| n.links > 0).map(size).sum()
     }
 
     fn node(&self, node: NodeId) -> &Node {

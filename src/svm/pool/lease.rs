@@ -9,12 +9,12 @@
 use super::{Inner, machine::Event};
 use crate::{
     agent::wire::{
-        self, ApplySummary, Change, CheckSummary, DiskId, ErrorKind, FrameType, LayerRef, Operation,
+        self, ApplySummary, Change, CheckSummary, CopyJob, DiskId, ErrorKind, FrameType, LayerRef, Operation,
         ParentRef, WireError, decode_change,
     },
     svm::{
         ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk,
-        ParentDisks, ServiceVm, SvmError, TarStream,
+        LiveControl, ParentDisks, ServiceVm, SvmError, TarStream,
         exchange::{self, Incoming, Receiver, Sender},
         stream::{Freeze, Item, QUEUED_CHUNKS},
     },
@@ -311,6 +311,23 @@ impl Lease {
         TarStream::begin(stream).await
     }
 
+    async fn copies(
+        &self,
+        attached: &mut Attached,
+        live: Option<&dyn LiveControl>,
+    ) -> Result<Option<CopyJob>, SvmError> {
+        let Some(live) = live else { return Ok(None) };
+        let copies = live.copies().await.map_err(|e| SvmError::Live(format!("make a scratch disk: {e}")))?;
+        let Some(copies) = copies else { return Ok(None) };
+        Ok(Some(CopyJob {
+            scratch: self.attach(attached, &copies.scratch).await?,
+            since: copies.since,
+            changed: copies.changed,
+            most_bytes: copies.most_bytes,
+            most_millis: u64::try_from(copies.most_time.as_millis()).unwrap_or(u64::MAX),
+        }))
+    }
+
     async fn export(
         &self,
         job: ExportJob,
@@ -328,11 +345,12 @@ impl Lease {
                 format: *format,
                 id_maps: id_maps.clone(),
                 live: job.live.is_some(),
+                copies: self.copies(&mut attached, job.live.as_deref()).await?,
             },
         };
         let mut freeze = Freeze::new(job.live, self.inner.config.freeze_limit);
         freeze.freeze().await?;
-        let (mut sender, mut receiver) = self.begin(&operation).await?;
+        let (mut sender, mut receiver) = freeze.within(self.begin(&operation)).await??;
         loop {
             match freeze.next(&mut sender, &mut receiver).await? {
                 // Bytes go out at the reader's pace, which nobody's writers may be made to wait for.
@@ -386,7 +404,7 @@ impl Lease {
         let operation = operation(target, parent, job.live.is_some());
         let mut freeze = Freeze::new(job.live, self.inner.config.freeze_limit);
         freeze.freeze().await?;
-        let (mut sender, mut receiver) = self.begin(&operation).await?;
+        let (mut sender, mut receiver) = freeze.within(self.begin(&operation)).await??;
         let mut data = Vec::new();
         loop {
             match freeze.next(&mut sender, &mut receiver).await? {
@@ -409,7 +427,8 @@ pub(super) async fn check(lease: &Lease, job: &CheckJob) -> Result<CheckSummary,
     let run = async {
         let mut attached = Attached::default();
         let image = lease.attach(&mut attached, &job.image).await?;
-        let (_sender, mut receiver) = lease.begin(&Operation::Check { image, tree: job.tree }).await?;
+        let (_sender, mut receiver) =
+            lease.begin(&Operation::Check { image, tree: job.tree, writer: job.writer }).await?;
         receiver.result().await
     };
     lease.judge(run.await)
