@@ -729,6 +729,63 @@ async fn a_worker_has_a_user_of_its_own_and_a_limit_of_file_sizes() {
     }
 }
 
+/// What stands in QEMU's place tries what a QEMU that was taken over would.
+#[test]
+fn a_launched_program_reads_the_systems_files_and_its_descriptors_and_nothing_else() {
+    use lcow_graphdriver::sys::linux::{
+        fdpass,
+        launch::{Order, send_order},
+    };
+    use std::{io::Write, os::fd::AsFd};
+    const SCRIPT: &str = r#"
+        echo "given: $(cat /proc/self/fd/3) $(cat <&4)"
+        echo "uid: $(id -u)"
+        cat /etc/passwd && echo LEAK of a file
+        cat "$1" && echo LEAK of a neighbour
+        ls / && echo LEAK of a folder
+        ls /run && echo LEAK of sockets
+        exec 5<>/dev/tcp/127.0.0.1/1 && echo LEAK of the network
+        echo end
+    "#;
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    for name in ["given", "neighbour"] {
+        std::fs::write(path(name), name).unwrap();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+        std::fs::set_permissions(path(name), open).unwrap();
+    }
+    std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let given = File::open(path("given")).unwrap();
+    let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let mut memory = File::from(memory);
+    memory.write_all(b"memory").unwrap();
+    std::io::Seek::rewind(&mut memory).unwrap();
+    let (ours, theirs) = fdpass::message_pair().unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"))
+        .arg("launch")
+        .stdin(std::process::Stdio::from(theirs))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let neighbour = path("neighbour");
+    let order = Order {
+        program: "/bin/bash".into(),
+        args: vec!["-c".into(), SCRIPT.into(), "bash".into(), neighbour.to_str().unwrap().into()],
+        fds: 2,
+        user: 0x4c45_0001,
+        memory: 4 << 30,
+    };
+    send_order(ours.as_fd(), &order, &[given.as_fd(), memory.as_fd()]).unwrap();
+    let out = child.wait_with_output().unwrap();
+    let (said, complained) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(said.contains("given: given memory") && said.ends_with("end\n"), "{said} {complained}");
+    assert!(said.contains(&format!("uid: {}", 0x4c45_0001)), "{said} {complained}");
+    assert!(!said.contains("LEAK"), "{said} {complained}");
+    // A kernel before 6.15 can't give it a root of its own; each other wall stood without a note.
+    assert!(!complained.contains("launch:"), "{complained}");
+}
+
 #[test]
 fn garbage_on_the_control_channel_ends_the_worker() {
     use lcow_graphdriver::sys::linux::fdpass;
