@@ -255,6 +255,7 @@ fn overlay_of(lowers: usize, method: OverlayMethod) {
         upper: Some(("u/upper".into(), "u/work".into())),
         context: None,
         target: target.clone(),
+        xino: true,
         read_only: false,
     };
     assert_eq!(overlay::mount_overlay(&spec, method).unwrap(), method);

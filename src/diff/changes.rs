@@ -96,7 +96,8 @@ pub fn changes<R: ReadAt>(
     Ok(out)
 }
 
-/// Sum of the bytes of regular files in the diff, a hard-linked inode once, whiteouts 0; what export leaves out is 0.
+/// Sum of the bytes of regular files and of the lengths of symlinks' targets in the diff, a hard-linked inode once,
+/// whiteouts 0; what export leaves out is 0. That is what moby's overlay2 counts (`pkg/directory`, `Size`).
 ///
 /// # Errors
 /// As [`changes`].
@@ -112,7 +113,7 @@ pub fn diff_size<R: ReadAt>(
     let mut sum = 0u64;
     for (item, left_out) in items.items.iter().zip(items.inexpressible()) {
         let counts = matches!(item.status, Status::Added | Status::Modified)
-            && item.kind == FileKind::File
+            && matches!(item.kind, FileKind::File | FileKind::Symlink)
             && !left_out;
         if counts && (item.links <= 1 || seen.insert(item.node)) {
             sum = sum.saturating_add(item.size);

@@ -401,6 +401,7 @@ impl<R: ReadAt> Export<'_, '_, R> {
         match kind {
             Kind::Symlink => {
                 header.link = detail.bytes.map_or(&[], |span| slice(&self.details.bytes, span));
+                self.summary.diff_size += item.size;
                 self.out.header(&header)?;
             }
             Kind::File => {

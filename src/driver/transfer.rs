@@ -164,7 +164,7 @@ impl Driver {
         Ok(changes.into_iter().map(ChangedPath::from).collect())
     }
 
-    /// `GraphDriver.DiffSize`: the sum of regular-file bytes of a diff.
+    /// `GraphDriver.DiffSize`: the bytes of a diff's regular files and symlinks.
     pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
         let home = self.home().await?;
         let pair = home.pair(id, parent).await?;

@@ -91,7 +91,7 @@ impl Home {
                 }
                 self.materialize_now(thread, &gates, &id)?;
                 self.set_door(&id)?;
-                self.mounts.mount_view(&gates, &self.store.snapshot(&id)?, &label)
+                self.mounts.mount_view(&gates, &self.store.snapshot(&id)?, &label, self.options.xino)
             })
             .await
     }

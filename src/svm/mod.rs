@@ -117,6 +117,20 @@ fn console_suffix(console: &str) -> String {
 }
 
 impl SvmError {
+    /// What this operation was given is at fault, or may be (whoever dies or stands still does so over some layer's bytes);
+    /// false for what would meet every operation.
+    pub fn is_of_one_operation(&self) -> bool {
+        match self {
+            Self::Refused(e) => !matches!(e.kind, ErrorKind::NoSpace | ErrorKind::Io | ErrorKind::Cancelled),
+            Self::Died { .. }
+            | Self::Timeout { .. }
+            | Self::Protocol { .. }
+            | Self::Body(_)
+            | Self::StillWritable(_) => true,
+            Self::Boot { .. } | Self::Disk { .. } | Self::Live(_) | Self::Cancelled(_) => false,
+        }
+    }
+
     /// The codec's kind of failure, if the codec refused.
     pub fn refused_kind(&self) -> Option<ErrorKind> {
         match self {
@@ -247,5 +261,21 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
     /// where they are its own.
     fn witness(&self) -> Option<Witness> {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_operation_was_given_is_told_from_what_would_meet_every_one() {
+        let refused = |kind| SvmError::Refused(WireError::new(kind, "words"));
+        for kind in [ErrorKind::Corrupt, ErrorKind::Unsupported, ErrorKind::Limit, ErrorKind::Internal] {
+            assert!(refused(kind).is_of_one_operation(), "{kind:?}");
+        }
+        for kind in [ErrorKind::NoSpace, ErrorKind::Io, ErrorKind::Cancelled] {
+            assert!(!refused(kind).is_of_one_operation(), "{kind:?}");
+        }
     }
 }

@@ -4,5 +4,8 @@ mod build;
 mod faults;
 mod foreign;
 mod layer;
+#[path = "../support/loopmount.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod loopmount;
 mod semantics;
 mod tree;

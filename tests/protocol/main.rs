@@ -4,10 +4,13 @@
 //! ```text
 //!   main.rs    what does not depend on how layers are shown        both transports
 //!   none.rs    lcow.mount=none: folders and VHDX sandboxes         both transports
+//!   identity.rs  devices and inode numbers of merged views      Linux
 //!   mounts.rs  lcow.mount=overlay: merged views, needs root        Linux
 //!   pipe.rs    what only a pipe has                                Windows
 //! ```
 
+#[cfg(target_os = "linux")]
+mod identity;
 #[cfg(target_os = "linux")]
 mod mounts;
 mod none;

@@ -521,55 +521,6 @@ async fn fault_8_the_time_out_is_for_idleness_not_for_the_whole_transfer() {
     assert_eq!(pool.snapshot().poisoned, 1);
 }
 
-fn rate(bytes: usize, start: Instant) -> u128 {
-    bytes as u128 / start.elapsed().as_micros().max(1)
-}
-
-/// Figures for people: `cargo test --test svm -- --nocapture figures`.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn figures() {
-    let files = Files::new();
-    for (what, spares) in [("cold", 0), ("spare", 1)] {
-        let pool = Pool::start(backend(), PoolConfig { spares, ..PoolConfig::default() });
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        let mut times = Vec::new();
-        for n in 0..20 {
-            let start = Instant::now();
-            let lease = pool.lease(&format!("{n}"), Purpose::Work).await.unwrap();
-            times.push(start.elapsed());
-            drop(lease);
-            tokio::time::sleep(Duration::from_millis(30)).await;
-        }
-        times.sort();
-        println!("lease, {what}: median {:?}, worst {:?}", times[10], times[19]);
-        pool.shutdown(Duration::ZERO).await;
-    }
-    let pool = pool(Mode::Global);
-    let lease = pool.lease("a", Purpose::Work).await.unwrap();
-    let (total, block) = (1usize << 30, Bytes::from(pattern(1 << 20, 1)));
-    for chunk in [4 << 10, 32 << 10, 1 << 20] {
-        let block = block.slice(..chunk);
-        let all = stream::iter((0..total / chunk).map(move |_| Ok(block.clone())));
-        let mut job = files.apply("l");
-        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
-        job.image.file = Arc::new(null);
-        let start = Instant::now();
-        lease.tar_to_layer(job, all).await.unwrap();
-        println!("in, chunks of {chunk}: {} MB/s", rate(total, start));
-    }
-    drop(lease);
-    std::fs::write(files.path("l.image"), vec![1u8; 512 << 20]).unwrap();
-    let lease = pool.lease("a", Purpose::Export).await.unwrap();
-    let start = Instant::now();
-    let mut tar = lease.layer_to_tar(files.exact("l")).await.unwrap();
-    let mut n = 0;
-    while let Some(chunk) = tar.next().await {
-        n += chunk.unwrap().len();
-    }
-    println!("out: {} MB/s", rate(n, start));
-    assert_eq!(n, 512 << 20);
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_program_that_is_no_worker_is_a_boot_error_with_its_words() {
     let config = EmbeddedConfig {

@@ -13,6 +13,7 @@
 
 mod convert;
 mod failure;
+mod foreign;
 mod image;
 mod input;
 #[cfg(target_os = "linux")]

@@ -169,7 +169,8 @@ pub struct ApplySummary {
     pub image_bytes: u64,
     /// Size of the file: the image, its hash tree if it has one, and the VHD footer.
     pub file_bytes: u64,
-    /// Sum of the sizes of regular files, a hard-linked one once, whiteouts 0: the layer's size as engines count.
+    /// Sum of the sizes of regular files and of the lengths of symlinks' targets, a hard-linked inode once, whiteouts 0:
+    /// the layer's size as engines count.
     pub diff_size: u64,
     /// Length of the tar.
     pub tar_bytes: u64,

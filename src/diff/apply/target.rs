@@ -34,7 +34,7 @@ pub(super) trait Target {
         Ok(())
     }
 
-    /// Settles what could not be settled before; the sum of the sizes of regular files.
+    /// Settles what could not be settled before; the sum of the sizes of regular files and symlinks.
     fn settle(&mut self, lowers: &mut dyn LowerLayers) -> Result<u64, DiffError>;
 
     /// Completes the image of a tar with this digest.
