@@ -3,7 +3,7 @@
 use super::{DriverConfig, DriverError, GRACE, gates::Gates};
 use crate::{
     config::Options,
-    store::{IdRange, InitRecord, Store},
+    store::{IdRange, InitRecord, Layer, Store},
     svm::{self, Mode, Pool, PoolConfig},
 };
 use std::{path::Path, sync::Arc};
@@ -139,6 +139,11 @@ impl Home {
             #[cfg(target_os = "linux")]
             mounts,
         })
+    }
+
+    /// Tells a layer from every other of this process, in other homes too.
+    pub(super) fn which(&self, layer: &Layer) -> super::door::Which {
+        (Arc::as_ptr(&self.store) as usize as u64, layer.generation)
     }
 
     /// Ends the service VMs of a home that another Init replaced; operations that run get some time.

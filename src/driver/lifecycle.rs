@@ -72,8 +72,13 @@ impl Driver {
         if !children.is_empty() {
             return Err(crate::store::StoreError::HasChildren { id, children }.into());
         }
+        // A tar that is on its way would find its layer gone, or another of its id.
+        let parted = self.doors.part(&id).await;
         home.clone().drop_view(&id).await?;
-        blocking(move || Ok(home.store.remove(&id)?)).await
+        let gone = id.clone();
+        blocking(move || Ok(home.store.remove(&id)?)).await?;
+        self.doors.forget(&gone, parted);
+        Ok(())
     }
 
     /// `GraphDriver.Exists`.

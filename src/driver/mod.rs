@@ -16,6 +16,8 @@
 //!
 //! Called by `api` and, for scrub, by `main`.
 
+mod cut;
+mod door;
 mod error;
 mod gates;
 mod home;
@@ -34,7 +36,7 @@ use crate::{
     config::Options,
     store::{InitRecord, LayerId, durable},
     svm::Change,
-    telemetry::Gauges,
+    telemetry::{Gauges, Phases},
 };
 use home::Home;
 use parking_lot::RwLock;
@@ -103,6 +105,9 @@ pub struct Driver {
     homes: RwLock<Homes>,
     /// Inits one after the other.
     init: tokio::sync::Mutex<()>,
+    doors: door::Doors,
+    cuts: Arc<cut::CutDiffs>,
+    phases: Phases,
 }
 
 #[derive(Debug, Default)]
@@ -122,7 +127,7 @@ impl Driver {
         std::fs::create_dir_all(&config.root).map_err(DriverError::io("create", &config.root))?;
         let last = Self::last_home(&config.root)?;
         home::check_backend(&config.options, &config)?;
-        let driver = Self { config, homes: RwLock::default(), init: tokio::sync::Mutex::default() };
+        let driver = Self::new(config);
         if let Some(home) = last {
             if home.is_dir() {
                 let opened = Home::open(&home, None, &driver.config)?;
@@ -138,6 +143,22 @@ impl Driver {
             }
         }
         Ok(driver)
+    }
+
+    fn new(config: DriverConfig) -> Self {
+        Self {
+            config,
+            homes: RwLock::default(),
+            init: tokio::sync::Mutex::default(),
+            doors: door::Doors::default(),
+            cuts: Arc::default(),
+            phases: Phases::default(),
+        }
+    }
+
+    /// How long the phases of transfers took, for metrics.
+    pub fn phases(&self) -> Phases {
+        self.phases.clone()
     }
 
     /// The home that the last Init named to the service at `root`.
@@ -157,7 +178,7 @@ impl Driver {
     }
 
     fn with_home(opened: Home, path: &Path, config: DriverConfig) -> Self {
-        let driver = Self { config, homes: RwLock::default(), init: tokio::sync::Mutex::default() };
+        let driver = Self::new(config);
         driver.adopt(path.to_owned(), opened);
         driver
     }

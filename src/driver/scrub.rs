@@ -76,6 +76,7 @@ impl Driver {
     async fn scrub_image(&self, id: &LayerId) -> Result<u64, DriverError> {
         let home = self.home()?;
         let (layer, meta) = home.store.get(id)?;
+        let file = |name: &str| home.store.layout().layer_file(id, name);
         let opener = home.clone();
         let member = layer.clone();
         let (image, record) = blocking(move || opener.exact_disks(&member)).await?;
@@ -88,11 +89,12 @@ impl Driver {
         let found = home.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
         let found = found.verity.map(|root| root.to_string());
         if found != root {
-            return Err(DriverError::Usage(format!(
+            let reason = format!(
                 "its hash tree has the root {}, and {} was written",
                 found.unwrap_or_default(),
                 root.unwrap_or_default()
-            )));
+            );
+            return Err(StoreError::Corrupt { path: file(layout::LAYER_FILE), reason }.into());
         }
         let lease = home
             .pool
@@ -116,9 +118,8 @@ impl Driver {
         }
         let digest = hash.finish();
         if !tar.complete() || digest != known {
-            return Err(DriverError::Usage(format!(
-                "its tar has the digest {digest}, and {known} was applied"
-            )));
+            let reason = format!("its tar has the digest {digest}, and {known} was applied");
+            return Err(StoreError::Corrupt { path: file(layout::RECORD_FILE), reason }.into());
         }
         Ok(bytes)
     }

@@ -7,11 +7,20 @@
 //!              else: images and sandboxes of both chains ─► VM ─► canonical tar
 //! ```
 //!
-//! The tar that dockerd's client sends after a broken connection may be empty or only a tail of the layer: once a byte
-//! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
+//! The tar that dockerd's client sends after a broken connection may be empty or only a tail of the layer. Whatever did
+//! not end as a whole tar leaves the layer's door closed ([`door`]) and, once a byte was read, the layer marked; nothing
+//! but Remove helps.
 
 use super::{
-    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished,
+    ChangedPath, Driver, DriverError, blocking,
+    cut::{CutDiffs, Passed, Sent},
+    door::{self, Closed, Entry, Which},
+    error::APPLY,
+    home::Home,
+    live::Stillness,
+    open,
+    views::unfinished,
+    with_causes,
 };
 use crate::{
     config::LayoutProfile,
@@ -20,18 +29,18 @@ use crate::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
         LayerKind, LiveControl, ParentDisks, Profile, Purpose, SvmError, TarStream,
     },
+    telemetry::{Phase, PhaseTimer, Phases, Transfer},
     vhd,
 };
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
+use parking_lot::Mutex;
 use std::{
     io,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 /// The version of the canonical tar that this program writes for a layer's first Diff.
@@ -49,33 +58,125 @@ impl Driver {
     /// bytes its regular files have.
     ///
     /// # Errors
-    /// A layer that has content already, or whose ApplyDiff was cut before, is refused; a bad tar leaves nothing but
-    /// the mark.
+    /// A layer that has content already, that an earlier process created, or of which an earlier ApplyDiff was refused
+    /// or cut, is refused; that refusal repeats the first reason. After any error but one of a body that ended properly
+    /// and was empty, the layer takes no tar until it is removed: what the client still has may be a tail.
     pub async fn apply_diff<S>(&self, id: &str, parent: &str, body: S) -> Result<u64, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
-        let home = self.home()?;
         let id: LayerId = id.parse()?;
-        home.check_reserve()?;
-        let (layer, _) = home.store.get(&id)?;
-        if !parent.is_empty() {
-            let parent: LayerId = parent.parse()?;
-            if layer.parent() != Some(&parent) {
-                return Err(DriverError::Usage(format!(
-                    "layer {id} was created on {}, not on {parent}",
-                    layer.parent().map_or("nothing", LayerId::as_str)
-                )));
+        let (home, which) = self.look(&id);
+        let entry = self.doors.enter(&id, which).map_err(|closed| shut(&id, &closed))?;
+        let watch = Arc::new(Watch::default());
+        let stopped = match self.apply_behind(home, &id, parent, &entry, watched(body, watch.clone())).await {
+            Ok(size) => {
+                entry.reopen();
+                return Ok(size);
+            }
+            Err(stopped) => stopped,
+        };
+        let (layer, error) = match stopped {
+            Stopped::ByState(error) => {
+                entry.reopen();
+                return Err(error);
+            }
+            Stopped::Early(layer, error) => (layer, error),
+            Stopped::Late(home, layer, error) => {
+                if watch.ended_empty() {
+                    // Nothing was read and the client ended its body properly: nothing can come back as a tail.
+                    home.set_state(&layer, LayerState::Applying, LayerState::Created).await?;
+                    entry.reopen();
+                    return Err(error);
+                }
+                (Some((home, layer)), error)
+            }
+        };
+        let error = match self.cuts.source_of(watch.passed()) {
+            Some((from, reason)) if watch.broken() => {
+                DriverError::CutSource { id: id.to_string(), from, bytes: watch.passed().bytes, reason }
+            }
+            _ => error,
+        };
+        let reason = with_causes(&error);
+        if let Some((home, layer)) = layer {
+            home.note_refusal(&layer, &reason).await;
+        }
+        entry.fail(&reason);
+        Err(error)
+    }
+
+    /// Why no tar is taken for a layer any more, if an earlier ApplyDiff of it was refused or cut.
+    pub fn refused_before(&self, id: &str) -> Option<DriverError> {
+        let id: LayerId = id.parse().ok()?;
+        let (home, which) = self.look(&id);
+        if let Some(closed) = self.doors.closed(&id, which) {
+            return Some(shut(&id, &closed));
+        }
+        let (layer, meta) = home.ok()?.store.get(&id).ok()?;
+        takes_tar(&layer, &meta).err()
+    }
+
+    /// Says that a request broke off within its head, which may have been an ApplyDiff of a layer whose id begins with
+    /// `begin` (`whole`: is it): its client may come back with the rest of a tar.
+    pub fn distrust(&self, begin: &str, whole: bool) {
+        const REASON: &str = "a request for it broke off before its head was complete";
+        let home = self.homes.read().current.clone();
+        if whole {
+            if let Ok(id) = begin.parse::<LayerId>() {
+                let layer = home.and_then(|home| home.store.find(&id).ok().map(|layer| home.which(&layer)));
+                self.doors.close(&id, layer, REASON);
+            }
+            return;
+        }
+        let Some(home) = home else { return };
+        for layer in home.store.layers() {
+            let open = layer.made_here
+                && layer
+                    .meta
+                    .as_ref()
+                    .is_ok_and(|meta| matches!(meta.state, LayerState::Created | LayerState::Sandbox));
+            if open && layer.id.as_str().starts_with(begin) {
+                self.doors.close(&layer.id, Some(home.which(&layer)), REASON);
             }
         }
-        home.mark_applying(&layer).await?;
-        let watch = Arc::new(Watch::default());
-        let outcome = home.apply(&layer, watched(body, watch.clone())).await;
-        if outcome.is_err() && watch.ended_empty() {
-            // Nothing was read and the client ended its body properly: nothing can come back as a tail.
-            home.set_state(&layer, LayerState::Applying, LayerState::Created).await?;
-        }
-        outcome
+    }
+
+    /// The present home, and which layer has this id there.
+    fn look(&self, id: &LayerId) -> (Result<Arc<Home>, DriverError>, Option<Which>) {
+        let home = self.home();
+        let which =
+            home.as_ref().ok().and_then(|home| home.store.find(id).ok().map(|layer| home.which(&layer)));
+        (home, which)
+    }
+
+    async fn apply_behind<S>(
+        &self,
+        home: Result<Arc<Home>, DriverError>,
+        id: &LayerId,
+        parent: &str,
+        entry: &Entry,
+        body: S,
+    ) -> Result<u64, Stopped>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        let home = home.map_err(|error| Stopped::Early(None, error))?;
+        let (layer, meta) = home.store.get(id).map_err(|error| Stopped::Early(None, error.into()))?;
+        entry.found(home.which(&layer));
+        takes_tar(&layer, &meta).map_err(Stopped::ByState)?;
+        let early = |error| Stopped::Early(Some((home.clone(), layer.clone())), error);
+        stands_on(&layer, parent).map_err(early)?;
+        home.check_reserve().map_err(early)?;
+        home.mark_applying(&layer).await.map_err(early)?;
+        let outcome = tokio::select! {
+            biased;
+            () = entry.given_up() => Err(DriverError::Usage(format!(
+                "layer {id} was removed while its tar was being applied"
+            ))),
+            outcome = home.apply(&layer, body, &self.phases) => outcome,
+        };
+        outcome.map_err(|error| Stopped::Late(home.clone(), layer, error))
     }
 
     /// `GraphDriver.Diff`: the tar of a layer against its parent, any other layer, or nothing (`parent` empty).
@@ -84,11 +185,14 @@ impl Driver {
         let (layer, meta, parent) = home.both(id, parent).await?;
         let own = parent.as_ref() == layer.parent();
         let id = layer.id.clone();
+        let waiting = self.phases.begin(Transfer::Diff, Phase::Wait);
         let lease = home
             .pool
             .lease(id.as_str(), Purpose::Export)
             .await
             .map_err(DriverError::svm(&id, "start a diff"))?;
+        drop(waiting);
+        let exporting = self.phases.begin(Transfer::Diff, Phase::Export);
         let mut applied = None;
         let (job, version) = if let (true, LayerState::Applied) = (own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
@@ -108,7 +212,16 @@ impl Driver {
             (ExportJob { kind, live: comparison.live }, first)
         };
         let tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(&id, "export it"))?;
-        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied })
+        Ok(DiffStream {
+            tar: Some(tar),
+            home,
+            layer,
+            freeze_version: version,
+            applied,
+            sent: Sent::default(),
+            cuts: self.cuts.clone(),
+            _phase: exporting,
+        })
     }
 
     /// `GraphDriver.Changes`.
@@ -192,7 +305,7 @@ impl Home {
                     sandboxes,
                     #[cfg(target_os = "linux")]
                     mounts: home.mounts.clone(),
-                    held: parking_lot::Mutex::default(),
+                    held: Mutex::default(),
                 }))
             };
             Ok(Comparison { target, parent, live })
@@ -268,22 +381,38 @@ impl Home {
                 if meta.state == from {
                     return Ok(LayerMeta { state: to, ..meta.clone() });
                 }
-                Err(match meta.state {
-                    LayerState::Applying => unfinished(&id),
-                    LayerState::Applied => DriverError::Usage(format!(
-                        "layer {id} is applied already and never changes; remove it and create it anew"
-                    )),
-                    _ => DriverError::Usage(format!(
-                        "layer {id} was written through a mount; a tar cannot be applied to it"
-                    )),
-                })
+                Err(wrong_state(&id, meta))
             })
         })
         .await
         .map(|_| ())
     }
 
-    async fn apply<S>(self: &Arc<Self>, layer: &Layer, body: S) -> Result<u64, DriverError>
+    /// Notes durably why a tar was not taken, for later refusals. Best effort: the door is closed all the same.
+    async fn note_refusal(self: &Arc<Self>, layer: &Layer, reason: &str) {
+        /// Longest wait: the client wants the reason now, and a slow disk gets the note when it does.
+        const PATIENCE: Duration = Duration::from_secs(1);
+        let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
+        let reason = door::bounded(reason).to_string();
+        let noting = tokio::task::spawn_blocking(move || {
+            let nothing = || StoreError::Usage("nothing to note".into());
+            let noted = home.store.update(&id, generation, |meta| match meta.state {
+                LayerState::Created | LayerState::Applying if meta.refused.is_none() => {
+                    Ok(LayerMeta { refused: Some(reason), ..meta.clone() })
+                }
+                _ => Err(nothing()),
+            });
+            match noted {
+                Ok(_) | Err(StoreError::Usage(_) | StoreError::NotFound(_)) => {}
+                Err(error) => {
+                    tracing::warn!(%id, error = with_causes(&error), "cannot note why a tar was refused");
+                }
+            }
+        });
+        let _ = tokio::time::timeout(PATIENCE, noting).await;
+    }
+
+    async fn apply<S>(self: &Arc<Self>, layer: &Layer, body: S, phases: &Phases) -> Result<u64, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
@@ -330,13 +459,17 @@ impl Home {
                 ..ApplyOptions::default()
             },
         };
+        let waiting = phases.begin(Transfer::Apply, Phase::Wait);
         let lease = self
             .pool
             .lease(id.as_str(), Purpose::Work)
             .await
             .map_err(DriverError::svm(id, "start an apply"))?;
-        let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
-        drop(lease);
+        drop(waiting);
+        let applying = phases.begin(Transfer::Apply, Phase::Apply);
+        let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, APPLY))?;
+        drop((lease, applying));
+        let syncing = phases.begin(Transfer::Apply, Phase::Sync);
         let (image_path, record_path) = (image.path.clone(), record.path.clone());
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
         blocking(move || {
@@ -351,7 +484,8 @@ impl Home {
             Ok(durable::sync_dir(image_path.parent().unwrap_or(&image_path))?)
         })
         .await?;
-        drop(record_path);
+        drop((record_path, syncing));
+        let checking = phases.begin(Transfer::Apply, Phase::Check);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
         let path = staged.path().join(layout::LAYER_FILE);
         let reopened = Arc::new(open(&path)?);
@@ -361,6 +495,8 @@ impl Home {
             require_no_writers: true,
         };
         self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        drop(checking);
+        let _committing = phases.begin(Transfer::Apply, Phase::Commit);
         let applied = AppliedMeta {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,
@@ -417,6 +553,9 @@ pub struct DiffStream {
     freeze_version: Option<u32>,
     /// Digest of the tar that was applied, if this is to be that one.
     applied: Option<String>,
+    sent: Sent,
+    cuts: Arc<CutDiffs>,
+    _phase: PhaseTimer,
 }
 
 impl Stream for DiffStream {
@@ -424,6 +563,22 @@ impl Stream for DiffStream {
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
+        let item = this.poll_tar(context);
+        match &item {
+            Poll::Ready(Some(Ok(bytes))) => this.sent.add(bytes),
+            Poll::Ready(Some(Err(error))) => {
+                let sent = std::mem::take(&mut this.sent);
+                this.cuts.note(this.layer.id.as_str(), &with_causes(error), sent);
+            }
+            _ => {}
+        }
+        item
+    }
+}
+
+impl DiffStream {
+    fn poll_tar(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, DriverError>>> {
+        let this = self;
         let Some(tar) = &mut this.tar else { return Poll::Ready(None) };
         let failed = |error: SvmError, id: &LayerId| DriverError::svm(id, "export it")(error);
         match tar.poll_next_unpin(context) {
@@ -460,16 +615,106 @@ impl Stream for DiffStream {
     }
 }
 
+/// Where an ApplyDiff stopped.
+enum Stopped {
+    /// The layer's state refuses every tar, and will until it is removed.
+    ByState(DriverError),
+    /// Before the mark.
+    Early(Option<(Arc<Home>, Layer)>, DriverError),
+    /// Behind the mark.
+    Late(Arc<Home>, Layer, DriverError),
+}
+
+/// The refusal of an ApplyDiff that came to a closed door.
+fn shut(id: &LayerId, closed: &Closed) -> DriverError {
+    match closed {
+        Closed::Busy => DriverError::Usage(format!(
+            "layer {id}: another ApplyDiff of it is under way; if that one fails, remove the layer and create it anew"
+        )),
+        Closed::Failed(reason) => unfinished_because(id, Some(reason)),
+    }
+}
+
+/// Refuses a layer that is marked; `reason` is why its first ApplyDiff failed, where that is known.
+fn unfinished_because(id: &LayerId, reason: Option<&str>) -> DriverError {
+    let Some(reason) = reason else { return unfinished(id) };
+    DriverError::Usage(format!(
+        "layer {id}: an ApplyDiff of it was begun and never completed; remove the layer and create it anew. The first \
+         reason was: {reason}"
+    ))
+}
+
+/// Refuses a layer whose state takes no tar, whoever asks and whatever happens, until it is removed.
+fn takes_tar(layer: &Layer, meta: &LayerMeta) -> Result<(), DriverError> {
+    let id = &layer.id;
+    match meta.state {
+        LayerState::Created if layer.made_here => Ok(()),
+        LayerState::Created => Err(DriverError::Usage(format!(
+            "layer {id} was created before the plugin was started anew, which may have cut a tar that was on its way to \
+             it; remove the layer and create it anew (docker does when the command is given again){}",
+            meta.refused
+                .as_ref()
+                .map(|reason| format!(". The first reason was: {reason}"))
+                .unwrap_or_default()
+        ))),
+        _ => Err(wrong_state(id, meta)),
+    }
+}
+
+/// Why a layer of this state takes no tar.
+fn wrong_state(id: &LayerId, meta: &LayerMeta) -> DriverError {
+    match meta.state {
+        LayerState::Applying => unfinished_because(id, meta.refused.as_deref()),
+        LayerState::Applied => DriverError::Usage(format!(
+            "layer {id} is applied already and never changes; remove it and create it anew"
+        )),
+        _ => DriverError::Usage(format!(
+            "layer {id} was written through a mount; a tar cannot be applied to it"
+        )),
+    }
+}
+
+/// Refuses a parent that is named and is not the layer's.
+fn stands_on(layer: &Layer, parent: &str) -> Result<(), DriverError> {
+    if parent.is_empty() {
+        return Ok(());
+    }
+    let parent: LayerId = parent.parse()?;
+    if layer.parent() == Some(&parent) {
+        return Ok(());
+    }
+    Err(DriverError::Usage(format!(
+        "layer {} was created on {}, not on {parent}",
+        layer.id,
+        layer.parent().map_or("nothing", LayerId::as_str)
+    )))
+}
+
 /// What was seen of a body.
 #[derive(Debug, Default)]
-struct Watch {
-    bytes: AtomicU64,
-    ended: AtomicBool,
+struct Watch(Mutex<Seen>);
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Seen {
+    passed: Passed,
+    /// Ended properly.
+    ended: bool,
+    /// Broke off.
+    broken: bool,
 }
 
 impl Watch {
     fn ended_empty(&self) -> bool {
-        self.ended.load(Ordering::Acquire) && self.bytes.load(Ordering::Acquire) == 0
+        let seen = *self.0.lock();
+        seen.ended && seen.passed.bytes == 0
+    }
+
+    fn broken(&self) -> bool {
+        self.0.lock().broken
+    }
+
+    fn passed(&self) -> Passed {
+        self.0.lock().passed
     }
 }
 
@@ -479,15 +724,13 @@ where
     S: Stream<Item = io::Result<Bytes>> + Send,
 {
     let mut body = Box::pin(body);
-    let mut broken = false;
     futures_util::stream::poll_fn(move |context| {
         let item = body.poll_next_unpin(context);
+        let mut seen = watch.0.lock();
         match &item {
-            Poll::Ready(Some(Ok(bytes))) => {
-                watch.bytes.fetch_add(bytes.len() as u64, Ordering::AcqRel);
-            }
-            Poll::Ready(Some(Err(_))) => broken = true,
-            Poll::Ready(None) if !broken => watch.ended.store(true, Ordering::Release),
+            Poll::Ready(Some(Ok(bytes))) => seen.passed.add(bytes),
+            Poll::Ready(Some(Err(_))) => seen.broken = true,
+            Poll::Ready(None) if !seen.broken => seen.ended = true,
             _ => {}
         }
         item

@@ -294,10 +294,7 @@ impl Store {
         let layer = self.find(id)?;
         match layer.meta.clone() {
             Ok(meta) => Ok((layer, meta)),
-            Err(reason) => Err(StoreError::WrongState {
-                id: id.clone(),
-                reason: format!("it is damaged and can only be removed: {reason}"),
-            }),
+            Err(reason) => Err(StoreError::Damaged { id: id.clone(), reason: reason.to_string() }),
         }
     }
 

@@ -33,8 +33,8 @@ pub mod remote;
 mod stream;
 
 pub use crate::agent::wire::{
-    ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
-    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest, Witness,
+    ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ErrorKind,
+    ExportSummary, IdMaps, IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest, Witness,
 };
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,
@@ -43,7 +43,7 @@ pub use job::{
 pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
 pub use stream::TarStream;
 
-use crate::agent::wire::{ErrorKind, FrameError, WireError};
+use crate::agent::wire::{FrameError, WireError};
 use futures_util::future::BoxFuture;
 use std::{fmt, io, sync::Arc, time::Duration};
 use tokio::io::{AsyncRead, AsyncWrite};
