@@ -74,6 +74,43 @@ impl Layer {
     }
 }
 
+/// A sound layer as it was at one moment.
+#[derive(Debug, Clone)]
+pub struct Member {
+    /// The layer.
+    pub layer: Layer,
+    /// Its state and facts.
+    pub meta: LayerMeta,
+}
+
+/// A layer and its ancestors, all of one moment. A request looks once and works with what it saw: two looks may see
+/// two states, or two layers of the same id.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// The layer itself.
+    pub top: Member,
+    /// Its ancestors, nearest first.
+    pub ancestors: Vec<Member>,
+}
+
+impl Snapshot {
+    /// The layer's id.
+    pub fn id(&self) -> &LayerId {
+        &self.top.layer.id
+    }
+
+    /// The layer, then its ancestors.
+    pub fn members(&self) -> impl Iterator<Item = &Member> {
+        std::iter::once(&self.top).chain(&self.ancestors)
+    }
+
+    /// What stands below the layer; `None` for a base layer.
+    pub fn parent(&self) -> Option<Self> {
+        let (top, ancestors) = self.ancestors.split_first()?;
+        Some(Self { top: top.clone(), ancestors: ancestors.to_vec() })
+    }
+}
+
 #[derive(Debug, Default)]
 struct Index {
     layers: BTreeMap<LayerId, Layer>,
@@ -90,6 +127,14 @@ impl Index {
         return self.layers.keys().find(|other| other.as_str().eq_ignore_ascii_case(id.as_str())).cloned();
         #[cfg(not(windows))]
         None
+    }
+
+    fn member(&self, id: &LayerId) -> Result<Member, StoreError> {
+        let layer = self.layers.get(id).cloned().ok_or_else(|| StoreError::NotFound(id.clone()))?;
+        match layer.meta.clone() {
+            Ok(meta) => Ok(Member { layer, meta }),
+            Err(reason) => Err(StoreError::Damaged { id: id.clone(), reason: reason.to_string() }),
+        }
     }
 
     fn insert(&mut self, layer: Layer) {
@@ -290,12 +335,37 @@ impl Store {
     }
 
     /// A sound layer and its meta data.
-    pub fn get(&self, id: &LayerId) -> Result<(Layer, LayerMeta), StoreError> {
-        let layer = self.find(id)?;
-        match layer.meta.clone() {
-            Ok(meta) => Ok((layer, meta)),
-            Err(reason) => Err(StoreError::Damaged { id: id.clone(), reason: reason.to_string() }),
-        }
+    pub fn get(&self, id: &LayerId) -> Result<Member, StoreError> {
+        self.index.read().member(id)
+    }
+
+    /// A sound layer and its sound ancestors, as they are together at this moment.
+    pub fn snapshot(&self, id: &LayerId) -> Result<Snapshot, StoreError> {
+        Ok(self.snapshots(id, None)?.0)
+    }
+
+    /// Two layers with their ancestors, all of the same moment.
+    pub fn snapshots(
+        &self,
+        id: &LayerId,
+        other: Option<&LayerId>,
+    ) -> Result<(Snapshot, Option<Snapshot>), StoreError> {
+        let index = self.index.read();
+        let look = |id: &LayerId| {
+            let top = index.member(id)?;
+            let ancestors = top.layer.chain.iter().map(|a| index.member(a)).collect::<Result<_, _>>()?;
+            Ok::<_, StoreError>(Snapshot { top, ancestors })
+        };
+        Ok((look(id)?, other.map(look).transpose()?))
+    }
+
+    /// Whether the layers of a snapshot are still the ones of their ids. Files that were opened by their names before
+    /// this said yes belong to that snapshot.
+    pub fn is_current(&self, snapshot: &Snapshot) -> bool {
+        let index = self.index.read();
+        snapshot
+            .members()
+            .all(|m| index.layers.get(&m.layer.id).is_some_and(|l| l.generation == m.layer.generation))
     }
 
     /// An empty folder in `staging/`.
