@@ -106,6 +106,28 @@ impl Plugin {
         self.child.wait().unwrap();
     }
 
+    /// SIGSTOP: it takes no connection any more, and the system queues them.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn pause(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+
+    /// kill -9 to its workers; false if there is none.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn kill_workers(&self) -> bool {
+        use rustix::process::{Pid, Signal, kill_process};
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid())) else { return false };
+        let mut killed = false;
+        for thread in threads.flatten() {
+            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            for pid in children.split_ascii_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+                killed |= kill_process(pid, Signal::KILL).is_ok();
+            }
+        }
+        killed
+    }
+
     /// SIGTERM (Windows: Ctrl+Break); the exit status.
     pub(crate) fn terminate(&mut self) -> Option<i32> {
         transport::ask_to_stop(&self.child);
