@@ -18,15 +18,26 @@
 
 use super::{Context, called, router};
 use crate::telemetry::Outcome;
-use axum::body::Body;
-use hyper::{Request, Response, body::Incoming, server::conn::http1, service::Service};
+use axum::{
+    body::Body,
+    http::{HeaderValue, header},
+};
+use hyper::{
+    Request, Response,
+    body::{Body as _, Incoming},
+    server::conn::http1,
+    service::Service,
+};
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use parking_lot::Mutex;
 use std::{
     convert::Infallible,
     io,
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{self, Poll, ready},
     time::{Duration, Instant},
 };
@@ -45,6 +56,8 @@ const HALF_AT_STOP: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(100);
 /// Bytes of a head that are kept to tell which layer it named.
 const HEAD_KEPT: usize = 4 << 10;
+/// Bytes of its first line that are logged.
+const LINE_TOLD: usize = 120;
 /// Bytes that are read and dropped at a time.
 const DROPPED: usize = 64 << 10;
 
@@ -120,10 +133,18 @@ where
     let answer = hyper::service::service_fn(move |mut request: Request<Incoming>| {
         shared.head_ended();
         request.extensions_mut().insert(Patience(Some((shared.half_limit(), stopping.clone()))));
-        let (answered, shared) = (service.call(request.map(Body::new)), shared.clone());
+        let read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
+        let asked = request.map(|body| Body::new(Asked { body, read: read.clone() }));
+        let (answered, shared) = (service.call(asked), shared.clone());
         async move {
-            let response: Response<Body> = answered.await?;
-            Ok::<_, Infallible>(response.map(|body| Answer { body, _end: End(shared) }))
+            let mut response: Response<Body> = answered.await?;
+            let reusable = read.load(Ordering::Acquire);
+            if !reusable {
+                // What still comes is no head: this is the connection's last answer.
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            let end = End { state: shared, at: if reusable { At::Idle } else { At::Dropping } };
+            Ok::<_, Infallible>(response.map(|body| Answer { body, _end: end }))
         }
     });
     let line = Line { io, state: state.clone(), timer: None, shut: false };
@@ -211,10 +232,10 @@ impl State {
         inner.head.clear();
     }
 
-    fn request_ended(&self) {
+    fn request_ended(&self, at: At) {
         let mut inner = self.inner.lock();
         if inner.at == At::Request {
-            inner.go(At::Idle);
+            inner.go(at);
         }
     }
 
@@ -244,6 +265,7 @@ impl State {
         let named = named_layer(&head);
         let (request, layer) = (called::number(), named.as_ref().map(|(begin, _)| begin.as_str()));
         let line = head.split(|b| *b == b'\n').next().unwrap_or_default();
+        let line = &line[..line.len().min(LINE_TOLD)];
         tracing::warn!(
             request,
             endpoint = %line.escape_ascii(),
@@ -300,11 +322,45 @@ struct Answer {
     _end: End,
 }
 
-struct End(Arc<State>);
+struct End {
+    state: Arc<State>,
+    at: At,
+}
 
 impl Drop for End {
     fn drop(&mut self) {
-        self.0.request_ended();
+        self.state.request_ended(self.at);
+    }
+}
+
+/// The body of a request, which notes that it was read to its end.
+struct Asked {
+    body: Incoming,
+    read: Arc<AtomicBool>,
+}
+
+impl hyper::body::Body for Asked {
+    type Data = bytes::Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Self::Data>, Self::Error>>> {
+        let this = self.get_mut();
+        let frame = Pin::new(&mut this.body).poll_frame(context);
+        if matches!(frame, Poll::Ready(None)) || this.body.is_end_stream() {
+            this.read.store(true, Ordering::Release);
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
     }
 }
 

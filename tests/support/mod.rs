@@ -148,6 +148,10 @@ impl Plugin {
         let begin = Instant::now();
         while !self.answers() {
             assert!(begin.elapsed() < READY, "the plugin does not answer:\n{}", self.log());
+            // For the same reason it may take the address for somebody's.
+            if self.child.try_wait().unwrap().is_some() {
+                self.child = Self::spawn(&self.folder, &self.arguments);
+            }
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -374,7 +378,11 @@ fn read_chunks(input: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> {
         let size = usize::from_str_radix(line.trim(), 16).map_err(|_| io::ErrorKind::InvalidData)?;
         let start = body.len();
         body.resize(start + size, 0);
-        input.read_exact(&mut body[start..])?;
+        if let Err(e) = input.read_exact(&mut body[start..]) {
+            // How much of it came is not told.
+            body.truncate(start);
+            return Err(e);
+        }
         input.read_line(&mut String::new())?;
         if size == 0 {
             return Ok(());

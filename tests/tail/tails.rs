@@ -305,12 +305,15 @@ fn no_tail_is_taken_when_a_worker_dies_or_the_tar_is_bad() {
     let mut stream = plugin.begin_apply("worker", "");
     send_chunks(&mut stream, &tar[..512 * 30], 4096).unwrap();
     plugin.wait_for_state("worker", "applying");
+    // Whichever has the tar now, and will have it.
+    let reading = thread::spawn(move || super::support::Reply::read(stream).unwrap());
     let begin = Instant::now();
-    while !plugin.kill_workers() {
-        assert!(begin.elapsed() < Duration::from_secs(30), "no worker was found");
-        thread::sleep(Duration::from_millis(10));
+    while !reading.is_finished() {
+        plugin.kill_workers();
+        assert!(begin.elapsed() < Duration::from_secs(50), "no end in spite of its worker's");
+        thread::sleep(Duration::from_millis(20));
     }
-    let reply = super::support::Reply::read(stream).unwrap();
+    let reply = reading.join().unwrap();
     assert!(reply.status >= 500, "{}", reply.text());
     no_tail(&plugin, "worker", &tar, 512 * 30, "a dead worker");
 }
