@@ -125,17 +125,6 @@ async fn to_the_end<T: Send + 'static, E: Into<Failure> + Send + 'static>(
     Err(Failure::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the operation did not end properly: {why}")))
 }
 
-/// Runs what may block for a moment (a lock, a question to the disk) where that holds up no other request.
-async fn aside<T: Send + 'static>(
-    context: &Context,
-    work: impl FnOnce(&Driver) -> T + Send + 'static,
-) -> Result<T, Failure> {
-    let driver = context.driver.clone();
-    tokio::task::spawn_blocking(move || work(&driver)).await.map_err(|e| {
-        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the operation did not end properly: {e}"))
-    })
-}
-
 async fn activate(_: Ignored) -> Reply<wire::Activated> {
     Reply(wire::Activated { implements: ["GraphDriver"] })
 }
@@ -158,7 +147,7 @@ async fn init(
 }
 
 async fn capabilities(State(context): State<Context>, _: Ignored) -> Answer<wire::CapabilitiesReply> {
-    let reproduces_exact_diffs = aside(&context, Driver::reproduces_exact_diffs).await??;
+    let reproduces_exact_diffs = context.driver.reproduces_exact_diffs().await?;
     Ok(Reply(wire::CapabilitiesReply { capabilities: wire::Capabilities { reproduces_exact_diffs } }))
 }
 
@@ -222,12 +211,11 @@ async fn exists(
     State(context): State<Context>,
     Json(request): Json<wire::LayerRequest>,
 ) -> Answer<wire::ExistsReply> {
-    let exists = aside(&context, move |driver| driver.exists(&request.id)).await??;
-    Ok(Reply(wire::ExistsReply { exists }))
+    Ok(Reply(wire::ExistsReply { exists: context.driver.exists(&request.id).await? }))
 }
 
 async fn status(State(context): State<Context>, _: Ignored) -> Answer<wire::StatusReply> {
-    Ok(Reply(wire::StatusReply { status: aside(&context, Driver::status).await? }))
+    Ok(Reply(wire::StatusReply { status: context.driver.status().await }))
 }
 
 async fn metadata(
@@ -290,8 +278,7 @@ async fn apply_diff(
     // What dockerd's client sends when it repeats a request whose connection broke: never a layer, and known to be
     // empty before anything is read, so the layer stays as it was.
     if headers.get(header::CONTENT_LENGTH).is_some_and(|n| n == "0") {
-        let id = query.id.clone();
-        if let Some(earlier) = aside(&context, move |driver| driver.refused_before(&id)).await? {
+        if let Some(earlier) = context.driver.refused_before(&query.id).await {
             return Err(earlier.into());
         }
         return Err(Failure::bad_request(
@@ -305,10 +292,9 @@ async fn apply_diff(
 }
 
 async fn healthz(State(context): State<Context>) -> Response {
-    match aside(&context, Driver::reproduces_exact_diffs).await {
-        Ok(Ok(_)) => (StatusCode::OK, "ok\n").into_response(),
-        Ok(Err(e)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", with_causes(&e))).into_response(),
-        Err(failure) => failure.into_response(),
+    match context.driver.reproduces_exact_diffs().await {
+        Ok(_) => (StatusCode::OK, "ok\n").into_response(),
+        Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", with_causes(&e))).into_response(),
     }
 }
 
@@ -328,11 +314,7 @@ async fn service_vms(State(context): State<Context>) -> Response {
 }
 
 async fn metrics(State(context): State<Context>) -> Response {
-    let gauges = match aside(&context, Driver::gauges).await {
-        Ok(gauges) => gauges,
-        Err(failure) => return failure.into_response(),
-    };
-    match context.metrics.render(&gauges) {
+    match context.metrics.render(&context.driver.gauges().await) {
         Ok(text) => {
             ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
                 .into_response()

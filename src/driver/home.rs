@@ -1,6 +1,7 @@
 //! One home: a store, its service VMs and its mounts.
 
 use super::{DriverConfig, DriverError, GRACE, gates::Gates};
+use crate::store::{DiskThread, guard};
 use crate::{
     config::Options,
     store::{IdRange, InitRecord, Layer, Store},
@@ -32,29 +33,31 @@ impl Home {
     /// Opens the store at `path` with what an Init says, or with what the last one said. Debris is deleted in the
     /// background: it lies where no request looks.
     pub(super) fn open(
+        thread: &DiskThread,
         path: &Path,
         init: Option<InitRecord>,
         config: &DriverConfig,
     ) -> Result<Self, DriverError> {
         // Options first: a wrong one must leave nothing behind.
         let wanted = init.as_ref().map(|init| options_of(init, config)).transpose()?;
-        let store = Arc::new(Store::open(path)?);
+        let root_is_home = super::same_folder(path, &config.root);
+        let store = Arc::new(Store::open(thread, path, |entry| root_is_home && super::root::is_ours(entry))?);
         let (init, options) = if let (Some(init), Some(options)) = (init, wanted) {
-            store.record_init(init.clone())?;
+            store.record_init(thread, init.clone())?;
             (init, options)
         } else {
             let init = store.marker().init;
             let options = options_of(&init, config)?;
             (init, options)
         };
-        for (id, fault) in store.structural_faults() {
+        for (id, fault) in store.structural_faults(thread) {
             tracing::error!(%id, fault, "a layer of the store is damaged");
         }
-        let debris = store.debris()?;
+        let debris = store.debris(thread)?;
         let home = Self::assemble(store, init, options, config)?;
         #[cfg(target_os = "linux")]
         {
-            home.open_doors()?;
+            home.set_doors(config)?;
             let ids: Vec<LayerId> = home.store.layers().into_iter().map(|l| l.id).collect();
             home.mounts.rebuild(|id| home.store.snapshot(id).ok(), &ids)?;
         }
@@ -66,7 +69,7 @@ impl Home {
             std::thread::spawn(move || {
                 #[cfg(windows)]
                 runtime.block_on(pool.clear_predecessor());
-                let report = store.collect(debris);
+                let report = store.collect(&DiskThread::here(), debris);
                 tracing::info!(deleted = report.deleted.len(), "cleared what an earlier process left behind");
                 for (path, error) in report.failed {
                     tracing::warn!(path = %path.display(), error, "cannot delete debris");
@@ -77,8 +80,12 @@ impl Home {
     }
 
     /// Looks at the store at `path` beside its owner. Nothing is mounted, unmounted or deleted.
-    pub(super) fn inspect(path: &Path, config: &DriverConfig) -> Result<Self, DriverError> {
-        let store = Arc::new(Store::open_read_only(path)?);
+    pub(super) fn inspect(
+        thread: &DiskThread,
+        path: &Path,
+        config: &DriverConfig,
+    ) -> Result<Self, DriverError> {
+        let store = Arc::new(Store::open_read_only(thread, path)?);
         let init = store.marker().init;
         let options = options_of(&init, config)?;
         Self::assemble(store, init, options, config)
@@ -105,32 +112,29 @@ impl Home {
         })
     }
 
-    /// The same home under another Init. Mounts go on as they are.
-    pub(super) fn with_init(&self, init: InitRecord, config: &DriverConfig) -> Result<Self, DriverError> {
+    /// The same home under another Init. Mounts go on as they are, their counts included. Must be called within a
+    /// runtime, on a thread that may wait.
+    pub(super) fn with_init(
+        &self,
+        thread: &DiskThread,
+        init: InitRecord,
+        config: &DriverConfig,
+    ) -> Result<Self, DriverError> {
         let options = options_of(&init, config)?;
-        if (&init.uid_maps, &init.gid_maps) != (&self.init.uid_maps, &self.init.gid_maps)
-            && !self.store.is_empty()
-        {
+        let other_maps = (&init.uid_maps, &init.gid_maps) != (&self.init.uid_maps, &self.init.gid_maps);
+        if other_maps && !self.store.is_empty() {
             return Err(DriverError::Usage(
                 "Init asks for other user-namespace maps than the store's layers were written with; use another home"
                     .into(),
             ));
         }
-        self.store.record_init(init.clone())?;
+        // Whatever can fail, before the first thing that stays.
+        #[cfg(target_os = "linux")]
+        let mounts = Arc::new(self.mounts.renewed(options.overlay_api, remap(&init)?));
+        self.store.record_init(thread, init.clone())?;
         // The machines of the pool that this one replaces are still at work.
         let pool = start_pool(&options, config, &self.store, cfg!(not(windows)));
-        #[cfg(target_os = "linux")]
-        let mounts =
-            if (&init.uid_maps, options.overlay_api) == (&self.init.uid_maps, self.options.overlay_api) {
-                self.mounts.clone()
-            } else {
-                let mounts =
-                    Arc::new(Mounts::new(self.store.layout().clone(), options.overlay_api, remap(&init)?));
-                let ids: Vec<LayerId> = self.store.layers().into_iter().map(|l| l.id).collect();
-                mounts.rebuild(|id| self.store.snapshot(id).ok(), &ids)?;
-                mounts
-            };
-        Ok(Self {
+        let home = Self {
             store: self.store.clone(),
             options,
             pool,
@@ -138,7 +142,12 @@ impl Home {
             init,
             #[cfg(target_os = "linux")]
             mounts,
-        })
+        };
+        #[cfg(target_os = "linux")]
+        if other_maps {
+            home.set_doors(config)?;
+        }
+        Ok(home)
     }
 
     /// Tells a layer from every other of this process, in other homes too.
@@ -164,7 +173,7 @@ impl Home {
     }
 
     /// Refuses new layers when the disk is nearly full.
-    pub(super) fn check_reserve(&self) -> Result<(), DriverError> {
+    pub(super) fn check_reserve(&self, _: &DiskThread) -> Result<(), DriverError> {
         match self.free_bytes() {
             Some(free) => Ok(self.store.check_reserve(self.options.min_free_bytes, free)?),
             None => Ok(()),
@@ -186,8 +195,7 @@ impl Home {
 
     /// The host's id of the containers' root.
     pub(super) fn root_ids(&self) -> (u32, u32) {
-        let host = |maps: &[IdRange]| maps.iter().find(|m| m.container_id == 0).map_or(0, |m| m.host_id);
-        (host(&self.init.uid_maps), host(&self.init.gid_maps))
+        self.init.root_ids()
     }
 
     /// The maps in the form of service VMs.
@@ -200,26 +208,29 @@ impl Home {
         svm::IdMaps { uids: convert(&self.init.uid_maps), gids: convert(&self.init.gid_maps) }
     }
 
-    /// With userns-remap, lets the mapped root walk to the merged views.
+    /// Closes the home and the layers' folders to everybody but their owner; with userns-remap the mapped root's group
+    /// may walk through them, and through the root where the home lies below it.
     #[cfg(target_os = "linux")]
-    fn open_doors(&self) -> Result<(), DriverError> {
-        open_door(self.store.layout().home(), self.root_ids())
+    fn set_doors(&self, config: &DriverConfig) -> Result<(), DriverError> {
+        let group = self.init.passing_group();
+        let home = self.store.layout().home();
+        guard::close_folder(home, group)?;
+        if group.is_some() && super::root::is_above(&config.root, home) {
+            guard::close_folder(&config.root, group)?;
+        }
+        for layer in self.store.layers() {
+            if let Err(error) = self.set_door(&layer.id) {
+                tracing::error!(id = %layer.id, error = %super::with_causes(&error), "cannot close a layer's folder");
+            }
+        }
+        Ok(())
     }
-}
 
-/// With userns-remap, lets the mapped root's group walk through a folder: 0710, group of the mapped root.
-#[cfg(target_os = "linux")]
-pub(super) fn open_door(folder: &Path, (uid, gid): (u32, u32)) -> Result<(), DriverError> {
-    use std::os::unix::fs::PermissionsExt;
-    /// Owner all, group may pass.
-    const PASS: u32 = 0o710;
-    if (uid, gid) == (0, 0) {
-        return Ok(());
+    /// Closes a layer's folder to everybody but its owner and, with userns-remap, the mapped root's group.
+    #[cfg(target_os = "linux")]
+    pub(super) fn set_door(&self, id: &LayerId) -> Result<(), DriverError> {
+        Ok(guard::close_folder(&self.store.layout().layer(id), self.init.passing_group())?)
     }
-    std::os::unix::fs::chown(folder, None, Some(gid))
-        .map_err(DriverError::io("change the group of", folder))?;
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(PASS))
-        .map_err(DriverError::io("change the mode of", folder))
 }
 
 pub(super) fn options_of(init: &InitRecord, config: &DriverConfig) -> Result<Options, DriverError> {

@@ -4,7 +4,7 @@
 //! block the hash tree where there is one; its exact
 //! tar, read back, has the digest of what was applied.
 
-use super::{Driver, DriverError, blocking, with_causes};
+use super::{Driver, DriverError, blocking, on_disk_thread, with_causes};
 use crate::vhd;
 use crate::{
     store::{LayerId, LayerState, StoreError, layout},
@@ -43,9 +43,10 @@ impl Driver {
         &self,
         mut progress: impl FnMut(usize, usize) + Send,
     ) -> Result<ScrubReport, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let mut report = ScrubReport::default();
-        for (id, fault) in home.store.structural_faults() {
+        let looking = home.clone();
+        for (id, fault) in on_disk_thread(move |thread| Ok(looking.store.structural_faults(thread))).await? {
             report.faults.push(ScrubFinding { id, fault });
         }
         let layers = home.store.layers();
@@ -74,7 +75,7 @@ impl Driver {
     }
 
     async fn scrub_image(&self, id: &LayerId) -> Result<u64, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let snapshot = home.store.snapshot(id)?;
         let meta = snapshot.top.meta.clone();
         let file = |name: &str| home.store.layout().layer_file(id, name);

@@ -18,14 +18,15 @@ use super::{
     error::APPLY,
     home::Home,
     live::Stillness,
-    open,
+    on_disk_thread, open,
     views::unfinished,
     with_causes,
 };
 use crate::{
     config::LayoutProfile,
     store::{
-        AppliedMeta, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError, durable, layout,
+        AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError,
+        durable, layout,
     },
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
@@ -39,6 +40,7 @@ use futures_util::{Stream, StreamExt};
 use parking_lot::Mutex;
 use std::{
     io,
+    path::Path,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -84,10 +86,10 @@ impl Driver {
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         let id: LayerId = id.parse()?;
-        let (home, which) = self.look(&id);
-        let entry = self.doors.enter(&id, which).map_err(|closed| shut(&id, &closed))?;
+        // Before anything is waited for: a client that hangs up in between has lost bytes as well.
+        let entry = self.doors.enter(&id, self.which(&id)).map_err(|closed| shut(&id, &closed))?;
         let watch = Arc::new(Watch::default());
-        let stopped = match self.apply_behind(home, &id, parent, &entry, watched(body, watch.clone())).await {
+        let stopped = match self.apply_behind(&id, parent, &entry, watched(body, watch.clone())).await {
             Ok(size) => {
                 entry.reopen();
                 return Ok(size);
@@ -125,13 +127,12 @@ impl Driver {
     }
 
     /// Why no tar is taken for a layer any more, if an earlier ApplyDiff of it was refused or cut.
-    pub fn refused_before(&self, id: &str) -> Option<DriverError> {
+    pub async fn refused_before(&self, id: &str) -> Option<DriverError> {
         let id: LayerId = id.parse().ok()?;
-        let (home, which) = self.look(&id);
-        if let Some(closed) = self.doors.closed(&id, which) {
+        if let Some(closed) = self.doors.closed(&id, self.which(&id)) {
             return Some(shut(&id, &closed));
         }
-        let member = home.ok()?.store.get(&id).ok()?;
+        let member = self.home().await.ok()?.store.get(&id).ok()?;
         takes_tar(&member.layer, &member.meta).err()
     }
 
@@ -139,15 +140,13 @@ impl Driver {
     /// `begin` (`whole`: is it): its client may come back with the rest of a tar.
     pub fn distrust(&self, begin: &str, whole: bool) {
         const REASON: &str = "a request for it broke off before its head was complete";
-        let home = self.homes.read().current.clone();
         if whole {
             if let Ok(id) = begin.parse::<LayerId>() {
-                let layer = home.and_then(|home| home.store.find(&id).ok().map(|layer| home.which(&layer)));
-                self.doors.close(&id, layer, REASON);
+                self.doors.close(&id, self.which(&id), REASON);
             }
             return;
         }
-        let Some(home) = home else { return };
+        let Some(home) = self.current() else { return };
         for layer in home.store.layers() {
             let open = layer.made_here
                 && layer
@@ -160,17 +159,14 @@ impl Driver {
         }
     }
 
-    /// The present home, and which layer has this id there.
-    fn look(&self, id: &LayerId) -> (Result<Arc<Home>, DriverError>, Option<Which>) {
-        let home = self.home();
-        let which =
-            home.as_ref().ok().and_then(|home| home.store.find(id).ok().map(|layer| home.which(&layer)));
-        (home, which)
+    /// Which layer of the present home has this id.
+    fn which(&self, id: &LayerId) -> Option<Which> {
+        let home = self.current()?;
+        home.store.find(id).ok().map(|layer| home.which(&layer))
     }
 
     async fn apply_behind<S>(
         &self,
-        home: Result<Arc<Home>, DriverError>,
         id: &LayerId,
         parent: &str,
         entry: &Entry,
@@ -179,14 +175,15 @@ impl Driver {
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
-        let home = home.map_err(|error| Stopped::Early(None, error))?;
+        let home = self.home().await.map_err(|error| Stopped::Early(None, error))?;
         let member = home.store.get(id).map_err(|error| Stopped::Early(None, error.into()))?;
         let (layer, meta) = (member.layer, member.meta);
         entry.found(home.which(&layer));
         takes_tar(&layer, &meta).map_err(Stopped::ByState)?;
         let early = |error| Stopped::Early(Some((home.clone(), layer.clone())), error);
         stands_on(&layer, parent).map_err(early)?;
-        home.check_reserve().map_err(early)?;
+        let reserved = home.clone();
+        on_disk_thread(move |thread| reserved.check_reserve(thread)).await.map_err(early)?;
         home.mark_applying(&layer).await.map_err(early)?;
         let outcome = tokio::select! {
             biased;
@@ -200,7 +197,7 @@ impl Driver {
 
     /// `GraphDriver.Diff`: the tar of a layer against its parent, any other layer, or nothing (`parent` empty).
     pub async fn diff(&self, id: &str, parent: &str) -> Result<DiffStream, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         let (layer, meta) = (pair.target.top.layer.clone(), pair.target.top.meta.clone());
         let id = layer.id.clone();
@@ -246,7 +243,7 @@ impl Driver {
 
     /// `GraphDriver.Changes`.
     pub async fn changes(&self, id: &str, parent: &str) -> Result<Vec<ChangedPath>, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         let id = &pair.target.id().clone();
         let job = home.comparison(pair).await?.job();
@@ -261,7 +258,7 @@ impl Driver {
 
     /// `GraphDriver.DiffSize`: the sum of regular-file bytes of a diff.
     pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         if let (true, Some(applied)) = (pair.own, &pair.target.top.meta.applied) {
             return Ok(applied.diff_size);
@@ -386,8 +383,12 @@ impl Home {
     }
 
     async fn mark_applying(self: &Arc<Self>, layer: &Layer) -> Result<(), DriverError> {
-        let _gate = self.gates.close([&layer.id]).await;
-        self.set_state(layer, LayerState::Created, LayerState::Applying).await
+        let gate = self.gates.close([&layer.id]).await;
+        let (home, layer) = (self.clone(), layer.clone());
+        gate.run(move |thread, _gate| {
+            home.set_state_now(thread, &layer, LayerState::Created, LayerState::Applying)
+        })
+        .await
     }
 
     /// Changes a layer's state, durably, if it is the one expected.
@@ -397,17 +398,25 @@ impl Home {
         from: LayerState,
         to: LayerState,
     ) -> Result<(), DriverError> {
-        let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
-        blocking(move || {
-            home.store.update(&id, generation, |meta| {
-                if meta.state == from {
-                    return Ok(LayerMeta { state: to, ..meta.clone() });
-                }
-                Err(wrong_state(&id, meta))
-            })
-        })
-        .await
-        .map(|_| ())
+        let (home, layer) = (self.clone(), layer.clone());
+        on_disk_thread(move |thread| home.set_state_now(thread, &layer, from, to)).await
+    }
+
+    fn set_state_now(
+        &self,
+        thread: &DiskThread,
+        layer: &Layer,
+        from: LayerState,
+        to: LayerState,
+    ) -> Result<(), DriverError> {
+        let id = &layer.id;
+        let changed = self.store.update(thread, id, layer.generation, |meta| {
+            if meta.state == from {
+                return Ok(LayerMeta { state: to, ..meta.clone() });
+            }
+            Err(wrong_state(id, meta))
+        });
+        changed.map(|_| ())
     }
 
     /// Notes durably why a tar was not taken, for later refusals. Best effort: the door is closed all the same.
@@ -416,9 +425,9 @@ impl Home {
         const PATIENCE: Duration = Duration::from_secs(1);
         let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
         let reason = door::bounded(reason).to_string();
-        let noting = tokio::task::spawn_blocking(move || {
+        let noting = tokio::spawn(DiskThread::run(move |thread| {
             let nothing = || StoreError::Usage("nothing to note".into());
-            let noted = home.store.update(&id, generation, |meta| match meta.state {
+            let noted = home.store.update(thread, &id, generation, |meta| match meta.state {
                 LayerState::Created | LayerState::Applying if meta.refused.is_none() => {
                     Ok(LayerMeta { refused: Some(reason), ..meta.clone() })
                 }
@@ -430,7 +439,7 @@ impl Home {
                     tracing::warn!(%id, error = with_causes(&error), "cannot note why a tar was refused");
                 }
             }
-        });
+        }));
         let _ = tokio::time::timeout(PATIENCE, noting).await;
     }
 
@@ -438,12 +447,56 @@ impl Home {
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
+        let (home, id) = (self.clone(), layer.id.clone());
+        let staged = on_disk_thread(move |thread| Ok(home.store.stage(thread, &id)?)).await?;
+        let filled = self.fill(layer, staged.path(), body, phases).await;
+        let committing = phases.begin(Transfer::Apply, Phase::Commit);
+        let (home, layer) = (self.clone(), layer.clone());
+        on_disk_thread(move |thread| {
+            let applied = match filled {
+                Ok(applied) => applied,
+                Err(error) => {
+                    staged.discard(thread);
+                    return Err(error);
+                }
+            };
+            let size = applied.diff_size;
+            let files = [layout::RECORD_FILE, layout::LAYER_FILE];
+            home.store.commit::<DriverError>(
+                thread,
+                &layer.id,
+                layer.generation,
+                staged,
+                &files,
+                |meta| match meta.state {
+                    LayerState::Applying => {
+                        Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
+                    }
+                    _ => Err(unfinished(&layer.id)),
+                },
+            )?;
+            drop(committing);
+            Ok(size)
+        })
+        .await
+    }
+
+    /// Makes image and record of a tar in a staging folder, checked and synced.
+    async fn fill<S>(
+        self: &Arc<Self>,
+        layer: &Layer,
+        folder: &Path,
+        body: S,
+        phases: &Phases,
+    ) -> Result<AppliedMeta, DriverError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
         let id = &layer.id;
-        let (home, member) = (self.clone(), layer.clone());
-        let (staged, image, record, scratch, lowers) = blocking(move || {
-            let staged = home.store.stage(&member.id)?;
-            let image = staged.path().join(layout::LAYER_FILE);
-            let record = staged.path().join(layout::RECORD_FILE);
+        let (home, member, staged) = (self.clone(), layer.clone(), folder.to_owned());
+        let (image, record, scratch, lowers) = blocking(move || {
+            let image = staged.join(layout::LAYER_FILE);
+            let record = staged.join(layout::RECORD_FILE);
             let make = |path: &std::path::Path| {
                 durable::create_private(path).map(Arc::new).map_err(DriverError::io("create", path))
             };
@@ -453,7 +506,7 @@ impl Home {
             );
             // The leaves of a large hash tree; it goes with the staging folder.
             let scratch = if home.options.verity {
-                let path = staged.path().join("verity.tmp");
+                let path = staged.join("verity.tmp");
                 Some(DiskSource::read_write(make(&path)?, &path))
             } else {
                 None
@@ -462,7 +515,7 @@ impl Home {
                 Some(parent) => home.chain_disks(&home.store.snapshot(parent)?, &mut Vec::new())?,
                 None => Vec::new(),
             };
-            Ok((staged, image, record, scratch, lowers))
+            Ok((image, record, scratch, lowers))
         })
         .await?;
         let job = ApplyJob {
@@ -509,17 +562,16 @@ impl Home {
         drop((record_path, syncing));
         let checking = phases.begin(Transfer::Apply, Phase::Check);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
-        let path = staged.path().join(layout::LAYER_FILE);
-        let reopened = Arc::new(open(&path)?);
+        let path = folder.join(layout::LAYER_FILE);
+        let image = path.clone();
+        let reopened = Arc::new(blocking(move || open(&image)).await?);
         let check = CheckJob {
             image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
             tree: false,
             require_no_writers: true,
         };
         self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
-        drop(checking);
-        let _committing = phases.begin(Transfer::Apply, Phase::Commit);
-        let applied = AppliedMeta {
+        Ok(AppliedMeta {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,
             record_bytes: summary.record_bytes,
@@ -530,27 +582,12 @@ impl Home {
             entries: summary.entries,
             verity_root: summary.verity_root.map(|root| root.to_string()),
             checked: true,
-        };
-        let size = applied.diff_size;
-        let (home, layer) = (self.clone(), layer.clone());
-        blocking(move || {
-            let files = [layout::RECORD_FILE, layout::LAYER_FILE];
-            home.store.commit::<DriverError>(&layer.id, layer.generation, &staged, &files, |meta| match meta
-                .state
-            {
-                LayerState::Applying => {
-                    Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
-                }
-                _ => Err(unfinished(&layer.id)),
-            })
         })
-        .await?;
-        Ok(size)
     }
 
     /// Fixes the canonical version of a written layer after its first complete Diff.
-    fn freeze_version(&self, layer: &Layer, version: u32) {
-        let frozen = self.store.update::<StoreError>(&layer.id, layer.generation, |meta| {
+    fn freeze_version(&self, thread: &DiskThread, layer: &Layer, version: u32) {
+        let frozen = self.store.update::<StoreError>(thread, &layer.id, layer.generation, |meta| {
             Ok(LayerMeta {
                 canonical_version: Some(meta.canonical_version.unwrap_or(version)),
                 ..meta.clone()
@@ -629,7 +666,7 @@ impl DiffStream {
                 }
                 if let Some(version) = this.freeze_version.take() {
                     let (home, layer) = (this.home.clone(), this.layer.clone());
-                    tokio::task::spawn_blocking(move || home.freeze_version(&layer, version));
+                    tokio::spawn(DiskThread::run(move |thread| home.freeze_version(thread, &layer, version)));
                 }
                 Poll::Ready(None)
             }

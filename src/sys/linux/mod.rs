@@ -6,6 +6,7 @@
 //!          ──► overlay   many lowers, two ways       agent (worker) ──► jail     what a worker does to itself
 //!          ──► idmap     shifted views of a mount                  ──► seccomp  its system-call filter
 //!          ──► mountinfo the kernel's mount table                  ──► probe    tries what the jail forbids
+//!   store  ──► tree      deletes folders, never what is mounted
 //!   cli ─────► init      pid 1 of a container           svm::qemu ────► launch   confines a VM's process, then starts it
 //!                                                   lcow-agent ───► guest    what the first process of a guest does
 //!                                                              ───► vsock    its way to a host that is Hyper-V
@@ -31,6 +32,7 @@ pub mod overlay;
 pub mod probe;
 pub mod process;
 mod seccomp;
+pub mod tree;
 pub mod vsock;
 
 use std::{
