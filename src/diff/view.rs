@@ -69,6 +69,7 @@ pub(super) struct Node {
 pub(super) type Stack = Vec<Node>;
 
 struct Layer<'a, R> {
+    source: &'a LayerSource<R>,
     fs: Fs<&'a R>,
     root: u32,
     live: bool,
@@ -147,7 +148,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
             }
         };
         let fixed = source.kind == LayerKind::Applied && !source.live;
-        self.layers.push(Layer { fs, root, live: source.live, host_ids: source.host_ids, fixed });
+        self.layers.push(Layer { source, fs, root, live: source.live, host_ids: source.host_ids, fixed });
         Ok(number)
     }
 
@@ -157,6 +158,12 @@ impl<'a, R: ReadAt> Table<'a, R> {
 
     pub(super) fn fs(&self, number: u16) -> Result<&Fs<&'a R>, DiffError> {
         Ok(&self.layer(number)?.fs)
+    }
+
+    /// A sandbox once more, with nothing remembered.
+    pub(super) fn opened_anew(&self, number: u16) -> Result<Fs<&'a R>, DiffError> {
+        let source = self.layer(number)?.source;
+        Fs::open_sandbox(&source.disk, &source.foreign, source.live)
     }
 
     /// Whether a layer never changes.

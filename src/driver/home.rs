@@ -1,6 +1,6 @@
 //! One home: a store, its service VMs and its mounts.
 
-use super::{DriverConfig, DriverError, GRACE, gates::Gates};
+use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered};
 use crate::store::{DiskThread, guard};
 use crate::{
     config::Options,
@@ -14,7 +14,12 @@ use crate::config::SvmKind;
 #[cfg(target_os = "linux")]
 use {
     super::mounts::Mounts,
-    crate::{config::SvmKind, store::LayerId},
+    crate::{
+        config::SvmKind,
+        store::{LayerId, layout},
+        sys::linux::reflink,
+    },
+    std::sync::atomic::{AtomicBool, Ordering},
 };
 
 /// A home that is open.
@@ -25,8 +30,13 @@ pub(super) struct Home {
     pub(super) pool: Pool,
     pub(super) gates: Arc<Gates>,
     pub(super) init: InitRecord,
+    /// Files that changed while they were exported.
+    pub(super) remembered: Arc<Remembered>,
     #[cfg(target_os = "linux")]
     pub(super) mounts: Arc<Mounts>,
+    /// The disk has reflinks, as far as is known.
+    #[cfg(target_os = "linux")]
+    pub(super) reflinks: AtomicBool,
 }
 
 impl Home {
@@ -54,7 +64,8 @@ impl Home {
             tracing::error!(%id, fault, "a layer of the store is damaged");
         }
         let debris = store.debris(thread)?;
-        let home = Self::assemble(store, init, options, config)?;
+        // Only the owner may: what others find are the machines of a daemon that is at work.
+        let home = Self::assemble(store, init, options, config, true)?;
         #[cfg(target_os = "linux")]
         {
             home.set_doors(config)?;
@@ -88,7 +99,7 @@ impl Home {
         let store = Arc::new(Store::open_read_only(thread, path)?);
         let init = store.marker().init;
         let options = options_of(&init, config)?;
-        Self::assemble(store, init, options, config)
+        Self::assemble(store, init, options, config, false)
     }
 
     #[cfg_attr(not(target_os = "linux"), expect(clippy::unnecessary_wraps, reason = "only Linux has mounts"))]
@@ -97,18 +108,24 @@ impl Home {
         init: InitRecord,
         options: Options,
         config: &DriverConfig,
+        reap: bool,
     ) -> Result<Self, DriverError> {
-        let pool = start_pool(&options, config, &store, true);
+        let pool = start_pool(&options, config, &store, reap);
         #[cfg(target_os = "linux")]
         let mounts = Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap(&init)?));
+        #[cfg(target_os = "linux")]
+        let reflinks = AtomicBool::new(reflink::works_in(&store.layout().top(layout::STAGING)));
         Ok(Self {
             store,
             options,
             pool,
             gates: Arc::default(),
             init,
+            remembered: Arc::default(),
             #[cfg(target_os = "linux")]
             mounts,
+            #[cfg(target_os = "linux")]
+            reflinks,
         })
     }
 
@@ -140,8 +157,11 @@ impl Home {
             pool,
             gates: self.gates.clone(),
             init,
+            remembered: self.remembered.clone(),
             #[cfg(target_os = "linux")]
             mounts,
+            #[cfg(target_os = "linux")]
+            reflinks: AtomicBool::new(self.reflinks.load(Ordering::Relaxed)),
         };
         #[cfg(target_os = "linux")]
         if other_maps {
@@ -267,6 +287,7 @@ fn qemu_config(options: &Options, config: &DriverConfig) -> svm::qemu::QemuConfi
         svm::qemu::QemuConfig::new(kird.join(&options.kernel), kird.join(&options.initrd), &config.root);
     qemu.boot_parameters.clone_from(&options.boot_parameters);
     qemu.memory = options.guest_memory_bytes;
+    qemu.growing_bytes = largest_file(options);
     qemu.accelerator = match options.accelerator {
         Acceleration::Auto => None,
         Acceleration::Kvm => Some(Accelerator::Kvm),
@@ -285,7 +306,7 @@ fn hcs_config(options: &Options, scratch: impl Into<std::path::PathBuf>) -> svm:
     let mut hcs = svm::hcs::HcsConfig::new(kird.join(&options.kernel), kird.join(&options.initrd), scratch);
     hcs.boot_parameters.clone_from(&options.boot_parameters);
     hcs.memory = options.guest_memory_bytes;
-    hcs.growing_bytes = options.max_layer_bytes;
+    hcs.growing_bytes = largest_file(options);
     hcs
 }
 
@@ -305,6 +326,37 @@ pub(super) fn check_backend(options: &Options, config: &DriverConfig) -> Result<
     }
     let _ = (options, config);
     Ok(())
+}
+
+/// Bytes that the file of an image or a record may have: hash tree and footer come on top of `lcow.maxlayer`.
+fn largest_file(options: &Options) -> u64 {
+    /// A tree of hashes has less than this part of its blocks: 32 bytes for each of 4 KiB, and a little for the levels.
+    const TREE_SHARE: u64 = 64;
+    /// Room for what has no share: super block of the tree, footer, a record's head.
+    const SLACK: u64 = 64 << 20;
+    let largest = options.max_layer_bytes;
+    (largest + largest / TREE_SHARE + SLACK).next_multiple_of(1 << 20)
+}
+
+/// How workers are started with these options.
+pub(crate) fn embedded_config(options: &Options) -> svm::embedded::EmbeddedConfig {
+    #[cfg(target_os = "linux")]
+    {
+        use crate::config::JailKind;
+        let strict = match options.jail {
+            JailKind::Auto => rustix::process::geteuid().is_root(),
+            JailKind::Strict => true,
+            JailKind::BestEffort => false,
+        };
+        svm::embedded::EmbeddedConfig {
+            memory_limit: options.memory_bytes,
+            file_limit: Some(largest_file(options)),
+            strict,
+            ..Default::default()
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() }
 }
 
 /// Starts the service VMs of a home; `reap` says that what is found of machines is a predecessor's.
@@ -333,8 +385,7 @@ fn start_pool(options: &Options, config: &DriverConfig, store: &Store, reap: boo
     }
     #[cfg(not(windows))]
     let _ = store;
-    let mut embedded =
-        svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() };
+    let mut embedded = embedded_config(options);
     if let Some(program) = &config.worker_program {
         embedded.program.clone_from(program);
     }

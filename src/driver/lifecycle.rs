@@ -245,7 +245,8 @@ fn jail_line(jail: &crate::svm::JailReport) -> String {
         (jail.no_new_privs, "no_new_privs"),
         (jail.net_namespace && jail.ipc_namespace, "namespaces"),
         (jail.empty_root, "empty root"),
-        (jail.unprivileged_user, "nobody"),
+        (jail.closed_descriptors, "closed descriptors"),
+        (jail.unprivileged_user, "own user"),
         (jail.no_capabilities, "no capabilities"),
         (jail.limits, "limits"),
     ];

@@ -23,10 +23,13 @@ mod door;
 mod error;
 mod gates;
 mod home;
+mod image;
 mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]
 mod mounts;
+mod refusal;
+mod room;
 mod root;
 mod scrub;
 mod transfer;
@@ -42,6 +45,8 @@ use crate::{
     telemetry::{Gauges, Phases},
 };
 use home::Home;
+#[cfg(target_os = "linux")]
+pub(crate) use home::embedded_config;
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use std::{

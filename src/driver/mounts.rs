@@ -31,8 +31,8 @@ use crate::{
     config::OverlayApi,
     store::{LayerId, LayerState, Layout, Member, Snapshot, layout},
     sys::linux::{
-        SysError, idmap,
-        loopdev::{self, LoopDevice, LoopSpec},
+        SysError, freeze, idmap,
+        loopdev::{self, LoopDevice, LoopSpec, LoopStatus},
         mount::{self, Ext4Options},
         mountinfo,
         overlay::{OverlayMethod, OverlaySpec, mount_overlay},
@@ -341,7 +341,12 @@ impl Mounts {
         let device = self.sandbox_device(id, &file)?;
         let options =
             Ext4Options { noatime: true, nodev: true, nosuid: true, discard: true, ..Ext4Options::default() };
-        mount::mount_ext4(&device.path, target, options).map_err(failed(id, "mount its sandbox"))
+        mount::mount_ext4(&device.path, target, options).map_err(failed(id, "mount its sandbox"))?;
+        // Its file system may be one that lives on, frozen, after a process that was killed.
+        freeze::thaw(target).map_err(|source| {
+            let _ = mount::umount(target, true);
+            DriverError::Mount { id: id.to_string(), action: "thaw its sandbox", source }
+        })
     }
 
     /// The one loop device of a sandbox file.
@@ -418,11 +423,10 @@ impl Mounts {
             let disk = self.layout.mount_point(id);
             if is_mounted(disk.clone()) {
                 state.disks.insert(id.clone(), 0);
-                if let Err(error) = mount::thaw(&disk) {
-                    tracing::warn!(%id, %error, "cannot thaw a sandbox");
-                }
+                thaw_at_start(id, disk);
             }
         }
+        self.thaw_hidden(known, &state.disks);
         for id in known {
             let dir = self.layout.layer_file(id, layout::MERGED);
             if !is_mounted(dir.clone()) {
@@ -448,6 +452,35 @@ impl Mounts {
             }
         }
         Ok(())
+    }
+
+    /// Thaws sandboxes whose file systems live on without a mount that this process sees: those of a process that was
+    /// killed in a mount namespace of its own while it had them frozen.
+    fn thaw_hidden(&self, known: &[LayerId], mounted: &HashMap<LayerId, usize>) {
+        use std::os::unix::fs::MetadataExt;
+        let bound: HashMap<(u64, u64), LoopStatus> = match loopdev::list() {
+            Ok(all) => all.into_iter().map(|s| ((s.backing_dev, s.backing_inode), s)).collect(),
+            Err(error) => {
+                tracing::warn!(%error, "cannot look for frozen sandboxes");
+                return;
+            }
+        };
+        for id in known.iter().filter(|id| !bound.is_empty() && !mounted.contains_key(*id)) {
+            let Ok(file) = fs::metadata(self.layout.layer_file(id, layout::SANDBOX_FILE)) else { continue };
+            let Some(device) = bound.get(&(file.dev(), file.ino())).filter(|s| !s.read_only) else {
+                continue;
+            };
+            tracing::info!(%id, device = device.number, "a sandbox is in use by nobody that is known; looking whether it is frozen");
+            let target = self.layout.mount_point(id);
+            // To mount it thaws it.
+            let thawed = create_dir(&target)
+                .and_then(|()| self.mount_sandbox(id, &target))
+                .and_then(|()| mount::umount(&target, true).map_err(failed(id, "unmount its disk")));
+            let _ = fs::remove_dir(&target);
+            if let Err(error) = thawed {
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "cannot thaw a sandbox");
+            }
+        }
     }
 
     /// Unmounts what stands in `mnt/`, in a folder of a layer or on its way out, and belongs to no layer of the store:
@@ -484,6 +517,26 @@ impl Mounts {
             })
             .collect()
     }
+}
+
+/// Thaws what an earlier process left frozen; where that fails, a thread goes on trying.
+fn thaw_at_start(id: &LayerId, disk: PathBuf) {
+    /// Between two series of attempts.
+    const PAUSE: std::time::Duration = std::time::Duration::from_secs(5);
+    let Err(error) = freeze::thaw(&disk) else { return };
+    tracing::error!(%id, %error, "a sandbox cannot be thawed; it is tried again and again");
+    let id = id.clone();
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(PAUSE);
+            match freeze::thaw(&disk) {
+                Ok(()) => break tracing::info!(%id, "thawed"),
+                // Unmounted by now.
+                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => break,
+                Err(_) => {}
+            }
+        }
+    });
 }
 
 /// Disks taken for a view that is being made; given back on drop unless kept.

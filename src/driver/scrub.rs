@@ -1,14 +1,15 @@
 //! Scrub: is every layer what it was?
 //!
 //! Per layer: its folder agrees with `layer.json`; its image passes the strict check in a fresh service VM, and each
-//! block the hash tree where there is one; its exact
-//! tar, read back, has the digest of what was applied.
+//! block the hash tree where there is one; its footer is the one that was written, and nothing stands around all that; its
+//! exact tar, read back, has the digest of what was applied.
 
-use super::{Driver, DriverError, blocking, on_disk_thread, with_causes};
-use crate::vhd;
+use super::{Driver, DriverError, blocking, image::check_footer, on_disk_thread, with_causes};
 use crate::{
+    ext4::check::WRITER,
     store::{LayerId, LayerState, StoreError, layout},
     svm::{CheckJob, ExportJob, ExportKind, Purpose, TarDigest},
+    vhd,
 };
 use futures_util::StreamExt;
 use serde::Serialize;
@@ -82,12 +83,16 @@ impl Driver {
         let opener = home.clone();
         let (image, record) = blocking(move || opener.exact_disks(&snapshot)).await?;
         let root = meta.applied.as_ref().and_then(|a| a.verity_root.clone());
-        let mut whole = image.clone();
-        if let (Some(_), Some(applied)) = (&root, &meta.applied) {
-            whole = whole.window(0, applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64));
-        }
-        let check = CheckJob { image: whole, tree: root.is_some(), require_no_writers: false };
+        let applied = meta.applied.as_ref();
+        let disk = applied.map_or(0, |applied| applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64));
+        let check = CheckJob {
+            image: image.clone().window(0, disk),
+            tree: root.is_some(),
+            writer: WRITER,
+            require_no_writers: false,
+        };
         let found = home.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        let profile = found.profile;
         let found = found.verity.map(|root| root.to_string());
         if found != root {
             let reason = format!(
@@ -97,6 +102,15 @@ impl Driver {
             );
             return Err(StoreError::Corrupt { path: file(layout::LAYER_FILE), reason }.into());
         }
+        let known = meta.applied.as_ref().map(|a| a.tar_digest.clone()).unwrap_or_default();
+        let known: TarDigest = known.parse().map_err(|e| {
+            let path = home.store.layout().layer_file(id, layout::META_FILE);
+            DriverError::from(StoreError::Corrupt { path, reason: format!("tar_digest '{known}': {e}") })
+        })?;
+        if let Some(applied) = meta.applied {
+            let (image, digest) = (image.clone(), known.bytes);
+            blocking(move || check_footer(&image, &applied, &digest, profile)).await?;
+        }
         let lease = home
             .pool
             .lease(id.as_str(), Purpose::Export)
@@ -104,11 +118,6 @@ impl Driver {
             .map_err(DriverError::svm(id, "start a diff"))?;
         let job = ExportJob { kind: ExportKind::Exact { image, record }, live: None };
         let mut tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(id, "read its tar back"))?;
-        let known = meta.applied.map(|a| a.tar_digest).unwrap_or_default();
-        let known: TarDigest = known.parse().map_err(|e| {
-            let path = home.store.layout().layer_file(id, layout::META_FILE);
-            DriverError::from(StoreError::Corrupt { path, reason: format!("tar_digest '{known}': {e}") })
-        })?;
         // Computed here too: what a worker says of its own output is not believed.
         let mut hash = known.kind.hasher();
         let mut bytes = 0;

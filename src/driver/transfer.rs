@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   ApplyDiff  mark "applying" (durable) ─► staging/{layer.vhd,layer.exact} ◄─ VM 1 ◄─ tar
-//!              ─► VM 1 ended ─► VM 2 (fresh) checks the image ─► sync ─► commit "applied"
+//!              ─► VM 1 ended ─► footer ─► VM 2 (fresh) checks the image ─► sync ─► commit "applied"
 //!   Diff       applied layer, own parent: image + record ─► VM ─► the very bytes
 //!              else: images and sandboxes of both chains ─► VM ─► canonical tar
 //! ```
@@ -13,31 +13,33 @@
 
 use super::{
     ChangedPath, Driver, DriverError, blocking,
-    cut::{CutDiffs, Passed, Sent},
-    door::{self, Closed, Entry, Which},
+    cut::{CutDiffs, Sent},
+    door::{self, Entry, Which},
     error::APPLY,
     home::Home,
-    live::Stillness,
+    image::Asked,
+    live::{Sandbox, Stillness},
     on_disk_thread, open,
+    refusal::{Watch, shut, stands_on, takes_tar, watched, wrong_state},
+    room,
     views::unfinished,
     with_causes,
 };
 use crate::{
-    config::LayoutProfile,
+    ext4::check::WRITER,
     store::{
         AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError,
         durable, layout,
     },
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
-        LayerKind, LiveControl, ParentDisks, Profile, Purpose, SvmError, TarStream,
+        LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
     },
     telemetry::{Phase, PhaseTimer, Phases, Transfer},
     vhd,
 };
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
-use parking_lot::Mutex;
 use std::{
     io,
     path::Path,
@@ -70,7 +72,12 @@ fn moved(id: &LayerId) -> DriverError {
 struct Comparison {
     target: Vec<LayerDisk>,
     parent: ParentDisks,
-    live: Option<Arc<dyn LiveControl>>,
+    live: Option<Arc<Stillness>>,
+}
+
+/// What makes the sandboxes of a comparison stand still, for a lease.
+fn control(live: Option<Arc<Stillness>>) -> Option<Arc<dyn LiveControl>> {
+    live.map(|live| live as Arc<dyn LiveControl>)
 }
 
 impl Driver {
@@ -209,7 +216,7 @@ impl Driver {
             .map_err(DriverError::svm(&id, "start a diff"))?;
         drop(waiting);
         let exporting = self.phases.begin(Transfer::Diff, Phase::Export);
-        let mut applied = None;
+        let (mut applied, mut live) = (None, None);
         let (job, version) = if let (true, LayerState::Applied) = (pair.own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
             let opener = home.clone();
@@ -226,15 +233,22 @@ impl Driver {
                 format,
                 id_maps: home.id_maps(),
             };
-            (ExportJob { kind, live: comparison.live }, first)
+            live.clone_from(&comparison.live);
+            (ExportJob { kind, live: control(comparison.live) }, first)
         };
-        let tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(&id, "export it"))?;
+        let tar = lease.layer_to_tar(job).await.map_err(|error| {
+            if let Some(live) = &live {
+                live.remember(&error);
+            }
+            DriverError::svm(&id, "export it")(error)
+        })?;
         Ok(DiffStream {
             tar: Some(tar),
             home,
             layer,
             freeze_version: version,
             applied,
+            live,
             sent: Sent::default(),
             cuts: self.cuts.clone(),
             _phase: exporting,
@@ -273,7 +287,7 @@ impl Driver {
 
 impl Comparison {
     fn job(self) -> CompareJob {
-        CompareJob { target: self.target, parent: self.parent, live: self.live }
+        CompareJob { target: self.target, parent: self.parent, live: control(self.live) }
     }
 }
 
@@ -301,35 +315,28 @@ impl Home {
 
     async fn comparison(self: &Arc<Self>, pair: Pair) -> Result<Comparison, DriverError> {
         let home = self.clone();
-        blocking(move || {
+        let stacks = blocking(move || {
             let mut sandboxes = Vec::new();
             let target = home.chain_disks(&pair.target, &mut sandboxes)?;
+            let mut below = Vec::new();
             let parent = match pair.other {
                 _ if pair.own => ParentDisks::Own,
-                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut sandboxes)?),
+                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut below)?),
                 None => ParentDisks::None,
             };
-            let live: Option<Arc<dyn LiveControl>> = if sandboxes.is_empty() {
-                None
-            } else {
-                Some(Arc::new(Stillness {
-                    gates: home.gates.clone(),
-                    sandboxes,
-                    #[cfg(target_os = "linux")]
-                    mounts: home.mounts.clone(),
-                    held: Mutex::default(),
-                }))
-            };
-            Ok(Comparison { target, parent, live })
-        })
-        .await
+            sandboxes.extend(below.into_iter().map(|sandbox| Sandbox { in_target: None, ..sandbox }));
+            Ok((target, parent, sandboxes))
+        });
+        let (mut target, mut parent, sandboxes) = stacks.await?;
+        let live = self.hold_still(sandboxes, &mut target, &mut parent).await?;
+        Ok(Comparison { target, parent, live })
     }
 
     /// A layer and its ancestors as disks; what was only created has none. Names the sandboxes among them.
     fn chain_disks(
         &self,
         snapshot: &Snapshot,
-        sandboxes: &mut Vec<LayerId>,
+        sandboxes: &mut Vec<Sandbox>,
     ) -> Result<Vec<LayerDisk>, DriverError> {
         let mut disks = Vec::new();
         for member in snapshot.members() {
@@ -342,19 +349,19 @@ impl Home {
                 }
                 LayerState::Sandbox => {
                     let path = self.sandbox_path(id);
-                    let file = open(&path)?;
+                    let file = Arc::new(open(&path)?);
                     let length = file.metadata().map_err(DriverError::io("measure", &path))?.len();
                     let vhdx = path.ends_with(layout::SANDBOX_VHDX_FILE);
-                    let disk = DiskSource::read_only(Arc::new(file), path);
+                    let in_target = u16::try_from(disks.len()).ok();
+                    let layer = member.layer.clone();
+                    sandboxes.push(Sandbox { layer, file: file.clone(), in_target });
+                    let disk = DiskSource::read_only(file, path);
                     let disk = if vhdx {
                         disk.vhdx()
                     } else {
                         disk.window(0, length.saturating_sub(vhd::FOOTER_SIZE as u64))
                     };
                     disks.push(LayerDisk { disk, kind: LayerKind::Sandbox });
-                    if !sandboxes.contains(id) {
-                        sandboxes.push(id.clone());
-                    }
                 }
             }
         }
@@ -524,10 +531,7 @@ impl Home {
             scratch,
             lowers,
             options: ApplyOptions {
-                profile: match self.options.profile {
-                    LayoutProfile::Default => Profile::Default,
-                    LayoutProfile::Hcsshim => Profile::Hcsshim,
-                },
+                profile: Asked::of(&self.options).profile,
                 block_size: self.options.block_size,
                 max_image_bytes: self.options.max_layer_bytes,
                 verity: self.options.verity,
@@ -542,13 +546,17 @@ impl Home {
             .map_err(DriverError::svm(id, "start an apply"))?;
         drop(waiting);
         let applying = phases.begin(Transfer::Apply, Phase::Apply);
+        let body = room::watched(body, self.clone());
         let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, APPLY))?;
         drop((lease, applying));
         let syncing = phases.begin(Transfer::Apply, Phase::Sync);
         let (image_path, record_path) = (image.path.clone(), record.path.clone());
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
+        let (made, asked) = (summary.clone(), Asked::of(&self.options));
         blocking(move || {
+            asked.seal(&image, &made)?;
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
+                room::settle(&disk)?;
                 disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
                 let found = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.len();
                 if found != expected {
@@ -560,17 +568,19 @@ impl Home {
         })
         .await?;
         drop((record_path, syncing));
-        let checking = phases.begin(Transfer::Apply, Phase::Check);
+        let _checking = phases.begin(Transfer::Apply, Phase::Check);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
         let path = folder.join(layout::LAYER_FILE);
         let image = path.clone();
         let reopened = Arc::new(blocking(move || open(&image)).await?);
         let check = CheckJob {
-            image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
-            tree: false,
+            image: DiskSource::read_only(reopened, path.clone()).window(0, asked.disk_bytes(&summary)),
+            tree: asked.verity,
+            writer: WRITER,
             require_no_writers: true,
         };
-        self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        let found = self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        asked.agree(&path, &summary, &found)?;
         Ok(AppliedMeta {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,
@@ -612,6 +622,8 @@ pub struct DiffStream {
     freeze_version: Option<u32>,
     /// Digest of the tar that was applied, if this is to be that one.
     applied: Option<String>,
+    /// Of sandboxes that are in use.
+    live: Option<Arc<Stillness>>,
     sent: Sent,
     cuts: Arc<CutDiffs>,
     _phase: PhaseTimer,
@@ -645,6 +657,9 @@ impl DiffStream {
             Poll::Ready(Some(Ok(bytes))) => Poll::Ready(Some(Ok(bytes))),
             Poll::Ready(Some(Err(error))) => {
                 this.tar = None;
+                if let Some(live) = &this.live {
+                    live.remember(&error);
+                }
                 Poll::Ready(Some(Err(failed(error, &this.layer.id))))
             }
             Poll::Ready(None) => {
@@ -682,116 +697,4 @@ enum Stopped {
     Early(Option<(Arc<Home>, Layer)>, DriverError),
     /// Behind the mark.
     Late(Arc<Home>, Layer, DriverError),
-}
-
-/// The refusal of an ApplyDiff that came to a closed door.
-fn shut(id: &LayerId, closed: &Closed) -> DriverError {
-    match closed {
-        Closed::Busy => DriverError::Usage(format!(
-            "layer {id}: another ApplyDiff of it is under way; if that one fails, remove the layer and create it anew"
-        )),
-        Closed::Failed(reason) => unfinished_because(id, Some(reason)),
-    }
-}
-
-/// Refuses a layer that is marked; `reason` is why its first ApplyDiff failed, where that is known.
-fn unfinished_because(id: &LayerId, reason: Option<&str>) -> DriverError {
-    let Some(reason) = reason else { return unfinished(id) };
-    DriverError::Usage(format!(
-        "layer {id}: an ApplyDiff of it was begun and never completed; remove the layer and create it anew. The first \
-         reason was: {reason}"
-    ))
-}
-
-/// Refuses a layer whose state takes no tar, whoever asks and whatever happens, until it is removed.
-fn takes_tar(layer: &Layer, meta: &LayerMeta) -> Result<(), DriverError> {
-    let id = &layer.id;
-    match meta.state {
-        LayerState::Created if layer.made_here => Ok(()),
-        LayerState::Created => Err(DriverError::Usage(format!(
-            "layer {id} was created before the plugin was started anew, which may have cut a tar that was on its way to \
-             it; remove the layer and create it anew (docker does when the command is given again){}",
-            meta.refused
-                .as_ref()
-                .map(|reason| format!(". The first reason was: {reason}"))
-                .unwrap_or_default()
-        ))),
-        _ => Err(wrong_state(id, meta)),
-    }
-}
-
-/// Why a layer of this state takes no tar.
-fn wrong_state(id: &LayerId, meta: &LayerMeta) -> DriverError {
-    match meta.state {
-        LayerState::Applying => unfinished_because(id, meta.refused.as_deref()),
-        LayerState::Applied => DriverError::Usage(format!(
-            "layer {id} is applied already and never changes; remove it and create it anew"
-        )),
-        _ => DriverError::Usage(format!(
-            "layer {id} was written through a mount; a tar cannot be applied to it"
-        )),
-    }
-}
-
-/// Refuses a parent that is named and is not the layer's.
-fn stands_on(layer: &Layer, parent: &str) -> Result<(), DriverError> {
-    if parent.is_empty() {
-        return Ok(());
-    }
-    let parent: LayerId = parent.parse()?;
-    if layer.parent() == Some(&parent) {
-        return Ok(());
-    }
-    Err(DriverError::Usage(format!(
-        "layer {} was created on {}, not on {parent}",
-        layer.id,
-        layer.parent().map_or("nothing", LayerId::as_str)
-    )))
-}
-
-/// What was seen of a body.
-#[derive(Debug, Default)]
-struct Watch(Mutex<Seen>);
-
-#[derive(Debug, Default, Clone, Copy)]
-struct Seen {
-    passed: Passed,
-    /// Ended properly.
-    ended: bool,
-    /// Broke off.
-    broken: bool,
-}
-
-impl Watch {
-    fn ended_empty(&self) -> bool {
-        let seen = *self.0.lock();
-        seen.ended && seen.passed.bytes == 0
-    }
-
-    fn broken(&self) -> bool {
-        self.0.lock().broken
-    }
-
-    fn passed(&self) -> Passed {
-        self.0.lock().passed
-    }
-}
-
-/// Notes how much of a body was read and whether it ended properly.
-fn watched<S>(body: S, watch: Arc<Watch>) -> impl Stream<Item = io::Result<Bytes>> + Send
-where
-    S: Stream<Item = io::Result<Bytes>> + Send,
-{
-    let mut body = Box::pin(body);
-    futures_util::stream::poll_fn(move |context| {
-        let item = body.poll_next_unpin(context);
-        let mut seen = watch.0.lock();
-        match &item {
-            Poll::Ready(Some(Ok(bytes))) => seen.passed.add(bytes),
-            Poll::Ready(Some(Err(_))) => seen.broken = true,
-            Poll::Ready(None) if !seen.broken => seen.ended = true,
-            _ => {}
-        }
-        item
-    })
 }

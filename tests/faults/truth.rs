@@ -5,6 +5,7 @@
 
 use crate::support::{Plugin, Reply, Tar, noise, send_chunks};
 use lcow_graphdriver::sys::linux::{
+    freeze,
     loopdev::{self, LoopSpec},
     mount::{self, Ext4Options},
 };
@@ -174,7 +175,7 @@ fn a_disk_that_stands_still_holds_up_nobody_who_only_looks() {
     ];
     for (method, prepare, request) in requests {
         prepare(&plugin);
-        let still = mount::freeze(&disk.folder).unwrap();
+        let still = freeze::freeze(&disk.folder).unwrap();
         std::thread::scope(|scope| {
             let slow = scope.spawn(|| {
                 if method == "GraphDriver.ApplyDiff" {
