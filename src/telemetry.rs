@@ -13,7 +13,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Form of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -75,6 +75,99 @@ struct EndpointLabel {
     endpoint: String,
 }
 
+/// Kinds of transfers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Transfer {
+    /// ApplyDiff.
+    Apply,
+    /// Diff.
+    Diff,
+}
+
+/// Parts of a transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Waiting for a service VM.
+    Wait,
+    /// Turning the tar into an image, as fast as it comes.
+    Apply,
+    /// Turning a layer into a tar, as fast as it is taken.
+    Export,
+    /// Writing image and record back to the disk.
+    Sync,
+    /// The second service VM's check.
+    Check,
+    /// Moving the files to their place.
+    Commit,
+}
+
+/// Labels of a phase.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PhaseLabels {
+    transfer: &'static str,
+    phase: &'static str,
+}
+
+/// How long the phases of transfers took. Clones count together.
+#[derive(Debug, Clone)]
+pub struct Phases(Family<PhaseLabels, Histogram>);
+
+impl Default for Phases {
+    fn default() -> Self {
+        /// From 1 ms, times 4, 12 times: to 70 minutes.
+        const BUCKETS: (f64, f64, u16) = (0.001, 4.0, 12);
+        Self(Family::new_with_constructor(|| {
+            Histogram::new(exponential_buckets(BUCKETS.0, BUCKETS.1, BUCKETS.2))
+        }))
+    }
+}
+
+impl Phases {
+    /// A phase begins; it ends when the timer is dropped, however the transfer went.
+    pub fn begin(&self, transfer: Transfer, phase: Phase) -> PhaseTimer {
+        let labels = PhaseLabels {
+            transfer: match transfer {
+                Transfer::Apply => "apply",
+                Transfer::Diff => "diff",
+            },
+            phase: match phase {
+                Phase::Wait => "wait",
+                Phase::Apply => "apply",
+                Phase::Export => "export",
+                Phase::Sync => "sync",
+                Phase::Check => "check",
+                Phase::Commit => "commit",
+            },
+        };
+        PhaseTimer { phases: self.clone(), labels, begin: Instant::now() }
+    }
+}
+
+/// A phase that runs.
+#[derive(Debug)]
+pub struct PhaseTimer {
+    phases: Phases,
+    labels: PhaseLabels,
+    begin: Instant,
+}
+
+impl Drop for PhaseTimer {
+    fn drop(&mut self) {
+        self.phases.0.get_or_create(&self.labels).observe(self.begin.elapsed().as_secs_f64());
+    }
+}
+
+/// What became of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was done.
+    Done,
+    /// It was refused or failed.
+    Failed,
+    /// It failed because something of the store or of a layer is damaged.
+    Corrupt,
+}
+
 /// What the driver holds at the time of a scrape.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Gauges {
@@ -113,18 +206,13 @@ pub struct Metrics {
     seconds: Family<EndpointLabel, Histogram>,
     bytes_in: Counter,
     bytes_out: Counter,
+    corruption: Counter,
     gauges: Vec<(ReadGauge, Gauge)>,
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Metrics {
-    /// All metrics at zero.
-    pub fn new() -> Self {
+    /// All metrics at zero, beside the phases that the driver counts.
+    pub fn new(phases: &Phases) -> Self {
         /// From 1 ms, doubled 16 times: to 65 s.
         const BUCKETS: (f64, f64, u16) = (0.001, 2.0, 17);
         let mut registry = Registry::with_prefix("lcow");
@@ -132,13 +220,24 @@ impl Metrics {
         let seconds = Family::<EndpointLabel, Histogram>::new_with_constructor(|| {
             Histogram::new(exponential_buckets(BUCKETS.0, BUCKETS.1, BUCKETS.2))
         });
-        let (bytes_in, bytes_out) = (Counter::default(), Counter::default());
+        let (bytes_in, bytes_out, corruption) = (Counter::default(), Counter::default(), Counter::default());
         registry.register("requests", "Requests by endpoint and outcome", Family::clone(&requests));
         registry.register_with_unit(
             "request_duration",
             "Time to the end of the reply's head",
             Unit::Seconds,
             seconds.clone(),
+        );
+        registry.register_with_unit(
+            "transfer_phase",
+            "Time of the phases of transfers, whatever became of them",
+            Unit::Seconds,
+            phases.0.clone(),
+        );
+        registry.register(
+            "corruption",
+            "Requests that met a damaged layer or a damaged store",
+            corruption.clone(),
         );
         registry.register_with_unit(
             "diff_received",
@@ -169,13 +268,20 @@ impl Metrics {
                 (read, gauge)
             })
             .collect();
-        Self { registry, requests, seconds, bytes_in, bytes_out, gauges }
+        Self { registry, requests, seconds, bytes_in, bytes_out, corruption, gauges }
     }
 
     /// Counts a request.
-    pub fn request(&self, endpoint: &str, ok: bool, took: Duration) {
+    pub fn request(&self, endpoint: &str, outcome: Outcome, took: Duration) {
         let endpoint = endpoint.to_owned();
-        let outcome = if ok { "ok" } else { "error" };
+        let outcome = match outcome {
+            Outcome::Done => "ok",
+            Outcome::Failed => "error",
+            Outcome::Corrupt => {
+                self.corruption.inc();
+                "corrupt"
+            }
+        };
         self.requests.get_or_create(&RequestLabels { endpoint: endpoint.clone(), outcome }).inc();
         self.seconds.get_or_create(&EndpointLabel { endpoint }).observe(took.as_secs_f64());
     }
@@ -213,14 +319,20 @@ mod tests {
 
     #[test]
     fn a_scrape_shows_requests_bytes_and_gauges() {
-        let metrics = Metrics::new();
-        metrics.request("GraphDriver.Get", true, Duration::from_millis(3));
-        metrics.request("GraphDriver.Get", false, Duration::from_millis(3));
+        let phases = Phases::default();
+        let metrics = Metrics::new(&phases);
+        metrics.request("GraphDriver.Get", Outcome::Done, Duration::from_millis(3));
+        metrics.request("GraphDriver.Get", Outcome::Failed, Duration::from_millis(3));
+        metrics.request("GraphDriver.Get", Outcome::Corrupt, Duration::from_millis(3));
+        drop(phases.begin(Transfer::Apply, Phase::Check));
         metrics.received()(10);
         let text = metrics.render(&Gauges { layers: 7, ..Gauges::default() }).unwrap();
         for line in [
             "lcow_requests_total{endpoint=\"GraphDriver.Get\",outcome=\"ok\"} 1",
             "lcow_requests_total{endpoint=\"GraphDriver.Get\",outcome=\"error\"} 1",
+            "lcow_requests_total{endpoint=\"GraphDriver.Get\",outcome=\"corrupt\"} 1",
+            "lcow_corruption_total 1",
+            "lcow_transfer_phase_seconds_count{transfer=\"apply\",phase=\"check\"} 1",
             "lcow_diff_received_bytes_total 10",
             "lcow_layers 7",
         ] {

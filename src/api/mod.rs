@@ -7,21 +7,26 @@
 //! ```
 //!
 //! Invariants: what is not a well-formed request never reaches the driver; operations that change state run to their
-//! end even if the client hangs up (only the two transfers are cancelled by it); nothing here limits a whole transfer.
-//! Called by `main` with the listeners of `listen`. The protocol's source is moby's `daemon/graphdriver/proxy.go` and
+//! end even if the client hangs up (only the two transfers are cancelled by it); nothing here limits a whole transfer;
+//! an answer goes out at once, whatever of the request is still to come, and reaches its client (`serve`); each request
+//! that fails is one line in the log (`called`). Called by `cli` with the listeners of `listen`. The protocol's source is moby's `daemon/graphdriver/proxy.go` and
 //! `pkg/plugins/client.go`, and what real daemons were seen to send.
 
+mod called;
 mod reply;
+mod serve;
 mod stream;
 mod wire;
+
+pub use serve::serve;
 
 use crate::{
     driver::{Driver, LayerRequest as DriverRequest, with_causes},
     store::InitRecord,
-    telemetry::Metrics,
+    telemetry::{Metrics, Outcome},
 };
 use axum::{
-    Router,
+    Extension, Router,
     body::Body,
     extract::{MatchedPath, Query, Request, State, rejection::QueryRejection},
     http::{HeaderMap, Method, StatusCode, header},
@@ -29,9 +34,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use called::{Called, HEADER, outcome_of};
 use futures_util::StreamExt;
-use reply::{CONTENT_TYPE, Failure, Ignored, Json, Reply};
-use std::{future::Future, path::PathBuf, sync::Arc, time::Instant};
+use reply::{Failure, Ignored, Json, Reply};
+use std::{path::PathBuf, sync::Arc};
 use tower_http::catch_panic::CatchPanicLayer;
 
 /// What every handler shares.
@@ -74,31 +80,49 @@ pub fn router(context: Context) -> Router {
 
 type Answer<T> = Result<Reply<T>, Failure>;
 
-/// Counts and logs each request.
-async fn observe(State(context): State<Context>, request: Request, next: Next) -> Response {
-    let begin = Instant::now();
+/// Numbers, counts and logs each request.
+async fn observe(State(context): State<Context>, mut request: Request, next: Next) -> Response {
     let endpoint = request
         .extensions()
         .get::<MatchedPath>()
         .map_or_else(|| "unknown".to_owned(), |path| path.as_str().trim_start_matches('/').to_owned());
-    let response = next.run(request).await;
-    let (status, took) = (response.status(), begin.elapsed());
-    context.metrics.request(&endpoint, status.is_success(), took);
-    tracing::debug!(endpoint, status = status.as_u16(), micros = took.as_micros() as u64, "request");
+    let called = Called::new(context, endpoint);
+    request.extensions_mut().insert(called.clone());
+    let mut response = next.run(request).await;
+    if let Some(failure) = response.extensions_mut().remove::<Failure>() {
+        return failure.reply(&called);
+    }
+    let status = response.status();
+    response.headers_mut().insert(HEADER, called.header());
+    if !status.is_success() {
+        called.failed(Some(status), Outcome::Failed, "see the reply");
+    } else if response.extensions_mut().remove::<Streams>().is_none() {
+        called.finished(status);
+    }
     response
 }
 
+/// Marks a reply whose body says itself what becomes of the request.
+#[derive(Clone)]
+struct Streams;
+
 /// Runs a state change to its end, whether or not the client waits for it.
 async fn to_the_end<T: Send + 'static, E: Into<Failure> + Send + 'static>(
+    called: Called,
     work: impl Future<Output = Result<T, E>> + Send + 'static,
 ) -> Result<T, Failure> {
-    match tokio::spawn(work).await {
-        Ok(result) => result.map_err(Into::into),
-        Err(e) => Err(Failure {
-            status: StatusCode::INTERNAL_SERVER_ERROR,
-            message: format!("the operation did not end properly: {e}"),
-        }),
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let task = tokio::spawn(async move {
+        let result = work.await.map_err(Into::into);
+        if let Err(Err(failure)) = sender.send(result) {
+            called.failed_alone(&failure.message);
+        }
+    });
+    if let Ok(result) = receiver.await {
+        return result;
     }
+    let why = task.await.err().map_or_else(|| "it gave no result".to_owned(), |e| e.to_string());
+    Err(Failure::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the operation did not end properly: {why}")))
 }
 
 async fn activate(_: Ignored) -> Reply<wire::Activated> {
@@ -107,6 +131,7 @@ async fn activate(_: Ignored) -> Reply<wire::Activated> {
 
 async fn init(
     State(context): State<Context>,
+    called: Called,
     Json(request): Json<wire::InitRequest>,
 ) -> Answer<wire::Outcome> {
     if request.home.is_empty() {
@@ -117,7 +142,7 @@ async fn init(
         uid_maps: request.uid_maps.unwrap_or_default(),
         gid_maps: request.gid_maps.unwrap_or_default(),
     };
-    to_the_end(async move { context.driver.init(PathBuf::from(request.home), init).await }).await?;
+    to_the_end(called, async move { context.driver.init(PathBuf::from(request.home), init).await }).await?;
     Ok(Reply(wire::Outcome::default()))
 }
 
@@ -137,42 +162,48 @@ fn layer_request(request: wire::LayerRequest) -> DriverRequest {
 
 async fn create(
     State(context): State<Context>,
+    called: Called,
     Json(request): Json<wire::LayerRequest>,
 ) -> Answer<wire::Outcome> {
-    to_the_end(async move { context.driver.create(layer_request(request)).await }).await?;
+    to_the_end(called, async move { context.driver.create(layer_request(request)).await }).await?;
     Ok(Reply(wire::Outcome::default()))
 }
 
 async fn create_read_write(
     State(context): State<Context>,
+    called: Called,
     Json(request): Json<wire::LayerRequest>,
 ) -> Answer<wire::Outcome> {
-    to_the_end(async move { context.driver.create_read_write(layer_request(request)).await }).await?;
+    to_the_end(called, async move { context.driver.create_read_write(layer_request(request)).await }).await?;
     Ok(Reply(wire::Outcome::default()))
 }
 
 async fn remove(
     State(context): State<Context>,
+    called: Called,
     Json(request): Json<wire::LayerRequest>,
 ) -> Answer<wire::Outcome> {
-    to_the_end(async move { context.driver.remove(&request.id).await }).await?;
+    to_the_end(called, async move { context.driver.remove(&request.id).await }).await?;
     Ok(Reply(wire::Outcome::default()))
 }
 
 async fn get_layer(
     State(context): State<Context>,
+    called: Called,
     Json(request): Json<wire::LayerRequest>,
 ) -> Answer<wire::DirReply> {
-    let dir = to_the_end(async move { context.driver.get(&request.id, &request.mount_label).await }).await?;
+    let dir = to_the_end(called, async move { context.driver.get(&request.id, &request.mount_label).await })
+        .await?;
     // A home is given as JSON text, so its folders are text as well.
     Ok(Reply(wire::DirReply { dir: dir.to_string_lossy().into_owned(), err: String::new() }))
 }
 
 async fn put(
     State(context): State<Context>,
+    called: Called,
     Json(request): Json<wire::LayerRequest>,
 ) -> Answer<wire::Outcome> {
-    to_the_end(async move { context.driver.put(&request.id).await }).await?;
+    to_the_end(called, async move { context.driver.put(&request.id).await }).await?;
     Ok(Reply(wire::Outcome::default()))
 }
 
@@ -195,13 +226,14 @@ async fn metadata(
     Ok(Reply(wire::MetadataReply { metadata, err: String::new() }))
 }
 
-async fn cleanup(State(context): State<Context>, _: Ignored) -> Answer<wire::Outcome> {
-    to_the_end(async move { context.driver.cleanup().await }).await?;
+async fn cleanup(State(context): State<Context>, called: Called, _: Ignored) -> Answer<wire::Outcome> {
+    to_the_end(called, async move { context.driver.cleanup().await }).await?;
     Ok(Reply(wire::Outcome::default()))
 }
 
 async fn diff(
     State(context): State<Context>,
+    called: Called,
     Json(request): Json<wire::LayerRequest>,
 ) -> Result<Response, Failure> {
     let idle = context.driver.idle_timeout();
@@ -211,28 +243,19 @@ async fn diff(
         Some(Ok(bytes)) => bytes,
         Some(Err(e)) => return Err(e.into()),
         None => {
-            return Err(Failure {
-                status: StatusCode::INTERNAL_SERVER_ERROR,
-                message: "the service VM sent no tar at all".into(),
-            });
+            return Err(Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "the service VM sent no tar at all"));
         }
     };
     let stream = futures_util::stream::once(async move { Ok(first) }).chain(tar);
-    let body = stream::outgoing(stream, idle, context.metrics.sent());
-    Ok(([(header::CONTENT_TYPE, "application/x-tar")], body).into_response())
+    let body = stream::outgoing(stream, idle, context.metrics.sent(), called, outcome_of);
+    Ok(([(header::CONTENT_TYPE, "application/x-tar")], Extension(Streams), body).into_response())
 }
 
 async fn changes(
     State(context): State<Context>,
     Json(request): Json<wire::LayerRequest>,
-) -> Answer<wire::ChangesReply> {
-    let changes = context.driver.changes(&request.id, &request.parent).await?;
-    // JSON has no place for names that are not UTF-8; they are shown with replacement characters.
-    let changes = changes
-        .into_iter()
-        .map(|c| wire::ChangeEntry { path: String::from_utf8_lossy(&c.path).into_owned(), kind: c.kind })
-        .collect();
-    Ok(Reply(wire::ChangesReply { changes, err: String::new() }))
+) -> Result<Response, Failure> {
+    Ok(reply::changes(context.driver.changes(&request.id, &request.parent).await?))
 }
 
 async fn diff_size(
@@ -245,14 +268,19 @@ async fn diff_size(
 
 async fn apply_diff(
     State(context): State<Context>,
+    called: Called,
     query: Result<Query<wire::ApplyQuery>, QueryRejection>,
     headers: HeaderMap,
     body: Body,
 ) -> Answer<wire::SizeReply> {
     let Query(query) = query.map_err(|e| Failure::bad_request(format!("the query is wrong: {e}")))?;
+    called.names(&query.id);
     // What dockerd's client sends when it repeats a request whose connection broke: never a layer, and known to be
     // empty before anything is read, so the layer stays as it was.
     if headers.get(header::CONTENT_LENGTH).is_some_and(|n| n == "0") {
+        if let Some(earlier) = context.driver.refused_before(&query.id).await {
+            return Err(earlier.into());
+        }
         return Err(Failure::bad_request(
             "the body is empty: no tar at all (an empty layer is a tar of 1024 zero bytes)",
         ));
@@ -281,7 +309,7 @@ async fn service_vms(State(context): State<Context>) -> Response {
     });
     match serde_json::to_vec(&shown.collect::<Vec<_>>()) {
         Ok(text) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
-        Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
+        Err(e) => Failure::new(StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
     }
 }
 
@@ -291,27 +319,23 @@ async fn metrics(State(context): State<Context>) -> Response {
             ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
                 .into_response()
         }
-        Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
+        Err(e) => Failure::new(StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
     }
 }
 
 async fn unknown(request: Request) -> Failure {
-    Failure {
-        status: StatusCode::NOT_FOUND,
-        message: format!("there is no method '{}'", request.uri().path()),
-    }
+    Failure::new(StatusCode::NOT_FOUND, format!("there is no method '{}'", request.uri().path()))
 }
 
 async fn wrong_method(method: Method, request: Request) -> Failure {
-    Failure {
-        status: StatusCode::METHOD_NOT_ALLOWED,
-        message: format!("'{}' cannot be used with {method}; send a POST", request.uri().path()),
-    }
+    Failure::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        format!("'{}' cannot be used with {method}; send a POST", request.uri().path()),
+    )
 }
 
+/// The panic itself was written to the log by the program's hook.
 fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
-    let message = "the driver met an internal fault; its log tells more".to_owned();
-    let mut response = Failure { status: StatusCode::INTERNAL_SERVER_ERROR, message }.into_response();
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(CONTENT_TYPE));
-    response
+    Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "the driver met an internal fault; its log tells more")
+        .into_response()
 }

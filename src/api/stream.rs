@@ -8,8 +8,15 @@
 //!
 //! Only idleness is limited, never a whole transfer: a pull over a slow line may take hours.
 
-use crate::driver::{replayed_within, with_causes};
-use axum::body::{Body, Bytes};
+use super::called::Called;
+use crate::{
+    driver::{replayed_within, with_causes},
+    telemetry::Outcome,
+};
+use axum::{
+    body::{Body, Bytes},
+    http::StatusCode,
+};
 use futures_util::{Stream, StreamExt};
 use std::{io, time::Duration};
 use tokio::{
@@ -60,31 +67,43 @@ async fn unless_idle<F: Future>(idle: Duration, taken: F) -> Result<F::Output, E
 }
 
 /// A reply body fed from `stream`. An error cuts the connection; a client that reads nothing for `idle` is dropped.
-pub(super) fn outgoing<S, E>(stream: S, idle: Duration, mut count: impl FnMut(u64) + Send + 'static) -> Body
+/// `called` hears what became of it; `kind` sorts errors for the metrics.
+pub(super) fn outgoing<S, E>(
+    stream: S,
+    idle: Duration,
+    mut count: impl FnMut(u64) + Send + 'static,
+    called: Called,
+    kind: fn(&E) -> Outcome,
+) -> Body
 where
     S: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: std::error::Error + Send + Sync + 'static,
 {
     let (sender, receiver) = mpsc::channel::<Result<Bytes, io::Error>>(PUMP_CHUNKS);
+    let told = called.clone();
     let pump = tokio::spawn(async move {
         let mut stream = std::pin::pin!(stream);
+        let mut sent = 0;
         while let Some(item) = stream.next().await {
             let item = item.map_err(|e| {
-                tracing::error!(error = with_causes(&e), "a diff failed half way; its connection is cut");
-                io::Error::other(with_causes(&e))
+                let text = with_causes(&e);
+                told.failed(None, kind(&e), &format!("the diff was cut after {sent} bytes: {text}"));
+                io::Error::other(text)
             });
             let failed = item.is_err();
             if let Ok(bytes) = &item {
+                sent += bytes.len() as u64;
                 count(bytes.len() as u64);
             }
             match unless_idle(idle, sender.send(item)).await {
                 Ok(Ok(())) if !failed => {}
                 Ok(_) => return,
                 Err(_) => {
-                    tracing::warn!(
-                        seconds = idle.as_secs(),
-                        "a client stopped reading a diff; it is dropped"
+                    let text = format!(
+                        "the client read nothing of the diff for {} s (lcow.timeout)",
+                        idle.as_secs()
                     );
+                    told.failed(None, Outcome::Failed, &text);
                     // The receiver sees the missing end as an error, below.
                     return;
                 }
@@ -93,14 +112,21 @@ where
         // An explicit end: without it the body below fails, so that a pump that died is never a clean end.
         let _ = sender.send(Ok(Bytes::new())).await;
     });
-    let state = Some((receiver, AbortOnDropHandle::new(pump)));
+    // The request is over with the last byte, or with this body: whoever drops it early hung up.
+    let state = Some((receiver, AbortOnDropHandle::new(pump), called));
     Body::from_stream(futures_util::stream::unfold(state, |state| async move {
-        let (mut receiver, pump) = state?;
+        let (mut receiver, pump, called) = state?;
         match receiver.recv().await {
-            Some(Ok(bytes)) if bytes.is_empty() => None,
-            Some(Ok(bytes)) => Some((Ok(bytes), Some((receiver, pump)))),
+            Some(Ok(bytes)) if bytes.is_empty() => {
+                called.finished(StatusCode::OK);
+                None
+            }
+            Some(Ok(bytes)) => Some((Ok(bytes), Some((receiver, pump, called)))),
             Some(Err(e)) => Some((Err(e), None)),
-            None => Some((Err(io::Error::other("the diff has no end")), None)),
+            None => {
+                called.failed(None, Outcome::Failed, "the diff has no end");
+                Some((Err(io::Error::other("the diff has no end")), None))
+            }
         }
     }))
 }

@@ -34,6 +34,24 @@ pub(super) struct LayerRequest {
     pub(super) storage_opt: Option<BTreeMap<String, String>>,
 }
 
+/// A request that can say what it is about.
+pub(super) trait Named {
+    /// A layer's id, or a home.
+    fn name(&self) -> &str;
+}
+
+impl Named for InitRequest {
+    fn name(&self) -> &str {
+        &self.home
+    }
+}
+
+impl Named for LayerRequest {
+    fn name(&self) -> &str {
+        &self.id
+    }
+}
+
 /// Query of `GraphDriver.ApplyDiff`.
 #[derive(Debug, Deserialize)]
 pub(super) struct ApplyQuery {
@@ -101,15 +119,7 @@ pub(super) struct MetadataReply {
     pub(super) err: String,
 }
 
-/// `GraphDriver.Changes`.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "PascalCase")]
-pub(super) struct ChangesReply {
-    pub(super) changes: Vec<ChangeEntry>,
-    pub(super) err: String,
-}
-
-/// One changed path; kind 0 is modified, 1 added, 2 deleted.
+/// One changed path in the reply of `GraphDriver.Changes`, which `reply::changes` puts together; kind 0 is modified, 1 added, 2 deleted.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct ChangeEntry {
@@ -157,9 +167,7 @@ mod tests {
         assert_eq!(json(&capabilities), r#"{"Capabilities":{"ReproducesExactDiffs":true}}"#);
         let status = StatusReply { status: vec![("k".into(), "v".into())] };
         assert_eq!(json(&status), r#"{"Status":[["k","v"]]}"#);
-        let changes =
-            ChangesReply { changes: vec![ChangeEntry { path: "/x".into(), kind: 2 }], err: String::new() };
-        assert_eq!(json(&changes), r#"{"Changes":[{"Path":"/x","Kind":2}],"Err":""}"#);
+        assert_eq!(json(&ChangeEntry { path: "/x".into(), kind: 2 }), r#"{"Path":"/x","Kind":2}"#);
         assert_eq!(json(&SizeReply { size: 7, err: String::new() }), r#"{"Size":7,"Err":""}"#);
         assert_eq!(json(&Outcome::default()), r#"{"Err":""}"#);
     }

@@ -125,6 +125,9 @@ struct ServeArgs {
     /// An option, as `lcow.sandboxsize=30`; can be given several times. The options are listed below.
     #[arg(long = "storage-opt", value_name = "NAME=VALUE")]
     storage_opt: Vec<String>,
+    /// Seconds that running requests get to end when the program is told to stop; then they are cut.
+    #[arg(long, env = "LCOW_STOP_TIMEOUT", value_name = "SECONDS", default_value_t = 90)]
+    stop_timeout: u64,
     /// Form of the log lines on standard error; RUST_LOG chooses what is logged.
     #[arg(long, env = "LCOW_LOG_FORMAT", value_enum, default_value = "text")]
     log_format: LogFormat,

@@ -24,9 +24,10 @@ use crate::{
     driver::{Driver, DriverConfig},
     telemetry::Metrics,
 };
-use std::{fmt::Debug, future::Future, sync::Arc};
+use std::{fmt::Debug, future::Future, sync::Arc, time::Duration};
 
-/// Answers what comes in until `stop` resolves; running requests end first. `ready` is called once the store is open.
+/// Answers what comes in until `stop` resolves; running requests end first, or are cut when the stop's time is over.
+/// `ready` is called once the store is open.
 async fn answer<L, S>(
     incoming: L,
     args: &ServeArgs,
@@ -41,9 +42,10 @@ where
 {
     let config = DriverConfig { root: args.root.clone(), options, worker_program: None };
     let driver = Arc::new(Driver::start(config)?);
-    let context = Context { driver: driver.clone(), metrics: Arc::new(Metrics::new()) };
+    let metrics = Arc::new(Metrics::new(&driver.phases()));
+    let context = Context { driver: driver.clone(), metrics };
     ready();
-    axum::serve(incoming, api::router(context)).with_graceful_shutdown(stop).await?;
+    api::serve(incoming, context, Duration::from_secs(args.stop_timeout), stop).await;
     driver.stop().await;
     tracing::info!("stopped");
     Ok(())

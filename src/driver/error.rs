@@ -3,9 +3,12 @@
 use crate::{
     config::{ConfigError, SvmKind},
     store::StoreError,
-    svm::SvmError,
+    svm::{ErrorKind, SvmError},
 };
 use std::{io, path::PathBuf};
+
+/// What a service VM does with a tar.
+pub(super) const APPLY: &str = "apply its tar";
 
 /// Errors of graphdriver operations. Their text is what `docker` shows.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +64,20 @@ pub enum DriverError {
         #[source]
         source: io::Error,
     },
+    /// The tar of an ApplyDiff broke off because the Diff that it was fed from did.
+    #[error(
+        "layer {id}: its tar broke off after {bytes} bytes, because the diff of layer {from} failed: {reason}"
+    )]
+    CutSource {
+        /// The layer.
+        id: String,
+        /// The layer that the tar came from.
+        from: String,
+        /// Bytes that had come.
+        bytes: u64,
+        /// Why that Diff failed.
+        reason: String,
+    },
     /// A task of the program died.
     #[error("an internal task ended early: {0}")]
     Internal(String),
@@ -92,6 +109,18 @@ impl DriverError {
                     | StoreError::HasChildren { .. }
             ),
             Self::Usage(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Something of the store or of a layer is damaged: what an operator must look at. A damaged tar that somebody
+    /// wants to be applied is none.
+    pub fn is_corrupt(&self) -> bool {
+        match self {
+            Self::Store(StoreError::Corrupt { .. } | StoreError::Damaged { .. }) => true,
+            Self::Svm { action, source: SvmError::Refused(refused), .. } => {
+                refused.kind == ErrorKind::Corrupt && *action != APPLY
+            }
             _ => false,
         }
     }

@@ -4,7 +4,7 @@ use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered, pr
 use crate::store::{DiskThread, guard};
 use crate::{
     config::Options,
-    store::{IdRange, InitRecord, Store},
+    store::{IdRange, InitRecord, Layer, Store},
     svm::{self, Mode, Pool, PoolConfig},
 };
 use std::{path::Path, sync::Arc};
@@ -171,6 +171,11 @@ impl Home {
             home.set_doors(config)?;
         }
         Ok(home)
+    }
+
+    /// Tells a layer from every other of this process, in other homes too.
+    pub(super) fn which(&self, layer: &Layer) -> super::door::Which {
+        (Arc::as_ptr(&self.store) as usize as u64, layer.generation)
     }
 
     /// Ends the service VMs of a home that another Init replaced; operations that run get some time.

@@ -77,7 +77,15 @@ impl Driver {
     /// A layer that still has children is refused; they are named.
     pub async fn remove(&self, id: &str) -> Result<(), DriverError> {
         let home = self.home().await?;
-        home.remove(id.parse()?).await
+        let id: LayerId = id.parse()?;
+        if !home.store.children(&id).is_empty() {
+            return home.remove(id).await;
+        }
+        // A tar that is on its way would find its layer gone, or another of its id.
+        let parted = self.doors.part(&id).await;
+        home.remove(id.clone()).await?;
+        self.doors.forget(&id, parted);
+        Ok(())
     }
 
     /// `GraphDriver.Exists`.

@@ -19,6 +19,8 @@
 //!
 //! Called by `api` and, for scrub, by `main`.
 
+mod cut;
+mod door;
 mod error;
 mod gates;
 mod growth;
@@ -29,6 +31,7 @@ mod live;
 #[cfg(target_os = "linux")]
 mod mounts;
 mod pristine;
+mod refusal;
 mod room;
 mod root;
 mod scrub;
@@ -43,7 +46,7 @@ use crate::{
     config::Options,
     store::{DiskThread, InitRecord, LayerId, durable},
     svm::Change,
-    telemetry::Gauges,
+    telemetry::{Gauges, Phases},
 };
 use home::Home;
 #[cfg(target_os = "linux")]
@@ -114,6 +117,9 @@ pub struct Driver {
     homes: Arc<RwLock<Homes>>,
     /// Homes are opened, and Inits done, one after the other. Goes with the work, whoever waits for it.
     init: Arc<tokio::sync::Mutex<()>>,
+    doors: door::Doors,
+    cuts: Arc<cut::CutDiffs>,
+    phases: Phases,
 }
 
 #[derive(Debug, Default)]
@@ -154,7 +160,19 @@ impl Driver {
     }
 
     fn new(config: DriverConfig) -> Self {
-        Self { config: Arc::new(config), homes: Arc::default(), init: Arc::default() }
+        Self {
+            config: Arc::new(config),
+            homes: Arc::default(),
+            init: Arc::default(),
+            doors: door::Doors::default(),
+            cuts: Arc::default(),
+            phases: Phases::default(),
+        }
+    }
+
+    /// How long the phases of transfers took, for metrics.
+    pub fn phases(&self) -> Phases {
+        self.phases.clone()
     }
 
     /// The home that the last Init named to the service at `root`.

@@ -79,6 +79,7 @@ impl Driver {
         let home = self.home().await?;
         let snapshot = home.store.snapshot(id)?;
         let meta = snapshot.top.meta.clone();
+        let file = |name: &str| home.store.layout().layer_file(id, name);
         let opener = home.clone();
         let (image, record) = blocking(move || opener.exact_disks(&snapshot)).await?;
         let root = meta.applied.as_ref().and_then(|a| a.verity_root.clone());
@@ -94,11 +95,12 @@ impl Driver {
         let profile = found.profile;
         let found = found.verity.map(|root| root.to_string());
         if found != root {
-            return Err(DriverError::Usage(format!(
+            let reason = format!(
                 "its hash tree has the root {}, and {} was written",
                 found.unwrap_or_default(),
                 root.unwrap_or_default()
-            )));
+            );
+            return Err(StoreError::Corrupt { path: file(layout::LAYER_FILE), reason }.into());
         }
         let known = meta.applied.as_ref().map(|a| a.tar_digest.clone()).unwrap_or_default();
         let known: TarDigest = known.parse().map_err(|e| {
@@ -126,9 +128,8 @@ impl Driver {
         }
         let digest = hash.finish();
         if !tar.complete() || digest != known {
-            return Err(DriverError::Usage(format!(
-                "its tar has the digest {digest}, and {known} was applied"
-            )));
+            let reason = format!("its tar has the digest {digest}, and {known} was applied");
+            return Err(StoreError::Corrupt { path: file(layout::RECORD_FILE), reason }.into());
         }
         Ok(bytes)
     }

@@ -7,17 +7,24 @@
 //!              else: images and sandboxes of both chains ─► VM ─► canonical tar
 //! ```
 //!
-//! The tar that dockerd's client sends after a broken connection may be empty or only a tail of the layer: once a byte
-//! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
+//! The tar that dockerd's client sends after a broken connection may be empty or only a tail of the layer. Whatever did
+//! not end as a whole tar leaves the layer's door closed ([`door`]) and, once a byte was read, the layer marked; nothing
+//! but Remove helps.
 
 use super::{
     ChangedPath, Driver, DriverError, blocking,
+    cut::{CutDiffs, Sent},
+    door::{self, Entry, Which},
+    error::APPLY,
     growth::Files,
     home::Home,
     image::Asked,
     live::{Sandbox, Stillness},
-    on_disk_thread, open, room,
+    on_disk_thread, open,
+    refusal::{Watch, shut, stands_on, takes_tar, watched, wrong_state},
+    room,
     views::unfinished,
+    with_causes,
 };
 use crate::{
     ext4::check::WRITER,
@@ -29,6 +36,7 @@ use crate::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
         LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
     },
+    telemetry::{Phase, PhaseTimer, Phases, Transfer},
     vhd,
 };
 use bytes::Bytes;
@@ -37,11 +45,9 @@ use std::{
     io,
     path::Path,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 /// The version of the canonical tar that this program writes for a layer's first Diff.
@@ -80,35 +86,128 @@ impl Driver {
     /// bytes its regular files have.
     ///
     /// # Errors
-    /// A layer that has content already, or whose ApplyDiff was cut before, is refused; a bad tar leaves nothing but
-    /// the mark.
+    /// A layer that has content already, that an earlier process created, or of which an earlier ApplyDiff was refused
+    /// or cut, is refused; that refusal repeats the first reason. After any error but one of a body that ended properly
+    /// and was empty, the layer takes no tar until it is removed: what the client still has may be a tail.
     pub async fn apply_diff<S>(&self, id: &str, parent: &str, body: S) -> Result<u64, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
-        let home = self.home().await?;
         let id: LayerId = id.parse()?;
-        let reserved = home.clone();
-        on_disk_thread(move |thread| reserved.check_reserve(thread)).await?;
-        let layer = home.store.get(&id)?.layer;
-        if !parent.is_empty() {
-            let parent: LayerId = parent.parse()?;
-            if layer.parent() != Some(&parent) {
-                return Err(DriverError::Usage(format!(
-                    "layer {id} was created on {}, not on {parent}",
-                    layer.parent().map_or("nothing", LayerId::as_str)
-                )));
+        // Before anything is waited for: a client that hangs up in between has lost bytes as well.
+        let entry = self.doors.enter(&id, self.which(&id)).map_err(|closed| shut(&id, &closed))?;
+        let watch = Arc::new(Watch::default());
+        let stopped = match self.apply_behind(&id, parent, &entry, watched(body, watch.clone())).await {
+            Ok(size) => {
+                entry.reopen();
+                return Ok(size);
+            }
+            Err(stopped) => stopped,
+        };
+        let (layer, error) = match stopped {
+            Stopped::ByState(error) => {
+                entry.reopen();
+                return Err(error);
+            }
+            Stopped::Early(layer, error) => (layer, error),
+            Stopped::Late(home, layer, error) => {
+                if watch.ended_empty() {
+                    // Nothing was read and the client ended its body properly: nothing can come back as a tail.
+                    home.set_state(&layer, LayerState::Applying, LayerState::Created).await?;
+                    entry.reopen();
+                    return Err(error);
+                }
+                (Some((home, layer)), error)
+            }
+        };
+        let error = match self.cuts.source_of(watch.passed()) {
+            Some((from, reason)) if watch.broken() => {
+                DriverError::CutSource { id: id.to_string(), from, bytes: watch.passed().bytes, reason }
+            }
+            _ => error,
+        };
+        let reason = with_causes(&error);
+        if let Some((home, layer)) = layer {
+            home.note_refusal(&layer, &reason).await;
+        }
+        entry.fail(&reason);
+        Err(error)
+    }
+
+    /// Why no tar is taken for a layer any more, if an earlier ApplyDiff of it was refused or cut.
+    pub async fn refused_before(&self, id: &str) -> Option<DriverError> {
+        let id: LayerId = id.parse().ok()?;
+        if let Some(closed) = self.doors.closed(&id, self.which(&id)) {
+            return Some(shut(&id, &closed));
+        }
+        let member = self.home().await.ok()?.store.get(&id).ok()?;
+        if member.meta.state == LayerState::Sandbox {
+            return None;
+        }
+        takes_tar(&member.layer, &member.meta).err()
+    }
+
+    /// Says that a request broke off within its head, which may have been an ApplyDiff of a layer whose id begins with
+    /// `begin` (`whole`: is it): its client may come back with the rest of a tar.
+    pub fn distrust(&self, begin: &str, whole: bool) {
+        const REASON: &str = "a request for it broke off before its head was complete";
+        if whole {
+            if let Ok(id) = begin.parse::<LayerId>() {
+                self.doors.close(&id, self.which(&id), REASON);
+            }
+            return;
+        }
+        let Some(home) = self.current() else { return };
+        for layer in home.store.layers() {
+            let open = layer.made_here
+                && layer
+                    .meta
+                    .as_ref()
+                    .is_ok_and(|meta| matches!(meta.state, LayerState::Created | LayerState::Sandbox));
+            if open && layer.id.as_str().starts_with(begin) {
+                self.doors.close(&layer.id, Some(home.which(&layer)), REASON);
             }
         }
-        home.take_back(&layer).await?;
-        home.mark_applying(&layer).await?;
-        let watch = Arc::new(Watch::default());
-        let outcome = home.apply(&layer, watched(body, watch.clone())).await;
-        if outcome.is_err() && watch.ended_empty() {
-            // Nothing was read and the client ended its body properly: nothing can come back as a tail.
-            home.set_state(&layer, LayerState::Applying, LayerState::Created).await?;
+    }
+
+    /// Which layer of the present home has this id.
+    fn which(&self, id: &LayerId) -> Option<Which> {
+        let home = self.current()?;
+        home.store.find(id).ok().map(|layer| home.which(&layer))
+    }
+
+    async fn apply_behind<S>(
+        &self,
+        id: &LayerId,
+        parent: &str,
+        entry: &Entry,
+        body: S,
+    ) -> Result<u64, Stopped>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
+        let home = self.home().await.map_err(|error| Stopped::Early(None, error))?;
+        let member = home.store.get(id).map_err(|error| Stopped::Early(None, error.into()))?;
+        let (layer, meta) = (member.layer, member.meta);
+        entry.found(home.which(&layer));
+        // A sandbox that was never written may take one: its image tells.
+        if meta.state != LayerState::Sandbox {
+            takes_tar(&layer, &meta).map_err(Stopped::ByState)?;
         }
-        outcome
+        let early = |error| Stopped::Early(Some((home.clone(), layer.clone())), error);
+        stands_on(&layer, parent).map_err(early)?;
+        let reserved = home.clone();
+        on_disk_thread(move |thread| reserved.check_reserve(thread)).await.map_err(early)?;
+        home.take_back(&layer).await.map_err(early)?;
+        home.mark_applying(&layer).await.map_err(early)?;
+        let outcome = tokio::select! {
+            biased;
+            () = entry.given_up() => Err(DriverError::Usage(format!(
+                "layer {id} was removed while its tar was being applied"
+            ))),
+            outcome = home.apply(&layer, body, &self.phases) => outcome,
+        };
+        outcome.map_err(|error| Stopped::Late(home.clone(), layer, error))
     }
 
     /// `GraphDriver.Diff`: the tar of a layer against its parent, any other layer, or nothing (`parent` empty).
@@ -117,11 +216,14 @@ impl Driver {
         let pair = home.pair(id, parent).await?;
         let (layer, meta) = (pair.target.top.layer.clone(), pair.target.top.meta.clone());
         let id = layer.id.clone();
+        let waiting = self.phases.begin(Transfer::Diff, Phase::Wait);
         let lease = home
             .pool
             .lease(id.as_str(), Purpose::Export)
             .await
             .map_err(DriverError::svm(&id, "start a diff"))?;
+        drop(waiting);
+        let exporting = self.phases.begin(Transfer::Diff, Phase::Export);
         let (mut applied, mut live) = (None, None);
         let (job, version) = if let (true, LayerState::Applied) = (pair.own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
@@ -148,7 +250,17 @@ impl Driver {
             }
             DriverError::svm(&id, "export it")(error)
         })?;
-        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied, live })
+        Ok(DiffStream {
+            tar: Some(tar),
+            home,
+            layer,
+            freeze_version: version,
+            applied,
+            live,
+            sent: Sent::default(),
+            cuts: self.cuts.clone(),
+            _phase: exporting,
+        })
     }
 
     /// `GraphDriver.Changes`.
@@ -317,26 +429,43 @@ impl Home {
             if meta.state == from {
                 return Ok(LayerMeta { state: to, ..meta.clone() });
             }
-            Err(match meta.state {
-                LayerState::Applying => unfinished(id),
-                LayerState::Applied => DriverError::Usage(format!(
-                    "layer {id} is applied already and never changes; remove it and create it anew"
-                )),
-                _ => DriverError::Usage(format!(
-                    "layer {id} was written through a mount; a tar cannot be applied to it"
-                )),
-            })
+            Err(wrong_state(id, meta))
         });
         changed.map(|_| ())
     }
 
-    async fn apply<S>(self: &Arc<Self>, layer: &Layer, body: S) -> Result<u64, DriverError>
+    /// Notes durably why a tar was not taken, for later refusals. Best effort: the door is closed all the same.
+    async fn note_refusal(self: &Arc<Self>, layer: &Layer, reason: &str) {
+        /// Longest wait: the client wants the reason now, and a slow disk gets the note when it does.
+        const PATIENCE: Duration = Duration::from_secs(1);
+        let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
+        let reason = door::bounded(reason).to_string();
+        let noting = tokio::spawn(DiskThread::run(move |thread| {
+            let nothing = || StoreError::Usage("nothing to note".into());
+            let noted = home.store.update(thread, &id, generation, |meta| match meta.state {
+                LayerState::Created | LayerState::Applying if meta.refused.is_none() => {
+                    Ok(LayerMeta { refused: Some(reason), ..meta.clone() })
+                }
+                _ => Err(nothing()),
+            });
+            match noted {
+                Ok(_) | Err(StoreError::Usage(_) | StoreError::NotFound(_)) => {}
+                Err(error) => {
+                    tracing::warn!(%id, error = with_causes(&error), "cannot note why a tar was refused");
+                }
+            }
+        }));
+        let _ = tokio::time::timeout(PATIENCE, noting).await;
+    }
+
+    async fn apply<S>(self: &Arc<Self>, layer: &Layer, body: S, phases: &Phases) -> Result<u64, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         let (home, id) = (self.clone(), layer.id.clone());
         let staged = on_disk_thread(move |thread| Ok(home.store.stage(thread, &id)?)).await?;
-        let filled = self.fill(layer, staged.path(), body).await;
+        let filled = self.fill(layer, staged.path(), body, phases).await;
+        let committing = phases.begin(Transfer::Apply, Phase::Commit);
         let (home, layer) = (self.clone(), layer.clone());
         on_disk_thread(move |thread| {
             let applied = match filled {
@@ -361,6 +490,7 @@ impl Home {
                     _ => Err(unfinished(&layer.id)),
                 },
             )?;
+            drop(committing);
             Ok(size)
         })
         .await
@@ -372,6 +502,7 @@ impl Home {
         layer: &Layer,
         folder: &Path,
         body: S,
+        phases: &Phases,
     ) -> Result<AppliedMeta, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
@@ -410,14 +541,18 @@ impl Home {
                 ..ApplyOptions::default()
             },
         };
+        let waiting = phases.begin(Transfer::Apply, Phase::Wait);
         let lease = self
             .pool
             .lease(id.as_str(), Purpose::Work)
             .await
             .map_err(DriverError::svm(id, "start an apply"))?;
+        drop(waiting);
+        let applying = phases.begin(Transfer::Apply, Phase::Apply);
         let body = room::watched(body, self.clone());
-        let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
-        drop(lease);
+        let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, APPLY))?;
+        drop((lease, applying));
+        let syncing = phases.begin(Transfer::Apply, Phase::Sync);
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
         let (made, asked) = (summary.clone(), Asked::of(&self.options));
         blocking(move || {
@@ -436,6 +571,8 @@ impl Home {
             Ok(durable::sync_dir(image_path.parent().unwrap_or(&image_path))?)
         })
         .await?;
+        drop(syncing);
+        let _checking = phases.begin(Transfer::Apply, Phase::Check);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
         let path = folder.join(layout::LAYER_FILE);
         let image = path.clone();
@@ -491,6 +628,9 @@ pub struct DiffStream {
     applied: Option<String>,
     /// Of sandboxes that are in use.
     live: Option<Arc<Stillness>>,
+    sent: Sent,
+    cuts: Arc<CutDiffs>,
+    _phase: PhaseTimer,
 }
 
 impl Stream for DiffStream {
@@ -498,6 +638,22 @@ impl Stream for DiffStream {
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
+        let item = this.poll_tar(context);
+        match &item {
+            Poll::Ready(Some(Ok(bytes))) => this.sent.add(bytes),
+            Poll::Ready(Some(Err(error))) => {
+                let sent = std::mem::take(&mut this.sent);
+                this.cuts.note(this.layer.id.as_str(), &with_causes(error), sent);
+            }
+            _ => {}
+        }
+        item
+    }
+}
+
+impl DiffStream {
+    fn poll_tar(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, DriverError>>> {
+        let this = self;
         let Some(tar) = &mut this.tar else { return Poll::Ready(None) };
         let failed = |error: SvmError, id: &LayerId| DriverError::svm(id, "export it")(error);
         match tar.poll_next_unpin(context) {
@@ -537,36 +693,12 @@ impl Stream for DiffStream {
     }
 }
 
-/// What was seen of a body.
-#[derive(Debug, Default)]
-struct Watch {
-    bytes: AtomicU64,
-    ended: AtomicBool,
-}
-
-impl Watch {
-    fn ended_empty(&self) -> bool {
-        self.ended.load(Ordering::Acquire) && self.bytes.load(Ordering::Acquire) == 0
-    }
-}
-
-/// Notes how much of a body was read and whether it ended properly.
-fn watched<S>(body: S, watch: Arc<Watch>) -> impl Stream<Item = io::Result<Bytes>> + Send
-where
-    S: Stream<Item = io::Result<Bytes>> + Send,
-{
-    let mut body = Box::pin(body);
-    let mut broken = false;
-    futures_util::stream::poll_fn(move |context| {
-        let item = body.poll_next_unpin(context);
-        match &item {
-            Poll::Ready(Some(Ok(bytes))) => {
-                watch.bytes.fetch_add(bytes.len() as u64, Ordering::AcqRel);
-            }
-            Poll::Ready(Some(Err(_))) => broken = true,
-            Poll::Ready(None) if !broken => watch.ended.store(true, Ordering::Release),
-            _ => {}
-        }
-        item
-    })
+/// Where an ApplyDiff stopped.
+enum Stopped {
+    /// The layer's state refuses every tar, and will until it is removed.
+    ByState(DriverError),
+    /// Before the mark.
+    Early(Option<(Arc<Home>, Layer)>, DriverError),
+    /// Behind the mark.
+    Late(Arc<Home>, Layer, DriverError),
 }

@@ -48,6 +48,14 @@ pub enum StoreError {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// The layer's own files cannot be read.
+    #[error("layer {id}: it is damaged and can only be removed: {reason}")]
+    Damaged {
+        /// The layer.
+        id: LayerId,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A chain would be longer than the merged view can be.
     #[error("layer {id} would be number {depth} of its chain; {max} is the limit")]
     TooDeep {

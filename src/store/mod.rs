@@ -154,10 +154,7 @@ impl Index {
         let layer = self.layers.get(id).cloned().ok_or_else(|| StoreError::NotFound(id.clone()))?;
         match layer.meta.clone() {
             Ok(meta) => Ok(Member { layer, meta }),
-            Err(reason) => Err(StoreError::WrongState {
-                id: id.clone(),
-                reason: format!("it is damaged and can only be removed: {reason}"),
-            }),
+            Err(reason) => Err(StoreError::Damaged { id: id.clone(), reason: reason.to_string() }),
         }
     }
 

@@ -34,7 +34,7 @@ mod replays;
 mod stream;
 
 pub use crate::agent::wire::{
-    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId,
+    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ErrorKind,
     ExportSummary, IdMaps, IdRange, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
 };
 pub use job::{
@@ -45,7 +45,7 @@ pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
 pub use replays::within as replayed_within;
 pub use stream::TarStream;
 
-use crate::agent::wire::{ErrorKind, FrameError, WireError};
+use crate::agent::wire::{FrameError, WireError};
 use futures_util::future::BoxFuture;
 use std::{fmt, io, sync::Arc, time::Duration};
 use tokio::io::{AsyncRead, AsyncWrite};

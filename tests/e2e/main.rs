@@ -37,5 +37,6 @@ mod registry;
 mod removal;
 mod restarts;
 mod rootfs;
+mod tails;
 mod tarball;
 mod userns;

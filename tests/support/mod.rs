@@ -118,6 +118,28 @@ impl Plugin {
         self.child.wait().unwrap();
     }
 
+    /// SIGSTOP: it takes no connection any more, and the system queues them.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn pause(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+
+    /// kill -9 to its workers; false if there is none.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn kill_workers(&self) -> bool {
+        use rustix::process::{Pid, Signal, kill_process};
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", self.pid())) else { return false };
+        let mut killed = false;
+        for thread in threads.flatten() {
+            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            for pid in children.split_ascii_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+                killed |= kill_process(pid, Signal::KILL).is_ok();
+            }
+        }
+        killed
+    }
+
     /// SIGTERM (Windows: Ctrl+Break); the exit status.
     pub(crate) fn terminate(&mut self) -> Option<i32> {
         transport::ask_to_stop(&self.child);
@@ -138,6 +160,10 @@ impl Plugin {
         let begin = Instant::now();
         while !self.answers() {
             assert!(begin.elapsed() < READY, "the plugin does not answer:\n{}", self.log());
+            // For the same reason it may take the address for somebody's.
+            if self.child.try_wait().unwrap().is_some() {
+                self.child = Self::spawn(&self.folder, &self.arguments, &self.environment);
+            }
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -364,7 +390,11 @@ fn read_chunks(input: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> {
         let size = usize::from_str_radix(line.trim(), 16).map_err(|_| io::ErrorKind::InvalidData)?;
         let start = body.len();
         body.resize(start + size, 0);
-        input.read_exact(&mut body[start..])?;
+        if let Err(e) = input.read_exact(&mut body[start..]) {
+            // How much of it came is not told.
+            body.truncate(start);
+            return Err(e);
+        }
         input.read_line(&mut String::new())?;
         if size == 0 {
             return Ok(());

@@ -34,8 +34,9 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-/// Most bytes of changed paths that are taken from a VM.
-const MAX_CHANGES: usize = 256 << 20;
+/// Most bytes of changed paths that are taken from a VM. An engine makes several times as much of them; a real image's
+/// 100,000 files have some 8 MiB.
+const MAX_CHANGES: usize = 32 << 20;
 
 /// Bytes that an image's file may have: verity tree (less than one block for 64) and VHD footer come on top of the
 /// largest file system.
@@ -454,7 +455,10 @@ impl Lease {
             match freeze.next(&mut sender, &mut receiver).await? {
                 Incoming::Data(bytes) => {
                     if data.len() + bytes.len() > MAX_CHANGES {
-                        let message = format!("more than {MAX_CHANGES} bytes of changed paths");
+                        let message = format!(
+                            "the paths that changed have more than {MAX_CHANGES} bytes together, which is the limit of \
+                             a list; compare the folders of interest in the container, or commit it"
+                        );
                         return Err(SvmError::Refused(WireError::new(ErrorKind::Limit, message)));
                     }
                     data.extend_from_slice(&bytes);
