@@ -72,21 +72,19 @@ fn bad_archives_name_entry_and_place() {
             "count of segments",
         ),
         (
-            "sparse version",
-            sparse(&[("GNU.sparse.major", b"2"), ("GNU.sparse.realsize", b"9")], b"ab"),
-            "sparse format 2.0",
-        ),
-        (
             "sparse map in too little data",
-            sparse(&[("GNU.sparse.major", b"1"), ("GNU.sparse.realsize", b"9")], b"1\n0\n1\n"),
+            sparse(
+                &[("GNU.sparse.major", b"1"), ("GNU.sparse.minor", b"0"), ("GNU.sparse.realsize", b"9")],
+                b"1\n0\n1\n",
+            ),
             "does not fit",
         ),
         (
             "sparse folder",
-            first().pax(b'x', &[("GNU.sparse.size", b"9")]).entry("s", b'5', b"").end(),
+            first().pax(b'x', &[("GNU.sparse.map", b"0,0")]).entry("s", b'5', b"").end(),
             "no file",
         ),
-        ("global sparse", first().pax(b'g', &[("GNU.sparse.size", b"9")]).end(), "global"),
+        ("global header of no records", first().entry("g", b'g', b"12 size=512").end(), "bad record"),
         (
             "empty sparse block",
             first()
