@@ -263,3 +263,32 @@ fn no_glob_reexports_and_no_catch_all_modules() {
         assert!(!["utils", "util", "helpers", "misc", "common"].contains(&name), "{}", path.display());
     }
 }
+
+/// What the last column of a table of `docs/faults.md` names: each text in backquotes.
+fn named_tests(page: &str) -> Vec<String> {
+    let rows = page.lines().filter(|line| line.starts_with("| ") && !line.contains("| test |"));
+    rows.filter_map(|row| row.trim_end().trim_end_matches('|').rsplit('|').next())
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>())
+        .collect()
+}
+
+#[test]
+fn every_test_that_the_table_of_faults_names_is_there() {
+    assert_eq!(named_tests("| 1 | a `b` | `c`, `d` |\n| # | what | test |"), ["c", "d"]);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(root.join("docs/faults.md")).unwrap();
+    let code: String = ["src", "tests", "fuzz"]
+        .iter()
+        .flat_map(|folder| rust_files(folder).into_iter().map(|(_, text)| text))
+        .collect::<Vec<_>>()
+        .join("\n");
+    let named = named_tests(&page);
+    assert!(named.len() > 30, "the table was not found");
+    let there = |name: &str| match name.split_once('/') {
+        // A program of tests, or a script.
+        Some(_) => root.join(name).exists(),
+        None => code.contains(&format!("fn {name}(")),
+    };
+    let missing: Vec<_> = named.iter().filter(|name| !there(name)).collect();
+    assert!(missing.is_empty(), "docs/faults.md names tests that are not there: {missing:?}");
+}

@@ -12,7 +12,7 @@ use std::{path::Path, sync::Arc};
 use crate::config::SvmKind;
 #[cfg(target_os = "linux")]
 use {
-    super::mounts::{Member, Mounts},
+    super::mounts::Mounts,
     crate::{config::SvmKind, store::LayerId},
 };
 
@@ -56,7 +56,7 @@ impl Home {
         {
             home.open_doors()?;
             let ids: Vec<LayerId> = home.store.layers().into_iter().map(|l| l.id).collect();
-            home.mounts.rebuild(|id| home.stack(id).ok(), &ids)?;
+            home.mounts.rebuild(|id| home.store.snapshot(id).ok(), &ids)?;
         }
         if !debris.is_empty() {
             let store = home.store.clone();
@@ -127,7 +127,7 @@ impl Home {
                 let mounts =
                     Arc::new(Mounts::new(self.store.layout().clone(), options.overlay_api, remap(&init)?));
                 let ids: Vec<LayerId> = self.store.layers().into_iter().map(|l| l.id).collect();
-                mounts.rebuild(|id| self.stack(id).ok(), &ids)?;
+                mounts.rebuild(|id| self.store.snapshot(id).ok(), &ids)?;
                 mounts
             };
         Ok(Self {
@@ -193,19 +193,6 @@ impl Home {
                 .collect()
         };
         svm::IdMaps { uids: convert(&self.init.uid_maps), gids: convert(&self.init.gid_maps) }
-    }
-
-    /// A layer and its ancestors, nearest first, all sound.
-    #[cfg(target_os = "linux")]
-    pub(super) fn stack(&self, id: &LayerId) -> Result<Vec<Member>, DriverError> {
-        let (layer, meta) = self.store.get(id)?;
-        let chain = layer.chain.clone();
-        let mut stack = vec![Member { layer, meta }];
-        for ancestor in chain.iter() {
-            let (layer, meta) = self.store.get(ancestor)?;
-            stack.push(Member { layer, meta });
-        }
-        Ok(stack)
     }
 
     /// With userns-remap, lets the mapped root walk to the merged views.

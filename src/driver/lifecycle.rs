@@ -3,7 +3,7 @@
 use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home};
 use crate::{
     config::{self, MAX_SANDBOX_BYTES, MIN_SANDBOX_BYTES, Unit},
-    store::{LayerId, LayerState, layout},
+    store::{LayerId, LayerState, Member, layout},
     svm::Mode,
 };
 use std::{collections::BTreeMap, sync::Arc};
@@ -124,7 +124,7 @@ impl Driver {
 
 impl Home {
     fn metadata(self: &Arc<Self>, id: &LayerId) -> Result<BTreeMap<String, String>, DriverError> {
-        let (layer, meta) = self.store.get(id)?;
+        let Member { layer, meta } = self.store.get(id)?;
         let usage = self.store.layer_usage(id)?;
         let file = |name: &str| self.store.layout().layer_file(id, name).to_string_lossy().into_owned();
         let mut facts: BTreeMap<String, String> = [

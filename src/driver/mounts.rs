@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     config::OverlayApi,
-    store::{Layer, LayerId, LayerMeta, LayerState, Layout, layout},
+    store::{LayerId, LayerState, Layout, Member, Snapshot, layout},
     sys::linux::{
         SysError, idmap,
         loopdev::{self, LoopDevice, LoopSpec},
@@ -55,13 +55,6 @@ struct View {
     /// The disks that it holds, each once.
     disks: Vec<LayerId>,
     dir: PathBuf,
-}
-
-/// A layer as a member of a stack.
-#[derive(Debug, Clone)]
-pub(super) struct Member {
-    pub(super) layer: Layer,
-    pub(super) meta: LayerMeta,
 }
 
 /// The mounts of one home.
@@ -119,14 +112,13 @@ impl Mounts {
     }
 
     /// Mounts the merged view of `stack` (the layer itself first, then its ancestors) and counts one reference.
-    pub(super) fn mount_view(&self, stack: &[Member], label: &str) -> Result<PathBuf, DriverError> {
-        let Some(top) = stack.first() else { return Err(DriverError::Internal("an empty stack".into())) };
-        let id = &top.layer.id;
+    pub(super) fn mount_view(&self, stack: &Snapshot, label: &str) -> Result<PathBuf, DriverError> {
+        let id = stack.id();
         let dir = self.layout.layer_file(id, layout::MERGED);
         create_dir(&dir)?;
         let mut held = HeldDisks { mounts: self, ids: Vec::new() };
         let (mut lowers, mut upper) = (Vec::new(), None);
-        for (position, member) in stack.iter().enumerate() {
+        for (position, member) in stack.members().enumerate() {
             let place = match member.meta.state {
                 // Created and never written: nothing to show.
                 LayerState::Created => continue,
@@ -305,7 +297,7 @@ impl Mounts {
     /// views that use them; disks that none uses are unmounted; frozen sandboxes are thawed.
     pub(super) fn rebuild(
         &self,
-        stack_of: impl Fn(&LayerId) -> Option<Vec<Member>>,
+        stack_of: impl Fn(&LayerId) -> Option<Snapshot>,
         known: &[LayerId],
     ) -> Result<(), DriverError> {
         let home =
@@ -337,10 +329,10 @@ impl Mounts {
                 continue;
             }
             let mut disks = Vec::new();
-            for member in stack_of(id).unwrap_or_default() {
+            for member in stack_of(id).iter().flat_map(Snapshot::members) {
                 if let Some(uses) = state.disks.get_mut(&member.layer.id) {
                     *uses += 1;
-                    disks.push(member.layer.id);
+                    disks.push(member.layer.id.clone());
                 }
             }
             tracing::info!(%id, "found a mounted view of an earlier process; it counts as held once");

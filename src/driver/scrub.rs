@@ -75,10 +75,10 @@ impl Driver {
 
     async fn scrub_image(&self, id: &LayerId) -> Result<u64, DriverError> {
         let home = self.home()?;
-        let (layer, meta) = home.store.get(id)?;
+        let snapshot = home.store.snapshot(id)?;
+        let meta = snapshot.top.meta.clone();
         let opener = home.clone();
-        let member = layer.clone();
-        let (image, record) = blocking(move || opener.exact_disks(&member)).await?;
+        let (image, record) = blocking(move || opener.exact_disks(&snapshot)).await?;
         let root = meta.applied.as_ref().and_then(|a| a.verity_root.clone());
         let mut whole = image.clone();
         if let (Some(_), Some(applied)) = (&root, &meta.applied) {

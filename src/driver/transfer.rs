@@ -15,7 +15,9 @@ use super::{
 };
 use crate::{
     config::LayoutProfile,
-    store::{AppliedMeta, Layer, LayerId, LayerMeta, LayerState, StoreError, durable, layout},
+    store::{
+        AppliedMeta, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError, durable, layout,
+    },
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
         LayerKind, LiveControl, ParentDisks, Profile, Purpose, SvmError, TarStream,
@@ -36,6 +38,22 @@ use std::{
 
 /// The version of the canonical tar that this program writes for a layer's first Diff.
 const CANONICAL_VERSION: u32 = 1;
+
+/// A layer and the one that it is compared with, of one moment.
+struct Pair {
+    target: Snapshot,
+    other: Option<Snapshot>,
+    /// The other is the layer's own parent, or both are nothing.
+    own: bool,
+}
+
+fn moved(id: &LayerId) -> DriverError {
+    StoreError::WrongState {
+        id: id.clone(),
+        reason: "it was removed or changed by another request while it was being read; try again".into(),
+    }
+    .into()
+}
 
 /// Two stacks to be compared, as disks.
 struct Comparison {
@@ -58,7 +76,7 @@ impl Driver {
         let home = self.home()?;
         let id: LayerId = id.parse()?;
         home.check_reserve()?;
-        let (layer, _) = home.store.get(&id)?;
+        let layer = home.store.get(&id)?.layer;
         if !parent.is_empty() {
             let parent: LayerId = parent.parse()?;
             if layer.parent() != Some(&parent) {
@@ -81,8 +99,8 @@ impl Driver {
     /// `GraphDriver.Diff`: the tar of a layer against its parent, any other layer, or nothing (`parent` empty).
     pub async fn diff(&self, id: &str, parent: &str) -> Result<DiffStream, DriverError> {
         let home = self.home()?;
-        let (layer, meta, parent) = home.both(id, parent).await?;
-        let own = parent.as_ref() == layer.parent();
+        let pair = home.pair(id, parent).await?;
+        let (layer, meta) = (pair.target.top.layer.clone(), pair.target.top.meta.clone());
         let id = layer.id.clone();
         let lease = home
             .pool
@@ -90,13 +108,14 @@ impl Driver {
             .await
             .map_err(DriverError::svm(&id, "start a diff"))?;
         let mut applied = None;
-        let (job, version) = if let (true, LayerState::Applied) = (own, meta.state) {
+        let (job, version) = if let (true, LayerState::Applied) = (pair.own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
-            let (opener, member) = (home.clone(), layer.clone());
-            let (image, record) = blocking(move || opener.exact_disks(&member)).await?;
+            let opener = home.clone();
+            let (image, record) = blocking(move || opener.exact_disks(&pair.target)).await?;
             (ExportJob { kind: ExportKind::Exact { image, record }, live: None }, None)
         } else {
-            let comparison = home.comparison(&layer, parent.as_ref()).await?;
+            let own = pair.own;
+            let comparison = home.comparison(pair).await?;
             let format = meta.canonical_version.unwrap_or(CANONICAL_VERSION);
             let first = (own && meta.canonical_version.is_none()).then_some(format);
             let kind = ExportKind::Canonical {
@@ -114,9 +133,9 @@ impl Driver {
     /// `GraphDriver.Changes`.
     pub async fn changes(&self, id: &str, parent: &str) -> Result<Vec<ChangedPath>, DriverError> {
         let home = self.home()?;
-        let (layer, _, parent) = home.both(id, parent).await?;
-        let job = home.comparison(&layer, parent.as_ref()).await?.job();
-        let id = &layer.id;
+        let pair = home.pair(id, parent).await?;
+        let id = &pair.target.id().clone();
+        let job = home.comparison(pair).await?.job();
         let lease = home
             .pool
             .lease(id.as_str(), Purpose::Work)
@@ -129,12 +148,12 @@ impl Driver {
     /// `GraphDriver.DiffSize`: the sum of regular-file bytes of a diff.
     pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
         let home = self.home()?;
-        let (layer, meta, parent) = home.both(id, parent).await?;
-        if let (true, Some(applied)) = (parent.as_ref() == layer.parent(), &meta.applied) {
+        let pair = home.pair(id, parent).await?;
+        if let (true, Some(applied)) = (pair.own, &pair.target.top.meta.applied) {
             return Ok(applied.diff_size);
         }
-        let job = home.comparison(&layer, parent.as_ref()).await?.job();
-        let id = &layer.id;
+        let id = &pair.target.id().clone();
+        let job = home.comparison(pair).await?.job();
         let lease =
             home.pool.lease(id.as_str(), Purpose::Work).await.map_err(DriverError::svm(id, "size a diff"))?;
         lease.diff_size(job).await.map_err(DriverError::svm(id, "size its diff"))
@@ -148,39 +167,34 @@ impl Comparison {
 }
 
 impl Home {
-    /// A layer and the one it is compared with, both there; a layer that was only created gets its sandbox, so that
-    /// there is something to compare.
-    async fn both(
-        self: &Arc<Self>,
-        id: &str,
-        parent: &str,
-    ) -> Result<(Layer, LayerMeta, Option<LayerId>), DriverError> {
+    /// A layer and the one it is compared with, as they are together at one moment; a layer that was only created gets
+    /// its sandbox first, so that there is something to compare.
+    async fn pair(self: &Arc<Self>, id: &str, parent: &str) -> Result<Pair, DriverError> {
+        /// Looks at a layer that others create, fill and remove all the time.
+        const LOOKS: usize = 16;
         let id: LayerId = id.parse()?;
         let parent = if parent.is_empty() { None } else { Some(parent.parse::<LayerId>()?) };
-        if let Some(parent) = &parent {
-            self.store.get(parent)?;
+        for _ in 0..LOOKS {
+            let (target, other) = self.store.snapshots(&id, parent.as_ref())?;
+            match target.top.meta.state {
+                LayerState::Applying => return Err(unfinished(&id)),
+                LayerState::Created => self.materialize(&id).await?,
+                LayerState::Applied | LayerState::Sandbox => {
+                    let own = parent.as_ref() == target.top.layer.parent();
+                    return Ok(Pair { target, other, own });
+                }
+            }
         }
-        if self.store.get(&id)?.1.state == LayerState::Created {
-            self.materialize(&id).await?;
-        }
-        let (layer, meta) = self.store.get(&id)?;
-        if meta.state == LayerState::Applying {
-            return Err(unfinished(&id));
-        }
-        Ok((layer, meta, parent))
+        Err(moved(&id))
     }
 
-    async fn comparison(
-        self: &Arc<Self>,
-        layer: &Layer,
-        parent: Option<&LayerId>,
-    ) -> Result<Comparison, DriverError> {
-        let (home, layer, parent) = (self.clone(), layer.clone(), parent.cloned());
+    async fn comparison(self: &Arc<Self>, pair: Pair) -> Result<Comparison, DriverError> {
+        let home = self.clone();
         blocking(move || {
             let mut sandboxes = Vec::new();
-            let target = home.chain_disks(&layer.id, &mut sandboxes)?;
-            let parent = match parent {
-                parent if parent.as_ref() == layer.parent() => ParentDisks::Own,
+            let target = home.chain_disks(&pair.target, &mut sandboxes)?;
+            let parent = match pair.other {
+                _ if pair.own => ParentDisks::Own,
                 Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut sandboxes)?),
                 None => ParentDisks::None,
             };
@@ -201,16 +215,19 @@ impl Home {
     }
 
     /// A layer and its ancestors as disks; what was only created has none. Names the sandboxes among them.
-    fn chain_disks(&self, id: &LayerId, sandboxes: &mut Vec<LayerId>) -> Result<Vec<LayerDisk>, DriverError> {
-        let chain = self.store.get(id)?.0.chain;
+    fn chain_disks(
+        &self,
+        snapshot: &Snapshot,
+        sandboxes: &mut Vec<LayerId>,
+    ) -> Result<Vec<LayerDisk>, DriverError> {
         let mut disks = Vec::new();
-        for id in std::iter::once(id).chain(chain.iter()) {
-            let (layer, meta) = self.store.get(id)?;
-            match meta.state {
+        for member in snapshot.members() {
+            let id = &member.layer.id;
+            match member.meta.state {
                 LayerState::Created => {}
                 LayerState::Applying => return Err(unfinished(id)),
                 LayerState::Applied => {
-                    disks.push(LayerDisk { disk: self.image_disk(&layer, &meta)?, kind: LayerKind::Applied });
+                    disks.push(LayerDisk { disk: self.image_disk(member)?, kind: LayerKind::Applied });
                 }
                 LayerState::Sandbox => {
                     let path = self.sandbox_path(id);
@@ -230,12 +247,13 @@ impl Home {
                 }
             }
         }
-        Ok(disks)
+        // Opened by name: files of another layer of the same id must not pass for this one's.
+        if self.store.is_current(snapshot) { Ok(disks) } else { Err(moved(snapshot.id())) }
     }
 
-    fn image_disk(&self, layer: &Layer, meta: &LayerMeta) -> Result<DiskSource, DriverError> {
-        let path = self.store.layout().layer_file(&layer.id, layout::LAYER_FILE);
-        let applied = meta.applied.as_ref().ok_or_else(|| StoreError::Corrupt {
+    fn image_disk(&self, member: &Member) -> Result<DiskSource, DriverError> {
+        let path = self.store.layout().layer_file(&member.layer.id, layout::LAYER_FILE);
+        let applied = member.meta.applied.as_ref().ok_or_else(|| StoreError::Corrupt {
             path: path.clone(),
             reason: "layer.json does not describe it".into(),
         })?;
@@ -243,11 +261,14 @@ impl Home {
     }
 
     /// Image and exact record of an applied layer.
-    pub(super) fn exact_disks(&self, layer: &Layer) -> Result<(DiskSource, DiskSource), DriverError> {
-        let (_, meta) = self.store.get(&layer.id)?;
-        let record = self.store.layout().layer_file(&layer.id, layout::RECORD_FILE);
+    pub(super) fn exact_disks(&self, snapshot: &Snapshot) -> Result<(DiskSource, DiskSource), DriverError> {
+        let record = self.store.layout().layer_file(snapshot.id(), layout::RECORD_FILE);
         let file = open(&record)?;
-        Ok((self.image_disk(layer, &meta)?, DiskSource::read_only(Arc::new(file), record)))
+        let image = self.image_disk(&snapshot.top)?;
+        if !self.store.is_current(snapshot) {
+            return Err(moved(snapshot.id()));
+        }
+        Ok((image, DiskSource::read_only(Arc::new(file), record)))
     }
 
     async fn mark_applying(self: &Arc<Self>, layer: &Layer) -> Result<(), DriverError> {
@@ -308,7 +329,7 @@ impl Home {
                 None
             };
             let lowers = match member.parent() {
-                Some(parent) => home.chain_disks(parent, &mut Vec::new())?,
+                Some(parent) => home.chain_disks(&home.store.snapshot(parent)?, &mut Vec::new())?,
                 None => Vec::new(),
             };
             Ok((staged, image, record, scratch, lowers))

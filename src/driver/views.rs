@@ -9,7 +9,7 @@ use super::{Driver, DriverError, blocking, home::Home};
 use crate::{
     config::MountKind,
     ext4::{self, Timestamp, format::BlankOptions, writer::Attributes},
-    store::{LayerId, LayerMeta, LayerState, StoreError, durable, layout},
+    store::{LayerId, LayerMeta, LayerState, Member, StoreError, durable, layout},
     vhd, vhdx,
 };
 use std::{
@@ -30,7 +30,7 @@ impl Driver {
         let id: LayerId = id.parse()?;
         match home.options.mount {
             MountKind::None => {
-                let (_, meta) = home.store.get(&id)?;
+                let meta = home.store.get(&id)?.meta;
                 if meta.state == LayerState::Applying {
                     return Err(unfinished(&id));
                 }
@@ -64,7 +64,7 @@ pub(super) fn unfinished(id: &LayerId) -> DriverError {
 impl Home {
     #[cfg(target_os = "linux")]
     async fn get_view(self: Arc<Self>, id: LayerId, label: String) -> Result<PathBuf, DriverError> {
-        let (layer, meta) = self.store.get(&id)?;
+        let Member { layer, meta } = self.store.get(&id)?;
         if meta.state == LayerState::Applying {
             return Err(unfinished(&id));
         }
@@ -77,7 +77,7 @@ impl Home {
             home.materialize_now(&id)?;
             super::home::open_door(&home.store.layout().layer(&id), home.root_ids())?;
             // Read under the gates: the state may have changed while we waited for them.
-            home.mounts.mount_view(&home.stack(&id)?, &label)
+            home.mounts.mount_view(&home.store.snapshot(&id)?, &label)
         })
         .await
     }
@@ -131,7 +131,7 @@ impl Home {
 
     /// [`Home::materialize`] for callers that hold the gate.
     fn materialize_now(&self, id: &LayerId) -> Result<(), DriverError> {
-        let (layer, meta) = self.store.get(id)?;
+        let Member { layer, meta } = self.store.get(id)?;
         if meta.state != LayerState::Created {
             return Ok(());
         }

@@ -46,6 +46,9 @@ pub struct LayerMeta {
     /// Version of the canonical tar that this written layer has for life, set by its first complete Diff.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canonical_version: Option<u32>,
+    /// Why the first ApplyDiff that was refused or cut was; said again to each that follows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
 }
 
 /// Facts about `layer.vhd` and `layer.exact`.

@@ -62,12 +62,52 @@ pub struct Layer {
     pub meta: Result<LayerMeta, Arc<str>>,
     /// Tells this layer from a later one of the same id.
     pub generation: u64,
+    /// This process created it. What an earlier one created takes no tar: nobody knows what the end of that process
+    /// cut, and a client may come back with the rest.
+    pub made_here: bool,
 }
 
 impl Layer {
     /// The parent, if there is one.
     pub fn parent(&self) -> Option<&LayerId> {
         self.chain.first()
+    }
+}
+
+/// A sound layer as it was at one moment.
+#[derive(Debug, Clone)]
+pub struct Member {
+    /// The layer.
+    pub layer: Layer,
+    /// Its state and facts.
+    pub meta: LayerMeta,
+}
+
+/// A layer and its ancestors, all of one moment. A request looks once and works with what it saw: two looks may see
+/// two states, or two layers of the same id.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// The layer itself.
+    pub top: Member,
+    /// Its ancestors, nearest first.
+    pub ancestors: Vec<Member>,
+}
+
+impl Snapshot {
+    /// The layer's id.
+    pub fn id(&self) -> &LayerId {
+        &self.top.layer.id
+    }
+
+    /// The layer, then its ancestors.
+    pub fn members(&self) -> impl Iterator<Item = &Member> {
+        std::iter::once(&self.top).chain(&self.ancestors)
+    }
+
+    /// What stands below the layer; `None` for a base layer.
+    pub fn parent(&self) -> Option<Self> {
+        let (top, ancestors) = self.ancestors.split_first()?;
+        Some(Self { top: top.clone(), ancestors: ancestors.to_vec() })
     }
 }
 
@@ -87,6 +127,17 @@ impl Index {
         return self.layers.keys().find(|other| other.as_str().eq_ignore_ascii_case(id.as_str())).cloned();
         #[cfg(not(windows))]
         None
+    }
+
+    fn member(&self, id: &LayerId) -> Result<Member, StoreError> {
+        let layer = self.layers.get(id).cloned().ok_or_else(|| StoreError::NotFound(id.clone()))?;
+        match layer.meta.clone() {
+            Ok(meta) => Ok(Member { layer, meta }),
+            Err(reason) => Err(StoreError::WrongState {
+                id: id.clone(),
+                reason: format!("it is damaged and can only be removed: {reason}"),
+            }),
+        }
     }
 
     fn insert(&mut self, layer: Layer) {
@@ -228,7 +279,7 @@ impl Store {
             Ok(chain) => (chain, meta),
             Err(e) => (Vec::new(), Err(Arc::from(e.to_string()))),
         };
-        Layer { id, chain: chain.into(), meta, generation: self.next() }
+        Layer { id, chain: chain.into(), meta, generation: self.next(), made_here: false }
     }
 
     fn next(&self) -> u64 {
@@ -287,15 +338,37 @@ impl Store {
     }
 
     /// A sound layer and its meta data.
-    pub fn get(&self, id: &LayerId) -> Result<(Layer, LayerMeta), StoreError> {
-        let layer = self.find(id)?;
-        match layer.meta.clone() {
-            Ok(meta) => Ok((layer, meta)),
-            Err(reason) => Err(StoreError::WrongState {
-                id: id.clone(),
-                reason: format!("it is damaged and can only be removed: {reason}"),
-            }),
-        }
+    pub fn get(&self, id: &LayerId) -> Result<Member, StoreError> {
+        self.index.read().member(id)
+    }
+
+    /// A sound layer and its sound ancestors, as they are together at this moment.
+    pub fn snapshot(&self, id: &LayerId) -> Result<Snapshot, StoreError> {
+        Ok(self.snapshots(id, None)?.0)
+    }
+
+    /// Two layers with their ancestors, all of the same moment.
+    pub fn snapshots(
+        &self,
+        id: &LayerId,
+        other: Option<&LayerId>,
+    ) -> Result<(Snapshot, Option<Snapshot>), StoreError> {
+        let index = self.index.read();
+        let look = |id: &LayerId| {
+            let top = index.member(id)?;
+            let ancestors = top.layer.chain.iter().map(|a| index.member(a)).collect::<Result<_, _>>()?;
+            Ok::<_, StoreError>(Snapshot { top, ancestors })
+        };
+        Ok((look(id)?, other.map(look).transpose()?))
+    }
+
+    /// Whether the layers of a snapshot are still the ones of their ids. Files that were opened by their names before
+    /// this said yes belong to that snapshot.
+    pub fn is_current(&self, snapshot: &Snapshot) -> bool {
+        let index = self.index.read();
+        snapshot
+            .members()
+            .all(|m| index.layers.get(&m.layer.id).is_some_and(|l| l.generation == m.layer.generation))
     }
 
     /// An empty folder in `staging/`.
@@ -344,7 +417,14 @@ impl Store {
         };
         let staged = self.stage(id)?;
         fill(staged.path())?;
-        let meta = LayerMeta { state, created: now(), sandbox_bytes, applied: None, canonical_version: None };
+        let meta = LayerMeta {
+            state,
+            created: now(),
+            sandbox_bytes,
+            applied: None,
+            canonical_version: None,
+            refused: None,
+        };
         chain::write(staged.path(), &chain)?;
         durable::write_json(&staged.path().join(layout::META_FILE), &meta)?;
         let target = self.layout.layer(id);
@@ -355,7 +435,13 @@ impl Store {
         }
         Self::chain_below(&index, id, parent)?;
         durable::rename(staged.path(), &target).map_err(StoreError::io("rename staged layer to", &target))?;
-        index.insert(Layer { id: id.clone(), chain: chain.into(), meta: Ok(meta), generation: self.next() });
+        index.insert(Layer {
+            id: id.clone(),
+            chain: chain.into(),
+            meta: Ok(meta),
+            generation: self.next(),
+            made_here: true,
+        });
         drop(index);
         durable::sync_dir(self.layout.home())?;
         Ok(())

@@ -31,7 +31,7 @@ fn a_reopened_store_knows_its_layers_and_chains() {
     let store = Store::open(home.path()).unwrap();
     assert_eq!(store.marker().store_id, store_id);
     assert!(store.marker().reproduces_exact_diffs);
-    let (top, meta) = store.get(&id("top")).unwrap();
+    let Member { layer: top, meta } = store.get(&id("top")).unwrap();
     assert_eq!(top.chain[..], [id("mid"), id("base")]);
     assert_eq!(meta.state, LayerState::Created);
     assert_eq!(store.children(&id("base")), [id("mid")]);
@@ -138,7 +138,7 @@ fn commit_moves_files_first_and_changes_the_state_last() {
             Ok(LayerMeta { state: LayerState::Applied, ..m.clone() })
         });
     assert!(failed.is_err());
-    assert_eq!(store.get(&id("a")).unwrap().1.state, LayerState::Created);
+    assert_eq!(store.get(&id("a")).unwrap().meta.state, LayerState::Created);
     // A layer that was removed and created anew meanwhile is another layer.
     store.remove(&id("a")).unwrap();
     create(&store, "a", None).unwrap();
