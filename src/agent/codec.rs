@@ -92,8 +92,8 @@ pub trait Codec: Send + Sync + 'static {
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError>;
 
-    /// Strict check of metadata; with `tree` of all bytes against the hash tree too.
-    fn check(&self, image: OpDisk, tree: bool) -> Result<CheckSummary, WireError>;
+    /// Strict check of metadata; with `tree` of all bytes against the hash tree too; with `owners` of whom they are.
+    fn check(&self, image: OpDisk, tree: bool, owners: &IdMaps) -> Result<CheckSummary, WireError>;
 
     /// image and record → the applied tar. With `digested` the daemon holds it against the digest of the summary, and
     /// need not be spared bytes that do not match it.

@@ -158,7 +158,9 @@ impl Run<'_> {
                 }
                 json(&summary)
             }
-            Operation::Check { image, tree } => json(&self.codec.check(self.disk(image)?, tree)?),
+            Operation::Check { image, tree, owners } => {
+                json(&self.codec.check(self.disk(image)?, tree, &owners)?)
+            }
             Operation::ExportExact { image, record } => {
                 let mut out = FrameOutput::new(self.channel);
                 let (image, record) = (self.disk(image)?, self.disk(record)?);

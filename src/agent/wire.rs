@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 
 /// Version of frames and messages; both sides of a pair must agree.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 5;
 /// Most payload bytes of any frame.
@@ -259,7 +259,7 @@ pub struct ApplyOptions {
     pub verity: bool,
     /// The image may not grow beyond this; bytes.
     pub max_image_bytes: u64,
-    /// Ids are shifted to the host's while applying (only where lowers can't be idmapped).
+    /// With userns-remap: an entry whose owner is outside of these is refused. Ids stay as the tar has them.
     pub id_maps: IdMaps,
 }
 
@@ -300,6 +300,9 @@ pub enum Operation {
         image: DiskId,
         /// The disk goes on behind the file system with a hash tree: every block is held against it.
         tree: bool,
+        /// With userns-remap: an owner outside of these fails the check, too. Empty: all are fine.
+        #[serde(default)]
+        owners: IdMaps,
     },
     /// The very tar that was applied (Data frames). Answers [`ExportSummary`].
     ExportExact {
@@ -446,6 +449,12 @@ pub struct ExportSummary {
     pub tar_bytes: u64,
     /// Their digest, where it is known: of an exact tar.
     pub tar_digest: Option<TarDigest>,
+    /// Names that begin with `.wh.`, and what lies below them, that a canonical tar left out.
+    #[serde(default)]
+    pub hidden: u64,
+    /// The first of them, printable.
+    #[serde(default)]
+    pub first_hidden: Option<String>,
 }
 
 /// Appends a change as `{kind u8, u32 LE length, path}`.

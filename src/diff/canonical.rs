@@ -10,7 +10,8 @@
 //! 2. A name that is missing in the target but present in the parent is an empty regular file `.wh.NAME` (mode 0600,
 //!    ids 0, time 0). Against a layer's own parent that is each whiteout in the layer.
 //! 3. An opaque folder is followed at once by the empty regular file `FOLDER/.wh..wh..opq` with the same metadata. Only
-//!    diffs against the own parent have such entries; other diffs list what is missing.
+//!    diffs against the own parent have such entries; other diffs list what is missing. In version 2 the tar of a layer
+//!    whose root is opaque begins with `.wh..wh..opq`.
 //! 4. Each folder on the way to an entry has an entry.
 //! 5. Of several names of one inode the first in order carries the data; the others are hard links to it, with the
 //!    same metadata and no data. (Folders have one name.)
@@ -79,7 +80,8 @@ pub(super) fn sparse(version: Version, size: u64, ranges: &[(u64, u64)]) -> Opti
     if !known || holes < min || holes < size / SPARSE_MIN_PART {
         return None;
     }
-    let fits = |ranges: &[(u64, u64)]| version == Version::V1 || sparse_map_bytes(ranges, size) <= SPARSE_MAX_MAP;
+    let fits =
+        |ranges: &[(u64, u64)]| version == Version::V1 || sparse_map_bytes(ranges, size) <= SPARSE_MAX_MAP;
     if fits(ranges) {
         return Some(ranges.into());
     }
@@ -101,7 +103,7 @@ fn fill(size: u64, ranges: &[(u64, u64)], least: u64) -> Vec<(u64, u64)> {
         end = offset + len;
     }
     if let Some(last) = out.last_mut()
-        && size - end < least
+        && size.saturating_sub(end) < least
     {
         last.1 = size - last.0;
     }

@@ -280,6 +280,10 @@ pub fn export<R: ReadAt>(
         first: HashMap::new(),
         path: Vec::new(),
     };
+    if items.hides_all && options.version != Version::V1 {
+        export.summary.entries += 1;
+        export.out.header(&canonical::marker(canonical::OPAQUE))?;
+    }
     let inexpressible = items.inexpressible();
     for ((item, _), left_out) in
         items.items.iter().zip(&kept).zip(inexpressible).filter(|((_, keep), _)| **keep)
@@ -411,8 +415,7 @@ impl<R: ReadAt> Export<'_, '_, R> {
                 // Most files are one range from their start: no list is made for them.
                 let dense = detail.bytes.is_some() || file.is_dense();
                 let ranges = if dense { Vec::new() } else { file.joined() };
-                let sparse =
-                    if dense { None } else { canonical::sparse(self.version, item.size, &ranges) };
+                let sparse = if dense { None } else { canonical::sparse(self.version, item.size, &ranges) };
                 header.sparse = sparse.as_deref();
                 let stored = self.out.header(&header)?;
                 if let Some(ranges) = &sparse {

@@ -29,7 +29,7 @@ use crate::{
         loopdev::{self, LoopDevice, LoopSpec},
         mount::{self, Ext4Options},
         mountinfo,
-        overlay::{OverlayMethod, OverlaySpec, mount_overlay},
+        overlay::{OverlayMethod, OverlaySpec, is_opaque, mount_overlay},
     },
     vhd,
 };
@@ -131,7 +131,14 @@ impl Mounts {
             match (member.meta.state, position) {
                 (LayerState::Sandbox, 0) => upper = Some((place.join(UPPER), place.join(WORK))),
                 (LayerState::Sandbox, _) => lowers.push(place.join(UPPER)),
-                _ => lowers.push(place),
+                _ => {
+                    // Overlayfs joins the roots of its layers whatever they say: the stack ends here instead.
+                    let last = is_opaque(&place).map_err(failed(&member.layer.id, "look at its root"))?;
+                    lowers.push(place);
+                    if last {
+                        break;
+                    }
+                }
             }
         }
         // Overlayfs wants one lower below an upper, and two without one.

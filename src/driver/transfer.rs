@@ -16,11 +16,12 @@ use super::{
 use crate::{
     config::LayoutProfile,
     store::{
-        AppliedMeta, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError, durable, layout,
+        AppliedMeta, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError, WRITER_VERSION,
+        durable, layout, owners_note,
     },
     svm::{
-        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
-        LayerKind, LiveControl, ParentDisks, Profile, Purpose, SvmError, TarStream,
+        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary,
+        LayerDisk, LayerKind, LiveControl, ParentDisks, Profile, Purpose, SvmError, TarStream,
     },
     vhd,
 };
@@ -35,9 +36,6 @@ use std::{
     },
     task::{Context, Poll},
 };
-
-/// The version of the canonical tar that this program writes for a layer's first Diff.
-const CANONICAL_VERSION: u32 = 1;
 
 /// A layer and the one that it is compared with, of one moment.
 struct Pair {
@@ -108,26 +106,25 @@ impl Driver {
             .await
             .map_err(DriverError::svm(&id, "start a diff"))?;
         let mut applied = None;
-        let (job, version) = if let (true, LayerState::Applied) = (pair.own, meta.state) {
+        let job = if let (true, LayerState::Applied) = (pair.own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
             let opener = home.clone();
             let (image, record) = blocking(move || opener.exact_disks(&pair.target)).await?;
-            (ExportJob { kind: ExportKind::Exact { image, record }, live: None }, None)
+            ExportJob { kind: ExportKind::Exact { image, record }, live: None }
         } else {
             let own = pair.own;
             let comparison = home.comparison(pair).await?;
-            let format = meta.canonical_version.unwrap_or(CANONICAL_VERSION);
-            let first = (own && meta.canonical_version.is_none()).then_some(format);
+            let format = home.canonical_version(&layer, &meta, own).await?;
             let kind = ExportKind::Canonical {
                 target: comparison.target,
                 parent: comparison.parent,
                 format,
                 id_maps: home.id_maps(),
             };
-            (ExportJob { kind, live: comparison.live }, first)
+            ExportJob { kind, live: comparison.live }
         };
         let tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(&id, "export it"))?;
-        Ok(DiffStream { tar: Some(tar), home, layer, freeze_version: version, applied })
+        Ok(DiffStream { tar: Some(tar), home, layer, applied })
     }
 
     /// `GraphDriver.Changes`.
@@ -251,7 +248,7 @@ impl Home {
         if self.store.is_current(snapshot) { Ok(disks) } else { Err(moved(snapshot.id())) }
     }
 
-    fn image_disk(&self, member: &Member) -> Result<DiskSource, DriverError> {
+    pub(super) fn image_disk(&self, member: &Member) -> Result<DiskSource, DriverError> {
         let path = self.store.layout().layer_file(&member.layer.id, layout::LAYER_FILE);
         let applied = member.meta.applied.as_ref().ok_or_else(|| StoreError::Corrupt {
             path: path.clone(),
@@ -348,7 +345,7 @@ impl Home {
                 block_size: self.options.block_size,
                 max_image_bytes: self.options.max_layer_bytes,
                 verity: self.options.verity,
-                ..ApplyOptions::default()
+                id_maps: self.id_maps(),
             },
         };
         let lease = self
@@ -380,6 +377,8 @@ impl Home {
             image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
             tree: false,
             require_no_writers: true,
+            // The one that applied may have been taken over.
+            owners: self.id_maps(),
         };
         self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
         let applied = AppliedMeta {
@@ -393,6 +392,8 @@ impl Home {
             entries: summary.entries,
             verity_root: summary.verity_root.map(|root| root.to_string()),
             checked: true,
+            writer: Some(WRITER_VERSION),
+            owners: owners_note(&self.init.uid_maps, &self.init.gid_maps),
         };
         let size = applied.diff_size;
         let (home, layer) = (self.clone(), layer.clone());
@@ -411,20 +412,40 @@ impl Home {
         Ok(size)
     }
 
-    /// Fixes the canonical version of a written layer after its first complete Diff.
-    fn freeze_version(&self, layer: &Layer, version: u32) {
-        let frozen = self.store.update::<StoreError>(&layer.id, layer.generation, |meta| {
-            Ok(LayerMeta {
-                canonical_version: Some(meta.canonical_version.unwrap_or(version)),
-                ..meta.clone()
-            })
-        });
-        match frozen {
-            Ok(_) | Err(StoreError::NotFound(_)) => {}
-            Err(error) => {
-                tracing::warn!(id = %layer.id, %error, "cannot note the canonical version of a layer");
-            }
+    /// The version of the canonical tar of a layer. Engines keep the digest of a layer's own diff, so that version is
+    /// durable before a byte of it leaves: what could not be noted is not sent.
+    async fn canonical_version(
+        self: &Arc<Self>,
+        layer: &Layer,
+        meta: &LayerMeta,
+        own: bool,
+    ) -> Result<u32, DriverError> {
+        let format =
+            meta.canonical_version.unwrap_or_else(|| self.store.marker().canonical_version_of(meta.created));
+        if !own || meta.canonical_version.is_some() {
+            return Ok(format);
         }
+        let (home, layer) = (self.clone(), layer.clone());
+        let noted = blocking(move || {
+            home.store.update::<DriverError>(&layer.id, layer.generation, |meta| {
+                let noted = meta.canonical_version.unwrap_or(format);
+                Ok(LayerMeta { canonical_version: Some(noted), ..meta.clone() })
+            })
+        })
+        .await?;
+        Ok(noted.canonical_version.unwrap_or(format))
+    }
+}
+
+/// Says that a diff is not all of a layer.
+fn warn_hidden(id: &LayerId, summary: Option<&ExportSummary>) {
+    if let Some(ExportSummary { hidden: hidden @ 1.., first_hidden, .. }) = summary {
+        let first = first_hidden.as_deref().unwrap_or_default();
+        tracing::warn!(
+            %id, hidden, first,
+            "the diff leaves out files whose names begin with .wh., which no layer can hold: an engine would take them \
+             for deletions"
+        );
     }
 }
 
@@ -434,8 +455,6 @@ pub struct DiffStream {
     tar: Option<TarStream>,
     home: Arc<Home>,
     layer: Layer,
-    /// Set if a complete end fixes this version for the layer.
-    freeze_version: Option<u32>,
     /// Digest of the tar that was applied, if this is to be that one.
     applied: Option<String>,
 }
@@ -457,6 +476,9 @@ impl Stream for DiffStream {
             Poll::Ready(None) => {
                 let complete = tar.complete();
                 let digest = tar.summary().and_then(|s| s.tar_digest).map(|digest| digest.to_string());
+                if complete {
+                    warn_hidden(&this.layer.id, tar.summary());
+                }
                 this.tar = None;
                 if complete && this.applied.is_some() && this.applied != digest {
                     // A sound pair of image and record, but of another layer.
@@ -470,10 +492,6 @@ impl Stream for DiffStream {
                         SvmError::Cancelled("the tar has no proper end"),
                         &this.layer.id,
                     ))));
-                }
-                if let Some(version) = this.freeze_version.take() {
-                    let (home, layer) = (this.home.clone(), this.layer.clone());
-                    tokio::task::spawn_blocking(move || home.freeze_version(&layer, version));
                 }
                 Poll::Ready(None)
             }

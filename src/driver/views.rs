@@ -12,6 +12,11 @@ use crate::{
     store::{LayerId, LayerMeta, LayerState, Member, StoreError, durable, layout},
     vhd, vhdx,
 };
+#[cfg(target_os = "linux")]
+use crate::{
+    store::{AppliedMeta, owners_note},
+    svm::CheckJob,
+};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -68,6 +73,7 @@ impl Home {
         if meta.state == LayerState::Applying {
             return Err(unfinished(&id));
         }
+        self.check_owners(&id).await?;
         let _gates = self.gates.close(std::iter::once(&id).chain(layer.chain.iter())).await;
         if let Some(dir) = self.mounts.again(&id) {
             return Ok(dir);
@@ -80,6 +86,34 @@ impl Home {
             home.mounts.mount_view(&home.store.snapshot(&id)?, &label)
         })
         .await
+    }
+
+    /// With userns-remap, looks once at the owners of each layer that was applied without the map (by release 1, or
+    /// before the engine had one): nobody could change or delete files of other owners.
+    #[cfg(target_os = "linux")]
+    async fn check_owners(self: &Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
+        let Some(note) = owners_note(&self.init.uid_maps, &self.init.gid_maps) else { return Ok(()) };
+        let snapshot = self.store.snapshot(id)?;
+        for member in snapshot.members() {
+            let LayerState::Applied = member.meta.state else { continue };
+            if member.meta.applied.as_ref().is_none_or(|a| a.owners.as_ref() == Some(&note)) {
+                continue;
+            }
+            let (home, owned) = (self.clone(), member.clone());
+            let image = blocking(move || home.image_disk(&owned)).await?;
+            let check = CheckJob { image, tree: false, require_no_writers: false, owners: self.id_maps() };
+            let checked = self.pool.check_image(check).await;
+            checked.map_err(DriverError::svm(&member.layer.id, "look at its owners"))?;
+            let (home, layer, note) = (self.clone(), member.layer.clone(), note.clone());
+            blocking(move || {
+                home.store.update::<DriverError>(&layer.id, layer.generation, |meta| {
+                    let applied = meta.applied.clone().map(|a| AppliedMeta { owners: Some(note), ..a });
+                    Ok(LayerMeta { applied, ..meta.clone() })
+                })
+            })
+            .await?;
+        }
+        Ok(())
     }
 
     #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_async, reason = "only Linux has mounts"))]

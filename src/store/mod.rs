@@ -35,7 +35,7 @@ pub use id::{LayerId, MAX_ID_BYTES, REMOVING_SUFFIX};
 pub use layout::Layout;
 pub use lock::{OwnerLock, holder};
 pub use marker::{IdRange, InitRecord, Marker, STORE_FORMAT};
-pub use meta::{AppliedMeta, LayerMeta, LayerState};
+pub use meta::{AppliedMeta, LayerMeta, LayerState, WRITER_VERSION, owners_note};
 pub use repair::{Debris, GcReport};
 pub use usage::{DiskUsage, LayerUsage, allocated_bytes};
 
@@ -219,7 +219,8 @@ impl Store {
             create_private_dir(&layout.top(name))?;
         }
         create_private_dir(&layout.top(layout::MOUNTS).join(layout::EMPTY))?;
-        let marker = if let Some(marker) = Marker::read(home)? {
+        let marker = if let Some(mut marker) = Marker::read(home)? {
+            marker.note_release_2(home)?;
             marker
         } else {
             let marker = Marker::new();

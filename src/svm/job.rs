@@ -149,6 +149,8 @@ pub struct CheckJob {
     pub image: DiskSource,
     /// Hold every block against the hash tree behind the file system.
     pub tree: bool,
+    /// With userns-remap: the ids that owners must have. Empty: any.
+    pub owners: IdMaps,
     /// Fail unless no process at all has the file open for writing any more (see [`no_writer_left`]). The caller must
     /// have dropped its own writable descriptors.
     pub require_no_writers: bool,

@@ -131,8 +131,12 @@ impl Parser {
                 (self.pax, self.long_name, self.long_link) = (None, None, None);
             }
             // An empty one says nothing.
-            Extension::LongName => self.long_name = Some(text(&self.extension).to_vec()).filter(|n| !n.is_empty()),
-            Extension::LongLink => self.long_link = Some(text(&self.extension).to_vec()).filter(|n| !n.is_empty()),
+            Extension::LongName => {
+                self.long_name = Some(text(&self.extension).to_vec()).filter(|n| !n.is_empty());
+            }
+            Extension::LongLink => {
+                self.long_link = Some(text(&self.extension).to_vec()).filter(|n| !n.is_empty());
+            }
         }
         Ok(())
     }
@@ -208,9 +212,7 @@ impl Parser {
             }
             typeflag::GNU_DUMPDIR => Some("a gnu dump directory, which Go takes for a file"),
             typeflag::GNU_VOLUME => Some("a gnu volume name, which Go takes for a file"),
-            typeflag::CHAR | typeflag::BLOCK
-                if pax_ref.is_some_and(|p| p.has_device) =>
-            {
+            typeflag::CHAR | typeflag::BLOCK if pax_ref.is_some_and(|p| p.has_device) => {
                 Some("a device number in a pax header, which Go passes over")
             }
             _ if pax_ref.is_some_and(Pax::has_libarchive_only) => {

@@ -350,10 +350,7 @@ mod tests {
         let mut out = Vec::new();
         pax.take_xattrs(&mut out);
         let x = |name: &[u8], value: &[u8]| Xattr { name: name.to_vec(), value: value.to_vec() };
-        assert_eq!(
-            out,
-            [x(b"user.a%3Db", b"1"), x(b"user.c=d", b"\0\n"), x(b"user.a=b", b"\0\xff\n=")]
-        );
+        assert_eq!(out, [x(b"user.a%3Db", b"1"), x(b"user.c=d", b"\0\n"), x(b"user.a=b", b"\0\xff\n=")]);
     }
 
     #[test]

@@ -15,7 +15,7 @@
 //! (the stream was cut).
 
 use super::{
-    chunk::{ChunkSource, Chunks},
+    chunk::{ChunkSource, Chunks, broken},
     entry::{Entry, EntryKind},
     error::{EntryName, TarError},
     header::{Extension, Fault, Next, Parser},
@@ -288,7 +288,10 @@ impl<S: ChunkSource> TarReader<S> {
         }
         self.base += len as u64;
         self.pos = 0;
-        self.source.advance().map_err(|source| TarError::Io { offset: self.base, source })?;
+        self.source.advance().map_err(|error| {
+            let (read, source) = broken(error);
+            TarError::Io { offset: self.base + read as u64, source }
+        })?;
         Ok(self.source.chunk().len())
     }
 

@@ -398,9 +398,15 @@ mod tests {
             out[512..1024].to_vec()
         };
         let (one, two) = (body(Version::V1), body(Version::V2));
-        assert!(one.starts_with(b"38 SCHILY.xattr.user.a%3Db \xC3\xA9%25=\0\n\xFF=\n"), "{}", one.escape_ascii());
         assert!(
-            two.starts_with(b"49 LIBARCHIVE.xattr.user.a%3Db%20%C3%A9%25=AAr/PQ\n27 SCHILY.xattr.user.c%3Dd=1\n"),
+            one.starts_with(b"38 SCHILY.xattr.user.a%3Db \xC3\xA9%25=\0\n\xFF=\n"),
+            "{}",
+            one.escape_ascii()
+        );
+        assert!(
+            two.starts_with(
+                b"49 LIBARCHIVE.xattr.user.a%3Db%20%C3%A9%25=AAr/PQ\n27 SCHILY.xattr.user.c%3Dd=1\n"
+            ),
             "{}",
             two.escape_ascii()
         );

@@ -147,10 +147,14 @@ fn trees_are_those_of_moby_and_containerd() {
         ("a file twice", t().pax(&[("SCHILY.xattr.user.a", b"1")]).file("f", b"first").file("f", b"2")),
         ("a file in place of a folder", t().dir("d", 0o755).file("d/f", b"1").file("d", b"2")),
         ("a folder in place of a file", t().file("d", b"2").dir("d", 0o755).file("d/f", b"1")),
-        ("a global header with a path", t().extended(b'g', smuggled).file("harmless", b"1").file("other", b"2")),
+        (
+            "a global header with a path",
+            t().extended(b'g', smuggled).file("harmless", b"1").file("other", b"2"),
+        ),
         (
             "a global header with xattrs, ids and times",
-            t().extended(b'g', &[("SCHILY.xattr.user.a", b"1"), ("uid", b"0"), ("mtime", b"7")]).file("f", b"1"),
+            t().extended(b'g', &[("SCHILY.xattr.user.a", b"1"), ("uid", b"0"), ("mtime", b"7")])
+                .file("f", b"1"),
         ),
         (
             "a local header, then a global one",
@@ -281,7 +285,8 @@ fn random(r: &mut Numbers) -> Vec<u8> {
             }
         }
         for _ in 0..r.below(3) {
-            let name = r.one(&["user.a", "user.b", "trusted.overlay.x", "security.x", "com.apple.x", "btrfs.y"]);
+            let name =
+                r.one(&["user.a", "user.b", "trusted.overlay.x", "security.x", "com.apple.x", "btrfs.y"]);
             records.push((format!("SCHILY.xattr.{name}"), vec![b'0' + r.below(4) as u8]));
         }
         if r.below(6) == 0 {
@@ -320,8 +325,8 @@ fn random_tars_make_the_engines_trees() {
     let (mut compared, mut wrong) = (0, Vec::new());
     for seed in 0..TARS {
         let tar = random(&mut Numbers(seed));
-        let theirs =
-            ["moby", "containerd"].map(|engine| unpack(engine, &tar, &blank.point.join(format!("{engine}-{seed}"))));
+        let theirs = ["moby", "containerd"]
+            .map(|engine| unpack(engine, &tar, &blank.point.join(format!("{engine}-{seed}"))));
         let [Ok(moby), Ok(containerd)] = &theirs else { continue };
         if moby != containerd {
             continue;

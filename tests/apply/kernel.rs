@@ -13,7 +13,9 @@ use lcow_graphdriver::{
     ext4::{Xattr, writer::NodeKind},
 };
 use rustix::{
-    fs::{AtFlags, CWD, FileType, Gid, Mode, Uid, XattrFlags, chownat, lgetxattr, lsetxattr, makedev, mknodat},
+    fs::{
+        AtFlags, CWD, FileType, Gid, Mode, Uid, XattrFlags, chownat, lgetxattr, lsetxattr, makedev, mknodat,
+    },
     io::Errno,
 };
 use std::{
@@ -53,7 +55,18 @@ fn attributes() -> Vec<(String, Vec<u8>)> {
         acl_of(2, &[owner, (group_obj, 4, none), (mask, 5, none), (other, 4, none)]),
         // The unnamed have ids, too, which nobody reads.
         acl_of(2, &[(1, 6, 0), (group_obj, 4, 77), (other, 4, none)]),
-        acl_of(2, &[owner, (user, 7, 9), (user, 6, 9), (user, 5, 3), (group_obj, 4, none), (mask, 7, none), (other, 0, none)]),
+        acl_of(
+            2,
+            &[
+                owner,
+                (user, 7, 9),
+                (user, 6, 9),
+                (user, 5, 3),
+                (group_obj, 4, none),
+                (mask, 7, none),
+                (other, 0, none),
+            ],
+        ),
         Vec::new(),
         acl_of(2, &[]),
         b"junk".to_vec(),
@@ -210,7 +223,11 @@ fn the_table_of_attributes_says_what_setxattr_answers() {
                 _ => false,
             };
             if !agrees {
-                wrong.push(format!("{} {name:?} {} bytes: {ruling:?}, linux {answer:?}", flag as char, value.len()));
+                wrong.push(format!(
+                    "{} {name:?} {} bytes: {ruling:?}, linux {answer:?}",
+                    flag as char,
+                    value.len()
+                ));
             }
         }
     }
@@ -234,7 +251,8 @@ fn chmod_and_chown_leave_of_attributes_what_the_kernel_leaves() {
                 let path = blank.point.join(format!("{}-{number}-{mode:o}", flag as char));
                 let kind = make(&path, flag);
                 let mut expected = Vec::new();
-                for (name, value) in set.iter().filter(|(name, _)| flag != b'6' || !name.starts_with("user.")) {
+                for (name, value) in set.iter().filter(|(name, _)| flag != b'6' || !name.starts_with("user."))
+                {
                     lsetxattr(&path, *name, value, XattrFlags::empty()).expect("an attribute can be set");
                     expected.push(Xattr { name: name.as_bytes().to_vec(), value: value.clone() });
                 }

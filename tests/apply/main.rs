@@ -5,6 +5,7 @@ mod build;
 mod engines;
 mod faults;
 mod foreign;
+mod golden;
 mod kernel;
 mod layer;
 mod semantics;

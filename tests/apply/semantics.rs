@@ -273,11 +273,7 @@ fn xattrs() {
     // Of a folder that comes twice the attributes of both are there.
     assert_eq!(
         show("d"),
-        [
-            ("trusted.overlay.opaque", b"y".to_vec()),
-            ("user.b", binary.to_vec()),
-            ("user.c", b"new".to_vec())
-        ]
+        [("trusted.overlay.opaque", b"y".to_vec()), ("user.b", binary.to_vec()), ("user.c", b"new".to_vec())]
     );
     assert_eq!(show("f"), [("trusted.mine", b"1".to_vec())]);
     let only = Tar::new()
@@ -470,7 +466,7 @@ fn links_to_layers_below() {
     assert_eq!((tree["etc"].mode, tree["etc"].owner, tree["etc"].mtime), (0o044_711, (3, 4), (77, 5)));
     assert_eq!(tree["etc/f"].same_as.as_deref(), Some("a"));
     let (a, links) = (&tree["a"], tree.values().filter(|n| n.same_as.is_some()).count());
-    assert_eq!((a.xattrs.keys().collect::<Vec<_>>(), links), (vec!["user.x"], 1));
+    assert_eq!((a.xattrs.keys().map(String::as_str).collect::<Vec<_>>(), links), (vec!["user.x"], 1));
     assert_eq!(applied.summary.diff_size, (1 << 20) + 1);
 
     for (tar, text) in [

@@ -5,6 +5,7 @@
 //!   main.rs    what does not depend on how layers are shown        both transports
 //!   none.rs    lcow.mount=none: folders and VHDX sandboxes         both transports
 //!   mounts.rs  lcow.mount=overlay: merged views, needs root        Linux
+//!   upgrade.rs a store of release 1, and userns-remap               Linux
 //!   pipe.rs    what only a pipe has                                Windows
 //! ```
 
@@ -15,6 +16,8 @@ mod none;
 mod pipe;
 #[path = "../support/mod.rs"]
 mod support;
+#[cfg(target_os = "linux")]
+mod upgrade;
 
 use serde_json::json;
 use std::{fs, io::Write, path::Path, time::Duration};

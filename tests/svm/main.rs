@@ -186,8 +186,15 @@ async fn a_tar_goes_in_and_comes_out_in_both_modes() {
             assert_eq!(std::fs::read(files.path("l.image")).unwrap(), content);
             assert_eq!(std::fs::read(files.path("l.record")).unwrap(), b"record");
             let image = files.readable("l.image");
-            let checked =
-                pool.check_image(CheckJob { image, tree: false, require_no_writers: true }).await.unwrap();
+            let checked = pool
+                .check_image(CheckJob {
+                    image,
+                    tree: false,
+                    require_no_writers: true,
+                    owners: IdMaps::default(),
+                })
+                .await
+                .unwrap();
             assert_eq!(checked.blocks, len as u64);
             let lease = pool.lease("a", Purpose::Export).await.unwrap();
             let tar = collect(lease.layer_to_tar(files.exact("l")).await.unwrap()).await.unwrap();
@@ -205,11 +212,16 @@ async fn a_check_proves_nothing_while_somebody_can_still_write() {
     let (pool, files) = (pool(Mode::Safe), Files::new());
     let writer = files.writable("image");
     let image = files.readable("image");
-    let e = pool.check_image(CheckJob { image, tree: false, require_no_writers: true }).await.unwrap_err();
+    let e = pool
+        .check_image(CheckJob { image, tree: false, require_no_writers: true, owners: IdMaps::default() })
+        .await
+        .unwrap_err();
     assert!(matches!(e, SvmError::StillWritable(_)), "{e}");
     drop(writer);
     let image = files.readable("image");
-    pool.check_image(CheckJob { image, tree: false, require_no_writers: true }).await.unwrap();
+    pool.check_image(CheckJob { image, tree: false, require_no_writers: true, owners: IdMaps::default() })
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -218,7 +230,9 @@ async fn fault_4_a_read_only_disk_stays_read_only_even_from_a_writable_file() {
     let mut image = files.writable("image");
     image.access = lcow_graphdriver::svm::Access::ReadOnly;
     // The test codec's check tries to write.
-    pool.check_image(CheckJob { image, tree: false, require_no_writers: false }).await.unwrap();
+    pool.check_image(CheckJob { image, tree: false, require_no_writers: false, owners: IdMaps::default() })
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

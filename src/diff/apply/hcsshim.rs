@@ -226,10 +226,9 @@ impl<W: WriteAt> Target for HcsshimLayer<'_, W> {
             return Err(self.context.limit("bytes of a name", self.options.max_path_bytes as u64));
         }
         // The bytes are the tool's: no id is mapped, the host's root included.
-        for (what, maps, id) in [
-            ("owner", &self.options.uid_map, entry.uid),
-            ("group", &self.options.gid_map, entry.gid),
-        ] {
+        for (what, maps, id) in
+            [("owner", &self.options.uid_map, entry.uid), ("group", &self.options.gid_map, entry.gid)]
+        {
             if !owner::is_inside(maps, id) {
                 return Err(self.context.refuse(format!("{what} {id} {}", owner::outside(maps))));
             }

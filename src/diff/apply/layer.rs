@@ -98,7 +98,7 @@ pub(super) struct Layer<'o, W> {
 }
 
 impl<'o, W: WriteAt> Layer<'o, W> {
-    pub(super) fn new(writer: ImageWriter<W>, options: &'o ApplyOptions) -> Result<Self, DiffError> {
+    pub(super) fn new(writer: ImageWriter<W>, options: &'o ApplyOptions) -> Self {
         let mut layer = Self {
             writer,
             options,
@@ -110,7 +110,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
             removed: false,
         };
         layer.writer.set_attributes(layer.writer.root(), implied());
-        Ok(layer)
+        layer
     }
 
     pub(super) fn limit(&self, what: &'static str, limit: u64) -> DiffError {
@@ -383,7 +383,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         }
         for x in entry.xattrs.drain(..) {
             match kernel::xattr(kind, &x.name, &x.value) {
-                Ruling::Drop(_) => continue,
+                Ruling::Drop(_) => {}
                 Ruling::Refuse(errno, why) => {
                     return Err(self.context.refuse(format!(
                         "linux refuses its attribute \"{}\" ({}: {why}), so no file in a container can have it; the \
@@ -458,9 +458,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
     pub(super) fn find(&self, parts: &[&[u8]]) -> Found {
         let Some((last, parents)) = parts.split_last() else { return Found::Node(self.writer.root()) };
         let mut walk = Walk::new(self.writer.root(), parents);
-        let root = self.writer.root();
-        let missing =
-            |dir: NodeId| if dir != root && self.is_opaque(dir) { Found::Hidden } else { Found::Missing };
+        let missing = |dir: NodeId| if self.is_opaque(dir) { Found::Hidden } else { Found::Missing };
         let mut opaque_above = false;
         while let Some(part) = walk.next_part() {
             if *part == *b".." {

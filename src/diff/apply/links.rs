@@ -73,12 +73,7 @@ impl Links {
 
 impl<W: WriteAt> Layer<'_, W> {
     /// A hard link entry.
-    pub(super) fn hard_link(
-        &mut self,
-        dir: NodeId,
-        last: &[u8],
-        entry: &mut Entry,
-    ) -> Result<(), DiffError> {
+    pub(super) fn hard_link(&mut self, dir: NodeId, last: &[u8], entry: &mut Entry) -> Result<(), DiffError> {
         let target = std::mem::take(&mut entry.link);
         let mut parts = Vec::new();
         self.split_target(&target, &mut parts)?;

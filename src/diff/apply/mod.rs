@@ -213,7 +213,7 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
                 // The tar's digest stands for the data: they need not be summed a second time.
                 settings.uuid = UuidSource::FromSource;
             }
-            let layer = Layer::new(ImageWriter::new(&image, settings)?, options)?;
+            let layer = Layer::new(ImageWriter::new(&image, settings)?, options);
             run(input, &image, record, layer, lowers, options)
         }
         Profile::Hcsshim(profile) => {

@@ -4,6 +4,14 @@
 //! as an owner whom nobody, the container's root included, can change (`EOVERFLOW`, `EACCES`): such a layer is refused
 //! at the door, as moby refuses it. Called by `layer` and, for layers that are there already, by the check of an image.
 
+use super::kernel;
+use crate::{
+    diff::DiffError,
+    ext4::{Ext4, FileKind, Inode},
+    io::ReadAt,
+};
+use std::collections::HashSet;
+
 /// A range of ids that containers have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IdMap {
@@ -42,6 +50,59 @@ pub fn outside(maps: &[IdMap]) -> String {
          give --userns-remap a larger range in /etc/subuid and /etc/subgid, or make the layer with other owners",
         ranges.join(", ")
     )
+}
+
+/// Looks at all owners of a layer that is there already, those inside of xattrs included.
+///
+/// # Errors
+/// [`DiffError::Unsupported`] names the first path, its id and the ranges.
+pub fn check_image<R: ReadAt>(fs: &Ext4<R>, uids: &[IdMap], gids: &[IdMap]) -> Result<(), DiffError> {
+    if uids.is_empty() && gids.is_empty() {
+        return Ok(());
+    }
+    let root = fs.inode(fs.root())?;
+    check_node(fs, &root, b"/", uids, gids)?;
+    let mut seen = HashSet::from([root.ino]);
+    let mut folders = vec![(root, Vec::new())];
+    while let Some((dir, path)) = folders.pop() {
+        for entry in fs.read_dir(&dir)? {
+            if !seen.insert(entry.ino) {
+                continue;
+            }
+            let inode = fs.inode(entry.ino)?;
+            let path = [&path[..], b"/", &entry.name].concat();
+            check_node(fs, &inode, &path, uids, gids)?;
+            if inode.kind == FileKind::Directory {
+                folders.push((inode, path));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_node<R: ReadAt>(
+    fs: &Ext4<R>,
+    inode: &Inode,
+    path: &[u8],
+    uids: &[IdMap],
+    gids: &[IdMap],
+) -> Result<(), DiffError> {
+    let mut ids = vec![("owner", uids, inode.uid), ("group", gids, inode.gid)];
+    for x in fs.xattrs(inode)? {
+        let named = kernel::acl_ids(&x.name, &x.value).into_iter();
+        let named = named.chain(kernel::capability_root(&x.name, &x.value).map(|id| (true, id)));
+        ids.extend(named.map(|(user, id)| if user { ("user", uids, id) } else { ("group", gids, id) }));
+    }
+    for (what, maps, id) in ids {
+        if !is_inside(maps, id) {
+            let path = super::name::shown(path);
+            return Err(DiffError::Unsupported {
+                what: "a layer under userns-remap",
+                reason: format!("\"{path}\": {what} {id} {}", outside(maps)),
+            });
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -407,7 +407,8 @@ pub(super) async fn check(lease: &Lease, job: &CheckJob) -> Result<CheckSummary,
     let run = async {
         let mut attached = Attached::default();
         let image = lease.attach(&mut attached, &job.image).await?;
-        let (_sender, mut receiver) = lease.begin(&Operation::Check { image, tree: job.tree }).await?;
+        let operation = |image| Operation::Check { image, tree: job.tree, owners: job.owners.clone() };
+        let (_sender, mut receiver) = lease.begin(&operation(image)).await?;
         receiver.result().await
     };
     lease.judge(run.await)

@@ -486,6 +486,34 @@ fn ends_of_archives() {
 }
 
 #[test]
+fn a_stream_that_fails_tells_where() {
+    /// Gives some bytes, then fails.
+    struct Failing<'a>(&'a [u8]);
+    impl std::io::Read for Failing<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+            if self.0.is_empty() {
+                return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "no gzip header"));
+            }
+            let most = buf.len().min(1000);
+            std::io::Read::read(&mut self.0, &mut buf[..most])
+        }
+    }
+    let tar = Builder::default().entry("a", b'0', &[7; 5000]).end();
+    for cut in [0, 1000, 5000] {
+        let mut reader = TarReader::new(Failing(&tar[..cut]));
+        let error = loop {
+            match reader.next_event() {
+                Ok(event) => assert_ne!(event, Event::End),
+                Err(e) => break e,
+            }
+        };
+        let TarError::Io { offset, source } = error else { panic!("{error}") };
+        assert_eq!((offset, source.kind()), (cut as u64, std::io::ErrorKind::InvalidData));
+        assert_eq!(source.to_string(), "no gzip header");
+    }
+}
+
+#[test]
 fn trailing_bytes_are_counted() {
     let tar = [Builder::default().end(), vec![7; 1000]].concat();
     let mut reader = TarReader::new(&tar[..]);
