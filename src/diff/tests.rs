@@ -180,7 +180,7 @@ fn a_whole_tree_comes_back_exactly_through_gnu_tar() {
         setfattr -n user.huge -v 0x$(head -c 3000 /dev/urandom | xxd -p | tr -d '\n') a/new
         setfacl -m u:1234:rwx,g:77:r a/big; setfacl -d -m u:99:rx a
         touch "$(printf 'n%.0s' {1..200})" "$(printf 'ü%.0s' {1..60})" $'bad\xff\xfename' $'new\nline' "sp ace"
-        truncate -s 3M sparse; printf data | dd of=sparse bs=1 seek=2000000 conv=notrunc status=none
+        truncate -s 40M sparse; printf data | dd of=sparse bs=1 seek=2000000 conv=notrunc status=none
         truncate -s 1M hole; head -c 8192 /dev/zero > zeros
         fallocate -l 200000 unwritten; mkdir many; cd many; for i in {1..3000}; do echo $i > f$i; done
         "#,

@@ -64,6 +64,7 @@ pub(super) struct Item {
 }
 
 /// All reported paths, parents before children, names in bytewise order.
+#[expect(clippy::struct_field_names, reason = "its items are what it is for")]
 #[derive(Debug, Default)]
 pub(super) struct Items {
     names: Vec<u8>,

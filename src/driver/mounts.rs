@@ -340,6 +340,11 @@ impl Mounts {
                 if let Some(uses) = state.disks.get_mut(&member.layer.id) {
                     *uses += 1;
                     disks.push(member.layer.id.clone());
+                    // As at its Get: a view holds nothing below a layer that hides all.
+                    let place = self.layout.mount_point(&member.layer.id);
+                    if member.meta.state == LayerState::Applied && is_opaque(&place).unwrap_or(false) {
+                        break;
+                    }
                 }
             }
             tracing::info!(%id, "found a mounted view of an earlier process; it counts as held once");

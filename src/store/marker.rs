@@ -99,11 +99,12 @@ impl Marker {
         Ok(())
     }
 
-    /// Version of the canonical tar of a layer that notes none and was created then (seconds since 1970).
-    pub fn canonical_version_of(&self, created: u64) -> u32 {
+    /// Version of the canonical tar of a layer that notes none and was created then (seconds since 1970), or by this very
+    /// process.
+    pub fn canonical_version_of(&self, created: u64, made_here: bool) -> u32 {
         /// Versions of release 1 and of this one.
         const VERSIONS: [u32; 2] = [1, 2];
-        VERSIONS[usize::from(self.release_2_since.is_some_and(|since| created > since))]
+        VERSIONS[usize::from(made_here || self.release_2_since.is_some_and(|since| created > since))]
     }
 
     /// Writes the marker.

@@ -405,7 +405,7 @@ mod tests {
         );
         assert!(
             two.starts_with(
-                b"49 LIBARCHIVE.xattr.user.a%3Db%20%C3%A9%25=AAr/PQ\n27 SCHILY.xattr.user.c%3Dd=1\n"
+                b"50 LIBARCHIVE.xattr.user.a%3Db%20%C3%A9%25=AAr/PQ\n29 SCHILY.xattr.user.c%3Dd=1\n"
             ),
             "{}",
             two.escape_ascii()

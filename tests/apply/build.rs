@@ -96,6 +96,11 @@ impl Tar {
         self.header(b"pax", flag, MODE, b"", (0, 0), data.len()).data(&data)
     }
 
+    /// The type of the last entry, if it has no data.
+    pub(crate) fn last_flag(&self) -> u8 {
+        self.0.len().checked_sub(512).map_or(0, |at| self.0[at + 156])
+    }
+
     /// A file that only claims its size.
     pub(crate) fn claims(self, name: &str, size: usize) -> Self {
         self.header(name.as_bytes(), b'0', MODE, b"", (0, 0), size)

@@ -124,11 +124,16 @@ static XATTRS: &[Rule] = &[
     },
     Rule {
         fits: |a| a.name.starts_with(OVERLAY_PREFIX),
-        // The one attribute that Linux takes and we do not: overlayfs would follow what a tar says.
+        // Linux takes it.
         ruling: Ruling::Drop("overlayfs would follow it"),
     },
     Rule {
-        fits: |a| a.name == CAPABILITY && !a.value.is_empty() && !is_capability(a.value),
+        fits: |a| a.name == CAPABILITY && a.value.is_empty(),
+        // setxattr(2) takes it, and then every chown(2) of the file fails.
+        ruling: Ruling::Drop("EINVAL for whoever reads it"),
+    },
+    Rule {
+        fits: |a| a.name == CAPABILITY && !is_capability(a.value),
         ruling: Ruling::Refuse(Errno::Inval, "it is no file capability (of revision 2 or 3)"),
     },
     Rule {
@@ -264,7 +269,8 @@ fn acl_version(value: &[u8]) -> Option<u32> {
     u32_at(value, 0)
 }
 
-/// The entries of an ACL as setxattr(2) takes it, where it is well formed: whole entries of known tags.
+/// The entries of an ACL as setxattr(2) takes it, where it is well formed: whole entries of known tags and of ids that
+/// can be.
 fn acl_entries(value: &[u8]) -> Option<impl Iterator<Item = AclEntry> + '_> {
     let (entries, rest) = value.get(ACL_HEADER..)?.as_chunks::<ACL_ENTRY>();
     let parse = |e: &[u8; ACL_ENTRY]| AclEntry {
@@ -272,11 +278,14 @@ fn acl_entries(value: &[u8]) -> Option<impl Iterator<Item = AclEntry> + '_> {
         permissions: u16::from_le_bytes([e[2], e[3]]),
         id: u32::from_le_bytes([e[4], e[5], e[6], e[7]]),
     };
-    let known = |e| matches!(parse(e).tag, USER_OBJ | USER | GROUP_OBJ | GROUP | MASK | OTHER);
+    let known = |e: &[u8; ACL_ENTRY]| match parse(e) {
+        AclEntry { tag: USER | GROUP, id, .. } => id != NO_ID,
+        AclEntry { tag, .. } => matches!(tag, USER_OBJ | GROUP_OBJ | MASK | OTHER),
+    };
     (rest.is_empty() && entries.iter().all(known)).then(|| entries.iter().map(parse))
 }
 
-/// Whether the entries are in their order, all there, and of ids that can be (`posix_acl_valid`).
+/// Whether the entries are in their order and all there (`posix_acl_valid`).
 fn is_valid_acl(value: &[u8]) -> bool {
     /// What may come next: the tag of the last section begun.
     const DONE: u16 = 0;
@@ -288,7 +297,7 @@ fn is_valid_acl(value: &[u8]) -> bool {
         }
         section = match (e.tag, section) {
             (USER_OBJ, USER_OBJ) => USER,
-            (USER, USER) | (GROUP, GROUP) if e.id != NO_ID => {
+            (USER, USER) | (GROUP, GROUP) => {
                 named = true;
                 section
             }

@@ -88,8 +88,8 @@ fn applied(tar: &[u8], name: &[u8]) -> (Vec<crate::ext4::Xattr>, u64) {
 fn apply_takes_what_both_versions_write_and_attributes_keep_their_names() {
     let mut stack = sparse_files();
     stack.layer(
-        r"touch odd; for name in 'a=b' '=' 'c%3Dd' 'e%=f' 'sp ace' $'new\nline' ü '%25'; do
-              setfattr -n user.$name -v 0x00ff0a3d odd; done",
+        r#"touch odd; for name in 'a=b' '=' 'c%3Dd' 'e%=f' 'sp ace' $'new\nline' ü '%25'; do
+              setfattr -n "user.$name" -v 0x00ff0a3d odd; done"#,
     );
     let names = |xattrs: &[crate::ext4::Xattr]| {
         xattrs.iter().map(|x| String::from_utf8(x.name.clone()).unwrap()).collect::<Vec<_>>()

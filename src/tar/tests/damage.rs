@@ -42,8 +42,8 @@ fn bad_archives_name_entry_and_place() {
             "bad size",
         ),
         (
-            "uid past 2^32",
-            first().odd(header(b"a", b'0', 0), &[(108, b"\x80\0\0\x01\0\0\0\0")]).end(),
+            "uid that is no number",
+            first().odd(header(b"a", b'0', 0), &[(108, b"000x750\0")]).end(),
             "bad owner",
         ),
         ("pax bomb", first().block(&huge(1 << 40)).end(), "extended header"),
@@ -51,7 +51,6 @@ fn bad_archives_name_entry_and_place() {
         ("pax syntax", first().entry("p", b'x', b"99 path=a\n").entry("a", b'0', b"").end(), "pax header"),
         ("pax without entry", first().pax(b'x', &[("path", b"a")]).end(), "without its entry"),
         ("long name without entry", first().entry("p", b'L', b"abc\0").end(), "without its entry"),
-        ("sparse without size", sparse(&[("GNU.sparse.map", b"0,1")], b"x"), "real size"),
         (
             "sparse past its size",
             sparse(&[("GNU.sparse.size", b"3"), ("GNU.sparse.map", b"3,1")], b"x"),

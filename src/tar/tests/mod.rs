@@ -266,7 +266,7 @@ fn extended_headers_hold_for_one_entry_and_global_ones_for_none() {
         (e[0].mtime, e[0].atime, e[0].ctime),
         (time(-2, 750_000_000), Some(time(7, 0)), Some(time(8, 1)))
     );
-    assert_eq!((e[0].uid, e[0].gid), (3_000_000, 4_000_000_000));
+    assert_eq!((e[0].uid, e[0].gid), (1000, 4_000_000_000));
     let plain = time(0o14_000_000_000, 0);
     assert_eq!((e[1].mtime, e[1].uid, e[1].gid, e[1].atime), (plain, 1000, 100, None));
     assert_eq!((&e[2].path[..], e[2].mtime, e[2].uid), (&b"c"[..], plain, 1000));
