@@ -96,6 +96,22 @@ pub const SPECS: &[OptionSpec] = &[
         show: |o| o.svm.to_string(),
     },
     OptionSpec {
+        name: "lcow.jail",
+        default: "auto",
+        accepts: "strict, best-effort or auto (strict as root, else best-effort)",
+        help: "Whether a worker process starts although a wall of its jail is missing. strict asks for the system-call filter, no_new_privs, a user that owns nothing, no capability, closed descriptors, limits, and no path: Landlock, or an empty root. Of no effect on virtual machines and on Windows.",
+        set: |o, v| {
+            o.jail = match v {
+                "auto" => JailKind::Auto,
+                "strict" => JailKind::Strict,
+                "best-effort" => JailKind::BestEffort,
+                _ => return None,
+            };
+            Some(())
+        },
+        show: |o| o.jail.to_string(),
+    },
+    OptionSpec {
         name: "lcow.kirdpath",
         default: if cfg!(windows) {
             r"C:\Program Files\Linux Containers"
@@ -301,6 +317,17 @@ pub enum SvmKind {
     Hcs,
 }
 
+/// Whether a worker starts although a wall of its jail is missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JailKind {
+    /// Strict as root.
+    Auto,
+    /// It does not.
+    Strict,
+    /// It does, as long as the least of walls stands.
+    BestEffort,
+}
+
 /// How a virtual machine's instructions run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Acceleration {
@@ -356,6 +383,7 @@ show_as!(SvmKind: Embedded = "embedded", Qemu = "qemu");
 show_as!(SvmKind: Embedded = "embedded", Hcs = "hcs");
 #[cfg(not(any(target_os = "linux", windows)))]
 show_as!(SvmKind: Embedded = "embedded");
+show_as!(JailKind: Auto = "auto", Strict = "strict", BestEffort = "best-effort");
 show_as!(Acceleration: Auto = "auto", Kvm = "kvm", Tcg = "tcg");
 show_as!(MountKind: Overlay = "overlay", None = "none");
 show_as!(LayoutProfile: Default = "default", Hcsshim = "hcsshim");
@@ -370,6 +398,8 @@ pub struct Options {
     pub sandbox_bytes: u64,
     /// `lcow.svm`
     pub svm: SvmKind,
+    /// `lcow.jail`
+    pub jail: JailKind,
     /// `lcow.kirdpath`
     pub kird_path: PathBuf,
     /// `lcow.kernel`, relative to `kird_path`
@@ -414,6 +444,7 @@ impl Default for Options {
             global_mode: false,
             sandbox_bytes: DEFAULT_SANDBOX_BYTES,
             svm: SvmKind::Embedded,
+            jail: JailKind::Auto,
             kird_path: PathBuf::new(),
             kernel: PathBuf::new(),
             initrd: PathBuf::new(),

@@ -62,8 +62,10 @@ const RUNTIME_CRATES: &[&str] = &["tokio", "axum", "hyper", "hyper_util", "tower
 const MAX_LINES: usize = 800;
 
 /// Unsafe code outside of `sys`, below the package's folder, and why it can't be there.
-const UNSAFE_ELSEWHERE: &[(&str, &str)] =
-    &[("tests/computecore_double/lib.rs", "a test double of a DLL: its exports take and give raw pointers")];
+const UNSAFE_ELSEWHERE: &[(&str, &str)] = &[
+    ("tests/computecore_double/lib.rs", "a test double of a DLL: its exports take and give raw pointers"),
+    ("fuzz/fuzz_targets/bound/mod.rs", "an allocator that counts: the trait has no other form"),
+];
 
 /// The files of the program, by their paths below `src`.
 fn sources() -> Vec<(PathBuf, String)> {
@@ -291,4 +293,27 @@ fn every_test_that_the_table_of_faults_names_is_there() {
     };
     let missing: Vec<_> = named.iter().filter(|name| !there(name)).collect();
     assert!(missing.is_empty(), "docs/faults.md names tests that are not there: {missing:?}");
+}
+
+/// Who may say that a thread belongs to no runtime ([`DiskThread::here`]): file work of the store is for threads that
+/// may wait, and a runtime's may not.
+const MAY_WAIT: &[(&str, &str)] = &[
+    ("store/thread.rs", "what says it"),
+    ("store/tests.rs", "tests of functions that block"),
+    ("cli/store.rs", "commands that do one thing"),
+    ("driver/home.rs", "the thread that deletes debris"),
+    ("driver/mod.rs", "a start before the first request, and commands"),
+];
+
+#[test]
+fn only_threads_that_may_wait_work_on_the_stores_files() {
+    let said: Vec<String> = sources()
+        .into_iter()
+        .filter(|(_, text)| text.contains("DiskThread::here()") || text.contains("fn here()"))
+        .map(|(path, _)| path.to_string_lossy().replace('\\', "/"))
+        .collect();
+    let known: Vec<&str> = MAY_WAIT.iter().map(|(path, _)| *path).collect();
+    let others: Vec<_> = said.iter().filter(|path| !known.contains(&path.as_str())).collect();
+    assert!(others.is_empty(), "{others:?} may not say that their threads may wait for a disk");
+    assert_eq!(said.len(), known.len(), "a row of the table is not needed any more: {said:?}");
 }

@@ -570,6 +570,90 @@ fn an_image_is_mounted_on_a_folder() {
 }
 
 #[test]
+fn a_sandbox_is_mounted_only_if_it_is_asked_for() {
+    struct Mount(String);
+    impl Drop for Mount {
+        fn drop(&mut self) {
+            let _ = Command::new("umount").arg(&self.0).status();
+        }
+    }
+    let scene = Scene::new();
+    let (tree, image, at) = (scene.path("sandbox"), scene.text("s.img"), scene.text("at"));
+    for folder in ["sandbox/upper", "sandbox/work", "at"] {
+        fs::create_dir_all(scene.path(folder)).unwrap();
+    }
+    fs::write(tree.join("upper/file"), "what a container wrote").unwrap();
+    let make = |options: &[&str]| {
+        let made = run(Command::new("mke2fs")
+            .args(["-q", "-F", "-t", "ext4", "-d"])
+            .arg(&tree)
+            .args(options)
+            .args([&image, "32M"]));
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    };
+    make(&[]);
+    let before = fs::read(&image).unwrap();
+    assert!(fails(&["mount", &image, &at]).contains("--sandbox"));
+    ok(&["mount", "--sandbox", &image, &at]);
+    let mounted = Mount(at.clone());
+    assert_eq!(fs::read(scene.path("at/upper/file")).unwrap(), b"what a container wrote");
+    assert_eq!(
+        fs::write(scene.path("at/new"), "").unwrap_err().kind(),
+        std::io::ErrorKind::ReadOnlyFilesystem
+    );
+    drop(mounted);
+    assert!(fs::read(&image).unwrap() == before, "a mount without --write wrote");
+    // A journal to replay: nothing is, without --write.
+    let dirty = run(Command::new("debugfs").args(["-w", "-R", "feature needs_recovery", &image]));
+    assert!(dirty.status.success());
+    let before = fs::read(&image).unwrap();
+    assert!(fails(&["mount", "--sandbox", &image, &at]).contains("--write"));
+    assert!(fs::read(&image).unwrap() == before, "a refusal wrote");
+    ok(&["mount", "--write", &image, &at]);
+    let mounted = Mount(at.clone());
+    fs::write(scene.path("at/upper/new"), "").unwrap();
+    drop(mounted);
+    // What costs the kernel much for each group.
+    make(&["-b", "1024", "-g", "256"]);
+    assert!(fails(&["mount", "--write", &image, &at]).contains("groups"));
+    // An applied image is none.
+    scene.pack(&scene.tar("in.tar", &[]), "a.vhd");
+    assert!(fails(&["mount", "--sandbox", &scene.text("a.vhd"), &at]).contains("applied layer"));
+}
+
+#[test]
+fn bytes_beside_the_file_system_are_not_believed() {
+    let scene = Scene::new();
+    scene.pack(&scene.tar("in.tar", &[]), "a.vhd");
+    let good = fs::read(scene.path("a.vhd")).unwrap();
+    let image = scene.text("a.vhd");
+    ok(&["verify", &image]);
+    // A qcow2's first bytes in the boot block; a footer's fields; one that tells of a smaller disk.
+    for (at, bytes) in
+        [(0, &b"QFI\xfb"[..]), (1000, b"x"), (good.len() - 512 + 24, b"x"), (good.len() - 512 + 100, b"x")]
+    {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        let footer = bad.len() - 512;
+        // Its checksum is right.
+        bad[footer + 64..footer + 68].fill(0);
+        let sum = !bad[footer..].iter().map(|b| u32::from(*b)).sum::<u32>();
+        bad[footer + 64..footer + 68].copy_from_slice(&sum.to_be_bytes());
+        fs::write(&image, bad).unwrap();
+        fails(&["verify", &image]);
+    }
+    // Between the file system and the footer.
+    let mut bad = good.clone();
+    let footer = bad.split_off(good.len() - 512);
+    bad.extend([0x5A; 512]);
+    bad.extend(footer);
+    fs::write(&image, bad).unwrap();
+    fails(&["verify", &image]);
+    fs::write(&image, &good).unwrap();
+    ok(&["verify", &image]);
+}
+
+#[test]
 fn the_profile_hcsshim_has_the_root_hashes_of_tar2ext4() {
     let scene = Scene::new();
     let empty = scene.path("empty.tar");

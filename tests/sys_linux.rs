@@ -3,6 +3,7 @@
 
 use lcow_graphdriver::sys::linux::{
     byhandle::{self, Name, Tree},
+    freeze,
     idmap::{self, IdMapping},
     loopdev::{self, LoopDevice, LoopSpec},
     mount::{self, Ext4Options},
@@ -65,7 +66,7 @@ impl Scene {
 impl Drop for Scene {
     fn drop(&mut self) {
         for target in self.mounts.iter().rev() {
-            let _ = mount::thaw(target);
+            let _ = freeze::thaw(target);
             let _ = mount::umount(target, true);
         }
     }
@@ -201,8 +202,8 @@ fn ext4_mounts_show_up_in_the_table_freeze_and_thaw() {
     assert!(mount::space(&target).unwrap().available > 1 << 20);
     fs::write(target.join("before"), "x").unwrap();
     mount::syncfs(&target).unwrap();
-    let frozen = mount::freeze(&target).unwrap();
-    assert_eq!(mount::freeze(&target).unwrap_err().raw_os_error(), Some(16), "EBUSY: frozen once only");
+    let frozen = freeze::freeze(&target).unwrap();
+    assert_eq!(freeze::freeze(&target).unwrap_err().raw_os_error(), Some(16), "EBUSY: frozen once only");
     let (sender, done) = mpsc::channel();
     let blocked = target.join("blocked");
     let writer = std::thread::spawn(move || {
@@ -211,14 +212,15 @@ fn ext4_mounts_show_up_in_the_table_freeze_and_thaw() {
     });
     assert!(done.recv_timeout(Duration::from_millis(200)).is_err(), "a frozen file system takes no writes");
     frozen.thaw().unwrap();
+    drop(frozen);
     done.recv_timeout(Duration::from_secs(10)).unwrap();
     writer.join().unwrap();
-    drop(mount::freeze(&target).unwrap());
+    drop(freeze::freeze(&target).unwrap());
     fs::write(target.join("after"), "z").unwrap();
     // Whoever froze it is gone: what start-up repair meets.
     assert!(Command::new("fsfreeze").arg("-f").arg(&target).status().unwrap().success());
-    mount::thaw(&target).unwrap();
-    mount::thaw(&target).unwrap();
+    freeze::thaw(&target).unwrap();
+    freeze::thaw(&target).unwrap();
     fs::write(target.join("repaired"), "z").unwrap();
     mount::make_private(&target).unwrap();
     mount::make_shared(&target).unwrap();

@@ -5,6 +5,7 @@
 //! ```
 #![no_main]
 
+use bound::{Counted, Limit};
 use lcow_graphdriver::{
     diff::{
         apply::{ApplyOptions, NoLowers, apply},
@@ -15,6 +16,13 @@ use lcow_graphdriver::{
 };
 use libfuzzer_sys::fuzz_target;
 use std::sync::LazyLock;
+
+mod bound;
+
+/// A record names bytes of the image again and again, some kilobytes with some bytes; it can't give more than the size
+/// that it says, nor more than it has instructions for.
+const LIMIT: Limit =
+    Limit { held: (16 << 20, 256), asked: (32 << 20, 65536), disk: (16 << 20, 65536), steps: (64 << 10, 64) };
 
 struct Sample {
     tar: Vec<u8>,
@@ -32,6 +40,11 @@ static SAMPLE: LazyLock<Sample> = LazyLock::new(|| {
 });
 
 fuzz_target!(|input: &[u8]| {
+    LazyLock::force(&SAMPLE);
+    LIMIT.hold(input.len(), || one(input));
+});
+
+fn one(input: &[u8]) {
     let sample = &*SAMPLE;
     let record = match input.split_first() {
         Some((0, record)) => record.to_vec(),
@@ -47,9 +60,9 @@ fuzz_target!(|input: &[u8]| {
     };
     let sound = record == sample.record;
     let mut back = Vec::new();
-    match record::replay(&sample.image, MemDisk::from(record), &mut back) {
+    match record::replay(Counted(&sample.image), Counted(MemDisk::from(record)), &mut back) {
         // Whatever a record says, its digest holds it to the tar that it says it is of.
         Ok(summary) => assert!(back.len() as u64 == summary.tar_bytes && (!sound || back == sample.tar)),
         Err(error) => assert!(!sound, "{error}"),
     }
-});
+}

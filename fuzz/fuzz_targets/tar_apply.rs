@@ -1,6 +1,7 @@
 //! Any bytes as a tar: an error, or an image that is sound and gives the same bytes back.
 #![no_main]
 
+use bound::{Counted, Limit};
 use lcow_graphdriver::{
     diff::{
         LayerKind, LayerSource, NoHooks,
@@ -12,12 +13,25 @@ use lcow_graphdriver::{
 };
 use libfuzzer_sys::fuzz_target;
 
+mod bound;
+
 /// Larger images (sparse files of terabytes cost the writer nothing) would only fill the fuzzer's memory.
 const MAX_IMAGE: u64 = 16 << 20;
 
-fuzz_target!(|tar: &[u8]| {
-    let image = MemDisk::new();
-    let exact = MemDisk::new();
+/// The image may be as large as its bound whatever the tar: sparse files and deep names. It is written, checked, hashed and
+/// exported.
+const LIMIT: Limit = Limit {
+    held: (12 * MAX_IMAGE, 64),
+    asked: (64 * MAX_IMAGE, 4096),
+    disk: (32 * MAX_IMAGE, 1024),
+    steps: (4 << 20, 1024),
+};
+
+fuzz_target!(|tar: &[u8]| LIMIT.hold(tar.len(), || one(tar)));
+
+fn one(tar: &[u8]) {
+    let image = Counted(MemDisk::new());
+    let exact = Counted(MemDisk::new());
     let mut options =
         ApplyOptions::new(WriterOptions { max_image_bytes: MAX_IMAGE, ..WriterOptions::default() });
     if tar.len().is_multiple_of(2) {
@@ -32,4 +46,4 @@ fuzz_target!(|tar: &[u8]| {
     check::check(&disk, check::CheckLimits::default()).expect("an applied image");
     let layers = [LayerSource::new(&disk, LayerKind::Applied)];
     export(&layers, None, &Default::default(), &mut NoHooks, &mut std::io::sink()).expect("a canonical diff");
-});
+}

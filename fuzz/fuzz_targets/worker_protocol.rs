@@ -2,10 +2,13 @@
 //! And any bytes as what a daemon says to the agent at the end of a link.
 //!
 //! ```text
-//!   input:  operation (0–4: daemon's side; 5: agent's side) │ bytes of the channel
+//!   input:  operation (0–4: daemon's side; 5: agent's side; 6: a guest's link) │ bytes of the channel
 //! ```
+//!
+//! A guest's link is a greeting and then the bytes, over and over, by a peer that reads nothing.
 #![no_main]
 
+use bound::Limit;
 use futures_util::{StreamExt, future::BoxFuture};
 use lcow_graphdriver::{
     agent::{
@@ -18,6 +21,7 @@ use lcow_graphdriver::{
         Access, ApplyJob, BackendLimits, Channel, CheckJob, CompareJob, Death, DiskSource, ExportJob,
         ExportKind, LayerDisk, LayerKind, ParentDisks, ServiceVm, SvmError, VmBackend, VmSpec,
         pool::{Pool, PoolConfig, Purpose},
+        remote::RemoteAgent,
     },
 };
 use libfuzzer_sys::fuzz_target;
@@ -27,7 +31,19 @@ use std::{
     sync::{Arc, LazyLock, Mutex},
     time::Duration,
 };
-use tokio::{io::AsyncWriteExt, runtime::Runtime, sync::watch};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    runtime::Runtime,
+    sync::watch,
+};
+
+mod bound;
+
+/// The pool's and the agent's own, once; frames of a megabyte at most; and the link's queue and inboxes.
+const LIMIT: Limit =
+    Limit { held: (24 << 20, 64), asked: (96 << 20, 4096), disk: (0, 0), steps: (1 << 16, 64) };
+/// Bytes that a guest's link is flooded with.
+const FLOOD: usize = 4 << 20;
 
 /// What the next channel says.
 static SAID: Mutex<Vec<u8>> = Mutex::new(Vec::new());
@@ -201,13 +217,80 @@ fn agent_side(said: &[u8]) {
         .expect("garbage costs a session, not the agent");
 }
 
+/// A guest that greets well, then says `said` over and over and reads nothing, while the daemon writes and reads.
+async fn guest_side(said: &[u8]) {
+    if said.is_empty() {
+        return;
+    }
+    let (ours, theirs) = tokio::io::duplex(64 << 10);
+    let (mut listen, mut speak) = tokio::io::split(theirs);
+    let (input, output) = tokio::io::split(ours);
+    let greet = async {
+        let mut head = [0; frame::SYNC.len() + frame::HEADER_LEN + wire::HEADER_LEN];
+        listen.read_exact(&mut head).await?;
+        let len = u32::from_le_bytes(head[frame::SYNC.len()..][..4].try_into().expect("four bytes"));
+        let mut wake = vec![0; len as usize - wire::HEADER_LEN];
+        listen.read_exact(&mut wake).await?;
+        let wake: wire::Wake = serde_json::from_slice(&wake)?;
+        let hello = wire::Hello {
+            version: wire::PROTOCOL_VERSION,
+            jail: JailReport::default(),
+            nonce: wake.nonce,
+            transfer: false,
+            witness: None,
+        };
+        let mut message = Vec::new();
+        wire::write_json(&mut message, wire::FrameType::Hello, &hello)?;
+        // Yes to the first request that there will be, before it is made: nothing is read any more.
+        let reply = wire::ControlReply { seq: 1, error: None, witness: None };
+        wire::write_json(&mut message, wire::FrameType::Reply, &reply)?;
+        speak.write_all(&frame::SYNC).await?;
+        let hello_len = message.len() - {
+            let mut reply_bytes = Vec::new();
+            wire::write_json(&mut reply_bytes, wire::FrameType::Reply, &reply)?;
+            reply_bytes.len()
+        };
+        for part in [&message[..hello_len], &message[hello_len..]] {
+            speak.write_all(&frame::header(0, frame::Kind::Data, part.len())).await?;
+            speak.write_all(part).await?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    let (agent, greeted) = tokio::join!(RemoteAgent::connect(input, output, None), greet);
+    greeted.expect("the daemon greets");
+    let agent = agent.expect("a good greeting");
+    let flood = tokio::spawn({
+        let many = said.repeat((16 << 10) / said.len() + 1);
+        async move {
+            let mut sent = 0;
+            while sent < FLOOD && speak.write_all(&many).await.is_ok() {
+                sent += many.len();
+            }
+            speak
+        }
+    });
+    if let Ok(Ok(channel)) = tokio::time::timeout(Duration::from_secs(1), agent.open_channel()).await {
+        let (mut read, mut write) = tokio::io::split(channel);
+        let body = async { tokio::io::copy(&mut tokio::io::repeat(7).take(16 << 20), &mut write).await };
+        let back = async { tokio::io::copy(&mut read, &mut tokio::io::sink()).await };
+        let _ = tokio::time::timeout(Duration::from_secs(1), async { tokio::join!(body, back) }).await;
+    }
+    drop(agent);
+    drop((flood.await, listen));
+}
+
 fuzz_target!(|input: &[u8]| {
+    LazyLock::force(&RUNTIME);
+    LIMIT.hold(input.len(), || one(input));
+});
+
+fn one(input: &[u8]) {
     let Some((&operation, said)) = input.split_first() else { return };
     let mut bytes = said;
     while let Ok(Some(_)) = wire::decode_change(&mut bytes) {}
-    if operation % 6 == 5 {
-        agent_side(said);
-    } else {
-        RUNTIME.block_on(daemon_side(operation % 6, said));
+    match operation % 7 {
+        5 => agent_side(said),
+        6 => RUNTIME.block_on(guest_side(said)),
+        operation => RUNTIME.block_on(daemon_side(operation, said)),
     }
-});
+}

@@ -127,6 +127,11 @@ impl Unbuffered {
         Ok(Some(n))
     }
 
+    /// What was read is forgotten.
+    pub(super) fn forget(&self) {
+        self.lock().window.len = 0;
+    }
+
     /// Everything written is on the device.
     pub(super) fn flush(&self) -> io::Result<()> {
         self.send(&mut self.lock())

@@ -7,7 +7,7 @@
 //! The trait exists so that channels, pool and jail are tested without a codec. Called by `operation`.
 
 pub use super::real::{RealCodec, damage};
-pub use crate::diff::apply::ToldDigest;
+pub use crate::diff::{Copies, apply::ToldDigest};
 
 use super::{
     disk::OpDisk,
@@ -59,6 +59,10 @@ pub enum Parent {
 
 /// The daemon's part in reading a live sandbox.
 pub trait Live {
+    /// What is to be copied before [`Live::metadata_read`].
+    fn copies(&mut self) -> Option<Copies> {
+        None
+    }
     /// All metadata are in memory: writers may go on.
     ///
     /// # Errors
@@ -92,8 +96,15 @@ pub trait Codec: Send + Sync + 'static {
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError>;
 
-    /// Strict check of metadata; with `tree` of all bytes against the hash tree too; with `owners` of whom they are.
-    fn check(&self, image: OpDisk, tree: bool, owners: &IdMaps) -> Result<CheckSummary, WireError>;
+    /// Strict check of metadata, by the rules of that version of the writer; with `tree` of all bytes against the hash tree
+    /// too; with `owners` of whom they are.
+    fn check(
+        &self,
+        image: OpDisk,
+        tree: bool,
+        writer: u32,
+        owners: &IdMaps,
+    ) -> Result<CheckSummary, WireError>;
 
     /// image and record → the applied tar. With `digested` the daemon holds it against the digest of the summary, and
     /// need not be spared bytes that do not match it.

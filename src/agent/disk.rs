@@ -190,6 +190,22 @@ impl OpDisk {
         if self.disk.length.is_some() { self.disk.file.sync_data() } else { Ok(()) }
     }
 
+    /// Nothing that was read of a device is believed any more: others write to the disk behind it, and neither the guest's
+    /// page cache nor this operation hears of that. Files are the daemon's own: nothing to do.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn forget(&self) -> io::Result<()> {
+        if let Some(bulk) = &self.bulk {
+            bulk.forget();
+        }
+        #[cfg(target_os = "linux")]
+        if is_block_device(self.disk.file.metadata()?.file_type()) {
+            crate::sys::linux::guest::forget_cached(&self.disk.file).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
     /// How many of `len` bytes at `offset` lie in the window, and where they are in the file.
     fn place(&self, offset: u64, len: usize) -> io::Result<(u64, usize)> {
         let at = self.disk.offset.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;

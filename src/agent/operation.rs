@@ -8,11 +8,11 @@
 //! Bytes of the stream are read straight into the codec's buffer. Called by `serve`, on a thread of its own.
 
 use super::{
-    codec::{Codec, Layer, Live, Lowers, Parent, TarInput, ToldDigest},
+    codec::{Codec, Copies, Layer, Live, Lowers, Parent, TarInput, ToldDigest},
     disk::{Cancel, Disk, OpDisk},
     wire::{
-        self, Change, DATA_PAYLOAD, DiskId, ErrorKind, Event, FrameError, FrameType, HEADER_LEN, LayerKind,
-        LayerRef, Operation, ParentRef, WireError, read_frame, write_frame, write_json,
+        self, Change, CopyJob, DATA_PAYLOAD, DiskId, ErrorKind, Event, FrameError, FrameType, HEADER_LEN,
+        LayerKind, LayerRef, Operation, ParentRef, WireError, read_frame, write_frame, write_json,
     },
 };
 use crate::io::{ReadAt, StreamOut};
@@ -21,6 +21,7 @@ use std::{
     io::{self, IoSlice, Read, Write},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    time::Duration,
 };
 
 /// A data channel as the agent sees it: both directions at once, and a look at whether the daemon is still there.
@@ -158,8 +159,8 @@ impl Run<'_> {
                 }
                 json(&summary)
             }
-            Operation::Check { image, tree, owners } => {
-                json(&self.codec.check(self.disk(image)?, tree, &owners)?)
+            Operation::Check { image, tree, writer, owners } => {
+                json(&self.codec.check(self.disk(image)?, tree, writer, &owners)?)
             }
             Operation::ExportExact { image, record } => {
                 let mut out = FrameOutput::new(self.channel);
@@ -169,11 +170,13 @@ impl Run<'_> {
                 out.finish()?;
                 json(&summary)
             }
-            Operation::ExportCanonical { target, parent, format, id_maps, live } => {
+            Operation::ExportCanonical { target, parent, format, id_maps, live, copies } => {
                 let mut out = FrameOutput::new(self.channel);
-                let mut handshake = Handshake(self.channel);
-                let live = live.then_some(&mut handshake as &mut dyn Live);
+                let mut handshake = Handshake::new(self.channel);
+                handshake.copies = copies.map(|job| self.copies(job)).transpose()?;
                 let (target, parent) = (self.layers(&target)?, self.parent(&parent)?);
+                handshake.watch(&target, &parent)?;
+                let live = live.then_some(&mut handshake as &mut dyn Live);
                 let summary =
                     self.codec.export_canonical(target, parent, format, &id_maps, live, &mut out)?;
                 out.finish()?;
@@ -181,7 +184,9 @@ impl Run<'_> {
             }
             Operation::Changes { target, parent, live } => {
                 let mut out = FrameOutput::new(self.channel);
-                let mut handshake = Handshake(self.channel);
+                let mut handshake = Handshake::new(self.channel);
+                let (target, parent) = (self.layers(&target)?, self.parent(&parent)?);
+                handshake.watch(&target, &parent)?;
                 let live = live.then_some(&mut handshake as &mut dyn Live);
                 let mut one = Vec::new();
                 let mut sink = |change: &Change| {
@@ -189,14 +194,16 @@ impl Run<'_> {
                     wire::encode_change(&mut one, change);
                     out.write_all(&one).map_err(|e| sending(&e))
                 };
-                self.codec.changes(self.layers(&target)?, self.parent(&parent)?, live, &mut sink)?;
+                self.codec.changes(target, parent, live, &mut sink)?;
                 out.finish()?;
                 json(&())
             }
             Operation::DiffSize { target, parent, live } => {
-                let mut handshake = Handshake(self.channel);
+                let mut handshake = Handshake::new(self.channel);
+                let (target, parent) = (self.layers(&target)?, self.parent(&parent)?);
+                handshake.watch(&target, &parent)?;
                 let live = live.then_some(&mut handshake as &mut dyn Live);
-                json(&self.codec.diff_size(self.layers(&target)?, self.parent(&parent)?, live)?)
+                json(&self.codec.diff_size(target, parent, live)?)
             }
         }
     }
@@ -213,6 +220,16 @@ impl Run<'_> {
             return Err(WireError::new(ErrorKind::Usage, format!("disk {} is attached read-only", id.0)));
         }
         self.disk(id)
+    }
+
+    fn copies(&self, job: CopyJob) -> Result<Copies, WireError> {
+        Ok(Copies {
+            scratch: Arc::new(self.writable(job.scratch)?),
+            since: job.since,
+            changed: job.changed,
+            most_bytes: job.most_bytes,
+            most_time: Duration::from_millis(job.most_millis),
+        })
     }
 
     fn layers(&self, layers: &[LayerRef]) -> Result<Vec<Layer>, WireError> {
@@ -267,6 +284,7 @@ impl<'a> FrameInput<'a> {
         let mut head = [0; HEADER_LEN];
         Conn(self.channel).read_exact(&mut head)?;
         match wire::parse_header(head).map_err(io::Error::other)? {
+            (FrameType::Data, 0) => return Err(io::Error::other("a data frame without a byte")),
             (FrameType::Data, len) => self.left = len,
             (FrameType::End, len) if len <= MAX_DIGEST_TEXT => {
                 let mut text = vec![0; len];
@@ -373,7 +391,7 @@ impl Write for FrameOutput<'_> {
 
 impl StreamOut for FrameOutput<'_> {
     fn splice(&mut self, file: &File, offset: u64, len: u64) -> io::Result<u64> {
-        if !self.channel.sends_files() {
+        if !self.channel.sends_files() || len == 0 {
             return Ok(0);
         }
         self.flush()?;
@@ -396,7 +414,13 @@ impl StreamOut for FrameOutput<'_> {
     }
 }
 
-struct Handshake<'a>(&'a dyn AgentChannel);
+/// Asks the daemon for something, and waits until it is done.
+struct Handshake<'a> {
+    channel: &'a dyn AgentChannel,
+    copies: Option<Copies>,
+    /// Disks that others write to.
+    written: Vec<OpDisk>,
+}
 
 /// The lowers of an apply: each is lent when it is asked for.
 struct Lent<'a> {
@@ -414,16 +438,37 @@ impl Lowers for Lent<'_> {
         let kind = self.kinds.get(self.asked).copied();
         let kind = kind.ok_or_else(|| WireError::new(ErrorKind::Internal, "more lowers than there are"))?;
         self.asked += 1;
-        let answer = Handshake(self.run.channel).exchange(Event::Lower)?;
+        let answer = Handshake::new(self.run.channel).exchange(Event::Lower)?;
         let disk: DiskId = serde_json::from_slice(&answer)
             .map_err(|e| WireError::new(ErrorKind::Usage, format!("malformed Resume: {e}")))?;
         Ok(Layer { disk: self.run.disk(disk)?, kind, guest_mount: false })
     }
 }
 
-impl Handshake<'_> {
+impl<'a> Handshake<'a> {
+    fn new(channel: &'a dyn AgentChannel) -> Self {
+        Self { channel, copies: None, written: Vec::new() }
+    }
+
+    /// Knows the sandboxes among some layers, so that they are seen as they are.
+    fn watch(&mut self, target: &[Layer], parent: &Parent) -> Result<(), WireError> {
+        let below: &[Layer] = match parent {
+            Parent::Chain(layers) => layers,
+            Parent::None | Parent::Own => &[],
+        };
+        let sandboxes = target.iter().chain(below).filter(|layer| layer.kind == LayerKind::Sandbox);
+        self.written = sandboxes.map(|layer| layer.disk.clone()).collect();
+        self.forget()
+    }
+
+    /// What was read of the sandboxes before is not what they are now.
+    fn forget(&self) -> Result<(), WireError> {
+        let io = |e: io::Error| WireError::new(ErrorKind::Io, format!("a disk that others write to: {e}"));
+        self.written.iter().try_for_each(|disk| disk.forget().map_err(io))
+    }
+
     fn exchange(&mut self, event: Event) -> Result<Vec<u8>, WireError> {
-        let mut conn = Conn(self.0);
+        let mut conn = Conn(self.channel);
         write_json(&mut conn, FrameType::Event, &event).map_err(|e| sending(&e))?;
         let mut buffer = Vec::new();
         match read_frame(&mut conn, &mut buffer) {
@@ -437,12 +482,17 @@ impl Handshake<'_> {
 }
 
 impl Live for Handshake<'_> {
+    fn copies(&mut self) -> Option<Copies> {
+        self.copies.take()
+    }
+
     fn metadata_read(&mut self) -> Result<(), WireError> {
         self.exchange(Event::MetadataRead).map(drop)
     }
 
     fn before_recheck(&mut self) -> Result<(), WireError> {
-        self.exchange(Event::BeforeRecheck).map(drop)
+        self.exchange(Event::BeforeRecheck)?;
+        self.forget()
     }
 }
 

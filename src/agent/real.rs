@@ -3,7 +3,7 @@
 //! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
 
 use super::{
-    codec::{ChangeSink, Codec, Layer, Live, Lowers, Parent, TarInput},
+    codec::{ChangeSink, Codec, Copies, Layer, Live, Lowers, Parent, TarInput},
     disk::OpDisk,
     wire::{self, ErrorKind, WireError},
 };
@@ -145,7 +145,11 @@ fn diff_kind(error: &DiffError) -> ErrorKind {
 
 impl From<DiffError> for WireError {
     fn from(error: DiffError) -> Self {
-        Self::new(diff_kind(&error), text(&error))
+        let made = Self::new(diff_kind(&error), text(&error));
+        match error {
+            DiffError::ChangedWhileReading { files, .. } => Self { changed: files, ..made },
+            _ => made,
+        }
     }
 }
 
@@ -205,6 +209,10 @@ impl Hooks<'_> {
 }
 
 impl LiveHooks for Hooks<'_> {
+    fn copies(&mut self) -> Option<Copies> {
+        self.live.copies()
+    }
+
     fn metadata_read(&mut self) -> Result<(), DiffError> {
         let outcome = self.live.metadata_read();
         self.tell(outcome)
@@ -214,6 +222,16 @@ impl LiveHooks for Hooks<'_> {
         let outcome = self.live.before_recheck();
         self.tell(outcome)
     }
+}
+
+/// Runs something with the daemon's hooks, if there are any.
+fn hooked<T>(
+    live: Option<&mut dyn Live>,
+    run: impl FnOnce(&mut dyn LiveHooks) -> Result<T, DiffError>,
+) -> Result<T, WireError> {
+    let Some(live) = live else { return Ok(run(&mut NoHooks)?) };
+    let mut hooks = Hooks { live, refused: None };
+    run(&mut hooks).map_err(|error| hooks.refused.unwrap_or_else(|| error.into()))
 }
 
 /// Holds an image against the hash tree behind it, block by block.
@@ -311,13 +329,21 @@ impl Codec for RealCodec {
         &self,
         image: OpDisk,
         tree: bool,
+        writer: u32,
         owners: &wire::IdMaps,
     ) -> Result<wire::CheckSummary, WireError> {
         let verity = if tree { Some(check_tree(&image)?) } else { None };
-        let report = ext4::check::check(image.clone(), ext4::check::CheckLimits::default())?;
+        let limits = ext4::check::CheckLimits { writer, ..ext4::check::CheckLimits::default() };
+        let report = ext4::check::check(image.clone(), limits)?;
+        verity::check_around(&image, report.image_bytes, tree)?;
         let (uids, gids) = containers(owners);
         apply::owner::check_image(&Ext4::open(image)?, &uids, &gids)?;
         Ok(wire::CheckSummary {
+            image_bytes: report.image_bytes,
+            profile: match report.layout {
+                ext4::check::Layout::Default => wire::Profile::Default,
+                ext4::check::Layout::Hcsshim => wire::Profile::Hcsshim,
+            },
             inodes: report.inodes,
             blocks: report.blocks_used,
             uuid: uuid::Uuid::from_bytes(report.uuid),
@@ -362,16 +388,7 @@ impl Codec for RealCodec {
         let is_live = live.is_some();
         let (stack, below) = (self.sources(&target, is_live), self.parent_layers(&target, &parent, is_live));
         let (spec, options) = (parent_spec(&parent, &below), export_options(id_maps, version));
-        let summary = match live {
-            None => diff::export(&stack, spec, &options, &mut NoHooks, out)?,
-            Some(live) => {
-                let mut hooks = Hooks { live, refused: None };
-                match diff::export(&stack, spec, &options, &mut hooks, out) {
-                    Ok(summary) => summary,
-                    Err(error) => return Err(hooks.refused.unwrap_or_else(|| error.into())),
-                }
-            }
-        };
+        let summary = hooked(live, |hooks| diff::export(&stack, spec, &options, hooks, out))?;
         Ok(wire::ExportSummary {
             tar_bytes: summary.tar_bytes,
             tar_digest: None,
@@ -389,10 +406,8 @@ impl Codec for RealCodec {
     ) -> Result<(), WireError> {
         let (stack, below) =
             (self.sources(&target, live.is_some()), self.parent_layers(&target, &parent, live.is_some()));
-        let found = diff::changes(&stack, parent_spec(&parent, &below), &ExportOptions::default())?;
-        if let Some(live) = live {
-            live.metadata_read()?;
-        }
+        let (spec, options) = (parent_spec(&parent, &below), ExportOptions::default());
+        let found = hooked(live, |hooks| diff::changes(&stack, spec, &options, hooks))?;
         found.iter().try_for_each(sink)
     }
 
@@ -404,10 +419,7 @@ impl Codec for RealCodec {
     ) -> Result<u64, WireError> {
         let (stack, below) =
             (self.sources(&target, live.is_some()), self.parent_layers(&target, &parent, live.is_some()));
-        let size = diff::diff_size(&stack, parent_spec(&parent, &below), &ExportOptions::default())?;
-        if let Some(live) = live {
-            live.metadata_read()?;
-        }
-        Ok(size)
+        let (spec, options) = (parent_spec(&parent, &below), ExportOptions::default());
+        hooked(live, |hooks| diff::diff_size(&stack, spec, &options, hooks))
     }
 }

@@ -14,7 +14,7 @@
 //! the other as hostile: lengths are checked before memory is taken, unknown types end the channel. This module does
 //! no I/O but through `Read`/`Write`; `svm` reads the same frames asynchronously with [`parse_header`].
 
-pub use crate::diff::{Change, ChangeKind, DigestKind, TarDigest};
+pub use crate::diff::{Change, ChangeKind, DigestKind, LiveFile, TarDigest};
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 
@@ -300,6 +300,8 @@ pub enum Operation {
         image: DiskId,
         /// The disk goes on behind the file system with a hash tree: every block is held against it.
         tree: bool,
+        /// The version of the writer that made it (`ext4::check::CheckLimits::writer`).
+        writer: u32,
         /// With userns-remap: an owner outside of these fails the check, too. Empty: all are fine.
         #[serde(default)]
         owners: IdMaps,
@@ -321,8 +323,11 @@ pub enum Operation {
         format: u32,
         /// Host ids found in sandboxes are mapped back to these containers' ids.
         id_maps: IdMaps,
-        /// `target[0]` is mounted and in use: Events are sent.
+        /// Sandboxes among the layers are mounted and in use: Events are sent.
         live: bool,
+        /// What of them is copied while they stand still.
+        #[serde(default)]
+        copies: Option<CopyJob>,
     },
     /// Paths that differ (Data frames of [`encode_change`]). Answers `null`.
     Changes {
@@ -330,7 +335,7 @@ pub enum Operation {
         target: Vec<LayerRef>,
         /// What it is compared with.
         parent: ParentRef,
-        /// `target[0]` is mounted and in use: Events are sent.
+        /// Sandboxes among the layers are mounted and in use: Events are sent.
         live: bool,
     },
     /// Sum of the regular-file bytes of a difference. Answers `u64`.
@@ -339,9 +344,24 @@ pub enum Operation {
         target: Vec<LayerRef>,
         /// What it is compared with.
         parent: ParentRef,
-        /// `target[0]` is mounted and in use: Events are sent.
+        /// Sandboxes among the layers are mounted and in use: Events are sent.
         live: bool,
     },
+}
+
+/// What an export copies of live sandboxes before [`Event::MetadataRead`], and reads from there afterwards.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyJob {
+    /// Writable, empty, of no use afterwards.
+    pub scratch: DiskId,
+    /// Files that changed since (ctime), seconds since 1970 by the clock of the kernel that has them mounted;
+    pub since: i64,
+    /// and these, by which a former attempt failed.
+    pub changed: Vec<LiveFile>,
+    /// Most bytes in all. Smaller files come first.
+    pub most_bytes: u64,
+    /// Most milliseconds in all.
+    pub most_millis: u64,
 }
 
 impl Operation {
@@ -398,6 +418,10 @@ pub struct ApplySummary {
 /// What a check found (an image that fails it is an error of kind [`ErrorKind::Corrupt`]).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckSummary {
+    /// Bytes of the file system.
+    pub image_bytes: u64,
+    /// Whose layout it has.
+    pub profile: Profile,
     /// Inodes in use.
     pub inodes: u64,
     /// Blocks in use.
@@ -515,12 +539,15 @@ pub struct WireError {
     pub kind: ErrorKind,
     /// For people: names entry and offset where there are any.
     pub message: String,
+    /// Of [`ErrorKind::Changed`]: the files that changed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub changed: Vec<LiveFile>,
 }
 
 impl WireError {
     /// A failure of `kind`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self { kind, message: message.into(), changed: Vec::new() }
     }
 }
 
@@ -584,7 +611,10 @@ pub struct JailReport {
     pub ipc_namespace: bool,
     /// The root folder is an empty, unreachable file system.
     pub empty_root: bool,
-    /// Runs as nobody.
+    /// No descriptor of the daemon's was inherited.
+    #[serde(default)]
+    pub closed_descriptors: bool,
+    /// Runs as a user that owns nothing.
     pub unprivileged_user: bool,
     /// No capability is left.
     pub no_capabilities: bool,

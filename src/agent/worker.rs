@@ -39,6 +39,14 @@ use std::{
 
 /// Environment variable with the address space that a worker may use; bytes.
 pub const MEMORY_VARIABLE: &str = "LCOW_WORKER_MEMORY";
+/// Environment variable with the size that no file which a worker writes may exceed; bytes.
+pub const FILE_SIZE_VARIABLE: &str = "LCOW_WORKER_FILE_SIZE";
+/// Environment variable with the user that a worker becomes, where it may choose.
+pub const USER_VARIABLE: &str = "LCOW_WORKER_USER";
+/// Environment variable: `strict`, or anything else (none) for what kernel and rights allow.
+pub const JAIL_VARIABLE: &str = "LCOW_WORKER_JAIL";
+/// The value of [`JAIL_VARIABLE`] that makes every missing wall an error.
+pub const STRICT: &str = "strict";
 /// Address space where the variable is missing.
 const DEFAULT_MEMORY: u64 = 8 << 30;
 /// Descriptors of a worker: disks and channels, see [`serve::MAX_DISKS`] and [`serve::MAX_OPERATIONS`].
@@ -48,8 +56,15 @@ pub const MAX_CONTROL: usize = 64 << 10;
 
 /// Runs a worker to its end; the process's exit status. `args` is what follows `worker`.
 pub fn worker_main(args: &[String], codec: &Arc<dyn Codec>) -> i32 {
-    let memory = std::env::var(MEMORY_VARIABLE).ok().and_then(|v| v.parse().ok()).unwrap_or(DEFAULT_MEMORY);
-    let mut spec = Spec { memory, descriptors: DESCRIPTORS, file_size: None, without_seccomp: false };
+    let number = |variable| std::env::var(variable).ok().and_then(|v| v.parse::<u64>().ok());
+    let mut spec = Spec {
+        memory: number(MEMORY_VARIABLE).unwrap_or(DEFAULT_MEMORY),
+        descriptors: DESCRIPTORS,
+        file_size: number(FILE_SIZE_VARIABLE),
+        user: number(USER_VARIABLE).and_then(|n| u32::try_from(n).ok()).unwrap_or(jail::NOBODY),
+        strict: std::env::var(JAIL_VARIABLE).is_ok_and(|v| v == STRICT),
+        without_seccomp: false,
+    };
     let self_test = match args {
         [] => None,
         [flag, name, rest @ ..] if flag == "--self-test" => {
@@ -111,6 +126,7 @@ impl From<jail::Report> for JailReport {
             net_namespace: r.net_namespace,
             ipc_namespace: r.ipc_namespace,
             empty_root: r.empty_root,
+            closed_descriptors: r.closed_descriptors,
             unprivileged_user: r.unprivileged_user,
             no_capabilities: r.no_capabilities,
             limits: r.limits,
@@ -130,7 +146,9 @@ impl Messages {
     fn send(&mut self, kind: FrameType, payload: &[u8]) -> io::Result<()> {
         let mut message = wire::header(kind, payload.len()).to_vec();
         message.extend_from_slice(payload);
-        fdpass::send(self.socket.as_fd(), &message, &[])
+        // One write is one message; `sendmsg` is not on the filter's list.
+        let sent = rustix::io::retry_on_intr(|| rustix::io::write(&self.socket, &message))?;
+        if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 }
 

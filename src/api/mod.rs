@@ -122,7 +122,7 @@ async fn init(
 }
 
 async fn capabilities(State(context): State<Context>, _: Ignored) -> Answer<wire::CapabilitiesReply> {
-    let reproduces_exact_diffs = context.driver.reproduces_exact_diffs()?;
+    let reproduces_exact_diffs = context.driver.reproduces_exact_diffs().await?;
     Ok(Reply(wire::CapabilitiesReply { capabilities: wire::Capabilities { reproduces_exact_diffs } }))
 }
 
@@ -180,11 +180,11 @@ async fn exists(
     State(context): State<Context>,
     Json(request): Json<wire::LayerRequest>,
 ) -> Answer<wire::ExistsReply> {
-    Ok(Reply(wire::ExistsReply { exists: context.driver.exists(&request.id)? }))
+    Ok(Reply(wire::ExistsReply { exists: context.driver.exists(&request.id).await? }))
 }
 
 async fn status(State(context): State<Context>, _: Ignored) -> Answer<wire::StatusReply> {
-    Ok(Reply(wire::StatusReply { status: context.driver.status() }))
+    Ok(Reply(wire::StatusReply { status: context.driver.status().await }))
 }
 
 async fn metadata(
@@ -264,7 +264,7 @@ async fn apply_diff(
 }
 
 async fn healthz(State(context): State<Context>) -> Response {
-    match context.driver.reproduces_exact_diffs() {
+    match context.driver.reproduces_exact_diffs().await {
         Ok(_) => (StatusCode::OK, "ok\n").into_response(),
         Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", with_causes(&e))).into_response(),
     }
@@ -286,7 +286,7 @@ async fn service_vms(State(context): State<Context>) -> Response {
 }
 
 async fn metrics(State(context): State<Context>) -> Response {
-    match context.metrics.render(&context.driver.gauges()) {
+    match context.metrics.render(&context.driver.gauges().await) {
         Ok(text) => {
             ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
                 .into_response()

@@ -4,7 +4,7 @@ use super::{CliError, HomeArgs, runtime};
 use crate::{
     config::Options,
     driver::{Driver, DriverConfig},
-    store::{Layer, LayerId, LayerState, Store},
+    store::{DiskThread, Layer, LayerId, LayerState, Store},
 };
 use bytesize::ByteSize;
 use clap::{Args, Subcommand};
@@ -95,7 +95,7 @@ fn home_of(args: &HomeArgs) -> Result<PathBuf, CliError> {
 }
 
 fn row(store: &Store, layer: &Layer) -> Row {
-    let disk = store.layer_usage(&layer.id).map_or(0, |u| u.allocated);
+    let disk = store.layer_usage(&DiskThread::here(), &layer.id).map_or(0, |u| u.allocated);
     let meta = layer.meta.as_ref().ok();
     let applied = meta.and_then(|m| m.applied.as_ref());
     Row {
@@ -145,7 +145,7 @@ fn short(id: &LayerId) -> String {
 }
 
 fn ls(args: &ViewArgs) -> Result<ExitCode, CliError> {
-    let store = Store::open_read_only(&home_of(&args.home)?)?;
+    let store = Store::open_read_only(&DiskThread::here(), &home_of(&args.home)?)?;
     let rows: Vec<Row> = store.layers().iter().map(|l| row(&store, l)).collect();
     if args.json {
         print_json(&rows)?;
@@ -179,7 +179,7 @@ struct Node {
 }
 
 fn tree(args: &ViewArgs) -> Result<ExitCode, CliError> {
-    let store = Store::open_read_only(&home_of(&args.home)?)?;
+    let store = Store::open_read_only(&DiskThread::here(), &home_of(&args.home)?)?;
     let mut by_parent: BTreeMap<Option<LayerId>, Vec<Layer>> = BTreeMap::new();
     for layer in store.layers() {
         // A layer whose parent is missing is shown at the top, not lost.
@@ -224,8 +224,8 @@ fn print_nodes(nodes: &[Node], indent: &str) {
 }
 
 fn du(args: &ViewArgs) -> Result<ExitCode, CliError> {
-    let store = Store::open_read_only(&home_of(&args.home)?)?;
-    let usage = store.usage()?;
+    let store = Store::open_read_only(&DiskThread::here(), &home_of(&args.home)?)?;
+    let usage = store.usage(&DiskThread::here())?;
     if args.json {
         print_json(&usage)?;
         return Ok(ExitCode::SUCCESS);
@@ -296,12 +296,13 @@ fn scrub(args: &ViewArgs) -> Result<ExitCode, CliError> {
 }
 
 fn gc(args: &GcArgs) -> Result<ExitCode, CliError> {
-    let store = Store::open(&existing(&home_of(&args.view.home)?)?)?;
-    let debris = store.debris()?;
+    let thread = &DiskThread::here();
+    let store = Store::open(thread, &existing(&home_of(&args.view.home)?)?, |_| false)?;
+    let debris = store.debris(thread)?;
     let report = if args.dry_run {
         crate::store::GcReport { deleted: debris, failed: Vec::new() }
     } else {
-        store.collect(debris)
+        store.collect(thread, debris)
     };
     if args.view.json {
         print_json(&report)?;
@@ -327,15 +328,16 @@ fn repair(args: &ViewArgs) -> Result<ExitCode, CliError> {
     }
     let home = existing(&home_of(&args.home)?)?;
     let gc = {
-        let store = Store::open(&home)?;
-        store.collect(store.debris()?)
+        let thread = &DiskThread::here();
+        let store = Store::open(thread, &home, |_| false)?;
+        store.collect(thread, store.debris(thread)?)
     };
     let options = Options::load(None, &[])?;
     let config = DriverConfig { root: args.home.root.clone(), options, worker_program: None };
     let faults = runtime()?.block_on(async {
         let driver = Driver::repair(&home, config)?;
         driver.stop().await;
-        driver.structural_faults()
+        driver.structural_faults().await
     })?;
     let repaired = Repaired { gc, faults };
     if args.json {
@@ -355,6 +357,6 @@ fn repair(args: &ViewArgs) -> Result<ExitCode, CliError> {
 
 /// A home that holds a store already: these commands must not make one by a mistyped path.
 fn existing(home: &std::path::Path) -> Result<PathBuf, CliError> {
-    Store::open_read_only(home)?;
+    Store::open_read_only(&DiskThread::here(), home)?;
     Ok(home.to_owned())
 }

@@ -7,11 +7,13 @@
 //! ```
 //!
 //! Paths begin with `/` and are sorted as the canonical tar is; `/` itself is never listed. A folder that became
-//! something else lists none of its former names; a folder on the way to a change is modified. Called by `agent`.
+//! something else lists none of its former names; a folder on the way to a change is modified. What changed while it was
+//! compared counts as modified. Called by `agent`.
 
 use super::{
-    DiffError, ExportOptions, ParentSpec,
-    export::{compare_only, settle},
+    DiffError, ExportOptions, LiveHooks, ParentSpec,
+    export::{Details, compare_only, settle},
+    live::Read,
     view::{LayerSource, Table},
     walk::{Items, Status},
 };
@@ -44,23 +46,38 @@ fn settled<'a, R: ReadAt>(
     target: &'a [LayerSource<R>],
     parent: Option<ParentSpec<'a, R>>,
     needs_parent: bool,
+    hooks: &mut dyn LiveHooks,
 ) -> Result<Items, DiffError> {
     let mut items = compare_only(table, target, parent, needs_parent)?;
-    settle(table, &mut items)?;
+    let mut details = Details::default();
+    details.capture(table, &items, false)?;
+    hooks.metadata_read()?;
+    let reads: Vec<Read> = details.reads(&items, |_| false).collect();
+    settle(table, &mut items, &details, false)?;
+    if !reads.is_empty() {
+        hooks.before_recheck()?;
+        for changed in details.changed(table, reads.into_iter())? {
+            if let Some(item) = items.items.get_mut(changed.item) {
+                item.status = Status::Modified;
+            }
+        }
+    }
     Ok(items)
 }
 
-/// Lists what `target` (nearest layer first) changes relative to `parent`; without a parent all is added.
+/// Lists what `target` (nearest layer first) changes relative to `parent`; without a parent all is added. Live layers
+/// must stand still until `hooks` hear that the metadata were read.
 ///
 /// # Errors
-/// As [`super::export()`], without those of a live target: a mounted target must be frozen while this runs.
+/// As [`super::export()`]; that something changed meanwhile is none.
 pub fn changes<R: ReadAt>(
     target: &[LayerSource<R>],
     parent: Option<ParentSpec<'_, R>>,
     options: &ExportOptions,
+    hooks: &mut dyn LiveHooks,
 ) -> Result<Vec<Change>, DiffError> {
     let mut table = Table::new(options.ids.as_ref());
-    let items = settled(&mut table, target, parent, true)?;
+    let items = settled(&mut table, target, parent, true, hooks)?;
     let kept = items.kept();
     let mut out = Vec::new();
     let mut path = Vec::new();
@@ -87,9 +104,10 @@ pub fn diff_size<R: ReadAt>(
     target: &[LayerSource<R>],
     parent: Option<ParentSpec<'_, R>>,
     options: &ExportOptions,
+    hooks: &mut dyn LiveHooks,
 ) -> Result<u64, DiffError> {
     let mut table = Table::new(options.ids.as_ref());
-    let items = settled(&mut table, target, parent, false)?;
+    let items = settled(&mut table, target, parent, false, hooks)?;
     let mut seen = HashSet::new();
     let mut sum = 0u64;
     for (item, left_out) in items.items.iter().zip(items.inexpressible()) {

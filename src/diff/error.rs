@@ -83,10 +83,14 @@ pub enum DiffError {
         reason: String,
     },
     /// A mounted sandbox was written to while its data were read; what was sent so far is not a diff.
-    #[error("{path:?} changed while it was read")]
+    #[error("{names} changed while it was read{advice}")]
     ChangedWhileReading {
-        /// The file, printable.
-        path: String,
+        /// The files, printable; a few of them.
+        names: String,
+        /// What will happen at the next attempt, or what can be done, with a separator before it.
+        advice: String,
+        /// The files, for the next attempt.
+        files: Vec<super::LiveFile>,
     },
     /// The caller asked for something impossible.
     #[error("{0}")]

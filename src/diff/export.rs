@@ -1,31 +1,33 @@
 //! Layers to a tar.
 //!
 //! ```text
-//!  1 metadata   walk ─► items + details in memory ─► hooks.metadata_read()   (the host thaws)
-//!  2 compare    bytes of pairs that only bytes can tell apart (merged mode)
-//!  3 stream     headers, data straight from their places on the disk
+//!  1 metadata   walk ─► items + details in memory, recent files of live layers ─► scratch ─► hooks.metadata_read()
+//!  2 compare    bytes of pairs that only bytes can tell apart (merged mode)                  (the host thaws)
+//!  3 stream     headers, data straight from their places on the disk, or from scratch
 //!  4 recheck    hooks.before_recheck() (the host freezes) ─► re-read the inodes of a live layer from the disk
 //! ```
 //!
-//! After step 1 no metadata of the target are read, so a mounted sandbox may go on to be written: what changed is found
-//! in step 4 and is an error, after which the caller must cut the stream. Memory: about 150 bytes an entry, its name,
-//! its xattrs, 24 bytes for each data range. Called by `agent`.
+//! After step 1 no metadata of live layers are read, so a mounted sandbox may go on to be written: what changed is found
+//! in step 4 and is an error, after which the caller must cut the stream. Where all bytes of live layers were read in step
+//! 1, there is no step 4. `live` has the particulars. Memory: about 150 bytes an entry, its name, its xattrs, 24 bytes for
+//! each data range. Called by `agent`.
 
 use super::{
     DiffError, ParentLayer, ParentSpec,
     canonical::{self, Version},
     fs::Fs,
     ids::IdMaps,
+    live::{Copies, Read, Stamp},
     stream::{FileBytes, Out, Range, same_bytes},
     view::{LayerSource, Node, Table},
     walk::{Detailer, Item, Items, Mode, NoDetail, Status, walk},
 };
 use crate::{
     ext4::{FileKind, Inode, Timestamp},
-    io::{ReadAt, StreamOut},
+    io::{ReadAt, StreamOut, WriteAt},
     tar::writer::{Header, Kind},
 };
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 /// Settings of an export.
 #[derive(Debug, Clone, Default)]
@@ -55,6 +57,10 @@ pub struct ExportSummary {
 
 /// What the caller does between the steps while a target is mounted.
 pub trait LiveHooks {
+    /// What is to be copied before [`LiveHooks::metadata_read`]; asked once.
+    fn copies(&mut self) -> Option<Copies> {
+        None
+    }
     /// All metadata are in memory; the file system may change again.
     fn metadata_read(&mut self) -> Result<(), DiffError>;
     /// The stream is complete; the file system must stand still (frozen, so that the disk is up to date) until export
@@ -78,14 +84,14 @@ impl LiveHooks for NoHooks {
 
 /// Where something stands in an arena.
 #[derive(Debug, Clone, Copy, Default)]
-struct Span {
-    at: usize,
-    len: usize,
+pub(super) struct Span {
+    pub(super) at: usize,
+    pub(super) len: usize,
 }
 
 /// An inode's metadata as the tar needs them.
 #[derive(Debug, Clone, Copy)]
-struct Detail {
+pub(super) struct Detail {
     mode: u16,
     uid: u32,
     gid: u32,
@@ -94,45 +100,27 @@ struct Detail {
     /// In `Details::xattrs`.
     xattrs: Span,
     /// In `Details::ranges`.
-    ranges: Span,
+    pub(super) ranges: Span,
     /// In `Details::bytes`: the target of a symbolic link, or inline data.
     bytes: Option<Span>,
     /// In `Details::stamps`, for files of a live layer.
-    stamp: u32,
-}
-
-/// What must not change between the first and the last step.
-#[derive(Debug, PartialEq, Eq)]
-struct Stamp {
-    size: u64,
-    mtime: Timestamp,
-    ctime: Timestamp,
-    version: u64,
-    generation: u32,
-    links_gone: bool,
-}
-
-impl Stamp {
-    fn of(inode: &Inode) -> Self {
-        Self {
-            size: inode.size,
-            mtime: inode.mtime,
-            ctime: inode.ctime,
-            version: inode.version,
-            generation: inode.generation,
-            links_gone: inode.links == 0,
-        }
-    }
+    pub(super) stamp: u32,
+    /// The ranges are places in `Details::scratch`.
+    pub(super) copied: bool,
 }
 
 /// Details of all items, in arenas.
 #[derive(Default)]
-struct Details {
-    list: Vec<Detail>,
-    ranges: Vec<Range>,
+pub(super) struct Details {
+    pub(super) list: Vec<Detail>,
+    pub(super) ranges: Vec<Range>,
     bytes: Vec<u8>,
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    stamps: Vec<Stamp>,
+    pub(super) stamps: Vec<Stamp>,
+    /// Live files that are compared by their bytes, in `list`.
+    pub(super) captured: HashMap<Node, u32>,
+    /// Copies of files of live layers.
+    pub(super) scratch: Option<Arc<dyn WriteAt>>,
 }
 
 fn slice<T>(arena: &[T], span: Span) -> &[T] {
@@ -149,6 +137,18 @@ impl Details {
 
 impl<R: ReadAt> Detailer<R> for Details {
     fn detail(&mut self, table: &Table<'_, R>, node: Node, inode: &Inode) -> Result<u32, DiffError> {
+        self.note(table, node, inode)
+    }
+}
+
+impl Details {
+    /// Keeps what is needed of an inode; gives its number in `list`.
+    pub(super) fn note<R: ReadAt>(
+        &mut self,
+        table: &Table<'_, R>,
+        node: Node,
+        inode: &Inode,
+    ) -> Result<u32, DiffError> {
         let fs = table.fs(node.layer)?;
         let (uid, gid) = table.owner(node, inode);
         let at = self.xattrs.len();
@@ -184,6 +184,7 @@ impl<R: ReadAt> Detailer<R> for Details {
             ranges,
             bytes,
             stamp,
+            copied: false,
         });
         Ok(number)
     }
@@ -233,19 +234,27 @@ pub(super) fn compare<'a, R: ReadAt>(
     walk(table, Mode::Merged, &table.root(&all)?, &parent, detailer)
 }
 
-/// Decides the pairs that only their bytes tell apart.
-pub(super) fn settle<R: ReadAt>(table: &Table<'_, R>, items: &mut Items) -> Result<(), DiffError> {
+/// Decides the pairs that only their bytes tell apart. Of live layers nothing is read but what `details` captured;
+/// `detailed`: they have the target's files too.
+pub(super) fn settle<R: ReadAt>(
+    table: &Table<'_, R>,
+    items: &mut Items,
+    details: &Details,
+    detailed: bool,
+) -> Result<(), DiffError> {
     for item in &mut items.items {
         let Status::Pending(was) = item.status else { continue };
-        let mut files = Vec::with_capacity(2);
-        for node in [item.node, was] {
-            files.push(FileBytes::open(table.fs(node.layer)?, &table.inode(node)?)?);
-        }
-        let same = match &mut files[..] {
-            [a, b] => same_bytes(a, b)?,
-            _ => false,
+        let open = |node: Node, known: Option<u32>| {
+            let fs = table.fs(node.layer)?;
+            let known = known.or_else(|| details.captured.get(&node).copied());
+            match known.and_then(|n| details.list.get(n as usize)) {
+                Some(detail) => Ok(details.file(fs, node.ino, item.size, detail)),
+                None => FileBytes::open(fs, &table.inode(node)?),
+            }
         };
-        item.status = if same { Status::Same } else { Status::Modified };
+        let mut new = open(item.node, detailed.then_some(item.detail))?;
+        let mut old = open(was, None)?;
+        item.status = if same_bytes(&mut new, &mut old)? { Status::Same } else { Status::Modified };
     }
     Ok(())
 }
@@ -265,8 +274,19 @@ pub fn export<R: ReadAt>(
     let mut table = Table::new(options.ids.as_ref());
     let mut details = Details::default();
     let mut items = compare(&mut table, target, parent, false, &mut details)?;
+    details.capture(&table, &items, true)?;
+    let inexpressible = items.inexpressible();
+    let copies = hooks.copies();
+    let most_bytes = copies.as_ref().map(|copies| copies.most_bytes);
+    if let Some(copies) = copies {
+        // What must be compared first may turn out to be streamed.
+        let perhaps = |at: usize| inexpressible.get(at) == Some(&false);
+        let reads = details.reads(&items, perhaps).collect();
+        details.copy(&table, reads, copies)?;
+    }
     hooks.metadata_read()?;
-    settle_with(&table, &mut items, &details)?;
+    let compared: Vec<Read> = details.reads(&items, |_| false).collect();
+    settle(&table, &mut items, &details, true)?;
     let kept = match parent {
         Some(ParentSpec::Own | ParentSpec::Ancestor(1)) => vec![true; items.items.len()],
         _ => items.kept(),
@@ -284,11 +304,10 @@ pub fn export<R: ReadAt>(
         export.summary.entries += 1;
         export.out.header(&canonical::marker(canonical::OPAQUE))?;
     }
-    let inexpressible = items.inexpressible();
     for ((item, _), left_out) in
-        items.items.iter().zip(&kept).zip(inexpressible).filter(|((_, keep), _)| **keep)
+        items.items.iter().zip(&kept).zip(&inexpressible).filter(|((_, keep), _)| **keep)
     {
-        if left_out {
+        if *left_out {
             export.summary.hidden += 1;
             if export.summary.first_hidden.is_none() {
                 let mut path = Vec::new();
@@ -302,34 +321,31 @@ pub fn export<R: ReadAt>(
     export.out.zeros(canonical::END_LEN)?;
     let tar_bytes = export.out.finish()?;
     let summary = ExportSummary { tar_bytes, ..export.summary };
-    if target.iter().any(|layer| layer.live) {
+    let streamed = |at: usize| kept.get(at) == Some(&true) && inexpressible.get(at) == Some(&false);
+    let reads: Vec<Read> = compared.into_iter().chain(details.reads(&items, streamed)).collect();
+    if !reads.is_empty() {
         hooks.before_recheck()?;
-        recheck(target, &items, &details, &kept)?;
+        let changed = details.changed(&table, reads.into_iter())?;
+        if !changed.is_empty() {
+            return Err(details.changed_error(&items, changed, most_bytes));
+        }
     }
     Ok(summary)
 }
 
-/// As [`settle`], but with the target's metadata from memory.
-fn settle_with<R: ReadAt>(
-    table: &Table<'_, R>,
-    items: &mut Items,
-    details: &Details,
-) -> Result<(), DiffError> {
-    for item in &mut items.items {
-        let Status::Pending(was) = item.status else { continue };
-        let Some(detail) = details.list.get(item.detail as usize) else { continue };
-        let mut new = details.file(table.fs(item.node.layer)?, item, detail);
-        let mut old = FileBytes::open(table.fs(was.layer)?, &table.inode(was)?)?;
-        item.status = if same_bytes(&mut new, &mut old)? { Status::Same } else { Status::Modified };
-    }
-    Ok(())
-}
-
 impl Details {
-    fn file<'d, R: ReadAt>(&'d self, fs: &'d Fs<R>, item: &Item, detail: &Detail) -> FileBytes<'d, R> {
-        match detail.bytes {
-            Some(span) => FileBytes::inline(fs, slice(&self.bytes, span)),
-            None => FileBytes::new(fs, item.node.ino, item.size, slice(&self.ranges, detail.ranges)),
+    fn file<'d, R: ReadAt>(
+        &'d self,
+        fs: &'d Fs<R>,
+        ino: u32,
+        size: u64,
+        detail: &Detail,
+    ) -> FileBytes<'d, R> {
+        let ranges = slice(&self.ranges, detail.ranges);
+        match (detail.bytes, &self.scratch) {
+            (Some(span), _) => FileBytes::inline(fs, slice(&self.bytes, span)),
+            (None, Some(scratch)) if detail.copied => FileBytes::copied(fs, &**scratch, size, ranges),
+            _ => FileBytes::new(fs, ino, size, ranges),
         }
     }
 }
@@ -409,7 +425,7 @@ impl<R: ReadAt> Export<'_, '_, R> {
             Kind::File => {
                 let fs = self.table.fs(item.node.layer)?;
                 let fixed = self.table.is_fixed(item.node.layer)?;
-                let mut file = self.details.file(fs, item, detail).fixed(fixed);
+                let mut file = self.details.file(fs, item.node.ino, item.size, detail).fixed(fixed);
                 header.size = item.size;
                 self.summary.diff_size += item.size;
                 // Most files are one range from their start: no list is made for them.
@@ -438,39 +454,6 @@ impl<R: ReadAt> Export<'_, '_, R> {
         }
         Ok(())
     }
-}
-
-/// Re-reads, with fresh caches, the inodes whose data were read from live layers.
-fn recheck<R: ReadAt>(
-    target: &[LayerSource<R>],
-    items: &Items,
-    details: &Details,
-    kept: &[bool],
-) -> Result<(), DiffError> {
-    let mut fresh = Table::new(None);
-    for layer in target {
-        fresh.open(layer)?;
-    }
-    let mut now = Vec::new();
-    for (item, _) in
-        items.items.iter().zip(kept).filter(|(item, keep)| **keep || matches!(item.status, Status::Same))
-    {
-        let Some(detail) = details.list.get(item.detail as usize) else { continue };
-        let Some(stamp) = details.stamps.get(detail.stamp as usize) else { continue };
-        now.clear();
-        let unchanged = fresh.inode(item.node).is_ok_and(|inode| {
-            inode.kind == FileKind::File
-                && Stamp::of(&inode) == *stamp
-                && fresh.fs(item.node.layer).is_ok_and(|fs| fs.ranges(&inode, &mut now).is_ok())
-                && now == slice(&details.ranges, detail.ranges)
-        });
-        if !unchanged {
-            let mut path = Vec::new();
-            items.path(item, &mut path);
-            return Err(DiffError::ChangedWhileReading { path: String::from_utf8_lossy(&path).into_owned() });
-        }
-    }
-    Ok(())
 }
 
 /// The walk alone, for the benefit of callers without details.

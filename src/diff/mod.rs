@@ -26,6 +26,7 @@ mod export;
 mod fs;
 mod hash;
 mod ids;
+mod live;
 pub mod record;
 mod stream;
 #[cfg(test)]
@@ -39,6 +40,7 @@ pub use error::DiffError;
 pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};
 pub use fs::{Foreign, ForeignFs, Mounter, VisitName};
 pub use ids::{IdMap, IdMaps};
+pub use live::{Copies, LiveFile};
 pub use view::{LayerKind, LayerSource};
 
 /// A layer of a parent's stack.

@@ -10,7 +10,7 @@
 use super::{DiffError, fs::Fs};
 use crate::{
     ext4::Inode,
-    io::{ReadAt, StreamOut},
+    io::{ReadAt, StreamOut, WriteAt},
     tar::writer::{Header, Version, append},
 };
 use std::{borrow::Cow, fs::File};
@@ -41,11 +41,18 @@ pub(super) struct FileBytes<'a, R> {
     next: usize,
     /// The layer never changes, so its bytes may be sent by reference.
     fixed: bool,
+    /// Where the ranges are, if not on the layer's disk.
+    copy: Option<&'a dyn WriteAt>,
 }
 
 impl<'a, R: ReadAt> FileBytes<'a, R> {
     pub(super) fn new(fs: &'a Fs<R>, ino: u32, size: u64, ranges: &'a [Range]) -> Self {
-        Self { fs, ino, size, inline: None, ranges: ranges.into(), next: 0, fixed: false }
+        Self { fs, ino, size, inline: None, ranges: ranges.into(), next: 0, fixed: false, copy: None }
+    }
+
+    /// A file whose ranges are places in a copy.
+    pub(super) fn copied(fs: &'a Fs<R>, copy: &'a dyn WriteAt, size: u64, ranges: &'a [Range]) -> Self {
+        Self { copy: Some(copy), ..Self::new(fs, 0, size, ranges) }
     }
 
     pub(super) fn inline(fs: &'a Fs<R>, bytes: &'a [u8]) -> Self {
@@ -58,6 +65,7 @@ impl<'a, R: ReadAt> FileBytes<'a, R> {
             ranges: Cow::default(),
             next: 0,
             fixed: false,
+            copy: None,
         }
     }
 
@@ -74,6 +82,7 @@ impl<'a, R: ReadAt> FileBytes<'a, R> {
             ranges: ranges.into(),
             next: 0,
             fixed: false,
+            copy: None,
         })
     }
 
@@ -84,7 +93,7 @@ impl<'a, R: ReadAt> FileBytes<'a, R> {
 
     /// The file that holds the bytes from `offset` on, where in it, and how many up to `len`: those of one range.
     fn in_file(&mut self, offset: u64, len: u64) -> Option<(&File, u64, u64)> {
-        if !self.fixed || self.inline.is_some() {
+        if !self.fixed || self.inline.is_some() || self.copy.is_some() {
             return None;
         }
         while self.ranges.get(self.next).is_some_and(|r| r.offset + r.len <= offset) {
@@ -143,7 +152,13 @@ impl<'a, R: ReadAt> FileBytes<'a, R> {
                 at = range.offset;
             } else {
                 let n = (range.offset + range.len).min(end) - at;
-                self.fs.read(self.ino, range.disk + (at - range.offset), &mut part[..n as usize])?;
+                let (place, part) = (range.disk + (at - range.offset), &mut part[..n as usize]);
+                match self.copy {
+                    Some(copy) => {
+                        copy.read_exact_at(part, place).map_err(DiffError::io("reading a copied file"))?;
+                    }
+                    None => self.fs.read(self.ino, place, part)?,
+                }
                 at += n;
             }
         }

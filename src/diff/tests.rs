@@ -5,10 +5,13 @@
 mod readers;
 
 use super::{canonical::Version, *};
+use crate::io::MemDisk;
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
+    time::Duration,
 };
 use tempfile::TempDir;
 
@@ -127,13 +130,16 @@ impl Stack {
         let options = ExportOptions { version, ..ExportOptions::default() };
         let summary = export(&sources, parent, &options, &mut NoHooks, &mut tar).unwrap();
         assert_eq!(summary.tar_bytes, tar.len() as u64);
-        assert_eq!(summary.diff_size, diff_size(&sources, parent, &ExportOptions::default()).unwrap());
+        assert_eq!(
+            summary.diff_size,
+            diff_size(&sources, parent, &ExportOptions::default(), &mut NoHooks).unwrap()
+        );
         (tar, summary)
     }
 
     /// `M /path` lines.
     fn changes(&self, top: usize, parent: Option<ParentSpec<'_, File>>) -> Vec<String> {
-        changes(&self.sources(top), parent, &ExportOptions::default())
+        changes(&self.sources(top), parent, &ExportOptions::default(), &mut NoHooks)
             .unwrap()
             .into_iter()
             .map(|c| {
@@ -393,15 +399,28 @@ fn host_ids_are_mapped_back() {
 struct Writer<'a> {
     mount: &'a Path,
     script: &'static str,
+    copies: Option<Copies>,
+    rechecks: u32,
+}
+
+impl<'a> Writer<'a> {
+    fn new(mount: &'a Path, script: &'static str) -> Self {
+        Self { mount, script, copies: None, rechecks: 0 }
+    }
 }
 
 impl LiveHooks for Writer<'_> {
+    fn copies(&mut self) -> Option<Copies> {
+        self.copies.take()
+    }
+
     fn metadata_read(&mut self) -> Result<(), DiffError> {
         sh(&format!("fsfreeze -u {0}; cd {0}/upper; sleep 0.05; {1}", self.mount.display(), self.script));
         Ok(())
     }
 
     fn before_recheck(&mut self) -> Result<(), DiffError> {
+        self.rechecks += 1;
         sh(&format!("fsfreeze -f {}", self.mount.display()));
         Ok(())
     }
@@ -437,15 +456,125 @@ fn a_mounted_sandbox_is_a_snapshot_or_an_error() {
         sources[0].live = true;
         let mut tar = Vec::new();
         let result =
-            export(&sources, None, &ExportOptions::default(), &mut Writer { mount: &at, script }, &mut tar);
+            export(&sources, None, &ExportOptions::default(), &mut Writer::new(&at, script), &mut tar);
         match (result, changes) {
             (Ok(_), None) => {}
-            (Err(DiffError::ChangedWhileReading { path }), Some(want)) => assert_eq!(path, want),
+            (Err(DiffError::ChangedWhileReading { names, .. }), Some(want)) => {
+                assert_eq!(names, format!("{want:?}"));
+            }
             (other, _) => panic!("{script}: {other:?}"),
         }
         if script == "true" {
             assert!(tar == before);
         }
+    }
+}
+
+/// What is to be copied, with generous limits.
+fn copies(since: i64, changed: Vec<LiveFile>) -> Copies {
+    let (scratch, most_time) = (Arc::new(MemDisk::new()), Duration::from_mins(5));
+    Copies { scratch, since, changed, most_bytes: 1 << 30, most_time }
+}
+
+#[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
+fn what_changed_lately_is_copied_while_it_stands_still() {
+    const NEVER: i64 = i64::MAX;
+    const LONG: Duration = Duration::from_mins(5);
+    let mut stack = Stack::new();
+    stack.layer(
+        "head -c 200000 /dev/urandom > a; ln a other; echo small > b; mkdir d; : > empty; truncate -s 9M hole
+         truncate -s 3M sparse; head -c 70000 /dev/urandom | dd of=sparse bs=1000 seek=1500 conv=notrunc status=none",
+    );
+    let at = stack.path("live");
+    let _mount = Mount::new(&at, &format!("-o loop {}", stack.image(0).display()));
+    let export = |hooks: &mut Writer<'_>| {
+        sh(&format!("fsfreeze -f {}", at.display()));
+        let _thaw = Thaw(&at);
+        let mut sources = stack.sources(0);
+        sources[0].live = true;
+        let mut tar = Vec::new();
+        export(&sources, None, &ExportOptions::default(), hooks, &mut tar).map(|_| tar)
+    };
+    let inode = |name: &str| {
+        let number = sh(&format!("stat -c %i {}/upper/{name}", at.display()));
+        LiveFile { layer: 0, inode: number.trim().parse().unwrap() }
+    };
+    let (a, sparse) = (inode("a"), inode("sparse"));
+    // Nothing is copied, or too little: an error that names what the next attempt should copy.
+    let limited = |most_bytes, most_time| Copies { most_bytes, most_time, ..copies(0, vec![]) };
+    let cases = [
+        (None, "\"a\", \"sparse\" changed while it was read", vec![a, sparse]),
+        (Some(copies(NEVER, vec![])), "the next attempt copies it", vec![a, sparse]),
+        (Some(copies(NEVER, vec![sparse])), "\"a\" changed while it was read", vec![a]),
+        (Some(limited(100_000, LONG)), "cannot be copied", vec![a]),
+        (Some(limited(1 << 30, Duration::ZERO)), "the next attempt copies it", vec![a, sparse]),
+    ];
+    for (copies, text, expected) in cases {
+        let mut hooks = Writer { copies, ..Writer::new(&at, "touch a sparse") };
+        let error = export(&mut hooks).unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+        let DiffError::ChangedWhileReading { files, .. } = error else { panic!("{error}") };
+        assert_eq!((files, hooks.rechecks), (expected, 1), "{text}");
+    }
+    // All is copied, or named and just small enough: there is nothing to be looked at again, whatever is done.
+    let quiet = export(&mut Writer::new(&at, "true")).unwrap();
+    let small = Copies { most_bytes: 200_000 + 100_000, ..copies(NEVER, vec![a, sparse]) };
+    for copies in [copies(0, vec![]), copies(NEVER, vec![a, sparse]), small] {
+        let mut hooks = Writer { copies: Some(copies), ..Writer::new(&at, "true") };
+        assert!(export(&mut hooks).unwrap() == quiet);
+    }
+    let change =
+        "printf z | dd of=a bs=1 seek=100000 conv=notrunc status=none; echo more >> b; rm sparse hole
+         echo full > empty; rmdir d; head -c 5M /dev/urandom > new";
+    let mut hooks = Writer { copies: Some(copies(0, vec![])), ..Writer::new(&at, change) };
+    assert!(export(&mut hooks).unwrap() == quiet, "the state of the freeze");
+    assert_eq!(hooks.rechecks, 0);
+}
+
+#[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
+fn live_layers_that_are_compared_by_their_bytes_are_looked_at_again_on_both_sides() {
+    let mut stack = Stack::new();
+    stack.layer("head -c 50000 /dev/zero > same; touch -d @1000000000 same; cp -p same twin; echo x > only");
+    // Another stack with files of the same metadata: only their bytes tell.
+    fs::copy(stack.image(0), stack.path("parent.img")).unwrap();
+    let at = stack.path("live");
+    let of_target = |live| LayerSource { live, ..stack.sources(0).remove(0) };
+    let of_parent = |live| LayerSource {
+        live,
+        ..LayerSource::new(File::open(stack.path("parent.img")).unwrap(), LayerKind::Sandbox)
+    };
+    for (side, image) in [(true, stack.image(0)), (false, stack.path("parent.img"))] {
+        let _mount = Mount::new(&at, &format!("-o loop {}", image.display()));
+        let target = [of_target(side)];
+        let parent = [ParentLayer::Other(of_parent(!side))];
+        let spec = Some(ParentSpec::Layers(&parent));
+        // The time is put back, as those do who hide what they wrote.
+        let write = "printf z | dd of=same conv=notrunc status=none; touch -d @1000000000 same";
+        let look = |hooks: &mut Writer<'_>| {
+            sh(&format!("fsfreeze -f {}", at.display()));
+            let _thaw = Thaw(&at);
+            let found = changes(&target, spec, &ExportOptions::default(), hooks).unwrap();
+            found.iter().map(|c| String::from_utf8_lossy(&c.path).into_owned()).collect::<Vec<_>>()
+        };
+        let mut hooks = Writer::new(&at, "true");
+        assert_eq!((look(&mut hooks), hooks.rechecks), (vec![], 1));
+        assert_eq!(
+            look(&mut Writer::new(&at, "touch -d @1000000000 same")),
+            ["/same"],
+            "it may have been changed"
+        );
+        sh(&format!("fsfreeze -f {}", at.display()));
+        let thaw = Thaw(&at);
+        let mut tar = Vec::new();
+        let result = export(&target, spec, &ExportOptions::default(), &mut Writer::new(&at, write), &mut tar);
+        drop(thaw);
+        match result {
+            Err(DiffError::ChangedWhileReading { names, .. }) => assert_eq!(names, "\"same\""),
+            other => panic!("{other:?}"),
+        }
+        sh(&format!("cd {}/upper; head -c 50000 /dev/zero > same; touch -d @1000000000 same", at.display()));
     }
 }
 

@@ -70,6 +70,7 @@ pub(super) struct Node {
 pub(super) type Stack = Vec<Node>;
 
 struct Layer<'a, R> {
+    source: &'a LayerSource<R>,
     fs: Fs<&'a R>,
     root: u32,
     live: bool,
@@ -153,7 +154,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
         // A mark in a sandbox is nobody's: a container cannot set one.
         let last = applied && opaque(&fs, &fs.inode(root)?)?;
         let (live, host_ids, fixed) = (source.live, source.host_ids, applied && !source.live);
-        self.layers.push(Layer { fs, root, live, host_ids, fixed, last });
+        self.layers.push(Layer { source, fs, root, live, host_ids, fixed, last });
         Ok(number)
     }
 
@@ -163,6 +164,12 @@ impl<'a, R: ReadAt> Table<'a, R> {
 
     pub(super) fn fs(&self, number: u16) -> Result<&Fs<&'a R>, DiffError> {
         Ok(&self.layer(number)?.fs)
+    }
+
+    /// A sandbox once more, with nothing remembered.
+    pub(super) fn opened_anew(&self, number: u16) -> Result<Fs<&'a R>, DiffError> {
+        let source = self.layer(number)?.source;
+        Fs::open_sandbox(&source.disk, &source.foreign, source.live)
     }
 
     /// Whether a layer never changes.

@@ -1,10 +1,20 @@
 //! One gate per layer.
 //!
+//! ```text
+//!   look: which layers? ─► close their gates ─► look again: the same? ─► work, on a thread that may wait ─► open
+//!          ▲                                       │ no
+//!          └───────────────── open ◄───────────────┘
+//! ```
+//!
 //! A gate is held while the layer's mount state changes and while a service VM reads the metadata of a sandbox, so
 //! that no mount or unmount happens under its eyes. It is never held across bulk I/O. Several gates are always taken
 //! in the order of their ids, so that two takers cannot wait for each other.
+//!
+//! Closed gates go with the work ([`Held::run`]): a client that hangs up drops its request, and must not open them
+//! under work that goes on. What changes mounts asks for them ([`Held::covers`]).
 
-use crate::store::LayerId;
+use super::{DriverError, on_disk_thread};
+use crate::store::{DiskThread, LayerId};
 use parking_lot::Mutex;
 use std::{
     collections::{BTreeSet, HashMap},
@@ -23,27 +33,68 @@ pub(super) struct Gates {
 /// Some closed gates; they open on drop.
 #[derive(Debug)]
 pub(super) struct Held {
+    ids: BTreeSet<LayerId>,
     _guards: Vec<OwnedMutexGuard<()>>,
 }
 
+impl Held {
+    /// Refuses a layer whose gate is not among these: a fault of this program.
+    pub(super) fn covers(&self, id: &LayerId) -> Result<(), DriverError> {
+        if self.ids.contains(id) {
+            return Ok(());
+        }
+        Err(DriverError::Internal(format!("layer {id} was to be changed while its gate was open")))
+    }
+
+    /// Works under these gates; they stay closed until `work` lets go of them, whether or not anybody waits for it.
+    pub(super) async fn run<T: Send + 'static>(
+        self,
+        work: impl FnOnce(&DiskThread, Self) -> Result<T, DriverError> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        on_disk_thread(move |thread| work(thread, self)).await
+    }
+}
+
 impl Gates {
+    fn gate(&self, id: &LayerId) -> Gate {
+        let mut gates = self.gates.lock();
+        // A gate that only the map knows is nobody's: drop those now and then, so that the map stays as small as the
+        // number of layers in use.
+        if gates.len() >= SWEEP_AT {
+            gates.retain(|_, gate| Arc::strong_count(gate) > 1);
+        }
+        gates.entry(id.clone()).or_default().clone()
+    }
+
     /// Closes the gates of some layers, waiting for whoever holds them now.
     pub(super) async fn close<'a>(&self, ids: impl IntoIterator<Item = &'a LayerId>) -> Held {
-        let ordered: BTreeSet<&LayerId> = ids.into_iter().collect();
-        let mut guards = Vec::with_capacity(ordered.len());
-        for id in ordered {
-            let gate = {
-                let mut gates = self.gates.lock();
-                // A gate that only the map knows is nobody's: drop those now and then, so that the map stays as small
-                // as the number of layers in use.
-                if gates.len() >= SWEEP_AT {
-                    gates.retain(|_, gate| Arc::strong_count(gate) > 1);
-                }
-                gates.entry(id.clone()).or_default().clone()
-            };
+        let ids: BTreeSet<LayerId> = ids.into_iter().cloned().collect();
+        let mut guards = Vec::with_capacity(ids.len());
+        for id in &ids {
+            let gate = self.gate(id);
             guards.push(gate.lock_owned().await);
         }
-        Held { _guards: guards }
+        Held { ids, _guards: guards }
+    }
+
+    /// Closes the gates of the layers that `look` names, once it names the same ones when they are closed.
+    pub(super) async fn close_what(
+        &self,
+        look: impl Fn() -> Result<BTreeSet<LayerId>, DriverError>,
+    ) -> Result<Held, DriverError> {
+        // Each further round means that somebody else has changed something meanwhile.
+        loop {
+            let held = self.close(&look()?).await;
+            if look()? == held.ids {
+                return Ok(held);
+            }
+        }
+    }
+
+    /// Closes one gate if nobody holds it now.
+    pub(super) fn try_close(&self, id: &LayerId) -> Option<Held> {
+        let guard = self.gate(id).try_lock_owned().ok()?;
+        Some(Held { ids: [id.clone()].into(), _guards: vec![guard] })
     }
 }
 
@@ -56,10 +107,14 @@ mod tests {
     use std::time::Duration;
     use tokio::time::timeout;
 
+    fn ids(count: usize) -> Vec<LayerId> {
+        (0..count).map(|n| format!("l{n}").parse().unwrap()).collect()
+    }
+
     #[tokio::test]
     async fn takers_of_overlapping_sets_take_turns_and_never_dead_lock() {
         let gates = Arc::new(Gates::default());
-        let ids: Vec<LayerId> = (0..6).map(|n| format!("l{n}").parse().unwrap()).collect();
+        let ids = ids(6);
         let tasks: Vec<_> = (0..200)
             .map(|n| {
                 let (gates, mut wanted) =
@@ -77,7 +132,46 @@ mod tests {
         }
         let held = gates.close(&ids[..1]).await;
         assert!(timeout(Duration::from_millis(50), gates.close(&ids[..2])).await.is_err());
+        assert!(gates.try_close(&ids[0]).is_none() && gates.try_close(&ids[1]).is_some());
         drop(held);
         timeout(Duration::from_secs(5), gates.close(&ids[..2])).await.unwrap();
+    }
+
+    /// What is to be held changes while its gates are waited for: the old set is let go, the new one taken.
+    #[tokio::test]
+    async fn gates_are_looked_at_again_when_they_are_closed() {
+        let (gates, ids) = (Arc::new(Gates::default()), ids(3));
+        let wanted = Arc::new(Mutex::new(BTreeSet::from([ids[0].clone(), ids[1].clone()])));
+        let blocking = gates.close(&ids[..1]).await;
+        let taker = {
+            let (gates, wanted) = (gates.clone(), wanted.clone());
+            tokio::spawn(async move { gates.close_what(|| Ok(wanted.lock().clone())).await.unwrap() })
+        };
+        tokio::task::yield_now().await;
+        *wanted.lock() = [ids[0].clone(), ids[2].clone()].into();
+        drop(blocking);
+        let held = timeout(Duration::from_secs(20), taker).await.unwrap().unwrap();
+        assert!(held.covers(&ids[2]).is_ok() && held.covers(&ids[1]).is_err());
+        assert!(gates.try_close(&ids[1]).is_some() && gates.try_close(&ids[2]).is_none());
+    }
+
+    /// A request that is given up does not open the gates of work that it began.
+    #[tokio::test]
+    async fn gates_stay_closed_under_work_that_nobody_waits_for() {
+        let (gates, ids) = (Arc::new(Gates::default()), ids(1));
+        let held = gates.close(&ids).await;
+        let (begun, begins) = tokio::sync::oneshot::channel();
+        let (end, ends) = std::sync::mpsc::channel::<()>();
+        let request = tokio::spawn(held.run(move |_, _held| {
+            begun.send(()).unwrap();
+            ends.recv().unwrap();
+            Ok(())
+        }));
+        begins.await.unwrap();
+        request.abort();
+        request.await.unwrap_err();
+        assert!(gates.try_close(&ids[0]).is_none(), "the gate is open while the work goes on");
+        end.send(()).unwrap();
+        timeout(Duration::from_secs(20), gates.close(&ids)).await.unwrap();
     }
 }

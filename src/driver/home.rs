@@ -1,6 +1,7 @@
 //! One home: a store, its service VMs and its mounts.
 
-use super::{DriverConfig, DriverError, GRACE, gates::Gates};
+use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered};
+use crate::store::{DiskThread, guard};
 use crate::{
     config::Options,
     store::{IdRange, InitRecord, Store},
@@ -13,7 +14,12 @@ use crate::config::SvmKind;
 #[cfg(target_os = "linux")]
 use {
     super::mounts::Mounts,
-    crate::{config::SvmKind, store::LayerId},
+    crate::{
+        config::SvmKind,
+        store::{LayerId, layout},
+        sys::linux::reflink,
+    },
+    std::sync::atomic::{AtomicBool, Ordering},
 };
 
 /// A home that is open.
@@ -24,37 +30,45 @@ pub(super) struct Home {
     pub(super) pool: Pool,
     pub(super) gates: Arc<Gates>,
     pub(super) init: InitRecord,
+    /// Files that changed while they were exported.
+    pub(super) remembered: Arc<Remembered>,
     #[cfg(target_os = "linux")]
     pub(super) mounts: Arc<Mounts>,
+    /// The disk has reflinks, as far as is known.
+    #[cfg(target_os = "linux")]
+    pub(super) reflinks: AtomicBool,
 }
 
 impl Home {
     /// Opens the store at `path` with what an Init says, or with what the last one said. Debris is deleted in the
     /// background: it lies where no request looks.
     pub(super) fn open(
+        thread: &DiskThread,
         path: &Path,
         init: Option<InitRecord>,
         config: &DriverConfig,
     ) -> Result<Self, DriverError> {
         // Options first: a wrong one must leave nothing behind.
         let wanted = init.as_ref().map(|init| options_of(init, config)).transpose()?;
-        let store = Arc::new(Store::open(path)?);
+        let root_is_home = super::same_folder(path, &config.root);
+        let store = Arc::new(Store::open(thread, path, |entry| root_is_home && super::root::is_ours(entry))?);
         let (init, options) = if let (Some(init), Some(options)) = (init, wanted) {
-            store.record_init(init.clone())?;
+            store.record_init(thread, init.clone())?;
             (init, options)
         } else {
             let init = store.marker().init;
             let options = options_of(&init, config)?;
             (init, options)
         };
-        for (id, fault) in store.structural_faults() {
+        for (id, fault) in store.structural_faults(thread) {
             tracing::error!(%id, fault, "a layer of the store is damaged");
         }
-        let debris = store.debris()?;
-        let home = Self::assemble(store, init, options, config)?;
+        let debris = store.debris(thread)?;
+        // Only the owner may: what others find are the machines of a daemon that is at work.
+        let home = Self::assemble(store, init, options, config, true)?;
         #[cfg(target_os = "linux")]
         {
-            home.open_doors()?;
+            home.set_doors(config)?;
             let ids: Vec<LayerId> = home.store.layers().into_iter().map(|l| l.id).collect();
             home.mounts.rebuild(|id| home.store.snapshot(id).ok(), &ids)?;
         }
@@ -66,7 +80,7 @@ impl Home {
             std::thread::spawn(move || {
                 #[cfg(windows)]
                 runtime.block_on(pool.clear_predecessor());
-                let report = store.collect(debris);
+                let report = store.collect(&DiskThread::here(), debris);
                 tracing::info!(deleted = report.deleted.len(), "cleared what an earlier process left behind");
                 for (path, error) in report.failed {
                     tracing::warn!(path = %path.display(), error, "cannot delete debris");
@@ -77,11 +91,15 @@ impl Home {
     }
 
     /// Looks at the store at `path` beside its owner. Nothing is mounted, unmounted or deleted.
-    pub(super) fn inspect(path: &Path, config: &DriverConfig) -> Result<Self, DriverError> {
-        let store = Arc::new(Store::open_read_only(path)?);
+    pub(super) fn inspect(
+        thread: &DiskThread,
+        path: &Path,
+        config: &DriverConfig,
+    ) -> Result<Self, DriverError> {
+        let store = Arc::new(Store::open_read_only(thread, path)?);
         let init = store.marker().init;
         let options = options_of(&init, config)?;
-        Self::assemble(store, init, options, config)
+        Self::assemble(store, init, options, config, false)
     }
 
     #[cfg_attr(not(target_os = "linux"), expect(clippy::unnecessary_wraps, reason = "only Linux has mounts"))]
@@ -90,55 +108,66 @@ impl Home {
         init: InitRecord,
         options: Options,
         config: &DriverConfig,
+        reap: bool,
     ) -> Result<Self, DriverError> {
-        let pool = start_pool(&options, config, &store, true);
+        let pool = start_pool(&options, config, &store, reap);
         #[cfg(target_os = "linux")]
         let mounts = Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap(&init)?));
+        #[cfg(target_os = "linux")]
+        let reflinks = AtomicBool::new(reflink::works_in(&store.layout().top(layout::STAGING)));
         Ok(Self {
             store,
             options,
             pool,
             gates: Arc::default(),
             init,
+            remembered: Arc::default(),
             #[cfg(target_os = "linux")]
             mounts,
+            #[cfg(target_os = "linux")]
+            reflinks,
         })
     }
 
-    /// The same home under another Init. Mounts go on as they are.
-    pub(super) fn with_init(&self, init: InitRecord, config: &DriverConfig) -> Result<Self, DriverError> {
+    /// The same home under another Init. Mounts go on as they are, their counts included. Must be called within a
+    /// runtime, on a thread that may wait.
+    pub(super) fn with_init(
+        &self,
+        thread: &DiskThread,
+        init: InitRecord,
+        config: &DriverConfig,
+    ) -> Result<Self, DriverError> {
         let options = options_of(&init, config)?;
-        if (&init.uid_maps, &init.gid_maps) != (&self.init.uid_maps, &self.init.gid_maps)
-            && !self.store.is_empty()
-        {
+        let other_maps = (&init.uid_maps, &init.gid_maps) != (&self.init.uid_maps, &self.init.gid_maps);
+        if other_maps && !self.store.is_empty() {
             return Err(DriverError::Usage(
                 "Init asks for other user-namespace maps than the store's layers were written with; use another home"
                     .into(),
             ));
         }
-        self.store.record_init(init.clone())?;
+        // Whatever can fail, before the first thing that stays.
+        #[cfg(target_os = "linux")]
+        let mounts = Arc::new(self.mounts.renewed(options.overlay_api, remap(&init)?));
+        self.store.record_init(thread, init.clone())?;
         // The machines of the pool that this one replaces are still at work.
         let pool = start_pool(&options, config, &self.store, cfg!(not(windows)));
-        #[cfg(target_os = "linux")]
-        let mounts =
-            if (&init.uid_maps, options.overlay_api) == (&self.init.uid_maps, self.options.overlay_api) {
-                self.mounts.clone()
-            } else {
-                let mounts =
-                    Arc::new(Mounts::new(self.store.layout().clone(), options.overlay_api, remap(&init)?));
-                let ids: Vec<LayerId> = self.store.layers().into_iter().map(|l| l.id).collect();
-                mounts.rebuild(|id| self.store.snapshot(id).ok(), &ids)?;
-                mounts
-            };
-        Ok(Self {
+        let home = Self {
             store: self.store.clone(),
             options,
             pool,
             gates: self.gates.clone(),
             init,
+            remembered: self.remembered.clone(),
             #[cfg(target_os = "linux")]
             mounts,
-        })
+            #[cfg(target_os = "linux")]
+            reflinks: AtomicBool::new(self.reflinks.load(Ordering::Relaxed)),
+        };
+        #[cfg(target_os = "linux")]
+        if other_maps {
+            home.set_doors(config)?;
+        }
+        Ok(home)
     }
 
     /// Ends the service VMs of a home that another Init replaced; operations that run get some time.
@@ -159,7 +188,7 @@ impl Home {
     }
 
     /// Refuses new layers when the disk is nearly full.
-    pub(super) fn check_reserve(&self) -> Result<(), DriverError> {
+    pub(super) fn check_reserve(&self, _: &DiskThread) -> Result<(), DriverError> {
         match self.free_bytes() {
             Some(free) => Ok(self.store.check_reserve(self.options.min_free_bytes, free)?),
             None => Ok(()),
@@ -181,8 +210,7 @@ impl Home {
 
     /// The host's id of the containers' root.
     pub(super) fn root_ids(&self) -> (u32, u32) {
-        let host = |maps: &[IdRange]| maps.iter().find(|m| m.container_id == 0).map_or(0, |m| m.host_id);
-        (host(&self.init.uid_maps), host(&self.init.gid_maps))
+        self.init.root_ids()
     }
 
     /// The maps in the form of service VMs.
@@ -195,26 +223,29 @@ impl Home {
         svm::IdMaps { uids: convert(&self.init.uid_maps), gids: convert(&self.init.gid_maps) }
     }
 
-    /// With userns-remap, lets the mapped root walk to the merged views.
+    /// Closes the home and the layers' folders to everybody but their owner; with userns-remap the mapped root's group
+    /// may walk through them, and through the root where the home lies below it.
     #[cfg(target_os = "linux")]
-    fn open_doors(&self) -> Result<(), DriverError> {
-        open_door(self.store.layout().home(), self.root_ids())
+    fn set_doors(&self, config: &DriverConfig) -> Result<(), DriverError> {
+        let group = self.init.passing_group();
+        let home = self.store.layout().home();
+        guard::close_folder(home, group)?;
+        if group.is_some() && super::root::is_above(&config.root, home) {
+            guard::close_folder(&config.root, group)?;
+        }
+        for layer in self.store.layers() {
+            if let Err(error) = self.set_door(&layer.id) {
+                tracing::error!(id = %layer.id, error = %super::with_causes(&error), "cannot close a layer's folder");
+            }
+        }
+        Ok(())
     }
-}
 
-/// With userns-remap, lets the mapped root's group walk through a folder: 0710, group of the mapped root.
-#[cfg(target_os = "linux")]
-pub(super) fn open_door(folder: &Path, (uid, gid): (u32, u32)) -> Result<(), DriverError> {
-    use std::os::unix::fs::PermissionsExt;
-    /// Owner all, group may pass.
-    const PASS: u32 = 0o710;
-    if (uid, gid) == (0, 0) {
-        return Ok(());
+    /// Closes a layer's folder to everybody but its owner and, with userns-remap, the mapped root's group.
+    #[cfg(target_os = "linux")]
+    pub(super) fn set_door(&self, id: &LayerId) -> Result<(), DriverError> {
+        Ok(guard::close_folder(&self.store.layout().layer(id), self.init.passing_group())?)
     }
-    std::os::unix::fs::chown(folder, None, Some(gid))
-        .map_err(DriverError::io("change the group of", folder))?;
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(PASS))
-        .map_err(DriverError::io("change the mode of", folder))
 }
 
 pub(super) fn options_of(init: &InitRecord, config: &DriverConfig) -> Result<Options, DriverError> {
@@ -251,6 +282,7 @@ fn qemu_config(options: &Options, config: &DriverConfig) -> svm::qemu::QemuConfi
         svm::qemu::QemuConfig::new(kird.join(&options.kernel), kird.join(&options.initrd), &config.root);
     qemu.boot_parameters.clone_from(&options.boot_parameters);
     qemu.memory = options.guest_memory_bytes;
+    qemu.growing_bytes = largest_file(options);
     qemu.accelerator = match options.accelerator {
         Acceleration::Auto => None,
         Acceleration::Kvm => Some(Accelerator::Kvm),
@@ -269,7 +301,7 @@ fn hcs_config(options: &Options, scratch: impl Into<std::path::PathBuf>) -> svm:
     let mut hcs = svm::hcs::HcsConfig::new(kird.join(&options.kernel), kird.join(&options.initrd), scratch);
     hcs.boot_parameters.clone_from(&options.boot_parameters);
     hcs.memory = options.guest_memory_bytes;
-    hcs.growing_bytes = options.max_layer_bytes;
+    hcs.growing_bytes = largest_file(options);
     hcs
 }
 
@@ -289,6 +321,37 @@ pub(super) fn check_backend(options: &Options, config: &DriverConfig) -> Result<
     }
     let _ = (options, config);
     Ok(())
+}
+
+/// Bytes that the file of an image or a record may have: hash tree and footer come on top of `lcow.maxlayer`.
+fn largest_file(options: &Options) -> u64 {
+    /// A tree of hashes has less than this part of its blocks: 32 bytes for each of 4 KiB, and a little for the levels.
+    const TREE_SHARE: u64 = 64;
+    /// Room for what has no share: super block of the tree, footer, a record's head.
+    const SLACK: u64 = 64 << 20;
+    let largest = options.max_layer_bytes;
+    (largest + largest / TREE_SHARE + SLACK).next_multiple_of(1 << 20)
+}
+
+/// How workers are started with these options.
+pub(crate) fn embedded_config(options: &Options) -> svm::embedded::EmbeddedConfig {
+    #[cfg(target_os = "linux")]
+    {
+        use crate::config::JailKind;
+        let strict = match options.jail {
+            JailKind::Auto => rustix::process::geteuid().is_root(),
+            JailKind::Strict => true,
+            JailKind::BestEffort => false,
+        };
+        svm::embedded::EmbeddedConfig {
+            memory_limit: options.memory_bytes,
+            file_limit: Some(largest_file(options)),
+            strict,
+            ..Default::default()
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() }
 }
 
 /// Starts the service VMs of a home; `reap` says that what is found of machines is a predecessor's.
@@ -317,8 +380,7 @@ fn start_pool(options: &Options, config: &DriverConfig, store: &Store, reap: boo
     }
     #[cfg(not(windows))]
     let _ = store;
-    let mut embedded =
-        svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() };
+    let mut embedded = embedded_config(options);
     if let Some(program) = &config.worker_program {
         embedded.program.clone_from(program);
     }

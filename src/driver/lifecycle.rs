@@ -1,9 +1,9 @@
 //! Create, remove, describe, clean up.
 
-use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home};
+use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home, on_disk_thread};
 use crate::{
     config::{self, MAX_SANDBOX_BYTES, MIN_SANDBOX_BYTES, Unit},
-    store::{LayerId, LayerState, Member, layout},
+    store::{DiskThread, LayerId, LayerState, Member, layout},
     svm::Mode,
 };
 use std::{collections::BTreeMap, sync::Arc};
@@ -39,22 +39,25 @@ impl Driver {
     /// `GraphDriver.Create`: a layer with a parent and nothing in it yet. ApplyDiff makes it an image; the first Get
     /// makes it a sandbox.
     pub async fn create(&self, request: LayerRequest) -> Result<(), DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let (id, parent, size) =
             (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
-        home.check_reserve()?;
-        blocking(move || home.store.create(&id, parent.as_ref(), LayerState::Created, size, |_| Ok(()))).await
+        on_disk_thread(move |thread| {
+            home.check_reserve(thread)?;
+            home.store.create(thread, &id, parent.as_ref(), LayerState::Created, size, |_| Ok(()))
+        })
+        .await
     }
 
     /// `GraphDriver.CreateReadWrite`: a sandbox.
     pub async fn create_read_write(&self, request: LayerRequest) -> Result<(), DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let (id, parent, size) =
             (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
-        home.check_reserve()?;
         let bytes = size.unwrap_or(home.options.sandbox_bytes);
-        blocking(move || {
-            home.store.create(&id, parent.as_ref(), LayerState::Sandbox, Some(bytes), |folder| {
+        on_disk_thread(move |thread| {
+            home.check_reserve(thread)?;
+            home.store.create(thread, &id, parent.as_ref(), LayerState::Sandbox, Some(bytes), |folder| {
                 home.write_sandbox(folder, bytes)
             })
         })
@@ -66,56 +69,53 @@ impl Driver {
     /// # Errors
     /// A layer that still has children is refused; they are named.
     pub async fn remove(&self, id: &str) -> Result<(), DriverError> {
-        let home = self.home()?;
-        let id: LayerId = id.parse()?;
-        let children = home.store.children(&id);
-        if !children.is_empty() {
-            return Err(crate::store::StoreError::HasChildren { id, children }.into());
-        }
-        home.clone().drop_view(&id).await?;
-        blocking(move || Ok(home.store.remove(&id)?)).await
+        let home = self.home().await?;
+        home.remove(id.parse()?).await
     }
 
     /// `GraphDriver.Exists`.
-    pub fn exists(&self, id: &str) -> Result<bool, DriverError> {
-        let home = self.home()?;
+    pub async fn exists(&self, id: &str) -> Result<bool, DriverError> {
+        let home = self.home().await?;
         Ok(id.parse::<LayerId>().is_ok_and(|id| home.store.exists(&id)))
     }
 
     /// `GraphDriver.GetMetadata`: facts for `docker inspect`.
     pub async fn metadata(&self, id: &str) -> Result<BTreeMap<String, String>, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let id: LayerId = id.parse()?;
-        blocking(move || home.metadata(&id)).await
+        on_disk_thread(move |thread| home.metadata(thread, &id)).await
     }
 
     /// `GraphDriver.Status`: lines for `docker info`.
-    pub fn status(&self) -> Vec<(String, String)> {
-        match self.home() {
-            Ok(home) => home.status(),
-            Err(e) => vec![("LCOW".into(), format!("not usable: {e}"))],
-        }
+    pub async fn status(&self) -> Vec<(String, String)> {
+        let lines = async {
+            let home = self.home().await?;
+            blocking(move || Ok(home.status())).await
+        };
+        lines.await.unwrap_or_else(|e: DriverError| vec![("LCOW".into(), format!("not usable: {e}"))])
     }
 
     /// `GraphDriver.Cleanup`: the engine stops. Everything is unmounted, service VMs end, debris is deleted; the next
     /// Init finds the driver ready.
     pub async fn cleanup(&self) -> Result<(), DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         #[cfg(target_os = "linux")]
         {
             let ids: Vec<LayerId> = home.store.layers().into_iter().map(|l| l.id).collect();
-            let _gates = home.gates.close(&ids).await;
+            let gates = home.gates.close(&ids).await;
             let unmounting = home.clone();
-            blocking(move || {
-                for (id, references, dropped) in unmounting.mounts.drop_all() {
-                    tracing::warn!(%id, references, "cleanup found a layer still in use");
-                    if let Err(error) = dropped {
-                        tracing::warn!(%id, error = %error, "cleanup cannot unmount a layer");
+            gates
+                .run(move |_, gates| {
+                    for (id, references, dropped) in unmounting.mounts.drop_all(&gates) {
+                        tracing::warn!(%id, references, "cleanup found a layer still in use");
+                        if let Err(error) = dropped {
+                            tracing::warn!(%id, error = %error, "cleanup cannot unmount a layer");
+                        }
                     }
-                }
-                Ok(())
-            })
-            .await?;
+                    unmounting.release_stuck(&gates);
+                    Ok(())
+                })
+                .await?;
         }
         home.pool.retire(GRACE).await;
         Ok(())
@@ -123,9 +123,38 @@ impl Driver {
 }
 
 impl Home {
-    fn metadata(self: &Arc<Self>, id: &LayerId) -> Result<BTreeMap<String, String>, DriverError> {
+    /// Unmounts and removes a layer. Its gates are closed from the look at its children to the rename: nobody mounts what
+    /// is on its way out.
+    async fn remove(self: Arc<Self>, id: LayerId) -> Result<(), DriverError> {
+        let gates = self.close_view(&id).await?;
+        gates
+            .run(move |thread, gates| {
+                let children = self.store.children(&id);
+                if !children.is_empty() {
+                    return Err(crate::store::StoreError::HasChildren { id, children }.into());
+                }
+                #[cfg(target_os = "linux")]
+                if self.store.exists(&id) {
+                    let references = self.mounts.references(&id);
+                    if references > 0 {
+                        tracing::warn!(%id, references, "a layer is removed while it is in use; it is unmounted");
+                    }
+                    self.mounts.clear(&gates, &id)?;
+                }
+                let doomed = self.store.take_away(thread, &id)?;
+                #[cfg(target_os = "linux")]
+                self.release_stuck(&gates);
+                // The deletion may take its time, and meets nobody.
+                drop(gates);
+                doomed.delete(thread, &self.store);
+                Ok(())
+            })
+            .await
+    }
+
+    fn metadata(&self, thread: &DiskThread, id: &LayerId) -> Result<BTreeMap<String, String>, DriverError> {
         let Member { layer, meta } = self.store.get(id)?;
-        let usage = self.store.layer_usage(id)?;
+        let usage = self.store.layer_usage(thread, id)?;
         let file = |name: &str| self.store.layout().layer_file(id, name).to_string_lossy().into_owned();
         let mut facts: BTreeMap<String, String> = [
             ("dir", self.store.layout().layer(id).to_string_lossy().into_owned()),
@@ -143,6 +172,9 @@ impl Home {
             if let Some(bytes) = meta.sandbox_bytes {
                 add("size", bytes.to_string());
             }
+        }
+        if meta.handed_out {
+            add("handed_out", "true".into());
         }
         if let Some(applied) = &meta.applied {
             add("file", file(layout::LAYER_FILE));
@@ -205,7 +237,8 @@ fn jail_line(jail: &crate::svm::JailReport) -> String {
         (jail.no_new_privs, "no_new_privs"),
         (jail.net_namespace && jail.ipc_namespace, "namespaces"),
         (jail.empty_root, "empty root"),
-        (jail.unprivileged_user, "nobody"),
+        (jail.closed_descriptors, "closed descriptors"),
+        (jail.unprivileged_user, "own user"),
         (jail.no_capabilities, "no capabilities"),
         (jail.limits, "limits"),
     ];

@@ -11,6 +11,8 @@
 //! Invariants:
 //! * No byte of a layer is interpreted here: `transfer` opens files and hands descriptors to a service VM.
 //! * No lock is held across bulk I/O; gates are held while mounts change and while metadata are read.
+//! * No task of the runtime waits for a disk: [`on_disk_thread`] and [`blocking`] do.
+//! * A request looks at a layer once, by a snapshot, or under the layer's closed gate.
 //! * A layer's state changes through the store's atomic commits only.
 //! * Only images that a second, fresh service VM found sound, and sandboxes that we formatted, are mounted.
 //!
@@ -19,10 +21,13 @@
 mod error;
 mod gates;
 mod home;
+mod image;
 mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]
 mod mounts;
+mod room;
+mod root;
 mod scrub;
 mod transfer;
 mod views;
@@ -32,11 +37,13 @@ pub use scrub::{ScrubFinding, ScrubReport};
 
 use crate::{
     config::Options,
-    store::{InitRecord, LayerId, durable},
+    store::{DiskThread, InitRecord, LayerId, durable},
     svm::Change,
     telemetry::Gauges,
 };
 use home::Home;
+#[cfg(target_os = "linux")]
+pub(crate) use home::embedded_config;
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -99,10 +106,10 @@ struct LastInit {
 /// The driver.
 #[derive(Debug)]
 pub struct Driver {
-    config: DriverConfig,
-    homes: RwLock<Homes>,
-    /// Inits one after the other.
-    init: tokio::sync::Mutex<()>,
+    config: Arc<DriverConfig>,
+    homes: Arc<RwLock<Homes>>,
+    /// Homes are opened, and Inits done, one after the other. Goes with the work, whoever waits for it.
+    init: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Debug, Default)]
@@ -119,25 +126,31 @@ impl Driver {
     /// The root or the home cannot be used, another process owns the store, or the kind of service VM that the options
     /// name cannot work here.
     pub fn start(config: DriverConfig) -> Result<Self, DriverError> {
-        std::fs::create_dir_all(&config.root).map_err(DriverError::io("create", &config.root))?;
+        // Nothing else runs yet.
+        let thread = &DiskThread::here();
         let last = Self::last_home(&config.root)?;
         home::check_backend(&config.options, &config)?;
-        let driver = Self { config, homes: RwLock::default(), init: tokio::sync::Mutex::default() };
+        root::prepare(&config.root, last.as_deref())?;
+        let driver = Self::new(config);
         if let Some(home) = last {
             if home.is_dir() {
-                let opened = Home::open(&home, None, &driver.config)?;
+                let opened = Home::open(thread, &home, None, &driver.config)?;
                 // The next Init may say otherwise, so this is no reason to end.
                 if let Err(error) = home::check_backend(&opened.options, &driver.config) {
                     tracing::error!(
                         "no layer can be handled until this is mended or Init says otherwise: {error}"
                     );
                 }
-                driver.adopt(home, opened);
+                driver.homes.write().adopt(home, opened);
             } else {
                 tracing::warn!(home = %home.display(), "the last Init's home is gone; waiting for the next Init");
             }
         }
         Ok(driver)
+    }
+
+    fn new(config: DriverConfig) -> Self {
+        Self { config: Arc::new(config), homes: Arc::default(), init: Arc::default() }
     }
 
     /// The home that the last Init named to the service at `root`.
@@ -146,52 +159,69 @@ impl Driver {
         Ok(last.map(|l| l.home))
     }
 
-    /// A driver that looks at a store beside its owner: for scrub, which changes nothing.
+    /// A driver that looks at a store beside its owner: for scrub, which changes nothing. Blocks, as a
+    /// command may.
     pub fn inspect(home: &Path, config: DriverConfig) -> Result<Self, DriverError> {
-        Ok(Self::with_home(Home::inspect(home, &config)?, home, config))
+        Ok(Self::with_home(Home::inspect(&DiskThread::here(), home, &config)?, home, config))
     }
 
-    /// A driver that owns `home`, whatever the last Init said: opening it repairs it.
+    /// A driver that owns `home`, whatever the last Init said: opening it repairs it. Blocks, as a command may.
     pub fn repair(home: &Path, config: DriverConfig) -> Result<Self, DriverError> {
-        Ok(Self::with_home(Home::open(home, None, &config)?, home, config))
+        Ok(Self::with_home(Home::open(&DiskThread::here(), home, None, &config)?, home, config))
     }
 
     fn with_home(opened: Home, path: &Path, config: DriverConfig) -> Self {
-        let driver = Self { config, homes: RwLock::default(), init: tokio::sync::Mutex::default() };
-        driver.adopt(path.to_owned(), opened);
+        let driver = Self::new(config);
+        driver.homes.write().adopt(path.to_owned(), opened);
         driver
     }
 
     /// Faults that can be seen without opening an image.
-    pub fn structural_faults(&self) -> Result<Vec<(LayerId, String)>, DriverError> {
-        Ok(self.home()?.store.structural_faults())
+    pub async fn structural_faults(&self) -> Result<Vec<(LayerId, String)>, DriverError> {
+        let home = self.home().await?;
+        on_disk_thread(move |thread| Ok(home.store.structural_faults(thread))).await
     }
 
-    fn adopt(&self, path: PathBuf, home: Home) {
-        let home = Arc::new(home);
-        let mut homes = self.homes.write();
-        homes.open.insert(path, home.clone());
-        homes.current = Some(home);
+    fn current(&self) -> Option<Arc<Home>> {
+        self.homes.read().current.clone()
     }
 
-    /// The home that serves requests now.
-    fn home(&self) -> Result<Arc<Home>, DriverError> {
-        if let Some(home) = &self.homes.read().current {
-            return Ok(home.clone());
+    /// The home that serves requests now; what a failed write left unknown of its layers was read again.
+    async fn home(&self) -> Result<Arc<Home>, DriverError> {
+        let home = match self.current() {
+            Some(home) => home,
+            None => self.open_root().await?,
+        };
+        if home.store.is_unsettled() {
+            let settling = home.clone();
+            on_disk_thread(move |thread| {
+                settling.store.settle(thread);
+                Ok(())
+            })
+            .await?;
         }
-        // No Init yet: an engineer with curl works on the root itself.
-        let mut homes = self.homes.write();
-        if let Some(home) = &homes.current {
-            return Ok(home.clone());
-        }
-        let path = self.config.root.clone();
-        let home = Arc::new(Home::open(&path, None, &self.config)?);
-        homes.open.insert(path, home.clone());
-        homes.current = Some(home.clone());
         Ok(home)
     }
 
-    /// `GraphDriver.Init`: makes `home` the one that serves, with these options.
+    /// No Init yet: an engineer with curl works on the root itself.
+    async fn open_root(&self) -> Result<Arc<Home>, DriverError> {
+        let one_at_a_time = self.init.clone().lock_owned().await;
+        if let Some(home) = self.current() {
+            return Ok(home);
+        }
+        let (config, homes, runtime) =
+            (self.config.clone(), self.homes.clone(), tokio::runtime::Handle::current());
+        on_disk_thread(move |thread| {
+            let _context = runtime.enter();
+            let opened = Home::open(thread, &config.root, None, &config)?;
+            let home = homes.write().adopt(config.root.clone(), opened);
+            drop(one_at_a_time);
+            Ok(home)
+        })
+        .await
+    }
+
+    /// `GraphDriver.Init`: makes `home` the one that serves, with these options. An Init that fails changes nothing.
     ///
     /// # Errors
     /// A relative home, an unknown or wrong option, or a store that cannot be used.
@@ -202,38 +232,54 @@ impl Driver {
                 path.display()
             )));
         }
-        let _one_at_a_time = self.init.lock().await;
-        let options = home::options_of(&record, &self.config)?;
-        let config = self.config.clone();
-        blocking(move || home::check_backend(&options, &config)).await?;
-        let known = self.homes.read().open.get(&path).cloned();
-        match known {
-            Some(home) if home.store.marker().init == record => self.homes.write().current = Some(home),
-            Some(home) => {
-                let renewed = home.with_init(record, &self.config)?;
-                self.adopt(path.clone(), renewed);
-                // What still runs under the old options gets its time; new requests need not wait for it.
-                tokio::spawn(async move { home.retire().await });
+        let one_at_a_time = self.init.clone().lock_owned().await;
+        let (config, homes, runtime) =
+            (self.config.clone(), self.homes.clone(), tokio::runtime::Handle::current());
+        on_disk_thread(move |thread| {
+            let _context = runtime.enter();
+            let options = home::options_of(&record, &config)?;
+            home::check_backend(&options, &config)?;
+            let known = homes.read().open.get(&path).cloned();
+            let remember = || {
+                let last = LastInit { home: path.clone() };
+                durable::write_json(&config.root.join(LAST_INIT), &last)
+            };
+            match known {
+                Some(home) if home.init == record => {
+                    remember()?;
+                    homes.write().current = Some(home);
+                }
+                Some(home) => {
+                    let renewed = home.with_init(thread, record, &config)?;
+                    if let Err(error) = remember() {
+                        // As it was, the store's note included.
+                        home.store.record_init(thread, home.init.clone())?;
+                        runtime.spawn(async move { renewed.retire().await });
+                        return Err(error.into());
+                    }
+                    homes.write().adopt(path.clone(), renewed);
+                    // What still runs under the old options gets its time; new requests need not wait for it.
+                    runtime.spawn(async move { home.retire().await });
+                }
+                None => {
+                    let opened = Home::open(thread, &path, Some(record), &config)?;
+                    if let Err(error) = remember() {
+                        runtime.spawn(async move { opened.retire().await });
+                        return Err(error.into());
+                    }
+                    homes.write().adopt(path.clone(), opened);
+                }
             }
-            None => {
-                let config = self.config.clone();
-                let (home, runtime) = (path.clone(), tokio::runtime::Handle::current());
-                let opened = blocking(move || {
-                    let _context = runtime.enter();
-                    Home::open(&home, Some(record), &config)
-                })
-                .await?;
-                self.adopt(path.clone(), opened);
-            }
-        }
-        tracing::info!(home = %path.display(), "init");
-        let last = self.config.root.join(LAST_INIT);
-        blocking(move || Ok(durable::write_json(&last, &LastInit { home: path })?)).await
+            tracing::info!(home = %path.display(), "init");
+            drop(one_at_a_time);
+            Ok(())
+        })
+        .await
     }
 
     /// `GraphDriver.Capabilities`.
-    pub fn reproduces_exact_diffs(&self) -> Result<bool, DriverError> {
-        Ok(self.home()?.store.marker().reproduces_exact_diffs)
+    pub async fn reproduces_exact_diffs(&self) -> Result<bool, DriverError> {
+        Ok(self.home().await?.store.marker().reproduces_exact_diffs)
     }
 
     /// Longest stand-still of a transfer.
@@ -260,8 +306,10 @@ impl Driver {
     }
 
     /// What the driver holds now, for metrics.
-    pub fn gauges(&self) -> Gauges {
-        let Some(home) = self.homes.read().current.clone() else { return Gauges::default() };
+    pub async fn gauges(&self) -> Gauges {
+        let Some(home) = self.current() else { return Gauges::default() };
+        let measured = home.clone();
+        let free = blocking(move || Ok(measured.free_bytes())).await.ok().flatten();
         let pool = home.pool.snapshot();
         let (mounts, disks) = home.mount_counts();
         Gauges {
@@ -275,9 +323,31 @@ impl Driver {
             restores: pool.restores,
             lease_waits: pool.waits,
             vm_failures: pool.boot_failures + pool.deaths + pool.poisoned,
-            free_bytes: home.free_bytes().unwrap_or(0),
+            free_bytes: free.unwrap_or(0),
         }
     }
+}
+
+impl Homes {
+    /// Makes a home the one that serves.
+    fn adopt(&mut self, path: PathBuf, home: Home) -> Arc<Home> {
+        let home = Arc::new(home);
+        self.open.insert(path, home.clone());
+        self.current = Some(home.clone());
+        home
+    }
+}
+
+/// Whether two paths name one folder.
+fn same_folder(one: &Path, other: &Path) -> bool {
+    one == other || one.canonicalize().is_ok_and(|one| other.canonicalize().is_ok_and(|other| one == other))
+}
+
+/// Runs file work of the store on a thread of its own.
+async fn on_disk_thread<T: Send + 'static>(
+    work: impl FnOnce(&DiskThread) -> Result<T, DriverError> + Send + 'static,
+) -> Result<T, DriverError> {
+    DiskThread::run(work).await.map_err(|e| DriverError::Internal(e.to_string()))?
 }
 
 /// Runs blocking work on a thread of its own.

@@ -10,8 +10,12 @@
 //! Invariants:
 //! * A sandbox file has at most one loop device: before one is attached, the kernel is asked whether the file has one
 //!   already (a lazy unmount may keep it alive, and two devices of one file would corrupt it).
-//! * Callers hold the gates of all layers that they name, so per-layer state changes are serial; the map's own lock is
-//!   held only for look-ups.
+//! * Whoever changes what is mounted shows the closed gates of all layers that it touches ([`Held`]), so changes of a
+//!   layer are serial; the map's own lock is held for look-ups only.
+//! * What could not be unmounted is not forgotten: such a disk counts as held by nobody, and the next Put, Remove, Get
+//!   and start try again.
+//! * A sandbox that was handed to a virtual machine is never mounted, nor anything that stands on it: the machine may
+//!   have written any bytes into it, and the host's kernel would read them.
 //! * The kernel's mount table is the truth after a crash: [`Mounts::rebuild`] reads it and counts each merged view that
 //!   it finds as held once.
 //!
@@ -19,14 +23,16 @@
 
 use super::{
     DriverError,
+    gates::Held,
     views::{UPPER, WORK},
+    with_causes,
 };
 use crate::{
     config::OverlayApi,
     store::{LayerId, LayerState, Layout, Member, Snapshot, layout},
     sys::linux::{
-        SysError, idmap,
-        loopdev::{self, LoopDevice, LoopSpec},
+        SysError, freeze, idmap,
+        loopdev::{self, LoopDevice, LoopSpec, LoopStatus},
         mount::{self, Ext4Options},
         mountinfo,
         overlay::{OverlayMethod, OverlaySpec, is_opaque, mount_overlay},
@@ -34,6 +40,7 @@ use crate::{
     vhd,
 };
 use parking_lot::Mutex;
+use rustix::io::Errno;
 use std::{
     collections::{HashMap, HashSet},
     fs::{self, File, OpenOptions},
@@ -46,6 +53,7 @@ use std::{
 #[derive(Debug, Default)]
 struct State {
     views: HashMap<LayerId, View>,
+    /// Mounted disks and how many views use them; 0 where the unmount failed.
     disks: HashMap<LayerId, usize>,
 }
 
@@ -64,7 +72,8 @@ pub(super) struct Mounts {
     method: OverlayMethod,
     /// With userns-remap: maps container ids, in which applied layers are stored, to the host's.
     remap: Option<Arc<OwnedFd>>,
-    state: Mutex<State>,
+    /// Shared by the mounts of one home under one Init after the other.
+    state: Arc<Mutex<State>>,
 }
 
 fn failed(id: &LayerId, action: &'static str) -> impl FnOnce(SysError) -> DriverError {
@@ -72,14 +81,22 @@ fn failed(id: &LayerId, action: &'static str) -> impl FnOnce(SysError) -> Driver
     move |source| DriverError::Mount { id, action, source }
 }
 
+fn method(api: OverlayApi) -> OverlayMethod {
+    match api {
+        OverlayApi::Auto => OverlayMethod::Auto,
+        OverlayApi::New => OverlayMethod::NewApi,
+        OverlayApi::Legacy => OverlayMethod::OnePage,
+    }
+}
+
 impl Mounts {
     pub(super) fn new(layout: Layout, api: OverlayApi, remap: Option<Arc<OwnedFd>>) -> Self {
-        let method = match api {
-            OverlayApi::Auto => OverlayMethod::Auto,
-            OverlayApi::New => OverlayMethod::NewApi,
-            OverlayApi::Legacy => OverlayMethod::OnePage,
-        };
-        Self { layout, method, remap, state: Mutex::default() }
+        Self { layout, method: method(api), remap, state: Arc::default() }
+    }
+
+    /// The same mounts, counts included; new ones are made in another way.
+    pub(super) fn renewed(&self, api: OverlayApi, remap: Option<Arc<OwnedFd>>) -> Self {
+        Self { layout: self.layout.clone(), method: method(api), remap, state: self.state.clone() }
     }
 
     /// Number of merged views and of mounted disks.
@@ -104,16 +121,28 @@ impl Mounts {
     }
 
     /// One more reference to a mounted view.
-    pub(super) fn again(&self, id: &LayerId) -> Option<PathBuf> {
+    pub(super) fn again(&self, held: &Held, id: &LayerId) -> Result<Option<PathBuf>, DriverError> {
+        held.covers(id)?;
         let mut state = self.state.lock();
-        let view = state.views.get_mut(id)?;
+        let Some(view) = state.views.get_mut(id) else { return Ok(None) };
         view.refs += 1;
-        Some(view.dir.clone())
+        Ok(Some(view.dir.clone()))
     }
 
     /// Mounts the merged view of `stack` (the layer itself first, then its ancestors) and counts one reference.
-    pub(super) fn mount_view(&self, stack: &Snapshot, label: &str) -> Result<PathBuf, DriverError> {
+    pub(super) fn mount_view(
+        &self,
+        gates: &Held,
+        stack: &Snapshot,
+        label: &str,
+    ) -> Result<PathBuf, DriverError> {
         let id = stack.id();
+        for member in stack.members() {
+            gates.covers(&member.layer.id)?;
+            if member.meta.handed_out {
+                return Err(handed_out(id, &member.layer.id));
+            }
+        }
         let dir = self.layout.layer_file(id, layout::MERGED);
         create_dir(&dir)?;
         let mut held = HeldDisks { mounts: self, ids: Vec::new() };
@@ -167,24 +196,30 @@ impl Mounts {
     }
 
     /// One reference less; the last one unmounts. A view that is not mounted is fine.
-    pub(super) fn put_view(&self, id: &LayerId) -> Result<(), DriverError> {
+    ///
+    /// # Errors
+    /// Something could not be unmounted; it is tried again by the next Put.
+    pub(super) fn put_view(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
+        held.covers(id)?;
         {
             let mut state = self.state.lock();
-            let Some(view) = state.views.get_mut(id) else { return Ok(()) };
-            if view.refs > 1 {
+            if let Some(view) = state.views.get_mut(id)
+                && view.refs > 1
+            {
                 view.refs -= 1;
                 return Ok(());
             }
         }
-        self.drop_view(id)
+        self.drop_view(held, id)
     }
 
-    /// Unmounts a view whatever its references. Processes that still stand in it keep what they have open.
-    pub(super) fn drop_view(&self, id: &LayerId) -> Result<(), DriverError> {
-        let Some((dir, disks)) = self.state.lock().views.get(id).map(|v| (v.dir.clone(), v.disks.clone()))
-        else {
-            return Ok(());
-        };
+    /// Unmounts a view whatever its references, or the disk of a layer that an earlier call could not unmount.
+    /// Processes that still stand in it keep what they have open.
+    pub(super) fn drop_view(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
+        held.covers(id)?;
+        let view = self.state.lock().views.get(id).map(|v| (v.dir.clone(), v.disks.clone()));
+        let Some((dir, disks)) = view else { return self.release_stuck(held, id) };
+        disks.iter().try_for_each(|disk| held.covers(disk))?;
         unmount(&dir).map_err(failed(id, "unmount its merged view"))?;
         self.state.lock().views.remove(id);
         let mut first = Ok(());
@@ -195,13 +230,73 @@ impl Mounts {
         first
     }
 
+    /// Leaves nothing mounted of a layer that is about to be removed, known of or not.
+    pub(super) fn clear(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
+        self.drop_view(held, id)?;
+        unmount_all(&self.layout.layer_file(id, layout::MERGED))
+            .map_err(failed(id, "unmount its merged view"))?;
+        if !self.state.lock().disks.contains_key(id) {
+            let disk = self.layout.mount_point(id);
+            unmount_all(&disk).map_err(failed(id, "unmount its disk"))?;
+            let _ = fs::remove_dir(&disk);
+        }
+        Ok(())
+    }
+
+    /// Disks that no view uses and that could not be unmounted.
+    pub(super) fn stuck(&self) -> Vec<LayerId> {
+        self.state.lock().disks.iter().filter(|(_, uses)| **uses == 0).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Tries again to unmount a disk that no view uses; others are left as they are.
+    pub(super) fn release_stuck(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
+        held.covers(id)?;
+        if self.state.lock().disks.get(id) == Some(&0) { self.release_disk(id) } else { Ok(()) }
+    }
+
+    /// Refuses to let a virtual machine have a sandbox that the host's kernel has mounted, or whose loop device lives.
+    pub(super) fn refuse_mounted(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
+        self.release_stuck(held, id)?;
+        let path = self.layout.layer_file(id, layout::SANDBOX_FILE);
+        let attached = match File::open(&path) {
+            Ok(file) => !loopdev::find_by_backing(file.as_fd())
+                .map_err(failed(id, "look for its loop device"))?
+                .is_empty(),
+            // A VHDX: the host never mounts it.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => false,
+            Err(e) => return Err(DriverError::io("open", path)(e)),
+        };
+        if attached || self.state.lock().disks.contains_key(id) {
+            return Err(DriverError::Usage(format!(
+                "layer {id}: the host has its sandbox mounted, so no virtual machine may have it; stop what uses it, and \
+                 Put it as often as it was got"
+            )));
+        }
+        Ok(())
+    }
+
     fn acquire_disk(&self, member: &Member) -> Result<(), DriverError> {
         let id = &member.layer.id;
-        if let Some(uses) = self.state.lock().disks.get_mut(id) {
-            *uses += 1;
-            return Ok(());
-        }
         let target = self.layout.mount_point(id);
+        let uses = self.state.lock().disks.get(id).copied();
+        match uses {
+            None => {}
+            Some(0) => match unmount_all(&target) {
+                Ok(()) => {
+                    self.state.lock().disks.remove(id);
+                }
+                // It is still mounted whole, so it can be used; of a mapped one only half may be left.
+                Err(_) if self.remap.is_none() => {
+                    self.state.lock().disks.insert(id.clone(), 1);
+                    return Ok(());
+                }
+                Err(error) => return Err(failed(id, "unmount its disk of before")(error)),
+            },
+            Some(uses) => {
+                self.state.lock().disks.insert(id.clone(), uses + 1);
+                return Ok(());
+            }
+        }
         create_dir(&target)?;
         match member.meta.state {
             LayerState::Applied => self.mount_image(member, &target)?,
@@ -253,15 +348,24 @@ impl Mounts {
         let device = self.sandbox_device(id, &file)?;
         let options =
             Ext4Options { noatime: true, nodev: true, nosuid: true, discard: true, ..Ext4Options::default() };
-        mount::mount_ext4(&device.path, target, options).map_err(failed(id, "mount its sandbox"))
+        mount::mount_ext4(&device.path, target, options).map_err(failed(id, "mount its sandbox"))?;
+        // Its file system may be one that lives on, frozen, after a process that was killed.
+        freeze::thaw(target).map_err(|source| {
+            let _ = mount::umount(target, true);
+            DriverError::Mount { id: id.to_string(), action: "thaw its sandbox", source }
+        })
     }
 
     /// The one loop device of a sandbox file.
     fn sandbox_device(&self, id: &LayerId, file: &File) -> Result<LoopDevice, DriverError> {
-        let attached =
-            loopdev::find_by_backing(file.as_fd()).map_err(failed(id, "look for its loop device"))?;
-        if let Some(found) = attached.iter().find(|s| !s.read_only) {
-            return LoopDevice::open(found.number).map_err(failed(id, "open its loop device"));
+        for found in loopdev::find_by_backing(file.as_fd()).map_err(failed(id, "look for its loop device"))? {
+            // Asked again when it is open: meanwhile its number may have become another file's.
+            if !found.read_only
+                && let Some(device) = LoopDevice::open_bound(found.number, file.as_fd())
+                    .map_err(failed(id, "open its loop device"))?
+            {
+                return Ok(device);
+            }
         }
         let length = file.metadata().map_err(DriverError::io("measure", self.layout.layer(id)))?.len();
         let spec = LoopSpec {
@@ -286,22 +390,21 @@ impl Mounts {
             }
         }
         let target = self.layout.mount_point(id);
-        self.unmount_disk(&target).map_err(failed(id, "unmount its disk"))?;
-        self.state.lock().disks.remove(id);
-        let _ = fs::remove_dir(&target);
-        Ok(())
-    }
-
-    /// Unmounts a disk: with userns-remap there may be a mapped view on top of the plain one.
-    fn unmount_disk(&self, target: &Path) -> Result<(), SysError> {
-        if self.remap.is_some() {
-            unmount(target)?;
+        // With userns-remap there is a mapped view on top of the plain one.
+        let unmounted = unmount_all(&target).map_err(failed(id, "unmount its disk"));
+        let mut state = self.state.lock();
+        if unmounted.is_ok() {
+            state.disks.remove(id);
+            let _ = fs::remove_dir(&target);
+        } else {
+            state.disks.insert(id.clone(), 0);
         }
-        unmount(target)
+        unmounted
     }
 
-    /// Makes the state agree with the kernel's mount table: views that are mounted count as held once, disks by the
-    /// views that use them; disks that none uses are unmounted; frozen sandboxes are thawed.
+    /// Makes the state agree with the kernel's mount table, at a start: views that are mounted count as held once, disks
+    /// by the views that use them; disks that none uses are unmounted, and so is what stands where this store mounts and
+    /// belongs to no layer; frozen sandboxes are thawed.
     pub(super) fn rebuild(
         &self,
         stack_of: impl Fn(&LayerId) -> Option<Snapshot>,
@@ -314,10 +417,12 @@ impl Mounts {
             action: "read the mount table",
             source,
         })?;
-        let mounted: HashSet<PathBuf> = table
+        let places: Vec<PathBuf> = table
             .into_iter()
             .filter_map(|m| Some(m.mount_point.strip_prefix(&home).ok()?.to_owned()))
             .collect();
+        let mounted: HashSet<PathBuf> = places.iter().cloned().collect();
+        self.unmount_strangers(&places, known);
         let is_mounted =
             |path: PathBuf| path.strip_prefix(self.layout.home()).is_ok_and(|p| mounted.contains(p));
         let mut state = State::default();
@@ -325,11 +430,10 @@ impl Mounts {
             let disk = self.layout.mount_point(id);
             if is_mounted(disk.clone()) {
                 state.disks.insert(id.clone(), 0);
-                if let Err(error) = mount::thaw(&disk) {
-                    tracing::warn!(%id, %error, "cannot thaw a sandbox");
-                }
+                thaw_at_start(id, disk);
             }
         }
+        self.thaw_hidden(known, &state.disks);
         for id in known {
             let dir = self.layout.layer_file(id, layout::MERGED);
             if !is_mounted(dir.clone()) {
@@ -352,29 +456,99 @@ impl Mounts {
         }
         let unused: Vec<LayerId> =
             state.disks.iter().filter(|(_, n)| **n == 0).map(|(id, _)| id.clone()).collect();
-        for id in &unused {
-            state.disks.remove(id);
-        }
         *self.state.lock() = state;
         for id in unused {
             tracing::info!(%id, "unmounting a disk that no view uses");
-            if let Err(error) = self.unmount_disk(&self.layout.mount_point(&id)) {
-                tracing::warn!(%id, %error, "cannot unmount a disk");
+            if let Err(error) = self.release_disk(&id) {
+                tracing::warn!(%id, error = %with_causes(&error), "cannot unmount a disk");
             }
         }
         Ok(())
     }
 
-    /// Unmounts every view, for Cleanup; says which were still held.
-    pub(super) fn drop_all(&self) -> Vec<(LayerId, u64, Result<(), DriverError>)> {
-        let held: Vec<_> = self.state.lock().views.iter().map(|(id, v)| (id.clone(), v.refs)).collect();
-        held.into_iter()
+    /// Thaws sandboxes whose file systems live on without a mount that this process sees: those of a process that was
+    /// killed in a mount namespace of its own while it had them frozen.
+    fn thaw_hidden(&self, known: &[LayerId], mounted: &HashMap<LayerId, usize>) {
+        use std::os::unix::fs::MetadataExt;
+        let bound: HashMap<(u64, u64), LoopStatus> = match loopdev::list() {
+            Ok(all) => all.into_iter().map(|s| ((s.backing_dev, s.backing_inode), s)).collect(),
+            Err(error) => {
+                tracing::warn!(%error, "cannot look for frozen sandboxes");
+                return;
+            }
+        };
+        for id in known.iter().filter(|id| !bound.is_empty() && !mounted.contains_key(*id)) {
+            let Ok(file) = fs::metadata(self.layout.layer_file(id, layout::SANDBOX_FILE)) else { continue };
+            let Some(device) = bound.get(&(file.dev(), file.ino())).filter(|s| !s.read_only) else {
+                continue;
+            };
+            tracing::info!(%id, device = device.number, "a sandbox is in use by nobody that is known; looking whether it is frozen");
+            let target = self.layout.mount_point(id);
+            // To mount it thaws it.
+            let thawed = create_dir(&target)
+                .and_then(|()| self.mount_sandbox(id, &target))
+                .and_then(|()| mount::umount(&target, true).map_err(failed(id, "unmount its disk")));
+            let _ = fs::remove_dir(&target);
+            if let Err(error) = thawed {
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "cannot thaw a sandbox");
+            }
+        }
+    }
+
+    /// Unmounts what stands in `mnt/`, in a folder of a layer or on its way out, and belongs to no layer of the store:
+    /// a removal that an earlier process could not finish. `places` are below the home, in the order of mounting.
+    fn unmount_strangers(&self, places: &[PathBuf], known: &[LayerId]) {
+        let ours: HashSet<PathBuf> = known
+            .iter()
+            .flat_map(|id| [self.layout.mount_point(id), self.layout.layer_file(id, layout::MERGED)])
+            .filter_map(|path| Some(path.strip_prefix(self.layout.home()).ok()?.to_owned()))
+            .collect();
+        let made_here = |place: &Path| {
+            place.starts_with(layout::MOUNTS)
+                || place.starts_with(layout::STAGING)
+                || place.file_name().is_some_and(|name| name == layout::MERGED)
+        };
+        for place in places.iter().rev().filter(|place| made_here(place) && !ours.contains(*place)) {
+            let path = self.layout.home().join(place);
+            tracing::warn!(path = %path.display(), "unmounting what belongs to no layer");
+            if let Err(error) = unmount(&path) {
+                tracing::warn!(path = %path.display(), %error, "cannot unmount it");
+            }
+        }
+    }
+
+    /// Unmounts every view whose layers' gates are closed, for Cleanup; says which were still held.
+    pub(super) fn drop_all(&self, held: &Held) -> Vec<(LayerId, u64, Result<(), DriverError>)> {
+        let views: Vec<_> = self.state.lock().views.iter().map(|(id, v)| (id.clone(), v.refs)).collect();
+        views
+            .into_iter()
+            .filter(|(id, _)| held.covers(id).is_ok())
             .map(|(id, refs)| {
-                let dropped = self.drop_view(&id);
+                let dropped = self.drop_view(held, &id);
                 (id, refs, dropped)
             })
             .collect()
     }
+}
+
+/// Thaws what an earlier process left frozen; where that fails, a thread goes on trying.
+fn thaw_at_start(id: &LayerId, disk: PathBuf) {
+    /// Between two series of attempts.
+    const PAUSE: std::time::Duration = std::time::Duration::from_secs(5);
+    let Err(error) = freeze::thaw(&disk) else { return };
+    tracing::error!(%id, %error, "a sandbox cannot be thawed; it is tried again and again");
+    let id = id.clone();
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(PAUSE);
+            match freeze::thaw(&disk) {
+                Ok(()) => break tracing::info!(%id, "thawed"),
+                // Unmounted by now.
+                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => break,
+                Err(_) => {}
+            }
+        }
+    });
 }
 
 /// Disks taken for a view that is being made; given back on drop unless kept.
@@ -408,13 +582,47 @@ impl Drop for HeldDisks<'_> {
 /// Unmounts; where something still stands in it the name goes now and the rest when the last user leaves.
 fn unmount(target: &Path) -> Result<(), SysError> {
     match mount::umount(target, false) {
-        Err(e) if e.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) => {
-            mount::umount(target, true)
-        }
+        Err(e) if e.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => mount::umount(target, true),
         // Not a mount point: somebody else has unmounted it.
-        Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => Ok(()),
+        Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(()),
         other => other,
     }
+}
+
+/// Unmounts everything that is mounted at a place, one on top of the other.
+fn unmount_all(target: &Path) -> Result<(), SysError> {
+    /// A plain and a mapped disk are two; more stands there only if somebody else mounted it.
+    const STACKED: usize = 16;
+    for _ in 0..STACKED {
+        match mount::umount(target, false) {
+            Ok(()) => {}
+            Err(e) if e.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+                mount::umount(target, true)?;
+            }
+            // Nothing is mounted there (any more), or there is no such place.
+            Err(e)
+                if [Errno::INVAL, Errno::NOENT]
+                    .map(|n| Some(n.raw_os_error()))
+                    .contains(&e.raw_os_error()) =>
+            {
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+fn handed_out(id: &LayerId, culprit: &LayerId) -> DriverError {
+    let which = if id == culprit {
+        "its sandbox".to_owned()
+    } else {
+        format!("the sandbox of its ancestor {culprit}")
+    };
+    DriverError::Usage(format!(
+        "layer {id}: {which} was handed to a virtual machine (lcow.mount=none), which may have written anything into it; \
+         the host's kernel never mounts it. Use it with lcow.mount=none, or Diff it and apply that to a new layer"
+    ))
 }
 
 fn create_dir(path: &Path) -> Result<(), DriverError> {

@@ -1,17 +1,19 @@
 //! Scrub: is every layer what it was?
 //!
 //! Per layer: its folder agrees with `layer.json`; its image passes the strict check in a fresh service VM, and each
-//! block the hash tree where there is one; its exact tar, read back, has the digest of what was applied.
+//! block the hash tree where there is one; its footer is the one that was written, and nothing stands around all that; its
+//! exact tar, read back, has the digest of what was applied.
 //!
 //! Layers of release 1 were written by writer 1, which made some images that today's check does not take. Those are
 //! counted apart: they give the same bytes as ever, and are worth pulling anew. A wrong checksum is damage, whoever
 //! wrote the image.
 
-use super::{Driver, DriverError, blocking, with_causes};
-use crate::vhd;
+use super::{Driver, DriverError, blocking, image::check_footer, on_disk_thread, with_causes};
 use crate::{
-    store::{AppliedMeta, LayerId, LayerState, StoreError, WRITER_VERSION, layout},
+    ext4::check::WRITER,
+    store::{AppliedMeta, LayerId, LayerState, StoreError, layout},
     svm::{CheckJob, ExportJob, ExportKind, IdMaps, Purpose, SvmError, TarDigest},
+    vhd,
 };
 use futures_util::StreamExt;
 use serde::Serialize;
@@ -63,9 +65,10 @@ impl Driver {
         &self,
         mut progress: impl FnMut(usize, usize) + Send,
     ) -> Result<ScrubReport, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let mut report = ScrubReport::default();
-        for (id, fault) in home.store.structural_faults() {
+        let looking = home.clone();
+        for (id, fault) in on_disk_thread(move |thread| Ok(looking.store.structural_faults(thread))).await? {
             report.faults.push(ScrubFinding { id, fault });
         }
         let layers = home.store.layers();
@@ -80,7 +83,7 @@ impl Driver {
                     Ok(Scrubbed { tar_bytes, writer, differs }) => {
                         report.images += 1;
                         report.tar_bytes += tar_bytes;
-                        if writer < WRITER_VERSION {
+                        if writer < WRITER {
                             report.writer_1.push(layer.id.clone());
                         }
                         let finding = |fault| ScrubFinding { id: layer.id.clone(), fault };
@@ -99,28 +102,26 @@ impl Driver {
     }
 
     async fn scrub_image(&self, id: &LayerId) -> Result<Scrubbed, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let snapshot = home.store.snapshot(id)?;
         let meta = snapshot.top.meta.clone();
         let opener = home.clone();
         let (image, record) = blocking(move || opener.exact_disks(&snapshot)).await?;
         let root = meta.applied.as_ref().and_then(|a| a.verity_root.clone());
-        let mut whole = image.clone();
-        if let (Some(_), Some(applied)) = (&root, &meta.applied) {
-            whole = whole.window(0, applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64));
-        }
+        let applied = meta.applied.as_ref();
+        let writer = applied.map_or(WRITER, AppliedMeta::writer);
+        let disk = applied.map_or(0, |applied| applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64));
         let check = CheckJob {
-            image: whole,
+            image: image.clone().window(0, disk),
             tree: root.is_some(),
+            writer,
             require_no_writers: false,
             owners: IdMaps::default(),
         };
-        let writer = meta.applied.as_ref().map_or(WRITER_VERSION, AppliedMeta::writer);
-        let checked = home.pool.check_image(check).await;
-        let (found, differs) = match checked {
-            Ok(found) => (found.verity.map(|root| root.to_string()), None),
-            Err(error) if writer < WRITER_VERSION && of_writer_1(&error) => {
-                (root.clone(), Some(format!("made by writer 1: {}", with_causes(&error))))
+        let (found, profile, differs) = match home.pool.check_image(check).await {
+            Ok(found) => (found.verity.map(|root| root.to_string()), Some(found.profile), None),
+            Err(error) if writer < WRITER && of_writer_1(&error) => {
+                (root.clone(), None, Some(format!("made by writer 1: {}", with_causes(&error))))
             }
             Err(error) => return Err(DriverError::svm(id, "verify its image")(error)),
         };
@@ -131,6 +132,15 @@ impl Driver {
                 root.unwrap_or_default()
             )));
         }
+        let known = meta.applied.as_ref().map(|a| a.tar_digest.clone()).unwrap_or_default();
+        let known: TarDigest = known.parse().map_err(|e| {
+            let path = home.store.layout().layer_file(id, layout::META_FILE);
+            DriverError::from(StoreError::Corrupt { path, reason: format!("tar_digest '{known}': {e}") })
+        })?;
+        if let (Some(applied), Some(profile)) = (meta.applied, profile) {
+            let (image, digest) = (image.clone(), known.bytes);
+            blocking(move || check_footer(&image, &applied, &digest, profile)).await?;
+        }
         let lease = home
             .pool
             .lease(id.as_str(), Purpose::Export)
@@ -138,11 +148,6 @@ impl Driver {
             .map_err(DriverError::svm(id, "start a diff"))?;
         let job = ExportJob { kind: ExportKind::Exact { image, record }, live: None };
         let mut tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(id, "read its tar back"))?;
-        let known = meta.applied.map(|a| a.tar_digest).unwrap_or_default();
-        let known: TarDigest = known.parse().map_err(|e| {
-            let path = home.store.layout().layer_file(id, layout::META_FILE);
-            DriverError::from(StoreError::Corrupt { path, reason: format!("tar_digest '{known}': {e}") })
-        })?;
         // Computed here too: what a worker says of its own output is not believed.
         let mut hash = known.kind.hasher();
         let mut bytes = 0;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   ApplyDiff  mark "applying" (durable) ─► staging/{layer.vhd,layer.exact} ◄─ VM 1 ◄─ tar
-//!              ─► VM 1 ended ─► VM 2 (fresh) checks the image ─► sync ─► commit "applied"
+//!              ─► VM 1 ended ─► footer ─► VM 2 (fresh) checks the image ─► sync ─► commit "applied"
 //!   Diff       applied layer, own parent: image + record ─► VM ─► the very bytes
 //!              else: images and sandboxes of both chains ─► VM ─► canonical tar
 //! ```
@@ -11,17 +11,22 @@
 //! of an ApplyDiff was read, a failure leaves the layer marked, and nothing but Remove helps.
 
 use super::{
-    ChangedPath, Driver, DriverError, blocking, home::Home, live::Stillness, open, views::unfinished,
+    ChangedPath, Driver, DriverError, blocking,
+    home::Home,
+    image::Asked,
+    live::{Sandbox, Stillness},
+    on_disk_thread, open, room,
+    views::unfinished,
 };
 use crate::{
-    config::LayoutProfile,
+    ext4::check::WRITER,
     store::{
-        AppliedMeta, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError, WRITER_VERSION,
+        AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError,
         durable, layout, owners_note,
     },
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary,
-        LayerDisk, LayerKind, LiveControl, ParentDisks, Profile, Purpose, SvmError, TarStream,
+        LayerDisk, LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
     },
     vhd,
 };
@@ -29,6 +34,7 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use std::{
     io,
+    path::Path,
     pin::Pin,
     sync::{
         Arc,
@@ -57,7 +63,12 @@ fn moved(id: &LayerId) -> DriverError {
 struct Comparison {
     target: Vec<LayerDisk>,
     parent: ParentDisks,
-    live: Option<Arc<dyn LiveControl>>,
+    live: Option<Arc<Stillness>>,
+}
+
+/// What makes the sandboxes of a comparison stand still, for a lease.
+fn control(live: Option<Arc<Stillness>>) -> Option<Arc<dyn LiveControl>> {
+    live.map(|live| live as Arc<dyn LiveControl>)
 }
 
 impl Driver {
@@ -71,9 +82,10 @@ impl Driver {
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
-        let home = self.home()?;
+        let home = self.home().await?;
         let id: LayerId = id.parse()?;
-        home.check_reserve()?;
+        let reserved = home.clone();
+        on_disk_thread(move |thread| reserved.check_reserve(thread)).await?;
         let layer = home.store.get(&id)?.layer;
         if !parent.is_empty() {
             let parent: LayerId = parent.parse()?;
@@ -96,7 +108,7 @@ impl Driver {
 
     /// `GraphDriver.Diff`: the tar of a layer against its parent, any other layer, or nothing (`parent` empty).
     pub async fn diff(&self, id: &str, parent: &str) -> Result<DiffStream, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         let (layer, meta) = (pair.target.top.layer.clone(), pair.target.top.meta.clone());
         let id = layer.id.clone();
@@ -105,7 +117,7 @@ impl Driver {
             .lease(id.as_str(), Purpose::Export)
             .await
             .map_err(DriverError::svm(&id, "start a diff"))?;
-        let mut applied = None;
+        let (mut applied, mut live) = (None, None);
         let job = if let (true, LayerState::Applied) = (pair.own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
             let opener = home.clone();
@@ -121,15 +133,21 @@ impl Driver {
                 format,
                 id_maps: home.id_maps(),
             };
-            ExportJob { kind, live: comparison.live }
+            live.clone_from(&comparison.live);
+            ExportJob { kind, live: control(comparison.live) }
         };
-        let tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(&id, "export it"))?;
-        Ok(DiffStream { tar: Some(tar), home, layer, applied })
+        let tar = lease.layer_to_tar(job).await.map_err(|error| {
+            if let Some(live) = &live {
+                live.remember(&error);
+            }
+            DriverError::svm(&id, "export it")(error)
+        })?;
+        Ok(DiffStream { tar: Some(tar), home, layer, applied, live })
     }
 
     /// `GraphDriver.Changes`.
     pub async fn changes(&self, id: &str, parent: &str) -> Result<Vec<ChangedPath>, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         let id = &pair.target.id().clone();
         let job = home.comparison(pair).await?.job();
@@ -144,7 +162,7 @@ impl Driver {
 
     /// `GraphDriver.DiffSize`: the sum of regular-file bytes of a diff.
     pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
         if let (true, Some(applied)) = (pair.own, &pair.target.top.meta.applied) {
             return Ok(applied.diff_size);
@@ -159,7 +177,7 @@ impl Driver {
 
 impl Comparison {
     fn job(self) -> CompareJob {
-        CompareJob { target: self.target, parent: self.parent, live: self.live }
+        CompareJob { target: self.target, parent: self.parent, live: control(self.live) }
     }
 }
 
@@ -187,35 +205,28 @@ impl Home {
 
     async fn comparison(self: &Arc<Self>, pair: Pair) -> Result<Comparison, DriverError> {
         let home = self.clone();
-        blocking(move || {
+        let stacks = blocking(move || {
             let mut sandboxes = Vec::new();
             let target = home.chain_disks(&pair.target, &mut sandboxes)?;
+            let mut below = Vec::new();
             let parent = match pair.other {
                 _ if pair.own => ParentDisks::Own,
-                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut sandboxes)?),
+                Some(parent) => ParentDisks::Chain(home.chain_disks(&parent, &mut below)?),
                 None => ParentDisks::None,
             };
-            let live: Option<Arc<dyn LiveControl>> = if sandboxes.is_empty() {
-                None
-            } else {
-                Some(Arc::new(Stillness {
-                    gates: home.gates.clone(),
-                    sandboxes,
-                    #[cfg(target_os = "linux")]
-                    mounts: home.mounts.clone(),
-                    held: parking_lot::Mutex::default(),
-                }))
-            };
-            Ok(Comparison { target, parent, live })
-        })
-        .await
+            sandboxes.extend(below.into_iter().map(|sandbox| Sandbox { in_target: None, ..sandbox }));
+            Ok((target, parent, sandboxes))
+        });
+        let (mut target, mut parent, sandboxes) = stacks.await?;
+        let live = self.hold_still(sandboxes, &mut target, &mut parent).await?;
+        Ok(Comparison { target, parent, live })
     }
 
     /// A layer and its ancestors as disks; what was only created has none. Names the sandboxes among them.
     fn chain_disks(
         &self,
         snapshot: &Snapshot,
-        sandboxes: &mut Vec<LayerId>,
+        sandboxes: &mut Vec<Sandbox>,
     ) -> Result<Vec<LayerDisk>, DriverError> {
         let mut disks = Vec::new();
         for member in snapshot.members() {
@@ -228,19 +239,19 @@ impl Home {
                 }
                 LayerState::Sandbox => {
                     let path = self.sandbox_path(id);
-                    let file = open(&path)?;
+                    let file = Arc::new(open(&path)?);
                     let length = file.metadata().map_err(DriverError::io("measure", &path))?.len();
                     let vhdx = path.ends_with(layout::SANDBOX_VHDX_FILE);
-                    let disk = DiskSource::read_only(Arc::new(file), path);
+                    let in_target = u16::try_from(disks.len()).ok();
+                    let layer = member.layer.clone();
+                    sandboxes.push(Sandbox { layer, file: file.clone(), in_target });
+                    let disk = DiskSource::read_only(file, path);
                     let disk = if vhdx {
                         disk.vhdx()
                     } else {
                         disk.window(0, length.saturating_sub(vhd::FOOTER_SIZE as u64))
                     };
                     disks.push(LayerDisk { disk, kind: LayerKind::Sandbox });
-                    if !sandboxes.contains(id) {
-                        sandboxes.push(id.clone());
-                    }
                 }
             }
         }
@@ -269,8 +280,12 @@ impl Home {
     }
 
     async fn mark_applying(self: &Arc<Self>, layer: &Layer) -> Result<(), DriverError> {
-        let _gate = self.gates.close([&layer.id]).await;
-        self.set_state(layer, LayerState::Created, LayerState::Applying).await
+        let gate = self.gates.close([&layer.id]).await;
+        let (home, layer) = (self.clone(), layer.clone());
+        gate.run(move |thread, _gate| {
+            home.set_state_now(thread, &layer, LayerState::Created, LayerState::Applying)
+        })
+        .await
     }
 
     /// Changes a layer's state, durably, if it is the one expected.
@@ -280,37 +295,86 @@ impl Home {
         from: LayerState,
         to: LayerState,
     ) -> Result<(), DriverError> {
-        let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
-        blocking(move || {
-            home.store.update(&id, generation, |meta| {
-                if meta.state == from {
-                    return Ok(LayerMeta { state: to, ..meta.clone() });
-                }
-                Err(match meta.state {
-                    LayerState::Applying => unfinished(&id),
-                    LayerState::Applied => DriverError::Usage(format!(
-                        "layer {id} is applied already and never changes; remove it and create it anew"
-                    )),
-                    _ => DriverError::Usage(format!(
-                        "layer {id} was written through a mount; a tar cannot be applied to it"
-                    )),
-                })
+        let (home, layer) = (self.clone(), layer.clone());
+        on_disk_thread(move |thread| home.set_state_now(thread, &layer, from, to)).await
+    }
+
+    fn set_state_now(
+        &self,
+        thread: &DiskThread,
+        layer: &Layer,
+        from: LayerState,
+        to: LayerState,
+    ) -> Result<(), DriverError> {
+        let id = &layer.id;
+        let changed = self.store.update(thread, id, layer.generation, |meta| {
+            if meta.state == from {
+                return Ok(LayerMeta { state: to, ..meta.clone() });
+            }
+            Err(match meta.state {
+                LayerState::Applying => unfinished(id),
+                LayerState::Applied => DriverError::Usage(format!(
+                    "layer {id} is applied already and never changes; remove it and create it anew"
+                )),
+                _ => DriverError::Usage(format!(
+                    "layer {id} was written through a mount; a tar cannot be applied to it"
+                )),
             })
-        })
-        .await
-        .map(|_| ())
+        });
+        changed.map(|_| ())
     }
 
     async fn apply<S>(self: &Arc<Self>, layer: &Layer, body: S) -> Result<u64, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
+        let (home, id) = (self.clone(), layer.id.clone());
+        let staged = on_disk_thread(move |thread| Ok(home.store.stage(thread, &id)?)).await?;
+        let filled = self.fill(layer, staged.path(), body).await;
+        let (home, layer) = (self.clone(), layer.clone());
+        on_disk_thread(move |thread| {
+            let applied = match filled {
+                Ok(applied) => applied,
+                Err(error) => {
+                    staged.discard(thread);
+                    return Err(error);
+                }
+            };
+            let size = applied.diff_size;
+            let files = [layout::RECORD_FILE, layout::LAYER_FILE];
+            home.store.commit::<DriverError>(
+                thread,
+                &layer.id,
+                layer.generation,
+                staged,
+                &files,
+                |meta| match meta.state {
+                    LayerState::Applying => {
+                        Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
+                    }
+                    _ => Err(unfinished(&layer.id)),
+                },
+            )?;
+            Ok(size)
+        })
+        .await
+    }
+
+    /// Makes image and record of a tar in a staging folder, checked and synced.
+    async fn fill<S>(
+        self: &Arc<Self>,
+        layer: &Layer,
+        folder: &Path,
+        body: S,
+    ) -> Result<AppliedMeta, DriverError>
+    where
+        S: Stream<Item = io::Result<Bytes>> + Send,
+    {
         let id = &layer.id;
-        let (home, member) = (self.clone(), layer.clone());
-        let (staged, image, record, scratch, lowers) = blocking(move || {
-            let staged = home.store.stage(&member.id)?;
-            let image = staged.path().join(layout::LAYER_FILE);
-            let record = staged.path().join(layout::RECORD_FILE);
+        let (home, member, staged) = (self.clone(), layer.clone(), folder.to_owned());
+        let (image, record, scratch, lowers) = blocking(move || {
+            let image = staged.join(layout::LAYER_FILE);
+            let record = staged.join(layout::RECORD_FILE);
             let make = |path: &std::path::Path| {
                 durable::create_private(path).map(Arc::new).map_err(DriverError::io("create", path))
             };
@@ -320,7 +384,7 @@ impl Home {
             );
             // The leaves of a large hash tree; it goes with the staging folder.
             let scratch = if home.options.verity {
-                let path = staged.path().join("verity.tmp");
+                let path = staged.join("verity.tmp");
                 Some(DiskSource::read_write(make(&path)?, &path))
             } else {
                 None
@@ -329,7 +393,7 @@ impl Home {
                 Some(parent) => home.chain_disks(&home.store.snapshot(parent)?, &mut Vec::new())?,
                 None => Vec::new(),
             };
-            Ok((staged, image, record, scratch, lowers))
+            Ok((image, record, scratch, lowers))
         })
         .await?;
         let job = ApplyJob {
@@ -338,10 +402,7 @@ impl Home {
             scratch,
             lowers,
             options: ApplyOptions {
-                profile: match self.options.profile {
-                    LayoutProfile::Default => Profile::Default,
-                    LayoutProfile::Hcsshim => Profile::Hcsshim,
-                },
+                profile: Asked::of(&self.options).profile,
                 block_size: self.options.block_size,
                 max_image_bytes: self.options.max_layer_bytes,
                 verity: self.options.verity,
@@ -353,12 +414,16 @@ impl Home {
             .lease(id.as_str(), Purpose::Work)
             .await
             .map_err(DriverError::svm(id, "start an apply"))?;
+        let body = room::watched(body, self.clone());
         let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
         drop(lease);
         let (image_path, record_path) = (image.path.clone(), record.path.clone());
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
+        let (made, asked) = (summary.clone(), Asked::of(&self.options));
         blocking(move || {
+            asked.seal(&image, &made)?;
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
+                room::settle(&disk)?;
                 disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
                 let found = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.len();
                 if found != expected {
@@ -371,17 +436,20 @@ impl Home {
         .await?;
         drop(record_path);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
-        let path = staged.path().join(layout::LAYER_FILE);
-        let reopened = Arc::new(open(&path)?);
+        let path = folder.join(layout::LAYER_FILE);
+        let image = path.clone();
+        let reopened = Arc::new(blocking(move || open(&image)).await?);
         let check = CheckJob {
-            image: DiskSource::read_only(reopened, path).window(0, summary.image_bytes),
-            tree: false,
+            image: DiskSource::read_only(reopened, path.clone()).window(0, asked.disk_bytes(&summary)),
+            tree: asked.verity,
+            writer: WRITER,
             require_no_writers: true,
             // The one that applied may have been taken over.
             owners: self.id_maps(),
         };
-        self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
-        let applied = AppliedMeta {
+        let found = self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
+        asked.agree(&path, &summary, &found)?;
+        Ok(AppliedMeta {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,
             record_bytes: summary.record_bytes,
@@ -392,24 +460,9 @@ impl Home {
             entries: summary.entries,
             verity_root: summary.verity_root.map(|root| root.to_string()),
             checked: true,
-            writer: Some(WRITER_VERSION),
+            writer: Some(WRITER),
             owners: owners_note(&self.init.uid_maps, &self.init.gid_maps),
-        };
-        let size = applied.diff_size;
-        let (home, layer) = (self.clone(), layer.clone());
-        blocking(move || {
-            let files = [layout::RECORD_FILE, layout::LAYER_FILE];
-            home.store.commit::<DriverError>(&layer.id, layer.generation, &staged, &files, |meta| match meta
-                .state
-            {
-                LayerState::Applying => {
-                    Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
-                }
-                _ => Err(unfinished(&layer.id)),
-            })
         })
-        .await?;
-        Ok(size)
     }
 
     /// The version of the canonical tar of a layer. Engines keep the digest of a layer's own diff, so that version is
@@ -420,14 +473,14 @@ impl Home {
         meta: &LayerMeta,
         own: bool,
     ) -> Result<u32, DriverError> {
-        let format =
-            meta.canonical_version.unwrap_or_else(|| self.store.marker().canonical_version_of(meta.created));
+        let by_age = || self.store.marker().canonical_version_of(meta.created, layer.made_here);
+        let format = meta.canonical_version.unwrap_or_else(by_age);
         if !own || meta.canonical_version.is_some() {
             return Ok(format);
         }
         let (home, layer) = (self.clone(), layer.clone());
-        let noted = blocking(move || {
-            home.store.update::<DriverError>(&layer.id, layer.generation, |meta| {
+        let noted = on_disk_thread(move |thread| {
+            home.store.update::<DriverError>(thread, &layer.id, layer.generation, |meta| {
                 let noted = meta.canonical_version.unwrap_or(format);
                 Ok(LayerMeta { canonical_version: Some(noted), ..meta.clone() })
             })
@@ -457,6 +510,8 @@ pub struct DiffStream {
     layer: Layer,
     /// Digest of the tar that was applied, if this is to be that one.
     applied: Option<String>,
+    /// Of sandboxes that are in use.
+    live: Option<Arc<Stillness>>,
 }
 
 impl Stream for DiffStream {
@@ -471,6 +526,9 @@ impl Stream for DiffStream {
             Poll::Ready(Some(Ok(bytes))) => Poll::Ready(Some(Ok(bytes))),
             Poll::Ready(Some(Err(error))) => {
                 this.tar = None;
+                if let Some(live) = &this.live {
+                    live.remember(&error);
+                }
                 Poll::Ready(Some(Err(failed(error, &this.layer.id))))
             }
             Poll::Ready(None) => {

@@ -2,14 +2,17 @@
 //!
 //! ```text
 //!   Get ─► gates of the layer and its ancestors ─► already mounted? count : (make its sandbox) mount disks, overlay
+//!          lcow.mount=none: (make its sandbox) note "handed out", durably ─► the layer's folder
 //!   Put ─► gates of the layer and its view's disks ─► last reference? unmount overlay, then disks nobody else uses
 //! ```
 
-use super::{Driver, DriverError, blocking, home::Home};
+use super::{Driver, DriverError, gates::Held, home::Home};
+#[cfg(target_os = "linux")]
+use super::{blocking, on_disk_thread};
 use crate::{
     config::MountKind,
     ext4::{self, Timestamp, format::BlankOptions, writer::Attributes},
-    store::{LayerId, LayerMeta, LayerState, Member, StoreError, durable, layout},
+    store::{DiskThread, LayerId, LayerMeta, LayerState, Member, StoreError, durable, layout},
     vhd, vhdx,
 };
 #[cfg(target_os = "linux")]
@@ -31,17 +34,10 @@ pub(super) const WORK: &str = "work";
 impl Driver {
     /// `GraphDriver.Get`: shows a layer and says where. Counted: as many Puts are needed.
     pub async fn get(&self, id: &str, mount_label: &str) -> Result<PathBuf, DriverError> {
-        let home = self.home()?;
+        let home = self.home().await?;
         let id: LayerId = id.parse()?;
         match home.options.mount {
-            MountKind::None => {
-                let meta = home.store.get(&id)?.meta;
-                if meta.state == LayerState::Applying {
-                    return Err(unfinished(&id));
-                }
-                home.materialize(&id).await?;
-                Ok(home.store.layout().layer(&id))
-            }
+            MountKind::None => home.hand_out(id).await,
             #[cfg(target_os = "linux")]
             MountKind::Overlay => home.get_view(id, mount_label.to_owned()).await,
             #[cfg(not(target_os = "linux"))]
@@ -54,9 +50,8 @@ impl Driver {
 
     /// `GraphDriver.Put`: one reference less. Idempotent: a layer that is not shown, or not there, is fine.
     pub async fn put(&self, id: &str) -> Result<(), DriverError> {
-        let home = self.home()?;
-        let id: LayerId = id.parse()?;
-        home.put_view(&id).await
+        let home = self.home().await?;
+        home.put_view(id.parse()?).await
     }
 }
 
@@ -67,27 +62,6 @@ pub(super) fn unfinished(id: &LayerId) -> DriverError {
 }
 
 impl Home {
-    #[cfg(target_os = "linux")]
-    async fn get_view(self: Arc<Self>, id: LayerId, label: String) -> Result<PathBuf, DriverError> {
-        let Member { layer, meta } = self.store.get(&id)?;
-        if meta.state == LayerState::Applying {
-            return Err(unfinished(&id));
-        }
-        self.check_owners(&id).await?;
-        let _gates = self.gates.close(std::iter::once(&id).chain(layer.chain.iter())).await;
-        if let Some(dir) = self.mounts.again(&id) {
-            return Ok(dir);
-        }
-        let home = self.clone();
-        blocking(move || {
-            home.materialize_now(&id)?;
-            super::home::open_door(&home.store.layout().layer(&id), home.root_ids())?;
-            // Read under the gates: the state may have changed while we waited for them.
-            home.mounts.mount_view(&home.store.snapshot(&id)?, &label)
-        })
-        .await
-    }
-
     /// With userns-remap, looks once at the owners of each layer that was applied without the map (by release 1, or
     /// before the engine had one): nobody could change or delete files of other owners.
     #[cfg(target_os = "linux")]
@@ -95,18 +69,25 @@ impl Home {
         let Some(note) = owners_note(&self.init.uid_maps, &self.init.gid_maps) else { return Ok(()) };
         let snapshot = self.store.snapshot(id)?;
         for member in snapshot.members() {
-            let LayerState::Applied = member.meta.state else { continue };
-            if member.meta.applied.as_ref().is_none_or(|a| a.owners.as_ref() == Some(&note)) {
+            let (LayerState::Applied, Some(applied)) = (member.meta.state, &member.meta.applied) else {
+                continue;
+            };
+            if applied.owners.as_ref() == Some(&note) {
                 continue;
             }
             let (home, owned) = (self.clone(), member.clone());
-            let image = blocking(move || home.image_disk(&owned)).await?;
-            let check = CheckJob { image, tree: false, require_no_writers: false, owners: self.id_maps() };
+            let check = CheckJob {
+                image: blocking(move || home.image_disk(&owned)).await?,
+                tree: false,
+                writer: applied.writer(),
+                require_no_writers: false,
+                owners: self.id_maps(),
+            };
             let checked = self.pool.check_image(check).await;
             checked.map_err(DriverError::svm(&member.layer.id, "look at its owners"))?;
             let (home, layer, note) = (self.clone(), member.layer.clone(), note.clone());
-            blocking(move || {
-                home.store.update::<DriverError>(&layer.id, layer.generation, |meta| {
+            on_disk_thread(move |thread| {
+                home.store.update::<DriverError>(thread, &layer.id, layer.generation, |meta| {
                     let applied = meta.applied.clone().map(|a| AppliedMeta { owners: Some(note), ..a });
                     Ok(LayerMeta { applied, ..meta.clone() })
                 })
@@ -116,14 +97,91 @@ impl Home {
         Ok(())
     }
 
+    /// Closes the gates of a layer and its ancestors.
+    async fn close_stack(&self, id: &LayerId) -> Result<Held, DriverError> {
+        self.gates
+            .close_what(|| {
+                let snapshot = self.store.snapshot(id)?;
+                Ok(snapshot.members().map(|member| member.layer.id.clone()).collect())
+            })
+            .await
+    }
+
+    /// Closes the gates of a layer, there or not, and of the disks that its view holds.
+    pub(super) async fn close_view(&self, id: &LayerId) -> Result<Held, DriverError> {
+        self.gates
+            .close_what(|| {
+                #[cfg(target_os = "linux")]
+                let disks = self.mounts.disks_of(id);
+                #[cfg(not(target_os = "linux"))]
+                let disks = Vec::new();
+                Ok(std::iter::once(id.clone()).chain(disks).collect())
+            })
+            .await
+    }
+
+    #[cfg(target_os = "linux")]
+    async fn get_view(self: Arc<Self>, id: LayerId, label: String) -> Result<PathBuf, DriverError> {
+        self.check_owners(&id).await?;
+        let gates = self.close_stack(&id).await?;
+        gates
+            .run(move |thread, gates| {
+                if let Some(dir) = self.mounts.again(&gates, &id)? {
+                    return Ok(dir);
+                }
+                if self.store.get(&id)?.meta.state == LayerState::Applying {
+                    return Err(unfinished(&id));
+                }
+                self.materialize_now(thread, &gates, &id)?;
+                self.set_door(&id)?;
+                self.mounts.mount_view(&gates, &self.store.snapshot(&id)?, &label)
+            })
+            .await
+    }
+
+    /// The folder of a layer, for an engine whose virtual machines attach its disks. From here on the machine may write
+    /// any bytes into the sandboxes, so that is noted before the folder is answered.
+    async fn hand_out(self: Arc<Self>, id: LayerId) -> Result<PathBuf, DriverError> {
+        let gates = self.close_stack(&id).await?;
+        gates
+            .run(move |thread, gates| {
+                if self.store.get(&id)?.meta.state == LayerState::Applying {
+                    return Err(unfinished(&id));
+                }
+                self.materialize_now(thread, &gates, &id)?;
+                let snapshot = self.store.snapshot(&id)?;
+                let fresh = || {
+                    snapshot
+                        .members()
+                        .filter(|m| m.meta.state == LayerState::Sandbox && !m.meta.handed_out)
+                        .map(|m| &m.layer)
+                };
+                #[cfg(target_os = "linux")]
+                for layer in fresh() {
+                    self.mounts.refuse_mounted(&gates, &layer.id)?;
+                }
+                for layer in fresh() {
+                    self.store.update::<DriverError>(thread, &layer.id, layer.generation, |meta| {
+                        Ok(LayerMeta { handed_out: true, ..meta.clone() })
+                    })?;
+                }
+                Ok(self.store.layout().layer(&id))
+            })
+            .await
+    }
+
     #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_async, reason = "only Linux has mounts"))]
-    async fn put_view(self: Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
+    async fn put_view(self: Arc<Self>, id: LayerId) -> Result<(), DriverError> {
         #[cfg(target_os = "linux")]
         {
-            let disks = self.mounts.disks_of(id);
-            let _gates = self.gates.close(std::iter::once(id).chain(disks.iter())).await;
-            let (home, id) = (self.clone(), id.clone());
-            blocking(move || home.mounts.put_view(&id)).await
+            let gates = self.close_view(&id).await?;
+            gates
+                .run(move |_, gates| {
+                    let put = self.mounts.put_view(&gates, &id);
+                    self.release_stuck(&gates);
+                    put
+                })
+                .await
         }
         #[cfg(not(target_os = "linux"))]
         {
@@ -132,50 +190,48 @@ impl Home {
         }
     }
 
-    /// Unmounts a layer's view whatever its references.
-    #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_async, reason = "only Linux has mounts"))]
-    pub(super) async fn drop_view(self: Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
-        #[cfg(target_os = "linux")]
-        {
-            let disks = self.mounts.disks_of(id);
-            let _gates = self.gates.close(std::iter::once(id).chain(disks.iter())).await;
-            let (home, id) = (self.clone(), id.clone());
-            blocking(move || {
-                let references = home.mounts.references(&id);
-                if references > 0 {
-                    tracing::warn!(%id, references, "a layer is removed while it is in use; it is unmounted");
-                }
-                home.mounts.drop_view(&id)
-            })
-            .await
-        }
-        #[cfg(not(target_os = "linux"))]
-        {
-            let _ = id;
-            Ok(())
+    /// Tries again to unmount what no view uses and what could not be unmounted before, if nobody is at it.
+    #[cfg(target_os = "linux")]
+    pub(super) fn release_stuck(&self, gates: &Held) {
+        for id in self.mounts.stuck() {
+            let released = if gates.covers(&id).is_ok() {
+                self.mounts.release_stuck(gates, &id)
+            } else if let Some(own) = self.gates.try_close(&id) {
+                self.mounts.release_stuck(&own, &id)
+            } else {
+                continue;
+            };
+            if let Err(error) = released {
+                tracing::warn!(%id, error = %super::with_causes(&error), "a disk that no view uses cannot be unmounted");
+            }
         }
     }
 
     /// Gives a layer that was only created its sandbox; others are left as they are.
     pub(super) async fn materialize(self: &Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
-        let _gate = self.gates.close([id]).await;
+        let gate = self.gates.close([id]).await;
         let (home, id) = (self.clone(), id.clone());
-        blocking(move || home.materialize_now(&id)).await
+        gate.run(move |thread, gate| home.materialize_now(thread, &gate, &id)).await
     }
 
     /// [`Home::materialize`] for callers that hold the gate.
-    fn materialize_now(&self, id: &LayerId) -> Result<(), DriverError> {
+    fn materialize_now(&self, thread: &DiskThread, gate: &Held, id: &LayerId) -> Result<(), DriverError> {
+        gate.covers(id)?;
         let Member { layer, meta } = self.store.get(id)?;
         if meta.state != LayerState::Created {
             return Ok(());
         }
         let bytes = meta.sandbox_bytes.unwrap_or(self.options.sandbox_bytes);
-        let staged = self.store.stage(id)?;
-        self.write_sandbox(staged.path(), bytes)?;
+        let staged = self.store.stage(thread, id)?;
+        if let Err(error) = self.write_sandbox(staged.path(), bytes) {
+            staged.discard(thread);
+            return Err(error);
+        }
         self.store.commit::<DriverError>(
+            thread,
             id,
             layer.generation,
-            &staged,
+            staged,
             &[self.new_sandbox_name()],
             |meta| match meta.state {
                 LayerState::Created => {

@@ -14,6 +14,7 @@
 
 mod fault;
 mod mem;
+pub mod steps;
 mod stream;
 mod sub;
 

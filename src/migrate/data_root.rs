@@ -274,7 +274,8 @@ async fn bring(
     watch: &Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<bool, MigrateError> {
     let parent_text = parent.map_or("", LayerId::as_str);
-    let known = if driver.exists(id.as_str())? { driver.metadata(id.as_str()).await.ok() } else { None };
+    let known =
+        if driver.exists(id.as_str()).await? { driver.metadata(id.as_str()).await.ok() } else { None };
     let fact = |name: &str| known.as_ref().and_then(|facts| facts.get(name)).map(String::as_str);
     let on_parent = fact("parent").unwrap_or("") == parent_text;
     let here = match fact("state") {

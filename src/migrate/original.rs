@@ -12,12 +12,11 @@
 use super::{Digest, MigrateError};
 use crate::{
     config::Options,
-    driver::with_causes,
+    driver::{embedded_config, with_causes},
     store::{LayerId, chain, durable, layout},
     svm::{
         DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, ParentDisks, Pool, PoolConfig,
-        Purpose,
-        embedded::{EmbeddedBackend, EmbeddedConfig},
+        Purpose, embedded::EmbeddedBackend,
     },
     vhd,
 };
@@ -85,7 +84,7 @@ pub async fn export_original(
     let (layers, mut report) = list(home)?;
     fs::create_dir_all(folder).map_err(MigrateError::io("create", folder))?;
     let options = Options::load(None, &[]).map_err(|e| MigrateError::Usage(e.to_string()))?;
-    let backend = EmbeddedConfig { memory_limit: options.memory_bytes, ..EmbeddedConfig::default() };
+    let backend = embedded_config(&options);
     let settings = PoolConfig { idle_timeout: options.idle_timeout, ..PoolConfig::default() };
     let pool = Pool::start(Arc::new(EmbeddedBackend::new(backend)), settings);
     for (done, layer) in layers.iter().enumerate() {

@@ -5,37 +5,95 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// Largest metadata file that is read; a longer one is corrupt. A chain of 127 ids of 128 bytes is 17 KB.
 const MAX_JSON_BYTES: u64 = 1 << 20;
 
-/// Makes the names in a folder durable.
-pub fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+/// A folder whose names can be made durable. It is opened before anything in it changes: whoever has no descriptor
+/// left, or may not read the folder, learns it while nothing has happened.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
     #[cfg(unix)]
-    {
-        File::open(dir).and_then(|d| d.sync_all()).map_err(StoreError::io("sync", dir))
+    open: File,
+}
+
+impl Folder {
+    /// Opens a folder.
+    ///
+    /// # Errors
+    /// It is not there, or the system refuses.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Ok(Self {
+            path: path.to_owned(),
+            #[cfg(unix)]
+            open: File::open(path).map_err(StoreError::io("open", path))?,
+        })
     }
-    #[cfg(windows)]
-    {
-        crate::sys::windows::fs::flush_folder(dir).map_err(StoreError::io("sync", dir))
+
+    /// Makes the names in it durable.
+    ///
+    /// # Errors
+    /// The system cannot: what was renamed before stands, but a power cut may undo it.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        let sync = || {
+            #[cfg(test)]
+            super::tests::faults::point(super::tests::faults::Call::Sync)?;
+            #[cfg(unix)]
+            return self.open.sync_all();
+            #[cfg(windows)]
+            return crate::sys::windows::fs::flush_folder(&self.path);
+        };
+        sync().map_err(StoreError::io("sync", &self.path))
     }
+}
+
+/// Makes the names in a folder durable.
+///
+/// # Errors
+/// As [`Folder::open`] and [`Folder::sync`].
+pub fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+    Folder::open(dir)?.sync()
 }
 
 /// Renames a file or folder within the store, replacing a file. Durable after [`sync_dir`] of both folders. On Windows
 /// a file that somebody holds for a moment (a scanner, a worker that is just ending) is tried again for some seconds.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(test)]
+    super::tests::faults::point(super::tests::faults::Call::Rename)?;
     #[cfg(unix)]
     return fs::rename(from, to);
     #[cfg(windows)]
     return crate::sys::windows::fs::rename(from, to);
 }
 
-/// Deletes a folder and all in it, with the same patience.
-pub fn remove_tree(path: &Path) -> io::Result<()> {
+/// As [`rename`], for a folder that must not take the place of anything.
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     #[cfg(unix)]
-    return fs::remove_dir_all(path);
+    {
+        use rustix::{fs::RenameFlags, io::Errno};
+        #[cfg(test)]
+        super::tests::faults::point(super::tests::faults::Call::Rename)?;
+        let here = rustix::fs::CWD;
+        match rustix::fs::renameat_with(here, from, here, to, RenameFlags::NOREPLACE) {
+            // A file system that does not know the flag; a rename would still replace an empty folder.
+            Err(Errno::INVAL | Errno::NOSYS) => match fs::symlink_metadata(to) {
+                Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+                Err(_) => fs::rename(from, to),
+            },
+            other => other.map_err(io::Error::from),
+        }
+    }
+    #[cfg(windows)]
+    return rename(from, to);
+}
+
+/// Deletes a folder and all in it, with the same patience. What is mounted in it is not entered, and makes it fail.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    return crate::sys::linux::tree::remove(path);
     #[cfg(windows)]
     return crate::sys::windows::fs::remove_tree(path);
 }
@@ -54,10 +112,25 @@ pub fn create_private(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Why [`replace_json`] failed, and what may stand now.
+#[derive(Debug)]
+pub struct NotReplaced {
+    /// What went wrong.
+    pub error: StoreError,
+    /// The new content may be in place (without being durable): only a look at the file tells.
+    pub unsure: bool,
+}
+
 /// Replaces `path` by `value` as JSON so that a reader finds either the old or the new content, whole.
-pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
-    let folder =
-        path.parent().ok_or_else(|| StoreError::Usage(format!("'{}' has no folder", path.display())))?;
+///
+/// # Errors
+/// See [`NotReplaced`].
+pub fn replace_json<T: Serialize>(path: &Path, value: &T) -> Result<(), NotReplaced> {
+    let sure = |error| NotReplaced { error, unsure: false };
+    let folder = path
+        .parent()
+        .ok_or_else(|| sure(StoreError::Usage(format!("'{}' has no folder", path.display()))))?;
+    let folder = Folder::open(folder).map_err(sure)?;
     let temporary = path.with_extension("json.new");
     let write = || -> io::Result<()> {
         match fs::remove_file(&temporary) {
@@ -68,11 +141,23 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError
         let mut text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
         text.push(b'\n');
         file.write_all(&text)?;
-        file.sync_all()?;
-        rename(&temporary, path)
+        #[cfg(test)]
+        super::tests::faults::point(super::tests::faults::Call::Sync)?;
+        file.sync_all()
     };
-    write().map_err(StoreError::io("write", path))?;
-    sync_dir(folder)
+    write().map_err(|e| sure(StoreError::io("write", path)(e)))?;
+    // A rename that says "input/output error" may have happened or not.
+    rename(&temporary, path)
+        .map_err(|e| NotReplaced { error: StoreError::io("replace", path)(e), unsure: true })?;
+    folder.sync().map_err(|error| NotReplaced { error, unsure: true })
+}
+
+/// As [`replace_json`], for whoever reads the file again after a failure anyhow.
+///
+/// # Errors
+/// The system refuses.
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+    replace_json(path, value).map_err(|failed| failed.error)
 }
 
 /// Reads a JSON file written by [`write_json`]; `None` if there is no file.

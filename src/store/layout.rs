@@ -23,6 +23,10 @@ use std::path::{Path, PathBuf};
 
 /// Marker of a store.
 pub const MARKER: &str = "lcow-store.json";
+/// The marker while it is being written.
+pub const MARKER_NEW: &str = "lcow-store.json.new";
+/// What a file system has in its root.
+pub const LOST_AND_FOUND: &str = "lost+found";
 /// Lock file of the owner.
 pub const OWNER_LOCK: &str = "owner.lock";
 /// Cached blanks.
@@ -51,7 +55,7 @@ pub const META_FILE: &str = "layer.json";
 pub const MERGED: &str = "merged";
 
 /// Lower-case names below the home that can never be ids.
-pub const RESERVED_NAMES: &[&str] = &[MARKER, OWNER_LOCK, CACHE, SCRATCH, STAGING, MOUNTS, "lost+found"];
+pub const RESERVED_NAMES: &[&str] = &[MARKER, OWNER_LOCK, CACHE, SCRATCH, STAGING, MOUNTS, LOST_AND_FOUND];
 
 /// Paths of one store.
 #[derive(Debug, Clone)]

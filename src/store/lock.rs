@@ -23,8 +23,22 @@ impl OwnerLock {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
         #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        {
+            use std::os::unix::fs::OpenOptionsExt;
+            // Never through a link, which might name anybody's file: this one is overwritten. Not waiting for the other
+            // end, should it be a pipe.
+            let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+            options.mode(0o600).custom_flags(flags.bits().cast_signed());
+        }
         let mut file = options.open(&path).map_err(StoreError::io("open", &path))?;
+        let metadata = file.metadata().map_err(StoreError::io("look at", &path))?;
+        if !metadata.is_file() || has_other_names(&metadata) {
+            return Err(StoreError::Usage(format!(
+                "'{}' is not a file of this store's own (a link, or something else than a file); look at it, and delete it \
+                 if nobody needs it",
+                path.display()
+            )));
+        }
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -45,9 +59,23 @@ impl OwnerLock {
     }
 }
 
+/// Whether the file is somewhere else as well, so that writing into it changes what is there.
+fn has_other_names(metadata: &fs::Metadata) -> bool {
+    #[cfg(unix)]
+    return std::os::unix::fs::MetadataExt::nlink(metadata) > 1;
+    #[cfg(not(unix))]
+    {
+        let _ = metadata;
+        false
+    }
+}
+
 /// Who holds the store of `home` now; `None` if nobody does.
 pub fn holder(home: &Path) -> Option<String> {
     let path = home.join(layout::OWNER_LOCK);
+    if !fs::symlink_metadata(&path).ok()?.is_file() {
+        return None;
+    }
     let file = File::open(&path).ok()?;
     match file.try_lock_shared() {
         Err(TryLockError::WouldBlock) => Some(holder_of(&path)),
@@ -78,6 +106,36 @@ mod tests {
         assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
         assert!(holder(home.path()).is_some());
         drop(lock);
+        OwnerLock::take(home.path()).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn nothing_is_written_through_a_link_or_into_what_is_no_file() {
+        let home = tempfile::tempdir().unwrap();
+        let (path, precious) = (home.path().join(layout::OWNER_LOCK), home.path().join("precious"));
+        let refused = |what: &str| {
+            OwnerLock::take(home.path()).expect_err(what);
+            fs::remove_file(&path).unwrap();
+        };
+        fs::write(&precious, "precious").unwrap();
+        std::os::unix::fs::symlink(&precious, &path).unwrap();
+        refused("a symbolic link");
+        std::os::unix::fs::symlink(home.path().join("made"), &path).unwrap();
+        refused("a link to nothing");
+        assert!(!home.path().join("made").exists());
+        fs::hard_link(&precious, &path).unwrap();
+        refused("a hard link");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        refused("a pipe");
+        assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");
         OwnerLock::take(home.path()).unwrap();
     }
 }

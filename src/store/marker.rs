@@ -35,6 +35,20 @@ pub struct InitRecord {
     pub gid_maps: Vec<IdRange>,
 }
 
+impl InitRecord {
+    /// The host's ids of the containers' root: 0 without userns-remap.
+    pub fn root_ids(&self) -> (u32, u32) {
+        let host = |maps: &[IdRange]| maps.iter().find(|m| m.container_id == 0).map_or(0, |m| m.host_id);
+        (host(&self.uid_maps), host(&self.gid_maps))
+    }
+
+    /// The group that must be able to walk to the merged views: the mapped root's, with userns-remap.
+    pub fn passing_group(&self) -> Option<u32> {
+        let (uid, gid) = self.root_ids();
+        ((uid, gid) != (0, 0)).then_some(gid)
+    }
+}
+
 /// `lcow-store.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Marker {

@@ -51,6 +51,25 @@ pub struct LayerMeta {
     /// Why the first ApplyDiff that was refused or cut was; said again to each that follows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
+    /// The sandbox was handed to a virtual machine, which may have written any bytes into it: the host never mounts
+    /// it again, nor anything that stands on it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub handed_out: bool,
+}
+
+impl LayerMeta {
+    /// That of a layer created now.
+    pub(super) fn new(state: LayerState, created: u64, sandbox_bytes: Option<u64>) -> Self {
+        Self {
+            state,
+            created,
+            sandbox_bytes,
+            applied: None,
+            canonical_version: None,
+            refused: None,
+            handed_out: false,
+        }
+    }
 }
 
 /// Facts about `layer.vhd` and `layer.exact`.
@@ -86,9 +105,6 @@ pub struct AppliedMeta {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owners: Option<String>,
 }
-
-/// The rules by which this program makes an image of a tar. What they changed is in `docs/store-format.md`.
-pub const WRITER_VERSION: u32 = 2;
 
 impl AppliedMeta {
     /// Version of the rules by which the image was made.

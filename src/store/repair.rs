@@ -1,6 +1,6 @@
 //! Debris: what a crash left behind, and how it is cleared.
 
-use super::{LayerId, REMOVING_SUFFIX, Store, StoreError, layout};
+use super::{DiskThread, LayerId, REMOVING_SUFFIX, Store, StoreError, layout};
 use serde::Serialize;
 use std::{fs, io, path::PathBuf};
 
@@ -25,7 +25,7 @@ pub struct GcReport {
 impl Store {
     /// Lists debris as it is now. With a running owner the staging folder holds live work as well: the owner calls
     /// this at its start, before it answers its first request.
-    pub fn debris(&self) -> Result<Vec<Debris>, StoreError> {
+    pub fn debris(&self, _: &DiskThread) -> Result<Vec<Debris>, StoreError> {
         let mut found = Vec::new();
         for (folder, kind) in [
             (layout::STAGING, "unfinished layer"),
@@ -53,7 +53,7 @@ impl Store {
     }
 
     /// Deletes the given debris; never touches a layer.
-    pub fn collect(&self, debris: Vec<Debris>) -> GcReport {
+    pub fn collect(&self, _: &DiskThread, debris: Vec<Debris>) -> GcReport {
         let mut report = GcReport::default();
         for item in debris {
             let deleted = match fs::symlink_metadata(&item.path) {
@@ -71,8 +71,12 @@ impl Store {
     }
 
     /// Faults of the layers' folders that can be seen without opening an image: `(layer, fault)`.
-    pub fn structural_faults(&self) -> Vec<(LayerId, String)> {
+    pub fn structural_faults(&self, _: &DiskThread) -> Vec<(LayerId, String)> {
         let mut faults = Vec::new();
+        for id in self.strangers() {
+            let (meta, chain) = (layout::META_FILE, layout::CHAIN_FILE);
+            faults.push((id, format!("no layer: {meta} and {chain} are missing, so this store did not make it and leaves it alone; move it away")));
+        }
         for layer in self.layers() {
             let mut fault = |text: String| faults.push((layer.id.clone(), text));
             for ancestor in layer.chain.iter().filter(|a| !self.exists(a)) {

@@ -1,6 +1,6 @@
 //! Disk use of layers.
 
-use super::{LayerId, Store, StoreError, layout};
+use super::{DiskThread, LayerId, Store, StoreError, layout};
 use serde::Serialize;
 use std::{fs, io, path::Path};
 
@@ -26,17 +26,17 @@ pub struct DiskUsage {
 
 impl Store {
     /// Disk use of one layer.
-    pub fn layer_usage(&self, id: &LayerId) -> Result<LayerUsage, StoreError> {
+    pub fn layer_usage(&self, _: &DiskThread, id: &LayerId) -> Result<LayerUsage, StoreError> {
         let folder = self.layout.layer(id);
         let (apparent, allocated) = folder_bytes(&folder).map_err(StoreError::io("measure", &folder))?;
         Ok(LayerUsage { id: id.clone(), apparent, allocated })
     }
 
     /// Disk use of all layers. One that vanishes meanwhile is left out.
-    pub fn usage(&self) -> Result<DiskUsage, StoreError> {
+    pub fn usage(&self, thread: &DiskThread) -> Result<DiskUsage, StoreError> {
         let mut layers = Vec::new();
         for layer in self.layers() {
-            if let Ok(usage) = self.layer_usage(&layer.id) {
+            if let Ok(usage) = self.layer_usage(thread, &layer.id) {
                 layers.push(usage);
             }
         }

@@ -38,6 +38,9 @@ use tokio::{
 /// How long a VM whose channel broke may take to be seen dead.
 const DEATH_GRACE: Duration = Duration::from_secs(2);
 
+/// Bytes that an agent may send after the channel to it broke: what its end and the kernel held.
+const AFTER_BREAK: usize = 4 << 20;
+
 /// Pieces of a body below this are joined; larger ones are sent from where they lie.
 const COPIED_BELOW: usize = 4 << 10;
 
@@ -323,6 +326,8 @@ impl Receiver {
         let mut payload = BytesMut::with_capacity(len);
         self.fill(&mut (&mut payload).limit(len)).await?;
         match kind {
+            // One frame without a byte after the other would be progress for ever, and the end of a stream to who reads.
+            FrameType::Data if len == 0 => Err(self.protocol("a data frame without a byte".into())),
             FrameType::Data => Ok(Incoming::Data(payload.freeze())),
             FrameType::Event => Ok(Incoming::Event(self.decode(&payload)?)),
             FrameType::Result => Ok(Incoming::Result(payload.freeze())),
@@ -354,13 +359,17 @@ impl Receiver {
         match e {
             SendError::Body(e) => SvmError::Body(e.to_string()),
             SendError::Timeout => SvmError::Timeout { what: "sending to the service VM", after: self.idle },
-            SendError::Channel(e) => loop {
-                match self.next().await {
-                    Ok(Incoming::Data(_)) => {}
-                    Ok(_) => return self.protocol(format!("channel broke while sending: {e}")),
-                    Err(e) => return e,
+            SendError::Channel(e) => {
+                // What was under way when the agent let go. One that goes on sending is not looked for an Error in.
+                let mut left = AFTER_BREAK;
+                loop {
+                    match self.next().await {
+                        Ok(Incoming::Data(bytes)) if bytes.len() <= left => left -= bytes.len(),
+                        Ok(_) => return self.protocol(format!("channel broke while sending: {e}")),
+                        Err(e) => return e,
+                    }
                 }
-            },
+            }
         }
     }
 
@@ -482,6 +491,37 @@ mod tests {
             let result = receiver.result::<ExportSummary>().await;
             assert_eq!(result.is_ok(), good, "{result:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_frame_without_a_byte_and_data_without_end_are_refused() {
+        let operation = Operation::ExportExact { image: DiskId(0), record: DiskId(1) };
+        let (_sender, mut receiver, mut agent) = start(&operation).await;
+        say(&mut agent, FrameType::Data, b"").await;
+        assert!(matches!(receiver.next().await, Err(SvmError::Protocol { .. })));
+        // The sending side broke, and the agent sends on and on.
+        let (sender, mut receiver, mut agent) = start(&operation).await;
+        let flood = tokio::spawn(async move {
+            let frame = [&wire::header(FrameType::Data, DATA_PAYLOAD)[..], &vec![7; DATA_PAYLOAD]].concat();
+            let mut sent = 0;
+            while agent.write_all(&frame).await.is_ok() {
+                sent += 1;
+            }
+            sent
+        });
+        let broken = SendError::Channel(io::ErrorKind::BrokenPipe.into());
+        assert!(matches!(receiver.after_send_error(broken).await, SvmError::Protocol { .. }));
+        drop((receiver, sender));
+        let frames = flood.await.unwrap();
+        assert!(frames <= AFTER_BREAK / DATA_PAYLOAD + 8, "{frames} frames were taken");
+        // An Error that was left before is still found.
+        let (_sender, mut receiver, mut agent) = start(&operation).await;
+        say(&mut agent, FrameType::Data, b"late").await;
+        say(&mut agent, FrameType::Data, b"later").await;
+        let error = serde_json::to_vec(&WireError::new(ErrorKind::Limit, "why")).unwrap();
+        say(&mut agent, FrameType::Error, &error).await;
+        let broken = SendError::Channel(io::ErrorKind::BrokenPipe.into());
+        assert_eq!(receiver.after_send_error(broken).await.refused_kind(), Some(ErrorKind::Limit));
     }
 
     #[tokio::test]

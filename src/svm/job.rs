@@ -7,9 +7,9 @@
 //! Disks are given as open files, so no path is ever looked up twice (and an embedded VM needs none). Called by
 //! `driver`; read by `pool` and `stream`.
 
-use super::{ApplyOptions, DiskFormat, IdMaps, LayerKind, SvmError};
+use super::{ApplyOptions, DiskFormat, IdMaps, LayerKind, LiveFile, SvmError};
 use futures_util::future::BoxFuture;
-use std::{fs::File, io, path::PathBuf, sync::Arc};
+use std::{fs::File, io, path::PathBuf, sync::Arc, time::Duration};
 
 /// Whether a VM may write a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -145,10 +145,13 @@ pub struct ApplyJob {
 /// An image is to be checked by a VM that has not seen its tar.
 #[derive(Debug, Clone)]
 pub struct CheckJob {
-    /// The file-system part of the image, from a descriptor opened read-only; with `tree` the hash tree too.
+    /// The disk in the image, from a descriptor opened read-only: the file system and its hash tree, if it has one.
+    /// Behind these nothing but zeros may stand.
     pub image: DiskSource,
     /// Hold every block against the hash tree behind the file system.
     pub tree: bool,
+    /// The version of the writer that made it.
+    pub writer: u32,
     /// With userns-remap: the ids that owners must have. Empty: any.
     pub owners: IdMaps,
     /// Fail unless no process at all has the file open for writing any more (see [`no_writer_left`]). The caller must
@@ -184,7 +187,7 @@ pub enum ExportKind {
 pub struct ExportJob {
     /// Which tar.
     pub kind: ExportKind,
-    /// Set if the nearest layer is a sandbox that is mounted now.
+    /// Set if sandboxes among the layers are, or may become, mounted.
     pub live: Option<Arc<dyn LiveControl>>,
 }
 
@@ -195,16 +198,37 @@ pub struct CompareJob {
     pub target: Vec<LayerDisk>,
     /// What it is compared with.
     pub parent: ParentDisks,
-    /// Set if the nearest layer is a sandbox that is mounted now.
+    /// Set if sandboxes among the layers are, or may become, mounted.
     pub live: Option<Arc<dyn LiveControl>>,
 }
 
+/// What an export copies of live sandboxes; see [`CopyJob`](crate::agent::wire::CopyJob).
+#[derive(Debug, Clone)]
+pub struct CopyDisk {
+    /// Empty, writable, dropped afterwards.
+    pub scratch: DiskSource,
+    /// Files that changed since (ctime), seconds since 1970.
+    pub since: i64,
+    /// Files by which a former attempt failed.
+    pub changed: Vec<LiveFile>,
+    /// Most bytes.
+    pub most_bytes: u64,
+    /// Longest time.
+    pub most_time: Duration,
+}
+
 /// Stops and restarts the writers of a mounted sandbox. The pool calls `freeze` before the agent reads metadata and
-/// `thaw` right after, on every way out (failure, hang-up, time-out); it never calls `freeze` twice without `thaw`.
+/// `thaw` right after, on every way out (failure, hang-up, time-out); it never calls `freeze` twice without `thaw`, nor
+/// more than twice in one operation.
 pub trait LiveControl: Send + Sync + 'static {
-    /// Everything written so far is in the image file, and nothing more is written until `thaw`.
+    /// Everything written so far is in the image file, and nothing more is written until `thaw`. What takes long, such as
+    /// writing dirty data back, is done before anybody is stopped. When the future is dropped, nobody stays stopped.
     fn freeze(&self) -> BoxFuture<'_, io::Result<()>>;
-    /// Writers go on. Must not fail if they already do.
+    /// What an export is to copy while they stand still; asked before the first freeze.
+    fn copies(&self) -> BoxFuture<'_, io::Result<Option<CopyDisk>>> {
+        Box::pin(async { Ok(None) })
+    }
+    /// Writers go on. Must not fail if they already do. After an error it is the implementation that tries again.
     fn thaw(&self) -> BoxFuture<'_, io::Result<()>>;
 }
 

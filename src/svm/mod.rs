@@ -34,11 +34,11 @@ mod stream;
 
 pub use crate::agent::wire::{
     ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
-    IdRange, JailReport, LayerKind, Profile, RootHash, TarDigest, Witness,
+    IdRange, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
 };
 pub use job::{
-    Access, ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, FileIdentity, LayerDisk,
-    LiveControl, ParentDisks, no_writer_left,
+    Access, ApplyJob, CheckJob, CompareJob, CopyDisk, DiskSource, ExportJob, ExportKind, FileIdentity,
+    LayerDisk, LiveControl, ParentDisks, no_writer_left,
 };
 pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
 pub use stream::TarStream;

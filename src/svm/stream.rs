@@ -95,46 +95,74 @@ impl Stream for TarStream {
     }
 }
 
-/// A live sandbox that may be frozen. Thawed on every way out, also when the operation's future is dropped.
+/// Freezes of one operation: for its first look, and for the look back at its end.
+const MOST_FREEZES: u32 = 2;
+
+/// A live sandbox that may be frozen: how often and how long is held here, whatever the agent says. Thawed on every way
+/// out, also when the operation's future is dropped.
 pub(super) struct Freeze {
     live: Option<Arc<dyn LiveControl>>,
-    /// When it must be thawed, if it is frozen now.
-    until: Option<Instant>,
+    state: Writers,
+    /// Freezes that are left.
+    left: u32,
     limit: Duration,
     runtime: tokio::runtime::Handle,
 }
 
+/// What those who write a live sandbox do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Writers {
+    GoOn,
+    /// Being stopped, or perhaps stopped still: if this is all that is known, to thaw is right.
+    Stopping,
+    /// They wait, until then at most.
+    Wait(Instant),
+}
+
 impl Freeze {
     pub(super) fn new(live: Option<Arc<dyn LiveControl>>, limit: Duration) -> Self {
-        Self { live, until: None, limit, runtime: tokio::runtime::Handle::current() }
+        let runtime = tokio::runtime::Handle::current();
+        Self { live, state: Writers::GoOn, left: MOST_FREEZES, limit, runtime }
     }
 
-    /// Stops the writers, if the sandbox is live.
+    /// Stops the writers, if the sandbox is live. The limit of time begins when they stand still.
     pub(super) async fn freeze(&mut self) -> Result<(), SvmError> {
-        if let Some(live) = &self.live
-            && self.until.is_none()
-        {
-            // Set first: if this future is dropped half way, thawing what may be frozen is right.
-            self.until = Some(Instant::now() + self.limit);
-            live.freeze().await.map_err(|e| SvmError::Live(format!("freeze: {e}")))?;
-        }
+        let Some(live) = &self.live else { return Ok(()) };
+        self.left = self.left.checked_sub(1).ok_or(SvmError::Live("a third freeze".into()))?;
+        self.state = Writers::Stopping;
+        live.freeze().await.map_err(|e| SvmError::Live(format!("freeze: {}", causes(&e))))?;
+        self.state = Writers::Wait(Instant::now() + self.limit);
         Ok(())
     }
 
     /// Lets the writers go on.
     pub(super) async fn thaw(&mut self) -> Result<(), SvmError> {
         if let Some(live) = &self.live
-            && self.until.is_some()
+            && self.state != Writers::GoOn
         {
-            live.thaw().await.map_err(|e| SvmError::Live(format!("thaw: {e}")))?;
-            self.until = None;
+            live.thaw().await.map_err(|e| SvmError::Live(format!("thaw: {}", causes(&e))))?;
+            self.state = Writers::GoOn;
         }
         Ok(())
     }
 
     /// Whether writers wait now.
     pub(super) fn is_frozen(&self) -> bool {
-        self.until.is_some()
+        self.state != Writers::GoOn
+    }
+
+    /// Something that the agent has a part in, and may put off, within the time that a freeze may last. When that is
+    /// over the writers go on, and it is an error.
+    pub(super) async fn within<T>(&mut self, work: impl Future<Output = T>) -> Result<T, SvmError> {
+        let Writers::Wait(until) = self.state else { return Ok(work.await) };
+        if let Ok(done) = timeout_at(until, work).await {
+            return Ok(done);
+        }
+        self.thaw().await?;
+        let limit = self.limit.as_secs_f32();
+        Err(SvmError::Live(format!(
+            "its metadata were not read within {limit}s, the longest that it may stand still"
+        )))
     }
 
     /// The agent's next word, within the time that a freeze may last; answers its events.
@@ -144,23 +172,17 @@ impl Freeze {
         receiver: &mut Receiver,
     ) -> Result<Incoming, SvmError> {
         loop {
-            let word = match self.until {
-                Some(until) => timeout_at(until, receiver.next()).await.map_err(|_| {
-                    SvmError::Live(format!("its metadata were not read within {}s", self.limit.as_secs_f32()))
-                })??,
-                None => receiver.next().await?,
-            };
-            match word {
+            match self.within(receiver.next()).await?? {
                 Incoming::Event(_) if self.live.is_none() => {
                     return Err(receiver.protocol("event without a live sandbox".into()));
                 }
                 Incoming::Event(event) => {
-                    match event {
-                        Event::MetadataRead => self.thaw().await?,
-                        Event::BeforeRecheck => self.freeze().await?,
-                        Event::Lower => return Err(receiver.protocol("a comparison has no lowers".into())),
+                    match (event, self.is_frozen()) {
+                        (Event::MetadataRead, true) => self.thaw().await?,
+                        (Event::BeforeRecheck, false) if self.left > 0 => self.freeze().await?,
+                        _ => return Err(receiver.protocol(format!("unexpected event {event:?}"))),
                     }
-                    if let Err(e) = sender.frame(FrameType::Resume, &[]).await {
+                    if let Err(e) = self.within(sender.frame(FrameType::Resume, &[])).await? {
                         return Err(receiver.after_send_error(e).await);
                     }
                 }
@@ -174,9 +196,17 @@ impl Freeze {
     }
 }
 
+/// An error with its causes in one line.
+fn causes(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |e| e.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 impl Drop for Freeze {
     fn drop(&mut self) {
-        if let (Some(live), Some(_)) = (self.live.take(), self.until) {
+        if self.state == Writers::GoOn {
+            return;
+        }
+        if let Some(live) = self.live.take() {
             self.runtime.spawn(async move {
                 if let Err(e) = live.thaw().await {
                     tracing::error!("a live sandbox could not be thawed: {e}");

@@ -178,6 +178,7 @@ impl Pax {
         if name.is_empty() || name.contains(&0) {
             return Err(PaxError::Corrupt("bad xattr name in a pax header"));
         }
+        crate::io::steps::add(self.xattrs.len() as u64);
         if let Some(known) = self.xattrs.iter().position(|x| x.name == name) {
             if replace {
                 self.xattrs[known].value = value;

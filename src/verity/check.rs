@@ -7,7 +7,10 @@
 //! The tree is believed from the top down: a block of hashes that does not match the one above it is damaged, and what
 //! hangs below it cannot be told.
 
-use super::{BLOCK, HASH, Hash, Levels, PER_BLOCK, SuperBlock, VerityError, hash_block};
+use super::{
+    BLOCK, HASH, Hash, Levels, PER_BLOCK, SuperBlock, VerityError, find, hash_block,
+    superblock::SUPERBLOCK_BYTES,
+};
 use crate::io::ReadAt;
 use std::ops::Range;
 
@@ -120,4 +123,42 @@ pub fn check<D: ReadAt + ?Sized>(
         report.root = hash_block(salt, &node);
     }
     Ok(report)
+}
+
+/// Holds what stands around the tree, or in its place, against zeros: between the end of the file system and the super
+/// block, behind what is used of that, and behind the tree up to the end of the disk. With `tree` a tree must stand
+/// there, else nothing may.
+///
+/// # Errors
+/// [`VerityError::Corrupt`] for a byte that is not zero, or a tree that is missing; if the disk fails.
+pub fn check_around<D: ReadAt + ?Sized>(disk: &D, fs_bytes: u64, tree: bool) -> Result<(), VerityError> {
+    let size = disk.size().map_err(VerityError::io("measuring the disk", fs_bytes))?;
+    if !tree {
+        return zeros(disk, fs_bytes..size);
+    }
+    let Some(superblock) = find(disk, fs_bytes)? else {
+        let reason = "no hash tree stands behind the file system".into();
+        return Err(VerityError::Corrupt { offset: fs_bytes, reason });
+    };
+    let levels = superblock.offset + BLOCK as u64;
+    let end = levels + Levels::new(superblock.data_blocks).blocks() * BLOCK as u64;
+    zeros(disk, fs_bytes..superblock.offset)?;
+    zeros(disk, superblock.offset + SUPERBLOCK_BYTES..levels)?;
+    zeros(disk, end..size)
+}
+
+fn zeros<D: ReadAt + ?Sized>(disk: &D, range: Range<u64>) -> Result<(), VerityError> {
+    let mut buffer = vec![0; 64 << 10];
+    let mut at = range.start;
+    while at < range.end {
+        let len = (range.end - at).min(buffer.len() as u64) as usize;
+        let part = &mut buffer[..len];
+        disk.read_exact_at(part, at).map_err(VerityError::io("reading behind the file system", at))?;
+        if let Some(found) = part.iter().position(|b| *b != 0) {
+            let reason = "a byte that belongs to nobody is not zero".into();
+            return Err(VerityError::Corrupt { offset: at + found as u64, reason });
+        }
+        at += len as u64;
+    }
+    Ok(())
 }

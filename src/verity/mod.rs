@@ -30,7 +30,7 @@ mod superblock;
 mod tests;
 
 pub use build::{TreeDisk, TreeSummary};
-pub use check::{CheckReport, check, root};
+pub use check::{CheckReport, check, check_around, root};
 pub use error::VerityError;
 pub use superblock::{SuperBlock, find};
 

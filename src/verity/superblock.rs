@@ -37,7 +37,9 @@ struct Raw {
     salt: [u8; MAX_SALT],
     reserved2: [u8; 168],
 }
-const _: () = assert!(size_of::<Raw>() == 512);
+/// Bytes of the super block that are used.
+pub(super) const SUPERBLOCK_BYTES: u64 = 512;
+const _: () = assert!(size_of::<Raw>() as u64 == SUPERBLOCK_BYTES);
 
 /// What a super block says.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,7 +7,7 @@
 //!
 //! Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0 (2006). Invariants: `Footer::to_bytes` gives the
 //! right checksum; `Footer::parse` refuses what it would not write, save fields that do not matter. No I/O. Called by
-//! `agent`, `diff::apply` and `store`.
+//! `agent`, `diff::apply`, `driver` and `store`.
 
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
@@ -162,6 +162,19 @@ impl Footer {
         }
         Self::new(raw.current_size.get(), raw.time_stamp.get(), raw.unique_id)
     }
+}
+
+/// The id of a layer's disk: that of its file system or, where the profile gives it none, a UUID (version 8) of the first
+/// bytes of its tar's digest.
+pub fn layer_id(file_system: [u8; 16], tar_digest: &[u8; 32]) -> [u8; 16] {
+    if file_system != [0; 16] {
+        return file_system;
+    }
+    let mut id = [0; 16];
+    id.copy_from_slice(&tar_digest[..16]);
+    id[6] = id[6] & 0x0f | 0x80;
+    id[8] = id[8] & 0x3f | 0x80;
+    id
 }
 
 /// Ones' complement of the sum of all bytes; the checksum field is zero in it.

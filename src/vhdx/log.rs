@@ -7,7 +7,8 @@
 //!
 //! [`active`] finds the newest complete sequence (2.3.3) and folds it into an [`Overlay`]: what the file says once all
 //! is replayed. A reader looks through it, a writer puts it into the file first. No I/O. Bounded: the log is taken into
-//! memory up to [`MAX_LOG`], each byte of it is summed [`MAX_PASSES`] times at most.
+//! memory up to [`MAX_LOG`], each byte of it is summed [`MAX_PASSES`] times at most, and as many entries are walked over
+//! as that many passes would meet.
 
 use super::{
     VhdxError,
@@ -111,6 +112,8 @@ struct Ring<'a> {
     log: &'a [u8],
     guid: Guid,
     budget: u64,
+    /// Entries that may still be walked over.
+    steps: u64,
     /// What was found at each sector: a scan comes by many times.
     seen: Vec<Seen>,
 }
@@ -213,15 +216,27 @@ impl Ring<'_> {
         Ok(Some(entry))
     }
 
-    /// Longest run of entries from `tail` on, and whether its head's tail lies in it.
-    fn sequence(&mut self, tail: u64) -> Result<(Vec<Entry>, bool), VhdxError> {
+    /// Longest run of entries from `tail` on, and whether its head's tail lies in it. With it, whether the run ended
+    /// because the next entry does not follow, and not because the ring was full.
+    fn sequence(&mut self, tail: u64) -> Result<(Vec<Entry>, bool, bool), VhdxError> {
         let mut entries: Vec<Entry> = Vec::new();
-        let mut taken = 0;
+        let (mut taken, mut ended) = (0, false);
         while taken < self.len() {
-            let Some(entry) = self.entry((tail + taken) % self.len())? else { break };
-            let follows =
-                entries.last().is_none_or(|last| last.sequence.checked_add(1) == Some(entry.sequence));
-            if !follows || taken + entry.length > self.len() {
+            let at = (tail + taken) % self.len();
+            crate::io::steps::add(1);
+            self.steps = self
+                .steps
+                .checked_sub(1)
+                .ok_or_else(|| VhdxError::corrupt("entries of the log overlap each other", at))?;
+            let entry = self.entry(at)?;
+            let follows = |e: &Entry| {
+                entries.last().is_none_or(|last| last.sequence.checked_add(1) == Some(e.sequence))
+            };
+            let Some(entry) = entry.filter(follows) else {
+                ended = true;
+                break;
+            };
+            if taken + entry.length > self.len() {
                 break;
             }
             taken += entry.length;
@@ -231,7 +246,7 @@ impl Ring<'_> {
         let valid = start.is_some();
         // What lies before the tail has reached its place.
         entries.drain(..start.unwrap_or(0));
-        Ok((entries, valid))
+        Ok((entries, valid, ended))
     }
 }
 
@@ -245,11 +260,19 @@ pub(super) fn active(log: &[u8], log_offset: u64, guid: Guid, file_bytes: u64) -
         return Err(corrupt("a log without room"));
     }
     let seen = vec![Seen::NotYet; log.len() / LOG_SECTOR];
-    let mut ring = Ring { log, guid, budget: log.len() as u64 * MAX_PASSES, seen };
+    let steps = seen.len() as u64 * MAX_PASSES;
+    let mut ring = Ring { log, guid, budget: log.len() as u64 * MAX_PASSES, steps, seen };
     let mut best: Vec<Entry> = Vec::new();
-    let mut tail = 0;
+    let (mut tail, mut dead) = (0, vec![false; log.len() / LOG_SECTOR]);
     loop {
-        let (entries, valid) = ring.sequence(tail)?;
+        if dead[(tail / SECTOR) as usize] {
+            tail = (tail + SECTOR) % ring.len();
+            if tail == 0 {
+                break;
+            }
+            continue;
+        }
+        let (entries, valid, ended) = ring.sequence(tail)?;
         let head = entries.last().copied();
         let old = tail;
         match head {
@@ -259,7 +282,16 @@ pub(super) fn active(log: &[u8], log_offset: u64, guid: Guid, file_bytes: u64) -
                 }
                 tail = (head.offset + head.length) % ring.len();
             }
-            _ => tail = (tail + SECTOR) % ring.len(),
+            _ => {
+                // The head's tail is not in this run, and so in none that begins later in it and has the same head. A log
+                // of stale entries would be walked over once for each of them.
+                if ended {
+                    for entry in &entries {
+                        dead[(entry.offset / SECTOR) as usize] = true;
+                    }
+                }
+                tail = (tail + SECTOR) % ring.len();
+            }
         }
         if tail <= old {
             break;

@@ -22,7 +22,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
     let tar = tree(40, 50_000, 4);
-    let mut roots = Vec::new();
+    let (mut roots, mut image_bytes) = (Vec::new(), 0);
     for (name, scratch) in [("with", true), ("without", false)] {
         let lease = pool.lease(name, Purpose::Work).await.unwrap();
         let mut job = files.apply_job(name);
@@ -31,10 +31,12 @@ pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
         let summary = lease.tar_to_layer(job, body(&tar, 60_000)).await.unwrap();
         drop(lease);
         roots.push(summary.verity_root.expect("a root").to_string());
+        image_bytes = summary.image_bytes;
         let image = files.readable(&format!("{name}.vhd")).window(0, summary.image_bytes);
         // The tree lies behind the file system.
         for (image, tree) in [(image.clone(), false), (files.image(name), true)] {
-            let check = CheckJob { image, require_no_writers: true, tree, owners: IdMaps::default() };
+            let check =
+                CheckJob { image, require_no_writers: true, tree, writer: 2, owners: IdMaps::default() };
             let found = pool.check_image(check).await.unwrap();
             // Told where it was asked for.
             assert_eq!(found.verity.map(|r| r.to_string()), tree.then(|| roots[0].clone()), "{name}");
@@ -53,14 +55,19 @@ pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
     let at = damaged.windows(part.len()).position(|w| w == part).expect("the first file's bytes");
     damaged[at] ^= 1;
     std::fs::write(files.path("damaged.vhd"), damaged).unwrap();
-    let check = |tree| CheckJob {
-        image: files.image("damaged"),
+    let check = |image, tree| CheckJob {
+        image,
         require_no_writers: true,
         tree,
+        writer: 2,
         owners: IdMaps::default(),
     };
-    pool.check_image(check(false)).await.unwrap();
-    let e = pool.check_image(check(true)).await.unwrap_err();
+    let file_system = files.readable("damaged.vhd").window(0, image_bytes);
+    pool.check_image(check(file_system, false)).await.unwrap();
+    let e = pool.check_image(check(files.image("damaged"), true)).await.unwrap_err();
+    assert_eq!(e.refused_kind(), Some(ErrorKind::Corrupt), "{e}");
+    // What stands behind the file system must be said to be a tree.
+    let e = pool.check_image(check(files.image("with"), false)).await.unwrap_err();
     assert_eq!(e.refused_kind(), Some(ErrorKind::Corrupt), "{e}");
     pool.shutdown(END).await;
 }

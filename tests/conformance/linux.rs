@@ -6,6 +6,8 @@ mod disks;
 mod faults;
 #[path = "foreign.rs"]
 mod foreign;
+#[path = "live.rs"]
+mod live;
 #[path = "plugin.rs"]
 pub(crate) mod plugin;
 #[path = "speed.rs"]
@@ -39,6 +41,17 @@ disks!(
     a_dirty_file_system_is_read_and_a_foreign_one_is_refused,
     garbage_on_a_channel,
 );
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_write_to_a_sandbox_is_seen_on_embedded() {
+    live::what_others_write_to_a_sandbox_is_seen(embedded()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_write_to_a_sandbox_is_seen_on_qemu() {
+    let _one_at_a_time = turn().await;
+    live::what_others_write_to_a_sandbox_is_seen(qemu()).await;
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_foreign_sandbox_is_refused_with_advice_on_embedded() {

@@ -63,6 +63,7 @@ pub(crate) async fn figures(backend: &Arc<dyn VmBackend>, rounds: usize) {
             image: files.image("l"),
             require_no_writers: true,
             tree: false,
+            writer: 2,
             owners: IdMaps::default(),
         };
         pool.check_image(check).await.unwrap();

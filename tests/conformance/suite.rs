@@ -61,6 +61,7 @@ pub(crate) async fn apply_and_exact_diff(backend: Backend) {
                 image: files.image(name),
                 require_no_writers: true,
                 tree: false,
+                writer: 2,
                 owners: IdMaps::default(),
             };
             assert_eq!(pool.check_image(check).await.unwrap().uuid, summary.uuid);
@@ -300,6 +301,7 @@ pub(crate) async fn hostile_layers_are_refused(backend: Backend) {
         image: files.readable("junk"),
         require_no_writers: false,
         tree: false,
+        writer: 2,
         owners: IdMaps::default(),
     };
     let e = pool.check_image(check).await.unwrap_err();
@@ -420,6 +422,7 @@ pub(crate) async fn figures(backend: Backend) {
             image: files.image("l"),
             require_no_writers: true,
             tree: false,
+            writer: 2,
             owners: IdMaps::default(),
         };
         pool.check_image(check).await.unwrap();

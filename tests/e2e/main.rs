@@ -2,7 +2,7 @@
 //! compares **contents**.
 //!
 //! ```text
-//!   basics  images  classic_build  buildkit  restarts  userns  deep  quota  chaos  parallel  hostile  removal
+//!   basics  images  classic_build  buildkit  busy  restarts  userns  deep  quota  chaos  parallel  hostile  removal
 //!      └───────┴──────────┴───────────┴─────────┴─────────┴──┬────┴─────┴──────┴───────┴────────┴───────┘
 //!                     rootfs (what is imported)  manifest (what a tree holds)  archive (image archives)
 //!                                     engine (a room with dockerd) ─► command   tarball (tar bytes)
@@ -17,6 +17,7 @@
 mod archive;
 mod basics;
 mod buildkit;
+mod busy;
 mod chaos;
 mod classic_build;
 #[allow(dead_code, reason = "the tests of the managed plugin use the rest")]

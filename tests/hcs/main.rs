@@ -13,8 +13,8 @@ use lcow_graphdriver::{
     ext4::format::{BlankOptions, blank},
     svm::{
         Access, ApplyJob, ApplyOptions, ApplySummary, CheckJob, CompareJob, DiskSource, ExportJob,
-        ExportKind, LayerDisk, LayerKind, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
-        VmSpec,
+        ExportKind, IdMaps, LayerDisk, LayerKind, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError,
+        VmBackend, VmSpec,
         hcs::{HcsBackend, HcsConfig},
     },
     sys::windows::computecore::Library,
@@ -150,6 +150,7 @@ async fn a_layer_goes_in_is_checked_and_comes_back_in_both_modes() {
             let check = CheckJob {
                 image: place.image(name),
                 tree: false,
+                writer: 2,
                 require_no_writers: true,
                 owners: IdMaps::default(),
             };

@@ -29,6 +29,7 @@ pub(crate) struct Plugin {
     child: Child,
     pub(crate) folder: PathBuf,
     pub(crate) arguments: Vec<String>,
+    environment: Vec<(String, PathBuf)>,
     /// What Init will say.
     pub(crate) home: PathBuf,
     _temporary: tempfile::TempDir,
@@ -36,20 +37,27 @@ pub(crate) struct Plugin {
 
 impl Plugin {
     pub(crate) fn start(arguments: &[&str]) -> Self {
+        Self::start_in(arguments, &[])
+    }
+
+    /// One with variables of its own.
+    pub(crate) fn start_in(arguments: &[&str], environment: &[(&str, &Path)]) -> Self {
         let temporary = tempfile::tempdir().unwrap();
         // Links are resolved on unix only: Windows would give a verbatim path.
         let folder = temporary.path().to_owned();
         #[cfg(unix)]
         let folder = folder.canonicalize().unwrap();
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
-        let child = Self::spawn(&folder, &arguments);
+        let environment: Vec<_> =
+            environment.iter().map(|(name, value)| ((*name).to_owned(), value.to_path_buf())).collect();
+        let child = Self::spawn(&folder, &arguments, &environment);
         let home = folder.join("home");
-        let plugin = Self { child, folder, arguments, home, _temporary: temporary };
+        let plugin = Self { child, folder, arguments, environment, home, _temporary: temporary };
         plugin.wait_until_ready();
         plugin
     }
 
-    fn spawn(folder: &Path, arguments: &[String]) -> Child {
+    fn spawn(folder: &Path, arguments: &[String], environment: &[(String, PathBuf)]) -> Child {
         let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"));
         command.args(["serve", "--root"]).arg(folder.join("root")).arg(FLAG).arg(transport::address(folder));
@@ -57,6 +65,7 @@ impl Plugin {
         command
             .args(arguments)
             .env("RUST_LOG", "lcow_graphdriver=debug,info")
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -121,7 +130,7 @@ impl Plugin {
 
     /// A new process on the same folders, after a stop or a kill.
     pub(crate) fn start_again(&mut self) {
-        self.child = Self::spawn(&self.folder, &self.arguments);
+        self.child = Self::spawn(&self.folder, &self.arguments, &self.environment);
         // A worker that a killed plugin was just forking holds its socket for a moment: a connection alone proves nothing.
         let begin = Instant::now();
         while !self.answers() {

@@ -82,7 +82,7 @@ impl Codec for TestCodec {
         })
     }
 
-    fn check(&self, image: OpDisk, _: bool, _: &IdMaps) -> Result<CheckSummary, WireError> {
+    fn check(&self, image: OpDisk, _: bool, _: u32, _: &IdMaps) -> Result<CheckSummary, WireError> {
         if image.write_at(b"x", 0).is_ok() {
             return Err(WireError::new(ErrorKind::Internal, "a read-only disk took a write"));
         }
@@ -119,8 +119,15 @@ impl Codec for TestCodec {
         out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError> {
         if let Some(live) = live {
-            live.metadata_read()?;
-            live.before_recheck()?;
+            let mut head = [0; 5];
+            let n = target[0].disk.read_at(&mut head, 0).map_err(failed)?;
+            loop {
+                live.metadata_read()?;
+                live.before_recheck()?;
+                if &head[..n] != b"again" {
+                    break;
+                }
+            }
             live.metadata_read()?;
         }
         // Endless, so that only a cancel ends it.

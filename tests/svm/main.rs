@@ -12,7 +12,8 @@ use lcow_graphdriver::{
     agent::{codec::Codec, wire::ErrorKind, worker_main},
     svm::{
         ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskFormat, DiskSource, ExportJob, ExportKind, IdMaps,
-        LayerDisk, LayerKind, LiveControl, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError,
+        LayerDisk, LayerKind, LiveControl, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
+        VmSpec,
         embedded::{EmbeddedBackend, EmbeddedConfig},
     },
 };
@@ -190,6 +191,7 @@ async fn a_tar_goes_in_and_comes_out_in_both_modes() {
                 .check_image(CheckJob {
                     image,
                     tree: false,
+                    writer: 2,
                     require_no_writers: true,
                     owners: IdMaps::default(),
                 })
@@ -213,15 +215,27 @@ async fn a_check_proves_nothing_while_somebody_can_still_write() {
     let writer = files.writable("image");
     let image = files.readable("image");
     let e = pool
-        .check_image(CheckJob { image, tree: false, require_no_writers: true, owners: IdMaps::default() })
+        .check_image(CheckJob {
+            image,
+            tree: false,
+            writer: 2,
+            require_no_writers: true,
+            owners: IdMaps::default(),
+        })
         .await
         .unwrap_err();
     assert!(matches!(e, SvmError::StillWritable(_)), "{e}");
     drop(writer);
     let image = files.readable("image");
-    pool.check_image(CheckJob { image, tree: false, require_no_writers: true, owners: IdMaps::default() })
-        .await
-        .unwrap();
+    pool.check_image(CheckJob {
+        image,
+        tree: false,
+        writer: 2,
+        require_no_writers: true,
+        owners: IdMaps::default(),
+    })
+    .await
+    .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -230,9 +244,15 @@ async fn fault_4_a_read_only_disk_stays_read_only_even_from_a_writable_file() {
     let mut image = files.writable("image");
     image.access = lcow_graphdriver::svm::Access::ReadOnly;
     // The test codec's check tries to write.
-    pool.check_image(CheckJob { image, tree: false, require_no_writers: false, owners: IdMaps::default() })
-        .await
-        .unwrap();
+    pool.check_image(CheckJob {
+        image,
+        tree: false,
+        writer: 2,
+        require_no_writers: false,
+        owners: IdMaps::default(),
+    })
+    .await
+    .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -434,13 +454,18 @@ async fn dropping_the_stream_cancels_and_frees_the_lease() {
 struct Writers {
     frozen: AtomicI32,
     freezes: AtomicU32,
+    /// What stopping them takes.
+    takes: Duration,
 }
 
 impl LiveControl for Writers {
     fn freeze(&self) -> futures_util::future::BoxFuture<'_, io::Result<()>> {
         self.freezes.fetch_add(1, Ordering::SeqCst);
         assert_eq!(self.frozen.fetch_add(1, Ordering::SeqCst), 0, "frozen twice");
-        Box::pin(async { Ok(()) })
+        Box::pin(async {
+            tokio::time::sleep(self.takes).await;
+            Ok(())
+        })
     }
     fn thaw(&self) -> futures_util::future::BoxFuture<'_, io::Result<()>> {
         self.frozen.store(0, Ordering::SeqCst);
@@ -475,6 +500,30 @@ async fn fault_24_a_live_sandbox_is_frozen_for_its_metadata_only_and_thawed_on_e
     assert!(gone.await.is_err());
     soon("thawed", || writers.frozen.load(Ordering::SeqCst) == 0).await;
     assert_eq!(lease.diff_size(files.compare(b"12345", None)).await.unwrap(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_gets_two_freezes_and_stopping_the_writers_is_not_its_time() {
+    let config = PoolConfig { freeze_limit: Duration::from_millis(300), ..PoolConfig::default() };
+    let (pool, files) = (Pool::start(backend(), config), Files::new());
+    let slow = Duration::from_millis(700);
+    for (content, takes, refused) in [("again", Duration::ZERO, true), ("once", slow, false)] {
+        let writers = Arc::new(Writers { takes, ..Writers::default() });
+        let target =
+            vec![LayerDisk { disk: files.with(content, content.as_bytes()), kind: LayerKind::Sandbox }];
+        let kind =
+            ExportKind::Canonical { target, parent: ParentDisks::Own, format: 1, id_maps: IdMaps::default() };
+        let lease = pool.lease("a", Purpose::Export).await.unwrap();
+        let tar = lease.layer_to_tar(ExportJob { kind, live: Some(writers.clone()) }).await;
+        match tar {
+            Err(SvmError::Protocol { reason, .. }) if refused => {
+                assert!(reason.contains("BeforeRecheck"), "{reason}");
+            }
+            other => assert!(!refused && other.is_ok(), "{content}: {other:?}"),
+        }
+        assert_eq!(writers.freezes.load(Ordering::SeqCst), 2, "{content}");
+        soon("thawed", || writers.frozen.load(Ordering::SeqCst) == 0).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -622,6 +671,137 @@ fn the_jail_of_the_real_program_holds() {
     ] {
         let (status, text) = run(&[attempt, "--without-seccomp"]);
         assert!(status.success() && text.contains("refused"), "{attempt} without seccomp: {status} {text}");
+    }
+}
+
+/// A self-test of the real program under a kernel that answers some calls with an error, as older kernels and outer
+/// containers do. The filter is this thread's; what the thread starts inherits it.
+fn self_test_where(
+    refused: &[(i64, Option<(u8, u64)>)],
+    errno: i32,
+    jail: &str,
+    attempt: &str,
+    user: Option<u32>,
+) -> std::process::Output {
+    use seccompiler::{
+        BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+        SeccompRule, apply_filter,
+    };
+    use std::os::unix::process::CommandExt;
+    let rules = refused.iter().map(|(call, argument)| {
+        let rules = argument.map(|(n, value)| {
+            let only = SeccompCondition::new(n, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value).unwrap();
+            SeccompRule::new(vec![only]).unwrap()
+        });
+        (*call, rules.into_iter().collect())
+    });
+    let arch = std::env::consts::ARCH.try_into().unwrap();
+    let error = SeccompAction::Errno(errno.cast_unsigned());
+    let filter = SeccompFilter::new(rules.collect(), SeccompAction::Allow, error, arch).unwrap();
+    let filter: Option<BpfProgram> = (!refused.is_empty()).then(|| filter.try_into().unwrap());
+    // By descriptor: an ordinary user may not be able to walk to the program.
+    let program = File::open(env!("CARGO_BIN_EXE_lcow-graphdriver")).unwrap();
+    let mut command = Command::new("/proc/self/fd/0");
+    command.args(["worker", "--self-test", attempt]).env("LCOW_WORKER_JAIL", jail).stdin(program);
+    if let Some(user) = user {
+        command.uid(user).gid(user);
+    }
+    std::thread::spawn(move || {
+        if let Some(filter) = filter {
+            apply_filter(&filter).unwrap();
+        }
+        command.output().unwrap()
+    })
+    .join()
+    .unwrap()
+}
+
+#[test]
+fn a_kernel_without_landlock_passes_the_strict_jail_with_a_warning_and_no_path_is_open() {
+    for errno in [libc::ENOSYS, libc::EOPNOTSUPP] {
+        for attempt in ["open", "create", "stat", "socket", "connect", "bind"] {
+            let refused = [(libc::SYS_landlock_create_ruleset, None)];
+            let out = self_test_where(&refused, errno, "strict", attempt, None);
+            let text = String::from_utf8_lossy(&out.stdout);
+            assert!(out.status.success() && text.contains("refused"), "{attempt}: {out:?}");
+            assert!(text.contains("landlock: "), "the missing wall is named: {text}");
+        }
+    }
+}
+
+#[test]
+fn each_wall_that_is_missing_stops_a_strict_worker_and_is_named() {
+    let call = |number| (number, None);
+    let option = |option: i32| (libc::SYS_prctl, Some((0, u64::from(option.cast_unsigned()))));
+    let landlock = call(libc::SYS_landlock_create_ruleset);
+    /// Calls that fail, which wall it was, and whether the least of walls still stands.
+    type Case = (Vec<(i64, Option<(u8, u64)>)>, &'static str, bool);
+    let cases: [Case; 7] = [
+        (vec![landlock, call(libc::SYS_fsopen)], "no path", true),
+        (vec![landlock, call(libc::SYS_chroot)], "no path", true),
+        (vec![call(libc::SYS_close_range)], "closed descriptors", true),
+        (vec![call(libc::SYS_capset)], "no capabilities", true),
+        (vec![call(libc::SYS_setresuid)], "a user that owns nothing", true),
+        (vec![call(libc::SYS_prlimit64), call(libc::SYS_setrlimit)], "resource limits", true),
+        (vec![option(libc::PR_SET_NO_NEW_PRIVS)], "no_new_privs", false),
+    ];
+    for (refused, wall, least) in cases {
+        let out = self_test_where(&refused, libc::EPERM, "strict", "open", None);
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.code() == Some(1) && said.contains(wall), "{wall}: {out:?}");
+        assert!(said.contains("lcow.jail=best-effort"), "what to do: {said}");
+        let out = self_test_where(&refused, libc::EPERM, "best-effort", "fork", None);
+        assert_eq!(out.status.success(), least, "{wall}: {out:?}");
+    }
+    // The filter itself can't be refused by a filter that stands: by its number it can.
+    let out = self_test_where(&[call(libc::SYS_seccomp)], libc::ENOSYS, "strict", "open", None);
+    assert!(String::from_utf8_lossy(&out.stderr).contains("system-call filter"), "{out:?}");
+}
+
+#[test]
+fn an_ordinary_users_worker_has_the_walls_that_kernels_give_to_users() {
+    const USER: Option<u32> = Some(4321);
+    let out = self_test_where(&[], 0, "strict", "open", USER);
+    assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("refused"), "{out:?}");
+    // An empty root takes root: without Landlock only the filter stands against paths, which best-effort takes.
+    let refused = [(libc::SYS_landlock_create_ruleset, None)];
+    let out = self_test_where(&refused, libc::ENOSYS, "strict", "open", USER);
+    assert!(String::from_utf8_lossy(&out.stderr).contains("no path"), "{out:?}");
+    let out = self_test_where(&refused, libc::ENOSYS, "best-effort", "open", USER);
+    assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("refused"), "{out:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_has_a_user_of_its_own_and_a_limit_of_file_sizes() {
+    const LIMIT: u64 = 5 << 30;
+    let strict = EmbeddedBackend::new(EmbeddedConfig {
+        program: env!("CARGO_BIN_EXE_lcow-graphdriver").into(),
+        file_limit: Some(LIMIT),
+        strict: true,
+        ..EmbeddedConfig::default()
+    });
+    let mut users = std::collections::BTreeSet::new();
+    let mut vms = Vec::new();
+    for number in [1, 2, 3] {
+        let vm = strict.boot(VmSpec { number }).await.unwrap();
+        let pid = worker_pid(&vm.describe());
+        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+        let (status, limits) = (read("status"), read("limits"));
+        let line = |text: &str, name: &str| {
+            let line = text.lines().find(|l| l.starts_with(name)).unwrap();
+            line[name.len()..].split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let uids = line(&status, "Uid:");
+        assert!(uids.iter().all(|u| *u == uids[0] && u.parse::<u32>().unwrap() > 60_000), "{uids:?}");
+        assert_eq!(line(&status, "Gid:"), uids);
+        assert_eq!(line(&status, "Groups:"), [""; 0]);
+        assert_eq!(line(&limits, "Max file size")[..2], [LIMIT.to_string(), LIMIT.to_string()]);
+        users.insert(uids[0].clone());
+        vms.push(vm);
+    }
+    assert_eq!(users.len(), vms.len(), "each has a user of its own: {users:?}");
+    for vm in vms {
+        vm.terminate().await;
     }
 }
 

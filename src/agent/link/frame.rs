@@ -72,6 +72,10 @@ pub fn parse(bytes: [u8; HEADER_LEN]) -> io::Result<Parsed> {
     if wanted.is_some_and(|w| w != len) || len > MAX_INLINE {
         return Err(invalid("link frame of a wrong length"));
     }
+    // It would cost no credit, so that nothing bounded how many are taken; and who reads it would see an end.
+    if kind == Kind::Data && len == 0 {
+        return Err(invalid("link frame without a byte"));
+    }
     Ok(Parsed::Frame(Header { len, channel, kind }))
 }
 
@@ -100,6 +104,28 @@ pub fn numbers(channel: u32, kind: Kind, values: &[u32]) -> Vec<u8> {
 pub fn number(payload: &[u8], n: usize) -> io::Result<u32> {
     let bytes = payload.get(n * 4..).and_then(|rest| rest.first_chunk::<4>());
     bytes.map(|b| u32::from_le_bytes(*b)).ok_or_else(|| invalid("link frame cut off"))
+}
+
+/// Slot and length of a Stored frame.
+///
+/// # Errors
+/// `InvalidData` for one that is cut off, or without a byte (see [`parse`]).
+pub fn stored(payload: &[u8]) -> io::Result<(u32, usize)> {
+    match (number(payload, 0)?, number(payload, 1)?) {
+        (_, 0) => Err(invalid("a slot without a byte")),
+        (slot, len) => Ok((slot, len as usize)),
+    }
+}
+
+/// Bytes of a Credit frame.
+///
+/// # Errors
+/// `InvalidData` for one that is cut off or gives nothing.
+pub fn credit(payload: &[u8]) -> io::Result<usize> {
+    match number(payload, 0)? {
+        0 => Err(invalid("credit of nothing")),
+        bytes => Ok(bytes as usize),
+    }
 }
 
 /// The peer broke the protocol.
@@ -151,7 +177,9 @@ mod tests {
             let parsed = parse(header(9, kind, len)).unwrap();
             assert_eq!(parsed, Parsed::Frame(Header { len, channel: 9, kind }));
         }
-        for (len, kind) in [(MAX_INLINE as u32 + 1, 1), (1, 2), (5, 3), (4, 4), (8, 5), (0, 0), (0, 6)] {
+        for (len, kind) in
+            [(MAX_INLINE as u32 + 1, 1), (1, 2), (5, 3), (4, 4), (8, 5), (0, 0), (0, 1), (0, 6)]
+        {
             let mut bytes = [0; HEADER_LEN];
             bytes[..4].copy_from_slice(&len.to_le_bytes());
             bytes[8] = kind;

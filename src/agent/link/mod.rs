@@ -18,7 +18,11 @@
 //!
 //! Invariants, both ends:
 //! * The reading side never waits for anything but the stream: what it reads has a place that the credit paid for.
-//! * At most [`WINDOW`] bytes of a channel are under way in each direction; more is a broken protocol.
+//! * At most [`WINDOW`] bytes of a channel are under way in each direction; more is a broken protocol. So is a frame that
+//!   brings nothing (Data or Stored of no byte, Credit of 0): it would cost nothing. Small pieces are joined, so that
+//!   what an inbox holds is at most about twice what was paid ([`meter`] counts it).
+//! * What an end queues for a peer that reads nothing is bounded: bytes of a body wait for room, and when even the
+//!   answers that nobody waits for (Credit, Free, Close) fill the queue, the session ends.
 //! * A broken protocol ends the *session*. The agent then lets go of all channels and waits for the next SYNC, so
 //!   garbage costs one session, not the agent. A SYNC is also legal at any frame's place: a VM that was restored from
 //!   a saved state finds a new daemon in the middle of a session that nobody else remembers.
@@ -36,8 +40,9 @@
 //! [`frame`] is what both ends share, [`session`] the guest's end ([`serve`]); the daemon's end is `svm::remote`.
 
 pub mod frame;
+pub mod meter;
 pub mod session;
 pub mod slots;
 
 pub use frame::WINDOW;
-pub use session::{Platform, serve};
+pub use session::{Platform, serve, serve_counted};

@@ -14,6 +14,7 @@ use super::{
         self, CREDIT_STEP, HEADER_LEN, Header, Kind, MAX_INLINE, MIN_STORED, Parsed, SYNC, WINDOW, invalid,
         number,
     },
+    meter::{JOINED_BELOW, Meter, cost},
     slots::{Side, Slots, Taken},
 };
 use crate::agent::{
@@ -75,10 +76,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// # Errors
 /// What the stream says. A broken protocol is no error: the next SYNC begins anew.
 pub fn serve(
+    input: impl Read,
+    output: impl Write + Send + 'static,
+    platform: &Arc<dyn Platform>,
+    codec: &Arc<dyn Codec>,
+) -> io::Result<()> {
+    serve_counted(input, output, platform, codec, &Arc::default())
+}
+
+/// [`serve`], which counts in `meter` what is held for the daemon.
+///
+/// # Errors
+/// As [`serve`].
+pub fn serve_counted(
     mut input: impl Read,
     output: impl Write + Send + 'static,
     platform: &Arc<dyn Platform>,
     codec: &Arc<dyn Codec>,
+    meter: &Arc<Meter>,
 ) -> io::Result<()> {
     let output: Output = Arc::new(Mutex::new(Box::new(output)));
     loop {
@@ -87,7 +102,7 @@ pub fn serve(
         }
         // A SYNC inside a session leads straight to the next one.
         loop {
-            let session = Session::start(&output, platform, codec)?;
+            let session = Session::start(&output, platform, codec, meter)?;
             let ended = session.read(&mut input);
             session.end();
             match ended {
@@ -118,13 +133,14 @@ struct Session {
     slots: OnceLock<Slots>,
     channels: Mutex<HashMap<u32, Arc<Inbox>>>,
     control: Arc<Inbox>,
+    meter: Arc<Meter>,
 }
 
 /// What came in on a channel and what may go out.
-#[derive(Default)]
 struct Inbox {
     state: Mutex<InboxState>,
     changed: Condvar,
+    meter: Arc<Meter>,
 }
 
 #[derive(Default)]
@@ -138,6 +154,8 @@ struct InboxState {
     window: usize,
     /// The peer has let go, or the session is over.
     closed: bool,
+    /// The operation has let go: nobody will read any more.
+    left: bool,
 }
 
 enum Piece {
@@ -150,22 +168,73 @@ enum Piece {
     },
 }
 
+impl Piece {
+    /// What it is counted as.
+    fn cost(&self) -> usize {
+        match self {
+            Self::Bytes(bytes, _) => cost(bytes.capacity()),
+            Self::Taken(..) | Self::Stored { .. } => cost(0),
+        }
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.meter.take_away(state.pieces.iter().map(Piece::cost).sum());
+    }
+}
+
 impl Inbox {
-    fn new() -> Arc<Self> {
-        let inbox = Self::default();
-        let mut state = lock(&inbox.state);
-        (state.credit, state.window) = (WINDOW, WINDOW);
-        drop(state);
-        Arc::new(inbox)
+    fn new(meter: &Arc<Meter>) -> Arc<Self> {
+        let state = InboxState { credit: WINDOW, window: WINDOW, ..InboxState::default() };
+        Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), meter: meter.clone() })
     }
 
-    fn put(&self, piece: Piece, len: usize) -> io::Result<()> {
+    /// False if nobody will read it.
+    fn put(&self, piece: Piece, len: usize) -> io::Result<bool> {
         let mut state = lock(&self.state);
         state.credit =
             state.credit.checked_sub(len).ok_or_else(|| invalid("more bytes than were asked for"))?;
-        state.pieces.push_back(piece);
+        if state.left {
+            return Ok(false);
+        }
+        self.join(&mut state.pieces, piece);
         self.changed.notify_all();
-        Ok(())
+        Ok(true)
+    }
+
+    /// Appends a piece. Small ones share a buffer: a frame of one byte must not hold the memory of hundreds.
+    fn join(&self, pieces: &mut VecDeque<Piece>, piece: Piece) {
+        let piece = match piece {
+            Piece::Bytes(bytes, 0) if bytes.len() < JOINED_BELOW => {
+                if let Some(Piece::Bytes(last, _)) = pieces.back_mut()
+                    && last.capacity() - last.len() >= bytes.len()
+                {
+                    last.extend_from_slice(&bytes);
+                    return;
+                }
+                let mut shared = Vec::with_capacity(JOINED_BELOW);
+                shared.extend_from_slice(&bytes);
+                Piece::Bytes(shared, 0)
+            }
+            other => other,
+        };
+        self.meter.add(piece.cost());
+        pieces.push_back(piece);
+    }
+
+    /// Takes the first piece out.
+    fn pop(&self, state: &mut InboxState) -> Option<Piece> {
+        let piece = state.pieces.pop_front()?;
+        self.meter.take_away(piece.cost());
+        Some(piece)
+    }
+
+    /// Puts what is left of a piece back.
+    fn put_first(&self, state: &mut InboxState, piece: Piece) {
+        self.meter.add(piece.cost());
+        state.pieces.push_front(piece);
     }
 
     fn close(&self) {
@@ -179,13 +248,19 @@ impl Inbox {
 }
 
 impl Session {
-    fn start(output: &Output, platform: &Arc<dyn Platform>, codec: &Arc<dyn Codec>) -> io::Result<Arc<Self>> {
+    fn start(
+        output: &Output,
+        platform: &Arc<dyn Platform>,
+        codec: &Arc<dyn Codec>,
+        meter: &Arc<Meter>,
+    ) -> io::Result<Arc<Self>> {
         let session = Arc::new(Self {
             output: output.clone(),
             over: AtomicBool::new(false),
             slots: OnceLock::new(),
             channels: Mutex::default(),
-            control: Inbox::new(),
+            control: Inbox::new(meter),
+            meter: meter.clone(),
         });
         let mut link = LinkControl {
             channel: Channel { session: session.clone(), id: 0, inbox: session.control.clone() },
@@ -229,6 +304,17 @@ impl Session {
         output.flush()
     }
 
+    fn slots(&self) -> io::Result<&Slots> {
+        self.slots.get().ok_or_else(|| invalid("a slot without a transfer disk"))
+    }
+
+    /// Tells the daemon that a slot of its is empty.
+    fn free(&self, slot: u32) -> io::Result<()> {
+        // Before it is told: it may fill the slot again at once.
+        self.slots()?.give_back_slot(slot);
+        self.send(&frame::numbers(0, Kind::Free, &[slot]), &[])
+    }
+
     fn end(&self) {
         {
             let _no_frame_half_sent = lock(&self.output);
@@ -269,8 +355,7 @@ impl Session {
 
     fn take(&self, channel: u32, kind: Kind, payload: Vec<u8>) -> io::Result<()> {
         if kind == Kind::Free {
-            let slots = self.slots.get().ok_or_else(|| invalid("a slot without a transfer disk"))?;
-            return slots.free(number(&payload, 0)?);
+            return self.slots()?.free(number(&payload, 0)?);
         }
         let inbox = if channel == 0 {
             Some(self.control.clone())
@@ -280,22 +365,26 @@ impl Session {
         let Some(inbox) = inbox else {
             // Sent before the daemon knew that the operation has ended. A slot goes back all the same.
             if kind == Kind::Stored {
-                self.send(&frame::numbers(0, Kind::Free, &[number(&payload, 0)?]), &[])?;
+                let (slot, len) = frame::stored(&payload)?;
+                self.slots()?.claim(slot, len)?;
+                self.free(slot)?;
             }
             return Ok(());
         };
         match kind {
             Kind::Data => {
                 let len = payload.len();
-                inbox.put(Piece::Bytes(payload, 0), len)
+                inbox.put(Piece::Bytes(payload, 0), len).map(drop)
             }
             Kind::Stored => {
-                let (slot, len) = (number(&payload, 0)?, number(&payload, 1)? as usize);
-                inbox.put(Piece::Stored { slot, len }, len)
+                let (slot, len) = frame::stored(&payload)?;
+                self.slots()?.claim(slot, len)?;
+                // The operation may have ended since its channel was looked up: then its slot goes back from here.
+                if inbox.put(Piece::Stored { slot, len }, len)? { Ok(()) } else { self.free(slot) }
             }
             Kind::Credit => {
                 let mut state = lock(&inbox.state);
-                state.window += number(&payload, 0)? as usize;
+                state.window += frame::credit(&payload)?;
                 if state.window > WINDOW {
                     return Err(invalid("more credit than was used"));
                 }
@@ -334,11 +423,14 @@ impl Drop for Channel {
         }
         lock(&self.session.channels).remove(&self.id);
         // Slots that nobody will read any more go back.
-        for piece in lock(&self.inbox.state).pieces.drain(..) {
+        let mut state = lock(&self.inbox.state);
+        state.left = true;
+        while let Some(piece) = self.inbox.pop(&mut state) {
             if let Piece::Stored { slot, .. } = piece {
-                let _ = self.session.send(&frame::numbers(0, Kind::Free, &[slot]), &[]);
+                let _ = self.session.free(slot);
             }
         }
+        drop(state);
         let _ = self.session.send(&frame::header(self.id, Kind::Close, 0), &[]);
     }
 }
@@ -351,13 +443,11 @@ impl Channel {
             if self.session.over.load(Ordering::Relaxed) {
                 return Err(io::ErrorKind::ConnectionAborted.into());
             }
-            match state.pieces.pop_front() {
+            match self.inbox.pop(&mut state) {
                 Some(Piece::Stored { slot, len }) => {
                     drop(state);
-                    let slots =
-                        self.session.slots.get().ok_or_else(|| invalid("a slot without a transfer disk"))?;
-                    let taken = slots.load(slot, len)?;
-                    self.session.send(&frame::numbers(0, Kind::Free, &[slot]), &[])?;
+                    let taken = self.session.slots()?.load(slot, len)?;
+                    self.session.free(slot)?;
                     return Ok(Some(Piece::Taken(taken, 0)));
                 }
                 Some(piece) => return Ok(Some(piece)),
@@ -385,7 +475,7 @@ impl AgentChannel for Channel {
         let more = *at < bytes.len();
         let mut state = lock(&self.inbox.state);
         if more {
-            state.pieces.push_front(piece);
+            self.inbox.put_first(&mut state, piece);
         } else if let (Piece::Taken(taken, _), Some(slots)) = (piece, self.session.slots.get()) {
             slots.put_back(taken);
         }
@@ -407,6 +497,9 @@ impl AgentChannel for Channel {
         }
         if state.closed {
             return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        if wanted == 0 {
+            return Ok(0);
         }
         let most = wanted.min(state.window);
         let stored = self.session.slots.get().filter(|_| most >= MIN_STORED);
@@ -541,7 +634,7 @@ impl ControlTransport for LinkControl {
             return Err(WireError::new(ErrorKind::Usage, format!("channel {id} was used already")));
         }
         self.last = id;
-        let inbox = Inbox::new();
+        let inbox = Inbox::new(&self.session.meter);
         lock(&self.session.channels).insert(id, inbox.clone());
         if self.session.over.load(Ordering::Relaxed) {
             inbox.close();

@@ -13,7 +13,7 @@ use super::super::aligned::Aligned;
 use super::frame::{WINDOW, invalid};
 use crate::io::{ReadAt, WriteAt};
 use serde::{Deserialize, Serialize};
-use std::{fs::File, io, sync::Mutex};
+use std::{collections::HashSet, fs::File, io, sync::Mutex};
 
 /// Bytes of a slot: one data frame of the upper protocol.
 pub const SLOT_BYTES: usize = 256 << 10;
@@ -60,6 +60,8 @@ pub struct Slots {
     /// First slot that is ours.
     first: u32,
     free: Mutex<Vec<u32>>,
+    /// Slots of the peer that are full and were not given back yet.
+    full: Mutex<HashSet<u32>>,
     /// Memory with the right alignment, kept between uses.
     buffers: Mutex<Vec<Aligned>>,
 }
@@ -92,7 +94,8 @@ impl Slots {
         let first = if side == Side::Daemon { 0 } else { disk.slots };
         // Popped from the end: the lowest come first, and few are ever touched.
         let free = Mutex::new((first..first + disk.slots).rev().collect());
-        Ok(Self { file, slot_bytes, per_side: disk.slots, first, free, buffers: Mutex::default() })
+        let (full, buffers) = (Mutex::default(), Mutex::default());
+        Ok(Self { file, slot_bytes, per_side: disk.slots, first, free, full, buffers })
     }
 
     /// Bytes of a slot.
@@ -125,14 +128,37 @@ impl Slots {
         }
     }
 
+    /// The peer has filled a slot of its own: until [`Slots::give_back_slot`] it may not name it again, so no more wait
+    /// than there are slots.
+    ///
+    /// # Errors
+    /// `InvalidData` for a slot that is not the peer's, or is full already; for more bytes than a slot has.
+    pub fn claim(&self, slot: u32, len: usize) -> io::Result<()> {
+        self.check_foreign(slot, len)?;
+        if !lock(&self.full).insert(slot) {
+            return Err(invalid("bytes in a slot that was not given back"));
+        }
+        Ok(())
+    }
+
+    /// The peer is about to be told that its slot is empty.
+    pub fn give_back_slot(&self, slot: u32) {
+        lock(&self.full).remove(&slot);
+    }
+
+    fn check_foreign(&self, slot: u32, len: usize) -> io::Result<()> {
+        if slot >= self.per_side * 2 || self.is_ours(slot) || len > self.slot_bytes {
+            return Err(invalid("bytes in a slot that the peer does not own"));
+        }
+        Ok(())
+    }
+
     /// Takes `len` bytes out of the peer's `slot`.
     ///
     /// # Errors
     /// `InvalidData` for a slot that is not the peer's; what the disk says.
     pub fn load(&self, slot: u32, len: usize) -> io::Result<Taken> {
-        if slot >= self.per_side * 2 || self.is_ours(slot) || len > self.slot_bytes {
-            return Err(invalid("bytes in a slot that the peer does not own"));
-        }
+        self.check_foreign(slot, len)?;
         let mut memory = self.buffer();
         let whole = len.next_multiple_of(ALIGN);
         let read = self.file.read_exact_at(&mut memory.bytes_mut()[..whole], self.place(slot));

@@ -44,32 +44,54 @@ pub(super) struct Image {
     pub(super) path: PathBuf,
     pub(super) file_bytes: u64,
     pub(super) container: Container,
+    /// The footer of a VHD as it stands.
+    pub(super) footer: Option<[u8; vhd::FOOTER_SIZE]>,
     pub(super) disk: Disk,
+    /// The file, opened once: what was checked is what is used.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only Linux mounts"))]
+    pub(super) file: Arc<File>,
     /// Where the disk may be other than zero, in bytes, ascending.
     pub(super) data: Vec<Range<u64>>,
 }
 
 impl Image {
     pub(super) fn open(path: &Path) -> Result<Self, CliError> {
-        let file = File::open(path).map_err(|e| failed("open", path, &e))?;
+        Self::open_with(path, false)
+    }
+
+    /// As [`Self::open`], for writing too if `write`.
+    pub(super) fn open_with(path: &Path, write: bool) -> Result<Self, CliError> {
+        let file =
+            File::options().read(true).write(write).open(path).map_err(|e| failed("open", path, &e))?;
+        let file = Arc::new(file);
         if file.metadata().is_ok_and(|m| m.is_dir()) {
             return Err(format!("{} is a folder, not an image", shown(path)).into());
         }
         let file_bytes = file.size().map_err(|e| failed("read", path, &e))?;
         let mut head = [0; VHDX_MAGIC.len()];
         if file.read_exact_at(&mut head, 0).is_ok() && head == VHDX_MAGIC {
-            let vhdx = Vhdx::open(file).map_err(|e| failed("read", path, &e))?;
+            let vhdx = Vhdx::open(file.clone()).map_err(|e| failed("read", path, &e))?;
             let (container, data) = (Container::Vhdx(*vhdx.geometry()), vhdx.allocated());
-            return Ok(Self { path: path.to_owned(), file_bytes, container, disk: Arc::new(vhdx), data });
+            return Ok(Self {
+                path: path.to_owned(),
+                file_bytes,
+                container,
+                footer: None,
+                disk: Arc::new(vhdx),
+                file,
+                data,
+            });
         }
         let footer = footer(&file, file_bytes).map_err(|e| failed("read", path, &*e))?;
-        let disk_bytes = footer.map_or(file_bytes, |f| f.disk_bytes);
+        let disk_bytes = footer.map_or(file_bytes, |(f, _)| f.disk_bytes);
         let data = data_ranges(&file, disk_bytes);
         Ok(Self {
             path: path.to_owned(),
             file_bytes,
-            container: footer.map_or(Container::Raw, Container::Vhd),
-            disk: Arc::new(SubDisk::new(file, 0, disk_bytes)),
+            container: footer.map_or(Container::Raw, |(f, _)| Container::Vhd(f)),
+            footer: footer.map(|(_, bytes)| bytes),
+            disk: Arc::new(SubDisk::new(file.clone(), 0, disk_bytes)),
+            file,
             data,
         })
     }
@@ -82,6 +104,13 @@ impl Image {
     pub(super) fn kind(&self) -> Result<LayerKind, CliError> {
         let fs = self.ext4()?;
         kind(&fs).map_err(|e| failed("read", &self.path, &e))
+    }
+
+    /// Whether it is a file system without a journal, as applied layers are.
+    #[cfg(target_os = "linux")]
+    pub(super) fn has_no_journal(&self) -> Result<bool, CliError> {
+        let fs = self.ext4()?;
+        Ok(fs.geometry().feature_compat & HAS_JOURNAL == 0)
     }
 
     /// The image as a layer.
@@ -124,13 +153,13 @@ fn is_hole(file: &File) -> bool {
     rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(0)) == Ok(0)
 }
 
-/// The footer at the end of a file; `None` for a bare image.
-fn footer(file: &File, file_bytes: u64) -> Result<Option<Footer>, CliError> {
+/// The footer at the end of a file, and its bytes; `None` for a bare image.
+fn footer(file: &File, file_bytes: u64) -> Result<Option<(Footer, [u8; vhd::FOOTER_SIZE])>, CliError> {
     let Some(at) = file_bytes.checked_sub(vhd::FOOTER_SIZE as u64) else { return Ok(None) };
     let mut bytes = [0; vhd::FOOTER_SIZE];
     file.read_exact_at(&mut bytes, at)?;
     match Footer::parse(&bytes) {
-        Ok(footer) if footer.disk_bytes <= at => Ok(Some(footer)),
+        Ok(footer) if footer.disk_bytes <= at => Ok(Some((footer, bytes))),
         Ok(footer) => Err(format!(
             "its vhd footer tells of a disk of {} bytes, the file has {at}: it is cut",
             footer.disk_bytes

@@ -208,9 +208,12 @@ pub(super) struct ConvertArgs {
 #[cfg(target_os = "linux")]
 #[derive(Debug, Args)]
 pub(super) struct MountArgs {
-    /// Mounts a sandbox so that it can be written; its journal is replayed.
+    /// Mounts a sandbox so that it can be written; its journal is replayed. Only its shape can be checked first.
     #[arg(long)]
     write: bool,
+    /// Mounts a sandbox, read-only: only its shape can be checked first, and its journal must be clean.
+    #[arg(long)]
+    sandbox: bool,
     /// The image.
     image: PathBuf,
     /// The folder.

@@ -4,7 +4,9 @@
 //!   IMAGE ──► loop device (window of the disk, gone with the mount) ──► ext4 ──► FOLDER         `umount FOLDER` ends it
 //! ```
 //!
-//! The kernel reads the file system then: an applied image is checked first, as the service does.
+//! The kernel reads the file system then, with all its rights: an image is checked first, strictly, as the service does.
+//! Of a sandbox, which a kernel wrote, only the shape can be checked, so it must be asked for (`--sandbox`, or `--write`).
+//! The file is opened once: what was checked is what is mounted, whatever its name leads to by then.
 
 use super::{
     MountArgs,
@@ -14,40 +16,47 @@ use super::{
 };
 use crate::{
     cli::CliError,
-    diff::LayerKind,
-    ext4::check::{CheckLimits, check},
+    ext4::check::{CheckLimits, check, check_sandbox},
     sys::linux::{
         loopdev::{LoopSpec, attach},
         mount::{Ext4Options, mount_ext4},
     },
 };
-use std::{fs::OpenOptions, os::fd::AsFd, process::ExitCode};
+use std::{os::fd::AsFd, process::ExitCode};
 
 pub(super) fn mount(args: &MountArgs) -> Result<ExitCode, CliError> {
-    let image = Image::open(&args.image)?;
+    let image = Image::open_with(&args.image, args.write)?;
+    let name = shown(&args.image);
     if let Container::Vhdx(_) = image.container {
         return Err(format!(
-            "{0} is a VHDX, which the kernel cannot mount: `lcow-graphdriver layer convert {0} OUT.vhd` makes one that it can",
-            shown(&args.image)
+            "{name} is a VHDX, which the kernel cannot mount: `lcow-graphdriver layer convert {name} OUT.vhd` makes one that it can"
         )
         .into());
     }
-    let kind = image.kind()?;
-    if args.write && kind == LayerKind::Applied {
-        return Err(format!(
-            "{} is an applied layer: it never changes; mount it without --write",
-            shown(&args.image)
-        )
-        .into());
+    let verify = |e| failed("verify", &args.image, &e);
+    if args.sandbox || args.write {
+        if image.has_no_journal()? {
+            return Err(format!(
+                "{name} is an applied layer: it never changes; mount it without --write and --sandbox"
+            )
+            .into());
+        }
+        let shape = check_sandbox(image.disk.clone(), CheckLimits::default()).map_err(verify)?;
+        if shape.needs_recovery && !args.write {
+            return Err(format!(
+                "{name} was not unmounted and has a journal to replay, which changes it: mount it with --write"
+            )
+            .into());
+        }
+    } else {
+        check(image.disk.clone(), CheckLimits::default()).map_err(|e| match image.has_no_journal() {
+            Ok(false) => CliError::from(format!(
+                "{name} is no applied layer but has a journal, as sandboxes have, of which only the shape can be \
+                 checked: if you trust whoever wrote it, mount it with --sandbox (read-only) or --write"
+            )),
+            _ => verify(e),
+        })?;
     }
-    if kind == LayerKind::Applied {
-        check(image.disk.clone(), CheckLimits::default()).map_err(|e| failed("verify", &args.image, &e))?;
-    }
-    let file = OpenOptions::new()
-        .read(true)
-        .write(args.write)
-        .open(&args.image)
-        .map_err(|e| failed("open", &args.image, &e))?;
     let spec = LoopSpec {
         sizelimit: fs_bytes(&image.ext4()?),
         read_only: !args.write,
@@ -55,23 +64,17 @@ pub(super) fn mount(args: &MountArgs) -> Result<ExitCode, CliError> {
         name: args.image.to_string_lossy().into_owned(),
         ..LoopSpec::default()
     };
-    let device = attach(file.as_fd(), &spec).map_err(|e| failed("attach", &args.image, &e))?;
+    let device = attach(image.file.as_fd(), &spec).map_err(|e| failed("attach", &args.image, &e))?;
     let options = Ext4Options {
         read_only: !args.write,
         discard: args.write,
+        noload: args.sandbox && !args.write,
         noatime: true,
         nodev: true,
         nosuid: true,
         ..Ext4Options::default()
     };
-    mount_ext4(&device.path, &args.folder, options).map_err(|e| {
-        let hint = if kind == LayerKind::Sandbox && !args.write {
-            "; a sandbox that was not unmounted has a journal to replay: mount it with --write"
-        } else {
-            ""
-        };
-        CliError::from(format!("{}{hint}", failed("mount", &args.image, &e)))
-    })?;
-    print(&format!("{} is mounted on {}; `umount` ends it\n", shown(&args.image), shown(&args.folder)))?;
+    mount_ext4(&device.path, &args.folder, options).map_err(|e| failed("mount", &args.image, &e))?;
+    print(&format!("{name} is mounted on {}; `umount` ends it\n", shown(&args.folder)))?;
     Ok(ExitCode::SUCCESS)
 }

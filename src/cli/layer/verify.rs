@@ -1,13 +1,13 @@
 //! `layer verify`: is an image what was written?
 //!
 //! ```text
-//!   metadata ── strict check │ every block ── hash tree, if there is one │ every byte of the tar ── exact record, if given
+//!   metadata ── strict check │ around the file system ── zeros │ footer ── that of a layer │ every block ── hash tree, if there is one │ every byte of the tar ── exact record, if given
 //! ```
 
 use super::{
     VerifyArgs,
     failure::{failed, shown},
-    image::{Image, fs_bytes},
+    image::{Container, Image, fs_bytes},
     input,
     output::{Counted, print, print_json},
     show::open_record,
@@ -17,7 +17,7 @@ use crate::{
     cli::CliError,
     diff::{LayerKind, TarDigest, record},
     ext4::check::{CheckLimits, check},
-    verity,
+    verity, vhd,
 };
 use serde::Serialize;
 use std::{fmt::Write as _, io, process::ExitCode};
@@ -60,6 +60,17 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
     let tree = verify_tree(args, &image)?;
     let report =
         check(image.disk.clone(), CheckLimits::default()).map_err(|e| failed("verify", &args.image, &e))?;
+    verity::check_around(&image.disk, report.image_bytes, tree.is_some())
+        .map_err(|e| failed("verify", &args.image, &e))?;
+    if let Container::Vhd(footer) = image.container {
+        // `layer convert` gives an image of profile hcsshim the other one.
+        let ours = [footer.to_bytes(), footer.to_bytes_hcsshim()];
+        if image.footer.is_none_or(|found| !ours.contains(&found))
+            || footer.disk_bytes + vhd::FOOTER_SIZE as u64 != image.file_bytes
+        {
+            return Err(format!("{}: its vhd footer is not one that a layer has", shown(&args.image)).into());
+        }
+    }
     let replayed = match &args.record {
         None => None,
         Some(path) => {

@@ -52,11 +52,25 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
                 _ = interrupt.recv() => {}
             }
             tracing::warn!("stopped at once by a second signal");
+            thaw_all();
             std::process::exit(1);
         });
     };
-    answer(incoming, &args, options, ready, stop).await?;
-    Ok(ExitCode::SUCCESS)
+    let answered = answer(incoming, &args, options, ready, stop).await;
+    thaw_all();
+    answered.map(|()| ExitCode::SUCCESS)
+}
+
+/// No container may wait for a process that has ended.
+fn thaw_all() {
+    /// A freeze on its way first writes back what is dirty.
+    #[cfg(target_os = "linux")]
+    const LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+    #[cfg(target_os = "linux")]
+    match crate::sys::linux::freeze::thaw_all(LIMIT) {
+        0 => {}
+        left => tracing::error!(left, "sandboxes stay frozen; the next start thaws them"),
+    }
 }
 
 /// In a managed plugin: ends the program when an engine that stops leaves it running but unmounts its folder, so that the
@@ -72,6 +86,7 @@ fn watch_propagation(root: &std::path::Path) {
             return;
         }
         tracing::warn!("the engine unmounted the plugin's folder: ending, to be started with a new one");
+        thaw_all();
         // EX_TEMPFAIL of sysexits.h.
         std::process::exit(75);
     });

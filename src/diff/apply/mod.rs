@@ -313,7 +313,7 @@ fn run<I: Read, W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
     let tar_digest = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
     let summary = layer.finish(tar_digest.bytes)?;
     // Where the profile gives the file system no id, the disk's is that of the tar.
-    let uuid = if summary.uuid == [0; 16] { uuid_of(&tar_digest.bytes) } else { summary.uuid };
+    let uuid = vhd::layer_id(summary.uuid, &tar_digest.bytes);
     let (disk_bytes, verity_root) = append_tree(image, summary.image_bytes, uuid)?;
     let file_bytes =
         if options.footer { append_footer(image, disk_bytes, uuid, options.profile)? } else { disk_bytes };
@@ -364,13 +364,4 @@ fn append_footer<W: WriteAt>(
         .and_then(|()| image.set_len(file_bytes))
         .map_err(DiffError::io("writing the vhd footer"))?;
     Ok(file_bytes)
-}
-
-/// A UUID (version 8) of the first bytes of a digest.
-fn uuid_of(digest: &[u8; 32]) -> [u8; 16] {
-    let mut uuid = [0; 16];
-    uuid.copy_from_slice(&digest[..16]);
-    uuid[6] = uuid[6] & 0x0f | 0x80;
-    uuid[8] = uuid[8] & 0x3f | 0x80;
-    uuid
 }

@@ -19,6 +19,10 @@ use crate::{
 };
 use std::hash::{BuildHasher, RandomState};
 
+/// Where the byte behind the name `.` stands in a directory's first block, and that behind `..` in the entry after it.
+const DOT_END: usize = 9;
+const DOTDOT_END: usize = 22;
+
 /// Bounds that the hash tree gives to a leaf: from, to (inclusive).
 type Bounds = (u32, u32);
 
@@ -85,12 +89,9 @@ impl<R: ReadAt> Checker<R> {
             if tail > 0 && !dir::checksum_matches(&block, None, seed) {
                 return Err(bad("checksum of a block does not match"));
             }
-            let mut start = 0;
-            if i == 0 {
-                start = self.dots(inode, &block, 12)?;
-            }
-            let end = block_size - tail;
-            self.block(inode, block.get(..end).unwrap_or(&[]), start, &keys, limits)?;
+            let entries = block.get(..block_size - tail).unwrap_or(&[]);
+            let start = if i == 0 { self.dots(inode, entries, 12)? } else { 0 };
+            self.block(inode, entries, start, &keys, limits)?;
         }
         self.unique(inode)
     }
@@ -101,6 +102,10 @@ impl<R: ReadAt> Checker<R> {
         let bad = |reason: &'static str| corrupt(format!("inode {}, directory", inode.ino), reason);
         let dot = dir::entry(block, 0, &geometry).map_err(bad)?;
         let dotdot = dir::entry(block, 12, &geometry).map_err(bad)?;
+        // Programs that look for the names by their end (e2fsck) want it there, whatever the length says.
+        if u8_at(block, DOT_END) != 0 || u8_at(block, DOTDOT_END) != 0 {
+            return Err(bad("its entry `.` or `..` has no end"));
+        }
         if dot.name != b"." || dot.ino != inode.ino || dot.rec_len != 12 || dot.file_type != kind::DIRECTORY {
             return Err(bad("its entry `.` is wrong"));
         }

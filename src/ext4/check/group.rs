@@ -36,7 +36,11 @@ impl<R: ReadAt> Checker<R> {
         raw.resize(size_of::<GroupDesc>(), 0);
         let desc =
             GroupDesc::read_from_bytes(&raw).map_err(|_| corrupt(place(), "its descriptor is cut off"))?;
-        let known = GroupFlags::INODE_UNINIT | GroupFlags::BLOCK_UNINIT | GroupFlags::INODE_ZEROED;
+        let mut known = GroupFlags::INODE_UNINIT | GroupFlags::BLOCK_UNINIT | GroupFlags::INODE_ZEROED;
+        if self.layout == Layout::Hcsshim {
+            // Without checksums nothing tells whether these are true.
+            known = GroupFlags::INODE_ZEROED;
+        }
         if !known.contains(desc.flags())
             || desc.bg_exclude_bitmap_lo.get() != 0
             || desc.bg_exclude_bitmap_hi.get() != 0
@@ -198,6 +202,10 @@ impl<R: ReadAt> Checker<R> {
         let blocks = geometry.group_blocks(number);
         let uninit = desc.flags().contains(GroupFlags::BLOCK_UNINIT);
         let free = (0..blocks).filter(|i| !self.blocks.is_used(first + u64::from(*i))).count() as u32;
+        if uninit && number + 1 == geometry.groups {
+            // Its end may lie inside the group, which only a bitmap can tell.
+            return Err(corrupt(place(), "the last group's bitmap is not initialised"));
+        }
         if uninit {
             // The kernel builds the bitmap from the descriptor: only the group's own tables may be in use.
             let own = self.own_blocks(number, &desc);

@@ -6,11 +6,13 @@ use super::{Checker, FIRST_INO, Layout, ROOT_INO, file_type, kind};
 use crate::{
     ext4::{
         Ext4Error, Extent, FileKind, Inode,
+        layout::{BAD_INO, extent::looks_like_root},
         reader::{
             bytes::{u16_at, u32_at},
-            corrupt, extent,
-            inode::flags,
-            superblock::incompat,
+            corrupt, dir, extent,
+            inode::{checksum_matches, flags},
+            superblock::{compat, incompat, ro_compat},
+            xattr,
         },
     },
     io::ReadAt,
@@ -21,6 +23,9 @@ const FLAGS: u32 = flags::EXTENTS | flags::INDEX | flags::INLINE_DATA | flags::E
 
 /// Those of profile hcsshim, which has no hash trees and no values in inodes.
 const HCSSHIM_FLAGS: u32 = flags::EXTENTS | flags::INLINE_DATA | flags::HUGE_FILE;
+
+/// Bytes of inline data in `i_block`.
+const INLINE: usize = 60;
 
 /// Collects the blocks of an inode.
 struct Claims {
@@ -53,9 +58,20 @@ impl<R: ReadAt> Checker<R> {
         if ino < FIRST_INO && ino != ROOT_INO {
             // mke2fs gives the bad-blocks inode times, and every inode a checksum: both are harmless.
             let empty = [(0, 2), (4, 4), (20, 4), (26, 2), (28, 4), (32, 4), (40, 60), (104, 8), (116, 4)];
-            if empty.iter().any(|(at, len)| raw.get(*at..at + len).is_none_or(|f| f.iter().any(|b| *b != 0)))
+            // The list of bad blocks has no owner either.
+            let owner: &[(usize, usize)] = if ino == BAD_INO { &[(2, 2), (24, 2)] } else { &[] };
+            if empty
+                .iter()
+                .chain(owner)
+                .any(|(at, len)| raw.get(*at..at + len).is_none_or(|f| f.iter().any(|b| *b != 0)))
             {
                 return bad("a reserved inode is in use");
+            }
+            if self.layout == Layout::Default
+                && raw.iter().any(|b| *b != 0)
+                && !checksum_matches(ino, raw, self.fs.geometry())
+            {
+                return bad("checksum does not match");
             }
             if let Some(node) = self.node(ino) {
                 node.kind = kind::RESERVED;
@@ -84,8 +100,47 @@ impl<R: ReadAt> Checker<R> {
         if u16_at(raw, 126) != 0 || u32_at(raw, 112) != 0 || (extra >= 32 && u32_at(raw, 156) != 0) {
             return bad("unknown fields are not zero");
         }
-        if inode.kind != FileKind::File && inode.kind != FileKind::Directory && u32_at(raw, 108) != 0 {
+        let large = match inode.kind {
+            FileKind::File => true,
+            FileKind::Directory => geometry.has(incompat::LARGEDIR),
+            _ => false,
+        };
+        if !large && u32_at(raw, 108) != 0 {
             return bad("its size is too large");
+        }
+        // What an inode uses, its file system must say it has; the kernel and e2fsck look there first.
+        for (uses, has, missing) in [
+            (
+                inode.file_acl != 0,
+                geometry.feature_compat & compat::EXT_ATTR,
+                "xattrs in a block, but no such feature",
+            ),
+            (
+                inode.has(flags::INDEX),
+                geometry.feature_compat & compat::DIR_INDEX,
+                "a hash tree, but no such feature",
+            ),
+            (
+                inode.has(flags::HUGE_FILE),
+                geometry.feature_ro_compat & ro_compat::HUGE_FILE,
+                "a count in blocks, but no such feature",
+            ),
+            (
+                inode.kind == FileKind::File && inode.size >= 1 << 31,
+                geometry.feature_ro_compat & ro_compat::LARGE_FILE,
+                "2 GiB or more, but no feature large_file",
+            ),
+        ] {
+            if uses && has == 0 {
+                return bad(missing);
+            }
+        }
+        if self.writer > 1
+            && matches!(inode.kind, FileKind::File | FileKind::Directory)
+            && !inode.has(flags::EXTENTS)
+            && looks_like_root(inode.i_block())
+        {
+            return bad("inline data that look like an extent tree");
         }
         if inode.has(flags::INLINE_DATA) && !geometry.has(incompat::INLINE_DATA)
             || inode.has(flags::EA_INODE)
@@ -101,7 +156,10 @@ impl<R: ReadAt> Checker<R> {
         let mut claims = Claims { extents: Vec::new(), nodes: Vec::new() };
         match inode.kind {
             FileKind::File | FileKind::Directory | FileKind::Symlink if inode.has(flags::INLINE_DATA) => {}
-            FileKind::Symlink if inode.size < 60 && !inode.has(flags::EXTENTS) => {
+            FileKind::Symlink if inode.size < 60 => {
+                if inode.has(flags::EXTENTS) {
+                    return bad("a short symbolic link with blocks");
+                }
                 let rest = inode.i_block().get(inode.size as usize..).unwrap_or(&[]);
                 if rest.iter().any(|b| *b != 0) {
                     return bad("a symbolic link's target is longer than its size");
@@ -120,6 +178,9 @@ impl<R: ReadAt> Checker<R> {
             }
             FileKind::CharDevice | FileKind::BlockDevice => {
                 let old = u32_at(raw, 40);
+                if self.writer > 1 && inode.links != 1 && self.looks_like_directory(ino, old)? {
+                    return bad("a device whose number is that of a block that looks like its folder");
+                }
                 let rest = if old != 0 { raw.get(44..100) } else { raw.get(48..100) };
                 if inode.flags != always
                     || inode.size != 0
@@ -143,11 +204,36 @@ impl<R: ReadAt> Checker<R> {
             self.blocks.claim(extent.physical_block, u64::from(extent.blocks), &place)?;
             sectors += u64::from(extent.blocks) * block_sectors;
         }
+        if inode.kind == FileKind::Symlink
+            && inode.has(flags::EXTENTS)
+            && (!claims.nodes.is_empty() || claims.extents.len() != 1 || claims.extents[0].blocks != 1)
+        {
+            return bad("a symbolic link of more than one block");
+        }
+        if let (FileKind::Symlink, [extent]) = (inode.kind, claims.extents.as_slice()) {
+            // Whoever takes the target for a string must come to the same end.
+            let block = self.fs.source.block(extent.physical_block)?;
+            if block.get(inode.size as usize) != Some(&0) {
+                return bad("a symbolic link whose target goes on behind its size");
+            }
+        }
+        if inode.kind == FileKind::Symlink && inode.has(flags::INLINE_DATA) {
+            let rest = xattr::inline_data(&inode)?.unwrap_or(&[]);
+            if inode.size != (INLINE + rest.len()) as u64 {
+                return bad("a symbolic link whose target ends elsewhere than its inline data");
+            }
+        }
+        let depth = u16_at(inode.i_block(), 6);
+        if inode.has(flags::EXTENTS)
+            && (depth > max_depth(geometry.block_size) || depth > 0 && claims.nodes.is_empty())
+        {
+            return bad("its extent tree is too deep");
+        }
         let end = claims.extents.last().map_or(0, |e| u64::from(e.logical_block) + u64::from(e.blocks));
         if !inode.has(flags::INLINE_DATA) && end > inode.size.div_ceil(u64::from(geometry.block_size)) {
             return bad("blocks behind its end");
         }
-        if inode.size.div_ceil(u64::from(geometry.block_size)) > 1 << 32 {
+        if inode.size >= u64::from(geometry.block_size) << 32 {
             return bad("its size is too large");
         }
         let stored =
@@ -182,4 +268,24 @@ impl<R: ReadAt> Checker<R> {
         };
         Ok(())
     }
+
+    /// Whether the block with a device's number could be taken for the first one of a folder that is inode `ino`
+    /// (e2fsck, `check_is_really_dir`).
+    fn looks_like_directory(&self, ino: u32, number: u32) -> Result<bool, Ext4Error> {
+        let geometry = self.fs.geometry();
+        if !geometry.holds(u64::from(number), 1) {
+            return Ok(false);
+        }
+        let block = self.fs.source.block(u64::from(number))?;
+        let Ok(dot) = dir::entry(&block, 0, geometry) else { return Ok(false) };
+        Ok(dot.name == b"." && dot.ino == ino)
+    }
+}
+
+/// The deepest extent tree that a file of blocks of this size can need (e2fsck, `ext2fs_max_extent_depth`).
+fn max_depth(block_size: u32) -> u16 {
+    const ENTRY: u32 = 12;
+    const ROOT_ENTRIES: u32 = 4;
+    let in_block = (block_size - ENTRY) / ENTRY;
+    (1 + (31 - ROOT_ENTRIES.ilog2()) / in_block.ilog2()) as u16
 }

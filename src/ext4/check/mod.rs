@@ -18,10 +18,13 @@
 mod dir;
 mod group;
 mod inode;
+mod sandbox;
 #[cfg(test)]
 mod tests;
 mod tree;
 mod xattr;
+
+pub use sandbox::{SandboxShape, check_sandbox};
 
 use super::{
     Ext4Error, FileKind,
@@ -32,6 +35,7 @@ use super::{
         superblock::{Geometry, SUPERBLOCK_LEN, SUPERBLOCK_OFFSET, incompat},
         unsupported,
     },
+    writer::GROUP_BLOCKS,
 };
 use crate::io::ReadAt;
 use std::collections::HashMap;
@@ -43,18 +47,28 @@ pub struct CheckLimits {
     pub max_blocks: u64,
     /// Inodes; 16 bytes each.
     pub max_inodes: u32,
+    /// The version of the writer whose image it is: version 1 made inline data that look like an extent tree, and
+    /// devices of several names whose number may lead to a block that looks like a folder. [`WRITER`] for a new image.
+    pub writer: u32,
 }
+
+/// The version of our writer whose images must keep every rule.
+pub const WRITER: u32 = 2;
 
 impl Default for CheckLimits {
     /// 2^33 blocks would be 1 GiB of bits; here 2^31 (2 TiB of 1 KiB blocks, 256 MiB of bits) and 2^25 inodes (512 MiB).
     fn default() -> Self {
-        Self { max_blocks: 1 << 31, max_inodes: 1 << 25 }
+        Self { max_blocks: 1 << 31, max_inodes: 1 << 25, writer: WRITER }
     }
 }
 
 /// What a good image holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CheckReport {
+    /// Bytes of the file system.
+    pub image_bytes: u64,
+    /// Whose layout it has.
+    pub layout: Layout,
     /// Inodes in use, reserved ones included.
     pub inodes: u64,
     /// Directories.
@@ -79,6 +93,8 @@ const INCOMPAT_NEEDED: u32 = incompat::FILETYPE | incompat::EXTENTS;
 const RO_COMPAT_NEEDED: u32 = 0x400;
 /// `s_default_mount_opts`: xattrs and ACLs.
 const DEFAULT_MOUNT_OPTS: u32 = 0xC;
+/// More inodes than fit a group whatever its size (`EXT2_MAX_INODES_PER_GROUP`).
+const MAX_INODES_PER_GROUP: u32 = 65_536;
 /// `EXT4_GOOD_OLD_FIRST_INO`.
 const FIRST_INO: u32 = 11;
 
@@ -161,9 +177,10 @@ impl Blocks {
 }
 
 /// Whose image it is: what may differ between the two is decided by the super block alone, before anything else.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layout {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Layout {
     /// [`super::writer`]'s.
+    #[default]
     Default,
     /// [`super::hcsshim`]'s: no checksums, and some fields as hcsshim's `tar2ext4` writes them.
     Hcsshim,
@@ -184,6 +201,7 @@ impl Layout {
 struct Checker<R> {
     fs: Ext4<R>,
     layout: Layout,
+    writer: u32,
     blocks: Blocks,
     /// By inode number.
     nodes: Vec<Node>,
@@ -211,12 +229,19 @@ pub fn check<R: ReadAt>(disk: R, limits: CheckLimits) -> Result<CheckReport, Ext
         blocks: Blocks::new(geometry.blocks_count),
         nodes: vec![Node::default(); geometry.inodes_count as usize + 1],
         shared: HashMap::new(),
-        report: CheckReport { uuid: geometry.uuid, ..CheckReport::default() },
+        report: CheckReport {
+            image_bytes: geometry.blocks_count * u64::from(geometry.block_size),
+            layout: Layout::of(geometry),
+            uuid: geometry.uuid,
+            ..CheckReport::default()
+        },
         names: Vec::new(),
         layout: Layout::of(geometry),
+        writer: limits.writer,
         fs,
     };
     let sb = checker.superblock()?;
+    checker.beside_superblock()?;
     checker.claim_fixed()?;
     let mut totals = group::Totals::default();
     for number in 0..checker.fs.geometry().groups {
@@ -292,8 +317,19 @@ impl<R: ReadAt> Checker<R> {
             return strange(format!("inodes of {} bytes", geometry.inode_size));
         }
         let room = geometry.inode_size - 128;
-        if u16_at(&sb, 0x15C) > room || u16_at(&sb, 0x15E) > room {
+        // 0: not said; else at least up to the high half of the checksum.
+        let extra = |at| matches!(u16_at(&sb, at), size if size == 0 || size >= 4 && size <= room && size.is_multiple_of(4));
+        if !extra(0x15C) || !extra(0x15E) {
             return bad("its extra inode sizes are out of range");
+        }
+        // A smaller group makes the kernel keep more in memory for each mount, and no writer of ours has one.
+        if !hcsshim && u64::from(geometry.blocks_per_group) != GROUP_BLOCKS {
+            return strange(format!("groups of {} blocks", geometry.blocks_per_group));
+        }
+        let per_block = geometry.block_size / u32::from(geometry.inode_size);
+        let most = (per_block * (geometry.blocks_per_group - 4)).min(MAX_INODES_PER_GROUP - per_block);
+        if !(per_block..=most).contains(&geometry.inodes_per_group) {
+            return bad("its inodes per group are out of range");
         }
         // Without hash trees there is no hash.
         let hash = if hcsshim { (0, 0) } else { (1, 2) };
@@ -306,6 +342,10 @@ impl<R: ReadAt> Checker<R> {
         if u8_at(&sb, 0x174) > 31 {
             return bad("its flexible groups are too large");
         }
+        let desc_size = u16_at(&sb, 0xFE);
+        if desc_size != 0 && !desc_size.is_power_of_two() || desc_size > 1024 {
+            return bad("its descriptor size is out of range");
+        }
         let desc_blocks = geometry.groups.div_ceil(geometry.block_size / u32::from(geometry.desc_size));
         if geometry.first_meta_bg > desc_blocks {
             return bad("its first meta group is out of range");
@@ -314,6 +354,20 @@ impl<R: ReadAt> Checker<R> {
             return bad("it is not the primary copy");
         }
         Ok(sb)
+    }
+
+    /// Before the super block, and behind it up to the end of its block, nothing stands: other programs look there for
+    /// disks and boot code of their own kinds.
+    fn beside_superblock(&self) -> Result<(), Ext4Error> {
+        let end = u64::from(self.fs.geometry().block_size);
+        for (from, to) in [(0, SUPERBLOCK_OFFSET), (SUPERBLOCK_OFFSET + SUPERBLOCK_LEN as u64, end)] {
+            let mut bytes = vec![0; to.saturating_sub(from) as usize];
+            self.fs.source.read(from, &mut bytes)?;
+            if bytes.iter().any(|b| *b != 0) {
+                return Err(corrupt("boot block", "the bytes beside the superblock are not zero"));
+            }
+        }
+        Ok(())
     }
 
     fn node(&mut self, ino: u32) -> Option<&mut Node> {

@@ -60,10 +60,10 @@ fn image(dir: &TempDir, options: &str, size: &str) -> std::path::PathBuf {
 #[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn good_images_pass_whatever_their_blocks() {
     for (options, size) in [
-        ("-b 1024", "16M"),
-        ("-b 2048 -O meta_bg", "16M"),
-        ("-b 4096", "160M"),
-        ("-b 1024 -O meta_bg -g 1024", "24M"),
+        ("-b 1024 -g 4096", "16M"),
+        ("-b 2048 -O meta_bg -g 4096", "16M"),
+        ("-b 4096 -g 4096", "160M"),
+        ("-b 1024 -O meta_bg -g 4096", "24M"),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let path = image(&dir, options, size);
@@ -104,7 +104,7 @@ fn seal(raw: &mut [u8], ino: u32, seed: u32) {
 #[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn what_e2fsck_refuses_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    mutate(&image(&dir, "-b 1024 -N 1024", "4M"), 700);
+    mutate(&image(&dir, "-b 1024 -g 4096 -N 1024", "4M"), 700);
 }
 
 #[test]

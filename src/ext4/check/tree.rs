@@ -4,7 +4,10 @@
 
 use super::{Checker, FIRST_INO, ROOT_INO, kind};
 use crate::{
-    ext4::{Ext4Error, reader::corrupt},
+    ext4::{
+        Ext4Error,
+        reader::{corrupt, superblock::ro_compat},
+    },
     io::ReadAt,
 };
 
@@ -43,7 +46,11 @@ impl<R: ReadAt> Checker<R> {
                         return bad("`..` does not name the parent");
                     }
                     let links = u32::from(node.subdirs) + 2;
-                    if node.links != links && !(node.links == 1 && links >= LINK_MAX) {
+                    let many = links > LINK_MAX;
+                    if many && self.fs.geometry().feature_ro_compat & ro_compat::DIR_NLINK == 0 {
+                        return bad("more subdirectories than counted, but no feature dir_nlink");
+                    }
+                    if node.links != if many { 1 } else { links } {
                         return bad("a directory's link count is wrong");
                     }
                 }

@@ -22,6 +22,13 @@ use crate::{
 const OVERLAY: &[u8] = b"overlay.";
 const INDEX_TRUSTED: u8 = 4;
 
+/// Whether the bytes that fill a value up to whole words are zero: they count in its hash.
+fn padded_with_zeros(base: &[u8], x: &RawXattr<'_>) -> bool {
+    let len = x.value.len();
+    let (end, padded) = (x.value_offset + len, x.value_offset + len.next_multiple_of(4));
+    base.get(end..padded).is_some_and(|rest| rest.iter().all(|b| *b == 0))
+}
+
 /// Checks that values lie behind the entries and do not overlap.
 fn layout(found: &[RawXattr<'_>], entries_end: usize) -> Result<(), &'static str> {
     let mut spans: Vec<(usize, usize)> = found
@@ -55,10 +62,13 @@ impl<R: ReadAt> Checker<R> {
             layout(&found, end).map_err(bad)?;
             for x in &found {
                 inline |= x.index == INDEX_SYSTEM && x.name == b"data";
-                if x.value_inum == 0 && x.hash != 0 && x.hash != entry_hash(x.name, value_words(x.value)) {
+                if x.value_inum == 0
+                    && x.hash != 0
+                    && (x.hash != entry_hash(x.name, value_words(x.value)) || !padded_with_zeros(area, x))
+                {
                     return Err(bad("hash of an xattr does not match"));
                 }
-                sectors += self.xattr(inode, x)?;
+                sectors += self.xattr(inode, x, true)?;
                 names.push((x.index, x.name.to_vec()));
             }
         } else if area.iter().any(|b| *b != 0) {
@@ -103,10 +113,13 @@ impl<R: ReadAt> Checker<R> {
                 if x.index == INDEX_SYSTEM {
                     return Err(bad("inline data outside the inode"));
                 }
-                if x.value_inum == 0 && x.hash != entry_hash(x.name, value_words(x.value)) {
+                if x.value_inum == 0
+                    && (x.hash != entry_hash(x.name, value_words(x.value)) || !padded_with_zeros(&block, x))
+                {
                     return Err(bad("hash of an xattr does not match"));
                 }
-                sectors += self.xattr(inode, x)?;
+                // A shared block is one user of the values that lie elsewhere.
+                sectors += self.xattr(inode, x, first)?;
                 names.push((x.index, x.name.to_vec()));
             }
         }
@@ -117,8 +130,8 @@ impl<R: ReadAt> Checker<R> {
         Ok(sectors)
     }
 
-    /// Checks one entry; gives the sectors of a value in its own inode.
-    fn xattr(&mut self, inode: &Inode, x: &RawXattr<'_>) -> Result<u64, Ext4Error> {
+    /// Checks one entry; gives the sectors of a value in its own inode, whose users are counted if this is a new one.
+    fn xattr(&mut self, inode: &Inode, x: &RawXattr<'_>, count: bool) -> Result<u64, Ext4Error> {
         let bad = |reason: &'static str| corrupt(format!("inode {}, xattrs", inode.ino), reason);
         match x.index {
             2 | 3 if x.name.is_empty() && x.value_inum == 0 => {
@@ -160,7 +173,7 @@ impl<R: ReadAt> Checker<R> {
             return Err(bad("hash of a value in an inode does not match"));
         }
         let Some(node) = self.node(x.value_inum) else { return Err(bad("a value's inode does not exist")) };
-        node.parent_or_names = node.parent_or_names.saturating_add(1);
+        node.parent_or_names = node.parent_or_names.saturating_add(u32::from(count));
         let block = u64::from(geometry.block_size);
         Ok(u64::from(x.value_size).next_multiple_of(block) / 512)
     }

@@ -35,6 +35,7 @@ use super::{
     Ext4Error, Place, Xattr,
     layout::{
         FIRST_INO, LINK_MAX, NAME_MAX, ROOT_INO,
+        extent::looks_like_root,
         inode::{
             I_BLOCK_SIZE, InodeFlags, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK,
         },
@@ -344,6 +345,12 @@ impl<W: WriteAt> HcsshimWriter<W> {
         let Some(mut file) = self.open.take() else { return Err(Ext4Error::usage("no file is open")) };
         if self.nodes[file.node as usize].has(InodeFlags::INLINE_DATA) {
             file.inline.resize(file.size as usize, 0);
+            let mut i_block = [0; I_BLOCK_SIZE];
+            let n = file.inline.len().min(I_BLOCK_SIZE);
+            i_block[..n].copy_from_slice(&file.inline[..n]);
+            if looks_like_root(&i_block) {
+                return Err(refuse("data that look like the root of an extent tree inside the inode"));
+            }
             self.nodes[file.node as usize].content = Content::Bytes(file.inline.into());
             return Ok(());
         }

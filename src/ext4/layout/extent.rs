@@ -25,6 +25,20 @@ pub const EXTENT_MAX_LEN: u32 = 32_768;
 /// Deepest tree that the kernel takes (`EXT4_MAX_EXTENT_DEPTH`).
 pub const MAX_DEPTH: u16 = 5;
 
+/// Fewest entries that a root may say it has room for, so that checkers (e2fsck) take it for one.
+const ROOT_FEW: u16 = 2;
+
+/// Whether 60 bytes of `i_block` can be taken for the root of an extent tree: an inode that keeps something else there
+/// (inline data) and has such bytes is damaged in the eyes of e2fsck (`ext2fs_extent_header_verify`).
+pub fn looks_like_root(i_block: &[u8]) -> bool {
+    ExtentHeader::read_from_prefix(i_block).is_ok_and(|(header, _)| {
+        let max = header.eh_max.get();
+        header.eh_magic.get() == EXTENT_MAGIC
+            && header.eh_entries.get() <= max
+            && (ROOT_FEW..=ROOT_MAX).contains(&max)
+    })
+}
+
 /// `struct ext4_extent_header`.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]

@@ -173,9 +173,15 @@ pub fn seal_inode(fs_seed: u32, ino: u32, slot: &mut [u8]) {
 pub fn encode_device(major: u32, minor: u32) -> Option<[u32; 2]> {
     match (major, minor) {
         (0..=0xff, 0..=0xff) => Some([major << 8 | minor, 0]),
-        (0..=0xfff, 0..=0xf_ffff) => Some([0, minor & 0xff | major << 8 | (minor & !0xff) << 12]),
+        (0..=0xfff, 0..=0xf_ffff) => Some(encode_large_device(major, minor)),
         _ => None,
     }
+}
+
+/// As [`encode_device`], in the form for large numbers, which the kernel reads for all. Major below 2^12, minor below
+/// 2^20.
+pub fn encode_large_device(major: u32, minor: u32) -> [u32; 2] {
+    [0, minor & 0xff | major << 8 | (minor & !0xff) << 12]
 }
 
 /// Major and minor number from the first two words of `i_block`.

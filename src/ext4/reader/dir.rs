@@ -162,6 +162,7 @@ impl<R: ReadAt> Ext4<R> {
             }
             for i in 0..extent.blocks.min(blocks - next) {
                 let number = extent.physical_block + u64::from(i);
+                self.source.visit(1)?;
                 let block = self.source.block(number)?;
                 let index = index_at(&block, extent.logical_block + i == 0, dir.has(flags::INDEX));
                 let place = || format!("inode {}, directory block {number}", dir.ino);
@@ -215,6 +216,7 @@ fn visit_entries<E: From<Ext4Error>>(
 ) -> Result<(), E> {
     let mut at = 0;
     while at < buf.len() {
+        crate::io::steps::add(1);
         let entry = entry(buf, at, geometry).map_err(|reason| corrupt(place(), reason))?;
         if entry.ino != 0 && entry.name != b"." && entry.name != b".." {
             visit(entry.name, entry.ino, FileKind::from_dirent(entry.file_type))?;

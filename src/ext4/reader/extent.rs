@@ -25,8 +25,6 @@ const MAX_DEPTH: u16 = 5;
 const INIT_MAX_LEN: u32 = 32768;
 /// Most extents taken of one inode: 96 MiB of memory.
 const MAX_EXTENTS: usize = 4 << 20;
-/// Most blocks of an old block map visited for one inode.
-const MAX_MAP_BLOCKS: u32 = 1 << 20;
 
 /// A run of blocks of an inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +84,7 @@ pub(in crate::ext4) fn walk<R: ReadAt>(
         let mut tree = Tree { source, inode, seed: inode.seed(&source.geometry), next: 0, visitor };
         tree.node(inode.i_block(), None, u64::from(u32::MAX) + 1)
     } else {
-        BlockMap { source, inode, visited: 0, end: 0, visitor }.run()
+        BlockMap { source, inode, left: source.geometry.blocks_count, end: 0, visitor }.run()
     }
 }
 
@@ -138,6 +136,7 @@ impl<R: ReadAt> Tree<'_, R> {
                     return Err(self.bad(at, "an extent node does not begin where its parent says"));
                 }
                 self.visitor.node(block)?;
+                self.source.visit(1)?;
             }
         }
         for i in 0..usize::from(entries) {
@@ -174,6 +173,7 @@ impl<R: ReadAt> Tree<'_, R> {
         at: Option<u64>,
         limit: u64,
     ) -> Result<(), Ext4Error> {
+        crate::io::steps::add(1);
         let stored = u32::from(u16_at(bytes, entry + 4));
         let physical = u64::from(u32_at(bytes, entry + 8)) | u64::from(u16_at(bytes, entry + 6)) << 32;
         let (blocks, unwritten) =
@@ -194,7 +194,8 @@ impl<R: ReadAt> Tree<'_, R> {
 struct BlockMap<'a, R> {
     source: &'a Source<R>,
     inode: &'a Inode,
-    visited: u32,
+    /// Blocks that it may still have: in a sound file system none stands in a map twice.
+    left: u64,
     end: u64,
     visitor: &'a mut dyn Visitor,
 }
@@ -224,6 +225,10 @@ impl<R: ReadAt> BlockMap<'_, R> {
         let Ok(logical_block) = u32::try_from(logical) else {
             return Err(corrupt(place(), "the file is too long for it"));
         };
+        self.left = self
+            .left
+            .checked_sub(1)
+            .ok_or_else(|| corrupt(place(), "it has more blocks than the file system"))?;
         if level == 0 {
             return self.visitor.extent(Extent {
                 logical_block,
@@ -232,12 +237,10 @@ impl<R: ReadAt> BlockMap<'_, R> {
                 unwritten: false,
             });
         }
-        self.visited += 1;
-        if self.visited > MAX_MAP_BLOCKS {
-            return Err(unsupported(format!("a block map of more than {MAX_MAP_BLOCKS} blocks")));
-        }
+        self.source.visit(1)?;
         self.visitor.node(u64::from(pointer))?;
         let block = self.source.block(u64::from(pointer))?;
+        crate::io::steps::add(per_block);
         for i in 0..per_block {
             self.pointer(
                 u32_at(&block, i as usize * 4),

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //!  pass 1 scan:   s_start ─► descriptor, data…, commit ─► … ─► the first block that is not of the next transaction
-//!  pass 2 revoke: block ─► last transaction that revoked it
+//!                 and which blocks are logged at all
+//!  pass 2 revoke: logged block ─► last transaction that revoked it
 //!  pass 3 replay: block ─► place of its newest copy in the journal (Overlay)
 //! ```
 //!
 //! Invariants: nothing is written; no more blocks are visited in a pass than the journal has; the overlay has at most
-//! one entry for each journal block. A copy whose checksum is wrong in a committed transaction is corruption; a commit
+//! one entry for each journal block, and so have the revocations, of which a block can hold a thousand: those of blocks
+//! that are not logged change nothing and are not kept. A copy whose checksum is wrong in a committed transaction is corruption; a commit
 //! block that is missing or wrong ends the log, as in the kernel. Orphan inodes are not looked at: an unlinked one
 //! can't be reached, and a truncate in progress leaves a file that reads well. Called by [`super::Ext4::open`].
 
@@ -25,6 +27,10 @@ use crate::{
     io::ReadAt,
 };
 use std::collections::HashMap;
+
+/// Most blocks of a journal: the most that mke2fs makes. Its extents may name one block of the disk many times, so the
+/// size of the disk is no bound.
+const MAX_BLOCKS: u32 = 10_240_000;
 
 /// Where the journal's newest copy of a block is.
 #[derive(Debug, Clone, Copy)]
@@ -82,6 +88,14 @@ struct Tag {
 
 /// Reads the journal of `fs` and gives the overlay that brings it up to date.
 pub(in crate::ext4) fn recover<R: ReadAt>(fs: &Ext4<R>) -> Result<Overlay, Ext4Error> {
+    match open(fs)? {
+        Some((journal, start, sequence)) => journal.replay(start, sequence),
+        None => Ok(Overlay::default()),
+    }
+}
+
+/// The journal, where its log begins, and with which transaction; `None` if there is nothing to replay.
+fn open<R: ReadAt>(fs: &Ext4<R>) -> Result<Option<(Journal<'_, R>, u32, u32)>, Ext4Error> {
     let inum = fs.geometry().journal_inum;
     if inum == 0 {
         return Err(unsupported("a journal on another disk".to_owned()));
@@ -90,6 +104,9 @@ pub(in crate::ext4) fn recover<R: ReadAt>(fs: &Ext4<R>) -> Result<Overlay, Ext4E
     let extents = fs.extents(&inode)?;
     let block_size = fs.geometry().block_size;
     let blocks = u32::try_from(inode.size / u64::from(block_size)).map_err(|_| bad("it is too long"))?;
+    if blocks > MAX_BLOCKS {
+        return Err(unsupported(format!("a journal of {blocks} blocks (at most {MAX_BLOCKS})")));
+    }
     let mut journal = Journal { fs, extents, first: 0, end: blocks, incompat: 0, compat: 0, seed: 0 };
     let sb = journal.read(0)?;
     if be32(&sb, 0) != MAGIC {
@@ -132,29 +149,38 @@ pub(in crate::ext4) fn recover<R: ReadAt>(fs: &Ext4<R>) -> Result<Overlay, Ext4E
     }
     let start = be32(&sb, 0x1C);
     if start == 0 {
-        return Ok(Overlay::default());
+        return Ok(None);
     }
     if start < journal.first || start >= journal.end {
         return Err(bad("its start lies outside its bounds"));
     }
-    journal.replay(start, be32(&sb, 0x18))
+    Ok(Some((journal, start, be32(&sb, 0x18))))
 }
+
+/// The blocks that are logged, and the last transaction that revoked each.
+type Logged = HashMap<u64, Option<u32>>;
 
 /// What one pass does with the blocks it meets.
 enum Pass<'a> {
-    Scan,
-    Revoke(&'a mut HashMap<u64, u32>),
-    Replay(&'a HashMap<u64, u32>, &'a mut HashMap<u64, Copy>),
+    Scan(&'a mut Logged),
+    Revoke(&'a mut Logged),
+    Replay(&'a Logged, &'a mut HashMap<u64, Copy>),
 }
 
 impl<R: ReadAt> Journal<'_, R> {
     fn replay(&self, start: u32, sequence: u32) -> Result<Overlay, Ext4Error> {
-        let end = self.pass(start, sequence, None, &mut Pass::Scan)?;
-        let mut revoked = HashMap::new();
-        self.pass(start, sequence, Some(end), &mut Pass::Revoke(&mut revoked))?;
+        let (logged, end) = self.logged(start, sequence)?;
         let mut overlay = HashMap::new();
-        self.pass(start, sequence, Some(end), &mut Pass::Replay(&revoked, &mut overlay))?;
+        self.pass(start, sequence, Some(end), &mut Pass::Replay(&logged, &mut overlay))?;
         Ok(Overlay(overlay))
+    }
+
+    /// The blocks that are logged with their revocations, and the number behind the last complete transaction.
+    fn logged(&self, start: u32, sequence: u32) -> Result<(Logged, u32), Ext4Error> {
+        let mut logged = Logged::new();
+        let end = self.pass(start, sequence, None, &mut Pass::Scan(&mut logged))?;
+        self.pass(start, sequence, Some(end), &mut Pass::Revoke(&mut logged))?;
+        Ok((logged, end))
     }
 
     /// The disk's block that holds block `number` of the journal.
@@ -204,13 +230,13 @@ impl<R: ReadAt> Journal<'_, R> {
                 block_type::DESCRIPTOR => {
                     if self.checksummed() && !self.tail_matches(&block) {
                         // The kernel takes this for the end of the log while it scans.
-                        if matches!(pass, Pass::Scan) {
+                        if matches!(pass, Pass::Scan(_)) {
                             break;
                         }
                         return Err(bad("checksum of a descriptor block does not match"));
                     }
                     let tags = self.tags(&block)?;
-                    let check_v1 = matches!(pass, Pass::Scan) && self.compat & COMPAT_CHECKSUM != 0;
+                    let check_v1 = matches!(pass, Pass::Scan(_)) && self.compat & COMPAT_CHECKSUM != 0;
                     if check_v1 {
                         crc32 = crc32_be(crc32, &block);
                     }
@@ -223,14 +249,20 @@ impl<R: ReadAt> Journal<'_, R> {
                         if check_v1 {
                             crc32 = crc32_be(crc32, &self.read(at)?);
                         }
-                        if let Pass::Replay(revoked, overlay) = pass {
-                            self.copy(&tag, at, sequence, revoked, overlay)?;
+                        match pass {
+                            Pass::Scan(logged) => {
+                                logged.insert(tag.target, None);
+                            }
+                            Pass::Replay(logged, overlay) => {
+                                self.copy(&tag, at, sequence, logged, overlay)?;
+                            }
+                            Pass::Revoke(_) => {}
                         }
                     }
                     at = self.next(at);
                 }
                 block_type::COMMIT => {
-                    if matches!(pass, Pass::Scan) && !self.commit_matches(&block, crc32) {
+                    if matches!(pass, Pass::Scan(_)) && !self.commit_matches(&block, crc32) {
                         break;
                     }
                     crc32 = !0;
@@ -238,8 +270,8 @@ impl<R: ReadAt> Journal<'_, R> {
                     at = self.next(at);
                 }
                 block_type::REVOKE => {
-                    if let Pass::Revoke(revoked) = pass {
-                        self.revoke(&block, sequence, revoked)?;
+                    if let Pass::Revoke(logged) = pass {
+                        self.revoke(&block, sequence, logged)?;
                     }
                     at = self.next(at);
                 }
@@ -313,10 +345,11 @@ impl<R: ReadAt> Journal<'_, R> {
         tag: &Tag,
         at: u32,
         sequence: u32,
-        revoked: &HashMap<u64, u32>,
+        logged: &Logged,
         overlay: &mut HashMap<u64, Copy>,
     ) -> Result<(), Ext4Error> {
-        if revoked.get(&tag.target).is_some_and(|last| last.wrapping_sub(sequence) as i32 >= 0) {
+        let revoked = logged.get(&tag.target).copied().flatten();
+        if revoked.is_some_and(|last| last.wrapping_sub(sequence) as i32 >= 0) {
             return Ok(());
         }
         if tag.target >= self.fs.geometry().blocks_count {
@@ -335,7 +368,7 @@ impl<R: ReadAt> Journal<'_, R> {
         Ok(())
     }
 
-    fn revoke(&self, block: &[u8], sequence: u32, revoked: &mut HashMap<u64, u32>) -> Result<(), Ext4Error> {
+    fn revoke(&self, block: &[u8], sequence: u32, logged: &mut Logged) -> Result<(), Ext4Error> {
         if self.checksummed() && !self.tail_matches(block) {
             return Err(bad("checksum of a revoke block does not match"));
         }
@@ -352,7 +385,9 @@ impl<R: ReadAt> Journal<'_, R> {
             } else {
                 u64::from(be32(block, at))
             };
-            revoked.insert(target, sequence);
+            if let Some(last) = logged.get_mut(&target) {
+                *last = Some(sequence);
+            }
         }
         Ok(())
     }
@@ -367,4 +402,61 @@ fn crc32_be(seed: u32, bytes: &[u8]) -> u32 {
         }
         crc
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ext4::format::{BlankOptions, blank},
+        io::{MemDisk, WriteAt},
+    };
+
+    const BLOCK: usize = 4096;
+
+    fn block(kind: u32, sequence: u32, words: &[u32]) -> Vec<u8> {
+        let mut bytes: Vec<u8> =
+            [MAGIC, kind, sequence].iter().chain(words).flat_map(|word| word.to_be_bytes()).collect();
+        bytes.resize(BLOCK, 0);
+        bytes
+    }
+
+    #[test]
+    fn revocations_of_blocks_that_are_not_logged_are_not_kept() {
+        let disk = MemDisk::new();
+        for (offset, bytes) in blank(16 << 20, &BlankOptions::default()).unwrap() {
+            disk.write_all_at(&bytes, offset).unwrap();
+        }
+        disk.set_len(16 << 20).unwrap();
+        let fs = Ext4::open(&disk).unwrap();
+        let inode = fs.inode(fs.geometry().journal_inum).unwrap();
+        let first = fs.extents(&inode).unwrap()[0].physical_block * BLOCK as u64;
+        // One transaction logs blocks 3000 and 3001; fifty revoke the first one and a thousand others each.
+        let last_tag = tag_flag::SAME_UUID | tag_flag::LAST;
+        let mut log = vec![
+            block(block_type::DESCRIPTOR, 1, &[3000, tag_flag::SAME_UUID, 3001, last_tag]),
+            vec![b'a'; BLOCK],
+            vec![b'b'; BLOCK],
+            block(block_type::COMMIT, 1, &[]),
+        ];
+        for sequence in 2..52 {
+            let mut words = vec![16 + 4 * 1001, 3000];
+            words.extend((0..1000).map(|i| 100_000 + sequence * 1000 + i));
+            log.push(block(block_type::REVOKE, sequence, &words));
+            log.push(block(block_type::COMMIT, sequence, &[]));
+        }
+        for (i, bytes) in log.iter().enumerate() {
+            disk.write_all_at(bytes, first + (1 + i as u64) * BLOCK as u64).unwrap();
+        }
+        for (at, value) in [(0x18u64, 1u32), (0x1C, 1)] {
+            disk.write_all_at(&value.to_be_bytes(), first + at).unwrap();
+        }
+        let fs = Ext4::open(&disk).unwrap();
+        let (journal, start, sequence) = open(&fs).unwrap().expect("there is something to replay");
+        let (logged, end) = journal.logged(start, sequence).unwrap();
+        assert_eq!((logged.len(), end), (2, 52));
+        assert_eq!((logged[&3000], logged[&3001]), (Some(51), None));
+        let overlay = recover(&fs).unwrap();
+        assert!(overlay.get(3000).is_none() && overlay.get(3001).is_some());
+    }
 }

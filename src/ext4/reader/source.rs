@@ -12,12 +12,23 @@
 use super::{corrupt, journal::Overlay, superblock::Geometry};
 use crate::{ext4::Ext4Error, io::ReadAt};
 use parking_lot::Mutex;
-use std::{fs::File, sync::Arc};
+use std::{
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 /// Bytes read at once for metadata, at least.
 const CHUNK: usize = 16 * 1024;
 /// Chunks kept.
 const SLOTS: usize = 64;
+
+/// Visits to each block of the file system, all together: see [`Source::visit`].
+const VISITS_PER_BLOCK: u64 = 64;
+/// Visits that even the smallest file system has.
+const LEAST_VISITS: u64 = 1 << 12;
 
 /// A place in the cache: the chunk's number and bytes.
 type Slot = Option<(u64, Arc<[u8]>)>;
@@ -30,6 +41,8 @@ pub(in crate::ext4) struct Source<R> {
     pub(in crate::ext4) geometry: Geometry,
     chunk: usize,
     cache: Mutex<Vec<Slot>>,
+    /// Blocks that may still be visited of what no two inodes share in a sound file system.
+    visits: AtomicU64,
 }
 
 /// A block inside a cached chunk.
@@ -56,7 +69,30 @@ fn io_error(offset: u64) -> impl FnOnce(std::io::Error) -> Ext4Error {
 impl<R: ReadAt> Source<R> {
     pub(in crate::ext4) fn new(disk: R, geometry: Geometry) -> Self {
         let chunk = CHUNK.max(geometry.block_size as usize);
-        Self { disk, overlay: Overlay::default(), geometry, chunk, cache: Mutex::new(vec![None; SLOTS]) }
+        let visits = AtomicU64::new(geometry.blocks_count.saturating_mul(VISITS_PER_BLOCK).max(LEAST_VISITS));
+        Self {
+            disk,
+            overlay: Overlay::default(),
+            geometry,
+            chunk,
+            cache: Mutex::new(vec![None; SLOTS]),
+            visits,
+        }
+    }
+
+    /// Counts visits to blocks of folders, extent trees and block maps, and to xattr values with inodes of their own. Each
+    /// block belongs to one inode in a sound file system, and one operation visits it some times at most; where all inodes
+    /// of a hostile one point to the same few, what is read and kept would be the product of both.
+    pub(in crate::ext4) fn visit(&self, blocks: u64) -> Result<(), Ext4Error> {
+        crate::io::steps::add(blocks);
+        let take = |left: u64| left.checked_sub(blocks);
+        match self.visits.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(super::unsupported(
+                "a file system whose inodes share their folders' blocks, extents or xattrs by the dozen"
+                    .to_owned(),
+            )),
+        }
     }
 
     /// Forgets cached chunks (after the overlay changed).

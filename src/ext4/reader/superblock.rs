@@ -23,6 +23,8 @@ const MAGIC: u16 = 0xEF53;
 /// `s_feature_compat`: the bits this program knows (include/uapi of the kernel: `EXT4_FEATURE_COMPAT_*`).
 pub(in crate::ext4) mod compat {
     pub(in crate::ext4) const HAS_JOURNAL: u32 = 0x4;
+    pub(in crate::ext4) const EXT_ATTR: u32 = 0x8;
+    pub(in crate::ext4) const DIR_INDEX: u32 = 0x20;
     pub(in crate::ext4) const SPARSE_SUPER2: u32 = 0x200;
     pub(in crate::ext4) const FAST_COMMIT: u32 = 0x400;
 }
@@ -55,6 +57,9 @@ pub(in crate::ext4) mod incompat {
 /// `s_feature_ro_compat`.
 pub(in crate::ext4) mod ro_compat {
     pub(in crate::ext4) const SPARSE_SUPER: u32 = 0x1;
+    pub(in crate::ext4) const LARGE_FILE: u32 = 0x2;
+    pub(in crate::ext4) const HUGE_FILE: u32 = 0x8;
+    pub(in crate::ext4) const DIR_NLINK: u32 = 0x20;
     pub(in crate::ext4) const GDT_CSUM: u32 = 0x10;
     pub(in crate::ext4) const BIGALLOC: u32 = 0x200;
     pub(in crate::ext4) const METADATA_CSUM: u32 = 0x400;

@@ -172,3 +172,52 @@ fn what_is_no_ext4_is_refused() {
         assert!(Ext4::open(MemDisk::from(bytes)).is_err());
     }
 }
+
+/// Runs e2fsprogs.
+fn run(program: &str, args: &[&str]) {
+    let out = std::process::Command::new(program).args(args).output().expect("e2fsprogs are needed");
+    assert!(out.status.success(), "{program}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// A map of which each block names itself stands for a thousand million blocks.
+#[test]
+fn a_block_map_that_names_itself_ends_with_the_file_system() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let image = path.to_str().unwrap();
+    std::fs::File::create(&path).unwrap().set_len(4 << 20).unwrap();
+    run("mke2fs", &["-q", "-F", "-t", "ext2", "-b", "1024", image]);
+    run("debugfs", &["-w", "-R", "write /etc/hostname file", image]);
+    // Triple indirect, and a size that lets all of it count.
+    for field in ["block[TIND] 3000", "size 15000000000"] {
+        run("debugfs", &["-w", "-R", &format!("set_inode_field file {field}"), image]);
+    }
+    let mut bytes = std::fs::read(&path).unwrap();
+    for pointer in bytes[3000 * 1024..3001 * 1024].chunks_exact_mut(4) {
+        pointer.copy_from_slice(&3000u32.to_le_bytes());
+    }
+    let disk = crate::io::MemDisk::from(bytes);
+    let fs = super::Ext4::open(&disk).unwrap();
+    let root = fs.inode(fs.root()).unwrap();
+    let file = fs.inode(fs.lookup(&root, b"file").unwrap().unwrap()).unwrap();
+    crate::io::steps::taken();
+    let e = fs.extents(&file).unwrap_err().to_string();
+    assert!(e.contains("more blocks than the file system"), "{e}");
+    let steps = crate::io::steps::taken();
+    assert!(steps < 16 * 4096, "{steps} steps in a file system of 4,096 blocks");
+}
+
+/// What all inodes of a hostile image point to is read some times for each block, not once for each inode.
+#[test]
+fn blocks_that_many_inodes_share_are_visited_a_bounded_number_of_times() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    run("mke2fs", &["-q", "-F", "-t", "ext4", "-b", "1024", path.to_str().unwrap()]);
+    let disk = crate::io::MemDisk::from(std::fs::read(&path).unwrap());
+    let fs = super::Ext4::open(&disk).unwrap();
+    let root = fs.inode(fs.root()).unwrap();
+    let visits = (0..1_000_000).take_while(|_| fs.read_dir(&root).is_ok()).count();
+    // Some dozen times each block is what no operation on a sound file system comes near.
+    assert!((10_000..200_000).contains(&visits), "{visits} visits");
+}

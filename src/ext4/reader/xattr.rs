@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     ext4::{Ext4Error, Xattr, layout::acl},
-    io::ReadAt,
+    io::{ReadAt, steps},
 };
 
 /// `EXT4_XATTR_MAGIC`.
@@ -68,6 +68,7 @@ pub(in crate::ext4) fn entries(buf: &[u8], first: usize) -> Result<(Vec<RawXattr
     let mut found = Vec::new();
     let mut at = first;
     loop {
+        steps::add(1);
         if at + 4 > buf.len() {
             return Err("the list of xattrs has no end");
         }
@@ -219,6 +220,7 @@ impl<R: ReadAt> Ext4<R> {
                 "a value's inode is not what the entry says",
             ));
         }
+        self.source.visit(1)?;
         let mut value = vec![0; raw.value_size as usize];
         self.read_file_at(&inode, 0, &mut value)?;
         Ok(value)

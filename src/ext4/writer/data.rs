@@ -7,7 +7,10 @@ use super::{
     tree::{Content, Payload},
 };
 use crate::{
-    ext4::{Ext4Error, Place},
+    ext4::{
+        Ext4Error, Place,
+        layout::{extent::looks_like_root, inode::I_BLOCK_SIZE},
+    },
     io::WriteAt,
 };
 
@@ -25,6 +28,14 @@ pub(super) struct OpenFile {
     extents: Vec<Extent>,
     /// Where the content begins in the inline spool.
     inline: Option<u64>,
+}
+
+/// Whether a file's data, as inline data, look like the root of an extent tree.
+fn looks_like_root_of(data: &[u8]) -> bool {
+    let mut i_block = [0; I_BLOCK_SIZE];
+    let n = data.len().min(I_BLOCK_SIZE);
+    i_block[..n].copy_from_slice(&data[..n]);
+    looks_like_root(&i_block)
 }
 
 /// A block of zeros, of the largest size.
@@ -142,8 +153,13 @@ impl<W: WriteAt> ImageWriter<W> {
         let Some(mut file) = self.open.take() else {
             return Err(Ext4Error::usage("no file is open"));
         };
-        let content = if let Some(start) = file.inline {
+        if let Some(start) = file.inline {
             self.spool.resize((start + file.size) as usize, 0);
+            if looks_like_root_of(&self.spool[start as usize..]) {
+                self.give_blocks(&mut file, start)?;
+            }
+        }
+        let content = if let Some(start) = file.inline {
             if self.sink.crc.is_some() {
                 self.data_crc = crc32c::crc32c_append(self.data_crc, &self.spool[start as usize..]);
             }
@@ -161,6 +177,19 @@ impl<W: WriteAt> ImageWriter<W> {
         self.tree.nodes[file.node as usize].payload = Payload::File { size: file.size, content };
         file.extents.clear();
         self.extent_buffer = file.extents;
+        Ok(())
+    }
+
+    /// Moves inline data from the spool into blocks: e2fsck would take them for the root of an extent tree.
+    fn give_blocks(&mut self, file: &mut OpenFile, start: u64) -> Result<()> {
+        let bs = self.space.geometry.bs;
+        let data = self.spool.split_off(start as usize);
+        for (i, part) in data.chunks(bs as usize).enumerate() {
+            let (block, n) = self.space.take(1)?;
+            extents::append(&mut file.extents, i as u64, block, n);
+            self.sink.put(block * bs, part)?;
+        }
+        file.inline = None;
         Ok(())
     }
 

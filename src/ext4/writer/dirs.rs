@@ -20,6 +20,7 @@ use crate::{
             DIR_TAIL_SIZE, DX_ENTRY_SIZE, DX_NODE_OFFSET, DX_ROOT_OFFSET, DxEntry, DxRootInfo, FT_DIR,
             HEAD_SIZE, dx_limit, entry_size, file_type, put_entry, seal_dx, seal_leaf,
         },
+        extent::looks_like_root,
         hash::{HASH_HALF_MD4, half_md4},
         inode::I_BLOCK_SIZE,
     },
@@ -109,6 +110,9 @@ impl<W: WriteAt> ImageWriter<W> {
         if room < I_BLOCK_SIZE || dir == 0 {
             return None;
         }
+        if self.parent_and_child_look_like_root(dir) {
+            return None;
+        }
         let (mut first, mut second) = (INLINE_FIRST, 0);
         for (name, _) in self.tree.children(dir) {
             let need = entry_size(name.len());
@@ -122,6 +126,18 @@ impl<W: WriteAt> ImageWriter<W> {
             }
         }
         Some(second)
+    }
+
+    /// Whether the numbers that an inline directory begins with look like the root of an extent tree: that of its
+    /// parent has the magic number in its low half, and that of its first name few entries.
+    fn parent_and_child_look_like_root(&self, dir: u32) -> bool {
+        let Payload::Dir { parent, .. } = self.tree.nodes[dir as usize].payload else { return false };
+        let mut head = [0; I_BLOCK_SIZE];
+        head[..4].copy_from_slice(&inodes::ino_of(parent).to_le_bytes());
+        if let Some((_, first)) = self.tree.children(dir).next() {
+            head[4..8].copy_from_slice(&inodes::ino_of(first).to_le_bytes());
+        }
+        looks_like_root(&head)
     }
 
     /// `i_block` and value of an inline directory.

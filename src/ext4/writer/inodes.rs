@@ -12,7 +12,7 @@ use crate::{
             FIRST_INO, LINK_MAX, ROOT_INO, SECTOR,
             inode::{
                 EXTRA_ISIZE, GOOD_OLD_SIZE, I_BLOCK_SIZE, InodeFlags, RAW_INODE_SIZE, RawInode,
-                encode_device, seal_inode,
+                encode_device, encode_large_device, seal_inode,
             },
             xattr::{
                 INDEX_SYSTEM, INLINE_DATA_NAME, INODE_HEADER_SIZE, XATTR_MAGIC, value_size, xattr_entry_size,
@@ -148,7 +148,12 @@ impl<W: WriteAt> ImageWriter<W> {
                 }
             }
             Payload::Device { major, minor } => {
-                let words = encode_device(major, minor).unwrap_or_default();
+                let mut words = encode_device(major, minor).unwrap_or_default();
+                if node.links != 1 {
+                    // In the old form, with several names, e2fsck takes the number for that of a folder's block and
+                    // looks there; what it finds can be a file's own choice. The kernel reads both forms.
+                    words = encode_large_device(major, minor);
+                }
                 body.i_block[..4].copy_from_slice(&words[0].to_le_bytes());
                 body.i_block[4..8].copy_from_slice(&words[1].to_le_bytes());
             }

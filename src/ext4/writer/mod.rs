@@ -42,6 +42,8 @@ use super::{
     },
 };
 use crate::io::WriteAt;
+pub(in crate::ext4) use space::GROUP_BLOCKS;
+
 use data::OpenFile;
 use sink::Sink;
 use space::{Geometry, Space};

@@ -13,7 +13,7 @@ use super::Result;
 use crate::ext4::{BlockSize, Ext4Error, layout::group::DESC_SIZE};
 
 /// `s_blocks_per_group`.
-pub(super) const GROUP_BLOCKS: u64 = 4096;
+pub(in crate::ext4) const GROUP_BLOCKS: u64 = 4096;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Geometry {

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     agent::{
         wire::{Control, Hello, PROTOCOL_VERSION},
-        worker::MEMORY_VARIABLE,
+        worker::{FILE_SIZE_VARIABLE, JAIL_VARIABLE, MEMORY_VARIABLE, STRICT, USER_VARIABLE},
     },
     sys::linux::{
         fdpass,
@@ -32,6 +32,7 @@ use control::ControlClient;
 use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use std::{
+    collections::HashSet,
     ffi::OsString,
     fmt,
     os::{
@@ -47,6 +48,15 @@ use std::{
 
 /// Kernel buffer of a data channel, each way; bytes.
 const CHANNEL_BUFFER: usize = 256 << 10;
+/// Users that workers become: one each, so that a worker that was taken over shares neither limits nor signals with its
+/// siblings. Beside those of QEMU's machines, above those of distributions and of user namespaces' usual ranges.
+const FIRST_USER: u32 = 0x4c44_0000;
+
+/// The user of the worker of this number.
+fn user_of(number: u64) -> u32 {
+    FIRST_USER + (number & 0xffff) as u32
+}
+
 /// How workers are started.
 #[derive(Debug, Clone)]
 pub struct EmbeddedConfig {
@@ -58,6 +68,10 @@ pub struct EmbeddedConfig {
     pub env: Vec<(OsString, OsString)>,
     /// Address space of a worker; bytes.
     pub memory_limit: u64,
+    /// Size of any file that a worker writes; bytes. `None` = no limit.
+    pub file_limit: Option<u64>,
+    /// A worker whose jail lacks a wall does not start, see [`Report::missing`](crate::sys::linux::jail::Report::missing).
+    pub strict: bool,
 }
 
 impl Default for EmbeddedConfig {
@@ -67,6 +81,8 @@ impl Default for EmbeddedConfig {
             args: vec!["worker".into()],
             env: Vec::new(),
             memory_limit: 8 << 30,
+            file_limit: None,
+            strict: false,
         }
     }
 }
@@ -75,17 +91,35 @@ impl Default for EmbeddedConfig {
 #[derive(Debug)]
 pub struct EmbeddedBackend {
     config: EmbeddedConfig,
+    /// Notes on missing walls that were logged already: each worker would say the same.
+    warned: Mutex<HashSet<String>>,
 }
 
 impl EmbeddedBackend {
     /// A backend.
     pub fn new(config: EmbeddedConfig) -> Self {
-        Self { config }
+        Self { config, warned: Mutex::default() }
     }
 
-    fn command(&self) -> WorkerCommand {
+    /// Logs each wall that a worker lacks, once.
+    fn warn_of(&self, jail: &JailReport) {
+        for note in &jail.notes {
+            if self.warned.lock().insert(note.clone()) {
+                tracing::warn!(note, "a wall of the workers' jail does not stand; the others do");
+            }
+        }
+    }
+
+    fn command(&self, number: u64) -> WorkerCommand {
         let mut env = self.config.env.clone();
         env.push((MEMORY_VARIABLE.into(), self.config.memory_limit.to_string().into()));
+        env.push((USER_VARIABLE.into(), user_of(number).to_string().into()));
+        if let Some(limit) = self.config.file_limit {
+            env.push((FILE_SIZE_VARIABLE.into(), limit.to_string().into()));
+        }
+        if self.config.strict {
+            env.push((JAIL_VARIABLE.into(), STRICT.into()));
+        }
         // glibc reserves 64 MiB of address space per arena, which would eat the limit; two are plenty for our threads.
         env.push(("MALLOC_ARENA_MAX".into(), "2".into()));
         WorkerCommand { program: self.config.program.clone(), args: self.config.args.clone(), env }
@@ -96,7 +130,7 @@ impl EmbeddedBackend {
         let end = End::new(console.clone());
         let failed = |reason: &dyn fmt::Display| end.boot_failed(reason);
         let (sender, started) = tokio::sync::oneshot::channel();
-        spawn_worker(self.command(), move |worker| {
+        spawn_worker(self.command(spec.number), move |worker| {
             // If nobody waits any more, the worker is killed and reaped by being dropped here.
             let _ = sender.send(worker);
         })
@@ -132,6 +166,7 @@ impl EmbeddedBackend {
             let reason = format!("it speaks protocol {}, we speak {PROTOCOL_VERSION}", hello.version);
             return Err(failed(&reason));
         }
+        self.warn_of(&hello.jail);
         *vm.jail.lock() = Some(hello.jail);
         Ok(vm)
     }

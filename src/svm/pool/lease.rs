@@ -9,12 +9,12 @@
 use super::{Inner, machine::Event};
 use crate::{
     agent::wire::{
-        self, ApplySummary, Change, CheckSummary, DiskId, ErrorKind, FrameType, LayerRef, Operation,
+        self, ApplySummary, Change, CheckSummary, CopyJob, DiskId, ErrorKind, FrameType, LayerRef, Operation,
         ParentRef, WireError, decode_change,
     },
     svm::{
         ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk,
-        ParentDisks, ServiceVm, SvmError, TarStream,
+        LiveControl, ParentDisks, ServiceVm, SvmError, TarStream,
         exchange::{self, Incoming, Receiver, Sender},
         stream::{Freeze, Item, QUEUED_CHUNKS},
     },
@@ -36,8 +36,11 @@ use tokio::sync::{mpsc, oneshot};
 /// Most bytes of changed paths that are taken from a VM.
 const MAX_CHANGES: usize = 256 << 20;
 
-/// What an image's file may have beyond the largest file system: verity tree and VHD footer.
-const FOOTER_SLACK: u64 = 1 << 30;
+/// Bytes that an image's file may have: verity tree (less than one block for 64) and VHD footer come on top of the
+/// largest file system.
+fn largest_file(max_image_bytes: u64) -> u64 {
+    max_image_bytes + max_image_bytes / 64 + (64 << 20)
+}
 
 /// The right to use a VM; dropping it gives the VM back.
 pub struct Lease {
@@ -228,7 +231,7 @@ impl Lease {
         let summary = summary.map_err(|e| say_full(e, job))?;
         if let Some(vm) = &self.vm {
             // The VM's word is checked by the driver against the files, and the image by a VM that saw no tar.
-            vm.grown(&job.image, summary.file_bytes.min(job.options.max_image_bytes + FOOTER_SLACK)).await?;
+            vm.grown(&job.image, summary.file_bytes.min(largest_file(job.options.max_image_bytes))).await?;
             vm.grown(&job.record, summary.record_bytes.min(job.options.max_image_bytes)).await?;
         }
         Ok(summary)
@@ -308,6 +311,23 @@ impl Lease {
         TarStream::begin(stream).await
     }
 
+    async fn copies(
+        &self,
+        attached: &mut Attached,
+        live: Option<&dyn LiveControl>,
+    ) -> Result<Option<CopyJob>, SvmError> {
+        let Some(live) = live else { return Ok(None) };
+        let copies = live.copies().await.map_err(|e| SvmError::Live(format!("make a scratch disk: {e}")))?;
+        let Some(copies) = copies else { return Ok(None) };
+        Ok(Some(CopyJob {
+            scratch: self.attach(attached, &copies.scratch).await?,
+            since: copies.since,
+            changed: copies.changed,
+            most_bytes: copies.most_bytes,
+            most_millis: u64::try_from(copies.most_time.as_millis()).unwrap_or(u64::MAX),
+        }))
+    }
+
     async fn export(
         &self,
         job: ExportJob,
@@ -325,14 +345,14 @@ impl Lease {
                 format: *format,
                 id_maps: id_maps.clone(),
                 live: job.live.is_some(),
+                copies: self.copies(&mut attached, job.live.as_deref()).await?,
             },
         };
         let mut freeze = Freeze::new(job.live, self.inner.config.freeze_limit);
         freeze.freeze().await?;
-        let (mut sender, mut receiver) = self.begin(&operation).await?;
+        let (mut sender, mut receiver) = freeze.within(self.begin(&operation)).await??;
         loop {
             match freeze.next(&mut sender, &mut receiver).await? {
-                Incoming::Data(bytes) if bytes.is_empty() => {}
                 // Bytes go out at the reader's pace, which nobody's writers may be made to wait for.
                 Incoming::Data(_) if freeze.is_frozen() => {
                     return Err(receiver.protocol("data while the sandbox is frozen".into()));
@@ -384,7 +404,7 @@ impl Lease {
         let operation = operation(target, parent, job.live.is_some());
         let mut freeze = Freeze::new(job.live, self.inner.config.freeze_limit);
         freeze.freeze().await?;
-        let (mut sender, mut receiver) = self.begin(&operation).await?;
+        let (mut sender, mut receiver) = freeze.within(self.begin(&operation)).await??;
         let mut data = Vec::new();
         loop {
             match freeze.next(&mut sender, &mut receiver).await? {
@@ -407,8 +427,9 @@ pub(super) async fn check(lease: &Lease, job: &CheckJob) -> Result<CheckSummary,
     let run = async {
         let mut attached = Attached::default();
         let image = lease.attach(&mut attached, &job.image).await?;
-        let operation = |image| Operation::Check { image, tree: job.tree, owners: job.owners.clone() };
-        let (_sender, mut receiver) = lease.begin(&operation(image)).await?;
+        let (tree, writer, owners) = (job.tree, job.writer, job.owners.clone());
+        let operation = Operation::Check { image, tree, writer, owners };
+        let (_sender, mut receiver) = lease.begin(&operation).await?;
         receiver.result().await
     };
     lease.judge(run.await)

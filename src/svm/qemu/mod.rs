@@ -123,6 +123,13 @@ struct Ready {
     kvm: Option<File>,
 }
 
+/// Runs what waits for a process, or for a hundred megabytes to be read, on a thread of its own.
+async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())?
+}
+
 impl QemuBackend {
     /// A backend. Nothing is looked for until the first boot.
     pub fn new(config: QemuConfig) -> Self {
@@ -185,8 +192,12 @@ impl QemuBackend {
             return Ok(ready.clone());
         }
         let failed = |reason: String| SvmError::Boot { reason, console: String::new() };
-        let qemu = find(self.config.program.as_deref()).map_err(failed)?;
-        let image = Image::open(&self.config.kernel, &self.config.initrd).map_err(failed)?;
+        let (program, kernel, initrd) =
+            (self.config.program.clone(), self.config.kernel.clone(), self.config.initrd.clone());
+        let (qemu, image) =
+            on_a_thread(move || Ok((find(program.as_deref())?, Arc::new(Image::open(&kernel, &initrd)?))))
+                .await
+                .map_err(failed)?;
         let kvm = match self.config.accelerator {
             Some(Accelerator::Tcg) => None,
             _ => kvm_device(),
@@ -223,15 +234,21 @@ impl QemuBackend {
     async fn template(
         &self,
         recipe: &Recipe,
-        image: &Image,
+        image: &Arc<Image>,
         kvm: Option<&File>,
         deadline: Duration,
         anew: bool,
     ) -> Result<Template, SvmError> {
-        let failed = |e: std::io::Error| SvmError::Boot { reason: e.to_string(), console: String::new() };
         let cache = template::folder(&self.config.cache);
-        let key = template::key(recipe, image).map_err(failed)?;
-        if !anew && let Some(template) = Template::load(&cache, &key) {
+        let (folder, of_recipe, of_image) = (cache.clone(), recipe.clone(), image.clone());
+        let known = on_a_thread(move || {
+            let key = template::key(&of_recipe, &of_image).map_err(|e| e.to_string())?;
+            let template = if anew { None } else { Template::load(&folder, &key) };
+            Ok((key, template))
+        });
+        let failed = |reason: String| SvmError::Boot { reason, console: String::new() };
+        let (key, template) = known.await.map_err(failed)?;
+        if let Some(template) = template {
             return Ok(template);
         }
         let begin = std::time::Instant::now();

@@ -1,13 +1,13 @@
 //! The saved state that machines are restored from.
 //!
 //! ```text
-//!   boot once ─► agent greets ─► pause ─► <cache>/<key>/{memory, state}        key = everything that must be equal
+//!   boot once ─► agent greets ─► pause ─► <cache>/<key>/{memory, state, digest}   key = everything that must be equal
 //!   restore   ─► memory mapped privately (pages are shared until written) + state through a pipe ─► 0.2 s
 //! ```
 //!
 //! A saved state fits one QEMU, one command line, one accelerator and processor, one kernel, one initramfs: all of
 //! them are in the key, so a changed one means a new template and never a machine that half fits. Templates are
-//! written under another name and renamed, older ones deleted. The memory holds nothing but a freshly booted guest:
+//! written under another name, synced and renamed, older ones deleted; one whose digest does not match is not used. The memory holds nothing but a freshly booted guest:
 //! it has seen no layer. Called by `mod`.
 
 use super::{
@@ -23,10 +23,10 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::{
     fs::{self, File},
-    io::{self, Read},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::fs::PermissionsExt,
+        unix::fs::{FileExt, PermissionsExt},
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -35,9 +35,13 @@ use std::{
 use tokio::{io::AsyncReadExt, io::AsyncWriteExt, time::timeout};
 
 /// Version of what a template's folder holds.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// A template in the making: `making-…`.
 const MAKING: &str = "making-";
+/// Files of a template: the guest's memory, the devices' state, and the digest of both.
+const MEMORY: &str = "memory";
+const STATE: &str = "state";
+const DIGEST: &str = "digest";
 /// Largest state besides the memory; bytes.
 const MAX_STATE: u64 = 64 << 20;
 /// Kernel buffer of the state's pipe; bytes.
@@ -120,13 +124,82 @@ pub(super) fn key(recipe: &Recipe, image: &Image) -> io::Result<String> {
     Ok(hash.finalize().iter().fold(String::new(), |text, b| text + &format!("{b:02x}")))
 }
 
+/// Digest of a saved guest; hex. Pages of zeros do not count, so that it is of no matter whether they are holes.
+fn digest(memory: &File, state: &[u8]) -> io::Result<String> {
+    /// Bytes read at once.
+    const PIECE: usize = 1 << 20;
+    /// Bytes of a page.
+    const PAGE: usize = 4096;
+    let mut hash = blake3::Hasher::new();
+    hash.update(&(state.len() as u64).to_le_bytes());
+    hash.update(state);
+    let length = memory.metadata()?.len();
+    hash.update(&length.to_le_bytes());
+    let (mut buffer, mut at) = (vec![0; PIECE], 0);
+    while at < length {
+        let piece = &mut buffer[..PIECE.min(usize::try_from(length - at).unwrap_or(PIECE))];
+        memory.read_exact_at(piece, at)?;
+        for (page, bytes) in (at..).step_by(PAGE).zip(piece.chunks(PAGE)) {
+            if bytes.iter().any(|b| *b != 0) {
+                hash.update(&page.to_le_bytes());
+                hash.update(bytes);
+            }
+        }
+        at += piece.len() as u64;
+    }
+    Ok(hash.finalize().to_hex().to_string())
+}
+
+/// Puts a made template in its place, durably: after a power cut it is there whole, or not at all. Templates of other
+/// keys are of no use any more; what others are making is theirs.
+fn publish(folder: &Path, cache: &Path, key: &str, memory: &File, state: &[u8]) -> io::Result<()> {
+    let sync_dir = |path: &Path| File::open(path)?.sync_all();
+    let mut file = File::create_new(folder.join(STATE))?;
+    file.write_all(state)?;
+    file.sync_all()?;
+    memory.sync_all()?;
+    let mut file = File::create_new(folder.join(DIGEST))?;
+    file.write_all(digest(memory, state)?.as_bytes())?;
+    file.sync_all()?;
+    sync_dir(folder)?;
+    for entry in fs::read_dir(cache)? {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().starts_with(MAKING) {
+            match fs::remove_dir_all(entry.path()) {
+                // Another daemon of the same cache cleared it away.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                other => other?,
+            }
+        }
+    }
+    fs::rename(folder, cache.join(key))?;
+    sync_dir(cache)
+}
+
 impl Template {
     /// The template of `key` in `cache`, if it is there and whole.
+    ///
+    /// Reads all of it: a guest with damaged memory would boot no error, but compute wrong tars.
     pub(super) fn load(cache: &Path, key: &str) -> Option<Self> {
         let folder = cache.join(key);
-        let state = fs::read(folder.join("state")).ok()?;
-        let memory = File::open(folder.join("memory")).ok()?;
-        Some(Self { key: key[..12].to_owned(), memory: Arc::new(memory), state: state.into() })
+        let read = || -> io::Result<Self> {
+            let told = fs::read_to_string(folder.join(DIGEST))?;
+            let mut state = Vec::new();
+            File::open(folder.join(STATE))?.take(MAX_STATE + 1).read_to_end(&mut state)?;
+            let memory = File::open(folder.join(MEMORY))?;
+            if digest(&memory, &state)? != told.trim() {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "its digest does not match"));
+            }
+            Ok(Self { key: key[..12].to_owned(), memory: Arc::new(memory), state: state.into() })
+        };
+        match read() {
+            Ok(template) => Some(template),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !folder.exists() => None,
+            Err(e) => {
+                tracing::warn!(template = %folder.display(), "a saved guest cannot be used and is made anew: {e}");
+                None
+            }
+        }
     }
 
     /// Boots a guest and saves it. The machine is gone afterwards.
@@ -147,7 +220,7 @@ impl Template {
         // Held until the end: a folder without a holder is what a killed daemon left.
         let holder = File::open(folder.path()).map_err(|e| failed(e.to_string()))?;
         flock(&holder, FlockOperation::NonBlockingLockExclusive).map_err(|e| failed(e.to_string()))?;
-        let path = folder.path().join("memory");
+        let path = folder.path().join(MEMORY);
         let open = || -> io::Result<(File, File)> {
             let memory = File::options().read(true).write(true).create_new(true).open(&path)?;
             memory.set_len(recipe.memory)?;
@@ -181,15 +254,7 @@ impl Template {
         };
         let publish = || -> io::Result<()> {
             memory.set_permissions(fs::Permissions::from_mode(0o444))?;
-            fs::write(folder.path().join("state"), &state)?;
-            // Another key's templates are of no use any more.
-            for entry in fs::read_dir(cache)? {
-                let entry = entry?;
-                if entry.path() != folder.path() {
-                    fs::remove_dir_all(entry.path())?;
-                }
-            }
-            fs::rename(folder.path(), cache.join(key))
+            publish(folder.path(), cache, key, &memory, &state)
         };
         publish().map_err(|e| failed(format!("{}: {e}", cache.display())))?;
         // Renamed: nothing is left to delete.
@@ -292,4 +357,72 @@ async fn save(machine: &mut Machine) -> Result<Vec<u8>, String> {
 /// Folder of the templates below a cache, which may be a home as well: no layer's id begins with a dot.
 pub(super) fn folder(cache: &Path) -> PathBuf {
     cache.join(".svm")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "0123456789abcdef";
+
+    /// A template that was made in `cache`, of memory with holes.
+    fn made(cache: &Path, state: &[u8]) {
+        let folder = tempfile::Builder::new().prefix(MAKING).tempdir_in(cache).unwrap();
+        let path = folder.path().join(MEMORY);
+        let memory = File::options().read(true).write(true).create_new(true).open(path).unwrap();
+        memory.set_len(5 << 20).unwrap();
+        memory.write_all_at(b"guest", 3 << 20).unwrap();
+        publish(folder.path(), cache, KEY, &memory, state).unwrap();
+        let _ = folder.keep();
+    }
+
+    #[test]
+    fn a_saved_guest_that_was_damaged_is_not_loaded() {
+        let cache = tempfile::tempdir().unwrap();
+        let path = |name: &str| cache.path().join(KEY).join(name);
+        assert!(Template::load(cache.path(), KEY).is_none(), "nothing is there yet");
+        type Damage = fn(&Path);
+        let damages: [(&str, Damage); 7] = [
+            (MEMORY, |p| File::options().write(true).open(p).unwrap().write_all_at(b"G", 3 << 20).unwrap()),
+            // What a power cut leaves of bytes that were never synced.
+            (MEMORY, |p| File::options().write(true).open(p).unwrap().set_len(0).unwrap()),
+            (MEMORY, |p| {
+                let file = File::options().write(true).open(p).unwrap();
+                file.set_len(3 << 20).unwrap();
+                file.set_len(5 << 20).unwrap();
+            }),
+            (MEMORY, |p| File::options().write(true).open(p).unwrap().set_len(6 << 20).unwrap()),
+            (STATE, |p| fs::write(p, b"stat\0").unwrap()),
+            (DIGEST, |p| fs::write(p, b"").unwrap()),
+            (DIGEST, |p| fs::remove_file(p).unwrap()),
+        ];
+        for (n, (file, damage)) in damages.into_iter().enumerate() {
+            made(cache.path(), b"state");
+            let good = Template::load(cache.path(), KEY).expect("whole");
+            assert_eq!(&*good.state, b"state");
+            damage(&path(file));
+            assert!(Template::load(cache.path(), KEY).is_none(), "damage {n} to {file}");
+        }
+        // And one that is made anew takes the place of the damaged one.
+        made(cache.path(), b"again");
+        assert_eq!(&*Template::load(cache.path(), KEY).expect("whole").state, b"again");
+    }
+
+    #[test]
+    fn what_others_are_making_is_left_alone_and_other_keys_go() {
+        let cache = tempfile::tempdir().unwrap();
+        let theirs = cache.path().join("making-theirs");
+        fs::create_dir(&theirs).unwrap();
+        fs::write(theirs.join(MEMORY), b"half").unwrap();
+        let old = cache.path().join("feedfeedfeedfeed");
+        fs::create_dir(&old).unwrap();
+        made(cache.path(), b"state");
+        assert!(theirs.join(MEMORY).exists() && !old.exists());
+        // Nobody holds it: that is what a killed daemon left, and the next one's start clears it.
+        let holder = File::open(&theirs).unwrap();
+        flock(&holder, FlockOperation::LockExclusive).unwrap();
+        assert_eq!(reap(cache.path()), 0);
+        drop(holder);
+        assert_eq!(reap(cache.path()), 1);
+    }
 }

@@ -2,7 +2,10 @@
 
 use super::link::{Link, data_frame};
 use crate::agent::{
-    link::frame::{self, CREDIT_STEP, Kind, MAX_INLINE, MIN_STORED, WINDOW, invalid},
+    link::{
+        frame::{self, CREDIT_STEP, Kind, MAX_INLINE, MIN_STORED, WINDOW, invalid},
+        meter::{JOINED_BELOW, Meter, cost},
+    },
     wire::{self, FrameType},
 };
 use bytes::{Buf, Bytes, BytesMut};
@@ -17,12 +20,14 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// What came in on a channel and what may go out.
-#[derive(Default)]
-pub(super) struct Inbox(Mutex<State>);
+pub(super) struct Inbox {
+    state: Mutex<State>,
+    meter: Arc<Meter>,
+}
 
 #[derive(Default)]
 struct State {
-    pieces: VecDeque<Bytes>,
+    pieces: VecDeque<Piece>,
     /// Bytes that the agent may still send.
     credit: usize,
     /// Bytes taken since credit was last given.
@@ -34,6 +39,12 @@ struct State {
     broken: Option<String>,
     reader: Option<Waker>,
     writer: Option<Waker>,
+}
+
+/// Bytes that wait to be read. What they were counted as is kept, since a buffer's capacity shrinks as it is read.
+struct Piece {
+    bytes: BytesMut,
+    counted: usize,
 }
 
 impl State {
@@ -49,23 +60,43 @@ impl State {
 }
 
 impl Inbox {
-    pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self(Mutex::new(State { credit: WINDOW, window: WINDOW, ..State::default() })))
+    pub(super) fn new(meter: Arc<Meter>) -> Arc<Self> {
+        let state = State { credit: WINDOW, window: WINDOW, ..State::default() };
+        Arc::new(Self { state: Mutex::new(state), meter })
     }
 
-    pub(super) fn put(&self, bytes: Bytes) -> io::Result<()> {
-        let mut state = self.0.lock();
+    pub(super) fn put(&self, bytes: BytesMut) -> io::Result<()> {
+        let mut state = self.state.lock();
         state.credit =
             state.credit.checked_sub(bytes.len()).ok_or_else(|| invalid("more bytes than were asked for"))?;
-        state.pieces.push_back(bytes);
+        self.join(&mut state.pieces, bytes);
         if let Some(waker) = state.reader.take() {
             waker.wake();
         }
         Ok(())
     }
 
+    /// Appends a piece. Small ones share a buffer: a frame of one byte must not hold the memory of hundreds.
+    fn join(&self, pieces: &mut VecDeque<Piece>, bytes: BytesMut) {
+        let mut bytes = bytes;
+        if bytes.len() < JOINED_BELOW {
+            if let Some(last) = pieces.back_mut()
+                && last.bytes.capacity() - last.bytes.len() >= bytes.len()
+            {
+                last.bytes.extend_from_slice(&bytes);
+                return;
+            }
+            let mut shared = BytesMut::with_capacity(JOINED_BELOW);
+            shared.extend_from_slice(&bytes);
+            bytes = shared;
+        }
+        let counted = cost(bytes.capacity());
+        self.meter.add(counted);
+        pieces.push_back(Piece { bytes, counted });
+    }
+
     pub(super) fn credit(&self, bytes: usize) -> io::Result<()> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.window += bytes;
         if state.window > WINDOW {
             return Err(invalid("more credit than was used"));
@@ -77,15 +108,22 @@ impl Inbox {
     }
 
     pub(super) fn close(&self) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.closed = true;
         state.wake();
     }
 
     pub(super) fn fail(&self, reason: &str) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.broken.get_or_insert_with(|| reason.to_owned());
         state.wake();
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        let held = self.state.get_mut().pieces.iter().map(|p| p.counted).sum();
+        self.meter.take_away(held);
     }
 }
 
@@ -106,7 +144,7 @@ impl std::fmt::Debug for RemoteChannel {
 
 impl RemoteChannel {
     pub(super) fn open(link: &Arc<Link>, id: u32) -> io::Result<Self> {
-        let inbox = Inbox::new();
+        let inbox = Inbox::new(link.inboxes().clone());
         link.add(id, inbox.clone())?;
         Ok(Self { link: link.clone(), id, inbox, partial: BytesMut::new() })
     }
@@ -118,7 +156,7 @@ impl RemoteChannel {
 
     /// Sends a whole message without waiting: control messages are few and small.
     pub(super) fn queue(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut state = self.inbox.0.lock();
+        let mut state = self.inbox.state.lock();
         if let Some(e) = state.failure() {
             return Err(e);
         }
@@ -163,6 +201,7 @@ impl RemoteChannel {
 impl Drop for RemoteChannel {
     fn drop(&mut self) {
         self.link.remove(self.id);
+        self.link.queue().forget(self.id);
         if self.id != 0 {
             self.link.send(Bytes::copy_from_slice(&frame::header(self.id, Kind::Close, 0)));
         }
@@ -171,7 +210,7 @@ impl Drop for RemoteChannel {
 
 impl AsyncRead for RemoteChannel {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let mut state = self.inbox.0.lock();
+        let mut state = self.inbox.state.lock();
         let Some(mut piece) = state.pieces.pop_front() else {
             if let Some(e) = state.failure() {
                 return Poll::Ready(Err(e));
@@ -182,9 +221,12 @@ impl AsyncRead for RemoteChannel {
             state.reader = Some(cx.waker().clone());
             return Poll::Pending;
         };
-        let n = piece.len().min(buf.remaining());
-        buf.put_slice(&piece.split_to(n));
-        if !piece.is_empty() {
+        let n = piece.bytes.len().min(buf.remaining());
+        buf.put_slice(&piece.bytes[..n]);
+        piece.bytes.advance(n);
+        if piece.bytes.is_empty() {
+            self.inbox.meter.take_away(piece.counted);
+        } else {
             state.pieces.push_front(piece);
         }
         state.taken += n;
@@ -200,14 +242,23 @@ impl AsyncRead for RemoteChannel {
 
 impl AsyncWrite for RemoteChannel {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let mut state = self.inbox.0.lock();
+        let mut state = self.inbox.state.lock();
         if let Some(e) = state.failure() {
             return Poll::Ready(Err(e));
         }
         if state.closed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        if state.window == 0 && !buf.is_empty() {
+        if buf.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        if state.window == 0 {
+            state.writer = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        // Credit may be forged by an agent that reads nothing: what it opens is no memory of ours.
+        if self.link.queue().room(self.id, cx).is_pending() {
+            // An agent that lets go of the channel ends the wait too.
             state.writer = Some(cx.waker().clone());
             return Poll::Pending;
         }

@@ -1,9 +1,10 @@
 //! Reader and writer of a link, and its table of channels.
 
-use super::channel::Inbox;
+use super::{channel::Inbox, queue::Queue};
 use crate::agent::{
     link::{
         frame::{self, HEADER_LEN, Header, Kind, MAX_INLINE, Parsed, invalid, number},
+        meter::Meter,
         slots::Slots,
     },
     wire::{self, FrameType},
@@ -11,10 +12,7 @@ use crate::agent::{
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use std::{collections::HashMap, io, sync::Arc};
-use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
-    sync::mpsc,
-};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
 /// Bytes read from the stream at once.
 const READ_AHEAD: usize = 128 << 10;
@@ -22,9 +20,11 @@ const READ_AHEAD: usize = 128 << 10;
 /// What all channels of a link share.
 pub(super) struct Link {
     table: Mutex<Table>,
-    queue: mpsc::UnboundedSender<Bytes>,
+    queue: Arc<Queue>,
     slots: Option<Slots>,
-    reader: Mutex<Option<tokio::task::AbortHandle>>,
+    /// Counts what the inboxes hold.
+    inboxes: Arc<Meter>,
+    tasks: Mutex<Vec<tokio::task::AbortHandle>>,
 }
 
 #[derive(Default)]
@@ -41,16 +41,17 @@ impl Link {
         mut output: impl AsyncWrite + Send + Unpin + 'static,
         slots: Option<Slots>,
         control: Arc<Inbox>,
+        inboxes: Arc<Meter>,
     ) -> Arc<Self> {
-        // Unbounded, but what is in it was paid for by credit: at most a window for each channel.
-        let (queue, mut frames) = mpsc::unbounded_channel::<Bytes>();
+        let queue = Arc::new(Queue::default());
         let table = Mutex::new(Table { channels: HashMap::from([(0, control)]), broken: None });
-        let link = Arc::new(Self { table, queue, slots, reader: Mutex::default() });
+        let link = Arc::new(Self { table, queue: queue.clone(), slots, inboxes, tasks: Mutex::default() });
         let weak = Arc::downgrade(&link);
-        tokio::spawn(async move {
-            while let Some(bytes) = frames.recv().await {
+        let writer = tokio::spawn(async move {
+            while let Some((bytes, more)) = queue.next().await {
                 let mut sent = output.write_all(&bytes).await;
-                if sent.is_ok() && frames.is_empty() {
+                queue.sent(bytes.len());
+                if sent.is_ok() && !more {
                     sent = output.flush().await;
                 }
                 if let Err(e) = sent {
@@ -75,7 +76,7 @@ impl Link {
                 link.end(&reason);
             }
         });
-        *link.reader.lock() = Some(reader.abort_handle());
+        *link.tasks.lock() = vec![reader.abort_handle(), writer.abort_handle()];
         link
     }
 
@@ -94,10 +95,21 @@ impl Link {
         self.table.lock().channels.remove(&id);
     }
 
-    /// Queues bytes of whole frames.
+    /// Queues bytes of whole frames. An agent that lets even this queue fill up takes nothing any more: the link ends.
     pub(super) fn send(&self, bytes: Bytes) {
-        // A writer that is gone has left its reason in the table.
-        let _ = self.queue.send(bytes);
+        if self.queue.push(bytes).is_err() {
+            self.end("link: the agent does not take what it is sent");
+        }
+    }
+
+    /// The queue that [`Link::send`] fills.
+    pub(super) fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Counts what the inboxes hold.
+    pub(super) fn inboxes(&self) -> &Arc<Meter> {
+        &self.inboxes
     }
 
     pub(super) fn slots(&self) -> Option<&Slots> {
@@ -114,12 +126,16 @@ impl Link {
         for inbox in table.channels.values() {
             inbox.fail(reason);
         }
-        if let Some(reader) = self.reader.lock().take() {
-            reader.abort();
-        }
+        drop(table);
+        self.stop();
     }
 
-    fn take(&self, header: Header, payload: Bytes) -> io::Result<()> {
+    fn stop(&self) {
+        self.queue.close();
+        self.tasks.lock().drain(..).for_each(|task| task.abort());
+    }
+
+    fn take(&self, header: Header, payload: BytesMut) -> io::Result<()> {
         let Header { channel, kind, .. } = header;
         if kind == Kind::Free {
             let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
@@ -128,10 +144,10 @@ impl Link {
         // A slot is emptied at once: the agent has few, and the bytes have a place that was paid for.
         let payload = if kind == Kind::Stored {
             let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
-            let slot = number(&payload, 0)?;
-            let taken = slots.load(slot, number(&payload, 1)? as usize)?;
+            let (slot, len) = frame::stored(&payload)?;
+            let taken = slots.load(slot, len)?;
             self.send(frame::numbers(0, Kind::Free, &[slot]).into());
-            let bytes = Bytes::copy_from_slice(taken.bytes());
+            let bytes = BytesMut::from(taken.bytes());
             slots.put_back(taken);
             bytes
         } else {
@@ -143,7 +159,7 @@ impl Link {
         };
         match kind {
             Kind::Data | Kind::Stored => inbox.put(payload),
-            Kind::Credit => inbox.credit(number(&payload, 0)? as usize),
+            Kind::Credit => inbox.credit(frame::credit(&payload)?),
             Kind::Close => {
                 inbox.close();
                 Ok(())
@@ -155,9 +171,7 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        if let Some(reader) = self.reader.lock().take() {
-            reader.abort();
-        }
+        self.stop();
     }
 }
 
@@ -171,7 +185,7 @@ pub(super) fn data_frame(channel: u32, bytes: &[u8]) -> Bytes {
     out.freeze()
 }
 
-async fn read(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(Header, Bytes)> {
+async fn read(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(Header, BytesMut)> {
     let mut head = [0; HEADER_LEN];
     input.read_exact(&mut head).await?;
     let Parsed::Frame(header) = frame::parse(head)? else {
@@ -179,7 +193,7 @@ async fn read(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(Header, Bytes
     };
     let mut payload = BytesMut::zeroed(header.len);
     input.read_exact(&mut payload).await?;
-    Ok((header, payload.freeze()))
+    Ok((header, payload))
 }
 
 /// The first message on channel 0, right behind a SYNC.

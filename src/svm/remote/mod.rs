@@ -13,6 +13,7 @@
 
 mod channel;
 mod link;
+mod queue;
 
 pub use channel::RemoteChannel;
 
@@ -20,6 +21,7 @@ use super::DiskId;
 use crate::agent::{
     link::{
         frame::{Hunt, SYNC},
+        meter::Meter,
         slots::{Side, Slots, TransferDisk},
     },
     wire::{
@@ -119,9 +121,20 @@ impl RemoteAgent {
                     return Err(io::Error::other("no greeting within the first bytes"));
                 }
             }
+            if stale > MAX_STALE {
+                return Err(io::Error::other("greetings of other sessions only"));
+            }
+            // Counted too, though not to the byte: greetings of other sessions are no way to hold us up for ever.
+            stale += SYNC.len();
             let hello: Hello = match link::first_message(&mut input).await {
-                Ok((FrameType::Hello, payload)) => serde_json::from_slice(&payload)?,
-                Ok(_) => continue,
+                Ok((FrameType::Hello, payload)) => {
+                    stale += payload.len();
+                    serde_json::from_slice(&payload)?
+                }
+                Ok((_, payload)) => {
+                    stale += payload.len();
+                    continue;
+                }
                 Err(e) if e.kind() == io::ErrorKind::InvalidData => continue,
                 Err(e) => return Err(e),
             };
@@ -133,8 +146,10 @@ impl RemoteAgent {
             let reason = format!("the agent speaks protocol {}, we speak {PROTOCOL_VERSION}", hello.version);
             return Err(io::Error::other(reason));
         }
-        let inbox = channel::Inbox::new();
-        let link = Link::start(input, output, slots.filter(|_| hello.transfer), inbox.clone());
+        let inboxes = Arc::new(Meter::default());
+        let inbox = channel::Inbox::new(inboxes.clone());
+        let slots = slots.filter(|_| hello.transfer);
+        let link = Link::start(input, output, slots, inbox.clone(), inboxes);
         let control = RemoteChannel::control(&link, inbox);
         Ok(Self {
             link,
@@ -142,6 +157,12 @@ impl RemoteAgent {
             next_channel: AtomicU32::new(1),
             hello,
         })
+    }
+
+    /// Most bytes that this end held at a time for its agent: queued to be sent, and received and not yet read. Counted,
+    /// not measured; see [`Meter`].
+    pub fn most_held(&self) -> (usize, usize) {
+        (self.link.queue().meter().most(), self.link.inboxes().most())
     }
 
     /// What the agent said first.
@@ -251,5 +272,7 @@ fn control_frame<T: serde::Serialize>(kind: FrameType, message: &T) -> io::Resul
     Ok(bytes)
 }
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod tests;

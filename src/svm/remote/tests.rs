@@ -225,7 +225,7 @@ async fn a_dropped_channel_cancels_and_a_sleeping_one_holds_up_nobody() {
         let mut stuck = agent.open_channel().await.unwrap();
         let mut request = control_frame(
             FrameType::Request,
-            &Operation::Check { image: DiskId(9), tree: false, owners: wire::IdMaps::default() },
+            &Operation::Check { image: DiskId(9), tree: false, writer: 2, owners: wire::IdMaps::default() },
         )
         .unwrap();
         request.truncate(8);

@@ -25,6 +25,8 @@ use std::{
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
 /// `RNDRESEEDCRNG`, the same.
 const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+/// `BLKFLSBUF`, include/uapi/linux/fs.h.
+const BLKFLSBUF: libc::c_ulong = 0x1261;
 /// Most bytes added at once.
 const MAX_ENTROPY: usize = 256;
 
@@ -106,6 +108,20 @@ pub fn set_clock(time: Duration) -> Result<(), SysError> {
 pub fn memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();
     (info.totalram as u64).saturating_mul(u64::from(info.mem_unit))
+}
+
+/// Drops what the page cache holds of a block device: the disk behind it was written to by others.
+///
+/// # Errors
+/// [`SysError::Os`].
+pub fn forget_cached(device: &File) -> Result<(), SysError> {
+    // SAFETY: BLKFLSBUF takes no argument; the kernel reads and writes no memory of ours.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKFLSBUF as _, 0) };
+    if done < 0 {
+        Err(io::Error::last_os_error()).context("forget what is cached of", "a disk")
+    } else {
+        Ok(())
+    }
 }
 
 /// A device once more, for access past the page cache.

@@ -46,7 +46,7 @@ struct MountAttr {
     userns_fd: u64,
 }
 
-/// A user namespace with these maps, as a descriptor.
+/// A user namespace with these maps, as a descriptor. Without a range of one sort, those ids are left as they are.
 ///
 /// # Errors
 /// [`SysError::Os`] if namespaces are not permitted or the kernel refuses the maps.
@@ -60,17 +60,25 @@ pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd,
     // SAFETY: pipe2 has just given us both descriptors; nobody else owns them.
     let (reader, writer) = unsafe { (OwnedFd::from_raw_fd(pipe[0]), OwnedFd::from_raw_fd(pipe[1])) };
     // SAFETY: without CLONE_VM the child has a copy of our memory (like fork); no pointers are passed.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER | libc::SIGCHLD, 0, 0, 0, 0) };
+    let pid = unsafe {
+        libc::syscall(libc::SYS_clone, libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD), 0, 0, 0, 0)
+    };
     if pid == 0 {
         // In the child of a threaded process only bare system calls are sound: no allocation, no locks, no drop.
         let mut byte = 0u8;
         // SAFETY: the descriptors are valid copies, `byte` outlives the read, and _exit does not return.
         unsafe {
-            // Copies of our descriptors would keep mounts and pipes of others busy while the child waits.
-            libc::syscall(libc::SYS_close_range, 0, (pipe[0] - 1).max(0), 0);
+            // Copies of our descriptors would keep mounts and pipes of others busy while the child waits. The pipe may
+            // have any numbers: a daemon that was started with closed standard descriptors has 0 and 1 here.
+            if pipe[0] > 0 {
+                libc::syscall(libc::SYS_close_range, 0, pipe[0] - 1, 0);
+            }
             libc::syscall(libc::SYS_close_range, pipe[0] + 1, u32::MAX, 0);
             libc::syscall(libc::SYS_close, pipe[1]);
-            libc::syscall(libc::SYS_read, pipe[0], &raw mut byte, 1);
+            // A signal that our process has a handler for interrupts the read, and must not end the wait.
+            while libc::syscall(libc::SYS_read, pipe[0], &raw mut byte, 1) < 0
+                && *libc::__errno_location() == libc::EINTR
+            {}
             libc::syscall(libc::SYS_exit_group, 0);
         }
         // Not reached; a panic here would run code that a forked child must not.
@@ -96,7 +104,9 @@ fn fill_namespace(pid: Pid, uids: &[IdMapping], gids: &[IdMapping]) -> Result<Ow
     for (name, map) in [("uid_map", uids), ("gid_map", gids)] {
         let path = folder.join(name);
         let mut text = String::new();
-        for m in map {
+        // A namespace with an unset map is none that a mount takes.
+        let same = [IdMapping { inside: 0, outside: 0, count: u32::MAX }];
+        for m in if map.is_empty() { &same } else { map } {
             let _ = writeln!(text, "{} {} {}", m.inside, m.outside, m.count);
         }
         std::fs::write(&path, text).context("write", &path)?;

@@ -2,17 +2,20 @@
 //!
 //! ```text
 //!   daemon ── spawner thread ─► lcow-graphdriver launch   0 ◄═ Order, then descriptors (SCM_RIGHTS, in groups)
-//!                                  own net and IPC ─ own user ─ no capability ─ dies with the daemon ─ limits
+//!                                  own net, IPC, root ─ own user ─ no capability ─ dies with the daemon ─ limits
+//!                                  Landlock: system's files and descriptors 3… only ─ no new socket
 //!                                  exec program args…     3, 4, 5, … = the descriptors, in order
 //! ```
 //!
-//! The program has no name of anything that it is given. It can read the system's own files (its libraries and
-//! firmware); as a user of its own, without capabilities or network, it has no way to ours. Called by `svm::qemu` (which
+//! The program has no name of anything that it is given. It can read the system's own programs, libraries and firmware;
+//! no other path opens, no socket can be made, and as a user of its own, without capabilities or network, it has no way
+//! to ours. Called by `svm::qemu` (which
 //! sends) and `cli` (which runs [`launch_main`]).
 
 use super::{fdpass, jail, process};
 use serde::{Deserialize, Serialize};
 use std::{
+    fs::File,
     io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -88,7 +91,9 @@ fn launch() -> io::Result<std::convert::Infallible> {
         }
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
     }
-    for note in jail::confine(order.user, order.memory) {
+    // While it can still be opened.
+    let null = File::open("/dev/null")?;
+    for note in jail::confine(order.user, order.memory, &order.program, &fds) {
         eprintln!("launch: {note}");
     }
     if process::peer_gone(socket) {
@@ -100,6 +105,6 @@ fn launch() -> io::Result<std::convert::Infallible> {
         .env("PATH", "/usr/bin:/bin")
         .env("HOME", "/nonexistent")
         .current_dir("/")
-        .stdin(Stdio::null())
+        .stdin(Stdio::from(null))
         .exec())
 }

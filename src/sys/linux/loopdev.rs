@@ -143,10 +143,19 @@ pub struct LoopStatus {
 }
 
 fn ioctl(fd: BorrowedFd<'_>, request: u64, argument: u64) -> io::Result<i32> {
-    // SAFETY: every caller passes either a plain number or the address of a live `repr(C)` value of the type that
-    // `linux/loop.h` names for `request`; the kernel touches nothing else.
-    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, argument) };
-    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r) }
+    loop {
+        // SAFETY: every caller passes either a plain number or the address of a live `repr(C)` value of the type that
+        // `linux/loop.h` names for `request`; the kernel touches nothing else.
+        let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, argument) };
+        if r >= 0 {
+            return Ok(r);
+        }
+        let error = io::Error::last_os_error();
+        // The driver waits for a lock of its own, and a signal may end that.
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
 }
 
 fn device_path(number: u32) -> PathBuf {
@@ -200,8 +209,20 @@ pub fn attach(file: BorrowedFd<'_>, spec: &LoopSpec) -> Result<LoopDevice, SysEr
     for _ in 0..ATTEMPTS {
         let number = ioctl(control.as_fd(), LOOP_CTL_GET_FREE, 0)
             .context("find a free loop device by", control_path)?;
-        let number = u32::try_from(number).unwrap_or(0);
-        let (path, fd) = open_device(number, false)?;
+        let number = u32::try_from(number).map_err(|_| io::Error::from(Errno::RANGE));
+        let number = number.context("find a free loop device by", control_path)?;
+        let (path, fd) = match open_device(number, false) {
+            // Somebody has removed the device meanwhile (`losetup`, LOOP_CTL_REMOVE): the next one then.
+            Err(e)
+                if [Errno::NXIO, Errno::NODEV, Errno::NOENT]
+                    .iter()
+                    .any(|n| e.raw_os_error() == Some(n.raw_os_error())) =>
+            {
+                last = io::Error::from_raw_os_error(e.raw_os_error().unwrap_or_default());
+                continue;
+            }
+            other => other?,
+        };
         match bind(fd.as_fd(), file, &info) {
             Ok(()) => {
                 if spec.direct_io {
@@ -227,11 +248,37 @@ fn bind(device: BorrowedFd<'_>, file: BorrowedFd<'_>, info: &LoopInfo64) -> io::
         Err(e) => return Err(e),
     }
     ioctl(device, LOOP_SET_FD, file.as_raw_fd() as u64)?;
-    if let Err(e) = ioctl(device, LOOP_SET_STATUS64, (&raw const *info) as u64) {
+    let set = set_status(device, info).and_then(|()| {
+        // This way the flag of a read-only device is taken from the file alone.
+        let made = get_status(device)?;
+        if made.lo_flags & LO_FLAGS_READ_ONLY < info.lo_flags & LO_FLAGS_READ_ONLY {
+            return Err(io::Error::from(Errno::ROFS));
+        }
+        Ok(())
+    });
+    if set.is_err() {
         let _ = ioctl(device, LOOP_CLR_FD, 0);
-        return Err(e);
     }
-    Ok(())
+    set
+}
+
+fn set_status(device: BorrowedFd<'_>, info: &LoopInfo64) -> io::Result<()> {
+    /// While pages of the device are being written back the driver asks to try again.
+    const TRIES: u32 = 50;
+    const PAUSE: std::time::Duration = std::time::Duration::from_millis(5);
+    for _ in 1..TRIES {
+        match ioctl(device, LOOP_SET_STATUS64, (&raw const *info) as u64) {
+            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => std::thread::sleep(PAUSE),
+            other => return other.map(|_| ()),
+        }
+    }
+    ioctl(device, LOOP_SET_STATUS64, (&raw const *info) as u64).map(|_| ())
+}
+
+fn get_status(device: BorrowedFd<'_>) -> io::Result<LoopInfo64> {
+    let mut info = LoopInfo64::ZERO;
+    ioctl(device, LOOP_GET_STATUS64, (&raw mut info) as u64)?;
+    Ok(info)
 }
 
 impl LoopDevice {
@@ -242,6 +289,22 @@ impl LoopDevice {
     pub fn open(number: u32) -> Result<Self, SysError> {
         let (path, fd) = open_device(number, true)?;
         Ok(Self { path, fd, number })
+    }
+
+    /// Opens a device that was found to be bound to `file`; `None` if it no longer is. An open device keeps its file,
+    /// so what is asked now stays true.
+    ///
+    /// # Errors
+    /// [`SysError::Os`] if it can't be opened or asked.
+    pub fn open_bound(number: u32, file: BorrowedFd<'_>) -> Result<Option<Self>, SysError> {
+        let device = Self::open(number)?;
+        let stat = rustix::fs::fstat(file).context("stat", "backing file")?;
+        match get_status(device.fd.as_fd()) {
+            Ok(info) if info.lo_device == stat.st_dev && info.lo_inode == stat.st_ino => Ok(Some(device)),
+            Ok(_) => Ok(None),
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            Err(e) => Err(e).context("read the state of", &device.path),
+        }
     }
 
     /// Detaches the device now, or, if it is mounted or open elsewhere, as soon as it no longer is.
@@ -268,12 +331,11 @@ pub fn status(number: u32) -> Result<Option<LoopStatus>, SysError> {
         Err(Errno::NOENT | Errno::NXIO) => return Ok(None),
         Err(e) => return Err(e).context("open", path),
     };
-    let mut info = LoopInfo64::ZERO;
-    match ioctl(fd.as_fd(), LOOP_GET_STATUS64, (&raw mut info) as u64) {
-        Ok(_) => {}
+    let info = match get_status(fd.as_fd()) {
+        Ok(info) => info,
         Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
         Err(e) => return Err(e).context("read the state of", path),
-    }
+    };
     let end = info.lo_file_name.iter().position(|b| *b == 0).unwrap_or(LO_NAME_SIZE);
     Ok(Some(LoopStatus {
         number,
@@ -288,11 +350,17 @@ pub fn status(number: u32) -> Result<Option<LoopStatus>, SysError> {
     }))
 }
 
-/// All bound loop devices, in order of number.
+/// All bound loop devices, in order of number. One whose state cannot be read is left out: it is somebody else's, or
+/// it is sick.
 ///
 /// # Errors
-/// [`SysError::Os`] if `/sys/block` can't be read. A device that goes away meanwhile is left out.
+/// [`SysError::Os`] if `/sys/block` can't be read.
 pub fn list() -> Result<Vec<LoopStatus>, SysError> {
+    Ok(bound()?.into_iter().filter_map(|number| status(number).ok().flatten()).collect())
+}
+
+/// Numbers of the devices that are bound.
+fn bound() -> Result<Vec<u32>, SysError> {
     let folder = Path::new("/sys/block");
     let mut numbers: Vec<u32> = Vec::new();
     for entry in std::fs::read_dir(folder).context("list", folder)? {
@@ -308,24 +376,43 @@ pub fn list() -> Result<Vec<LoopStatus>, SysError> {
         }
     }
     numbers.sort_unstable();
-    let mut all = Vec::with_capacity(numbers.len());
-    for number in numbers {
-        if let Some(s) = status(number)? {
-            all.push(s);
-        }
-    }
-    Ok(all)
+    Ok(numbers)
 }
 
 /// Bound devices whose backing file is `file` (by device and inode).
 ///
 /// # Errors
-/// As [`list`].
+/// As [`list`]; and if the state of a device can't be read that may be bound to `file`, by the name that sysfs gives
+/// of its file.
 pub fn find_by_backing(file: BorrowedFd<'_>) -> Result<Vec<LoopStatus>, SysError> {
     let stat = rustix::fs::fstat(file).context("stat", "backing file")?;
-    let mut all = list()?;
-    all.retain(|s| s.backing_dev == stat.st_dev && s.backing_inode == stat.st_ino);
-    Ok(all)
+    let mut found = Vec::new();
+    for number in bound()? {
+        match status(number) {
+            Ok(Some(s)) if s.backing_dev == stat.st_dev && s.backing_inode == stat.st_ino => found.push(s),
+            Ok(_) => {}
+            Err(error) if may_be_bound_to(number, file) => return Err(error),
+            Err(error) => {
+                tracing::debug!(number, %error, "a loop device of somebody else cannot be asked; it is passed by");
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Whether sysfs gives the file's own name, or none, for what is behind a device.
+fn may_be_bound_to(number: u32, file: BorrowedFd<'_>) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let Ok(shown) = std::fs::read(format!("/sys/block/loop{number}/loop/backing_file")) else {
+        // Unbound meanwhile, or as sick as the device: only its own word would tell.
+        return Path::new(&format!("/sys/block/loop{number}/loop")).exists();
+    };
+    let Ok(ours) = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())) else { return true };
+    let plain = |name: &[u8]| {
+        let name = name.strip_suffix(b"\n").unwrap_or(name);
+        name.strip_suffix(b" (deleted)").unwrap_or(name).to_vec()
+    };
+    plain(&shown) == plain(ours.as_os_str().as_bytes())
 }
 
 /// Whether `path` is a block device (what a test machine without loop support lacks).

@@ -2,10 +2,13 @@
 //!
 //! ```text
 //!   driver ──► loopdev   file → /dev/loopN          svm::embedded ──► process  start, watch and kill a worker
-//!          ──► mount     ext4, bind, freeze …                      ──► fdpass   SCM_RIGHTS over a socketpair
+//!          ──► mount     ext4, bind, sync …                        ──► fdpass   SCM_RIGHTS over a socketpair
+//!          ──► freeze    stops a file system, and thaws it
+//!          ──► reflink   a copy of a file that shares its blocks
 //!          ──► overlay   many lowers, two ways       agent (worker) ──► jail     what a worker does to itself
 //!          ──► idmap     shifted views of a mount                  ──► seccomp  its system-call filter
 //!          ──► mountinfo the kernel's mount table                  ──► probe    tries what the jail forbids
+//!   store  ──► tree      deletes folders, never what is mounted
 //!   cli ─────► init      pid 1 of a container           svm::qemu ────► launch   confines a VM's process, then starts it
 //!                                                   lcow-agent ───► guest    what the first process of a guest does
 //!                                                              ───► vsock    its way to a host that is Hyper-V
@@ -18,6 +21,7 @@
 pub mod asyncfd;
 pub mod byhandle;
 pub mod fdpass;
+pub mod freeze;
 pub mod guest;
 pub mod idmap;
 pub mod init;
@@ -30,7 +34,9 @@ pub mod nbd;
 pub mod overlay;
 pub mod probe;
 pub mod process;
+pub mod reflink;
 mod seccomp;
+pub mod tree;
 pub mod vsock;
 
 use std::{

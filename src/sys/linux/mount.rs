@@ -1,29 +1,17 @@
-//! Mounting and unmounting, propagation, freezing, syncing.
+//! Mounting and unmounting, propagation, syncing.
 //!
 //! ```text
-//!   /dev/loopN ──mount_ext4──► l/<n> ──overlay──► <id>/merged        freeze ─► (metadata read) ─► thaw
+//!   /dev/loopN ──mount_ext4──► l/<n> ──overlay──► <id>/merged
 //! ```
 //!
-//! A freeze is counted by the kernel per super block and outlives the process that asked for it, so whoever freezes
-//! must thaw on every way out; [`FrozenMount`] does it when dropped. Called by `driver`.
+//! Called by `driver`; `freeze` has what stops a mounted file system.
 
 use super::{Context, SysError};
 use rustix::{
     fs::{Mode, OFlags},
     mount::{MountFlags, MountPropagationFlags, UnmountFlags},
 };
-use std::{
-    ffi::CString,
-    io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    path::Path,
-    time::Duration,
-};
-
-/// `_IOWR('X', 119, int)`, `include/uapi/linux/fs.h`.
-const FIFREEZE: u64 = 0xC004_5877;
-/// `_IOWR('X', 120, int)`.
-const FITHAW: u64 = 0xC004_5878;
+use std::{ffi::CString, io, os::fd::OwnedFd, path::Path, time::Duration};
 
 /// How an ext4 is mounted.
 #[derive(Debug, Clone, Copy, Default)]
@@ -143,7 +131,7 @@ pub fn make_slave(target: &Path) -> Result<(), SysError> {
     rustix::mount::mount_change(target, MountPropagationFlags::DOWNSTREAM).context("make slave", target)
 }
 
-fn open_folder(path: &Path) -> Result<OwnedFd, SysError> {
+pub(super) fn open_folder(path: &Path) -> Result<OwnedFd, SysError> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .context("open", path)
 }
@@ -185,64 +173,4 @@ pub fn space(path: &Path) -> Result<Space, SysError> {
         inodes: s.f_files,
         inodes_free: s.f_ffree,
     })
-}
-
-fn freeze_ioctl(fd: BorrowedFd<'_>, request: u64) -> io::Result<()> {
-    // SAFETY: FIFREEZE and FITHAW take no argument; the kernel reads and writes no memory of ours.
-    let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, 0) };
-    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// A file system that takes no writes until this is dropped or [`FrozenMount::thaw`]n. Everything written before is
-/// on its device.
-#[derive(Debug)]
-pub struct FrozenMount {
-    folder: Option<OwnedFd>,
-}
-
-/// Freezes the file system mounted at `path`: waits for running writes, writes all back, stops new ones.
-///
-/// # Errors
-/// [`SysError::Os`]: `EBUSY` if it is frozen already.
-pub fn freeze(path: &Path) -> Result<FrozenMount, SysError> {
-    let folder = open_folder(path)?;
-    freeze_ioctl(folder.as_fd(), FIFREEZE).context("freeze", path)?;
-    Ok(FrozenMount { folder: Some(folder) })
-}
-
-impl FrozenMount {
-    /// Lets writers go on. A file system that somebody else thawed is no error.
-    ///
-    /// # Errors
-    /// [`SysError::Os`].
-    pub fn thaw(mut self) -> Result<(), SysError> {
-        match self.folder.take() {
-            Some(folder) => thaw_folder(folder.as_fd()).context("thaw", "frozen mount"),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Drop for FrozenMount {
-    fn drop(&mut self) {
-        if let Some(folder) = self.folder.take() {
-            let _ = thaw_folder(folder.as_fd());
-        }
-    }
-}
-
-fn thaw_folder(folder: BorrowedFd<'_>) -> io::Result<()> {
-    match freeze_ioctl(folder, FITHAW) {
-        // EINVAL: not frozen.
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-        other => other,
-    }
-}
-
-/// Thaws the file system at `path` whoever froze it (repair after a crash); one that is not frozen is no error.
-///
-/// # Errors
-/// [`SysError::Os`]. Opening a folder of a frozen file system does not block.
-pub fn thaw(path: &Path) -> Result<(), SysError> {
-    thaw_folder(open_folder(path)?.as_fd()).context("thaw", path)
 }

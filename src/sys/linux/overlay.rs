@@ -175,7 +175,12 @@ fn option_string(spec: &OverlaySpec) -> Result<CString, SysError> {
         data.extend(format!(",{key}={value}").into_bytes());
     }
     if let Some(context) = &spec.context {
-        // Labels with categories hold commas: quoted, as the kernel's LSM parser expects.
+        // Labels with categories hold commas: quoted, as the kernel's LSM parser expects. That parser knows no escape,
+        // so a quote would end the label, and what follows would be options.
+        if let Some(bad) = context.chars().find(|c| *c == '"' || *c == '\\' || c.is_control()) {
+            let reason = format!("the label {context:?} holds {bad:?}, which an option string cannot carry");
+            return Err(SysError::usage("mount overlay on", &spec.target, reason));
+        }
         data.extend(format!(",context=\"{context}\"").into_bytes());
     }
     if data.len() > OPTION_PAGE {
@@ -246,6 +251,17 @@ mod tests {
         assert!(s.as_bytes().ends_with(b",index=off,metacopy=off,redirect_dir=nofollow,nfs_export=off"));
         let e = option_string(&spec(2000)).unwrap_err();
         assert!(e.to_string().contains("one page holds 4095"), "{e}");
+    }
+
+    #[test]
+    fn a_label_never_becomes_another_option() {
+        for label in ["a\",upperdir=/etc,x=\"", "a\"", "a\nb", "a\0b", "a\\"] {
+            let s = OverlaySpec { context: Some(label.into()), ..spec(1) };
+            let e = option_string(&s).unwrap_err().to_string();
+            assert!(e.contains("the label"), "{e}");
+        }
+        let s = OverlaySpec { context: Some("u:r:t:s0:c1,c2".into()), ..spec(1) };
+        assert!(option_string(&s).is_ok());
     }
 
     #[test]

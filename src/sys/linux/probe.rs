@@ -10,7 +10,7 @@
 use std::io;
 
 /// All that can be attempted.
-pub const ATTEMPTS: [&str; 16] = [
+pub const ATTEMPTS: [&str; 19] = [
     "open",
     "create",
     "stat",
@@ -27,6 +27,9 @@ pub const ATTEMPTS: [&str; 16] = [
     "raise-limit",
     "io-uring",
     "setuid",
+    "hidden-room",
+    "urgent-byte",
+    "send-descriptor",
 ];
 
 /// What an attempt came to.
@@ -100,6 +103,19 @@ pub fn attempt(name: &str) -> Option<Outcome> {
             "raise-limit" => libc::syscall(libc::SYS_prlimit64, 0, libc::RLIMIT_CORE, limit.as_ptr(), 0),
             "io-uring" => libc::syscall(libc::SYS_io_uring_setup, 0, 0),
             "setuid" => libc::syscall(libc::SYS_setuid, 0),
+            // Room beyond a file's end (FALLOC_FL_KEEP_SIZE): of a file in memory, which is gone with this process.
+            "hidden-room" => {
+                let fd = libc::syscall(libc::SYS_memfd_create, c"room".as_ptr(), 0);
+                libc::syscall(libc::SYS_fallocate, if fd < 0 { 1 } else { fd }, 1, 0, 4096)
+            }
+            "urgent-byte" => {
+                let mut message: libc::msghdr = std::mem::zeroed();
+                libc::syscall(libc::SYS_recvmsg, 0, &raw mut message, libc::MSG_OOB)
+            }
+            "send-descriptor" => {
+                let message: libc::msghdr = std::mem::zeroed();
+                libc::syscall(libc::SYS_sendmsg, 0, &raw const message, 0)
+            }
             _ => return None,
         }
     };

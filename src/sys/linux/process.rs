@@ -210,6 +210,9 @@ pub fn reopen_read_only(file: BorrowedFd<'_>) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
+/// fcntl(2); not among libc's names.
+const F_SETSIG: libc::c_int = 10;
+
 /// Whether any process (this one included) has `file`'s inode open for writing. The kernel refuses a read lease while
 /// there is a writer, fcntl(2) `F_SETLEASE`; the lease is given back at once. Needs to own the file or `CAP_LEASE`.
 ///
@@ -218,6 +221,12 @@ pub fn reopen_read_only(file: BorrowedFd<'_>) -> io::Result<File> {
 pub fn has_writers(file: &File) -> io::Result<bool> {
     // A lease needs a descriptor that can't write itself.
     let probe = reopen_read_only(file.as_fd())?;
+    // Whoever opens the file for writing in between has the kernel signal the lease's holder, by default with SIGIO,
+    // which ends a process. SIGURG is ignored unless somebody asks for it.
+    // SAFETY: F_SETSIG takes a plain number; `probe` is open for the whole call.
+    if unsafe { libc::fcntl(probe.as_raw_fd(), F_SETSIG, libc::SIGURG) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
     // SAFETY: F_SETLEASE takes a plain number; `probe` is open for the whole call.
     let r = unsafe { libc::fcntl(probe.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) };
     if r < 0 {
@@ -227,4 +236,38 @@ pub fn has_writers(file: &File) -> io::Result<bool> {
     // SAFETY: as above.
     unsafe { libc::fcntl(probe.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
     Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn a_writer_that_comes_while_the_lease_is_held_ends_nobody() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let held = reopen_read_only(file.as_file().as_fd()).unwrap();
+        let done = AtomicBool::new(false);
+        let path = file.into_temp_path();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                use std::os::unix::fs::OpenOptionsExt;
+                // Non-blocking: the open fails with EWOULDBLOCK where it breaks a lease, and the holder is signalled.
+                let mut options = File::options();
+                options.write(true).custom_flags(libc::O_NONBLOCK);
+                while !done.load(Ordering::Relaxed) {
+                    drop(options.open(&path));
+                }
+            });
+            for _ in 0..5_000 {
+                has_writers(&held).unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        // With the other gone the answer is no; with one of our own it is yes.
+        assert!(!has_writers(&held).unwrap());
+        let writer = File::options().write(true).open(&path).unwrap();
+        assert!(has_writers(&held).unwrap());
+        drop(writer);
+    }
 }

@@ -7,7 +7,9 @@
 //! What a codec needs is I/O on descriptors that it has, memory, threads and clocks. Nothing that takes a path, makes
 //! a descriptor, starts a program or looks at another process is on the list. The few calls that only a taken-over
 //! worker would try end it at once, so that the daemon sees why; everything else gets `EPERM`, so that a harmless
-//! probe of the standard library is no crash. `clone3` must say `ENOSYS`: glibc then uses `clone`, whose flags a
+//! probe of the standard library is no crash. Messages are received with fixed flags and never sent by `sendmsg`: urgent
+//! bytes and descriptors in flight are known ways out of such jails, and `write` says all that a worker has to say.
+//! `fallocate` is not there: it can take room beyond a file's end, which neither its size nor a limit shows. `clone3` must say `ENOSYS`: glibc then uses `clone`, whose flags a
 //! filter can read (clone3's lie in memory). Called by [`super::jail`].
 
 use seccompiler::{
@@ -31,16 +33,12 @@ const FREE: &[libc::c_long] = &[
     libc::SYS_sendfile,
     libc::SYS_lseek,
     libc::SYS_ftruncate,
-    libc::SYS_fallocate,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_sync_file_range,
     libc::SYS_fstat,
     libc::SYS_close,
     libc::SYS_dup,
-    libc::SYS_recvmsg,
-    libc::SYS_sendmsg,
-    libc::SYS_recvfrom,
     libc::SYS_ppoll,
     libc::SYS_shutdown,
     libc::SYS_munmap,
@@ -121,6 +119,11 @@ fn allow_list() -> Result<Rules, seccompiler::BackendError> {
     let thread = (libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_SIGHAND) as u64;
     let forbidden =
         (libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET) as u64;
+    let flags = |argument, value: libc::c_int| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, Eq, value.cast_unsigned().into())
+    };
+    only(libc::SYS_recvmsg, vec![flags(2, libc::MSG_CMSG_CLOEXEC)?])?;
+    only(libc::SYS_recvfrom, vec![flags(3, 0)?])?;
     only(libc::SYS_clone, vec![condition(0, MaskedEq(thread | forbidden), thread)?])?;
     // Memory is never made executable.
     let exec = libc::PROT_EXEC as u64;
@@ -140,6 +143,22 @@ fn allow_list() -> Result<Rules, seccompiler::BackendError> {
     // Asking for limits, not setting them (the new limit, argument 2, is NULL).
     only(libc::SYS_prlimit64, vec![condition(2, Eq, 0)?])?;
     Ok(rules)
+}
+
+/// Installs a filter that refuses new sockets and connections, and nothing else: for a foreign program whose sockets are
+/// all passed to it. Landlock does not see a unix socket's path.
+///
+/// # Errors
+/// As [`install`].
+pub(super) fn no_new_sockets() -> io::Result<()> {
+    let arch: TargetArch = std::env::consts::ARCH.try_into().map_err(io::Error::other)?;
+    let calls =
+        [libc::SYS_socket, libc::SYS_socketpair, libc::SYS_connect, libc::SYS_bind, libc::SYS_io_uring_setup];
+    let rules = calls.iter().map(|n| (*n, Vec::new())).collect();
+    let refused = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, arch).map_err(io::Error::other)?;
+    let program = BpfProgram::try_from(filter).map_err(io::Error::other)?;
+    apply_filter(&program).map_err(io::Error::other)
 }
 
 /// Installs the filters on this thread and all that it will start. No way back.

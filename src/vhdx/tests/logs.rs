@@ -265,3 +265,51 @@ fn readers_replay_in_memory_and_writers_into_the_file() {
     assert!(!again.is_dirty());
     assert!(read_all(&again) == expected);
 }
+
+/// Without an end of the search, each entry of a stale run begins one more walk over the rest of it.
+#[test]
+fn a_log_of_stale_entries_is_walked_over_a_few_times_and_not_once_for_each() {
+    const BIG: usize = 32 << 20;
+    let sectors = BIG / LOG_SECTOR;
+    let mut log = vec![0; BIG];
+    // One run of small entries whose head's tail lies nowhere; behind it the newest sequence.
+    let newest = sectors - 4;
+    for n in 0..newest {
+        let bytes = entry(GUID, 100 + n as u64, (BIG - LOG_SECTOR) as u32, 8 << 20, None, &[]);
+        log[n * LOG_SECTOR..][..LOG_SECTOR].copy_from_slice(&bytes);
+    }
+    let at = newest * LOG_SECTOR;
+    let bytes = entry(GUID, 1 << 40, at as u32, 8 << 20, None, &[(4 << 20, sector(7))]);
+    log[at..at + bytes.len()].copy_from_slice(&bytes);
+    crate::io::steps::taken();
+    let overlay = active(&log, 0, GUID, 8 << 20).unwrap();
+    assert_eq!(sequences(&overlay), [7]);
+    let steps = crate::io::steps::taken();
+    assert!(steps <= 3 * sectors as u64, "{steps} steps for {sectors} sectors");
+}
+
+/// Runs that begin at different places and share an end can't be told from each other beforehand: they have a budget.
+#[test]
+fn a_log_whose_entries_lie_inside_each_other_is_refused_before_it_is_walked_over_for_ever() {
+    const BIG: usize = 16 << 20;
+    let sectors = BIG / LOG_SECTOR;
+    let mut log = vec![0; BIG];
+    // The last entry reaches around the ring's end, over the first half: each run from there finds the ring full.
+    let half = sectors / 2;
+    for n in 0..sectors - 1 {
+        let bytes = entry(GUID, 1 + n as u64, (BIG - LOG_SECTOR) as u32, 8 << 20, None, &[]);
+        log[n * LOG_SECTOR..][..LOG_SECTOR].copy_from_slice(&bytes);
+    }
+    let mut last = entry(GUID, sectors as u64, 0, 8 << 20, None, &[]);
+    let length = (half * LOG_SECTOR) as u32;
+    last[8..12].copy_from_slice(&length.to_le_bytes());
+    last[4..8].fill(0);
+    let sum =
+        log[..(half - 1) * LOG_SECTOR].chunks(LOG_SECTOR).fold(crc32c::crc32c(&last), crc32c::crc32c_append);
+    last[4..8].copy_from_slice(&sum.to_le_bytes());
+    log[BIG - LOG_SECTOR..].copy_from_slice(&last);
+    crate::io::steps::taken();
+    let outcome = active(&log, 0, GUID, 8 << 20);
+    let steps = crate::io::steps::taken();
+    assert!(steps <= 17 * sectors as u64, "{steps} steps for {sectors} sectors: {}", outcome.is_ok());
+}

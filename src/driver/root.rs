@@ -1,0 +1,89 @@
+//! The service's own folder (`--root`): the last Init, the socket and what QEMU keeps; the home too until an Init names
+//! one.
+//!
+//! It is closed to others like a home. A folder that others may enter and that holds something else is refused rather
+//! than closed: `--root /var` must not lock everybody out of `/var`.
+
+use super::{DriverError, LAST_INIT};
+use crate::store::{Marker, StoreError, guard, layout};
+use std::{
+    fs::{self, DirEntry},
+    io,
+    path::Path,
+};
+
+/// Makes the root, or sees to it that it is ours and that nobody else may enter it.
+pub(super) fn prepare(root: &Path, home: Option<&Path>) -> Result<(), DriverError> {
+    match fs::symlink_metadata(root) {
+        Ok(_) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let mut builder = fs::DirBuilder::new();
+            builder.recursive(true);
+            #[cfg(unix)]
+            std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+            builder.create(root).map_err(DriverError::io("create", root))?;
+        }
+        Err(e) => return Err(DriverError::io("look at", root)(e)),
+    }
+    #[cfg(unix)]
+    {
+        // With userns-remap the containers' root walks through it to a home below.
+        let group = match home.filter(|home| is_above(root, home)) {
+            Some(home) => Marker::read(home)?.and_then(|marker| marker.init.passing_group()),
+            None => None,
+        };
+        if !guard::is_private(root).map_err(DriverError::io("look at", root))? && !looks_ours(root)? {
+            return Err(StoreError::Usage(format!(
+                "'{}' is open to other users and holds something else than this service's state; name a folder of its \
+                 own as --root",
+                root.display()
+            ))
+            .into());
+        }
+        guard::close_folder(root, group)?;
+    }
+    #[cfg(windows)]
+    let _ = (home, Marker::read, StoreError::NotFound);
+    Ok(())
+}
+
+/// Whether the folder shows that this service used it before, or holds nothing foreign.
+#[cfg(unix)]
+fn looks_ours(root: &Path) -> Result<bool, DriverError> {
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(root).map_err(DriverError::io("list", root))? {
+        entries.push(entry.map_err(DriverError::io("list", root))?);
+    }
+    let marked = entries.iter().any(|entry| {
+        [LAST_INIT, layout::MARKER, layout::OWNER_LOCK].iter().any(|name| entry.file_name() == *name)
+    });
+    Ok(marked || entries.iter().all(is_ours))
+}
+
+/// Whether an entry of the root is the service's: its state, its sockets, its logs.
+pub(super) fn is_ours(entry: &DirEntry) -> bool {
+    let name = entry.file_name();
+    let name = name.to_string_lossy();
+    let Ok(kind) = entry.file_type() else { return false };
+    #[cfg(unix)]
+    if std::os::unix::fs::FileTypeExt::is_socket(&kind) {
+        return true;
+    }
+    if kind.is_dir() {
+        return name == layout::LOST_AND_FOUND || name == QEMU_FOLDER;
+    }
+    let suffix = Path::new(&*name).extension().and_then(|e| e.to_str());
+    kind.is_file() && (name.starts_with(LAST_INIT) || name == "log" || matches!(suffix, Some("log" | "pid")))
+}
+
+/// Where QEMU's saved machines lie.
+const QEMU_FOLDER: &str = ".svm";
+
+/// Whether `folder` lies below `root`, links resolved.
+#[cfg(unix)]
+pub(super) fn is_above(root: &Path, folder: &Path) -> bool {
+    match (root.canonicalize(), folder.canonicalize()) {
+        (Ok(root), Ok(folder)) => folder != root && folder.starts_with(root),
+        _ => false,
+    }
+}

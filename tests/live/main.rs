@@ -1,0 +1,51 @@
+//! Containers that are written to while their layers are read: what stands still, for how long, and what is thawed.
+//!
+//! ```text
+//!   busy.rs     Diffs, Changes and sizes while files are written
+//!   thaw.rs     thaws that fail, that a killed process owed, that a stop overtakes
+//!   ground.rs   the disk below the home: without and with reflinks
+//!   faults.rs   FIFREEZE, FITHAW and FICLONE watched and made to fail, in the program's own calls
+//! ```
+//!
+//! Needs root: sandboxes are mounted and frozen. Nothing is left frozen, mounted or bound after a failure.
+#![cfg(target_os = "linux")]
+
+mod busy;
+mod faults;
+mod ground;
+#[path = "../support/mod.rs"]
+mod support;
+mod thaw;
+
+use serde_json::json;
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+use support::{Plugin, Tar};
+
+/// Longest wait for anything here.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// Waits until something is so.
+fn soon(what: &str, plugin: &Plugin, mut so: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !so() {
+        assert!(begin.elapsed() < PATIENCE, "never: {what}\n{}", plugin.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A plugin with a layer `base` and a mounted sandbox `c` on it; where that is shown.
+fn shown(plugin: &Plugin) -> PathBuf {
+    plugin.init();
+    plugin.layer("base", "", &Tar::new().dir("etc/").file("etc/motd", b"hello\n").end());
+    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c", "Parent": "base"}));
+    plugin.get("c")
+}
+
+/// Where the disk of the one mounted sandbox is.
+fn sandbox_mount(plugin: &Plugin) -> PathBuf {
+    let has_upper = |point: &String| point.contains("/mnt/") && Path::new(point).join("upper").exists();
+    plugin.mounts().into_iter().find(has_upper).expect("no sandbox is mounted").into()
+}
