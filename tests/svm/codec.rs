@@ -83,7 +83,7 @@ impl Codec for TestCodec {
         })
     }
 
-    fn check(&self, image: OpDisk, _: bool, _: u32) -> Result<CheckSummary, WireError> {
+    fn check(&self, image: OpDisk, _: bool, _: u32, _: &IdMaps) -> Result<CheckSummary, WireError> {
         if image.write_at(b"x", 0).is_ok() {
             return Err(WireError::new(ErrorKind::Internal, "a read-only disk took a write"));
         }
