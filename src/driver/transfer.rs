@@ -16,6 +16,7 @@ use super::{
     cut::{CutDiffs, Sent},
     door::{self, Entry, Which},
     error::APPLY,
+    growth::Files,
     home::Home,
     image::Asked,
     live::{Sandbox, Stillness},
@@ -53,7 +54,7 @@ use std::{
 const CANONICAL_VERSION: u32 = 1;
 
 /// A layer and the one that it is compared with, of one moment.
-struct Pair {
+pub(super) struct Pair {
     target: Snapshot,
     other: Option<Snapshot>,
     /// The other is the layer's own parent, or both are nothing.
@@ -69,7 +70,7 @@ fn moved(id: &LayerId) -> DriverError {
 }
 
 /// Two stacks to be compared, as disks.
-struct Comparison {
+pub(super) struct Comparison {
     target: Vec<LayerDisk>,
     parent: ParentDisks,
     live: Option<Arc<Stillness>>,
@@ -140,6 +141,9 @@ impl Driver {
             return Some(shut(&id, &closed));
         }
         let member = self.home().await.ok()?.store.get(&id).ok()?;
+        if member.meta.state == LayerState::Sandbox {
+            return None;
+        }
         takes_tar(&member.layer, &member.meta).err()
     }
 
@@ -186,11 +190,15 @@ impl Driver {
         let member = home.store.get(id).map_err(|error| Stopped::Early(None, error.into()))?;
         let (layer, meta) = (member.layer, member.meta);
         entry.found(home.which(&layer));
-        takes_tar(&layer, &meta).map_err(Stopped::ByState)?;
+        // A sandbox that was never written may take one: its image tells.
+        if meta.state != LayerState::Sandbox {
+            takes_tar(&layer, &meta).map_err(Stopped::ByState)?;
+        }
         let early = |error| Stopped::Early(Some((home.clone(), layer.clone())), error);
         stands_on(&layer, parent).map_err(early)?;
         let reserved = home.clone();
         on_disk_thread(move |thread| reserved.check_reserve(thread)).await.map_err(early)?;
+        home.take_back(&layer).await.map_err(early)?;
         home.mark_applying(&layer).await.map_err(early)?;
         let outcome = tokio::select! {
             biased;
@@ -270,7 +278,7 @@ impl Driver {
         Ok(changes.into_iter().map(ChangedPath::from).collect())
     }
 
-    /// `GraphDriver.DiffSize`: the sum of regular-file bytes of a diff.
+    /// `GraphDriver.DiffSize`: the bytes of a diff's regular files and symlinks.
     pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
         let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
@@ -286,7 +294,7 @@ impl Driver {
 }
 
 impl Comparison {
-    fn job(self) -> CompareJob {
+    pub(super) fn job(self) -> CompareJob {
         CompareJob { target: self.target, parent: self.parent, live: control(self.live) }
     }
 }
@@ -294,7 +302,7 @@ impl Comparison {
 impl Home {
     /// A layer and the one it is compared with, as they are together at one moment; a layer that was only created gets
     /// its sandbox first, so that there is something to compare.
-    async fn pair(self: &Arc<Self>, id: &str, parent: &str) -> Result<Pair, DriverError> {
+    pub(super) async fn pair(self: &Arc<Self>, id: &str, parent: &str) -> Result<Pair, DriverError> {
         /// Looks at a layer that others create, fill and remove all the time.
         const LOOKS: usize = 16;
         let id: LayerId = id.parse()?;
@@ -313,7 +321,7 @@ impl Home {
         Err(moved(&id))
     }
 
-    async fn comparison(self: &Arc<Self>, pair: Pair) -> Result<Comparison, DriverError> {
+    pub(super) async fn comparison(self: &Arc<Self>, pair: Pair) -> Result<Comparison, DriverError> {
         let home = self.clone();
         let stacks = blocking(move || {
             let mut sandboxes = Vec::new();
@@ -501,20 +509,13 @@ impl Home {
     {
         let id = &layer.id;
         let (home, member, staged) = (self.clone(), layer.clone(), folder.to_owned());
-        let (image, record, scratch, lowers) = blocking(move || {
-            let image = staged.join(layout::LAYER_FILE);
-            let record = staged.join(layout::RECORD_FILE);
-            let make = |path: &std::path::Path| {
-                durable::create_private(path).map(Arc::new).map_err(DriverError::io("create", path))
-            };
-            let (image, record) = (
-                DiskSource::read_write(make(&image)?, &image),
-                DiskSource::read_write(make(&record)?, &record),
-            );
+        let (files, scratch, lowers) = blocking(move || {
+            let files = Files::new(home.clone(), &staged)?;
             // The leaves of a large hash tree; it goes with the staging folder.
             let scratch = if home.options.verity {
                 let path = staged.join("verity.tmp");
-                Some(DiskSource::read_write(make(&path)?, &path))
+                let file = durable::create_private(&path).map_err(DriverError::io("create", &path))?;
+                Some(DiskSource::read_write(Arc::new(file), &path))
             } else {
                 None
             };
@@ -522,14 +523,16 @@ impl Home {
                 Some(parent) => home.chain_disks(&home.store.snapshot(parent)?, &mut Vec::new())?,
                 None => Vec::new(),
             };
-            Ok((image, record, scratch, lowers))
+            Ok((files, scratch, lowers))
         })
         .await?;
+        let (image, record) = files.first();
         let job = ApplyJob {
-            image: image.clone(),
-            record: record.clone(),
+            image,
+            record,
             scratch,
             lowers,
+            larger: Some(Arc::new(files.clone())),
             options: ApplyOptions {
                 profile: Asked::of(&self.options).profile,
                 block_size: self.options.block_size,
@@ -550,10 +553,11 @@ impl Home {
         let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, APPLY))?;
         drop((lease, applying));
         let syncing = phases.begin(Transfer::Apply, Phase::Sync);
-        let (image_path, record_path) = (image.path.clone(), record.path.clone());
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
         let (made, asked) = (summary.clone(), Asked::of(&self.options));
         blocking(move || {
+            let (image, record) = files.last()?;
+            let image_path = image.path.clone();
             asked.seal(&image, &made)?;
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
                 room::settle(&disk)?;
@@ -567,7 +571,7 @@ impl Home {
             Ok(durable::sync_dir(image_path.parent().unwrap_or(&image_path))?)
         })
         .await?;
-        drop((record_path, syncing));
+        drop(syncing);
         let _checking = phases.begin(Transfer::Apply, Phase::Check);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
         let path = folder.join(layout::LAYER_FILE);
