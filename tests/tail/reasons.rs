@@ -79,11 +79,12 @@ fn every_refusal_is_read_whatever_is_still_to_come() {
     plugin.layer("applied", "", &whole);
     plugin.layer("base", "", &whole);
     plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "sandbox", "Parent": "base"}));
+    plugin.get("sandbox");
     let cases: &[(&Plugin, &str, u16, &str)] = &[
         (&plugin, "POST /GraphDriver.ApplyDiff?id=nobody&parent=", 500, "does not exist"),
         (&plugin, "POST /GraphDriver.ApplyDiff?id=..&parent=", 400, "is not a layer id"),
         (&plugin, "POST /GraphDriver.ApplyDiff?id=applied&parent=", 400, "never changes"),
-        (&plugin, "POST /GraphDriver.ApplyDiff?id=sandbox&parent=", 400, "a tar cannot be applied"),
+        (&plugin, "POST /GraphDriver.ApplyDiff?id=sandbox&parent=", 400, "is in use"),
         (&plugin, "POST /GraphDriver.ApplyDiff?id=a&id=b", 400, "the query is wrong"),
         (&plugin, "POST /GraphDriver.NoSuch", 404, "there is no method"),
         (&plugin, "PUT /GraphDriver.ApplyDiff?id=x&parent=", 405, "send a POST"),
@@ -101,7 +102,8 @@ fn every_refusal_is_read_whatever_is_still_to_come() {
             assert!(err(&reply).contains(words), "{line}: {}", reply.text());
         }
     }
-    // Created while there was room.
+    plugin.put("sandbox");
+    // Nothing is created where there is no room.
     let reply = full.call("GraphDriver.Create", &json!({"ID": "x"}));
     assert!(err(&reply).contains("lcow.minfree"), "{}", reply.text());
 }
