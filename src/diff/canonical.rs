@@ -65,7 +65,7 @@ const SPARSE_MIN_HOLES: [u64; 2] = [64 << 10, 16 << 20];
 /// And with at least one part in so many of its size.
 const SPARSE_MIN_PART: u64 = 4;
 /// And, in version 1, with at most so many ranges of data.
-const SPARSE_MAX_RANGES: usize = 500_000;
+pub(super) const SPARSE_MAX_RANGES: usize = 500_000;
 /// The largest map, in version 2: Go reads 1 MiB.
 const SPARSE_MAX_MAP: u64 = (1 << 20) - 512;
 

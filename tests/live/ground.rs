@@ -41,7 +41,7 @@ impl Ground {
         let device =
             loopdev::attach(file.as_fd(), &LoopSpec { autoclear: true, ..LoopSpec::default() }).unwrap();
         fs::create_dir(plugin.home()).unwrap();
-        mount(&device.path, &plugin.home(), "xfs", MountFlags::empty(), None).unwrap();
+        mount(&device.path, plugin.home(), "xfs", MountFlags::empty(), None).unwrap();
     }
 }
 

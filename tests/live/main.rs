@@ -19,6 +19,7 @@ mod thaw;
 
 use serde_json::json;
 use std::{
+    fs,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -48,4 +49,11 @@ fn shown(plugin: &Plugin) -> PathBuf {
 fn sandbox_mount(plugin: &Plugin) -> PathBuf {
     let has_upper = |point: &String| point.contains("/mnt/") && Path::new(point).join("upper").exists();
     plugin.mounts().into_iter().find(has_upper).expect("no sandbox is mounted").into()
+}
+
+/// Whether a loop device is bound to a file.
+fn is_bound(file: &Path) -> bool {
+    let devices = fs::read_dir("/sys/block").unwrap().flatten();
+    let files = devices.filter_map(|device| fs::read_to_string(device.path().join("loop/backing_file")).ok());
+    files.into_iter().any(|bound| Path::new(bound.trim_end()) == file)
 }

@@ -2,7 +2,7 @@
 
 use super::{
     faults::{Faults, writing},
-    sandbox_mount, shown, soon,
+    is_bound, sandbox_mount, shown, soon,
     support::Plugin,
 };
 use serde_json::json;
@@ -12,13 +12,6 @@ use std::{fs, path::Path, process::Command, time::Duration};
 const EIO: i32 = 5;
 /// Failures of a thaw that show that it is tried again.
 const SOME: usize = 5;
-
-/// Whether a loop device is bound to a file.
-fn is_bound(file: &Path) -> bool {
-    let devices = fs::read_dir("/sys/block").unwrap().flatten();
-    let files = devices.filter_map(|device| fs::read_to_string(device.path().join("loop/backing_file")).ok());
-    files.into_iter().any(|bound| Path::new(bound.trim_end()) == file)
-}
 
 #[test]
 fn a_thaw_that_fails_is_tried_again_until_it_works() {
