@@ -139,7 +139,7 @@ fn an_opaque_root_ends_the_stack_in_every_diff() {
         layer(&[("d/old", b"1"), ("f", b"1"), ("gone", b"1")]),
     ];
     let paths = |parent| {
-        let all = changes(&stack[1..], parent, &ExportOptions::default()).unwrap();
+        let all = changes(&stack[1..], parent, &ExportOptions::default(), &mut NoHooks).unwrap();
         all.iter().map(|c| format!("{:?} {}", c.kind, String::from_utf8_lossy(&c.path))).collect::<Vec<_>>()
     };
     assert_eq!(
@@ -159,5 +159,5 @@ fn an_opaque_root_ends_the_stack_in_every_diff() {
         export_of(&stack, Some(ParentSpec::Ancestor(2))),
         ["d/", "d/new", "d/.wh.old", ".wh.gone", "top"]
     );
-    assert_eq!(diff_size(&stack, None, &ExportOptions::default()).unwrap(), 4);
+    assert_eq!(diff_size(&stack, None, &ExportOptions::default(), &mut NoHooks).unwrap(), 4);
 }
