@@ -215,6 +215,14 @@ pub const SPECS: &[OptionSpec] = &[
         show: |o| o.overlay_api.to_string(),
     },
     OptionSpec {
+        name: "lcow.xino",
+        default: "on",
+        accepts: "on or off",
+        help: "One device and unique inode numbers in merged views. Numbers of files in lower layers are larger than 32 bits then: off is for 32-bit programs without large-file support.",
+        set: |o, v| parse_switch(v).map(|v| o.xino = v),
+        show: |o| (if o.xino { "on" } else { "off" }).into(),
+    },
+    OptionSpec {
         name: "lcow.profile",
         default: "default",
         accepts: "default or hcsshim",
@@ -233,7 +241,7 @@ pub const SPECS: &[OptionSpec] = &[
         name: "lcow.blocksize",
         default: "1KiB",
         accepts: "1KiB, 2KiB or 4KiB",
-        help: "Blocks of applied layers. Small ones waste least; disks with sectors of 4096 bytes need 4KiB, and so does a symbolic link whose target is as long as a block. Profile hcsshim always has 4KiB.",
+        help: "Blocks of applied layers. Small ones waste least; disks with sectors of 4096 bytes need 4KiB. A layer with an entry that needs larger ones (a symbolic link whose target is as long as a block, names of extended attributes that fill one) has 4KiB by itself. Profile hcsshim always has 4KiB.",
         set: |o, v| {
             parse_size(v, Unit::Bytes)
                 .and_then(|b| u32::try_from(b).ok())
@@ -418,6 +426,8 @@ pub struct Options {
     pub mount: MountKind,
     /// `lcow.overlayapi`
     pub overlay_api: OverlayApi,
+    /// `lcow.xino`
+    pub xino: bool,
     /// `lcow.profile`
     pub profile: LayoutProfile,
     /// `lcow.blocksize`, bytes
@@ -454,6 +464,7 @@ impl Default for Options {
             guest_mount: false,
             mount: MountKind::None,
             overlay_api: OverlayApi::Auto,
+            xino: false,
             profile: LayoutProfile::Default,
             block_size: 0,
             idle_timeout: Duration::ZERO,
@@ -630,6 +641,15 @@ fn parse_bool(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "TRUE" | "true" | "True" => Some(true),
         "0" | "f" | "F" | "FALSE" | "false" | "False" => Some(false),
+        _ => None,
+    }
+}
+
+/// Parses `on` and `off`, the words of the kernel's own switch.
+pub fn parse_switch(text: &str) -> Option<bool> {
+    match text {
+        "on" => Some(true),
+        "off" => Some(false),
         _ => None,
     }
 }

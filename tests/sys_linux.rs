@@ -255,6 +255,7 @@ fn overlay_of(lowers: usize, method: OverlayMethod) {
         upper: Some(("u/upper".into(), "u/work".into())),
         context: None,
         target: target.clone(),
+        xino: true,
         read_only: false,
     };
     assert_eq!(overlay::mount_overlay(&spec, method).unwrap(), method);
@@ -287,13 +288,13 @@ fn overlay_of_3_lowers_by_one_page() {
 }
 
 #[test]
-fn overlay_of_127_lowers_by_the_new_api() {
-    overlay_of(127, OverlayMethod::NewApi);
+fn overlay_of_129_lowers_by_the_new_api() {
+    overlay_of(129, OverlayMethod::NewApi);
 }
 
 #[test]
-fn overlay_of_127_lowers_by_one_page() {
-    overlay_of(127, OverlayMethod::OnePage);
+fn overlay_of_129_lowers_by_one_page() {
+    overlay_of(129, OverlayMethod::OnePage);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use lcow_graphdriver::{
     },
     svm::{
         Access, ApplyJob, BackendLimits, Channel, CheckJob, CompareJob, Death, DiskSource, ExportJob,
-        ExportKind, LayerDisk, LayerKind, ParentDisks, ServiceVm, SvmError, VmBackend, VmSpec,
+        ExportKind, LayerDisk, LayerKind, ParentDisks, SecondPair, ServiceVm, SvmError, VmBackend, VmSpec,
         pool::{Pool, PoolConfig, Purpose},
         remote::RemoteAgent,
     },
@@ -76,6 +76,15 @@ impl VmBackend for Liars {
 
     fn reap(&self) -> BoxFuture<'_, Result<usize, SvmError>> {
         Box::pin(async { Ok(0) })
+    }
+}
+
+/// What makes a second pair of disks.
+struct Pair;
+
+impl SecondPair for Pair {
+    fn make(&self) -> BoxFuture<'_, io::Result<(DiskSource, DiskSource)>> {
+        Box::pin(async { Ok((disk(Access::ReadWrite), disk(Access::ReadWrite))) })
     }
 }
 
@@ -161,6 +170,7 @@ async fn daemon_side(operation: u8, said: &[u8]) {
                 record: disk(Access::ReadWrite),
                 scratch: None,
                 lowers: vec![],
+                larger: Some(Arc::new(Pair)),
                 options: wire::ApplyOptions::default(),
             };
             let body = futures_util::stream::iter([Ok::<_, io::Error>(vec![0; 1024].into())]);

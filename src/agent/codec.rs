@@ -11,7 +11,10 @@ pub use crate::diff::{Copies, apply::ToldDigest};
 
 use super::{
     disk::OpDisk,
-    wire::{ApplyOptions, ApplySummary, Change, CheckSummary, ExportSummary, IdMaps, LayerKind, WireError},
+    wire::{
+        ApplyOptions, ApplySummary, BlankRoot, Change, CheckSummary, ExportSummary, IdMaps, LayerKind,
+        WireError,
+    },
 };
 use crate::io::StreamOut;
 use std::io::Read;
@@ -44,6 +47,25 @@ pub trait Lowers {
     /// # Errors
     /// The daemon could not lend it, or gave up.
     fn next(&mut self) -> Result<Layer, WireError>;
+}
+
+/// The daemon's part in an apply that goes on in larger blocks.
+pub trait Growing {
+    /// A second pair of disks, for image and record; asked at most once.
+    ///
+    /// # Errors
+    /// The daemon could not lend it, or gave up.
+    fn disks(&mut self) -> Result<(OpDisk, OpDisk), WireError>;
+    /// The first pair is being read and no tar is: called often, with the number of bytes read so far.
+    ///
+    /// # Errors
+    /// The daemon gave up.
+    fn replaying(&mut self, bytes: u64) -> Result<(), WireError>;
+    /// The first pair is of no more use.
+    ///
+    /// # Errors
+    /// The daemon gave up.
+    fn replayed(&mut self) -> Result<(), WireError>;
 }
 
 /// What a layer is compared with.
@@ -85,7 +107,8 @@ pub type ChangeSink<'a> = &'a mut dyn FnMut(&Change) -> Result<(), WireError>;
     reason = "all fail alike: what the bytes, the disks or the caller did wrong; each argument is a stream or a disk"
 )]
 pub trait Codec: Send + Sync + 'static {
-    /// tar → image and record. Must read `input` to its end.
+    /// tar → image and record. Must read `input` to its end. The result is on the disks that `growing` gave, if it was
+    /// asked for some.
     fn apply(
         &self,
         input: TarInput<'_>,
@@ -93,6 +116,7 @@ pub trait Codec: Send + Sync + 'static {
         record: OpDisk,
         scratch: Option<OpDisk>,
         lowers: &mut dyn Lowers,
+        growing: &mut dyn Growing,
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError>;
 
@@ -128,6 +152,14 @@ pub trait Codec: Send + Sync + 'static {
         live: Option<&mut dyn Live>,
         sink: ChangeSink<'_>,
     ) -> Result<(), WireError>;
+
+    /// Whether anything was ever written into the nearest layer, a sandbox.
+    fn written(
+        &self,
+        target: Vec<Layer>,
+        blank: BlankRoot,
+        live: Option<&mut dyn Live>,
+    ) -> Result<bool, WireError>;
 
     /// Regular-file bytes of the difference.
     fn diff_size(

@@ -8,20 +8,23 @@
 //! Bytes of the stream are read straight into the codec's buffer. Called by `serve`, on a thread of its own.
 
 use super::{
-    codec::{Codec, Copies, Layer, Live, Lowers, Parent, TarInput, ToldDigest},
+    codec::{Codec, Copies, Growing, Layer, Live, Lowers, Parent, TarInput, ToldDigest},
     disk::{Cancel, Disk, OpDisk},
     wire::{
         self, Change, CopyJob, DATA_PAYLOAD, DiskId, ErrorKind, Event, FrameError, FrameType, HEADER_LEN,
-        LayerKind, LayerRef, Operation, ParentRef, WireError, read_frame, write_frame, write_json,
+        LargerDisks, LayerKind, LayerRef, Operation, ParentRef, WireError, read_frame, write_frame,
+        write_json,
     },
 };
 use crate::io::{ReadAt, StreamOut};
 use std::{
+    cell::RefCell,
+    collections::VecDeque,
     fs::File,
     io::{self, IoSlice, Read, Write},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// A data channel as the agent sees it: both directions at once, and a look at whether the daemon is still there.
@@ -131,18 +134,22 @@ impl Run<'_> {
         match operation {
             Operation::Ping => json(&()),
             Operation::Apply { image, record, scratch, lowers, options } => {
-                let mut input = FrameInput::new(self.channel);
+                let frames = RefCell::new(TarFrames::new(self.channel));
                 let (image, record) = (self.writable(image)?, self.writable(record)?);
-                let written = [image.clone(), record.clone()];
+                let first = [image.clone(), record.clone()];
                 let scratch = scratch.map(|disk| self.writable(disk)).transpose()?;
-                let tar = TarInput { told: input.told.clone(), bytes: &mut input };
+                let told = frames.borrow().told.clone();
+                let tar = TarInput { told, bytes: &mut FrameInput(&frames) };
                 let mut lowers = Lent { run: self, kinds: &lowers, asked: 0 };
-                let summary = self.codec.apply(tar, image, record, scratch, &mut lowers, &options);
-                if input.broken {
+                let mut grown = Grown { run: self, frames: &frames, disks: None, told: Instant::now() };
+                let summary =
+                    self.codec.apply(tar, image, record, scratch, &mut lowers, &mut grown, &options);
+                let written = grown.disks.take().unwrap_or(first);
+                if frames.borrow().broken {
                     return Err(WireError::new(ErrorKind::Cancelled, "the tar's stream was cut"));
                 }
                 let summary = summary?;
-                if !input.ended() {
+                if !frames.borrow_mut().ended() {
                     return Err(WireError::new(
                         ErrorKind::Internal,
                         "the codec left a part of the tar unread",
@@ -197,6 +204,13 @@ impl Run<'_> {
                 self.codec.changes(target, parent, live, &mut sink)?;
                 out.finish()?;
                 json(&())
+            }
+            Operation::Written { target, blank, live } => {
+                let mut handshake = Handshake::new(self.channel);
+                let target = self.layers(&target)?;
+                handshake.watch(&target, &Parent::Own)?;
+                let live = live.then_some(&mut handshake as &mut dyn Live);
+                json(&self.codec.written(target, blank, live)?)
             }
             Operation::DiffSize { target, parent, live } => {
                 let mut handshake = Handshake::new(self.channel);
@@ -259,20 +273,81 @@ fn sending(e: &io::Error) -> WireError {
 /// Most bytes of a digest's text.
 const MAX_DIGEST_TEXT: usize = 128;
 
+/// Most bytes of tar that are kept while a Resume is on its way. The daemon sends nothing once it has seen the question,
+/// so that this is what channels hold by themselves.
+const MAX_KEPT: usize = 64 << 20;
+/// From here on the daemon is given time.
+const KEPT_AT_ONCE: usize = 4 << 20;
+/// That time, for each frame.
+const PATIENCE: Duration = Duration::from_millis(20);
+
 /// The stream that comes in: Data frames up to End.
-struct FrameInput<'a> {
+struct TarFrames<'a> {
     channel: &'a dyn AgentChannel,
     /// Filled from End where the daemon digests.
     told: Option<ToldDigest>,
     left: usize,
     end: bool,
     broken: bool,
+    /// Data that came before a Resume.
+    kept: VecDeque<u8>,
 }
 
-impl<'a> FrameInput<'a> {
+/// [`TarFrames`] as the codec reads them.
+struct FrameInput<'f, 'a>(&'f RefCell<TarFrames<'a>>);
+
+impl Read for FrameInput<'_, '_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.borrow_mut().read(buf)
+    }
+}
+
+impl<'a> TarFrames<'a> {
     fn new(channel: &'a dyn AgentChannel) -> Self {
         let told = channel.daemon_digests().then(ToldDigest::default);
-        Self { channel, told, left: 0, end: false, broken: false }
+        Self { channel, told, left: 0, end: false, broken: false, kept: VecDeque::new() }
+    }
+
+    /// Asks the daemon something in mid-stream: what its Resume says. Data that come before it are kept.
+    fn ask(&mut self, event: Event) -> Result<Vec<u8>, WireError> {
+        write_json(&mut Conn(self.channel), FrameType::Event, &event).map_err(|e| sending(&e))?;
+        // What a channel holds is taken only when the daemon had time to see the question.
+        std::thread::sleep(PATIENCE);
+        let answer = self.until_resume();
+        self.broken |= answer.is_err();
+        answer.map_err(|e| WireError::new(ErrorKind::Cancelled, format!("waiting for Resume: {e}")))
+    }
+
+    fn until_resume(&mut self) -> io::Result<Vec<u8>> {
+        let mut payload = Vec::new();
+        loop {
+            if self.left > 0 {
+                self.keep_frame()?;
+            }
+            match read_frame(&mut Conn(self.channel), &mut payload).map_err(io::Error::other)? {
+                FrameType::Resume => return Ok(payload),
+                FrameType::Data if !self.end => self.kept.extend(&payload),
+                FrameType::End if !self.end && payload.len() <= MAX_DIGEST_TEXT => {
+                    self.take_digest(&payload)?;
+                    self.end = true;
+                }
+                other => return Err(io::Error::other(format!("{other:?} frame where a Resume was due"))),
+            }
+            if self.kept.len() > MAX_KEPT {
+                return Err(io::Error::other("the tar goes on where a Resume was due"));
+            }
+            if self.kept.len() > KEPT_AT_ONCE {
+                std::thread::sleep(PATIENCE);
+            }
+        }
+    }
+
+    /// Keeps what is left of the frame under way.
+    fn keep_frame(&mut self) -> io::Result<()> {
+        let mut rest = vec![0; std::mem::take(&mut self.left)];
+        Conn(self.channel).read_exact(&mut rest)?;
+        self.kept.extend(&rest);
+        Ok(())
     }
 
     /// Whether the stream is read to its explicit end (looks at the next frame if there is one).
@@ -313,10 +388,17 @@ impl<'a> FrameInput<'a> {
     }
 }
 
-impl Read for FrameInput<'_> {
+impl Read for TarFrames<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if buf.is_empty() {
             return Ok(0);
+        }
+        if !self.kept.is_empty() {
+            let n = self.kept.read(buf)?;
+            if self.kept.is_empty() {
+                self.kept = VecDeque::new();
+            }
+            return Ok(n);
         }
         let got = (|| {
             while self.left == 0 && !self.end {
@@ -442,6 +524,50 @@ impl Lowers for Lent<'_> {
         let disk: DiskId = serde_json::from_slice(&answer)
             .map_err(|e| WireError::new(ErrorKind::Usage, format!("malformed Resume: {e}")))?;
         Ok(Layer { disk: self.run.disk(disk)?, kind, guest_mount: false })
+    }
+}
+
+/// The second pair of disks of an apply.
+struct Grown<'r, 'f, 'a> {
+    run: &'r Run<'a>,
+    frames: &'f RefCell<TarFrames<'a>>,
+    disks: Option<[OpDisk; 2]>,
+    /// When the daemon was last told that the first pair is being read.
+    told: Instant,
+}
+
+/// How often the daemon hears of a replay: far below any time-out, whose units are seconds.
+const TELL_EVERY: Duration = Duration::from_millis(250);
+
+impl Grown<'_, '_, '_> {
+    fn tell(&self, event: Event) -> Result<(), WireError> {
+        write_json(&mut Conn(self.run.channel), FrameType::Event, &event).map_err(|e| sending(&e))
+    }
+}
+
+impl Growing for Grown<'_, '_, '_> {
+    fn disks(&mut self) -> Result<(OpDisk, OpDisk), WireError> {
+        if self.disks.is_some() {
+            return Err(WireError::new(ErrorKind::Internal, "more than one second pair of disks"));
+        }
+        let answer = self.frames.borrow_mut().ask(Event::LargerBlocks)?;
+        let lent: LargerDisks = serde_json::from_slice(&answer)
+            .map_err(|e| WireError::new(ErrorKind::Usage, format!("malformed Resume: {e}")))?;
+        let (image, record) = (self.run.writable(lent.image)?, self.run.writable(lent.record)?);
+        self.disks = Some([image.clone(), record.clone()]);
+        Ok((image, record))
+    }
+
+    fn replaying(&mut self, bytes: u64) -> Result<(), WireError> {
+        if self.told.elapsed() < TELL_EVERY {
+            return Ok(());
+        }
+        self.told = Instant::now();
+        self.tell(Event::Replaying { bytes })
+    }
+
+    fn replayed(&mut self) -> Result<(), WireError> {
+        self.tell(Event::Replayed)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
 
 use super::{
-    codec::{ChangeSink, Codec, Copies, Layer, Live, Lowers, Parent, TarInput},
+    codec::{ChangeSink, Codec, Copies, Growing, Layer, Live, Lowers, Parent, TarInput},
     disk::OpDisk,
     wire::{self, ErrorKind, WireError},
 };
@@ -109,7 +109,10 @@ fn io_kind(kind: io::ErrorKind) -> ErrorKind {
 fn ext4_kind(error: &Ext4Error) -> ErrorKind {
     match error {
         Ext4Error::Corrupt { .. } => ErrorKind::Corrupt,
-        Ext4Error::Unsupported { .. } | Ext4Error::LinkTarget { .. } => ErrorKind::Unsupported,
+        Ext4Error::Unsupported { .. }
+        | Ext4Error::LinkTarget { .. }
+        | Ext4Error::AttributeNames { .. }
+        | Ext4Error::FileSize { .. } => ErrorKind::Unsupported,
         Ext4Error::Io { source, .. } => io_kind(source.kind()),
         Ext4Error::Usage { .. } => ErrorKind::Usage,
         Ext4Error::Full { .. } => ErrorKind::Limit,
@@ -136,7 +139,7 @@ fn diff_kind(error: &DiffError) -> ErrorKind {
         DiffError::Verity(e) => verity_kind(e),
         DiffError::Tar(_) | DiffError::Entry { .. } | DiffError::Corrupt { .. } => ErrorKind::Corrupt,
         DiffError::Ext4(e) | DiffError::Image { source: e, .. } => ext4_kind(e),
-        DiffError::Vhd(_) | DiffError::Limit { .. } => ErrorKind::Limit,
+        DiffError::Vhd(_) | DiffError::Limit { .. } | DiffError::Beyond { .. } => ErrorKind::Limit,
         DiffError::Unsupported { .. } | DiffError::Foreign { .. } => ErrorKind::Unsupported,
         DiffError::ChangedWhileReading { .. } => ErrorKind::Changed,
         DiffError::Usage(_) => ErrorKind::Usage,
@@ -212,6 +215,34 @@ impl LiveHooks for Hooks<'_> {
     }
 }
 
+/// The daemon's second pair of disks as `diff` wants it.
+struct Grown<'a> {
+    growing: &'a mut dyn Growing,
+    refused: &'a mut Option<WireError>,
+}
+
+impl apply::Growth<OpDisk, OpDisk> for Grown<'_> {
+    fn disks(&mut self) -> Result<Option<(OpDisk, OpDisk)>, DiffError> {
+        self.growing.disks().map(Some).map_err(|e| keep(self.refused, e))
+    }
+
+    fn replaying(&mut self, bytes: u64) -> Result<(), DiffError> {
+        self.growing.replaying(bytes).map_err(|e| keep(self.refused, e))
+    }
+
+    fn replayed(&mut self, image: OpDisk, record: OpDisk) -> Result<(), DiffError> {
+        // The host's room is needed; a device keeps its length, and the daemon takes it away.
+        for disk in [&image, &record] {
+            if let Err(source) = disk.set_len(0)
+                && source.kind() != io::ErrorKind::Unsupported
+            {
+                return Err(DiffError::Io { what: "emptying the first disks", source });
+            }
+        }
+        self.growing.replayed().map_err(|e| keep(self.refused, e))
+    }
+}
+
 /// Runs something with the daemon's hooks, if there are any.
 fn hooked<T>(
     live: Option<&mut dyn Live>,
@@ -269,6 +300,7 @@ impl Codec for RealCodec {
         record: OpDisk,
         scratch: Option<OpDisk>,
         lowers: &mut dyn Lowers,
+        growing: &mut dyn Growing,
         options: &wire::ApplyOptions,
     ) -> Result<wire::ApplySummary, WireError> {
         let block_size = BlockSize::from_bytes(options.block_size).ok_or_else(|| {
@@ -300,13 +332,14 @@ impl Codec for RealCodec {
             let scratch = scratch.map(|disk| Arc::new(disk) as Arc<dyn WriteAt>);
             settings.verity = apply::Verity::Tree { scratch };
         }
-        let mut refused = None;
+        let (mut refused, mut no_disks) = (None, None);
         let mut chain = LayerChain::new(lowers.count(), || match lowers.next() {
             Ok(layer) => Ok(self.source(&layer, false)),
             Err(e) => Err(keep(&mut refused, e)),
         });
-        let applied = apply::apply(input.bytes, image, record, &mut chain, &settings);
-        let summary = applied.map_err(|error| refused.unwrap_or_else(|| error.into()))?;
+        let mut grown = Grown { growing, refused: &mut no_disks };
+        let applied = apply::apply_growing(input.bytes, image, record, &mut chain, &settings, &mut grown);
+        let summary = applied.map_err(|error| refused.or(no_disks).unwrap_or_else(|| error.into()))?;
         Ok(wire::ApplySummary {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,
@@ -387,6 +420,18 @@ impl Codec for RealCodec {
         let (spec, options) = (parent_spec(&parent, &below), ExportOptions::default());
         let found = hooked(live, |hooks| diff::changes(&stack, spec, &options, hooks))?;
         found.iter().try_for_each(sink)
+    }
+
+    fn written(
+        &self,
+        target: Vec<Layer>,
+        blank: wire::BlankRoot,
+        live: Option<&mut dyn Live>,
+    ) -> Result<bool, WireError> {
+        let stack = self.sources(&target, live.is_some());
+        let wire::BlankRoot { permissions, uid, gid } = blank;
+        let blank = diff::BlankRoot { permissions, uid, gid };
+        hooked(live, |hooks| diff::written(&stack, blank, hooks))
     }
 
     fn diff_size(

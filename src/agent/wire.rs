@@ -275,6 +275,17 @@ impl Default for ApplyOptions {
     }
 }
 
+/// The root folder of a sandbox that was only made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlankRoot {
+    /// Permission bits.
+    pub permissions: u16,
+    /// Owner, as a host id.
+    pub uid: u32,
+    /// Group, as a host id.
+    pub gid: u32,
+}
+
 /// What one data channel is to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -344,6 +355,15 @@ pub enum Operation {
         /// Sandboxes among the layers are mounted and in use: Events are sent.
         live: bool,
     },
+    /// Whether a sandbox differs from a blank one on the same ancestors. Answers `bool`.
+    Written {
+        /// The sandbox and its ancestors, nearest first.
+        target: Vec<LayerRef>,
+        /// A blank sandbox's root folder.
+        blank: BlankRoot,
+        /// Sandboxes among them may be in use: Events are sent.
+        live: bool,
+    },
 }
 
 /// What an export copies of live sandboxes before [`Event::MetadataRead`], and reads from there afterwards.
@@ -372,6 +392,7 @@ impl Operation {
             Self::ExportCanonical { .. } => "export-canonical",
             Self::Changes { .. } => "changes",
             Self::DiffSize { .. } => "diff-size",
+            Self::Written { .. } => "written",
         }
     }
 }
@@ -387,6 +408,25 @@ pub enum Event {
     /// An apply has read its tar and looks for a link's target in the next of its lowers, which is to be lent now.
     /// Few tars ever ask, and a machine takes long for each disk.
     Lower,
+    /// An apply met something that needs larger blocks and begins anew on a second pair of disks, [`LargerDisks`] in the
+    /// Resume. It may be asked while the tar is being sent, once; Data that are under way are kept for later.
+    LargerBlocks,
+    /// An apply reads what it wrote and will take no Data for a while. Nobody answers.
+    Replaying {
+        /// Bytes of the tar that it has read so far: more than it said before, and no more than were sent.
+        bytes: u64,
+    },
+    /// An apply no longer needs its first pair of disks. Nobody answers.
+    Replayed,
+}
+
+/// The second pair of disks of an apply: both writable and empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LargerDisks {
+    /// For the image.
+    pub image: DiskId,
+    /// For the exact-diff record.
+    pub record: DiskId,
 }
 
 /// What applying a tar gave.

@@ -8,11 +8,14 @@
 //!
 //! Only idleness is limited, never a whole transfer: a pull over a slow line may take hours.
 
-use crate::driver::with_causes;
+use crate::driver::{replayed_within, with_causes};
 use axum::body::{Body, Bytes};
 use futures_util::{Stream, StreamExt};
 use std::{io, time::Duration};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{error::Elapsed, timeout},
+};
 use tokio_util::task::AbortOnDropHandle;
 
 /// Chunks between the pump and the connection. Chunks have at most 1 MiB.
@@ -44,6 +47,18 @@ pub(super) fn incoming(
     })
 }
 
+/// Waits for a client that takes something, at most `idle`; longer only while an apply begins anew, which the client may
+/// be waiting for.
+async fn unless_idle<F: Future>(idle: Duration, taken: F) -> Result<F::Output, Elapsed> {
+    let mut taken = std::pin::pin!(taken);
+    loop {
+        match timeout(idle, &mut taken).await {
+            Err(_) if replayed_within(idle) => {}
+            outcome => return outcome,
+        }
+    }
+}
+
 /// A reply body fed from `stream`. An error cuts the connection; a client that reads nothing for `idle` is dropped.
 pub(super) fn outgoing<S, E>(stream: S, idle: Duration, mut count: impl FnMut(u64) + Send + 'static) -> Body
 where
@@ -62,7 +77,7 @@ where
             if let Ok(bytes) = &item {
                 count(bytes.len() as u64);
             }
-            match timeout(idle, sender.send(item)).await {
+            match unless_idle(idle, sender.send(item)).await {
                 Ok(Ok(())) if !failed => {}
                 Ok(_) => return,
                 Err(_) => {

@@ -151,14 +151,18 @@ async fn data_root(args: DataRootArgs) -> Result<ExitCode, CliError> {
         for fault in &report.failed {
             println!("not brought over: {fault}");
         }
-        for image in &report.images_left_out {
-            println!("left out for it: image {image}");
+        for image in &report.left_out {
+            println!("left out: image {} {}: {}", image.image, image.names.join(" "), image.reason);
+        }
+        if let Some(reason) = &report.stopped {
+            println!("stopped: {reason}; the same command goes on from here once that is mended");
         }
         if report.containers_left_out > 0 {
             println!("{} {NO_CONTAINERS}", report.containers_left_out);
         }
     }
-    Ok(if report.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let whole = report.failed.is_empty() && report.stopped.is_none();
+    Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Shows the events of an import.

@@ -5,7 +5,8 @@
 //!                       then its id is asked for: the same digest, the same bytes
 //! ```
 //!
-//! The bytes are passed on and looked at by nobody here. An image that is there, with its names, is not sent again.
+//! The bytes are passed on and looked at by nobody here. An image that is there, with its names, is not sent again. One
+//! that cannot be copied is left out with its reason, and the next one is tried, as long as both engines answer.
 
 use super::{CliError, import::bar};
 use bytes::Bytes;
@@ -59,7 +60,7 @@ pub(super) async fn copy(from: &Path, to: &Path, wanted: &[String]) -> Result<Ex
     images.retain(|i| wanted.is_empty() || wanted.iter().any(|w| i.is_called(w)));
     let present: BTreeMap<String, Image> = list(to).await?.into_iter().map(|i| (i.id.clone(), i)).collect();
     let bar = bar(images.iter().map(|i| i.size).sum());
-    let (mut sent, all) = (0, images.len());
+    let (mut sent, all, mut failed) = (0, images.len(), Vec::new());
     for (n, image) in images.iter().enumerate() {
         let references = image.references();
         let name = references.first().map_or(image.id.as_str(), String::as_str);
@@ -70,9 +71,26 @@ pub(super) async fn copy(from: &Path, to: &Path, wanted: &[String]) -> Result<Ex
         let there = present.get(&image.id).map(Image::references).unwrap_or_default();
         if !present.contains_key(&image.id) || references.iter().any(|r| *r != image.id && !there.contains(r))
         {
-            send(from, to, &references, bar.as_ref()).await?;
-            verify(to, image).await?;
-            sent += 1;
+            let copied = match send(from, to, &references, bar.as_ref()).await {
+                Ok(()) => verify(to, image).await,
+                Err(error) => Err(error),
+            };
+            match copied {
+                Ok(()) => sent += 1,
+                Err(error) => {
+                    let text = format!("{name}: {error}");
+                    match &bar {
+                        Some(bar) => bar.println(&text),
+                        None => eprintln!("{text}"),
+                    }
+                    failed.push(text);
+                    // An engine that is gone refuses every image.
+                    if let Err(gone) = list(from).await.and(list(to).await) {
+                        failed.push(format!("stopped at image {} of {all}: {gone}", n + 1));
+                        break;
+                    }
+                }
+            }
         } else if let Some(bar) = &bar {
             bar.inc(image.size);
         }
@@ -80,8 +98,15 @@ pub(super) async fn copy(from: &Path, to: &Path, wanted: &[String]) -> Result<Ex
     if let Some(bar) = bar {
         bar.finish_and_clear();
     }
-    println!("{all} images are there, {sent} of them sent now; containers are not brought over");
-    Ok(ExitCode::SUCCESS)
+    if failed.is_empty() {
+        println!("{all} images are there, {sent} of them sent now; containers are not brought over");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{sent} of {all} images sent now; containers are not brought over");
+    for text in &failed {
+        println!("not brought over: {text}");
+    }
+    Ok(ExitCode::FAILURE)
 }
 
 async fn list(socket: &Path) -> Result<Vec<Image>, CliError> {

@@ -44,7 +44,7 @@ pub(super) const END_LEN: usize = 1024;
 /// Rule 9.
 const SPARSE_MIN_HOLES: u64 = 64 << 10;
 const SPARSE_MIN_PART: u64 = 4;
-const SPARSE_MAX_RANGES: usize = 500_000;
+pub(super) const SPARSE_MAX_RANGES: usize = 500_000;
 
 /// Whether a file with these data ranges is written as a sparse one.
 pub(super) fn is_sparse(size: u64, ranges: &[(u64, u64)]) -> bool {

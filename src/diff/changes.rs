@@ -32,6 +32,17 @@ pub enum ChangeKind {
     Deleted = 2,
 }
 
+/// The root folder of a sandbox that was only made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlankRoot {
+    /// Permission bits.
+    pub permissions: u16,
+    /// Owner, as a host id.
+    pub uid: u32,
+    /// Group, as a host id.
+    pub gid: u32,
+}
+
 /// A changed path.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Change {
@@ -96,7 +107,34 @@ pub fn changes<R: ReadAt>(
     Ok(out)
 }
 
-/// Sum of the bytes of regular files in the diff, a hard-linked inode once, whiteouts 0; what export leaves out is 0.
+/// Whether the nearest layer of `target`, a sandbox, holds anything: a change against its own parent, or a root folder
+/// other than a blank one's. Times of the root and overlayfs' own attributes on it do not count: one mount leaves both.
+///
+/// # Errors
+/// As [`changes`].
+pub fn written<R: ReadAt>(
+    target: &[LayerSource<R>],
+    blank: BlankRoot,
+    hooks: &mut dyn LiveHooks,
+) -> Result<bool, DiffError> {
+    /// Permission bits of `i_mode`.
+    const PERMISSIONS: u16 = 0o7777;
+    let Some(nearest) = target.first() else { return Ok(false) };
+    let mut table = Table::new(None);
+    let layer = table.open(nearest)?;
+    for root in table.root(&[layer])? {
+        let inode = table.inode(root)?;
+        let is = BlankRoot { permissions: inode.mode & PERMISSIONS, uid: inode.uid, gid: inode.gid };
+        if is != blank || !table.xattrs(root, &inode)?.is_empty() {
+            return Ok(true);
+        }
+    }
+    let changes = changes(target, Some(ParentSpec::Own), &ExportOptions::default(), hooks)?;
+    Ok(!changes.is_empty())
+}
+
+/// Sum of the bytes of regular files and of the lengths of symlinks' targets in the diff, a hard-linked inode once,
+/// whiteouts 0; what export leaves out is 0. That is what moby's overlay2 counts (`pkg/directory`, `Size`).
 ///
 /// # Errors
 /// As [`changes`].
@@ -112,7 +150,7 @@ pub fn diff_size<R: ReadAt>(
     let mut sum = 0u64;
     for (item, left_out) in items.items.iter().zip(items.inexpressible()) {
         let counts = matches!(item.status, Status::Added | Status::Modified)
-            && item.kind == FileKind::File
+            && matches!(item.kind, FileKind::File | FileKind::Symlink)
             && !left_out;
         if counts && (item.links <= 1 || seen.insert(item.node)) {
             sum = sum.saturating_add(item.size);

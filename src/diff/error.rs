@@ -64,6 +64,20 @@ pub enum DiffError {
         /// The limit.
         limit: u64,
     },
+    /// A layer holds more than a tar of layers can.
+    #[error("{path:?}: {found} {what}, and a layer has {limit} at most; {advice}")]
+    Beyond {
+        /// Where, printable.
+        path: String,
+        /// What is too much, with its unit.
+        what: &'static str,
+        /// How much there is.
+        found: u64,
+        /// How much may be.
+        limit: u64,
+        /// What the operator can do.
+        advice: &'static str,
+    },
     /// A stored record, or the image it points into, is not what was written.
     #[error("{what} is corrupt at byte {offset}: {reason}")]
     Corrupt {
@@ -107,6 +121,14 @@ pub enum DiffError {
 }
 
 impl DiffError {
+    /// Whether an image of larger blocks would take what was refused: see [`Ext4Error::larger_blocks_help`].
+    pub fn larger_blocks_help(&self) -> bool {
+        match self {
+            Self::Ext4(source) | Self::Image { source, .. } => source.larger_blocks_help(),
+            _ => false,
+        }
+    }
+
     /// The kind of the I/O error at the bottom, if it is one: `StorageFull` tells a full disk from bad input.
     pub fn io_kind(&self) -> Option<io::ErrorKind> {
         match self {

@@ -16,6 +16,7 @@ use super::{
     DiffError, ParentLayer, ParentSpec, canonical,
     fs::Fs,
     ids::IdMaps,
+    limits,
     live::{Copies, Read, Stamp},
     stream::{FileBytes, Out, Range, same_bytes},
     view::{LayerSource, Node, Table},
@@ -292,6 +293,8 @@ pub fn export<R: ReadAt>(
         first: HashMap::new(),
         path: Vec::new(),
     };
+    let left_out = |n: usize| inexpressible.get(n) == Some(&true) || kept.get(n) == Some(&false);
+    limits::hold(&items, left_out, limits::NAMES)?;
     for ((item, _), left_out) in
         items.items.iter().zip(&kept).zip(&inexpressible).filter(|((_, keep), _)| **keep)
     {
@@ -375,6 +378,7 @@ impl<R: ReadAt> Export<'_, '_, R> {
         if kind == Kind::Directory {
             path.push(b'/');
         }
+        limits::hold_xattrs(path, slice(&self.details.xattrs, detail.xattrs))?;
         let xattrs: Vec<(&[u8], &[u8])> =
             slice(&self.details.xattrs, detail.xattrs).iter().map(|(n, v)| (&n[..], &v[..])).collect();
         let mut header = Header {
@@ -401,6 +405,7 @@ impl<R: ReadAt> Export<'_, '_, R> {
         match kind {
             Kind::Symlink => {
                 header.link = detail.bytes.map_or(&[], |span| slice(&self.details.bytes, span));
+                self.summary.diff_size += item.size;
                 self.out.header(&header)?;
             }
             Kind::File => {

@@ -26,6 +26,7 @@ mod export;
 mod fs;
 mod hash;
 mod ids;
+pub mod limits;
 mod live;
 pub mod record;
 mod stream;
@@ -34,7 +35,7 @@ mod tests;
 mod view;
 mod walk;
 
-pub use changes::{Change, ChangeKind, changes, diff_size};
+pub use changes::{BlankRoot, Change, ChangeKind, changes, diff_size, written};
 pub use digest::{DigestKind, TarDigest};
 pub use error::DiffError;
 pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};

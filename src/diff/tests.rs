@@ -33,6 +33,12 @@ impl Mount {
         sh(&format!("mount {args} {}", dir.display()));
         Self(dir.to_owned())
     }
+
+    fn image(dir: &Path, image: &Path, options: &str) -> Self {
+        fs::create_dir_all(dir).unwrap();
+        crate::ext4::loopmount::loop_mount(image, dir, options, &[]);
+        Self(dir.to_owned())
+    }
 }
 
 impl Drop for Mount {
@@ -77,11 +83,11 @@ impl Stack {
         let mut lowers = Vec::new();
         for below in (0..n).rev() {
             let at = self.path(&format!("m{below}"));
-            mounts.push(Mount::new(&at, &format!("-o loop,ro {}", self.image(below).display())));
+            mounts.push(Mount::image(&at, &self.image(below), "ro"));
             lowers.push(format!("{}/upper", at.display()));
         }
         let at = self.path("rw");
-        mounts.push(Mount::new(&at, &format!("-o loop {}", image.display())));
+        mounts.push(Mount::image(&at, &image, ""));
         for sub in ["upper", "work", "none"] {
             fs::create_dir(at.join(sub)).unwrap();
         }
@@ -187,7 +193,7 @@ fn a_whole_tree_comes_back_exactly_through_gnu_tar() {
         stack.dir.path().display()
     ));
     let at = stack.path("look");
-    let mount = Mount::new(&at, &format!("-o loop,ro {}", stack.image(0).display()));
+    let mount = Mount::image(&at, &stack.image(0), "ro");
     let want = sh(&format!("cd {}/upper; {DESCRIBE}", at.display()));
     drop(mount);
     let got = sh(&format!("cd {}/x; {DESCRIBE}", stack.dir.path().display()));
@@ -427,7 +433,7 @@ fn a_mounted_sandbox_is_a_snapshot_or_an_error() {
     stack.layer("head -c 200000 /dev/urandom > a; echo small > b; mkdir d");
     let before = stack.export(0, None).0;
     let at = stack.path("live");
-    let _mount = Mount::new(&at, &format!("-o loop {}", stack.image(0).display()));
+    let _mount = Mount::image(&at, &stack.image(0), "");
     for (script, changes) in [
         ("true", None),
         ("echo new > d/added; chmod 700 d; rm d/added", None),
@@ -472,7 +478,7 @@ fn what_changed_lately_is_copied_while_it_stands_still() {
          truncate -s 3M sparse; head -c 70000 /dev/urandom | dd of=sparse bs=1000 seek=1500 conv=notrunc status=none",
     );
     let at = stack.path("live");
-    let _mount = Mount::new(&at, &format!("-o loop {}", stack.image(0).display()));
+    let _mount = Mount::image(&at, &stack.image(0), "");
     let export = |hooks: &mut Writer<'_>| {
         sh(&format!("fsfreeze -f {}", at.display()));
         let _thaw = Thaw(&at);
@@ -531,7 +537,7 @@ fn live_layers_that_are_compared_by_their_bytes_are_looked_at_again_on_both_side
         ..LayerSource::new(File::open(stack.path("parent.img")).unwrap(), LayerKind::Sandbox)
     };
     for (side, image) in [(true, stack.image(0)), (false, stack.path("parent.img"))] {
-        let _mount = Mount::new(&at, &format!("-o loop {}", image.display()));
+        let _mount = Mount::image(&at, &image, "");
         let target = [of_target(side)];
         let parent = [ParentLayer::Other(of_parent(!side))];
         let spec = Some(ParentSpec::Layers(&parent));

@@ -283,7 +283,8 @@ impl<R: ReadAt> Walk<'_, '_, R> {
             pushed.detail = detail;
             pushed.opaque = opaque;
             pushed.links = inode.links;
-            pushed.size = if inode.kind == FileKind::File { inode.size } else { 0 };
+            let counts = matches!(inode.kind, FileKind::File | FileKind::Symlink);
+            pushed.size = if counts { inode.size } else { 0 };
         }
         let Some(stack): Option<&Stack> = child.stack.as_ref() else { return Ok(None) };
         let path_len = frame.path_len + name.len() + 1;

@@ -77,6 +77,25 @@ impl DriverError {
         )
     }
 
+    /// What one layer holds, or is, is at fault: with others there is hope. False for what would meet every layer: a full
+    /// disk, a failing one, a store or a service VM that does not work, a wrong option.
+    pub fn is_of_one_layer(&self) -> bool {
+        match self {
+            Self::Svm { source, .. } => source.is_of_one_operation(),
+            Self::Store(error) => matches!(
+                error,
+                StoreError::WrongState { .. }
+                    | StoreError::TooDeep { .. }
+                    | StoreError::MissingParent { .. }
+                    | StoreError::NotFound(_)
+                    | StoreError::Exists(_)
+                    | StoreError::HasChildren { .. }
+            ),
+            Self::Usage(_) => true,
+            _ => false,
+        }
+    }
+
     /// Makes a [`DriverError::Io`] of a system error, for `map_err`.
     pub(super) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
@@ -100,4 +119,27 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layers_own_faults_are_told_from_the_stores() {
+        let id: crate::store::LayerId = "x".parse().unwrap();
+        let svm = |source| DriverError::Svm { id: "x".into(), action: "apply its tar", source };
+        let died = SvmError::Died { vm: "w".into(), cause: "signal 9".into(), console: String::new() };
+        for error in
+            [svm(died), StoreError::Exists(id).into(), DriverError::Usage("its parent is another".into())]
+        {
+            assert!(error.is_of_one_layer(), "{error}");
+        }
+        let boot = SvmError::Boot { reason: "no memory".into(), console: String::new() };
+        let full = StoreError::LowSpace { home: "/h".into(), free: 1, reserve: 2 };
+        let io = DriverError::io("write", "/h")(io::ErrorKind::StorageFull.into());
+        for error in [svm(boot), full.into(), io] {
+            assert!(!error.is_of_one_layer(), "{error}");
+        }
+    }
 }

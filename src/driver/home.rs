@@ -1,6 +1,6 @@
 //! One home: a store, its service VMs and its mounts.
 
-use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered};
+use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered, pristine::Shown};
 use crate::store::{DiskThread, guard};
 use crate::{
     config::Options,
@@ -30,6 +30,7 @@ pub(super) struct Home {
     pub(super) pool: Pool,
     pub(super) gates: Arc<Gates>,
     pub(super) init: InitRecord,
+    pub(super) shown: Arc<Shown>,
     /// Files that changed while they were exported.
     pub(super) remembered: Arc<Remembered>,
     #[cfg(target_os = "linux")]
@@ -121,6 +122,7 @@ impl Home {
             pool,
             gates: Arc::default(),
             init,
+            shown: Arc::default(),
             remembered: Arc::default(),
             #[cfg(target_os = "linux")]
             mounts,
@@ -157,6 +159,7 @@ impl Home {
             pool,
             gates: self.gates.clone(),
             init,
+            shown: self.shown.clone(),
             remembered: self.remembered.clone(),
             #[cfg(target_os = "linux")]
             mounts,

@@ -3,36 +3,42 @@
 use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home, on_disk_thread};
 use crate::{
     config::{self, MAX_SANDBOX_BYTES, MIN_SANDBOX_BYTES, Unit},
-    store::{DiskThread, LayerId, LayerState, Member, layout},
+    store::{DiskThread, LayerId, LayerState, LayerWishes, Member, layout},
     svm::Mode,
 };
+use bytesize::ByteSize;
 use std::{collections::BTreeMap, sync::Arc};
 
-/// The one `--storage-opt` that a single layer can have.
+/// The `--storage-opt`s that a single layer can have.
 const SIZE_OPTION: &str = "size";
+const XINO_OPTION: &str = "xino";
 
 fn parent_of(request: &LayerRequest) -> Result<Option<LayerId>, DriverError> {
     if request.parent.is_empty() { Ok(None) } else { Ok(Some(request.parent.parse()?)) }
 }
 
-/// The size that a layer's options ask for.
-fn requested_size(request: &LayerRequest) -> Result<Option<u64>, DriverError> {
-    let mut size = None;
+/// What a layer's options ask for.
+fn wishes_of(request: &LayerRequest) -> Result<LayerWishes, DriverError> {
+    let mut wishes = LayerWishes::default();
     for (name, value) in &request.storage_opt {
-        if !name.eq_ignore_ascii_case(SIZE_OPTION) {
+        let refused = |accepted: String| {
+            DriverError::Usage(format!("storage option {name}: '{value}' is not accepted; give {accepted}"))
+        };
+        if name.eq_ignore_ascii_case(SIZE_OPTION) {
+            let size = config::parse_sandbox_size(value, Unit::Bytes).ok_or_else(|| {
+                let (least, most) = (ByteSize(MIN_SANDBOX_BYTES), ByteSize(MAX_SANDBOX_BYTES));
+                refused(format!("a size of {least} to {most}"))
+            })?;
+            wishes.sandbox_bytes = Some(size);
+        } else if name.eq_ignore_ascii_case(XINO_OPTION) {
+            wishes.xino = Some(config::parse_switch(value).ok_or_else(|| refused("on or off".into()))?);
+        } else {
             return Err(DriverError::Usage(format!(
-                "unknown storage option '{name}' for a layer; '{SIZE_OPTION}' is the only one"
+                "unknown storage option '{name}' for a layer; there are '{SIZE_OPTION}' and '{XINO_OPTION}'"
             )));
         }
-        size = Some(config::parse_sandbox_size(value, Unit::Bytes).ok_or_else(|| {
-            DriverError::Usage(format!(
-                "storage option {SIZE_OPTION}: '{value}' is not accepted; give a size of {} to {}",
-                bytesize::ByteSize(MIN_SANDBOX_BYTES),
-                bytesize::ByteSize(MAX_SANDBOX_BYTES)
-            ))
-        })?);
     }
-    Ok(size)
+    Ok(wishes)
 }
 
 impl Driver {
@@ -40,11 +46,11 @@ impl Driver {
     /// makes it a sandbox.
     pub async fn create(&self, request: LayerRequest) -> Result<(), DriverError> {
         let home = self.home().await?;
-        let (id, parent, size) =
-            (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
+        let (id, parent, wishes) =
+            (request.id.parse::<LayerId>()?, parent_of(&request)?, wishes_of(&request)?);
         on_disk_thread(move |thread| {
             home.check_reserve(thread)?;
-            home.store.create(thread, &id, parent.as_ref(), LayerState::Created, size, |_| Ok(()))
+            home.store.create(thread, &id, parent.as_ref(), LayerState::Created, wishes, |_| Ok(()))
         })
         .await
     }
@@ -52,12 +58,13 @@ impl Driver {
     /// `GraphDriver.CreateReadWrite`: a sandbox.
     pub async fn create_read_write(&self, request: LayerRequest) -> Result<(), DriverError> {
         let home = self.home().await?;
-        let (id, parent, size) =
-            (request.id.parse::<LayerId>()?, parent_of(&request)?, requested_size(&request)?);
-        let bytes = size.unwrap_or(home.options.sandbox_bytes);
+        let (id, parent, wishes) =
+            (request.id.parse::<LayerId>()?, parent_of(&request)?, wishes_of(&request)?);
+        let bytes = wishes.sandbox_bytes.unwrap_or(home.options.sandbox_bytes);
+        let wishes = LayerWishes { sandbox_bytes: Some(bytes), ..wishes };
         on_disk_thread(move |thread| {
             home.check_reserve(thread)?;
-            home.store.create(thread, &id, parent.as_ref(), LayerState::Sandbox, Some(bytes), |folder| {
+            home.store.create(thread, &id, parent.as_ref(), LayerState::Sandbox, wishes, |folder| {
                 home.write_sandbox(folder, bytes)
             })
         })
@@ -142,6 +149,7 @@ impl Home {
                     self.mounts.clear(&gates, &id)?;
                 }
                 let doomed = self.store.take_away(thread, &id)?;
+                self.shown.forget(&id);
                 #[cfg(target_os = "linux")]
                 self.release_stuck(&gates);
                 // The deletion may take its time, and meets nobody.
@@ -221,7 +229,7 @@ impl Home {
         }
         if let Some(free) = self.free_bytes() {
             let low = if free < self.options.min_free_bytes { " (LOW: new layers are refused)" } else { "" };
-            lines.push(("Free Space".into(), format!("{}{low}", bytesize::ByteSize(free))));
+            lines.push(("Free Space".into(), format!("{}{low}", ByteSize(free))));
         }
         lines.extend(self.options.entries().map(|(name, value)| (name.to_owned(), value)));
         lines
@@ -261,17 +269,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_layers_size_option_is_checked() {
+    fn a_layers_options_are_checked() {
         let request = |name: &str, value: &str| LayerRequest {
             storage_opt: [(name.to_owned(), value.to_owned())].into(),
             ..LayerRequest::default()
         };
-        assert_eq!(requested_size(&request("size", "1G")).unwrap(), Some(1 << 30));
-        assert_eq!(requested_size(&request("Size", "40m")).unwrap(), Some(40 << 20));
-        assert_eq!(requested_size(&LayerRequest::default()).unwrap(), None);
-        for (name, value) in [("size", "1"), ("size", "lots"), ("size", "9000t"), ("inodes", "1")] {
-            let error = requested_size(&request(name, value)).unwrap_err().to_string();
-            assert!(error.contains(name) && error.contains(SIZE_OPTION), "{error}");
+        let size = |value| wishes_of(&request("Size", value)).unwrap().sandbox_bytes;
+        assert_eq!((size("1G"), size("40m")), (Some(1 << 30), Some(40 << 20)));
+        for (value, expected) in [("on", true), ("off", false)] {
+            assert_eq!(wishes_of(&request("xino", value)).unwrap().xino, Some(expected));
+        }
+        assert_eq!(wishes_of(&LayerRequest::default()).unwrap(), LayerWishes::default());
+        for (name, value) in [
+            ("size", "1"),
+            ("size", "lots"),
+            ("size", "9000t"),
+            ("xino", "auto"),
+            ("xino", ""),
+            ("inodes", "1"),
+        ] {
+            let error = wishes_of(&request(name, value)).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
         }
     }
 }

@@ -5,6 +5,7 @@
 //!   api ───► │ lifecycle  create, remove, metadata, status, cleanup     ──► store                   │
 //!            │ views      get, put: mounts of images and sandboxes      ──► store, sys              │
 //!            │ transfer   diff, apply_diff, changes, diff_size          ──► svm, store              │
+//!            │ pristine   a sandbox that was never written takes a tar  ──► svm, store              │
 //!            └──────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
@@ -20,18 +21,21 @@
 
 mod error;
 mod gates;
+mod growth;
 mod home;
 mod image;
 mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]
 mod mounts;
+mod pristine;
 mod room;
 mod root;
 mod scrub;
 mod transfer;
 mod views;
 
+pub use crate::svm::replayed_within;
 pub use error::{DriverError, with_causes};
 pub use scrub::{ScrubFinding, ScrubReport};
 

@@ -129,12 +129,14 @@ impl Mounts {
         Ok(Some(view.dir.clone()))
     }
 
-    /// Mounts the merged view of `stack` (the layer itself first, then its ancestors) and counts one reference.
+    /// Mounts the merged view of `stack` (the layer itself first, then its ancestors) and counts one reference. `xino`
+    /// is the store's wish; the layer's own is stronger.
     pub(super) fn mount_view(
         &self,
         gates: &Held,
         stack: &Snapshot,
         label: &str,
+        xino: bool,
     ) -> Result<PathBuf, DriverError> {
         let id = stack.id();
         for member in stack.members() {
@@ -179,6 +181,7 @@ impl Mounts {
                 upper,
                 context: (!label.is_empty()).then(|| label.to_owned()),
                 target: dir.clone(),
+                xino: stack.top.meta.xino.unwrap_or(xino),
                 read_only: false,
             };
             mount_overlay(&spec, self.method).map_err(failed(id, "mount its merged view"))?;

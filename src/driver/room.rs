@@ -10,7 +10,9 @@
 //! [`super::transfer`].
 
 use super::{DriverError, home::Home, on_disk_thread};
-use crate::{store::StoreError, svm::DiskSource};
+#[cfg(unix)]
+use crate::store::StoreError;
+use crate::svm::DiskSource;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use std::{io, sync::Arc};

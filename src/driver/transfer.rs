@@ -12,6 +12,7 @@
 
 use super::{
     ChangedPath, Driver, DriverError, blocking,
+    growth::Files,
     home::Home,
     image::Asked,
     live::{Sandbox, Stillness},
@@ -47,7 +48,7 @@ use std::{
 const CANONICAL_VERSION: u32 = 1;
 
 /// A layer and the one that it is compared with, of one moment.
-struct Pair {
+pub(super) struct Pair {
     target: Snapshot,
     other: Option<Snapshot>,
     /// The other is the layer's own parent, or both are nothing.
@@ -63,7 +64,7 @@ fn moved(id: &LayerId) -> DriverError {
 }
 
 /// Two stacks to be compared, as disks.
-struct Comparison {
+pub(super) struct Comparison {
     target: Vec<LayerDisk>,
     parent: ParentDisks,
     live: Option<Arc<Stillness>>,
@@ -99,6 +100,7 @@ impl Driver {
                 )));
             }
         }
+        home.take_back(&layer).await?;
         home.mark_applying(&layer).await?;
         let watch = Arc::new(Watch::default());
         let outcome = home.apply(&layer, watched(body, watch.clone())).await;
@@ -164,7 +166,7 @@ impl Driver {
         Ok(changes.into_iter().map(ChangedPath::from).collect())
     }
 
-    /// `GraphDriver.DiffSize`: the sum of regular-file bytes of a diff.
+    /// `GraphDriver.DiffSize`: the bytes of a diff's regular files and symlinks.
     pub async fn diff_size(&self, id: &str, parent: &str) -> Result<u64, DriverError> {
         let home = self.home().await?;
         let pair = home.pair(id, parent).await?;
@@ -180,7 +182,7 @@ impl Driver {
 }
 
 impl Comparison {
-    fn job(self) -> CompareJob {
+    pub(super) fn job(self) -> CompareJob {
         CompareJob { target: self.target, parent: self.parent, live: control(self.live) }
     }
 }
@@ -188,7 +190,7 @@ impl Comparison {
 impl Home {
     /// A layer and the one it is compared with, as they are together at one moment; a layer that was only created gets
     /// its sandbox first, so that there is something to compare.
-    async fn pair(self: &Arc<Self>, id: &str, parent: &str) -> Result<Pair, DriverError> {
+    pub(super) async fn pair(self: &Arc<Self>, id: &str, parent: &str) -> Result<Pair, DriverError> {
         /// Looks at a layer that others create, fill and remove all the time.
         const LOOKS: usize = 16;
         let id: LayerId = id.parse()?;
@@ -207,7 +209,7 @@ impl Home {
         Err(moved(&id))
     }
 
-    async fn comparison(self: &Arc<Self>, pair: Pair) -> Result<Comparison, DriverError> {
+    pub(super) async fn comparison(self: &Arc<Self>, pair: Pair) -> Result<Comparison, DriverError> {
         let home = self.clone();
         let stacks = blocking(move || {
             let mut sandboxes = Vec::new();
@@ -376,20 +378,13 @@ impl Home {
     {
         let id = &layer.id;
         let (home, member, staged) = (self.clone(), layer.clone(), folder.to_owned());
-        let (image, record, scratch, lowers) = blocking(move || {
-            let image = staged.join(layout::LAYER_FILE);
-            let record = staged.join(layout::RECORD_FILE);
-            let make = |path: &std::path::Path| {
-                durable::create_private(path).map(Arc::new).map_err(DriverError::io("create", path))
-            };
-            let (image, record) = (
-                DiskSource::read_write(make(&image)?, &image),
-                DiskSource::read_write(make(&record)?, &record),
-            );
+        let (files, scratch, lowers) = blocking(move || {
+            let files = Files::new(home.clone(), &staged)?;
             // The leaves of a large hash tree; it goes with the staging folder.
             let scratch = if home.options.verity {
                 let path = staged.join("verity.tmp");
-                Some(DiskSource::read_write(make(&path)?, &path))
+                let file = durable::create_private(&path).map_err(DriverError::io("create", &path))?;
+                Some(DiskSource::read_write(Arc::new(file), &path))
             } else {
                 None
             };
@@ -397,14 +392,16 @@ impl Home {
                 Some(parent) => home.chain_disks(&home.store.snapshot(parent)?, &mut Vec::new())?,
                 None => Vec::new(),
             };
-            Ok((image, record, scratch, lowers))
+            Ok((files, scratch, lowers))
         })
         .await?;
+        let (image, record) = files.first();
         let job = ApplyJob {
-            image: image.clone(),
-            record: record.clone(),
+            image,
+            record,
             scratch,
             lowers,
+            larger: Some(Arc::new(files.clone())),
             options: ApplyOptions {
                 profile: Asked::of(&self.options).profile,
                 block_size: self.options.block_size,
@@ -421,10 +418,11 @@ impl Home {
         let body = room::watched(body, self.clone());
         let summary = lease.tar_to_layer(job, body).await.map_err(DriverError::svm(id, "apply its tar"))?;
         drop(lease);
-        let (image_path, record_path) = (image.path.clone(), record.path.clone());
         let (expected_image, expected_record) = (summary.file_bytes, summary.record_bytes);
         let (made, asked) = (summary.clone(), Asked::of(&self.options));
         blocking(move || {
+            let (image, record) = files.last()?;
+            let image_path = image.path.clone();
             asked.seal(&image, &made)?;
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
                 room::settle(&disk)?;
@@ -438,7 +436,6 @@ impl Home {
             Ok(durable::sync_dir(image_path.parent().unwrap_or(&image_path))?)
         })
         .await?;
-        drop(record_path);
         // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
         let path = folder.join(layout::LAYER_FILE);
         let image = path.clone();

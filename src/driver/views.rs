@@ -21,6 +21,8 @@ use std::{
 
 /// Folder of a sandbox that holds what was written.
 pub(super) const UPPER: &str = "upper";
+/// Permissions of that folder in a blank sandbox.
+pub(super) const ROOT_PERMISSIONS: u16 = 0o755;
 /// Folder of a sandbox that overlayfs works in.
 pub(super) const WORK: &str = "work";
 
@@ -29,8 +31,13 @@ impl Driver {
     pub async fn get(&self, id: &str, mount_label: &str) -> Result<PathBuf, DriverError> {
         let home = self.home().await?;
         let id: LayerId = id.parse()?;
+        let showing = home.shown.begin(&id);
         match home.options.mount {
-            MountKind::None => home.hand_out(id).await,
+            MountKind::None => {
+                let dir = home.hand_out(id).await?;
+                showing.handed_out();
+                Ok(dir)
+            }
             #[cfg(target_os = "linux")]
             MountKind::Overlay => home.get_view(id, mount_label.to_owned()).await,
             #[cfg(not(target_os = "linux"))]
@@ -44,7 +51,9 @@ impl Driver {
     /// `GraphDriver.Put`: one reference less. Idempotent: a layer that is not shown, or not there, is fine.
     pub async fn put(&self, id: &str) -> Result<(), DriverError> {
         let home = self.home().await?;
-        home.put_view(id.parse()?).await
+        let id: LayerId = id.parse()?;
+        home.shown.put(&id);
+        home.put_view(id).await
     }
 }
 
@@ -91,7 +100,7 @@ impl Home {
                 }
                 self.materialize_now(thread, &gates, &id)?;
                 self.set_door(&id)?;
-                self.mounts.mount_view(&gates, &self.store.snapshot(&id)?, &label)
+                self.mounts.mount_view(&gates, &self.store.snapshot(&id)?, &label, self.options.xino)
             })
             .await
     }
@@ -271,7 +280,7 @@ fn sandbox_options(bytes: u64, uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> Blan
         // The mapped root must be able to walk through.
         root: folder(0o711, 0, 0),
         directories: vec![
-            (UPPER.as_bytes().to_vec(), folder(0o755, uid, gid)),
+            (UPPER.as_bytes().to_vec(), folder(ROOT_PERMISSIONS, uid, gid)),
             (WORK.as_bytes().to_vec(), folder(0o755, uid, gid)),
         ],
         // A journal's blocks stay on the host's disk once they were used.

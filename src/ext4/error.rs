@@ -5,6 +5,7 @@
 //! [`Ext4Error::Io`] (the disk below failed; a retry elsewhere may work) and [`Ext4Error::Usage`] (the caller broke the
 //! contract). [`Ext4Error::Full`] is the writer's own limit. Used by every module of [`crate::ext4`] and by `diff`.
 
+use super::BlockSize;
 use std::{fmt, io};
 
 /// Where in an image something was found; parts that are not known are left out of the message.
@@ -106,6 +107,26 @@ pub enum Ext4Error {
         /// The longest that fits.
         most: u32,
     },
+    /// The names of a node's extended attributes do not fit one block, which ext4 keeps them in; larger blocks take more.
+    #[error(
+        "the names of {count} extended attributes need a block of {bytes} bytes, blocks here have {most}"
+    )]
+    AttributeNames {
+        /// How many attributes.
+        count: usize,
+        /// Bytes of their entries, with the block's header.
+        bytes: u64,
+        /// The block size.
+        most: u32,
+    },
+    /// A file is larger than 2^32 blocks; larger blocks take larger ones.
+    #[error("a file of {bytes} bytes, blocks of this size take {most}")]
+    FileSize {
+        /// Size of the file.
+        bytes: u64,
+        /// The largest that blocks of this size take.
+        most: u64,
+    },
     /// The image would outgrow the limit that the caller set.
     #[error("ext4 image exceeds its limit of {limit} bytes")]
     Full {
@@ -115,6 +136,20 @@ pub enum Ext4Error {
 }
 
 impl Ext4Error {
+    /// Whether the largest blocks, of 4 KiB, would take what smaller ones could not.
+    pub fn larger_blocks_help(&self) -> bool {
+        let largest = BlockSize::LARGEST.bytes();
+        match *self {
+            Self::LinkTarget { bytes, most } => most < largest - 1 && bytes < u64::from(largest),
+            Self::AttributeNames { bytes, most, .. } => most < largest && bytes <= u64::from(largest),
+            Self::FileSize { bytes, most } => {
+                let all = u64::from(u32::MAX) * u64::from(largest);
+                most < all && bytes <= all
+            }
+            _ => false,
+        }
+    }
+
     /// A [`Ext4Error::Corrupt`].
     pub fn corrupt(what: impl Into<String>, place: Place) -> Self {
         Self::Corrupt { what: what.into(), place }

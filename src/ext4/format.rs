@@ -435,11 +435,7 @@ mod tests {
         },
         io::WriteAt,
     };
-    use std::{
-        fs,
-        os::unix::fs::MetadataExt,
-        time::{Duration, Instant},
-    };
+    use std::{fs, os::unix::fs::MetadataExt};
 
     fn options() -> BlankOptions {
         let a = |permissions| Attributes {
@@ -482,27 +478,20 @@ mod tests {
     }
 
     #[test]
-    fn a_blank_of_20_gib_is_small_and_quick() {
-        let mut times: Vec<Duration> = (0..9)
-            .map(|_| {
-                let start = Instant::now();
-                let file = made(20 << 30);
-                let time = start.elapsed();
-                assert!(disk_use(&file) < 1 << 20, "{} bytes on disk", disk_use(&file));
-                time
-            })
-            .collect();
-        times.sort();
-        // A loaded machine may slow some rounds down; the quickest one shows the work.
-        assert!(times[0] < Duration::from_millis(5), "{times:?}");
-        println!("blank of 20 GiB: median {:?}, {} bytes on disk", times[4], disk_use(&made(20 << 30)));
+    fn a_blank_of_20_gib_is_small() {
+        let file = made(20 << 30);
+        assert!(disk_use(&file) < 1 << 20, "{} bytes on disk", disk_use(&file));
+        // What is written is what it costs: few pieces, and nothing for each of its 160 groups but their descriptors.
+        let pieces = blank(20 << 30, &options()).unwrap();
+        let bytes: usize = pieces.iter().map(|(_, data)| data.len()).sum();
+        assert!(pieces.len() < 1000 && bytes < 1 << 20, "{} pieces, {bytes} bytes", pieces.len());
     }
 
     /// Discards and write-back reach the backing file when the kernel gets to them.
     fn eventually(what: &str, holds: impl Fn() -> bool) {
         let begin = std::time::Instant::now();
         while !holds() {
-            assert!(begin.elapsed() < std::time::Duration::from_secs(30), "in vain: {what}");
+            assert!(begin.elapsed() < std::time::Duration::from_mins(5), "in vain: {what}");
             rustix::fs::sync();
             std::thread::sleep(std::time::Duration::from_millis(50));
         }

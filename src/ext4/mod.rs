@@ -18,6 +18,11 @@ pub mod layout;
 pub mod reader;
 pub mod writer;
 
+/// How the tests of this room and of `diff` mount what they look at.
+#[cfg(all(test, target_os = "linux"))]
+#[path = "../../tests/support/loopmount.rs"]
+pub(crate) mod loopmount;
+
 pub use error::{Ext4Error, Place};
 pub use layout::{BlockSize, Timestamp};
 pub use reader::{DataRange, DirEntry, Ext4, Extent, FileKind, Inode, Owners};

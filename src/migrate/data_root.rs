@@ -113,12 +113,27 @@ pub struct Report {
     pub names: usize,
     /// Names that stand for another image in the target, and were left alone.
     pub names_taken: Vec<String>,
-    /// Layers that could not be brought over, and why.
+    /// Layers, images and notes that could not be brought over, and why.
     pub failed: Vec<String>,
-    /// Images that are left out for them.
+    /// Ids of the images that are left out for them.
     pub images_left_out: Vec<String>,
+    /// The same images, with their names and the reason of each.
+    pub left_out: Vec<LeftOut>,
+    /// Why the run ended before the last layer; a next run goes on from here.
+    pub stopped: Option<String>,
     /// Containers that the source has and the target will not have.
     pub containers_left_out: usize,
+}
+
+/// An image that is left out.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct LeftOut {
+    /// Its id.
+    pub image: String,
+    /// Its names in the source.
+    pub names: Vec<String>,
+    /// Why.
+    pub reason: String,
 }
 
 /// Looks at a data root. `driver` is needed where the engine used several there.
@@ -204,11 +219,10 @@ fn stopped(data_root: &Path) -> Result<Option<File>, MigrateError> {
 }
 
 /// Brings images over: layers into the current home of `driver`, and what the engine must know into `target`, the
-/// databases below `target_root`.
+/// databases below `target_root`. What is refused is in the report, and so is what ended the run early.
 ///
 /// # Errors
-/// What concerns more than one layer: a full disk, a store that refuses. Layers that cannot be made again are in the
-/// report.
+/// An engine runs on the target, or its database cannot be used.
 pub async fn import(
     found: &Found,
     target_root: &Path,
@@ -222,45 +236,84 @@ pub async fn import(
     let mut report =
         Report { containers_left_out: found.containers, failed: found.faults.clone(), ..Report::default() };
     watch(Event::Planned { layers: found.layers.len(), bytes: found.layers.iter().map(|l| l.size).sum() });
-    // Chain ids of what is in the target, with its id there.
+    // Chain ids of what is in the target, with its id there; and why others are not.
     let mut here: BTreeMap<Digest, LayerId> = BTreeMap::new();
+    let mut missing: BTreeMap<Digest, String> = BTreeMap::new();
     for (n, note) in found.layers.iter().enumerate() {
         let parent = match note.parent.map(|p| here.get(&p)) {
             None => None,
             Some(Some(parent)) => Some(parent.clone()),
             Some(None) => continue,
         };
-        let id = target.layer(note.chain)?.map_or_else(|| note.cache_id.clone(), |known| known.cache_id);
-        watch(Event::Layer { number: n + 1, id: id.clone(), bytes: note.size });
-        match bring(found, note, target, driver, &id, parent.as_ref(), watch).await {
-            Ok(earlier) => {
+        let brought = async {
+            let id = target.layer(note.chain)?.map_or_else(|| note.cache_id.clone(), |known| known.cache_id);
+            watch(Event::Layer { number: n + 1, id: id.clone(), bytes: note.size });
+            let earlier = bring(found, note, target, driver, &id, parent.as_ref(), watch).await?;
+            Ok::<_, MigrateError>((id, earlier))
+        };
+        match brought.await {
+            Ok((id, earlier)) => {
                 watch(Event::Done { bytes: note.size, earlier });
                 *(if earlier { &mut report.layers_earlier } else { &mut report.layers }) += 1;
                 here.insert(note.chain, id);
             }
-            Err(error) if error.is_of_one_layer() => {
+            Err(error) => {
                 let text = with_causes(&error);
                 watch(Event::Failed(text.clone()));
+                missing.insert(note.chain, text.clone());
+                if !error.is_of_one_layer() {
+                    report.stopped = Some(text);
+                    break;
+                }
                 report.failed.push(text);
             }
-            Err(error) => return Err(error),
         }
     }
+    let present = add_images(found, target, &here, &missing, &mut report);
+    report.images = present.len();
+    match target.add_names(&found.db, &present) {
+        Ok((names, taken)) => (report.names, report.names_taken) = (names, taken),
+        Err(error) => report.failed.push(format!("the names of images: {}", with_causes(&error))),
+    }
+    if let Err(error) = target.copy_distribution(&found.db) {
+        report.failed.push(format!("what is known of registries: {}", with_causes(&error)));
+    }
+    Ok(report)
+}
+
+/// Tells the engine of the images whose layers are here; the others are left out, each with its reason.
+fn add_images(
+    found: &Found,
+    target: &EngineDb,
+    here: &BTreeMap<Digest, LayerId>,
+    missing: &BTreeMap<Digest, String>,
+    report: &mut Report,
+) -> BTreeSet<Digest> {
+    let names = found.db.image_names();
     let mut present = BTreeSet::new();
     for image in &found.notes {
-        if image.layers.iter().all(|chain| here.contains_key(chain)) {
-            if !target.has_image(image.id) {
-                target.add_image(image.id, &found.db)?;
-            }
-            present.insert(image.id);
+        let reason = if image.layers.iter().all(|chain| here.contains_key(chain)) {
+            let added =
+                if target.has_image(image.id) { Ok(()) } else { target.add_image(image.id, &found.db) };
+            let Err(error) = added else {
+                present.insert(image.id);
+                continue;
+            };
+            let text = format!("image {}: {}", image.id, with_causes(&error));
+            report.failed.push(text.clone());
+            text
         } else {
-            report.images_left_out.push(image.id.to_string());
-        }
+            let first = image.layers.iter().find_map(|chain| missing.get(chain));
+            first
+                .or(report.stopped.as_ref())
+                .cloned()
+                .unwrap_or_else(|| "one of its layers is missing".into())
+        };
+        report.images_left_out.push(image.id.to_string());
+        let names = names.get(&image.id).cloned().unwrap_or_default();
+        report.left_out.push(LeftOut { image: image.id.to_string(), names, reason });
     }
-    report.images = present.len();
-    target.copy_distribution(&found.db)?;
-    (report.names, report.names_taken) = target.add_names(&found.db, &present)?;
-    Ok(report)
+    present
 }
 
 /// Brings one layer over; true if an earlier run had done so.
@@ -292,7 +345,10 @@ async fn bring(
             };
             driver.create(request).await?;
             if let Err(error) = apply(found, note, driver, id, parent_text, watch).await {
-                driver.remove(id.as_str()).await?;
+                if let Err(kept) = driver.remove(id.as_str()).await {
+                    watch(Event::Failed(with_causes(&error)));
+                    return Err(kept.into());
+                }
                 return Err(error);
             }
             note_layer(note, found, target, driver, id, parent_text).await?;
@@ -300,9 +356,7 @@ async fn bring(
         }
     };
     if !here {
-        return Err(MigrateError::Usage(format!(
-            "the store has another layer of the id {id}; import into an empty store, or remove it there"
-        )));
+        return Err(MigrateError::Taken { layer: id.to_string() });
     }
     note_layer(note, found, target, driver, id, parent_text).await?;
     Ok(true)

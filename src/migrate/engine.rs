@@ -231,6 +231,19 @@ impl EngineDb {
         Ok((added, taken))
     }
 
+    /// The names of each image; none where they cannot be read.
+    pub(super) fn image_names(&self) -> BTreeMap<Digest, Vec<String>> {
+        let mut names: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
+        let text = bytes(&self.root.join("repositories.json"), MAX_JSON).unwrap_or_default();
+        let noted: Repositories = serde_json::from_slice(&text).unwrap_or_default();
+        for (name, id) in noted.repositories.into_values().flatten() {
+            if let Ok(image) = id.parse() {
+                names.entry(image).or_default().push(name);
+            }
+        }
+        names
+    }
+
     /// Copies what is known of registries, so that a push need not send what a registry has.
     pub(super) fn copy_distribution(&self, from: &Self) -> Result<(), MigrateError> {
         let mut folders = vec![PathBuf::from("distribution")];

@@ -11,6 +11,9 @@
 //! Invariants:
 //! * The source is read only: no file of it is opened for writing, renamed or touched.
 //! * A layer is committed only if the rebuilt tar has the digest that the engine knows it by (its diff id).
+//! * A layer or image that is refused is left out with its reason, and the images on it; everything else comes over. What
+//!   would meet every layer (a full disk, a store that does not work) ends the run, after the images that are whole were
+//!   told to the engine.
 //! * An image appears in the engine's database after all of its layers; a layer after its parent. So a run that was
 //!   killed at any moment leaves a working engine, and the next run goes on where it stopped.
 //! * The files of a layer are untrusted: names are resolved inside its folder only, and the rebuilt tar is interpreted
@@ -27,7 +30,7 @@ mod original;
 mod tarsplit;
 mod tree;
 
-pub use data_root::{Event, Found, Report, import, look};
+pub use data_root::{Event, Found, LeftOut, Report, import, look};
 pub use digest::{Digest, ParseDigestError};
 pub use engine::{EngineDb, ImageNote, LayerNote};
 pub use original::{ExportedLayer, OriginalReport, export_original};
@@ -72,6 +75,12 @@ pub enum MigrateError {
         /// Its diff id.
         wanted: Digest,
     },
+    /// The store has another layer under a layer's id.
+    #[error("the store has another layer of the id {layer}; import into an empty store, or remove it there")]
+    Taken {
+        /// The id.
+        layer: String,
+    },
     /// The store refused.
     #[error(transparent)]
     Driver(#[from] DriverError),
@@ -114,8 +123,14 @@ impl MigrateError {
         Self::Corrupt { path: path.to_owned(), reason: reason.to_string() }
     }
 
-    /// Only this layer is at fault; others can be brought over all the same.
+    /// Only this layer is at fault; others can be brought over all the same. The driver's refusals (of its tar, of a
+    /// limit, by the check) are the likeliest; a full disk or a store that does not work is not among them.
     fn is_of_one_layer(&self) -> bool {
-        matches!(self, Self::Corrupt { .. } | Self::Rebuild { .. } | Self::Differs { .. })
+        match self {
+            Self::Corrupt { .. } | Self::Rebuild { .. } | Self::Differs { .. } | Self::Taken { .. } => true,
+            Self::Driver(error) => error.is_of_one_layer(),
+            Self::Svm { source, .. } => source.is_of_one_operation(),
+            Self::Usage(_) | Self::Store(_) | Self::Io { .. } | Self::Internal(_) => false,
+        }
     }
 }

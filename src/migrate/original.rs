@@ -112,12 +112,15 @@ fn list(home: &Path) -> Result<(Vec<Original>, OriginalReport), MigrateError> {
             continue;
         };
         if path.join(layout::LAYER_FILE).is_file() {
-            layers.push(Original { id, chain: chain::read(&path)? });
+            match chain::read(&path) {
+                Ok(chain) => layers.push(Original { id, chain }),
+                Err(error) => report.failed.push(format!("layer {id}: {}", with_causes(&error))),
+            }
         } else if path.join(layout::SANDBOX_VHDX_FILE).exists() {
             report.sandboxes_left_out += 1;
         }
     }
-    if layers.is_empty() {
+    if layers.is_empty() && report.failed.is_empty() {
         return Err(MigrateError::Usage(format!(
             "'{}' is no LCOW home: no folder in it has a {}",
             home.display(),

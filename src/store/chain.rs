@@ -6,9 +6,9 @@
 use super::{LayerId, StoreError, durable, layout};
 use std::path::Path;
 
-/// Longest chain of lower layers that a merged view can show: the kernel's `OVL_MAX_STACK` is 500 with the new mount
-/// API, but one page of option string holds 128 short names, and one of them may be the empty folder.
-pub const MAX_CHAIN: usize = 127;
+/// Longest chain of ancestors, which is that of moby's overlay2. The kernel's `OVL_MAX_STACK` is 500 with the new mount
+/// API; one page of option string (4,095 bytes) holds 170 names of sandboxes as `layout` makes them, 23 bytes each.
+pub const MAX_CHAIN: usize = 128;
 
 /// Writes the chain of a layer into its folder.
 pub fn write(folder: &Path, chain: &[LayerId]) -> Result<(), StoreError> {

@@ -15,8 +15,8 @@
 //! is refused everything until [`Store::settle`] could.
 
 use super::{
-    DiskThread, Index, Layer, LayerId, LayerMeta, LayerState, Leftovers, REMOVING_SUFFIX, Store, StoreError,
-    chain, durable, layout, now, open::create_layer_dir,
+    DiskThread, Index, Layer, LayerId, LayerMeta, LayerState, LayerWishes, Leftovers, REMOVING_SUFFIX, Store,
+    StoreError, chain, durable, layout, now, open::create_layer_dir,
 };
 use std::{
     io,
@@ -161,7 +161,7 @@ impl Store {
         id: &LayerId,
         parent: Option<&LayerId>,
         state: LayerState,
-        sandbox_bytes: Option<u64>,
+        wishes: LayerWishes,
         fill: impl FnOnce(&Path) -> Result<(), E>,
     ) -> Result<(), E> {
         let _claim = self.claims.take(id);
@@ -181,7 +181,7 @@ impl Store {
         };
         let staged = self.stage(thread, id)?;
         let target = self.layout.layer(id);
-        let meta = LayerMeta::new(state, now(), sandbox_bytes);
+        let meta = LayerMeta::new(state, now(), wishes);
         let make = || {
             fill(staged.path())?;
             chain::write(staged.path(), &chain)?;

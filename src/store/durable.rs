@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Largest metadata file that is read; a longer one is corrupt. A chain of 127 ids of 128 bytes is 17 KB.
+/// Largest metadata file that is read; a longer one is corrupt. A chain of 128 ids of 128 bytes is 17 KB.
 const MAX_JSON_BYTES: u64 = 1 << 20;
 
 /// A folder whose names can be made durable. It is opened before anything in it changes: whoever has no descriptor

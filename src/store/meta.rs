@@ -40,6 +40,10 @@ pub struct LayerMeta {
     /// Size of the sandbox's file system in bytes: what it has, or what it will get at the first Get.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox_bytes: Option<u64>,
+    /// What was asked for when the layer was created: inode numbers of its own merged view (`xino=on|off`); `None` for
+    /// what the store's option says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xino: Option<bool>,
     /// Facts about an applied layer's files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applied: Option<AppliedMeta>,
@@ -57,17 +61,27 @@ pub struct LayerMeta {
 
 impl LayerMeta {
     /// That of a layer created now.
-    pub(super) fn new(state: LayerState, created: u64, sandbox_bytes: Option<u64>) -> Self {
+    pub(super) fn new(state: LayerState, created: u64, wishes: LayerWishes) -> Self {
         Self {
             state,
             created,
-            sandbox_bytes,
+            sandbox_bytes: wishes.sandbox_bytes,
+            xino: wishes.xino,
             applied: None,
             canonical_version: None,
             refused: None,
             handed_out: false,
         }
     }
+}
+
+/// What a layer's creator asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LayerWishes {
+    /// [`LayerMeta::sandbox_bytes`]
+    pub sandbox_bytes: Option<u64>,
+    /// [`LayerMeta::xino`]
+    pub xino: Option<bool>,
 }
 
 /// Facts about `layer.vhd` and `layer.exact`.
@@ -79,7 +93,8 @@ pub struct AppliedMeta {
     pub file_bytes: u64,
     /// Bytes of `layer.exact`.
     pub record_bytes: u64,
-    /// Sum of regular-file bytes, a hard-linked inode once: what `docker images` and `docker history` show.
+    /// Sum of regular-file bytes and of the lengths of symlinks' targets, a hard-linked inode once: what `docker images`
+    /// and `docker history` show. Layers of the first release have it without the symlinks.
     pub diff_size: u64,
     /// Bytes of the tar that was applied.
     pub tar_bytes: u64,

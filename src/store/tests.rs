@@ -16,7 +16,7 @@ fn id(text: &str) -> LayerId {
 
 fn create(store: &Store, name: &str, parent: Option<&str>) -> Result<(), StoreError> {
     let parent = parent.map(id);
-    store.create(HERE, &id(name), parent.as_ref(), LayerState::Created, None, |_| Ok(()))
+    store.create(HERE, &id(name), parent.as_ref(), LayerState::Created, LayerWishes::default(), |_| Ok(()))
 }
 
 fn names(folder: &Path) -> Vec<String> {
@@ -69,7 +69,7 @@ fn wrong_creates_change_nothing() {
     assert!(matches!(create(&store, "base", None), Err(StoreError::Exists(_))));
     assert!(matches!(create(&store, "x", Some("nobody")), Err(StoreError::MissingParent { .. })));
     let failed: Result<(), StoreError> =
-        store.create(HERE, &id("y"), None, LayerState::Sandbox, None, |folder| {
+        store.create(HERE, &id("y"), None, LayerState::Sandbox, LayerWishes::default(), |folder| {
             fs::write(folder.join("sandbox.vhd"), b"half").unwrap();
             Err(StoreError::Usage("the disk is full".into()))
         });
@@ -88,7 +88,7 @@ fn chains_end_at_the_limit() {
         create(&store, &format!("l{n}"), Some(&format!("l{}", n - 1))).unwrap();
     }
     let error = create(&store, "over", Some(&format!("l{}", chain::MAX_CHAIN))).unwrap_err();
-    assert!(matches!(error, StoreError::TooDeep { depth: 129, max: 128, .. }), "{error}");
+    assert!(matches!(error, StoreError::TooDeep { depth: 130, max: 129, .. }), "{error}");
 }
 
 #[test]
@@ -434,13 +434,19 @@ fn a_parent_is_there_as_long_as_a_child_is_being_made() {
     let home = tempfile::tempdir().unwrap();
     let store = open(home.path()).unwrap();
     create(&store, "base", None).unwrap();
-    let made: Result<(), StoreError> =
-        store.create(HERE, &id("top"), Some(&id("base")), LayerState::Sandbox, None, |_| {
+    let made: Result<(), StoreError> = store.create(
+        HERE,
+        &id("top"),
+        Some(&id("base")),
+        LayerState::Sandbox,
+        LayerWishes::default(),
+        |_| {
             assert!(!store.exists(&id("top")), "half a layer is shown");
             let error = store.remove(HERE, &id("base")).unwrap_err();
             assert!(matches!(error, StoreError::HasChildren { .. }), "{error}");
             Err(StoreError::Usage("it comes to nothing".into()))
-        });
+        },
+    );
     made.unwrap_err();
     assert_eq!(store.children(&id("base")), []);
     store.remove(HERE, &id("base")).unwrap();

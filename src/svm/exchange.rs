@@ -26,13 +26,14 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split},
-    time::timeout,
+    sync::mpsc,
+    time::{Instant, timeout},
 };
 
 /// How long a VM whose channel broke may take to be seen dead.
@@ -55,7 +56,11 @@ pub(super) enum Incoming {
 /// its silence counts from the last byte that it took.
 struct Progress {
     sending: AtomicBool,
+    /// Bytes of the body so far.
+    bytes: AtomicU64,
     last: Mutex<Instant>,
+    /// When the agent last had leave to take nothing.
+    excused: Mutex<Option<Instant>>,
     /// Digest of the tar that was sent, where the daemon digests.
     sent: Mutex<Option<TarDigest>>,
 }
@@ -63,6 +68,10 @@ struct Progress {
 impl Progress {
     fn touch(&self) {
         *self.last.lock() = Instant::now();
+    }
+
+    fn is_excused(&self, idle: Duration) -> bool {
+        self.excused.lock().is_some_and(|since| since.elapsed() < idle)
     }
 
     fn is_idle(&self, idle: Duration) -> bool {
@@ -127,7 +136,9 @@ pub(super) async fn begin(
     let (input, output) = split(channel);
     let progress = Arc::new(Progress {
         sending: AtomicBool::new(false),
+        bytes: AtomicU64::new(0),
         last: Mutex::new(Instant::now()),
+        excused: Mutex::default(),
         sent: Mutex::default(),
     });
     let digest = |wanted: bool| (wanted && vm.daemon_digests()).then(Digesting::start);
@@ -159,6 +170,9 @@ async fn explain(vm: &Arc<dyn ServiceVm>, name: &str, otherwise: SvmError) -> Sv
     }
 }
 
+/// Frames that shall go out between those of a body.
+pub(super) type Between = mpsc::UnboundedReceiver<(FrameType, Vec<u8>)>;
+
 impl Sender {
     /// Sends one frame.
     pub(super) async fn frame(&mut self, kind: FrameType, payload: &[u8]) -> Result<(), SendError> {
@@ -178,6 +192,8 @@ impl Sender {
         IoSlice::advance_slices(&mut left, 0);
         while !left.is_empty() {
             match timeout(self.idle, self.output.write_vectored(left)).await {
+                // An agent that is busy with what it has takes nothing, and says so.
+                Err(_) if self.progress.is_excused(self.idle) => continue,
                 Err(_) => return Err(SendError::Timeout),
                 Ok(Err(e)) => return Err(SendError::Channel(e)),
                 Ok(Ok(0)) => return Err(SendError::Channel(io::ErrorKind::WriteZero.into())),
@@ -189,31 +205,51 @@ impl Sender {
     }
 
     /// Sends a body as Data frames and End. Chunks are gathered into frames of [`DATA_PAYLOAD`], large ones without a
-    /// copy where the channel can do that. How long the body itself may idle is its owner's business.
-    pub(super) async fn body<S>(&mut self, body: S) -> Result<(), SendError>
+    /// copy where the channel can do that. How long the body itself may idle is its owner's business. What comes out of
+    /// `between` meanwhile is sent as soon as a frame has ended.
+    pub(super) async fn body<S>(&mut self, body: S, between: &mut Between) -> Result<(), SendError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         self.progress.sending.store(true, Ordering::Relaxed);
-        let sent = self.gather(body).await;
+        let sent = self.gather(body, between).await;
         self.progress.touch();
         self.progress.sending.store(false, Ordering::Relaxed);
         sent
     }
 
-    async fn gather<S>(&mut self, body: S) -> Result<(), SendError>
+    /// Sends what waits in `between`.
+    async fn insert(&mut self, between: &mut Between) -> Result<(), SendError> {
+        while let Ok((kind, payload)) = between.try_recv() {
+            self.frame(kind, &payload).await?;
+        }
+        Ok(())
+    }
+
+    async fn gather<S>(&mut self, body: S, between: &mut Between) -> Result<(), SendError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         let mut body = pin!(body);
         let copied_below = if self.output.is_write_vectored() { COPIED_BELOW } else { usize::MAX };
         let mut frame = Gathered::default();
-        while let Some(chunk) = body.next().await {
+        loop {
+            let chunk = tokio::select! {
+                biased;
+                Some((kind, payload)) = between.recv() => {
+                    self.frame(kind, &payload).await?;
+                    continue;
+                }
+                chunk = body.next() => chunk,
+            };
+            let Some(chunk) = chunk else { break };
             let mut chunk = chunk.map_err(SendError::Body)?;
+            self.progress.bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             if let Some(digesting) = &self.digesting {
                 digesting.update(chunk.clone()).await;
             }
             while !chunk.is_empty() {
+                self.insert(between).await?;
                 if copied_below == usize::MAX && frame.len == 0 && chunk.len() >= DATA_PAYLOAD {
                     self.frame(FrameType::Data, &chunk.split_to(DATA_PAYLOAD)).await?;
                     continue;
@@ -226,8 +262,10 @@ impl Sender {
             }
         }
         if frame.len > 0 {
+            self.insert(between).await?;
             self.parts(FrameType::Data, frame.take()).await?;
         }
+        self.insert(between).await?;
         let Some(digesting) = self.digesting.take() else { return self.frame(FrameType::End, &[]).await };
         let digest = digesting.finish().await;
         let digest =
@@ -273,6 +311,12 @@ impl Gathered {
 }
 
 impl Receiver {
+    /// [`Receiver::next`] that keeps its half meanwhile: dropped early, it would lose bytes.
+    pub(super) async fn next_owned(mut self) -> (Self, Result<Incoming, SvmError>) {
+        let word = self.next().await;
+        (self, word)
+    }
+
     /// The agent's next word. An Error frame becomes [`SvmError::Refused`].
     pub(super) async fn next(&mut self) -> Result<Incoming, SvmError> {
         if let Some(result) = self.result.take() {
@@ -336,6 +380,17 @@ impl Receiver {
         }
     }
 
+    /// Bytes of the body that were sent, or are about to be.
+    pub(super) fn sent_bytes(&self) -> u64 {
+        self.progress.bytes.load(Ordering::Relaxed)
+    }
+
+    /// What the agent said or asked for, as it may, counts as if it had taken something.
+    pub(super) fn excuse(&self) {
+        self.progress.touch();
+        *self.progress.excused.lock() = Some(Instant::now());
+    }
+
     /// Waits for the Result of an operation that sends nothing else.
     pub(super) async fn result<T: DeserializeOwned>(&mut self) -> Result<T, SvmError> {
         match self.next().await? {
@@ -370,6 +425,22 @@ impl Receiver {
                     }
                 }
             }
+        }
+    }
+
+    /// [`Receiver::after_send_error`] of one that waits for a word already.
+    pub(super) async fn after_send_error_of(
+        waiting: impl Future<Output = (Self, Result<Incoming, SvmError>)>,
+        e: SendError,
+        idle: Duration,
+    ) -> SvmError {
+        match e {
+            SendError::Body(e) => SvmError::Body(e.to_string()),
+            SendError::Timeout => SvmError::Timeout { what: "sending to the service VM", after: idle },
+            e @ SendError::Channel(_) => match waiting.await {
+                (_, Err(error)) => error,
+                (mut receiver, Ok(_)) => receiver.after_send_error(e).await,
+            },
         }
     }
 
@@ -444,9 +515,13 @@ mod tests {
 
     /// An operation, and the agent's end of its channel with the request read.
     async fn start(operation: &Operation) -> (Sender, Receiver, DuplexStream) {
+        start_with(operation, Duration::from_secs(20)).await
+    }
+
+    async fn start_with(operation: &Operation, idle: Duration) -> (Sender, Receiver, DuplexStream) {
         let (ours, mut theirs) = tokio::io::duplex(1 << 20);
         let vm: Arc<dyn ServiceVm> = Arc::new(Machine(Mutex::new(Some(ours))));
-        let (sender, receiver) = begin(&vm, "test", Duration::from_secs(20), operation).await.unwrap();
+        let (sender, receiver) = begin(&vm, "test", idle, operation).await.unwrap();
         assert_eq!(frame(&mut theirs).await.0, FrameType::Request);
         (sender, receiver, theirs)
     }
@@ -483,12 +558,86 @@ mod tests {
             };
             let (mut sender, mut receiver, mut agent) = start(&operation).await;
             let body = futures_util::stream::iter(tar.chunks(5).map(|c| Ok(Bytes::from_static(c))));
-            assert!(sender.body(body).await.is_ok());
+            let (_between, mut between) = mpsc::unbounded_channel();
+            assert!(sender.body(body, &mut between).await.is_ok());
             assert_eq!(frame(&mut agent).await, (FrameType::Data, tar.to_vec()));
             assert_eq!(frame(&mut agent).await, (FrameType::End, digest.to_string().into_bytes()));
             say(&mut agent, FrameType::Result, &summary(answer)).await;
             let result = receiver.result::<ExportSummary>().await;
             assert_eq!(result.is_ok(), good, "{result:?}");
+        }
+    }
+
+    fn replaying(bytes: u64) -> Vec<u8> {
+        serde_json::to_vec(&wire::Event::Replaying { bytes }).unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_says_it_replays_is_waited_for_and_a_silent_one_is_not() {
+        const IDLE: Duration = Duration::from_millis(500);
+        const WORDS: usize = 8;
+        for talks in [true, false] {
+            let operation = Operation::Apply {
+                image: DiskId(0),
+                record: DiskId(1),
+                scratch: None,
+                lowers: vec![],
+                options: ApplyOptions::default(),
+            };
+            let (mut sender, mut receiver, mut agent) = start_with(&operation, IDLE).await;
+            let (insert, mut between) = mpsc::unbounded_channel();
+            // More than the channel holds.
+            let body = futures_util::stream::iter((0..64).map(|_| Ok(Bytes::from(vec![7; 1 << 16]))));
+            let reading = tokio::spawn(async move {
+                for n in 0..WORDS as u64 {
+                    tokio::time::sleep(IDLE / 2).await;
+                    if talks {
+                        say(&mut agent, FrameType::Event, &replaying(n)).await;
+                    }
+                }
+                let mut resumes = 0;
+                loop {
+                    let mut head = [0; HEADER_LEN];
+                    if agent.read_exact(&mut head).await.is_err() {
+                        return None;
+                    }
+                    let (kind, len) = wire::parse_header(head).unwrap();
+                    let mut payload = vec![0; len];
+                    if agent.read_exact(&mut payload).await.is_err() {
+                        return None;
+                    }
+                    match kind {
+                        FrameType::End => return Some(resumes),
+                        FrameType::Resume => resumes += 1,
+                        _ => {}
+                    }
+                }
+            });
+            let hearing = tokio::spawn(async move {
+                let mut heard = 0;
+                loop {
+                    let (back, word) = receiver.next_owned().await;
+                    receiver = back;
+                    match word {
+                        Ok(Incoming::Event(wire::Event::Replaying { .. })) => {
+                            receiver.excuse();
+                            heard += 1;
+                        }
+                        _ => return heard,
+                    }
+                    if heard == WORDS / 2 {
+                        insert.send((FrameType::Resume, b"null".to_vec())).unwrap();
+                    }
+                }
+            });
+            let sent = sender.body(body, &mut between).await;
+            if talks {
+                assert!(sent.is_ok(), "an agent that talks was given up");
+                assert_eq!(reading.await.unwrap(), Some(1), "the answer goes between the frames of the body");
+                assert_eq!(hearing.await.unwrap(), WORDS);
+            } else {
+                assert!(matches!(sent, Err(SendError::Timeout)), "a silent agent was waited for");
+            }
         }
     }
 

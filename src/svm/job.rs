@@ -127,8 +127,15 @@ pub enum ParentDisks {
     Chain(Vec<LayerDisk>),
 }
 
+/// Makes the disks on which an apply goes on when an entry needs larger blocks.
+pub trait SecondPair: Send + Sync + 'static {
+    /// Two empty, writable disks: for image and record. Called at most once for an apply, whose first disks lose their
+    /// content soon after: then the result is on these.
+    fn make(&self) -> BoxFuture<'_, io::Result<(DiskSource, DiskSource)>>;
+}
+
 /// A tar is to become an image and a record.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ApplyJob {
     /// Empty, writable.
     pub image: DiskSource,
@@ -138,6 +145,8 @@ pub struct ApplyJob {
     pub scratch: Option<DiskSource>,
     /// The parents, nearest first.
     pub lowers: Vec<LayerDisk>,
+    /// What makes a second pair of disks; without it an entry that needs larger blocks is refused.
+    pub larger: Option<Arc<dyn SecondPair>>,
     /// How.
     pub options: ApplyOptions,
 }

@@ -30,17 +30,19 @@ pub mod pool;
 #[cfg(target_os = "linux")]
 pub mod qemu;
 pub mod remote;
+mod replays;
 mod stream;
 
 pub use crate::agent::wire::{
-    ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ExportSummary, IdMaps,
-    IdRange, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
+    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId,
+    ExportSummary, IdMaps, IdRange, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
 };
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, CopyDisk, DiskSource, ExportJob, ExportKind, FileIdentity,
-    LayerDisk, LiveControl, ParentDisks, no_writer_left,
+    LayerDisk, LiveControl, ParentDisks, SecondPair, no_writer_left,
 };
 pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
+pub use replays::within as replayed_within;
 pub use stream::TarStream;
 
 use crate::agent::wire::{ErrorKind, FrameError, WireError};
@@ -101,6 +103,9 @@ pub enum SvmError {
     /// The caller's body failed; its own words.
     #[error("reading the layer's tar: {0}")]
     Body(String),
+    /// An entry needs larger blocks, and the second pair of disks that takes could not be had.
+    #[error("an entry of the tar needs larger blocks, and there is no place to begin anew: {0}")]
+    SecondPair(String),
     /// Freezing or thawing a live sandbox failed.
     #[error("live sandbox: {0}")]
     Live(String),
@@ -117,6 +122,24 @@ fn console_suffix(console: &str) -> String {
 }
 
 impl SvmError {
+    /// What this operation was given is at fault, or may be (whoever dies or stands still does so over some layer's bytes);
+    /// false for what would meet every operation.
+    pub fn is_of_one_operation(&self) -> bool {
+        match self {
+            Self::Refused(e) => !matches!(e.kind, ErrorKind::NoSpace | ErrorKind::Io | ErrorKind::Cancelled),
+            Self::Died { .. }
+            | Self::Timeout { .. }
+            | Self::Protocol { .. }
+            | Self::Body(_)
+            | Self::StillWritable(_) => true,
+            Self::Boot { .. }
+            | Self::Disk { .. }
+            | Self::SecondPair(_)
+            | Self::Live(_)
+            | Self::Cancelled(_) => false,
+        }
+    }
+
     /// The codec's kind of failure, if the codec refused.
     pub fn refused_kind(&self) -> Option<ErrorKind> {
         match self {
@@ -247,5 +270,21 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
     /// where they are its own.
     fn witness(&self) -> Option<Witness> {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_operation_was_given_is_told_from_what_would_meet_every_one() {
+        let refused = |kind| SvmError::Refused(WireError::new(kind, "words"));
+        for kind in [ErrorKind::Corrupt, ErrorKind::Unsupported, ErrorKind::Limit, ErrorKind::Internal] {
+            assert!(refused(kind).is_of_one_operation(), "{kind:?}");
+        }
+        for kind in [ErrorKind::NoSpace, ErrorKind::Io, ErrorKind::Cancelled] {
+            assert!(!refused(kind).is_of_one_operation(), "{kind:?}");
+        }
     }
 }

@@ -116,6 +116,11 @@ impl<S: ChunkSource> TarReader<S> {
         self.parser.entry.go_differs
     }
 
+    /// What was read from the source and not reported.
+    pub fn unreported(&self) -> &[u8] {
+        self.source.chunk().get(self.pos..).unwrap_or_default()
+    }
+
     /// The source.
     pub fn into_source(self) -> S {
         self.source

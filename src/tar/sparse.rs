@@ -11,7 +11,7 @@
 use super::{layout::RawSparse, number};
 
 /// The most segments of one file; 16 bytes each are kept while the file is read.
-pub const MAX_SPARSE_SEGMENTS: usize = 1 << 18;
+pub const MAX_SPARSE_SEGMENTS: usize = 1 << 19;
 
 /// One run of stored bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

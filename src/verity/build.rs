@@ -92,6 +92,15 @@ impl<W: WriteAt, S: WriteAt + 'static> TreeDisk<W, S> {
         &self.disk
     }
 
+    /// Gives the tree up; the scratch disk is free for another when this returns.
+    pub fn abandon(&self) {
+        if let Some(Front { jobs, thread, .. }) = self.front.lock().take() {
+            drop(jobs);
+            // Whatever became of the leaves: nobody wants them.
+            let _ = thread.join();
+        }
+    }
+
     /// Appends the tree to a file system of `fs_bytes`; `None` for the disk alone, and when
     /// it was done already. `uuid` is the super block's.
     ///

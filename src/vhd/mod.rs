@@ -1,4 +1,4 @@
-//! Fixed VHD: the raw disk followed by a 512-byte footer.
+//! Fixed VHD: the raw disk followed by a 512-byte footer. Dynamic ones are read, by [`dynamic`].
 //!
 //! ```text
 //!   0 ──────────── disk, byte for byte ────────────┬─ footer (512, big-endian) ─┐
@@ -6,8 +6,10 @@
 //! ```
 //!
 //! Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0 (2006). Invariants: `Footer::to_bytes` gives the
-//! right checksum; `Footer::parse` refuses what it would not write, save fields that do not matter. No I/O. Called by
+//! right checksum; `Footer::parse` refuses what it would not write, save fields that do not matter. No I/O here. Called by
 //! `agent`, `diff::apply`, `driver` and `store`.
+
+pub mod dynamic;
 
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,

@@ -213,7 +213,8 @@ fn check(what: &str, root: &Path, tar: &[u8], can: Can) {
     let mut seen = std::collections::BTreeSet::new();
     let size: usize = original
         .iter()
-        .filter(|(name, n)| n.mode & 0o170_000 == 0o100_000 && n.same_as.is_none() && seen.insert(*name))
+        .filter(|(_, n)| matches!(n.mode & 0o170_000, 0o100_000 | 0o120_000))
+        .filter(|(name, n)| n.same_as.is_none() && seen.insert(*name))
         .map(|(_, n)| n.content.len())
         .sum();
     assert_eq!(applied.summary.diff_size, size as u64, "{what}: size");

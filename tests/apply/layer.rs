@@ -1,6 +1,9 @@
 //! Applying a tar, with all checks that hold for every layer.
 
-use crate::tree::{Tree, snapshot};
+use crate::{
+    loopmount::loop_mount,
+    tree::{Tree, snapshot},
+};
 use lcow_graphdriver::{
     diff::{
         DiffError, DigestKind, TarDigest,
@@ -31,10 +34,9 @@ pub(crate) struct Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // `umount -d` also frees the loop device. A program that another test is just starting may hold files of this
+        // The loop device goes with its last user. A program that another test is just starting may hold files of this
         // mount until it runs.
-        let umount =
-            || Command::new("umount").arg("-d").arg(&self.point).output().is_ok_and(|o| o.status.success());
+        let umount = || Command::new("umount").arg(&self.point).output().is_ok_and(|o| o.status.success());
         let done = (0..50).any(|_| {
             let done = umount();
             if !done {
@@ -103,11 +105,8 @@ impl Applied {
         assert!(rustix::process::geteuid().is_root(), "this test mounts file systems: run it as root");
         let point = self.dir.path().join("mnt");
         fs::create_dir(&point).expect("a folder can be made");
-        let options = format!("loop,ro,sizelimit={}", self.summary.image_bytes);
-        run(Command::new("mount")
-            .args(["-t", "ext4", "-o", &options])
-            .arg(self.dir.path().join("layer.vhd"))
-            .arg(&point));
+        let limit = self.summary.image_bytes.to_string();
+        loop_mount(&self.dir.path().join("layer.vhd"), &point, "ro", &["--read-only", "--sizelimit", &limit]);
         (Mounted { point: point.clone() }, point)
     }
 

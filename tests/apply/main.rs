@@ -3,6 +3,10 @@
 mod build;
 mod faults;
 mod foreign;
+mod growth;
 mod layer;
+#[path = "../support/loopmount.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod loopmount;
 mod semantics;
 mod tree;

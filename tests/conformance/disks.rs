@@ -101,7 +101,7 @@ pub(crate) struct Mounted<'a>(&'a Path);
 impl<'a> Mounted<'a> {
     pub(crate) fn new(image: &Path, point: &'a Path) -> Self {
         std::fs::create_dir_all(point).unwrap();
-        run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(point));
+        crate::support::loopmount::loop_mount(image, point, "", &[]);
         Self(point)
     }
 }

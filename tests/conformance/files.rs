@@ -1,10 +1,10 @@
 //! Layers in a temporary folder, and tars to make them from.
 
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{Stream, StreamExt, future::BoxFuture, stream};
 use lcow_graphdriver::svm::{
     ApplyJob, ApplyOptions, ApplySummary, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk,
-    LayerKind, ParentDisks, Pool, Purpose, SvmError, TarStream,
+    LayerKind, ParentDisks, Pool, Purpose, SecondPair, SvmError, TarStream,
 };
 use std::{fs::File, io, path::PathBuf, sync::Arc};
 
@@ -37,8 +37,15 @@ impl Files {
             record: self.writable(&format!("{name}.record")),
             scratch: None,
             lowers: Vec::new(),
+            larger: None,
             options: ApplyOptions::default(),
         }
+    }
+
+    /// Where an apply that needs larger blocks goes on: `NAME.larger.vhd` and `NAME.larger.record`.
+    pub(crate) fn larger(&self, name: &str) -> Option<Arc<dyn SecondPair>> {
+        let pair = ["vhd", "record"].map(|kind| self.path(&format!("{name}.larger.{kind}")));
+        Some(Arc::new(Larger(pair)))
     }
 
     /// Applies `tar` as the layer `name`.
@@ -76,6 +83,20 @@ impl Files {
 
     pub(crate) async fn export(&self, pool: &Pool, id: &str, job: ExportJob) -> Result<Vec<u8>, SvmError> {
         collect(pool.lease(id, Purpose::Export).await?.layer_to_tar(job).await?).await
+    }
+}
+
+/// Paths of a second pair.
+struct Larger([PathBuf; 2]);
+
+impl SecondPair for Larger {
+    fn make(&self) -> BoxFuture<'_, io::Result<(DiskSource, DiskSource)>> {
+        let make = |path: &PathBuf| {
+            let file = File::options().read(true).write(true).create_new(true).open(path)?;
+            Ok::<_, io::Error>(DiskSource::read_write(Arc::new(file), path))
+        };
+        let made = make(&self.0[0]).and_then(|image| Ok((image, make(&self.0[1])?)));
+        Box::pin(async { made })
     }
 }
 
@@ -132,6 +153,14 @@ impl Tar {
         self.0.extend_from_slice(content);
         self.0.resize(self.0.len().next_multiple_of(512), 0);
         self
+    }
+
+    /// A symbolic link with a target of any length.
+    pub(crate) fn long_link(self, name: &str, target: &str) -> Self {
+        let body = target.len() + " linkpath=\n".len();
+        let len = (body..).find(|len| len.to_string().len() + body == *len).unwrap();
+        let pax = format!("{len} linkpath={target}\n");
+        self.entry("pax", b'x', pax.as_bytes(), "").entry(name, b'2', b"", "x")
     }
 
     pub(crate) fn folder(self, name: &str) -> Self {

@@ -163,6 +163,7 @@ async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
 
 suite!(
     apply_and_exact_diff,
+    larger_blocks_in_mid_stream,
     canonical_diff_changes_and_sizes,
     a_blank_sandbox_is_empty,
     read_only_disks_stay_read_only,

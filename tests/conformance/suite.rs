@@ -68,6 +68,68 @@ pub(crate) async fn apply_and_exact_diff(backend: Backend) {
     }
 }
 
+/// An entry that needs larger blocks: what comes out is what comes out of an apply with such blocks from the start, and
+/// the first pair of files is emptied.
+pub(crate) async fn larger_blocks_in_mid_stream(backend: Backend) {
+    // The shortest time-out that operators can set in seconds and mean it.
+    let config = PoolConfig {
+        mode: Mode::Safe,
+        spares: 1,
+        max_vms: 6,
+        boot_timeout: Duration::from_mins(2),
+        idle_timeout: Duration::from_secs(5),
+        ..PoolConfig::default()
+    };
+    let (pool, files) = (Pool::start(backend, config), Files::new());
+    let far = "far/".repeat(700);
+    let filled = |tar: Tar| {
+        (0..40).fold(tar.folder("d/"), |tar, n| tar.file(&format!("d/f{n}"), &noise(n * 9_000, n as u64)))
+    };
+    // Below, written with large blocks from the start.
+    let mut job = files.apply_job("below");
+    job.options.block_size = 4096;
+    let lease = pool.lease("below", Purpose::Work).await.unwrap();
+    lease.tar_to_layer(job, body(&Tar::default().long_link("far", &far).end(), 60_000)).await.unwrap();
+    drop(lease);
+    let cases = [
+        ("first", filled(Tar::default().long_link("far", &far)).end(), true),
+        ("last", filled(Tar::default()).long_link("far", &far).end(), true),
+        ("none", filled(Tar::default()).end(), false),
+        ("link", filled(Tar::default()).entry("again", b'1', b"", "far").end(), true),
+    ];
+    for (name, tar, grows) in cases {
+        // Once with larger blocks from the start, and once with the usual ones.
+        let wide = format!("{name}-wide");
+        let mut summaries = Vec::new();
+        for (layer, block_size) in [(wide.as_str(), if grows { 4096 } else { 1024 }), (name, 1024)] {
+            let mut job = files.apply_job(layer);
+            job.options.block_size = block_size;
+            job.larger = files.larger(layer);
+            job.lowers = vec![files.layer("below")];
+            let lease = pool.lease(layer, Purpose::Work).await.unwrap();
+            summaries.push(lease.tar_to_layer(job, body(&tar, 60_000)).await.unwrap());
+        }
+        assert_eq!(summaries[0], summaries[1], "{name}");
+        let read = |file: String| std::fs::read(files.path(&file)).unwrap();
+        for kind in ["vhd", "record"] {
+            let larger = format!("{name}.larger.{kind}");
+            assert_eq!(files.path(&larger).exists(), grows, "{larger}");
+            assert!(!files.path(&format!("{wide}.larger.{kind}")).exists(), "{wide} needs no second pair");
+            let last = if grows { larger } else { format!("{name}.{kind}") };
+            assert!(read(last) == read(format!("{wide}.{kind}")), "{name}: another {kind}");
+            if grows {
+                assert_eq!(read(format!("{name}.{kind}")).len(), 0, "{name}: the first {kind} takes room");
+            }
+        }
+    }
+    // Nobody gives a second pair: a clear refusal, and the machine goes on.
+    let error =
+        files.apply(&pool, "refused", &Tar::default().long_link("far", &far).end()).await.unwrap_err();
+    assert!(error.to_string().contains("larger blocks"), "{error}");
+    files.apply(&pool, "refused", &filled(Tar::default()).end()).await.unwrap();
+    pool.shutdown(END).await;
+}
+
 pub(crate) async fn canonical_diff_changes_and_sizes(backend: Backend) {
     let (pool, files) = (pool(&backend, Mode::Global), Files::new());
     files.apply(&pool, "base", &tree(20, 5000, 1)).await.unwrap();

@@ -2,13 +2,13 @@
 //! compares **contents**.
 //!
 //! ```text
-//!   basics  images  classic_build  buildkit  busy  restarts  userns  deep  quota  chaos  parallel  hostile  removal
+//!   basics  images  classic_build  buildkit  busy  restarts  userns  deep  quota  chaos  parallel  hostile  removal  identity
 //!      └───────┴──────────┴───────────┴─────────┴─────────┴──┬────┴─────┴──────┴───────┴────────┴───────┘
 //!                     rootfs (what is imported)  manifest (what a tree holds)  archive (image archives)
 //!                                     engine (a room with dockerd) ─► command   tarball (tar bytes)
 //! ```
 //!
-//! Needs root, Debian's docker.io, busybox-static and attr; says so where they are missing. Environment:
+//! Needs root, Debian's docker.io, busybox-static, attr, rsync and gcc; says so where they are missing. Environment:
 //! `LCOW_E2E_DRIVER=managed` runs the same tests on the managed plugin, `=overlay2` on the engine's own driver, as a
 //! control of the tests; `LCOW_E2E_PATH` is put before the search path (another engine); `LCOW_E2E_OPTIONS` gives the
 //! driver options (`lcow.globalmode=true …`); `LCOW_E2E_KEEP` keeps the engines' folders; `LCOW_E2E_SEED` repeats a run
@@ -26,6 +26,7 @@ mod deep;
 #[allow(dead_code, reason = "the tests of the managed plugin use the rest")]
 mod engine;
 mod hostile;
+mod identity;
 mod images;
 mod manifest;
 mod parallel;

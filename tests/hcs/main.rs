@@ -79,6 +79,7 @@ impl Place {
             record: self.writable(&format!("{name}.exact")),
             scratch: None,
             lowers: Vec::new(),
+            larger: None,
             options: ApplyOptions::default(),
         };
         pool.lease(name, Purpose::Work).await?.tar_to_layer(job, body(tar)).await
@@ -331,6 +332,7 @@ async fn a_dropped_export_and_a_dropped_apply_leave_the_pool_usable() {
         record: place.writable("cut.exact"),
         scratch: None,
         lowers: Vec::new(),
+        larger: None,
         options: ApplyOptions::default(),
     };
     let lease = pool.lease("cut", Purpose::Work).await.unwrap();
@@ -400,6 +402,7 @@ async fn a_pool_ends_what_a_predecessor_left_but_not_what_its_sibling_runs() {
         record: place.writable("a.exact"),
         scratch: None,
         lowers: Vec::new(),
+        larger: None,
         options: ApplyOptions::default(),
     };
     lease.tar_to_layer(job, body(&tar(1, 10))).await.unwrap();

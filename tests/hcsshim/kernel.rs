@@ -2,6 +2,7 @@
 
 use crate::{
     image::{Image, make, text},
+    loopmount::loop_mount,
     profile,
     tars::{Wildness, random},
     tree::{Tree, assert_same, snapshot},
@@ -18,8 +19,8 @@ pub(crate) struct Mounted(PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // `umount -d` also frees the loop device.
-        let done = Command::new("umount").arg("-d").arg(&self.0).status();
+        // The loop device goes with its last user.
+        let done = Command::new("umount").arg(&self.0).status();
         let done = done.is_ok_and(|s| s.success());
         assert!(done || std::thread::panicking(), "{} cannot be unmounted", self.0.display());
     }
@@ -31,9 +32,7 @@ impl Mounted {
         assert!(rustix::process::geteuid().is_root(), "this test mounts file systems: run it as root");
         let point = folder.join("mnt");
         fs::create_dir_all(&point).expect("a folder");
-        let mount = Command::new("mount").args(["-t", "ext4", "-o", options]).arg(disk).arg(&point).output();
-        let out = mount.expect("this test needs mount");
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        loop_mount(disk, &point, options, &[]);
         Self(point)
     }
 
@@ -43,7 +42,7 @@ impl Mounted {
 }
 
 pub(crate) fn mount(image: &Image) -> Mounted {
-    Mounted::new(&image.path(), image.folder(), "loop,ro")
+    Mounted::new(&image.path(), image.folder(), "ro")
 }
 
 pub(crate) fn tree(image: &Image) -> Tree {

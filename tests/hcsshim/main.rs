@@ -7,6 +7,9 @@ mod better;
 mod corpus;
 mod image;
 mod kernel;
+#[path = "../support/loopmount.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod loopmount;
 mod refused;
 mod tars;
 mod tool;

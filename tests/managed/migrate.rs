@@ -275,6 +275,109 @@ fn what_cannot_be_made_again_is_told_and_the_rest_comes_over() {
     assert!(usage.contains("is no data root"), "{usage}");
 }
 
+/// An engine on vfs with three images: `base`, `other` on it, and `large` with a layer that a store of layers of at most
+/// [`SMALL_LAYERS`] refuses, and a small one on that.
+fn engine_with_a_large_image() -> Engine {
+    let options = EngineOptions { driver: Driver::Vfs, ..EngineOptions::lcow() };
+    let (engine, _) = rootfs::engine_with(options, &rootfs::small());
+    let base = tarball::build(&rootfs::small());
+    let layer = |content: &[u8]| tarball::build(&[Entry::dir("x/"), Entry::file("x/file", content)]);
+    let large = [base.clone(), layer(&random_bytes(5, 12 << 20)), layer(b"on top\n")];
+    engine.docker_with(&["load"], archive::write("large", &large)).expect_ok();
+    engine.docker_with(&["load"], archive::write("other", &[base, layer(b"other\n")])).expect_ok();
+    engine
+}
+
+/// `lcow.maxlayer`
+const SMALL_LAYERS: &str = "8MiB";
+
+#[test]
+fn an_image_that_the_store_refuses_is_left_out_and_the_rest_comes_over() {
+    let engine = engine_with_a_large_image();
+    let (all, large) = (images(&engine), engine.docker(&["inspect", "-f", "{{.Id}}", "large"]));
+    engine.stop_dockerd();
+    let root = engine.data_root();
+    let import = |setting: &str| {
+        let words = ["env", setting, PROGRAM, "store", "import", "data-root", "--json", utf8(&root)];
+        let run = engine.run(&words);
+        let report: Value = serde_json::from_slice(&run.stdout).unwrap_or(Value::Null);
+        (run, report)
+    };
+    // What would meet every layer is no layer's fault: the run ends, with a report, and nothing is lost.
+    let (run, report) = import("LCOW_MINFREE=1000TiB");
+    assert_eq!(run.status.code(), Some(1), "{}", run.text());
+    assert!(report["stopped"].as_str().is_some_and(|s| s.contains("lcow.minfree")), "{report}");
+    assert_eq!(
+        (&report["failed"], &report["images"]),
+        (&serde_json::json!([]), &serde_json::json!(0)),
+        "{report}"
+    );
+    assert_eq!(report["images_left_out"].as_array().map(Vec::len), Some(3), "{report}");
+    for _ in 0..2 {
+        let (run, report) = import(&format!("LCOW_MAXLAYER={SMALL_LAYERS}"));
+        assert_eq!(run.status.code(), Some(1), "{}", run.text());
+        assert_eq!(
+            (&report["images"], &report["stopped"]),
+            (&serde_json::json!(2), &Value::Null),
+            "{report}"
+        );
+        let left_out = report["left_out"].as_array().expect("left_out");
+        assert_eq!(left_out.len(), 1, "{report}");
+        assert_eq!(
+            (&left_out[0]["image"], &left_out[0]["names"][0]),
+            (&large.clone().into(), &"large:latest".into())
+        );
+        let failed = report["failed"].as_array().expect("failed");
+        assert_eq!((failed.len(), &failed[0]), (1, &left_out[0]["reason"]), "{report}");
+        assert!(failed[0].as_str().is_some_and(|f| f.contains("bytes")), "{report}");
+    }
+    let lcow = |engine: &Engine| {
+        engine.choose_driver(Driver::Lcow, "lcow", root.join("lcow"));
+        engine.start_plugin();
+        engine.start_dockerd();
+    };
+    lcow(&engine);
+    let present = images(&engine);
+    assert_eq!(present, all.iter().filter(|i| !i.contains(&large)).cloned().collect());
+    assert_eq!(engine.shell("other", "cat /x/file"), "other");
+    engine.scrub();
+    // It goes on once the limit is another.
+    engine.stop_dockerd();
+    engine.kill_plugin();
+    let (run, report) = import("LCOW_MAXLAYER=1GiB");
+    run.expect_ok();
+    assert_eq!(
+        (&report["images"], &report["left_out"]),
+        (&serde_json::json!(3), &serde_json::json!([])),
+        "{report}"
+    );
+    lcow(&engine);
+    assert_eq!(images(&engine), all);
+    assert_eq!(engine.shell("large", "cat /x/file"), "on top");
+    engine.scrub();
+}
+
+#[test]
+fn an_image_that_the_other_engine_refuses_is_left_out_and_the_rest_is_copied() {
+    let from = engine_with_a_large_image();
+    let limit = format!("lcow.maxlayer={SMALL_LAYERS}");
+    let options = EngineOptions { driver: Driver::Lcow, ..EngineOptions::lcow() };
+    let to = Engine::start(options.plugin(&["--storage-opt", &limit]));
+    let (a, b) = (from.socket(), to.socket());
+    let run = Command::new(PROGRAM).args(["store", "import", "engine", utf8(&a), utf8(&b)]).output();
+    let run = run.expect("lcow-graphdriver");
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert_eq!(run.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("2 of 3 images sent") && said.contains("not brought over: large:latest: "),
+        "{said}"
+    );
+    let large = from.docker(&["inspect", "-f", "{{.Id}}", "large"]);
+    assert_eq!(images(&to), images(&from).into_iter().filter(|i| !i.contains(&large)).collect());
+    assert_eq!(to.shell("other", "cat /x/file"), "other");
+    to.scrub();
+}
+
 #[test]
 fn images_are_copied_from_engine_to_engine() {
     let options = EngineOptions { driver: Driver::Vfs, ..EngineOptions::lcow() };

@@ -19,7 +19,7 @@ use lcow_graphdriver::{
         BlockSize, Ext4,
         check::{CheckLimits, check},
         hcsshim::HcsshimOptions,
-        writer::WriterOptions,
+        writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
     },
     io::MemDisk,
 };
@@ -99,6 +99,34 @@ fn files_that_look_like_an_extent_tree_are_clean() {
     let error = image_of(&one, &hcsshim()).unwrap_err();
     let text = format!("{error}: {:?}", std::error::Error::source(&error).map(ToString::to_string));
     assert!(text.contains("looks-like-one"), "{text}");
+}
+
+#[test]
+fn a_folder_whose_numbers_look_like_an_extent_tree_is_clean() {
+    // Inline, a folder begins with its parent's number and that of its first name: here 0xF30A, and 2 + 2^16.
+    let disk = MemDisk::new();
+    let mut w = ImageWriter::new(&disk, WriterOptions::default()).unwrap();
+    let (root, plain) = (w.root(), Attributes::default());
+    // The first node made is inode 11.
+    let mut next = 11;
+    let mut make = |w: &mut ImageWriter<_>, dir, name: &str, kind| {
+        next += 1;
+        w.create(dir, name.as_bytes(), kind, plain, Vec::new()).map(|node| (node, next - 1)).unwrap()
+    };
+    let (fill, _) = make(&mut w, root, "fill", NodeKind::Directory);
+    let mut ino = 11;
+    while ino < 0xF30A - 1 {
+        ino = make(&mut w, fill, &format!("{ino}"), NodeKind::Fifo).1;
+    }
+    let (parent, number) = make(&mut w, root, "parent", NodeKind::Directory);
+    assert_eq!(number, 0xF30A);
+    let (folder, mut ino) = make(&mut w, parent, "folder", NodeKind::Directory);
+    while ino < 0x1_0001 {
+        ino = make(&mut w, fill, &format!("{ino}"), NodeKind::Fifo).1;
+    }
+    assert_eq!(make(&mut w, folder, "first", NodeKind::Fifo).1, 0x1_0002);
+    w.finish().unwrap();
+    assert_eq!(faults(&disk.to_vec()), None);
 }
 
 #[test]

@@ -4,15 +4,23 @@
 //! ```text
 //!   main.rs    what does not depend on how layers are shown        both transports
 //!   none.rs    lcow.mount=none: folders and VHDX sandboxes         both transports
+//!   identity.rs  devices and inode numbers of merged views      Linux
 //!   mounts.rs  lcow.mount=overlay: merged views, needs root        Linux
+//!   pristine.rs  ApplyDiff of a layer that was shown               Linux, and lcow.mount=none on both
+//!   commit.rs  Diff and ApplyDiff of what containers write         Linux
 //!   pipe.rs    what only a pipe has                                Windows
 //! ```
 
+#[cfg(target_os = "linux")]
+mod commit;
+#[cfg(target_os = "linux")]
+mod identity;
 #[cfg(target_os = "linux")]
 mod mounts;
 mod none;
 #[cfg(windows)]
 mod pipe;
+mod pristine;
 #[path = "../support/mod.rs"]
 mod support;
 

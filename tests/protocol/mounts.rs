@@ -207,6 +207,44 @@ fn a_hash_tree_stands_behind_each_layer_where_it_is_wanted() {
 }
 
 #[test]
+fn what_stands_beside_a_layers_file_system_is_not_believed() {
+    for options in
+        [&[][..], &["--storage-opt", "lcow.profile=hcsshim"], &["--storage-opt", "lcow.verity=true"]]
+    {
+        let plugin = Plugin::start(options);
+        plugin.init();
+        plugin.layer("base", "", &small_tar());
+        let image = plugin.home().join("base/layer.vhd");
+        let good = fs::read(&image).unwrap();
+        let sound = || {
+            std::process::Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"))
+                .args(["store", "scrub", "--home"])
+                .arg(plugin.home())
+                .stdout(std::process::Stdio::null())
+                .status()
+                .unwrap()
+                .success()
+        };
+        assert!(sound(), "{options:?}");
+        let footer = good.len() - 512;
+        // What probes for disks would take for a qcow2; a differencing footer; another id.
+        for (at, bytes) in
+            [(0, &b"QFI\xfb"[..]), (1020, b"x"), (footer + 63, b"\x04"), (footer + 70, b"other")]
+        {
+            let mut bad = good.clone();
+            bad[at..at + bytes.len()].copy_from_slice(bytes);
+            bad[footer + 64..footer + 68].fill(0);
+            let sum = !bad[footer..].iter().map(|b| u32::from(*b)).sum::<u32>();
+            bad[footer + 64..footer + 68].copy_from_slice(&sum.to_be_bytes());
+            fs::write(&image, bad).unwrap();
+            assert!(!sound(), "{options:?}: byte {at}");
+        }
+        fs::write(&image, good).unwrap();
+        assert!(sound(), "{options:?}");
+    }
+}
+
+#[test]
 fn blocks_have_the_size_that_was_asked_for() {
     let plugin = Plugin::start(&["--storage-opt", "lcow.blocksize=4KiB"]);
     plugin.init();

@@ -4,6 +4,8 @@
 //!   "worker 12 (vm 1)", "qemu 12 (vm 1)" ─► process 12          "hcs GUID (vm 1)" ─► folder of the double's machine
 //! ```
 
+#[cfg(windows)]
+use super::skip::skip;
 use std::{fs, path::PathBuf};
 
 /// What runs behind a lease, by what the VM calls itself.
@@ -128,26 +130,24 @@ impl SmallDisk {
     /// Its usual size.
     pub(crate) const BYTES: u64 = 12 << 20;
 
-    /// A tmpfs at `path`; `None`, with a word, where this user may not mount.
+    /// A tmpfs at `path`.
     #[cfg(unix)]
+    #[expect(clippy::unnecessary_wraps, reason = "as on Windows")]
     pub(crate) fn of(path: PathBuf, bytes: u64) -> Option<Self> {
         use rustix::mount::{MountFlags, mount};
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: mounting a small file system needs root");
-            return None;
-        }
+        assert!(rustix::process::geteuid().is_root(), "mounting a small file system needs root");
         fs::create_dir_all(&path).unwrap();
         let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
         mount("tmpfs", &path, "tmpfs", MountFlags::empty(), Some(size.as_c_str())).unwrap();
         Some(Self { folder: path })
     }
 
-    /// A folder of this test's own on the volume of [`Self::BYTES`] that `scripts/test-windows` made; `None`, with a word,
-    /// without one.
+    /// A folder of this test's own on the volume of [`Self::BYTES`] that `scripts/test-windows` made; `None`, noted as a
+    /// skip, without one.
     #[cfg(windows)]
     pub(crate) fn of(_: PathBuf, _: u64) -> Option<Self> {
         let Some(volume) = std::env::var_os("LCOW_SMALL_DISK") else {
-            eprintln!("skipped: LCOW_SMALL_DISK names no folder on a volume of {} bytes", Self::BYTES);
+            skip("LCOW_SMALL_DISK names no folder on a small volume");
             return None;
         };
         let folder = PathBuf::from(volume).join(uuid::Uuid::new_v4().to_string());

@@ -2,11 +2,11 @@
 
 use lcow_graphdriver::{
     agent::{
-        codec::{ChangeSink, Codec, Layer, Live, Lowers, Parent, TarInput},
+        codec::{ChangeSink, Codec, Growing, Layer, Live, Lowers, Parent, TarInput},
         disk::OpDisk,
         wire::{
-            ApplyOptions, ApplySummary, Change, ChangeKind, CheckSummary, ErrorKind, ExportSummary, IdMaps,
-            WireError,
+            ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, ErrorKind,
+            ExportSummary, IdMaps, WireError,
         },
     },
     io::{ReadAt, StreamOut, WriteAt},
@@ -43,6 +43,7 @@ impl Codec for TestCodec {
         record: OpDisk,
         _: Option<OpDisk>,
         lowers: &mut dyn Lowers,
+        _: &mut dyn Growing,
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError> {
         let (mut buf, mut at, mut asks) = (vec![0; 256 << 10], 0u64, false);
@@ -134,6 +135,13 @@ impl Codec for TestCodec {
         loop {
             copy_out(&target[0].disk, out)?;
         }
+    }
+
+    fn written(&self, _: Vec<Layer>, _: BlankRoot, live: Option<&mut dyn Live>) -> Result<bool, WireError> {
+        if let Some(live) = live {
+            live.metadata_read()?;
+        }
+        Ok(true)
     }
 
     fn changes(

@@ -1,7 +1,7 @@
 //! `layer convert`: the same disk in another kind of file.
 //!
 //! ```text
-//!   raw │ VHD │ VHDX ──► disk, its holes left out ──► raw (sparse) │ fixed VHD (sparse) │ dynamic VHDX
+//!   raw │ fixed or dynamic VHD │ VHDX ──► disk, its holes left out ──► raw (sparse) │ fixed VHD (sparse) │ dynamic VHDX
 //! ```
 //!
 //! The disk is copied as it is, whatever lies on it: a file system, its hash tree. A VHDX with a log in use and a sandbox
@@ -74,7 +74,7 @@ pub(super) fn convert(args: &ConvertArgs) -> Result<ExitCode, CliError> {
     }
     let out = NewFile::create(&args.output)?;
     let about = |e: &(dyn std::error::Error + 'static)| failed("write", &args.output, e);
-    let file = out.disk();
+    let file = out.disk()?;
     let data_bytes = match format {
         DiskFormat::Raw => {
             file.set_len(size).map_err(|e| about(&e))?;
@@ -82,7 +82,7 @@ pub(super) fn convert(args: &ConvertArgs) -> Result<ExitCode, CliError> {
         }
         DiskFormat::Vhd => {
             let uuid = match &image.container {
-                Container::Vhd(footer) => footer.uuid,
+                Container::Vhd(footer) | Container::DynamicVhd { footer, .. } => footer.uuid,
                 Container::Vhdx(geometry) => geometry.disk_id.into_bytes(),
                 Container::Raw => uuid::Uuid::new_v4().into_bytes(),
             };
@@ -94,7 +94,9 @@ pub(super) fn convert(args: &ConvertArgs) -> Result<ExitCode, CliError> {
         }
         DiskFormat::Vhdx => {
             let id = match &image.container {
-                Container::Vhd(footer) => uuid::Uuid::from_bytes(footer.uuid),
+                Container::Vhd(footer) | Container::DynamicVhd { footer, .. } => {
+                    uuid::Uuid::from_bytes(footer.uuid)
+                }
                 Container::Vhdx(geometry) => geometry.disk_id,
                 Container::Raw => uuid::Uuid::new_v4(),
             };

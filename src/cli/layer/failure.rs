@@ -58,7 +58,6 @@ fn help(error: &(dyn Error + 'static)) -> Option<&'static str> {
     if let Some(e) = error.downcast_ref::<Ext4Error>() {
         return match e {
             Ext4Error::Full { .. } => Some("raise --max-size"),
-            Ext4Error::LinkTarget { .. } => Some("--block-size 4KiB takes targets of up to 4095 bytes"),
             _ => None,
         };
     }

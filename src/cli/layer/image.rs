@@ -1,12 +1,22 @@
-//! An image that is looked at: its VHD footer left out, its tree walked by path.
+//! An image that is looked at: what contains it left out, its tree walked by path.
+//!
+//! ```text
+//!   VHDX │ dynamic VHD │ fixed VHD │ raw disk ──► disk ──► ext4          what is none of these is refused: foreign
+//! ```
 
-use super::failure::{failed, shown};
+use super::{
+    failure::{failed, shown},
+    foreign,
+};
 use crate::{
     cli::CliError,
     diff::{LayerKind, LayerSource},
     ext4::{Ext4, Ext4Error, FileKind, Inode},
     io::{ReadAt, SubDisk},
-    vhd::{self, Footer, VhdError},
+    vhd::{
+        self, Footer, VhdError,
+        dynamic::{DynamicVhd, is_dynamic},
+    },
     vhdx::{Geometry, Vhdx},
 };
 use std::{
@@ -35,6 +45,13 @@ pub(super) enum Container {
     Raw,
     /// A fixed VHD: a footer stands behind the disk.
     Vhd(Footer),
+    /// A dynamic VHD.
+    DynamicVhd {
+        /// What its footer tells.
+        footer: Footer,
+        /// Bytes of a block.
+        block_bytes: u64,
+    },
     /// A dynamic or fixed VHDX.
     Vhdx(Geometry),
 }
@@ -68,8 +85,22 @@ impl Image {
             return Err(format!("{} is a folder, not an image", shown(path)).into());
         }
         let file_bytes = file.size().map_err(|e| failed("read", path, &e))?;
-        let mut head = [0; VHDX_MAGIC.len()];
-        if file.read_exact_at(&mut head, 0).is_ok() && head == VHDX_MAGIC {
+        let unread = |e: &(dyn std::error::Error + 'static)| failed("read", path, e);
+        let head = part(&file, 0, foreign::HEAD).map_err(|e| unread(&e))?;
+        let opened = Self::contained(path, file, file_bytes, &head)?;
+        let refusal = if opened.container == Container::Raw {
+            let tail = opened.disk.size().map_err(|e| unread(&e))?.saturating_sub(foreign::TAIL as u64);
+            let tail = part(&opened.disk, tail, foreign::TAIL).map_err(|e| unread(&e))?;
+            foreign::refusal(path, &head, &tail)
+        } else {
+            foreign::refusal_inside(path, &part(&opened.disk, 0, foreign::HEAD).map_err(|e| unread(&e))?)
+        };
+        refusal.map_or(Ok(opened), |text| Err(text.into()))
+    }
+
+    /// The disk in the file, or the file as a disk.
+    fn contained(path: &Path, file: Arc<File>, file_bytes: u64, head: &[u8]) -> Result<Self, CliError> {
+        if head.starts_with(VHDX_MAGIC) {
             let vhdx = Vhdx::open(file.clone()).map_err(|e| failed("read", path, &e))?;
             let (container, data) = (Container::Vhdx(*vhdx.geometry()), vhdx.allocated());
             return Ok(Self {
@@ -82,7 +113,14 @@ impl Image {
                 data,
             });
         }
-        let footer = footer(&file, file_bytes).map_err(|e| failed("read", path, &*e))?;
+        let footer = match footer(&file, file_bytes) {
+            // A damaged end does not matter: the footer stands at the beginning as well.
+            Ok(None) if is_dynamic(head) => return Self::dynamic(path, file, file_bytes),
+            Err(e) if is_dynamic(head) || matches!(e.downcast_ref(), Some(VhdError::Unsupported(_))) => {
+                return Self::dynamic(path, file, file_bytes);
+            }
+            other => other.map_err(|e| failed("read", path, &*e))?,
+        };
         let disk_bytes = footer.map_or(file_bytes, |(f, _)| f.disk_bytes);
         let data = data_ranges(&file, disk_bytes);
         Ok(Self {
@@ -91,6 +129,24 @@ impl Image {
             container: footer.map_or(Container::Raw, |(f, _)| Container::Vhd(f)),
             footer: footer.map(|(_, bytes)| bytes),
             disk: Arc::new(SubDisk::new(file.clone(), 0, disk_bytes)),
+            file,
+            data,
+        })
+    }
+
+    fn dynamic(path: &Path, file: Arc<File>, file_bytes: u64) -> Result<Self, CliError> {
+        let vhd = DynamicVhd::open(file.clone()).map_err(|e| failed("read", path, &e))?;
+        let disk_bytes = vhd.size().map_err(|e| failed("read", path, &e))?;
+        let footer =
+            Footer::new(disk_bytes, vhd.timestamp(), vhd.uuid()).map_err(|e| failed("read", path, &e))?;
+        let container = Container::DynamicVhd { footer, block_bytes: vhd.block_bytes() };
+        let data = vhd.allocated();
+        Ok(Self {
+            path: path.to_owned(),
+            file_bytes,
+            container,
+            footer: None,
+            disk: Arc::new(vhd),
             file,
             data,
         })
@@ -117,6 +173,14 @@ impl Image {
     pub(super) fn layer(&self) -> Result<LayerSource<Disk>, CliError> {
         Ok(LayerSource::new(self.disk.clone(), self.kind()?))
     }
+}
+
+/// As many of `most` bytes at `offset` as there are.
+fn part(disk: &impl ReadAt, offset: u64, most: usize) -> std::io::Result<Vec<u8>> {
+    let rest = disk.size()?.saturating_sub(offset);
+    let mut bytes = vec![0; usize::try_from(rest).map_or(most, |rest| rest.min(most))];
+    disk.read_exact_at(&mut bytes, offset)?;
+    Ok(bytes)
 }
 
 /// Bytes of a file system.

@@ -13,6 +13,7 @@
 
 mod convert;
 mod failure;
+mod foreign;
 mod image;
 mod input;
 #[cfg(target_os = "linux")]
@@ -88,7 +89,9 @@ pub(super) struct PackArgs {
     #[arg(long)]
     keep_whiteouts: bool,
     /// Blocks of the file system: 1KiB, 2KiB or 4KiB. Small ones waste least; a disk with sectors of 4096 bytes needs
-    /// 4KiB, and so does a symbolic link whose target is as long as a block. Profile hcsshim always has 4KiB.
+    /// 4KiB. The image has 4KiB at once where an entry needs more than is said here: a symbolic link whose target is as
+    /// long as a block, names of extended attributes that fill one, a file of 2^32 blocks. Profile hcsshim always has
+    /// 4KiB.
     #[arg(long, value_name = "SIZE", default_value = "1KiB", value_parser = block_size)]
     block_size: BlockSize,
     /// Profile hcsshim: backslashes in names become slashes (tar2ext4 -convert-slash).

@@ -27,9 +27,14 @@ use std::{os::fd::AsFd, process::ExitCode};
 pub(super) fn mount(args: &MountArgs) -> Result<ExitCode, CliError> {
     let image = Image::open_with(&args.image, args.write)?;
     let name = shown(&args.image);
-    if let Container::Vhdx(_) = image.container {
+    let kind = match image.container {
+        Container::Vhdx(_) => Some("VHDX"),
+        Container::DynamicVhd { .. } => Some("dynamic VHD"),
+        Container::Raw | Container::Vhd(_) => None,
+    };
+    if let Some(kind) = kind {
         return Err(format!(
-            "{name} is a VHDX, which the kernel cannot mount: `lcow-graphdriver layer convert {name} OUT.vhd` makes one that it can"
+            "{name} is a {kind}, which the kernel cannot mount: `lcow-graphdriver layer convert {name} OUT.vhd` makes one that it can"
         )
         .into());
     }

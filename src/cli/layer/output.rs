@@ -72,8 +72,9 @@ impl NewFile {
     }
 
     /// The file as a disk that begins to be written out while it is made.
-    pub(super) fn disk(&self) -> NewDisk<'_> {
-        NewDisk { file: self.file(), writeback: Writeback::default() }
+    pub(super) fn disk(&self) -> Result<NewDisk, CliError> {
+        let file = self.file().try_clone().map_err(|e| failed("open", &self.place, &e))?;
+        Ok(NewDisk { file, writeback: Writeback::default() })
     }
 
     /// Makes the file durable and gives it its name.
@@ -85,12 +86,12 @@ impl NewFile {
 }
 
 /// A new file that is written by position.
-pub(super) struct NewDisk<'a> {
-    file: &'a File,
+pub(super) struct NewDisk {
+    file: File,
     writeback: Writeback,
 }
 
-impl ReadAt for NewDisk<'_> {
+impl ReadAt for NewDisk {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.file.read_at(buf, offset)
     }
@@ -100,10 +101,10 @@ impl ReadAt for NewDisk<'_> {
     }
 }
 
-impl WriteAt for NewDisk<'_> {
+impl WriteAt for NewDisk {
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
         let written = self.file.write_at(buf, offset)?;
-        self.writeback.written(self.file, offset + written as u64);
+        self.writeback.written(&self.file, offset + written as u64);
         Ok(written)
     }
 

@@ -4,14 +4,14 @@ use super::{
     PackArgs, Profile,
     failure::{failed, shown},
     input::{self, Packing},
-    output::{NewFile, print, print_json},
+    output::{NewDisk, NewFile, print, print_json},
 };
 use crate::{
     agent::wire::RootHash,
     cli::CliError,
     diff::{
-        TarDigest,
-        apply::{self, ApplyOptions, ApplySummary, HcsshimProfile, NoLowers, Verity},
+        DiffError, TarDigest,
+        apply::{self, ApplyOptions, ApplySummary, Growth, HcsshimProfile, NoLowers, Verity},
     },
     ext4::{
         BlockSize,
@@ -101,18 +101,76 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
         let scratch = Arc::new(image.scratch()?) as Arc<dyn WriteAt>;
         options.verity = Verity::Tree { scratch: Some(scratch) };
     }
-    let result = match &record {
-        Some(record) => apply::apply(&mut input.tar, image.disk(), record.file(), &mut NoLowers, &options),
-        None => apply::apply(&mut input.tar, image.disk(), Nowhere, &mut NoLowers, &options),
-    };
+    let mut larger = Larger { args, pair: None };
+    let result = apply::apply_growing(
+        &mut input.tar,
+        image.disk()?,
+        record_disk(args, &image, record.as_ref())?,
+        &mut NoLowers,
+        &options,
+        &mut larger,
+    );
     input.bar.finish_and_clear();
     let done = result.map_err(|e| failed("pack", &args.input, &e))?;
+    let (image, record) = larger.pair.unwrap_or((image, record));
     if let Some(record) = record {
         record.commit()?;
     }
     image.commit()?;
     report(args, input.packing, &done)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where the record goes. One that nobody asked for is kept while the image has small blocks: it takes the way back to
+/// the start of a stream that comes once.
+fn record_disk(
+    args: &PackArgs,
+    image: &NewFile,
+    record: Option<&NewFile>,
+) -> Result<Arc<dyn WriteAt>, CliError> {
+    Ok(match record {
+        Some(record) => Arc::new(record.disk()?),
+        None if args.profile == Profile::Default && args.block_size != BlockSize::LARGEST => {
+            Arc::new(image.scratch()?)
+        }
+        None => Arc::new(Nowhere),
+    })
+}
+
+/// A second pair of files beside the first, for an image that needs larger blocks than it was begun with.
+struct Larger<'a> {
+    args: &'a PackArgs,
+    pair: Option<(NewFile, Option<NewFile>)>,
+}
+
+impl Larger<'_> {
+    fn make(&mut self) -> Result<(NewDisk, Arc<dyn WriteAt>), CliError> {
+        let image = NewFile::create(&self.args.output)?;
+        let record = self.args.record.as_deref().map(NewFile::create).transpose()?;
+        let kept: Arc<dyn WriteAt> = match &record {
+            Some(record) => Arc::new(record.disk()?),
+            None => Arc::new(Nowhere),
+        };
+        let disk = image.disk()?;
+        self.pair = Some((image, record));
+        Ok((disk, kept))
+    }
+}
+
+impl Growth<NewDisk, Arc<dyn WriteAt>> for Larger<'_> {
+    fn disks(&mut self) -> Result<Option<(NewDisk, Arc<dyn WriteAt>)>, DiffError> {
+        let made = self.make().map_err(|e| io::Error::other(e.to_string()));
+        made.map(Some).map_err(DiffError::io("beginning anew in larger blocks"))
+    }
+
+    fn replaying(&mut self, _: u64) -> Result<(), DiffError> {
+        Ok(())
+    }
+
+    fn replayed(&mut self, image: NewDisk, record: Arc<dyn WriteAt>) -> Result<(), DiffError> {
+        let emptied = image.set_len(0).and_then(|()| record.set_len(0));
+        emptied.map_err(DiffError::io("emptying the files in smaller blocks"))
+    }
 }
 
 /// The size that the image may have.

@@ -15,6 +15,7 @@ use crate::{
     },
     ext4::{Ext4, Ext4Error, FileKind, Inode, Timestamp},
     verity,
+    vhd::Footer,
 };
 use bytesize::ByteSize;
 use serde::Serialize;
@@ -105,6 +106,16 @@ struct VhdFacts {
     uuid: Uuid,
     /// Seconds since 2000.
     timestamp: u32,
+    /// Of a dynamic disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block_bytes: Option<u64>,
+}
+
+impl VhdFacts {
+    fn new(footer: &Footer, block_bytes: Option<u64>) -> Self {
+        let uuid = Uuid::from_bytes(footer.uuid);
+        Self { disk_bytes: footer.disk_bytes, uuid, timestamp: footer.timestamp, block_bytes }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -229,11 +240,8 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<ExitCode, CliError> {
             LayerKind::Sandbox => "sandbox",
         },
         vhd: match &image.container {
-            Container::Vhd(f) => Some(VhdFacts {
-                disk_bytes: f.disk_bytes,
-                uuid: Uuid::from_bytes(f.uuid),
-                timestamp: f.timestamp,
-            }),
+            Container::Vhd(footer) => Some(VhdFacts::new(footer, None)),
+            Container::DynamicVhd { footer, block_bytes } => Some(VhdFacts::new(footer, Some(*block_bytes))),
             _ => None,
         },
         vhdx: match &image.container {
@@ -294,7 +302,12 @@ fn inspection_text(i: &Inspection) -> String {
     line(
         "vhd",
         match (&i.vhd, &i.vhdx) {
-            (Some(v), _) => format!("fixed, disk of {} bytes, uuid {}", v.disk_bytes, v.uuid),
+            (Some(v), _) => {
+                let kind = v
+                    .block_bytes
+                    .map_or("fixed".to_owned(), |b| format!("dynamic, blocks of {}", ByteSize(b)));
+                format!("{kind}, disk of {} bytes, uuid {}", v.disk_bytes, v.uuid)
+            }
             (_, Some(v)) => format!(
                 "vhdx, {}, disk of {} bytes, blocks of {}, sectors of {}, id {}",
                 if v.fixed { "fixed" } else { "dynamic" },

@@ -65,7 +65,8 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
     if let Container::Vhd(footer) = image.container {
         // `layer convert` gives an image of profile hcsshim the other one.
         let ours = [footer.to_bytes(), footer.to_bytes_hcsshim()];
-        if image.footer.is_none_or(|found| !ours.contains(&found))
+        if footer.timestamp != 0
+            || image.footer.is_none_or(|found| !ours.contains(&found))
             || footer.disk_bytes + vhd::FOOTER_SIZE as u64 != image.file_bytes
         {
             return Err(format!("{}: its vhd footer is not one that a layer has", shown(&args.image)).into());

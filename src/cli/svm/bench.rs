@@ -135,8 +135,14 @@ async fn rounds(pool: &Pool, tar: &Path, work: &Path) -> Result<(Duration, Durat
         let lease = pool.lease(&format!("apply-{run}"), Purpose::Work).await?;
         let file = tokio::fs::File::open(tar).await;
         let file = file.map_err(|e| format!("cannot open '{}': {e}", tar.display()))?;
-        let job =
-            ApplyJob { image, record, scratch: None, lowers: Vec::new(), options: ApplyOptions::default() };
+        let job = ApplyJob {
+            image,
+            record,
+            scratch: None,
+            lowers: Vec::new(),
+            larger: None,
+            options: ApplyOptions::default(),
+        };
         lease.tar_to_layer(job, ReaderStream::with_capacity(file, CHUNK)).await?;
         drop(lease);
         apply = apply.min(begin.elapsed());

@@ -28,6 +28,11 @@ impl<R: Read> HashedChunks<R> {
         Self { input, pipe: HashPipe::new(kind, CHUNK_BYTES), chunk: None, len: 0, told }
     }
 
+    /// Digest of the bytes so far, if they are digested here.
+    pub(super) fn so_far(self) -> io::Result<Option<TarDigest>> {
+        self.pipe.finish()
+    }
+
     /// Digest of the bytes so far, or, at the end of the stream, what was told of them.
     pub(super) fn finish(self) -> io::Result<TarDigest> {
         let told = self.told.as_ref().and_then(|told| told.get().copied());

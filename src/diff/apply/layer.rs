@@ -248,7 +248,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         if entry.kind != EntryKind::File {
             return Ok(Placement::Nothing);
         }
-        self.count_file(entry.size);
+        self.count_bytes(entry.size);
         Ok(if entry.size > 0 { Placement::Data(node) } else { Placement::Nothing })
     }
 
@@ -292,6 +292,9 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         xattrs: Vec<Xattr>,
     ) -> Result<NodeId, DiffError> {
         self.count_name()?;
+        if let NodeKind::Symlink { target } = &kind {
+            self.count_bytes(target.len() as u64);
+        }
         self.writer.create(dir, name, kind, attributes, xattrs).map_err(|e| self.context.image(e))
     }
 
@@ -303,8 +306,8 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         Ok(())
     }
 
-    /// A file of this size was made.
-    pub(super) fn count_file(&mut self, size: u64) {
+    /// A file of this size, or a symlink whose target is so long, was made.
+    pub(super) fn count_bytes(&mut self, size: u64) {
         self.size = self.size.saturating_add(size);
     }
 
@@ -447,7 +450,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         }
     }
 
-    /// Sums up the sizes of the files that are left, each once.
+    /// Sums up the sizes of the files and symlinks that are left, each once.
     fn count_size(&self) -> u64 {
         let (mut sum, mut seen) = (0u64, HashSet::new());
         let mut folders = vec![self.writer.root()];
@@ -457,6 +460,9 @@ impl<'o, W: WriteAt> Layer<'o, W> {
                     NodeKind::Directory => folders.push(node),
                     NodeKind::File if seen.insert(node) => {
                         sum = sum.saturating_add(self.writer.file_size(node));
+                    }
+                    NodeKind::Symlink { target } if seen.insert(node) => {
+                        sum = sum.saturating_add(target.len() as u64);
                     }
                     _ => {}
                 }
@@ -491,6 +497,10 @@ impl<W: WriteAt> Target for Layer<'_, W> {
         placed: &mut dyn FnMut(Placed),
     ) -> Result<(), DiffError> {
         self.writer.write_data(offset, data, placed).map_err(|e| self.context.image(e))
+    }
+
+    fn flush(&mut self) -> Result<(), DiffError> {
+        self.writer.flush().map_err(|e| self.context.image(e))
     }
 
     fn end_file(&mut self) -> Result<(), DiffError> {

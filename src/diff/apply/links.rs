@@ -213,7 +213,7 @@ impl<W: WriteAt> Layer<'_, W> {
         let node = self.create(pending.dir, &pending.name, below.kind.clone(), attributes, xattrs)?;
         copies.insert(identity, node);
         if matches!(below.kind, NodeKind::File) {
-            self.count_file(below.size);
+            self.count_bytes(below.size);
             self.copy_data(node, &below, lowers)?;
         }
         Ok(())

@@ -38,6 +38,7 @@
 //! them. Called by `agent`; the trait [`LowerLayers`] is implemented over `ext4::reader`.
 
 mod chain;
+mod growth;
 mod hcsshim;
 mod input;
 mod layer;
@@ -48,18 +49,23 @@ mod owner;
 mod target;
 
 pub use chain::LayerChain;
+pub use growth::{Growth, NoGrowth};
 pub use hcsshim::HcsshimProfile;
 pub use lower::{LowerLayers, LowerNode, NoLowers};
 pub use owner::IdMap;
 
 use crate::{
-    diff::{DiffError, TarDigest, record::RecordWriter},
-    ext4::writer::{ImageWriter, Placed, UuidSource, WriterOptions},
+    diff::{DiffError, TarDigest, limits, record::RecordWriter},
+    ext4::{
+        BlockSize,
+        writer::{ImageWriter, Placed, UuidSource, WriterOptions},
+    },
     io::WriteAt,
     tar::{Event, TarReader},
     verity::{self, TreeDisk},
     vhd::{self, Footer},
 };
+use growth::{Resumed, Stopped, TooSmall};
 use hcsshim::HcsshimLayer;
 use input::HashedChunks;
 use layer::{Layer, Placement};
@@ -147,11 +153,10 @@ impl ApplyOptions {
             profile: Profile::Default,
             footer: true,
             writer,
-            max_entries: 8 << 20,
-            // Linux' PATH_MAX: nothing longer can be reached by one system call.
-            max_path_bytes: 4096,
-            max_depth: 1024,
-            max_xattr_bytes: 128 << 10,
+            max_entries: limits::NAMES,
+            max_path_bytes: limits::PATH_BYTES,
+            max_depth: limits::DEPTH,
+            max_xattr_bytes: limits::XATTR_BYTES,
             max_tar_bytes: 16 << 40,
             max_trailing_bytes: 1 << 30,
             uid_map: Vec::new(),
@@ -169,7 +174,8 @@ pub struct ApplySummary {
     pub image_bytes: u64,
     /// Size of the file: the image, its hash tree if it has one, and the VHD footer.
     pub file_bytes: u64,
-    /// Sum of the sizes of regular files, a hard-linked one once, whiteouts 0: the layer's size as engines count.
+    /// Sum of the sizes of regular files and of the lengths of symlinks' targets, a hard-linked inode once, whiteouts 0:
+    /// the layer's size as engines count.
     pub diff_size: u64,
     /// Length of the tar.
     pub tar_bytes: u64,
@@ -185,7 +191,7 @@ pub struct ApplySummary {
     pub verity_root: Option<verity::Hash>,
 }
 
-/// Applies `input` to an empty `image` and an empty `record`.
+/// Applies `input` to an empty `image` and an empty `record`, in blocks of the size that is asked for and no other.
 ///
 /// `lowers` is asked only for the targets of hard links that the layer itself does not have.
 ///
@@ -198,15 +204,54 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
 ) -> Result<ApplySummary, DiffError> {
+    apply_growing(input, image, record, lowers, options, &mut NoGrowth)
+}
+
+/// As [`apply`], but goes on in larger blocks, on the disks that `growth` gives, when an entry needs them: see [`Growth`].
+///
+/// # Errors
+/// [`DiffError`]; what was written so far is of no use then.
+pub fn apply_growing<I: Read, W: WriteAt, S: WriteAt>(
+    mut input: I,
+    image: W,
+    record: S,
+    lowers: &mut dyn LowerLayers,
+    options: &ApplyOptions,
+    growth: &mut dyn Growth<W, S>,
+) -> Result<ApplySummary, DiffError> {
+    let smaller = match attempt(&mut input, &image, &record, lowers, options, options.writer.block_size) {
+        Ok(summary) => return Ok(summary),
+        Err(Stopped::Failed(error)) => return Err(error),
+        Err(Stopped::TooSmall(stopped)) => stopped,
+    };
+    let Some((larger, larger_record)) = growth.disks()? else { return Err(smaller.error) };
+    let mut tar = Resumed::new(image, record, *smaller, &mut input, growth)?;
+    match attempt(&mut tar, &larger, &larger_record, lowers, options, BlockSize::LARGEST) {
+        Ok(summary) => Ok(summary),
+        Err(Stopped::Failed(error)) => Err(error),
+        Err(Stopped::TooSmall(stopped)) => Err(stopped.error),
+    }
+}
+
+/// One pass over a tar, in blocks of one size.
+fn attempt<W: WriteAt, S: WriteAt>(
+    input: &mut dyn Read,
+    image: &W,
+    record: &S,
+    lowers: &mut dyn LowerLayers,
+    options: &ApplyOptions,
+    block_size: BlockSize,
+) -> Result<ApplySummary, Stopped> {
     let image = match &options.verity {
         Verity::None => TreeDisk::plain(image),
         Verity::Tree { scratch } => {
             TreeDisk::hashing(image, scratch.clone()).map_err(DiffError::io("starting the hashing thread"))?
         }
     };
-    match options.profile {
+    let done = match options.profile {
         Profile::Default => {
             let mut settings = options.writer;
+            settings.block_size = block_size;
             settings.max_image_bytes = settings.max_image_bytes.min(largest_image(options));
             if settings.uuid == UuidSource::FromContent {
                 // The tar's digest stands for the data: they need not be summed a second time.
@@ -219,7 +264,11 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
             let layer = HcsshimLayer::new(&image, profile, options)?;
             run(input, &image, record, layer, lowers, options)
         }
+    };
+    if done.is_err() {
+        image.abandon();
     }
+    done
 }
 
 /// The most bytes that the file system can have so that its tree and footer find room behind it.
@@ -229,16 +278,57 @@ fn largest_image(options: &ApplyOptions) -> u64 {
     max_disk - tree
 }
 
-fn run<I: Read, W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
-    input: I,
+fn run<W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
+    input: &mut dyn Read,
     image: &TreeDisk<W, V>,
     record: S,
     mut layer: T,
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
-) -> Result<ApplySummary, DiffError> {
+) -> Result<ApplySummary, Stopped> {
     let mut reader = TarReader::from_source(HashedChunks::new(input, options.told_digest.clone()));
     let mut record = RecordWriter::new(record)?;
+    let read = read_all(&mut reader, &mut record, &mut layer, options)
+        .and_then(|entries| Ok((entries, layer.settle(lowers)?)));
+    let (entries, diff_size) = match read {
+        Ok(read) => read,
+        Err(error) if error.larger_blocks_help() => {
+            layer.flush()?;
+            let (record, rest) = (record.break_off()?, reader.unreported().to_vec());
+            let digest = reader.into_source().so_far().map_err(DiffError::io("hashing the tar"))?;
+            return Err(Stopped::TooSmall(Box::new(TooSmall { error, record, rest, digest })));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let tar_bytes = reader.offset();
+    let tar_digest = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
+    let summary = layer.finish(tar_digest.bytes)?;
+    // Where the profile gives the file system no id, the disk's is that of the tar.
+    let uuid = vhd::layer_id(summary.uuid, &tar_digest.bytes);
+    let (disk_bytes, verity_root) = append_tree(image, summary.image_bytes, uuid)?;
+    let file_bytes =
+        if options.footer { append_footer(image, disk_bytes, uuid, options.profile)? } else { disk_bytes };
+    let record_bytes = record.finish(tar_digest, summary.image_bytes)?;
+    Ok(ApplySummary {
+        image_bytes: summary.image_bytes,
+        file_bytes,
+        diff_size,
+        tar_bytes,
+        tar_digest,
+        record_bytes,
+        uuid: summary.uuid,
+        entries,
+        verity_root,
+    })
+}
+
+/// Gives every entry of the tar its place, and every byte of it to the record; the number of entries.
+fn read_all<R: Read, S: WriteAt, T: Target>(
+    reader: &mut TarReader<HashedChunks<R>>,
+    record: &mut RecordWriter<S>,
+    layer: &mut T,
+    options: &ApplyOptions,
+) -> Result<u64, DiffError> {
     let mut open = false;
     let mut entries = 0u64;
     loop {
@@ -273,7 +363,7 @@ fn run<I: Read, W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
             Event::Data { bytes, .. } if !open => record.literal(bytes),
             Event::Data { offset, bytes } => {
                 let mut rest = bytes;
-                let record = &mut record;
+                let record = &mut *record;
                 layer.write_data(offset, bytes, &mut |placed| {
                     let len = match placed {
                         Placed::At { len, .. } | Placed::Inline { len } => len,
@@ -306,28 +396,8 @@ fn run<I: Read, W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
             reader.offset()
         )));
     }
-    let tar_bytes = reader.offset();
     layer.end_of_stream(reader.go_differs())?;
-    let diff_size = layer.settle(lowers)?;
-    let tar_digest = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
-    let summary = layer.finish(tar_digest.bytes)?;
-    // Where the profile gives the file system no id, the disk's is that of the tar.
-    let uuid = vhd::layer_id(summary.uuid, &tar_digest.bytes);
-    let (disk_bytes, verity_root) = append_tree(image, summary.image_bytes, uuid)?;
-    let file_bytes =
-        if options.footer { append_footer(image, disk_bytes, uuid, options.profile)? } else { disk_bytes };
-    let record_bytes = record.finish(tar_digest, summary.image_bytes)?;
-    Ok(ApplySummary {
-        image_bytes: summary.image_bytes,
-        file_bytes,
-        diff_size,
-        tar_bytes,
-        tar_digest,
-        record_bytes,
-        uuid: summary.uuid,
-        entries,
-        verity_root,
-    })
+    Ok(entries)
 }
 
 /// Puts the hash tree, if one is wanted, behind the image; the size of the disk and the root.

@@ -23,6 +23,11 @@ pub(super) trait Target {
         placed: &mut dyn FnMut(Placed),
     ) -> Result<(), DiffError>;
 
+    /// All data that were placed so far can be read from the disk.
+    fn flush(&mut self) -> Result<(), DiffError> {
+        Ok(())
+    }
+
     /// Ends the open file.
     fn end_file(&mut self) -> Result<(), DiffError>;
 
@@ -34,7 +39,7 @@ pub(super) trait Target {
         Ok(())
     }
 
-    /// Settles what could not be settled before; the sum of the sizes of regular files.
+    /// Settles what could not be settled before; the sum of the sizes of regular files and symlinks.
     fn settle(&mut self, lowers: &mut dyn LowerLayers) -> Result<u64, DiffError>;
 
     /// Completes the image of a tar with this digest.

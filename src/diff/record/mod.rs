@@ -29,13 +29,18 @@
 //!   buffer whatever the layer's size. No op is empty; the literals of a frame are used up by its ops.
 //! * `record bytes` is the size of the record: nothing follows the trailer.
 //!
+//! A record that was broken off ([`RecordWriter::break_off`]) has no trailer; [`PartialTar`] reads it by what its writer
+//! remembers.
+//!
 //! [`RecordWriter`] is driven by `apply`; [`replay`] by `agent` for Diff, [`verify`] for scrub, [`inspect`] for tables.
 
+mod partial;
 mod replay;
 mod writer;
 
+pub use partial::PartialTar;
 pub use replay::{RecordInfo, ReplaySummary, inspect, replay, replay_for_digesting_reader, verify};
-pub use writer::RecordWriter;
+pub use writer::{Broken, RecordWriter};
 
 /// The most unpacked op bytes of a frame.
 pub const MAX_FRAME_OPS: usize = 128 << 10;

@@ -60,11 +60,14 @@ pub struct ReplaySummary {
     pub tar_digest: TarDigest,
 }
 
-fn corrupt(offset: u64, reason: impl Into<String>) -> DiffError {
+pub(super) fn corrupt(offset: u64, reason: impl Into<String>) -> DiffError {
     DiffError::Corrupt { what: "exact record", offset, reason: reason.into() }
 }
 
-fn read_struct<T: FromBytes + IntoBytes, S: ReadAt>(record: &S, offset: u64) -> Result<T, DiffError> {
+pub(super) fn read_struct<T: FromBytes + IntoBytes, S: ReadAt>(
+    record: &S,
+    offset: u64,
+) -> Result<T, DiffError> {
     let mut value = T::new_zeroed();
     record.read_exact_at(value.as_mut_bytes(), offset).map_err(DiffError::io("reading the exact record"))?;
     Ok(value)
@@ -214,17 +217,18 @@ fn run<R: ReadAt, S: ReadAt, O: StreamOut>(
     Ok(ReplaySummary { tar_bytes: info.tar_bytes, tar_digest: info.tar_digest })
 }
 
-struct Frames<'a, S> {
-    record: &'a S,
-    at: u64,
-    end: u64,
-    crc: u32,
-    count: u64,
+/// The frames of a record, one after the other.
+pub(super) struct Frames<'a, S> {
+    pub(super) record: &'a S,
+    pub(super) at: u64,
+    pub(super) end: u64,
+    pub(super) crc: u32,
+    pub(super) count: u64,
 }
 
 impl<S: ReadAt> Frames<'_, S> {
     /// Unpacks the next frame into `plain`; its place and the length of its ops.
-    fn next(
+    pub(super) fn next(
         &mut self,
         unpacker: &mut zstd::bulk::Decompressor<'_>,
         packed: &mut Vec<u8>,

@@ -21,6 +21,18 @@ enum Op {
     Image { offset: u64, len: u64 },
 }
 
+/// What the writer of a record that was broken off knows of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Broken {
+    /// End of the last frame.
+    pub(super) end: u64,
+    pub(super) frames: u64,
+    /// The last frame's checksum, which is over all before it.
+    pub(super) crc: u32,
+    /// Bytes of tar recorded.
+    pub tar_bytes: u64,
+}
+
 /// Streams a record out, one frame in memory.
 ///
 /// The calls follow the tar's bytes in order; neighbours that can be one op become one. Errors of [`Self::literal`] and
@@ -119,6 +131,17 @@ impl<S: WriteAt> RecordWriter<S> {
     /// That error; only once.
     pub fn check(&mut self) -> Result<(), DiffError> {
         self.failed.take().map_or(Ok(()), Err)
+    }
+
+    /// Ends the writing without a trailer: what was recorded so far can be read with [`PartialTar`](super::PartialTar)
+    /// and by nobody else.
+    ///
+    /// # Errors
+    /// If anything could not be written.
+    pub fn break_off(mut self) -> Result<Broken, DiffError> {
+        self.flush();
+        self.check()?;
+        Ok(Broken { end: self.at, frames: self.frames, crc: self.crc, tar_bytes: self.tar_bytes })
     }
 
     /// Ends the record; its size in bytes.

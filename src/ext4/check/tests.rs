@@ -14,7 +14,10 @@ use std::{fs, path::Path, process::Command, sync::Arc};
 use tempfile::TempDir;
 
 fn sh(script: &str) -> String {
-    let out = Command::new("bash").args(["-euc", script]).output().expect("bash starts");
+    let out = Command::new("bash")
+        .args(["-euc", &[crate::ext4::loopmount::BASH, script].concat()])
+        .output()
+        .expect("bash starts");
     assert!(
         out.status.success(),
         "`{script}` failed (needs root, loop devices, e2fsprogs, attr, acl): {}",
@@ -40,7 +43,7 @@ fn image(dir: &TempDir, options: &str, size: &str) -> std::path::PathBuf {
     sh(&format!(
         r"truncate -s {size} {0}; mkfs.ext4 -q -m 0 -I 256 -O ^has_journal,^resize_inode,^orphan_file,64bit,inline_data,ea_inode,metadata_csum,metadata_csum_seed,large_dir \
            -E lazy_itable_init=0,hash_seed=01020304-0506-0708-090a-0b0c0d0e0f10 {options} {0}
-        mount -o loop {0} {1}; cd {1}; rmdir lost+found
+        loop_mount {0} {1}; cd {1}; rmdir lost+found
         mkdir -p a/b many inl; echo hi > a/tiny; head -c 20000 /dev/urandom > a/file; ln a/file a/b/link
         ln -s short a/s; ln -s $(printf 'y%.0s' {{1..80}}) a/long; mknod c c 5 1; mknod b b 259 70000; mkfifo p; mknod w c 0 0
         setfattr -n user.a -v 1 a/file; setfattr -n user.big -v 0x$(head -c 300 /dev/zero | xxd -p | tr -d '\n') a/tiny
@@ -280,7 +283,7 @@ fn a_journal_or_a_strange_xattr_is_refused() {
         let mount = dir.path().join("m");
         let _unmount = Unmount(&mount);
         let script = script.replace("{m}", &mount.display().to_string());
-        sh(&format!("mount -o loop {} {1}; {script}; umount {1}", path.display(), mount.display()));
+        sh(&format!("loop_mount {} {1}; {script}; umount {1}", path.display(), mount.display()));
         assert!(check(fs::File::open(&path).unwrap(), CheckLimits::default()).is_err(), "{script}");
     }
 }

@@ -358,9 +358,14 @@ impl<W: WriteAt> HcsshimWriter<W> {
         self.end_run(file.node, file.size)
     }
 
-    /// Sum of the sizes of the regular files, each once.
+    /// Sum of the sizes of the regular files and of the lengths of symlinks' targets, each once.
     pub fn file_bytes(&self) -> u64 {
-        self.nodes.iter().filter(|n| n.mode & S_IFMT == S_IFREG && n.links > 0).map(|n| n.size).sum()
+        let size = |node: &Node| match (&node.content, node.mode & S_IFMT) {
+            (_, S_IFREG) => node.size,
+            (Content::Bytes(target), S_IFLNK) => target.len() as u64,
+            _ => 0,
+        };
+        self.nodes.iter().filter(|n| n.links > 0).map(size).sum()
     }
 
     fn node(&self, node: NodeId) -> &Node {

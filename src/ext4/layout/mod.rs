@@ -53,6 +53,9 @@ pub enum BlockSize {
 }
 
 impl BlockSize {
+    /// The largest that all kernels mount.
+    pub const LARGEST: Self = Self::B4096;
+
     /// Size in bytes.
     pub const fn bytes(self) -> u32 {
         1024 << self.log()

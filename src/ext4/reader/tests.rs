@@ -11,7 +11,10 @@ use std::{
 };
 
 fn sh(script: &str) -> String {
-    let out = Command::new("bash").args(["-euc", script]).output().expect("bash starts");
+    let out = Command::new("bash")
+        .args(["-euc", &[crate::ext4::loopmount::BASH, script].concat()])
+        .output()
+        .expect("bash starts");
     assert!(
         out.status.success(),
         "`{script}` failed (needs root, loop devices, e2fsprogs, attr): {}",
@@ -57,7 +60,7 @@ fn crashed(options: &str) -> (tempfile::TempDir, std::path::PathBuf) {
     {
         let _unmount = Unmount(&mount);
         sh(&format!(
-            r"truncate -s 48M {0}; mkfs.ext4 -q {options} {0}; mount -o loop,commit=600 {0} {1}; cd {1}
+            r"truncate -s 48M {0}; mkfs.ext4 -q {options} {0}; loop_mount {0} {1} commit=600; cd {1}
             mkdir d; for i in $(seq 200); do echo $i > d/f$i; done; sync -f .
             for i in $(seq 1 2 199); do rm d/f$i; done; printf '\xc0\x3b\x39\x98escaped' > magic
             for i in $(seq 20); do mkdir x; touch x/y; sync x; rm -r x; done

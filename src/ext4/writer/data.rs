@@ -55,8 +55,9 @@ impl<W: WriteAt> ImageWriter<W> {
             return Err(Ext4Error::usage(format!("not a regular file ({place})")));
         };
         // Logical blocks are 32 bits wide and the last one is not used.
-        if size > u64::from(u32::MAX) * bs {
-            return Err(Ext4Error::unsupported(format!("a file of {size} bytes in blocks of {bs}"), place));
+        let most = u64::from(u32::MAX) * bs;
+        if size > most {
+            return Err(Ext4Error::FileSize { bytes: size, most });
         }
         n.payload = Payload::File { size, content: Content::Empty };
         self.release(content);

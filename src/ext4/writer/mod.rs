@@ -397,6 +397,14 @@ impl<W: WriteAt> ImageWriter<W> {
         Ok(())
     }
 
+    /// Writes out what is buffered: from now on all data that were [`Placed::At`] can be read there.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn flush(&mut self) -> Result<()> {
+        self.sink.flush()
+    }
+
     /// Opens a regular file for writing `size` bytes; earlier content is dropped. One file is open at a time.
     pub fn begin_file(&mut self, node: NodeId, size: u64) -> Result<()> {
         self.open_file(node, size)

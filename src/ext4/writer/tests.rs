@@ -27,14 +27,7 @@ pub(crate) struct Mount {
 impl Mount {
     pub(crate) fn new(image: &Path, options: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let out =
-            Command::new("mount").args(["-t", "ext4", "-o", options]).arg(image).arg(dir.path()).output();
-        let out = out.expect("this test needs mount(8)");
-        assert!(
-            out.status.success(),
-            "this test needs root and loop devices; mount said: {}",
-            String::from_utf8_lossy(&out.stderr)
-        );
+        crate::ext4::loopmount::loop_mount(image, dir.path(), options, &[]);
         Self { dir }
     }
 

@@ -50,11 +50,13 @@ impl Sets {
         }
         let items = items(&xattrs)?;
         let entries: usize = items.iter().map(|i| xattr_entry_size(i.name.len())).sum();
-        if BLOCK_HEADER_SIZE + entries + TERMINATOR > block_size {
-            return Err(Ext4Error::unsupported(
-                format!("names of {} extended attributes do not fit a block of {block_size}", items.len()),
-                Place::default(),
-            ));
+        let bytes = BLOCK_HEADER_SIZE + entries + TERMINATOR;
+        if bytes > block_size {
+            return Err(Ext4Error::AttributeNames {
+                count: items.len(),
+                bytes: bytes as u64,
+                most: block_size as u32,
+            });
         }
         let set: Arc<[Xattr]> = xattrs.into();
         let i = self.sets.len() as u32;

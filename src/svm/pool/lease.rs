@@ -16,6 +16,7 @@ use crate::{
         ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk,
         LiveControl, ParentDisks, ServiceVm, SvmError, TarStream,
         exchange::{self, Incoming, Receiver, Sender},
+        replays,
         stream::{Freeze, Item, QUEUED_CHUNKS},
     },
 };
@@ -115,8 +116,17 @@ impl Drop for DiskUse {
 /// The disks of one operation, each attached once.
 #[derive(Default)]
 struct Attached {
-    uses: Vec<DiskUse>,
+    uses: Vec<(super::DiskKey, DiskUse)>,
     known: HashMap<super::DiskKey, DiskId>,
+}
+
+impl Attached {
+    /// The operation no longer needs this disk.
+    fn release(&mut self, id: DiskId) {
+        self.known.retain(|_, known| *known != id);
+        let known = &self.known;
+        self.uses.retain(|(key, _)| known.contains_key(key));
+    }
 }
 
 impl Lease {
@@ -160,7 +170,7 @@ impl Lease {
         }
         let (lease, usage) = (self.id, self.inner.number());
         let (sender, ready) = oneshot::channel();
-        attached.uses.push(DiskUse { inner: self.inner.clone(), lease, usage });
+        attached.uses.push((key, DiskUse { inner: self.inner.clone(), lease, usage }));
         self.inner.run(
             |m| m.step(Event::Attach { lease, usage, disk: key }),
             |state| {
@@ -227,12 +237,14 @@ impl Lease {
             None => None,
         };
         let operation = Operation::Apply { image, record, scratch, lowers, options: job.options.clone() };
-        let summary = self.apply_stream(&operation, body, &mut attached, &job.lowers).await;
+        let mut growing = Growing { lease: self, job, first: [image, record], second: None, least: Some(0) };
+        let summary = self.apply_stream(&operation, body, &mut attached, &mut growing).await;
         let summary = summary.map_err(|e| say_full(e, job))?;
+        let (image, record) = growing.second.unwrap_or_else(|| (job.image.clone(), job.record.clone()));
         if let Some(vm) = &self.vm {
             // The VM's word is checked by the driver against the files, and the image by a VM that saw no tar.
-            vm.grown(&job.image, summary.file_bytes.min(largest_file(job.options.max_image_bytes))).await?;
-            vm.grown(&job.record, summary.record_bytes.min(job.options.max_image_bytes)).await?;
+            vm.grown(&image, summary.file_bytes.min(largest_file(job.options.max_image_bytes))).await?;
+            vm.grown(&record, summary.record_bytes.min(job.options.max_image_bytes)).await?;
         }
         Ok(summary)
     }
@@ -242,34 +254,48 @@ impl Lease {
         operation: &Operation,
         body: S,
         attached: &mut Attached,
-        lowers: &[LayerDisk],
+        growing: &mut Growing<'_>,
     ) -> Result<ApplySummary, SvmError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
-        let (mut sender, mut receiver) = self.begin(operation).await?;
+        let (mut sender, receiver) = self.begin(operation).await?;
+        let (insert, mut between) = mpsc::unbounded_channel();
+        let mut receiving = Box::pin(receiver.next_owned());
         let sent = {
-            let mut sending = pin!(sender.body(body));
-            let mut receiving = pin!(receiver.next());
-            tokio::select! {
-                biased;
-                early = &mut receiving => match early {
+            let mut sending = pin!(sender.body(body, &mut between));
+            loop {
+                let (receiver, early) = tokio::select! {
+                    biased;
+                    early = &mut receiving => early,
+                    sent = &mut sending => break sent,
+                };
+                match early {
                     // The agent may refuse before it has seen all; it can't be content.
                     Err(e) => return Err(e),
-                    Ok(_) => Ok(None),
-                },
-                sent = &mut sending => match sent {
-                    Ok(()) => Ok(Some(receiving.await?)),
-                    Err(e) => Err(e),
-                },
+                    Ok(Incoming::Event(event)) => {
+                        // Nothing is sent meanwhile: the agent must keep what comes before the answer.
+                        if let Some(answer) = growing.answer(event, attached, receiver.sent_bytes()).await? {
+                            let _ = insert.send((FrameType::Resume, answer));
+                        }
+                        receiver.excuse();
+                    }
+                    Ok(_) => return Err(receiver.protocol("a word before the end of the tar".into())),
+                }
+                receiving = Box::pin(receiver.next_owned());
             }
         };
-        let mut word = match sent {
-            Ok(Some(word)) => word,
-            Ok(None) => return Err(receiver.protocol("a word before the end of the tar".into())),
-            Err(e) => return Err(receiver.after_send_error(e).await),
+        let (mut receiver, mut word) = match sent {
+            Ok(()) => {
+                let (receiver, word) = receiving.await;
+                (receiver, word?)
+            }
+            Err(e) => {
+                let idle = self.inner.config.idle_timeout;
+                return Err(Receiver::after_send_error_of(receiving, e, idle).await);
+            }
         };
-        let mut lowers = lowers.iter();
+        let mut lowers = growing.job.lowers.iter();
         loop {
             match word {
                 Incoming::Result(json) => return receiver.decode(&json),
@@ -282,7 +308,15 @@ impl Lease {
                         return Err(receiver.after_send_error(e).await);
                     }
                 }
-                Incoming::Event(_) => return Err(receiver.protocol("an apply has nothing live".into())),
+                Incoming::Event(event) => {
+                    let answer = growing.answer(event, attached, receiver.sent_bytes()).await?;
+                    receiver.excuse();
+                    if let Some(answer) = answer
+                        && let Err(e) = sender.frame(FrameType::Resume, &answer).await
+                    {
+                        return Err(receiver.after_send_error(e).await);
+                    }
+                }
                 Incoming::Data(_) => return Err(receiver.protocol("unexpected data".into())),
             }
             word = receiver.next().await?;
@@ -393,6 +427,16 @@ impl Lease {
         self.judge(self.compare(job, operation).await).map(|(_, size)| size)
     }
 
+    /// Whether the nearest layer of the job, a sandbox on its own parents, was ever written; `blank` is the root folder
+    /// of one that was not.
+    ///
+    /// # Errors
+    /// As [`Lease::layer_to_tar`].
+    pub async fn written(&self, job: CompareJob, blank: wire::BlankRoot) -> Result<bool, SvmError> {
+        let operation = |target, _, live| Operation::Written { target, blank, live };
+        self.judge(self.compare(job, operation).await).map(|(_, written)| written)
+    }
+
     async fn compare<T: DeserializeOwned>(
         &self,
         job: CompareJob,
@@ -418,6 +462,65 @@ impl Lease {
                 Incoming::Result(json) => return Ok((data, receiver.decode(&json)?)),
                 Incoming::Event(_) => return Err(receiver.protocol("unexpected event".into())),
             }
+        }
+    }
+}
+
+/// The second pair of disks of an apply.
+struct Growing<'a> {
+    lease: &'a Lease,
+    job: &'a ApplyJob,
+    first: [DiskId; 2],
+    second: Option<(DiskSource, DiskSource)>,
+    /// The fewest bytes that the next word of a replay may tell, until it ends.
+    least: Option<u64>,
+}
+
+impl Growing<'_> {
+    /// Does what an event asks for; what the Resume says, where one is due.
+    async fn answer(
+        &mut self,
+        event: wire::Event,
+        attached: &mut Attached,
+        sent: u64,
+    ) -> Result<Option<Vec<u8>>, SvmError> {
+        let name = &self.lease.name;
+        let protocol = |reason: String| SvmError::Protocol { vm: name.clone(), reason };
+        match (event, &self.job.larger) {
+            // It must come to its end some time: who only says so is not waited for.
+            (wire::Event::Replaying { bytes }, _)
+                if self.second.is_some()
+                    && bytes <= sent
+                    && self.least.is_some_and(|least| bytes >= least) =>
+            {
+                self.least = Some(bytes + 1);
+                replays::touch();
+                Ok(None)
+            }
+            (wire::Event::LargerBlocks, Some(larger)) if self.second.is_none() => {
+                let (image, record) = larger.make().await.map_err(|e| SvmError::SecondPair(e.to_string()))?;
+                let disks = wire::LargerDisks {
+                    image: self.lease.attach(attached, &image).await?,
+                    record: self.lease.attach(attached, &record).await?,
+                };
+                let answer = serde_json::to_vec(&disks).map_err(|e| protocol(e.to_string()))?;
+                self.second = Some((image, record));
+                Ok(Some(answer))
+            }
+            (wire::Event::LargerBlocks, None) => {
+                Err(SvmError::SecondPair("nobody gives a second pair of disks here".into()))
+            }
+            (wire::Event::Replayed, _) if self.second.is_some() && self.least.take().is_some() => {
+                for (id, disk) in self.first.iter().zip([&self.job.image, &self.job.record]) {
+                    attached.release(*id);
+                    // What is left there is garbage; its room is wanted.
+                    if let Err(error) = disk.file.set_len(0) {
+                        tracing::warn!(path = %disk.path.display(), %error, "cannot empty a first disk");
+                    }
+                }
+                Ok(None)
+            }
+            _ => Err(protocol(format!("an apply has no {event:?} now"))),
         }
     }
 }

@@ -272,7 +272,7 @@ fn control_frame<T: serde::Serialize>(kind: FrameType, message: &T) -> io::Resul
     Ok(bytes)
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod hostile;
 #[cfg(test)]
 mod tests;

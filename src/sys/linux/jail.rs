@@ -36,7 +36,10 @@ use rustix::{
 };
 use std::{
     io,
-    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
     path::Path,
 };
 
@@ -308,7 +311,7 @@ fn lock_system(program: &Path, files: &[OwnedFd]) -> io::Result<()> {
         .filter_map(|path| PathFd::new(path).ok())
         .map(|path| Ok::<_, RulesetError>(PathBeneath::new(path, read)))
         .chain(PathFd::new("/dev/null").ok().map(|path| Ok(PathBeneath::new(path, read | write))));
-    let own = files.iter().filter(|f| is_regular(f));
+    let own = files.iter().filter(|f| has_place(f));
     let own = own.map(|f| Ok::<_, RulesetError>(PathBeneath::new(f, write | AccessFs::ReadFile)));
     let status = ruleset
         .add_rules(rules)
@@ -321,8 +324,13 @@ fn lock_system(program: &Path, files: &[OwnedFd]) -> io::Result<()> {
     Ok(())
 }
 
-fn is_regular(file: &OwnedFd) -> bool {
-    rustix::fs::fstat(file).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::RegularFile)
+/// Whether it is a file with a place in some file system. Memory files have none that a rule could be made for, and need
+/// none.
+fn has_place(file: &OwnedFd) -> bool {
+    let regular =
+        rustix::fs::fstat(file).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::RegularFile);
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    regular && name.is_ok_and(|name| !name.as_os_str().as_bytes().starts_with(b"/memfd:"))
 }
 
 fn become_user(id: u32) -> io::Result<()> {

@@ -7,7 +7,8 @@
 //!
 //! Options that the kernel's configuration could switch on behind our back are always explicit (`index`, `metacopy`,
 //! `redirect_dir`, `nfs_export` off): images must not carry host-specific xattrs, and a lower's crafted redirect must
-//! not be followed. Source: Documentation/filesystems/overlayfs.rst. Called by `driver`.
+//! not be followed. `xino` is explicit as well, as the caller says: with it the view is one device, whose inode numbers are
+//! those of the layers with the layer's place in the upper bits. Source: Documentation/filesystems/overlayfs.rst. Called by `driver`.
 
 use super::{Context, SysError};
 use rustix::{
@@ -45,8 +46,18 @@ pub struct OverlaySpec {
     pub context: Option<String>,
     /// Where; absolute.
     pub target: PathBuf,
+    /// One device and unique inode numbers, which are larger than 32 bits for lower files; without it files have the
+    /// numbers of their layers, and a device for each.
+    pub xino: bool,
     /// Mount flags: read-only view even with an upper.
     pub read_only: bool,
+}
+
+impl OverlaySpec {
+    /// The options that are always given.
+    fn switches(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        EXPLICIT.into_iter().chain([("xino", if self.xino { "on" } else { "off" })])
+    }
 }
 
 /// How an overlay is put to the kernel.
@@ -120,7 +131,7 @@ fn new_api(spec: &OverlaySpec) -> Result<(), Refused> {
                 .context("set the overlay's writable folder", &path)?;
         }
     }
-    for (key, value) in EXPLICIT {
+    for (key, value) in spec.switches() {
         fsconfig_set_string(fs.as_fd(), key, value).context("set overlay options for", &spec.target)?;
     }
     if let Some(context) = &spec.context {
@@ -158,7 +169,7 @@ fn option_string(spec: &OverlaySpec) -> Result<CString, SysError> {
             data.extend(escape(relative(path).as_os_str(), b"\\:,"));
         }
     }
-    for (key, value) in EXPLICIT {
+    for (key, value) in spec.switches() {
         data.extend(format!(",{key}={value}").into_bytes());
     }
     if let Some(context) = &spec.context {
@@ -227,6 +238,7 @@ mod tests {
             upper: Some(("u/0/upper".into(), "u/0/work".into())),
             context: None,
             target: "/t".into(),
+            xino: true,
             read_only: false,
         }
     }
@@ -235,7 +247,9 @@ mod tests {
     fn short_names_of_128_lowers_fit_one_page() {
         let s = option_string(&spec(128)).unwrap();
         assert!(s.as_bytes().starts_with(b"lowerdir=l/0:l/1:"));
-        assert!(s.as_bytes().ends_with(b",index=off,metacopy=off,redirect_dir=nofollow,nfs_export=off"));
+        assert!(
+            s.as_bytes().ends_with(b",index=off,metacopy=off,redirect_dir=nofollow,nfs_export=off,xino=on")
+        );
         let e = option_string(&spec(2000)).unwrap_err();
         assert!(e.to_string().contains("one page holds 4095"), "{e}");
     }

@@ -172,9 +172,12 @@ fn overlapping_entries_are_refused_in_bounded_time() {
         };
         log[at..at + 64].copy_from_slice(header.as_bytes());
     }
-    let began = std::time::Instant::now();
-    assert!(matches!(active(&log, 0, GUID, 1 << 30), Err(VhdxError::Corrupt { .. })));
-    assert!(began.elapsed().as_secs() < 5);
+    // The budget of bytes that are summed ends it, before the last of the 4096 entries was looked at.
+    let error = active(&log, 0, GUID, 1 << 30).unwrap_err();
+    assert!(
+        matches!(error, VhdxError::Corrupt { what: "entries of the log overlap each other", .. }),
+        "{error}"
+    );
 }
 
 #[test]
