@@ -21,8 +21,12 @@ mod bound;
 const MAX_EXPORT: usize = 32 << 20;
 /// Each of the five operations may visit each block some dozen times and keeps what it meets of names; what an export
 /// writes, it reads.
-const LIMIT: Limit =
-    Limit { held: (64 << 20, 4096), asked: (1 << 30, 65536), disk: (1 << 30, 65536), steps: (8 << 20, 4096) };
+const LIMIT: Limit = Limit {
+    held: (64 << 20, 1024),
+    asked: (256 << 20, 16384),
+    disk: (256 << 20, 8192),
+    steps: (1 << 20, 256),
+};
 
 /// A hostile image may describe terabytes in its holes: who reads has a limit of its own.
 struct Limited(usize);

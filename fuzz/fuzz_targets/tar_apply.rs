@@ -21,10 +21,10 @@ const MAX_IMAGE: u64 = 16 << 20;
 /// The image may be as large as its bound whatever the tar: sparse files and deep names. It is written, checked, hashed and
 /// exported.
 const LIMIT: Limit = Limit {
-    held: (12 * MAX_IMAGE, 64),
-    asked: (64 * MAX_IMAGE, 4096),
-    disk: (32 * MAX_IMAGE, 1024),
-    steps: (4 << 20, 1024),
+    held: (12 * MAX_IMAGE, 16),
+    asked: (64 * MAX_IMAGE, 256),
+    disk: (32 * MAX_IMAGE, 64),
+    steps: (1 << 20, 64),
 };
 
 fuzz_target!(|tar: &[u8]| LIMIT.hold(tar.len(), || one(tar)));

@@ -120,8 +120,15 @@ pub trait Codec: Send + Sync + 'static {
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError>;
 
-    /// Strict check of metadata; with `tree` of all bytes against the hash tree too.
-    fn check(&self, image: OpDisk, tree: bool, writer: u32) -> Result<CheckSummary, WireError>;
+    /// Strict check of metadata, by the rules of that version of the writer; with `tree` of all bytes against the hash tree
+    /// too; with `owners` of whom they are.
+    fn check(
+        &self,
+        image: OpDisk,
+        tree: bool,
+        writer: u32,
+        owners: &IdMaps,
+    ) -> Result<CheckSummary, WireError>;
 
     /// image and record → the applied tar. With `digested` the daemon holds it against the digest of the summary, and
     /// need not be spared bytes that do not match it.

@@ -166,8 +166,8 @@ impl Run<'_> {
                 }
                 json(&summary)
             }
-            Operation::Check { image, tree, writer } => {
-                json(&self.codec.check(self.disk(image)?, tree, writer)?)
+            Operation::Check { image, tree, writer, owners } => {
+                json(&self.codec.check(self.disk(image)?, tree, writer, &owners)?)
             }
             Operation::ExportExact { image, record } => {
                 let mut out = FrameOutput::new(self.channel);

@@ -170,13 +170,25 @@ fn parent_spec<'a>(parent: &Parent, layers: &'a [ParentLayer<OpDisk>]) -> Option
     }
 }
 
-fn export_options(maps: &wire::IdMaps) -> ExportOptions {
+/// The containers' ids, for the check of owners.
+fn containers(maps: &wire::IdMaps) -> (Vec<apply::IdMap>, Vec<apply::IdMap>) {
+    let convert = |ranges: &[wire::IdRange]| {
+        ranges
+            .iter()
+            .map(|r| apply::IdMap { container: r.container_id, host: r.host_id, len: r.size })
+            .collect()
+    };
+    (convert(&maps.uids), convert(&maps.gids))
+}
+
+fn export_options(maps: &wire::IdMaps, version: canonical::Version) -> ExportOptions {
     let convert = |ranges: &[wire::IdRange]| {
         ranges.iter().map(|r| IdMap { container: r.container_id, host: r.host_id, len: r.size }).collect()
     };
     let none = maps.uids.is_empty() && maps.gids.is_empty();
     ExportOptions {
         ids: (!none).then(|| diff::IdMaps { uid: convert(&maps.uids), gid: convert(&maps.gids) }),
+        version,
     }
 }
 
@@ -320,14 +332,7 @@ impl Codec for RealCodec {
         }
         settings.told_digest = input.told;
         settings.max_tar_bytes = settings.max_tar_bytes.min(options.max_image_bytes.saturating_mul(2));
-        let convert = |ranges: &[wire::IdRange]| {
-            ranges
-                .iter()
-                .map(|r| apply::IdMap { container: r.container_id, host: r.host_id, len: r.size })
-                .collect()
-        };
-        settings.uid_map = convert(&options.id_maps.uids);
-        settings.gid_map = convert(&options.id_maps.gids);
+        (settings.uid_map, settings.gid_map) = containers(&options.id_maps);
         if options.verity {
             let scratch = scratch.map(|disk| Arc::new(disk) as Arc<dyn WriteAt>);
             settings.verity = apply::Verity::Tree { scratch };
@@ -353,11 +358,19 @@ impl Codec for RealCodec {
         })
     }
 
-    fn check(&self, image: OpDisk, tree: bool, writer: u32) -> Result<wire::CheckSummary, WireError> {
+    fn check(
+        &self,
+        image: OpDisk,
+        tree: bool,
+        writer: u32,
+        owners: &wire::IdMaps,
+    ) -> Result<wire::CheckSummary, WireError> {
         let verity = if tree { Some(check_tree(&image)?) } else { None };
         let limits = ext4::check::CheckLimits { writer, ..ext4::check::CheckLimits::default() };
         let report = ext4::check::check(image.clone(), limits)?;
         verity::check_around(&image, report.image_bytes, tree)?;
+        let (uids, gids) = containers(owners);
+        apply::owner::check_image(&Ext4::open(image)?, &uids, &gids)?;
         Ok(wire::CheckSummary {
             image_bytes: report.image_bytes,
             profile: match report.layout {
@@ -383,7 +396,11 @@ impl Codec for RealCodec {
         } else {
             record::replay(image, record, out)?
         };
-        Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_digest: Some(summary.tar_digest) })
+        Ok(wire::ExportSummary {
+            tar_bytes: summary.tar_bytes,
+            tar_digest: Some(summary.tar_digest),
+            ..wire::ExportSummary::default()
+        })
     }
 
     fn export_canonical(
@@ -395,17 +412,22 @@ impl Codec for RealCodec {
         live: Option<&mut dyn Live>,
         out: &mut dyn StreamOut,
     ) -> Result<wire::ExportSummary, WireError> {
-        if format != canonical::VERSION {
-            return Err(WireError::new(
+        let version = canonical::version(format).ok_or_else(|| {
+            WireError::new(
                 ErrorKind::Unsupported,
-                format!("canonical tar version {format} (version {} is known)", canonical::VERSION),
-            ));
-        }
+                format!("canonical tar version {format} (versions 1 to {} are known)", canonical::VERSION),
+            )
+        })?;
         let is_live = live.is_some();
         let (stack, below) = (self.sources(&target, is_live), self.parent_layers(&target, &parent, is_live));
-        let (spec, options) = (parent_spec(&parent, &below), export_options(id_maps));
+        let (spec, options) = (parent_spec(&parent, &below), export_options(id_maps, version));
         let summary = hooked(live, |hooks| diff::export(&stack, spec, &options, hooks, out))?;
-        Ok(wire::ExportSummary { tar_bytes: summary.tar_bytes, tar_digest: None })
+        Ok(wire::ExportSummary {
+            tar_bytes: summary.tar_bytes,
+            tar_digest: None,
+            hidden: summary.hidden,
+            first_hidden: summary.first_hidden.map(|path| path.escape_ascii().to_string()),
+        })
     }
 
     fn changes(

@@ -259,7 +259,7 @@ pub struct ApplyOptions {
     pub verity: bool,
     /// The image may not grow beyond this; bytes.
     pub max_image_bytes: u64,
-    /// Ids are shifted to the host's while applying (only where lowers can't be idmapped).
+    /// With userns-remap: an entry whose owner is outside of these is refused. Ids stay as the tar has them.
     pub id_maps: IdMaps,
 }
 
@@ -313,6 +313,9 @@ pub enum Operation {
         tree: bool,
         /// The version of the writer that made it (`ext4::check::CheckLimits::writer`).
         writer: u32,
+        /// With userns-remap: an owner outside of these fails the check, too. Empty: all are fine.
+        #[serde(default)]
+        owners: IdMaps,
     },
     /// The very tar that was applied (Data frames). Answers [`ExportSummary`].
     ExportExact {
@@ -510,6 +513,12 @@ pub struct ExportSummary {
     pub tar_bytes: u64,
     /// Their digest, where it is known: of an exact tar.
     pub tar_digest: Option<TarDigest>,
+    /// Names that begin with `.wh.`, and what lies below them, that a canonical tar left out.
+    #[serde(default)]
+    pub hidden: u64,
+    /// The first of them, printable.
+    #[serde(default)]
+    pub first_hidden: Option<String>,
 }
 
 /// Appends a change as `{kind u8, u32 LE length, path}`.

@@ -282,7 +282,13 @@ fn scrub(args: &ViewArgs) -> Result<ExitCode, CliError> {
             report.unfinished.len(),
             report.faults.len()
         );
-        for finding in &report.faults {
+        if !report.writer_1.is_empty() {
+            println!(
+                "{} layers made by writer 1 (release 1): sound, and worth pulling anew when it suits",
+                report.writer_1.len()
+            );
+        }
+        for finding in report.writer_1_differs.iter().chain(&report.faults) {
             println!("{}: {}", finding.id, finding.fault);
         }
     }

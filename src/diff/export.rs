@@ -13,7 +13,8 @@
 //! each data range. Called by `agent`.
 
 use super::{
-    DiffError, ParentLayer, ParentSpec, canonical,
+    DiffError, ParentLayer, ParentSpec,
+    canonical::{self, Version},
     fs::Fs,
     ids::IdMaps,
     limits,
@@ -34,10 +35,12 @@ use std::{collections::HashMap, sync::Arc};
 pub struct ExportOptions {
     /// Maps for the layers with [`LayerSource::host_ids`].
     pub ids: Option<IdMaps>,
+    /// Version of the canonical tar.
+    pub version: Version,
 }
 
 /// What an export wrote.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ExportSummary {
     /// Bytes of the tar.
     pub tar_bytes: u64,
@@ -45,8 +48,12 @@ pub struct ExportSummary {
     pub entries: u64,
     /// Sum of regular-file sizes, a hard-linked inode once.
     pub diff_size: u64,
-    /// Sockets and names beginning with `.wh.`, which were left out.
-    pub left_out: u64,
+    /// Sockets, which were left out: they are of no use without the process that made them.
+    pub sockets: u64,
+    /// Names that begin with `.wh.`, and what is below them, which were left out: a tar of layers can't express them.
+    pub hidden: u64,
+    /// The first of these, if there are any.
+    pub first_hidden: Option<Vec<u8>>,
 }
 
 /// What the caller does between the steps while a target is mounted.
@@ -288,24 +295,35 @@ pub fn export<R: ReadAt>(
     let mut export = Export {
         table: &table,
         details: &details,
-        out: Out::new(out),
+        out: Out::new(out, options.version),
+        version: options.version,
         summary: ExportSummary::default(),
         first: HashMap::new(),
         path: Vec::new(),
     };
     let left_out = |n: usize| inexpressible.get(n) == Some(&true) || kept.get(n) == Some(&false);
     limits::hold(&items, left_out, limits::NAMES)?;
+    if items.hides_all && options.version != Version::V1 {
+        export.summary.entries += 1;
+        export.out.header(&canonical::marker(canonical::OPAQUE))?;
+    }
     for ((item, _), left_out) in
         items.items.iter().zip(&kept).zip(&inexpressible).filter(|((_, keep), _)| **keep)
     {
         if *left_out {
-            export.summary.left_out += 1;
+            export.summary.hidden += 1;
+            if export.summary.first_hidden.is_none() {
+                let mut path = Vec::new();
+                items.path(item, &mut path);
+                export.summary.first_hidden = Some(path);
+            }
         } else {
             export.item(&items, item)?;
         }
     }
     export.out.zeros(canonical::END_LEN)?;
-    let summary = ExportSummary { tar_bytes: export.out.finish()?, ..export.summary };
+    let tar_bytes = export.out.finish()?;
+    let summary = ExportSummary { tar_bytes, ..export.summary };
     let streamed = |at: usize| kept.get(at) == Some(&true) && inexpressible.get(at) == Some(&false);
     let reads: Vec<Read> = compared.into_iter().chain(details.reads(&items, streamed)).collect();
     if !reads.is_empty() {
@@ -338,6 +356,7 @@ impl Details {
 struct Export<'e, 'a, R> {
     table: &'e Table<'a, R>,
     details: &'e Details,
+    version: Version,
     out: Out<'e>,
     summary: ExportSummary,
     /// First paths of inodes with several names.
@@ -371,7 +390,7 @@ impl<R: ReadAt> Export<'_, '_, R> {
             FileKind::BlockDevice => Kind::BlockDevice,
             FileKind::Fifo => Kind::Fifo,
             FileKind::Socket => {
-                self.summary.left_out += 1;
+                self.summary.sockets += 1;
                 return Ok(());
             }
         };
@@ -417,12 +436,11 @@ impl<R: ReadAt> Export<'_, '_, R> {
                 // Most files are one range from their start: no list is made for them.
                 let dense = detail.bytes.is_some() || file.is_dense();
                 let ranges = if dense { Vec::new() } else { file.joined() };
-                if !dense && canonical::is_sparse(item.size, &ranges) {
-                    header.sparse = Some(&ranges);
-                }
+                let sparse = if dense { None } else { canonical::sparse(self.version, item.size, &ranges) };
+                header.sparse = sparse.as_deref();
                 let stored = self.out.header(&header)?;
-                if header.sparse.is_some() {
-                    for (offset, len) in &ranges {
+                if let Some(ranges) = &sparse {
+                    for (offset, len) in ranges.iter() {
                         self.out.copy(&mut file, *offset, *len)?;
                     }
                 } else {

@@ -11,7 +11,7 @@ use super::{DiffError, fs::Fs};
 use crate::{
     ext4::Inode,
     io::{ReadAt, StreamOut, WriteAt},
-    tar::writer::{Header, append},
+    tar::writer::{Header, Version, append},
 };
 use std::{borrow::Cow, fs::File};
 
@@ -192,13 +192,14 @@ pub(super) fn same_bytes<R: ReadAt, S: ReadAt>(
 /// The tar being written.
 pub(super) struct Out<'a> {
     sink: &'a mut dyn StreamOut,
+    version: Version,
     buf: Vec<u8>,
     written: u64,
 }
 
 impl<'a> Out<'a> {
-    pub(super) fn new(out: &'a mut dyn StreamOut) -> Self {
-        Self { sink: out, buf: Vec::with_capacity(BUFFER + 4096), written: 0 }
+    pub(super) fn new(out: &'a mut dyn StreamOut, version: Version) -> Self {
+        Self { sink: out, version, buf: Vec::with_capacity(BUFFER + 4096), written: 0 }
     }
 
     fn flush(&mut self) -> Result<(), DiffError> {
@@ -210,7 +211,7 @@ impl<'a> Out<'a> {
 
     /// Writes an entry's header; gives how many bytes of data belong to it.
     pub(super) fn header(&mut self, header: &Header<'_>) -> Result<u64, DiffError> {
-        let data = append(&mut self.buf, header);
+        let data = append(&mut self.buf, header, self.version);
         if self.buf.len() >= BUFFER {
             self.flush()?;
         }

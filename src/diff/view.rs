@@ -9,7 +9,8 @@
 //!
 //! A whiteout is a character device 0/0; a folder is opaque if `trusted.overlay.opaque` is `y` (`user.overlay.*` means
 //! nothing: the mounts are made by root). A folder node is the list of its (layer, inode) pairs, nearest first; equal
-//! lists mean equal subtrees. The root folder of each layer is joined, opaque or not, as the kernel does. Redirects and
+//! lists mean equal subtrees. Overlayfs joins the root folders of all layers whatever they say; where an applied one is
+//! marked as opaque the stack ends with it, here ([`Table::root`]) as in the mounts of `driver`. Redirects and
 //! metacopies are not followed (`redirect_dir=nofollow,metacopy=off`). Called by [`super::walk`].
 
 use super::{
@@ -76,6 +77,8 @@ struct Layer<'a, R> {
     host_ids: bool,
     /// It never changes.
     fixed: bool,
+    /// Its root is marked as opaque: it hides the layers below.
+    last: bool,
 }
 
 /// All opened layers of one operation.
@@ -147,8 +150,11 @@ impl<'a, R: ReadAt> Table<'a, R> {
                 (fs, root)
             }
         };
-        let fixed = source.kind == LayerKind::Applied && !source.live;
-        self.layers.push(Layer { source, fs, root, live: source.live, host_ids: source.host_ids, fixed });
+        let applied = source.kind == LayerKind::Applied;
+        // A mark in a sandbox is nobody's: a container cannot set one.
+        let last = applied && opaque(&fs, &fs.inode(root)?)?;
+        let (live, host_ids, fixed) = (source.live, source.host_ids, applied && !source.live);
+        self.layers.push(Layer { source, fs, root, live, host_ids, fixed, last });
         Ok(number)
     }
 
@@ -175,9 +181,22 @@ impl<'a, R: ReadAt> Table<'a, R> {
         self.layer(number).is_ok_and(|layer| layer.live)
     }
 
-    /// The root folder of a stack of layers.
+    /// The root folder of a stack of layers, which ends with the first whose root is opaque.
     pub(super) fn root(&self, layers: &[u16]) -> Result<Stack, DiffError> {
-        layers.iter().map(|layer| Ok(Node { layer: *layer, ino: self.layer(*layer)?.root })).collect()
+        let mut stack = Stack::new();
+        for number in layers {
+            let layer = self.layer(*number)?;
+            stack.push(Node { layer: *number, ino: layer.root });
+            if layer.last {
+                break;
+            }
+        }
+        Ok(stack)
+    }
+
+    /// Whether a layer hides all layers below.
+    pub(super) fn hides_all(&self, number: u16) -> bool {
+        self.layer(number).is_ok_and(|layer| layer.last)
     }
 
     pub(super) fn inode(&self, node: Node) -> Result<Inode, DiffError> {
@@ -208,8 +227,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
     }
 
     pub(super) fn is_opaque(&self, node: Node, inode: &Inode) -> Result<bool, DiffError> {
-        let xattrs = self.fs(node.layer)?.xattrs(inode)?;
-        Ok(xattrs.iter().any(|x| x.name == OPAQUE && x.value == b"y"))
+        opaque(self.fs(node.layer)?, inode)
     }
 
     /// Lists a folder. `keep_whiteouts`: of a single layer, with its whiteouts.
@@ -287,4 +305,8 @@ impl<'a, R: ReadAt> Table<'a, R> {
             Some(kind) => Ok((kind, false)),
         }
     }
+}
+
+fn opaque<D: ReadAt>(fs: &Fs<D>, inode: &Inode) -> Result<bool, DiffError> {
+    Ok(fs.xattrs(inode)?.iter().any(|x| x.name == OPAQUE && x.value == b"y"))
 }

@@ -64,10 +64,13 @@ pub(super) struct Item {
 }
 
 /// All reported paths, parents before children, names in bytewise order.
+#[expect(clippy::struct_field_names, reason = "its items are what it is for")]
 #[derive(Debug, Default)]
 pub(super) struct Items {
     names: Vec<u8>,
     pub(super) items: Vec<Item>,
+    /// The target is one layer that hides all below (own mode).
+    pub(super) hides_all: bool,
 }
 
 impl Items {
@@ -177,7 +180,9 @@ pub(super) fn walk<R: ReadAt>(
     if mode == Mode::Merged && target == parent {
         return Ok(walk.out);
     }
-    let mut frames = vec![walk.frame(ROOT, 0, false, target, parent)?];
+    let opaque = mode == Mode::Own && target.first().is_some_and(|node| table.hides_all(node.layer));
+    walk.out.hides_all = opaque;
+    let mut frames = vec![walk.frame(ROOT, 0, opaque, target, parent)?];
     while let Some(frame) = frames.last_mut() {
         if let Some(next) = walk.step(frame)? {
             frames.push(next);

@@ -32,7 +32,7 @@ use std::{collections::HashMap, fs::File, io, sync::Arc};
 
 #[cfg(target_os = "linux")]
 use {
-    super::{blocking, mounts::Mounts},
+    super::{blocking, error::with_causes, mounts::Mounts},
     crate::{
         store::layout,
         svm::{CopyDisk, DiskSource},
@@ -104,6 +104,7 @@ impl Remembered {
     }
 
     /// What is remembered of those of `sandboxes` that are in the target.
+    #[cfg(target_os = "linux")]
     fn of(&self, sandboxes: &[Sandbox]) -> Vec<LiveFile> {
         let all = self.files.lock();
         let mut files = Vec::new();
@@ -155,6 +156,7 @@ impl Stillness {
 impl Home {
     /// Sees to it that `sandboxes`, which are those of the two stacks, can be read. Either what is given back makes them
     /// stand still when that is needed, or there is no need: their disks are replaced by clones that nobody writes.
+    #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_async, reason = "only Linux makes clones"))]
     pub(super) async fn hold_still(
         &self,
         sandboxes: Vec<Sandbox>,
@@ -186,9 +188,9 @@ impl Home {
                     return Ok(None);
                 }
                 Err(CloneError::Still(error)) => {
-                    return Err(DriverError::svm(&still.ids[0], "read it")(SvmError::Live(
-                        error.to_string(),
-                    )));
+                    return Err(DriverError::svm(&still.ids[0], "read it")(SvmError::Live(with_causes(
+                        &error,
+                    ))));
                 }
                 Err(CloneError::Clone(error)) => {
                     self.reflinks.store(false, Ordering::Relaxed);

@@ -35,7 +35,7 @@ use crate::{
         loopdev::{self, LoopDevice, LoopSpec, LoopStatus},
         mount::{self, Ext4Options},
         mountinfo,
-        overlay::{OverlayMethod, OverlaySpec, mount_overlay},
+        overlay::{OverlayMethod, OverlaySpec, is_opaque, mount_overlay},
     },
     vhd,
 };
@@ -162,7 +162,14 @@ impl Mounts {
             match (member.meta.state, position) {
                 (LayerState::Sandbox, 0) => upper = Some((place.join(UPPER), place.join(WORK))),
                 (LayerState::Sandbox, _) => lowers.push(place.join(UPPER)),
-                _ => lowers.push(place),
+                _ => {
+                    // Overlayfs joins the roots of its layers whatever they say: the stack ends here instead.
+                    let last = is_opaque(&place).map_err(failed(&member.layer.id, "look at its root"))?;
+                    lowers.push(place);
+                    if last {
+                        break;
+                    }
+                }
             }
         }
         // Overlayfs wants one lower below an upper, and two without one.
@@ -440,6 +447,11 @@ impl Mounts {
                 if let Some(uses) = state.disks.get_mut(&member.layer.id) {
                     *uses += 1;
                     disks.push(member.layer.id.clone());
+                    // As at its Get: a view holds nothing below a layer that hides all.
+                    let place = self.layout.mount_point(&member.layer.id);
+                    if member.meta.state == LayerState::Applied && is_opaque(&place).unwrap_or(false) {
+                        break;
+                    }
                 }
             }
             tracing::info!(%id, "found a mounted view of an earlier process; it counts as held once");

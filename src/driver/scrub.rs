@@ -3,12 +3,16 @@
 //! Per layer: its folder agrees with `layer.json`; its image passes the strict check in a fresh service VM, and each
 //! block the hash tree where there is one; its footer is the one that was written, and nothing stands around all that; its
 //! exact tar, read back, has the digest of what was applied.
+//!
+//! Layers of release 1 were written by writer 1, which made some images that today's check does not take. Those are
+//! counted apart: they give the same bytes as ever, and are worth pulling anew. A wrong checksum is damage, whoever
+//! wrote the image.
 
 use super::{Driver, DriverError, blocking, image::check_footer, on_disk_thread, with_causes};
 use crate::{
     ext4::check::WRITER,
-    store::{LayerId, LayerState, StoreError, layout},
-    svm::{CheckJob, ExportJob, ExportKind, Purpose, TarDigest},
+    store::{AppliedMeta, LayerId, LayerState, StoreError, layout},
+    svm::{CheckJob, ExportJob, ExportKind, IdMaps, Purpose, SvmError, TarDigest},
     vhd,
 };
 use futures_util::StreamExt;
@@ -34,8 +38,25 @@ pub struct ScrubReport {
     pub tar_bytes: u64,
     /// Layers whose ApplyDiff was cut: refused until removed, but no fault of the store.
     pub unfinished: Vec<LayerId>,
+    /// Layers made by writer 1: sound, and worth pulling anew where today's writer makes another image of their tar.
+    pub writer_1: Vec<LayerId>,
+    /// Those of them that today's check does not take, and why.
+    pub writer_1_differs: Vec<ScrubFinding>,
     /// Faults.
     pub faults: Vec<ScrubFinding>,
+}
+
+/// A layer that gives its very tar.
+struct Scrubbed {
+    tar_bytes: u64,
+    writer: u32,
+    /// Why today's check does not take its image, if it was made by writer 1.
+    differs: Option<String>,
+}
+
+/// Whether a check refused what writer 1 may have made on purpose.
+fn of_writer_1(error: &SvmError) -> bool {
+    matches!(error, SvmError::Refused(_)) && !error.to_string().contains("checksum")
 }
 
 impl Driver {
@@ -59,9 +80,14 @@ impl Driver {
             match meta.state {
                 LayerState::Applying => report.unfinished.push(layer.id.clone()),
                 LayerState::Applied => match self.scrub_image(&layer.id).await {
-                    Ok(bytes) => {
+                    Ok(Scrubbed { tar_bytes, writer, differs }) => {
                         report.images += 1;
-                        report.tar_bytes += bytes;
+                        report.tar_bytes += tar_bytes;
+                        if writer < WRITER {
+                            report.writer_1.push(layer.id.clone());
+                        }
+                        let finding = |fault| ScrubFinding { id: layer.id.clone(), fault };
+                        report.writer_1_differs.extend(differs.map(finding));
                     }
                     Err(error) => {
                         let fault = with_causes(&error);
@@ -75,7 +101,7 @@ impl Driver {
         Ok(report)
     }
 
-    async fn scrub_image(&self, id: &LayerId) -> Result<u64, DriverError> {
+    async fn scrub_image(&self, id: &LayerId) -> Result<Scrubbed, DriverError> {
         let home = self.home().await?;
         let snapshot = home.store.snapshot(id)?;
         let meta = snapshot.top.meta.clone();
@@ -84,16 +110,22 @@ impl Driver {
         let (image, record) = blocking(move || opener.exact_disks(&snapshot)).await?;
         let root = meta.applied.as_ref().and_then(|a| a.verity_root.clone());
         let applied = meta.applied.as_ref();
+        let writer = applied.map_or(WRITER, AppliedMeta::writer);
         let disk = applied.map_or(0, |applied| applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64));
         let check = CheckJob {
             image: image.clone().window(0, disk),
             tree: root.is_some(),
-            writer: WRITER,
+            writer,
             require_no_writers: false,
+            owners: IdMaps::default(),
         };
-        let found = home.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
-        let profile = found.profile;
-        let found = found.verity.map(|root| root.to_string());
+        let (found, profile, differs) = match home.pool.check_image(check).await {
+            Ok(found) => (found.verity.map(|root| root.to_string()), Some(found.profile), None),
+            Err(error) if writer < WRITER && of_writer_1(&error) => {
+                (root.clone(), None, Some(format!("made by writer 1: {}", with_causes(&error))))
+            }
+            Err(error) => return Err(DriverError::svm(id, "verify its image")(error)),
+        };
         if found != root {
             let reason = format!(
                 "its hash tree has the root {}, and {} was written",
@@ -107,7 +139,7 @@ impl Driver {
             let path = home.store.layout().layer_file(id, layout::META_FILE);
             DriverError::from(StoreError::Corrupt { path, reason: format!("tar_digest '{known}': {e}") })
         })?;
-        if let Some(applied) = meta.applied {
+        if let (Some(applied), Some(profile)) = (meta.applied, profile) {
             let (image, digest) = (image.clone(), known.bytes);
             blocking(move || check_footer(&image, &applied, &digest, profile)).await?;
         }
@@ -131,6 +163,6 @@ impl Driver {
             let reason = format!("its tar has the digest {digest}, and {known} was applied");
             return Err(StoreError::Corrupt { path: file(layout::RECORD_FILE), reason }.into());
         }
-        Ok(bytes)
+        Ok(Scrubbed { tar_bytes: bytes, writer, differs })
     }
 }

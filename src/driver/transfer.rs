@@ -30,11 +30,11 @@ use crate::{
     ext4::check::WRITER,
     store::{
         AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError,
-        durable, layout,
+        durable, layout, owners_note,
     },
     svm::{
-        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, LayerDisk,
-        LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
+        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary,
+        LayerDisk, LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
     },
     telemetry::{Phase, PhaseTimer, Phases, Transfer},
     vhd,
@@ -49,9 +49,6 @@ use std::{
     task::{Context, Poll},
     time::Duration,
 };
-
-/// The version of the canonical tar that this program writes for a layer's first Diff.
-const CANONICAL_VERSION: u32 = 1;
 
 /// A layer and the one that it is compared with, of one moment.
 pub(super) struct Pair {
@@ -225,16 +222,15 @@ impl Driver {
         drop(waiting);
         let exporting = self.phases.begin(Transfer::Diff, Phase::Export);
         let (mut applied, mut live) = (None, None);
-        let (job, version) = if let (true, LayerState::Applied) = (pair.own, meta.state) {
+        let job = if let (true, LayerState::Applied) = (pair.own, meta.state) {
             applied = meta.applied.map(|applied| applied.tar_digest);
             let opener = home.clone();
             let (image, record) = blocking(move || opener.exact_disks(&pair.target)).await?;
-            (ExportJob { kind: ExportKind::Exact { image, record }, live: None }, None)
+            ExportJob { kind: ExportKind::Exact { image, record }, live: None }
         } else {
             let own = pair.own;
             let comparison = home.comparison(pair).await?;
-            let format = meta.canonical_version.unwrap_or(CANONICAL_VERSION);
-            let first = (own && meta.canonical_version.is_none()).then_some(format);
+            let format = home.canonical_version(&layer, &meta, own).await?;
             let kind = ExportKind::Canonical {
                 target: comparison.target,
                 parent: comparison.parent,
@@ -242,7 +238,7 @@ impl Driver {
                 id_maps: home.id_maps(),
             };
             live.clone_from(&comparison.live);
-            (ExportJob { kind, live: control(comparison.live) }, first)
+            ExportJob { kind, live: control(comparison.live) }
         };
         let tar = lease.layer_to_tar(job).await.map_err(|error| {
             if let Some(live) = &live {
@@ -254,7 +250,6 @@ impl Driver {
             tar: Some(tar),
             home,
             layer,
-            freeze_version: version,
             applied,
             live,
             sent: Sent::default(),
@@ -377,7 +372,7 @@ impl Home {
         if self.store.is_current(snapshot) { Ok(disks) } else { Err(moved(snapshot.id())) }
     }
 
-    fn image_disk(&self, member: &Member) -> Result<DiskSource, DriverError> {
+    pub(super) fn image_disk(&self, member: &Member) -> Result<DiskSource, DriverError> {
         let path = self.store.layout().layer_file(&member.layer.id, layout::LAYER_FILE);
         let applied = member.meta.applied.as_ref().ok_or_else(|| StoreError::Corrupt {
             path: path.clone(),
@@ -538,7 +533,7 @@ impl Home {
                 block_size: self.options.block_size,
                 max_image_bytes: self.options.max_layer_bytes,
                 verity: self.options.verity,
-                ..ApplyOptions::default()
+                id_maps: self.id_maps(),
             },
         };
         let waiting = phases.begin(Transfer::Apply, Phase::Wait);
@@ -582,6 +577,8 @@ impl Home {
             tree: asked.verity,
             writer: WRITER,
             require_no_writers: true,
+            // The one that applied may have been taken over.
+            owners: self.id_maps(),
         };
         let found = self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
         asked.agree(&path, &summary, &found)?;
@@ -596,23 +593,45 @@ impl Home {
             entries: summary.entries,
             verity_root: summary.verity_root.map(|root| root.to_string()),
             checked: true,
+            writer: Some(WRITER),
+            owners: owners_note(&self.init.uid_maps, &self.init.gid_maps),
         })
     }
 
-    /// Fixes the canonical version of a written layer after its first complete Diff.
-    fn freeze_version(&self, thread: &DiskThread, layer: &Layer, version: u32) {
-        let frozen = self.store.update::<StoreError>(thread, &layer.id, layer.generation, |meta| {
-            Ok(LayerMeta {
-                canonical_version: Some(meta.canonical_version.unwrap_or(version)),
-                ..meta.clone()
-            })
-        });
-        match frozen {
-            Ok(_) | Err(StoreError::NotFound(_)) => {}
-            Err(error) => {
-                tracing::warn!(id = %layer.id, %error, "cannot note the canonical version of a layer");
-            }
+    /// The version of the canonical tar of a layer. Engines keep the digest of a layer's own diff, so that version is
+    /// durable before a byte of it leaves: what could not be noted is not sent.
+    async fn canonical_version(
+        self: &Arc<Self>,
+        layer: &Layer,
+        meta: &LayerMeta,
+        own: bool,
+    ) -> Result<u32, DriverError> {
+        let by_age = || self.store.marker().canonical_version_of(meta.created, layer.made_here);
+        let format = meta.canonical_version.unwrap_or_else(by_age);
+        if !own || meta.canonical_version.is_some() {
+            return Ok(format);
         }
+        let (home, layer) = (self.clone(), layer.clone());
+        let noted = on_disk_thread(move |thread| {
+            home.store.update::<DriverError>(thread, &layer.id, layer.generation, |meta| {
+                let noted = meta.canonical_version.unwrap_or(format);
+                Ok(LayerMeta { canonical_version: Some(noted), ..meta.clone() })
+            })
+        })
+        .await?;
+        Ok(noted.canonical_version.unwrap_or(format))
+    }
+}
+
+/// Says that a diff is not all of a layer.
+fn warn_hidden(id: &LayerId, summary: Option<&ExportSummary>) {
+    if let Some(ExportSummary { hidden: hidden @ 1.., first_hidden, .. }) = summary {
+        let first = first_hidden.as_deref().unwrap_or_default();
+        tracing::warn!(
+            %id, hidden, first,
+            "the diff leaves out files whose names begin with .wh., which no layer can hold: an engine would take them \
+             for deletions"
+        );
     }
 }
 
@@ -622,8 +641,6 @@ pub struct DiffStream {
     tar: Option<TarStream>,
     home: Arc<Home>,
     layer: Layer,
-    /// Set if a complete end fixes this version for the layer.
-    freeze_version: Option<u32>,
     /// Digest of the tar that was applied, if this is to be that one.
     applied: Option<String>,
     /// Of sandboxes that are in use.
@@ -669,6 +686,9 @@ impl DiffStream {
             Poll::Ready(None) => {
                 let complete = tar.complete();
                 let digest = tar.summary().and_then(|s| s.tar_digest).map(|digest| digest.to_string());
+                if complete {
+                    warn_hidden(&this.layer.id, tar.summary());
+                }
                 this.tar = None;
                 if complete && this.applied.is_some() && this.applied != digest {
                     // A sound pair of image and record, but of another layer.
@@ -682,10 +702,6 @@ impl DiffStream {
                         SvmError::Cancelled("the tar has no proper end"),
                         &this.layer.id,
                     ))));
-                }
-                if let Some(version) = this.freeze_version.take() {
-                    let (home, layer) = (this.home.clone(), this.layer.clone());
-                    tokio::spawn(DiskThread::run(move |thread| home.freeze_version(thread, &layer, version)));
                 }
                 Poll::Ready(None)
             }

@@ -7,11 +7,18 @@
 //! ```
 
 use super::{Driver, DriverError, gates::Held, home::Home};
+#[cfg(target_os = "linux")]
+use super::{blocking, on_disk_thread};
 use crate::{
     config::MountKind,
     ext4::{self, Timestamp, format::BlankOptions, writer::Attributes},
     store::{DiskThread, LayerId, LayerMeta, LayerState, Member, StoreError, durable, layout},
     vhd, vhdx,
+};
+#[cfg(target_os = "linux")]
+use crate::{
+    store::{AppliedMeta, owners_note},
+    svm::CheckJob,
 };
 use std::{
     path::{Path, PathBuf},
@@ -64,6 +71,41 @@ pub(super) fn unfinished(id: &LayerId) -> DriverError {
 }
 
 impl Home {
+    /// With userns-remap, looks once at the owners of each layer that was applied without the map (by release 1, or
+    /// before the engine had one): nobody could change or delete files of other owners.
+    #[cfg(target_os = "linux")]
+    async fn check_owners(self: &Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
+        let Some(note) = owners_note(&self.init.uid_maps, &self.init.gid_maps) else { return Ok(()) };
+        let snapshot = self.store.snapshot(id)?;
+        for member in snapshot.members() {
+            let (LayerState::Applied, Some(applied)) = (member.meta.state, &member.meta.applied) else {
+                continue;
+            };
+            if applied.owners.as_ref() == Some(&note) {
+                continue;
+            }
+            let (home, owned) = (self.clone(), member.clone());
+            let check = CheckJob {
+                image: blocking(move || home.image_disk(&owned)).await?,
+                tree: false,
+                writer: applied.writer(),
+                require_no_writers: false,
+                owners: self.id_maps(),
+            };
+            let checked = self.pool.check_image(check).await;
+            checked.map_err(DriverError::svm(&member.layer.id, "look at its owners"))?;
+            let (home, layer, note) = (self.clone(), member.layer.clone(), note.clone());
+            on_disk_thread(move |thread| {
+                home.store.update::<DriverError>(thread, &layer.id, layer.generation, |meta| {
+                    let applied = meta.applied.clone().map(|a| AppliedMeta { owners: Some(note), ..a });
+                    Ok(LayerMeta { applied, ..meta.clone() })
+                })
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
     /// Closes the gates of a layer and its ancestors.
     async fn close_stack(&self, id: &LayerId) -> Result<Held, DriverError> {
         self.gates
@@ -89,6 +131,7 @@ impl Home {
 
     #[cfg(target_os = "linux")]
     async fn get_view(self: Arc<Self>, id: LayerId, label: String) -> Result<PathBuf, DriverError> {
+        self.check_owners(&id).await?;
         let gates = self.close_stack(&id).await?;
         gates
             .run(move |thread, gates| {

@@ -2,7 +2,10 @@
 
 use super::{StoreError, durable, layout};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::{
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 /// The store format that this program writes.
 pub const STORE_FORMAT: u32 = 1;
@@ -56,6 +59,10 @@ pub struct Marker {
     /// What Capabilities answers; fixed when the store is made and never changed, since the engine decides by it
     /// whether it keeps tar-split data of its own.
     pub reproduces_exact_diffs: bool,
+    /// When release 2 first opened the store, in seconds since 1970; 0 if it made it. What was written before has version
+    /// 1 of the canonical tar unless its layer says otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release_2_since: Option<u64>,
     /// The last Init.
     #[serde(default)]
     pub init: InitRecord,
@@ -68,6 +75,7 @@ impl Marker {
             format: STORE_FORMAT,
             store_id: uuid::Uuid::new_v4(),
             reproduces_exact_diffs: true,
+            release_2_since: Some(0),
             init: InitRecord::default(),
         }
     }
@@ -92,6 +100,25 @@ impl Marker {
             });
         }
         Self::deserialize(value).map(Some).map_err(corrupt)
+    }
+
+    /// Notes, durably, when release 2 first met a store of release 1: before anything else is written into it.
+    pub(super) fn note_release_2(&mut self, home: &Path) -> Result<(), StoreError> {
+        if self.release_2_since.is_none() {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+            let noted = Self { release_2_since: Some(now), ..self.clone() };
+            noted.write(home)?;
+            *self = noted;
+        }
+        Ok(())
+    }
+
+    /// Version of the canonical tar of a layer that notes none and was created then (seconds since 1970), or by this very
+    /// process.
+    pub fn canonical_version_of(&self, created: u64, made_here: bool) -> u32 {
+        /// Versions of release 1 and of this one.
+        const VERSIONS: [u32; 2] = [1, 2];
+        VERSIONS[usize::from(made_here || self.release_2_since.is_some_and(|since| created > since))]
     }
 
     /// Writes the marker.

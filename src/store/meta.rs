@@ -1,5 +1,6 @@
 //! `layer.json`: the state of a layer and the facts about its files.
 
+use super::marker::IdRange;
 use serde::{Deserialize, Serialize};
 
 /// State of a layer. Every change is one atomic rename of `layer.json`.
@@ -47,7 +48,8 @@ pub struct LayerMeta {
     /// Facts about an applied layer's files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applied: Option<AppliedMeta>,
-    /// Version of the canonical tar that this written layer has for life, set by its first complete Diff.
+    /// Version of the canonical tar that this written layer has for life, noted before the first byte of its first Diff
+    /// against its own parent leaves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canonical_version: Option<u32>,
     /// Why the first ApplyDiff that was refused or cut was; said again to each that follows.
@@ -111,4 +113,26 @@ pub struct AppliedMeta {
     pub verity_root: Option<String>,
     /// A second, fresh service VM found the image's metadata sound.
     pub checked: bool,
+    /// Version of the rules by which the tar became this image; none is 1, that of release 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub writer: Option<u32>,
+    /// With userns-remap: the containers' ids ([`owners_note`]) that all owners in the image were found to be of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owners: Option<String>,
+}
+
+impl AppliedMeta {
+    /// Version of the rules by which the image was made.
+    pub fn writer(&self) -> u32 {
+        self.writer.unwrap_or(1)
+    }
+}
+
+/// The containers' ids of some maps in one line; nothing without maps.
+pub fn owners_note(uids: &[IdRange], gids: &[IdRange]) -> Option<String> {
+    let list = |maps: &[IdRange]| {
+        let ranges: Vec<String> = maps.iter().map(|m| format!("{}+{}", m.container_id, m.size)).collect();
+        ranges.join(",")
+    };
+    (!uids.is_empty() || !gids.is_empty()).then(|| format!("users {} groups {}", list(uids), list(gids)))
 }

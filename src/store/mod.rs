@@ -48,7 +48,7 @@ pub use id::{LayerId, MAX_ID_BYTES, REMOVING_SUFFIX};
 pub use layout::Layout;
 pub use lock::{OwnerLock, holder};
 pub use marker::{IdRange, InitRecord, Marker, STORE_FORMAT};
-pub use meta::{AppliedMeta, LayerMeta, LayerState, LayerWishes};
+pub use meta::{AppliedMeta, LayerMeta, LayerState, LayerWishes, owners_note};
 pub use repair::{Debris, GcReport};
 pub use thread::DiskThread;
 pub use usage::{DiskUsage, LayerUsage, allocated_bytes};

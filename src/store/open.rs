@@ -51,7 +51,8 @@ impl Store {
         }
         create_private_dir(&layout.top(layout::MOUNTS).join(layout::EMPTY))?;
         // Under the lock nobody else writes it.
-        let marker = if let Some(marker) = Marker::read(home)? {
+        let marker = if let Some(mut marker) = Marker::read(home)? {
+            marker.note_release_2(home)?;
             marker
         } else {
             let marker = Marker::new();

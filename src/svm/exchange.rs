@@ -541,7 +541,8 @@ mod tests {
     }
 
     fn summary(digest: Option<TarDigest>) -> Vec<u8> {
-        serde_json::to_vec(&ExportSummary { tar_bytes: 8, tar_digest: digest }).unwrap()
+        serde_json::to_vec(&ExportSummary { tar_bytes: 8, tar_digest: digest, ..ExportSummary::default() })
+            .unwrap()
     }
 
     #[tokio::test]

@@ -161,6 +161,8 @@ pub struct CheckJob {
     pub tree: bool,
     /// The version of the writer that made it.
     pub writer: u32,
+    /// With userns-remap: the ids that owners must have. Empty: any.
+    pub owners: IdMaps,
     /// Fail unless no process at all has the file open for writing any more (see [`no_writer_left`]). The caller must
     /// have dropped its own writable descriptors.
     pub require_no_writers: bool,

@@ -59,10 +59,37 @@ impl<R: Read> ChunkSource for Chunks<R> {
     }
 }
 
+/// A stream that failed in the middle of a chunk: what was read of it is lost, but counts for the place of the failure.
+#[derive(Debug)]
+struct Broken {
+    read: usize,
+    source: io::Error,
+}
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.source.fmt(f)
+    }
+}
+
+impl std::error::Error for Broken {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.source()
+    }
+}
+
+/// Bytes that were read before a source failed, and what the stream said.
+pub(super) fn broken(error: io::Error) -> (usize, io::Error) {
+    match error.downcast::<Broken>() {
+        Ok(broken) => (broken.read, broken.source),
+        Err(other) => (0, other),
+    }
+}
+
 /// Reads until `buffer` is full or the stream ends; the count of bytes read.
 ///
 /// # Errors
-/// What the stream says, `Interrupted` excepted.
+/// What the stream says, `Interrupted` excepted; of the same kind, and with the count of bytes read before it.
 pub(crate) fn fill(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {
@@ -70,6 +97,9 @@ pub(crate) fn fill(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize
             Ok(0) => break,
             Ok(n) => done += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(source) if done > 0 => {
+                return Err(io::Error::new(source.kind(), Broken { read: done, source }));
+            }
             Err(e) => return Err(e),
         }
     }

@@ -1,14 +1,17 @@
 //! Headers: from blocks and extended headers to an [`Entry`].
 //!
 //! ```text
-//!   g ──► global ─┐
-//!   x ──► pax ────┤
+//!   x ──► pax ────┐       g: its records are looked at, and what waits is dropped
 //!   L K ► names ──┼──► entry_header(block) ──► Entry, sparse map, padding
 //!   block ────────┘       GNU long name > PAX > block
 //! ```
 //!
-//! Invariant: knows nothing of where bytes come from, so a fault has no place yet; extended headers are used up by the
-//! entry they stand before. Called by `reader` only.
+//! A global header changes nothing and is an entry of its own, as for Go's archive/tar, with which engines and scanners
+//! read: what they take for the file `harmless` must not be `etc/passwd` here. So it also ends what a local header
+//! before it says.
+//!
+//! Invariants: knows nothing of where bytes come from, so a fault has no place yet; extended headers are used up by the
+//! entry they stand before, so that work and memory are bounded by the bytes of one header. Called by `reader` only.
 
 use super::{
     entry::{Entry, EntryKind, Time},
@@ -16,7 +19,7 @@ use super::{
         BLOCK, Dialect, RawGnuTail, RawHeader, RawSparseExtension, STAR_PREFIX, USTAR_PREFIX, text, typeflag,
     },
     number,
-    pax::{MAX_PAX_BYTES, MAX_XATTRS, Pax, PaxError},
+    pax::{self, MAX_PAX_BYTES, MAX_XATTRS, Pax, PaxError, SparseForm, SparseKeys},
     sparse::{self, DataMap, MAX_SPARSE_SEGMENTS, MapError, Segment},
 };
 use zerocopy::FromBytes;
@@ -73,9 +76,8 @@ impl From<MapError> for Fault {
 #[derive(Debug, Default)]
 pub(super) struct Parser {
     pub(super) entry: Entry,
-    /// Extended headers for the next entry; global ones are merged in when a local one is read or the entry comes.
+    /// Extended headers for the next entry.
     pax: Option<Pax>,
-    global: Option<Pax>,
     long_name: Option<Vec<u8>>,
     long_link: Option<Vec<u8>>,
     /// Bytes of the extension that is being read.
@@ -102,7 +104,7 @@ impl Parser {
             .and_then(|n| u64::try_from(n).ok())
             .ok_or(Fault::Corrupt("bad size in the header"))?;
         let extension = match h.typeflag {
-            typeflag::PAX | typeflag::PAX_SOLARIS => Extension::Pax,
+            typeflag::PAX => Extension::Pax,
             typeflag::PAX_GLOBAL => Extension::PaxGlobal,
             typeflag::GNU_LONGNAME => Extension::LongName,
             typeflag::GNU_LONGLINK => Extension::LongLink,
@@ -119,23 +121,29 @@ impl Parser {
     pub(super) fn extension_done(&mut self, kind: Extension) -> Result<(), Fault> {
         match kind {
             Extension::Pax => {
-                let mut pax = self.global.clone().unwrap_or_default();
-                pax.parse(&self.extension, false)?;
+                let mut pax = Pax::default();
+                pax.parse(&self.extension)?;
                 self.pax = Some(pax);
             }
             Extension::PaxGlobal => {
                 self.go_differs("a global pax header, which Go takes for an entry");
-                self.global.get_or_insert_default().parse(&self.extension, true)?;
+                pax::check_records(&self.extension)?;
+                (self.pax, self.long_name, self.long_link) = (None, None, None);
             }
-            Extension::LongName => self.long_name = Some(text(&self.extension).to_vec()),
-            Extension::LongLink => self.long_link = Some(text(&self.extension).to_vec()),
+            // An empty one says nothing.
+            Extension::LongName => {
+                self.long_name = Some(text(&self.extension).to_vec()).filter(|n| !n.is_empty());
+            }
+            Extension::LongLink => {
+                self.long_link = Some(text(&self.extension).to_vec()).filter(|n| !n.is_empty());
+            }
         }
         Ok(())
     }
 
     fn entry_header(&mut self, h: &RawHeader, at: u64, size: u64) -> Result<Next, Fault> {
         const BAD_ID: Fault = Fault::Corrupt("bad owner in the header");
-        let mut pax = self.pax.take().or_else(|| self.global.clone());
+        let mut pax = self.pax.take();
         let dialect = h.dialect();
         let gnu = if dialect == Dialect::Gnu { RawGnuTail::ref_from_bytes(&h.tail).ok() } else { None };
         let e = &mut self.entry;
@@ -165,9 +173,8 @@ impl Parser {
         }
         e.path.clear();
         e.link.clear();
-        let sparse_name = pax.as_mut().and_then(|p| p.sparse.name.take());
         let pax_path = pax.as_mut().and_then(|p| p.path.take());
-        if let Some(path) = sparse_name.or(self.long_name.take()).or(pax_path) {
+        if let Some(path) = self.long_name.take().or(pax_path) {
             e.path = path;
         } else {
             if !prefix.is_empty() {
@@ -184,7 +191,7 @@ impl Parser {
         e.mode = (number::numeric(&h.mode).ok_or(Fault::Corrupt("bad mode in the header"))? & 0o7777) as u16;
         // A value that a PAX header replaces may be junk in the block: writers clip what does not fit.
         let pax_ref = pax.as_ref();
-        let block_id = |field: &[u8]| number::numeric(field).and_then(number::id).ok_or(BAD_ID);
+        let block_id = |field: &[u8]| number::numeric(field).map(number::id).ok_or(BAD_ID);
         e.uid = pax_ref.and_then(|p| p.uid).map_or_else(|| block_id(&h.uid), Ok)?;
         e.gid = pax_ref.and_then(|p| p.gid).map_or_else(|| block_id(&h.gid), Ok)?;
         e.mtime = match pax_ref.and_then(|p| p.mtime) {
@@ -205,9 +212,7 @@ impl Parser {
             }
             typeflag::GNU_DUMPDIR => Some("a gnu dump directory, which Go takes for a file"),
             typeflag::GNU_VOLUME => Some("a gnu volume name, which Go takes for a file"),
-            typeflag::CHAR | typeflag::BLOCK
-                if pax_ref.is_some_and(|p| p.devmajor.is_some() || p.devminor.is_some()) =>
-            {
+            typeflag::CHAR | typeflag::BLOCK if pax_ref.is_some_and(|p| p.has_device) => {
                 Some("a device number in a pax header, which Go passes over")
             }
             _ if pax_ref.is_some_and(Pax::has_libarchive_only) => {
@@ -218,7 +223,8 @@ impl Parser {
         e.go_differs = e.go_differs.or(differs);
         let mut sparse_gnu = false;
         e.kind = match h.typeflag {
-            typeflag::REGULAR_V7 | typeflag::REGULAR if named_as_folder => EntryKind::Directory,
+            // Old archives have no other folders. A `0` there is a file for Go, whatever its name.
+            typeflag::REGULAR_V7 if named_as_folder => EntryKind::Directory,
             typeflag::REGULAR_V7 | typeflag::REGULAR | typeflag::CONTIGUOUS => EntryKind::File,
             typeflag::GNU_SPARSE => {
                 sparse_gnu = true;
@@ -239,23 +245,24 @@ impl Parser {
             }
             other => return Err(Fault::Unsupported(format!("type flag {:?}", other as char))),
         };
-        if matches!(h.typeflag, typeflag::LINK..=typeflag::FIFO) {
+        let old_folder = h.typeflag == typeflag::REGULAR_V7 && e.kind == EntryKind::Directory;
+        if old_folder || matches!(h.typeflag, typeflag::LINK..=typeflag::FIFO) {
             e.stored = 0;
         }
         (e.major, e.minor) = (0, 0);
-        if matches!(e.kind, EntryKind::CharDevice | EntryKind::BlockDevice) {
+        // Without a magic the fields are not device numbers.
+        if matches!(e.kind, EntryKind::CharDevice | EntryKind::BlockDevice) && dialect != Dialect::V7 {
             let device = |field: &[u8]| {
                 number::numeric(field)
                     .and_then(|n| u32::try_from(n).ok())
                     .ok_or(Fault::Corrupt("bad device number in the header"))
             };
-            e.major = pax_ref.and_then(|p| p.devmajor).map_or_else(|| device(&h.devmajor), Ok)?;
-            e.minor = pax_ref.and_then(|p| p.devminor).map_or_else(|| device(&h.devminor), Ok)?;
+            (e.major, e.minor) = (device(&h.devmajor)?, device(&h.devminor)?);
         }
         e.size = if e.kind == EntryKind::File { e.stored } else { 0 };
         e.xattrs.clear();
         if let Some(pax) = &mut pax {
-            e.xattrs.append(&mut pax.xattrs);
+            pax.take_xattrs(&mut e.xattrs);
         }
         self.pad = padding(e.stored);
 
@@ -273,37 +280,33 @@ impl Parser {
             sparse::check(&self.map, e.size, e.stored)?;
             return Ok(Next::Announce);
         }
-        match pax {
-            Some(pax) if pax.sparse.any() => self.pax_sparse(pax),
-            _ => Ok(Next::Announce),
+        match pax.as_mut().map(|p| (p.sparse.form(), &mut p.sparse)) {
+            None | Some((SparseForm::None, _)) => Ok(Next::Announce),
+            Some((form, keys)) => self.pax_sparse(form, keys),
         }
     }
 
-    fn pax_sparse(&mut self, pax: Pax) -> Result<Next, Fault> {
-        let keys = pax.sparse;
+    fn pax_sparse(&mut self, form: SparseForm, keys: &mut SparseKeys) -> Result<Next, Fault> {
         if self.entry.kind != EntryKind::File {
             return Err(Fault::Corrupt("sparse keywords on an entry that is no file"));
         }
-        let size = keys.size.ok_or(Fault::Corrupt("sparse file without its real size"))?;
+        if let Some(name) = keys.name.take() {
+            self.entry.path = name;
+        }
+        // Go takes the stored size for the file's where no keyword tells another.
+        let size = keys.size.or(keys.real_size).unwrap_or(self.entry.stored);
         self.entry.size = size;
         self.sparse = true;
-        match (keys.major, keys.minor.unwrap_or(0)) {
-            (Some(1), 0) => {
-                self.data_map = DataMap::default();
-                Ok(Next::SparseData { bytes: self.entry.stored })
-            }
-            (None | Some(0), _) => {
-                self.map = keys.map.unwrap_or_default();
-                if keys.numblocks.is_some_and(|n| n != self.map.len() as u64) {
-                    return Err(Fault::Corrupt(
-                        "sparse map does not have the count of segments that it tells",
-                    ));
-                }
-                sparse::check(&self.map, size, self.entry.stored)?;
-                Ok(Next::Announce)
-            }
-            (Some(major), minor) => Err(Fault::Unsupported(format!("sparse format {major}.{minor}"))),
+        if form == SparseForm::InData {
+            self.data_map = DataMap::default();
+            return Ok(Next::SparseData { bytes: self.entry.stored });
         }
+        self.map = keys.map.take().unwrap_or_default();
+        if keys.numblocks.is_some_and(|n| n != self.map.len() as u64) {
+            return Err(Fault::Corrupt("sparse map does not have the count of segments that it tells"));
+        }
+        sparse::check(&self.map, size, self.entry.stored)?;
+        Ok(Next::Announce)
     }
 
     /// Takes an extension block of an old GNU sparse map; true if another follows.

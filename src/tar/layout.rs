@@ -43,10 +43,8 @@ pub mod typeflag {
     pub const CONTIGUOUS: u8 = b'7';
     /// PAX header for the next entry.
     pub const PAX: u8 = b'x';
-    /// PAX header for all later entries.
+    /// PAX header for all later entries, by POSIX; nobody who reads layers heeds it.
     pub const PAX_GLOBAL: u8 = b'g';
-    /// PAX header as Solaris wrote it.
-    pub const PAX_SOLARIS: u8 = b'X';
     /// GNU long name of the next entry.
     pub const GNU_LONGNAME: u8 = b'L';
     /// GNU long link target of the next entry.

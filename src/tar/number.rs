@@ -32,9 +32,9 @@ pub(super) fn numeric(field: &[u8]) -> Option<i64> {
     }
 }
 
-/// An id from a header: 32 bits, where a negative one of old tars means the same bits.
-pub(super) fn id(value: i64) -> Option<u32> {
-    u32::try_from(value).ok().or_else(|| i32::try_from(value).ok().map(i32::cast_unsigned))
+/// An id from a header: its low 32 bits, which is what chown(2) takes of the number that moby and containerd give it.
+pub(super) fn id(value: i64) -> u32 {
+    value as u32
 }
 
 /// Decimal digits only.
@@ -87,13 +87,16 @@ pub(super) fn pax_time(text: &[u8]) -> Option<Time> {
 
 /// RFC 4648 base64, padding optional, as libarchive writes xattr values.
 pub(super) fn base64(text: &[u8]) -> Option<Vec<u8>> {
-    let body = text.strip_suffix(b"==").or_else(|| text.strip_suffix(b"=")).unwrap_or(text);
+    let body = text.trim_ascii_end();
+    let body = body.strip_suffix(b"==").or_else(|| body.strip_suffix(b"=")).unwrap_or(body);
+    // Some writers break lines, which libarchive passes over.
+    let body: Vec<u8> = body.iter().copied().filter(|b| !b.is_ascii_whitespace()).collect();
     if body.len() % 4 == 1 {
         return None;
     }
     let mut out = Vec::with_capacity(body.len() / 4 * 3 + 2);
     let (mut bits, mut count) = (0u32, 0u32);
-    for &b in body {
+    for b in body {
         let six = match b {
             b'A'..=b'Z' => b - b'A',
             b'a'..=b'z' => b - b'a' + 26,
@@ -156,7 +159,7 @@ mod tests {
         for (field, want) in cases {
             assert_eq!(numeric(field), *want, "{field:?}");
         }
-        assert_eq!([id(-2), id(1 << 22), id(1 << 32)], [Some(u32::MAX - 1), Some(1 << 22), None]);
+        assert_eq!([id(-2), id(1 << 22), id((1 << 32) + 7), id(-1)], [u32::MAX - 1, 1 << 22, 7, u32::MAX]);
     }
 
     #[test]
@@ -194,6 +197,7 @@ mod tests {
             (b"AAo=", Some(b"\0\n")),
             (b"AAo", Some(b"\0\n")),
             (b"AP8KPQ==", Some(b"\0\xff\n=")),
+            (b"AP8K\nPQ==\n", Some(b"\0\xff\n=")),
             (b"A", None),
             (b"AA*o", None),
         ];

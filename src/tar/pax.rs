@@ -7,9 +7,15 @@
 //!   length of the whole record, itself and the newline included: values may hold any byte
 //! ```
 //!
-//! Invariant: an empty value takes the keyword back (to what the header block says), also one of a global header.
-//! Keywords that change nothing in an image (`comment`, `charset`, `uname`, ACLs as text, …) are passed over; their
-//! bytes live on in the exact record.
+//! Invariant: what a record means here is what it means to Go's archive/tar, with which the engines and the scanners of
+//! layers read. An empty value takes the keyword back (to what the header block says). Keywords that change nothing in
+//! an image (`comment`, `charset`, `uname`, ACLs as text, device numbers of star, …) are passed over; their bytes live
+//! on in the exact record.
+//!
+//! # Attributes
+//! `SCHILY.xattr.NAME` ends at the first `=`, so a name that holds one can't be written so; nothing in it is encoded.
+//! `LIBARCHIVE.xattr.NAME` (percent-encoded name, base64 value) is passed over, as Go does, but for these very names:
+//! the canonical tar has no other way to write them.
 
 use super::{
     entry::{Time, Xattr},
@@ -51,41 +57,81 @@ pub(super) struct Pax {
     pub(super) mtime: Option<Time>,
     pub(super) atime: Option<Time>,
     pub(super) ctime: Option<Time>,
-    pub(super) devmajor: Option<u32>,
-    pub(super) devminor: Option<u32>,
-    pub(super) xattrs: Vec<Xattr>,
+    /// star's keywords for device numbers are there; nobody else reads them.
+    pub(super) has_device: bool,
+    xattrs: Vec<Xattr>,
     /// For each of these, whether a `SCHILY` keyword gave it.
     schily: Vec<bool>,
+    /// A `LIBARCHIVE` keyword that is not even well formed.
+    odd_libarchive: bool,
     pub(super) sparse: SparseKeys,
 }
 
 /// The `GNU.sparse.*` keywords.
 #[derive(Debug, Clone, Default)]
 pub(super) struct SparseKeys {
-    pub(super) major: Option<u64>,
-    pub(super) minor: Option<u64>,
+    major: Option<Version>,
+    minor: Option<Version>,
     pub(super) name: Option<Vec<u8>>,
-    /// `GNU.sparse.size` (0.x) or `GNU.sparse.realsize` (1.0).
+    /// `GNU.sparse.size`, which goes before the next.
     pub(super) size: Option<u64>,
+    /// `GNU.sparse.realsize`.
+    pub(super) real_size: Option<u64>,
     pub(super) numblocks: Option<u64>,
     pub(super) map: Option<Vec<Segment>>,
     /// 0.0: an offset that waits for its numbytes.
     offset: Option<u64>,
 }
 
+/// A part of the version of the sparse format; anything but one digit 0 or 1 is none that is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Version {
+    Zero,
+    One,
+    Other,
+}
+
+impl Version {
+    fn parse(value: &[u8]) -> Option<Self> {
+        Some(match value {
+            b"" => return None,
+            b"0" => Self::Zero,
+            b"1" => Self::One,
+            _ => Self::Other,
+        })
+    }
+}
+
+/// Where the sparse map of an entry is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SparseForm {
+    /// There is none that is known: a plain file, whatever other keywords say.
+    None,
+    /// In the header: formats 0.0 and 0.1.
+    InHeader,
+    /// Before the data: format 1.0.
+    InData,
+}
+
 impl SparseKeys {
-    /// True if any keyword was given.
-    pub(super) fn any(&self) -> bool {
-        self.major.is_some() || self.size.is_some() || self.map.is_some() || self.name.is_some()
+    /// Which format the keywords tell, by Go's rules.
+    pub(super) fn form(&self) -> SparseForm {
+        use Version::{One, Zero};
+        match (self.major, self.minor) {
+            (Some(Zero), Some(Zero | One)) => SparseForm::InHeader,
+            (Some(One), Some(Zero)) => SparseForm::InData,
+            (None, None) if self.map.as_ref().is_some_and(|map| !map.is_empty()) => SparseForm::InHeader,
+            _ => SparseForm::None,
+        }
     }
 }
 
 impl Pax {
     /// Takes all records of `data`.
-    pub(super) fn parse(&mut self, mut data: &[u8], global: bool) -> Result<(), PaxError> {
+    pub(super) fn parse(&mut self, mut data: &[u8]) -> Result<(), PaxError> {
         while let Some((key, value, rest)) = record(data)? {
             data = rest;
-            self.set(key, value, global)?;
+            self.set(key, value)?;
         }
         if self.sparse.offset.is_some() {
             return Err(PaxError::Corrupt("sparse segment without its length"));
@@ -93,7 +139,7 @@ impl Pax {
         Ok(())
     }
 
-    fn set(&mut self, key: &[u8], value: &[u8], global: bool) -> Result<(), PaxError> {
+    fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), PaxError> {
         match key {
             b"path" => self.path = name(value)?,
             b"linkpath" => self.linkpath = name(value)?,
@@ -103,19 +149,23 @@ impl Pax {
             b"mtime" => self.mtime = parsed(value, number::pax_time, "bad mtime in a pax header")?,
             b"atime" => self.atime = parsed(value, number::pax_time, "bad atime in a pax header")?,
             b"ctime" => self.ctime = parsed(value, number::pax_time, "bad ctime in a pax header")?,
-            b"SCHILY.devmajor" => self.devmajor = parsed(value, id, "bad device number in a pax header")?,
-            b"SCHILY.devminor" => self.devminor = parsed(value, id, "bad device number in a pax header")?,
+            b"SCHILY.devmajor" | b"SCHILY.devminor" => self.has_device = true,
             _ => {
                 if let Some(key) = key.strip_prefix(b"SCHILY.xattr.") {
                     // star's format has no way to take an attribute back: empty is a value.
                     self.set_xattr(key, value.to_vec(), true)?;
                 } else if let Some(key) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-                    let value = number::base64(value).ok_or(PaxError::Corrupt("xattr is not base64"))?;
-                    self.set_xattr(&number::percent_decode(key), value, false)?;
-                } else if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
-                    if global {
-                        return Err(PaxError::Corrupt("sparse keyword in a global pax header"));
+                    let name = number::percent_decode(key);
+                    // What Go passes over cannot be wrong.
+                    if !name.is_empty()
+                        && !name.contains(&0)
+                        && let Some(value) = number::base64(value)
+                    {
+                        self.set_xattr(&name, value, false)?;
+                    } else {
+                        self.odd_libarchive = true;
                     }
+                } else if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
                     self.sparse.set(key, value)?;
                 }
             }
@@ -146,7 +196,13 @@ impl Pax {
 
     /// Whether an xattr is given by a `LIBARCHIVE` keyword alone.
     pub(super) fn has_libarchive_only(&self) -> bool {
-        self.schily.contains(&false)
+        self.odd_libarchive || self.schily.contains(&false)
+    }
+
+    /// Gives the xattrs away, without those that are passed over.
+    pub(super) fn take_xattrs(&mut self, out: &mut Vec<Xattr>) {
+        let given = self.xattrs.drain(..).zip(self.schily.drain(..));
+        out.extend(given.filter(|(x, schily)| *schily || x.name.contains(&b'=')).map(|(x, _)| x));
     }
 }
 
@@ -155,9 +211,10 @@ impl SparseKeys {
         const BAD: &str = "bad sparse number in a pax header";
         let number = || number::decimal(value).ok_or(PaxError::Corrupt(BAD));
         match key {
-            b"major" => self.major = Some(number()?),
-            b"minor" => self.minor = Some(number()?),
-            b"size" | b"realsize" => self.size = Some(number()?),
+            b"major" => self.major = Version::parse(value),
+            b"minor" => self.minor = Version::parse(value),
+            b"size" => self.size = parsed(value, number::decimal, BAD)?,
+            b"realsize" => self.real_size = parsed(value, number::decimal, BAD)?,
             b"numblocks" => self.numblocks = Some(number()?),
             b"name" => self.name = name(value)?,
             b"offset" => match self.offset.replace(number()?) {
@@ -188,9 +245,16 @@ impl SparseKeys {
     }
 }
 
-/// An id, where negative ones of odd writers mean the same 32 bits.
 fn id(value: &[u8]) -> Option<u32> {
-    number::id(number::signed_decimal(value)?)
+    number::signed_decimal(value).map(number::id)
+}
+
+/// Looks at records that mean nothing: whether they are records at all.
+pub(super) fn check_records(mut data: &[u8]) -> Result<(), PaxError> {
+    while let Some((.., rest)) = record(data)? {
+        data = rest;
+    }
+    Ok(())
 }
 
 /// A name: any bytes but NUL; empty takes it back.
@@ -250,7 +314,7 @@ mod tests {
         let value = b"\0\n=\xff 12 x=\n";
         let data = [rec("SCHILY.xattr.user.b", value), rec("path", b"a b"), rec("comment", b"x")].concat();
         let mut pax = Pax::default();
-        pax.parse(&data, false).unwrap();
+        pax.parse(&data).unwrap();
         assert_eq!(pax.xattrs, [Xattr { name: b"user.b".to_vec(), value: value.to_vec() }]);
         assert_eq!(pax.path.as_deref(), Some(&b"a b"[..]));
     }
@@ -258,10 +322,36 @@ mod tests {
     #[test]
     fn empty_takes_back_and_later_wins() {
         let mut pax = Pax::default();
-        pax.parse(&[rec("path", b"a"), rec("uid", b"5"), rec("gid", b"1"), rec("gid", b"2")].concat(), true)
-            .unwrap();
-        pax.parse(&[rec("path", b""), rec("uid", b"")].concat(), false).unwrap();
+        let records = [
+            rec("path", b"a"),
+            rec("uid", b"5"),
+            rec("gid", b"1"),
+            rec("gid", b"2"),
+            rec("path", b""),
+            rec("uid", b""),
+        ];
+        pax.parse(&records.concat()).unwrap();
         assert_eq!((pax.path, pax.uid, pax.gid), (None, None, Some(2)));
+    }
+
+    #[test]
+    fn attributes_are_those_that_go_reads_and_names_with_an_equals_sign() {
+        let mut pax = Pax::default();
+        let records = [
+            rec("SCHILY.xattr.user.a%3Db", b"1"),
+            rec("LIBARCHIVE.xattr.user.c%3Dd", b"AAo"),
+            rec("LIBARCHIVE.xattr.user.plain", b"AAo"),
+            rec("LIBARCHIVE.xattr.user.a%3Db", b"AP8K\nPQ=="),
+            rec("LIBARCHIVE.xattr.com.apple.signed", b"no base64: *"),
+            rec("LIBARCHIVE.xattr.", b""),
+            rec("LIBARCHIVE.xattr.%00=", b""),
+        ];
+        pax.parse(&records.concat()).unwrap();
+        assert!(pax.has_libarchive_only());
+        let mut out = Vec::new();
+        pax.take_xattrs(&mut out);
+        let x = |name: &[u8], value: &[u8]| Xattr { name: name.to_vec(), value: value.to_vec() };
+        assert_eq!(out, [x(b"user.a%3Db", b"1"), x(b"user.c=d", b"\0\n"), x(b"user.a=b", b"\0\xff\n=")]);
     }
 
     #[test]
@@ -279,20 +369,19 @@ mod tests {
             b"-6 a=b\n",
         ];
         for data in cases {
-            assert!(Pax::default().parse(data, false).is_err(), "{:?}", String::from_utf8_lossy(data));
+            assert!(Pax::default().parse(data).is_err(), "{:?}", String::from_utf8_lossy(data));
         }
         for (key, value) in [
             ("path", &b"a\0b"[..]),
             ("size", b"-1"),
-            ("uid", b"4294967296"),
+            ("uid", b"9223372036854775808"),
             ("mtime", b"now"),
             ("SCHILY.xattr.", b"x"),
-            ("LIBARCHIVE.xattr.user.a", b"*"),
             ("GNU.sparse.map", b"1,2,3"),
             ("GNU.sparse.numbytes", b"1"),
             ("GNU.sparse.offset", b"1"),
         ] {
-            assert!(Pax::default().parse(&rec(key, value), false).is_err(), "{key}");
+            assert!(Pax::default().parse(&rec(key, value)).is_err(), "{key}");
         }
     }
 
@@ -300,6 +389,6 @@ mod tests {
     fn xattr_bombs_are_bounded() {
         let data: Vec<u8> =
             (0..=MAX_XATTRS).flat_map(|i| rec(&format!("SCHILY.xattr.user.{i}"), b"v")).collect();
-        assert_eq!(Pax::default().parse(&data, false), Err(PaxError::TooManyXattrs));
+        assert_eq!(Pax::default().parse(&data), Err(PaxError::TooManyXattrs));
     }
 }

@@ -10,11 +10,12 @@
 //!
 //! Choices where tars differ, made as Go's archive/tar makes them because the engines read with it: links, devices,
 //! folders and pipes have no data whatever their size field says; a GNU long name beats a PAX path; a lone zero block
-//! followed by something else is an error, as what follows would be seen by some tools only. Unlike Go, a missing
-//! padding at the end of the stream is an error (the stream was cut), and global PAX headers hold as POSIX says.
+//! followed by something else is an error, as what follows would be seen by some tools only; global PAX headers change
+//! nothing; a sparse file is one by Go's rules only. Unlike Go, a missing padding at the end of the stream is an error
+//! (the stream was cut).
 
 use super::{
-    chunk::{ChunkSource, Chunks},
+    chunk::{ChunkSource, Chunks, broken},
     entry::{Entry, EntryKind},
     error::{EntryName, TarError},
     header::{Extension, Fault, Next, Parser},
@@ -292,7 +293,10 @@ impl<S: ChunkSource> TarReader<S> {
         }
         self.base += len as u64;
         self.pos = 0;
-        self.source.advance().map_err(|source| TarError::Io { offset: self.base, source })?;
+        self.source.advance().map_err(|error| {
+            let (read, source) = broken(error);
+            TarError::Io { offset: self.base + read as u64, source }
+        })?;
         Ok(self.source.chunk().len())
     }
 

@@ -4,7 +4,8 @@
 //!  [ x header 512 │ PAX records, padded ]  header 512 │ data, padded │ … │ 1024 zeros
 //! ```
 //!
-//! **Frozen: version 1** (see [`crate::diff::canonical`] for what entries there are and in which order). The rules here:
+//! **Frozen: versions 1 and 2** (see [`crate::diff::canonical`] for what entries there are and in which order). The
+//! rules here:
 //! * Numbers are octal, zero-padded, ended by NUL: `mode` 07777 bits only; `uname`, `gname`, `prefix` empty;
 //!   `devmajor`, `devminor` 0 but for devices; `chksum` is six digits, NUL, space.
 //! * A name or link target that is ASCII and at most 100 bytes stands in the header. Any other stands in the PAX record
@@ -14,8 +15,10 @@
 //!   holds the whole seconds, or 0 where they do not fit.
 //! * The records are sorted bytewise by keyword; only `hdrcharset=BINARY` comes first, and is there if a name or target
 //!   that needs a record is not UTF-8.
-//! * Xattrs stand in `SCHILY.xattr.<name>`, any bytes in the value. A `=` in a name, which would end the keyword, is
-//!   written as `%3D`, and then `%` as `%25`, as GNU tar does.
+//! * Xattrs stand in `SCHILY.xattr.<name>`, any bytes in the value. A name with `=`, which would end the keyword, is
+//!   written otherwise. Version 1: `=` as `%3D` and `%` as `%25`, as GNU tar does, which the engines' readers take for
+//!   another name. Version 2: `LIBARCHIVE.xattr.<name>`, where bytes that are not printable ASCII, `%` and `=` are `%XX`,
+//!   with the value in base64 without padding, as libarchive does; the engines' readers pass over it, ours does not.
 //! * A sparse file is GNU's PAX format 1.0: records `GNU.sparse.major`, `.minor`, `.name` (instead of `path`),
 //!   `.realsize`; the data begin with the map in decimal lines, padded with NULs to 512.
 //! * The PAX header's own header: name `PaxHeaders`, mode 0644, all else 0.
@@ -30,6 +33,16 @@ use zerocopy::{FromZeros, IntoBytes};
 const MAX_OCTAL_8: u64 = 0o7_777_777;
 /// The largest value of an octal field of 12 bytes.
 const MAX_OCTAL_12: u64 = 0o77_777_777_777;
+
+/// The version of the rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Version {
+    /// Of layers whose first diff was made by release 1.
+    V1,
+    /// Of all others.
+    #[default]
+    V2,
+}
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,12 +137,42 @@ fn pax_time(secs: i64, nanos: u32) -> String {
     format!("{sign}{whole}.{fraction:09}").trim_end_matches('0').to_owned()
 }
 
-fn xattr_key(name: &[u8]) -> Vec<u8> {
-    let mut key = b"SCHILY.xattr.".to_vec();
-    if !name.contains(&b'=') {
-        key.extend_from_slice(name);
-        return key;
+/// Keyword and value of the record of an xattr.
+fn xattr_record(name: &[u8], value: &[u8], version: Version) -> (Vec<u8>, Vec<u8>) {
+    let key = b"SCHILY.xattr.";
+    match version {
+        _ if !name.contains(&b'=') => ([&key[..], name].concat(), value.to_vec()),
+        Version::V1 => (gnu_key(name), value.to_vec()),
+        Version::V2 => (libarchive_key(name), base64(value)),
     }
+}
+
+fn libarchive_key(name: &[u8]) -> Vec<u8> {
+    let mut key = b"LIBARCHIVE.xattr.".to_vec();
+    for byte in name {
+        if byte.is_ascii_graphic() && !matches!(byte, b'=' | b'%') {
+            key.push(*byte);
+        } else {
+            let _ = write!(key, "%{byte:02X}");
+        }
+    }
+    key
+}
+
+/// RFC 4648 base64, without padding.
+fn base64(value: &[u8]) -> Vec<u8> {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = Vec::with_capacity(value.len().div_ceil(3) * 4);
+    for group in value.chunks(3) {
+        let bits = group.iter().chain([0, 0].iter()).take(3).fold(0u32, |bits, b| bits << 8 | u32::from(*b));
+        let digits = (0..=group.len()).map(|n| DIGITS[(bits >> (18 - 6 * n) & 63) as usize]);
+        out.extend(digits);
+    }
+    out
+}
+
+fn gnu_key(name: &[u8]) -> Vec<u8> {
+    let mut key = b"SCHILY.xattr.".to_vec();
     for byte in name {
         match byte {
             b'=' => key.extend_from_slice(b"%3D"),
@@ -157,9 +200,19 @@ pub fn padding(len: u64) -> usize {
     (len.next_multiple_of(BLOCK as u64) - len) as usize
 }
 
+/// Bytes of a sparse map as it stands before the data, without its padding; more than 1 MiB is refused by Go's readers.
+pub fn sparse_map_bytes(ranges: &[(u64, u64)], size: u64) -> u64 {
+    let digits = |n: u64| u64::from(n.checked_ilog10().unwrap_or(0)) + 1;
+    let line = |n: u64| digits(n) + 1;
+    let ends_in_hole = ranges.last().is_none_or(|(offset, len)| offset + len < size);
+    let end = if ends_in_hole { line(size) + line(0) } else { 0 };
+    let count = line(ranges.len() as u64 + u64::from(ends_in_hole));
+    count + end + ranges.iter().map(|(offset, len)| line(*offset) + line(*len)).sum::<u64>()
+}
+
 /// Appends the header block (or blocks) of an entry. For a sparse file its map too, so that the data come next.
 /// Gives how many bytes of data must follow.
-pub fn append(out: &mut Vec<u8>, h: &Header<'_>) -> u64 {
+pub fn append(out: &mut Vec<u8>, h: &Header<'_>, version: Version) -> u64 {
     let map = h.sparse.map(|ranges| sparse_map(ranges, h.size));
     let data = match h.sparse {
         Some(ranges) => ranges.iter().map(|(_, len)| len).sum(),
@@ -198,7 +251,8 @@ pub fn append(out: &mut Vec<u8>, h: &Header<'_>) -> u64 {
         add(b"mtime", pax_time(secs, nanos).as_bytes());
     }
     for (name, value) in h.xattrs {
-        add(&xattr_key(name), value);
+        let (key, value) = xattr_record(name, value, version);
+        add(&key, &value);
     }
     if !records.is_empty() {
         records.sort();
@@ -305,7 +359,7 @@ mod tests {
     #[test]
     fn a_plain_file_is_one_block_and_others_have_a_pax_header() {
         let mut out = Vec::new();
-        assert_eq!(append(&mut out, &header(b"a/b")), 3);
+        assert_eq!(append(&mut out, &header(b"a/b"), Version::V2), 3);
         assert_eq!(out.len(), 512);
         assert_eq!(&out[..4], b"a/b\0");
         assert_eq!(&out[100..136], b"0000644\x000000001\x000000002\x0000000000003\0");
@@ -327,7 +381,7 @@ mod tests {
             (header(b"\xFF"), b"21 hdrcharset=BINARY\n9 path=\xFF\n".to_vec()),
         ] {
             let mut out = Vec::new();
-            append(&mut out, &h);
+            append(&mut out, &h, Version::V2);
             assert_eq!(out.len(), 1536);
             assert_eq!(out[156], b'x');
             assert_eq!(&out[512..512 + record.len()], record);
@@ -335,7 +389,41 @@ mod tests {
     }
 
     #[test]
+    fn a_name_with_an_equals_sign_is_gnus_in_version_1_and_libarchives_in_version_2() {
+        let xattrs: &[(&[u8], &[u8])] = &[(b"user.a=b \xC3\xA9%", b"\0\n\xFF="), (b"user.c%3Dd", b"1")];
+        let h = Header { xattrs, ..header(b"a") };
+        let body = |version| {
+            let mut out = Vec::new();
+            append(&mut out, &h, version);
+            out[512..1024].to_vec()
+        };
+        let (one, two) = (body(Version::V1), body(Version::V2));
+        assert!(
+            one.starts_with(b"38 SCHILY.xattr.user.a%3Db \xC3\xA9%25=\0\n\xFF=\n"),
+            "{}",
+            one.escape_ascii()
+        );
+        assert!(
+            two.starts_with(
+                b"50 LIBARCHIVE.xattr.user.a%3Db%20%C3%A9%25=AAr/PQ\n29 SCHILY.xattr.user.c%3Dd=1\n"
+            ),
+            "{}",
+            two.escape_ascii()
+        );
+        for (value, want) in [(&b""[..], &b""[..]), (b"\0", b"AA"), (b"ab", b"YWI"), (b"abc", b"YWJj")] {
+            assert_eq!(base64(value), want);
+        }
+    }
+
+    #[test]
     fn a_sparse_map_ends_at_the_size() {
+        for (ranges, size) in
+            [(&[(4096, 10)][..], 8192), (&[(0, 10)], 10), (&[], 7), (&[(0, 1), (100, 100)], 200), (&[], 0)]
+        {
+            let map = sparse_map(ranges, size);
+            let end = map.iter().rposition(|b| *b != 0).unwrap() as u64 + 1;
+            assert_eq!(sparse_map_bytes(ranges, size), end, "{ranges:?} {size}");
+        }
         assert_eq!(&sparse_map(&[(4096, 10)], 8192)[..18], b"2\n4096\n10\n8192\n0\n\0");
         assert_eq!(&sparse_map(&[(0, 10)], 10)[..8], b"1\n0\n10\n\0");
     }

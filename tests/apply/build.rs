@@ -79,10 +79,26 @@ impl Tar {
         self.header(name.as_bytes(), flag, MODE, b"", (major, minor), 0)
     }
 
+    /// An entry of any type and mode; devices are 1:3.
+    pub(crate) fn node(self, name: &str, flag: u8, mode: u32, link: &str, data: &[u8]) -> Self {
+        let device = if matches!(flag, b'3' | b'4') { (1, 3) } else { (0, 0) };
+        self.header(name.as_bytes(), flag, mode, link.as_bytes(), device, data.len()).data(data)
+    }
+
     /// A PAX header for the next entry.
     pub(crate) fn pax(self, records: &[(&str, &[u8])]) -> Self {
+        self.extended(b'x', records)
+    }
+
+    /// A PAX header of either kind.
+    pub(crate) fn extended(self, flag: u8, records: &[(&str, &[u8])]) -> Self {
         let data: Vec<u8> = records.iter().flat_map(|(k, v)| record(k.as_bytes(), v)).collect();
-        self.header(b"pax", b'x', MODE, b"", (0, 0), data.len()).data(&data)
+        self.header(b"pax", flag, MODE, b"", (0, 0), data.len()).data(&data)
+    }
+
+    /// The type of the last entry, if it has no data.
+    pub(crate) fn last_flag(&self) -> u8 {
+        self.0.len().checked_sub(512).map_or(0, |at| self.0[at + 156])
     }
 
     /// A file that only claims its size.

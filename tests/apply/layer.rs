@@ -27,6 +27,42 @@ pub(crate) struct Applied {
     pub(crate) summary: ApplySummary,
 }
 
+/// A blank ext4 of the kernel's own making, mounted read-write, in a folder of its own.
+pub(crate) struct Blank {
+    pub(crate) point: PathBuf,
+    // Dropped in this order.
+    _mounted: Mounted,
+    _dir: TempDir,
+}
+
+impl Blank {
+    pub(crate) fn new() -> Self {
+        let dir = TempDir::with_prefix("blank").expect("a folder can be made");
+        let (file, point) = (dir.path().join("blank"), dir.path().join("mnt"));
+        create(&file).set_len(64 << 20).expect("a sparse file can be made");
+        run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-b", "4096", "-O", "ea_inode"]).arg(&file));
+        fs::create_dir(&point).expect("a folder can be made");
+        run(Command::new("mount").args(["-t", "ext4", "-o", "loop"]).arg(&file).arg(&point));
+        Self { _mounted: Mounted { point: point.clone() }, point, _dir: dir }
+    }
+}
+
+/// An overlay of a lower and an upper, as containers have it; gone when dropped.
+pub(crate) fn overlay(lower: &Path, upper: &Path, point: &Path) -> Mounted {
+    for name in ["upper", "work"] {
+        fs::create_dir(upper.join(name)).expect("a folder can be made");
+    }
+    fs::create_dir(point).expect("a folder can be made");
+    let options = format!(
+        "lowerdir={},upperdir={}/upper,workdir={}/work",
+        lower.display(),
+        upper.display(),
+        upper.display()
+    );
+    run(Command::new("mount").args(["-t", "overlay", "overlay", "-o", &options]).arg(point));
+    Mounted { point: point.to_owned() }
+}
+
 /// A loop mount, gone when dropped, also while a test fails.
 pub(crate) struct Mounted {
     point: PathBuf,

@@ -1,9 +1,13 @@
-//! Layers applied and seen through the kernel: needs root, loop devices, e2fsprogs, GNU tar, bsdtar and python3.
+//! Layers applied and seen through the kernel: needs root, loop devices, e2fsprogs, GNU tar, bsdtar,
+//! python3, and Go with the distribution's packages of moby and containerd.
 
 mod build;
+mod engines;
 mod faults;
 mod foreign;
+mod golden;
 mod growth;
+mod kernel;
 mod layer;
 #[path = "../support/loopmount.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]

@@ -2,6 +2,7 @@
 
 use crate::{
     build::Tar,
+    kernel::acl,
     layer::{apply_ok, options, report, try_apply},
     tree::{Node, Tree},
 };
@@ -272,7 +273,11 @@ fn xattrs() {
     let tree = apply_ok(&tar).tree();
     let show =
         |name: &str| tree[name].xattrs.iter().map(|(k, v)| (k.as_str(), v.clone())).collect::<Vec<_>>();
-    assert_eq!(show("d"), [("trusted.overlay.opaque", b"y".to_vec()), ("user.c", b"new".to_vec())]);
+    // Of a folder that comes twice the attributes of both are there.
+    assert_eq!(
+        show("d"),
+        [("trusted.overlay.opaque", b"y".to_vec()), ("user.b", binary.to_vec()), ("user.c", b"new".to_vec())]
+    );
     assert_eq!(show("f"), [("trusted.mine", b"1".to_vec())]);
     let only = Tar::new()
         .pax(&[("SCHILY.xattr.user.b", binary), ("SCHILY.xattr.trusted.overlay.opaque", b"y")])
@@ -283,18 +288,48 @@ fn xattrs() {
 }
 
 #[test]
-fn owners_are_shifted() {
+fn owners_outside_of_the_engines_map_are_refused_with_entry_id_and_range() {
     let map = vec![IdMap { container: 0, host: 100_000, len: 2000 }];
-    let shifted = ApplyOptions { uid_map: map.clone(), gid_map: map, ..options() };
-    let tar = Tar::new().file("d/f", b"1").end();
-    let tree = try_apply(&tar, &mut NoLowers, &shifted).unwrap().tree();
+    let mapped = ApplyOptions { uid_map: map.clone(), gid_map: map, ..options() };
+    // The host's id of the containers' root is root, by moby's rule.
+    let tar = Tar::new()
+        .file("d/f", b"1")
+        .pax(&[("uid", b"100000"), ("gid", b"100000")])
+        .file("root", b"1")
+        .pax(&[("SCHILY.xattr.system.posix_acl_access", &acl(5, 1999))])
+        .file("named", b"1")
+        .end();
+    let tree = try_apply(&tar, &mut NoLowers, &mapped).unwrap().tree();
     assert_eq!(
-        (tree["d/f"].owner, tree["d"].owner, tree[""].owner),
-        ((101_000, 100_100), (100_000, 100_000), (100_000, 100_000))
+        (tree["d/f"].owner, tree["d"].owner, tree["root"].owner),
+        ((1000, 100), (0, 0), (0, 0)),
+        "the container's ids are stored"
     );
-    let tar = Tar::new().pax(&[("uid", b"5000")]).file("f", b"1").end();
-    let error = try_apply(&tar, &mut NoLowers, &shifted).err().expect("an id outside of the map");
-    assert!(report(&error).contains("uid 5000"), "{error}");
+    let capability = [&0x0300_0000u32.to_le_bytes()[..], &[0; 16], &5000u32.to_le_bytes()].concat();
+    let minus_one = u32::MAX.to_string();
+    let cases: [(&str, &[u8], &str); 6] = [
+        ("uid", b"5000", "owner 5000 "),
+        ("gid", b"2000", "group 2000 "),
+        ("uid", b"100001", "owner 100001 "),
+        ("uid", minus_one.as_bytes(), "owner 4294967295 "),
+        ("SCHILY.xattr.system.posix_acl_default", &acl(5000, 5), "user 5000 "),
+        ("SCHILY.xattr.security.capability", &capability, "user 5000 "),
+    ];
+    for (key, value, text) in cases {
+        for tar in [
+            Tar::new().pax(&[(key, value)]).dir("entry", 0o755).end(),
+            Tar::new().dir("x", 0o755).pax(&[(key, value)]).dir("entry", 0o755).end(),
+        ] {
+            let error = try_apply(&tar, &mut NoLowers, &mapped).err().expect("an id outside of the map");
+            let error = report(&error);
+            assert!(
+                [text, "\"entry\"", "(0 to 1999)"].iter().all(|part| error.contains(part)),
+                "{key}: {error}"
+            );
+        }
+    }
+    let tar = Tar::new().file("f", b"1").pax(&[("uid", b"5000")]).link("entry", "f").end();
+    assert!(report(&try_apply(&tar, &mut NoLowers, &mapped).err().unwrap()).contains("\"entry\""));
 }
 
 #[test]
@@ -355,7 +390,7 @@ fn refused_entries_are_named() {
         ("long component", t().pax(&[("path", &[b'x'; 256])]).file("a", b""), None, "xxxx"),
         ("tail", with_tail(101), Some(&limited), "100 bytes behind"),
         ("huge", t().claims("a", 2 << 20), Some(&limited), "bytes of tar"),
-        ("bad xattr", t().pax(&[("SCHILY.xattr.nospace", b"1")]).file("a", b""), None, "a"),
+        ("bad xattr", t().pax(&[("SCHILY.xattr.user.", b"1")]).file("a", b""), None, "\"user.\" (EINVAL"),
     ];
     for (what, tar, opts, text) in cases {
         let default = options();
@@ -421,11 +456,20 @@ fn links_to_layers_below() {
     content[500_000..500_000 + BELOW_DATA.len()].copy_from_slice(BELOW_DATA);
     let a = &tree["a"];
     assert!(a.content == content);
-    assert_eq!((a.mode, a.owner, a.mtime), (0o104_711, (3, 4), (77, 5)));
+    // What the link's header says holds, as after chown, chmod and utimes.
+    assert_eq!((a.mode, a.owner, a.mtime), (0o100_644, (1000, 100), (0o14_000_000_000, 0)));
     assert_eq!(a.xattrs.keys().collect::<Vec<_>>(), ["user.x"]);
-    assert_eq!(tree["b"].same_as.as_deref(), Some("a"));
+    // The targets are copied up with their folders, and links and targets are one file: as through a mounted overlay.
+    for name in ["b", "etc/f", "etc/other"] {
+        assert_eq!(tree[name].same_as.as_deref(), Some("a"), "{name}");
+    }
+    assert_eq!((tree["c"].content.as_slice(), tree["s"].same_as.as_deref()), (&b"t"[..], Some("c")));
+    let tar = Tar::new().link("a", "etc/f").end();
+    let tree = try_apply(&tar, &mut Below, &options()).unwrap().tree();
+    assert_eq!((tree["etc"].mode, tree["etc"].owner, tree["etc"].mtime), (0o044_711, (3, 4), (77, 5)));
     assert_eq!(tree["etc/f"].same_as.as_deref(), Some("a"));
-    assert_eq!(tree["c"].content, b"t");
+    let (a, links) = (&tree["a"], tree.values().filter(|n| n.same_as.is_some()).count());
+    assert_eq!((a.xattrs.keys().map(String::as_str).collect::<Vec<_>>(), links), (vec!["user.x"], 1));
     assert_eq!(applied.summary.diff_size, (1 << 20) + 1);
 
     for (tar, text) in [

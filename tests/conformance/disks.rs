@@ -35,7 +35,8 @@ pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
         let image = files.readable(&format!("{name}.vhd")).window(0, summary.image_bytes);
         // The tree lies behind the file system.
         for (image, tree) in [(image.clone(), false), (files.image(name), true)] {
-            let check = CheckJob { image, require_no_writers: true, tree, writer: 2 };
+            let check =
+                CheckJob { image, require_no_writers: true, tree, writer: 2, owners: IdMaps::default() };
             let found = pool.check_image(check).await.unwrap();
             // Told where it was asked for.
             assert_eq!(found.verity.map(|r| r.to_string()), tree.then(|| roots[0].clone()), "{name}");
@@ -54,7 +55,13 @@ pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
     let at = damaged.windows(part.len()).position(|w| w == part).expect("the first file's bytes");
     damaged[at] ^= 1;
     std::fs::write(files.path("damaged.vhd"), damaged).unwrap();
-    let check = |image, tree| CheckJob { image, require_no_writers: true, tree, writer: 2 };
+    let check = |image, tree| CheckJob {
+        image,
+        require_no_writers: true,
+        tree,
+        writer: 2,
+        owners: IdMaps::default(),
+    };
     let file_system = files.readable("damaged.vhd").window(0, image_bytes);
     pool.check_image(check(file_system, false)).await.unwrap();
     let e = pool.check_image(check(files.image("damaged"), true)).await.unwrap_err();

@@ -59,7 +59,13 @@ pub(crate) async fn figures(backend: &Arc<dyn VmBackend>, rounds: usize) {
         drop(lease);
         gone(&pool).await;
         let start = Instant::now();
-        let check = CheckJob { image: files.image("l"), require_no_writers: true, tree: false, writer: 2 };
+        let check = CheckJob {
+            image: files.image("l"),
+            require_no_writers: true,
+            tree: false,
+            writer: 2,
+            owners: IdMaps::default(),
+        };
         pool.check_image(check).await.unwrap();
         all.push(Measured { name: "check with its lease", wall: start.elapsed(), processor: None });
         gone(&pool).await;

@@ -57,8 +57,13 @@ pub(crate) async fn apply_and_exact_diff(backend: Backend) {
             assert_eq!(summary.tar_bytes, tar.len() as u64);
             let len = |kind: &str| std::fs::metadata(files.path(&format!("{name}.{kind}"))).unwrap().len();
             assert_eq!((len("vhd"), len("record")), (summary.file_bytes, summary.record_bytes), "{name}");
-            let check =
-                CheckJob { image: files.image(name), require_no_writers: true, tree: false, writer: 2 };
+            let check = CheckJob {
+                image: files.image(name),
+                require_no_writers: true,
+                tree: false,
+                writer: 2,
+                owners: IdMaps::default(),
+            };
             assert_eq!(pool.check_image(check).await.unwrap().uuid, summary.uuid);
             let back = files.export(&pool, name, files.exact(name)).await.unwrap();
             assert!(back == tar, "{name}: {} bytes came back of {}", back.len(), tar.len());
@@ -354,7 +359,13 @@ pub(crate) async fn hostile_layers_are_refused(backend: Backend) {
     drop(lease);
     // Garbage where an image is due.
     std::fs::write(files.path("junk"), noise(1 << 20, 3)).unwrap();
-    let check = CheckJob { image: files.readable("junk"), require_no_writers: false, tree: false, writer: 2 };
+    let check = CheckJob {
+        image: files.readable("junk"),
+        require_no_writers: false,
+        tree: false,
+        writer: 2,
+        owners: IdMaps::default(),
+    };
     let e = pool.check_image(check).await.unwrap_err();
     assert!(e.refused_kind().is_some(), "{e}");
     files.apply(&pool, "good", &good).await.unwrap();
@@ -469,7 +480,13 @@ pub(crate) async fn figures(backend: Backend) {
         lease.tar_to_layer(files.apply_job("l"), body(&tar, 256 << 10)).await.unwrap();
         let applied = start.elapsed();
         drop(lease);
-        let check = CheckJob { image: files.image("l"), require_no_writers: true, tree: false, writer: 2 };
+        let check = CheckJob {
+            image: files.image("l"),
+            require_no_writers: true,
+            tree: false,
+            writer: 2,
+            owners: IdMaps::default(),
+        };
         pool.check_image(check).await.unwrap();
         println!(
             "{name}: {} MB: lease {got:?}, applied {applied:?}, checked {:?}",

@@ -3,6 +3,8 @@
 //! A full disk needs a small one: a tmpfs, which root may mount (Windows: a folder on one, named by `LCOW_SMALL_DISK`).
 
 #[cfg(target_os = "linux")]
+mod crowd;
+#[cfg(target_os = "linux")]
 mod linux;
 #[path = "../support/mod.rs"]
 mod support;

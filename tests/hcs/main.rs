@@ -13,8 +13,8 @@ use lcow_graphdriver::{
     ext4::format::{BlankOptions, blank},
     svm::{
         Access, ApplyJob, ApplyOptions, ApplySummary, CheckJob, CompareJob, DiskSource, ExportJob,
-        ExportKind, LayerDisk, LayerKind, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
-        VmSpec,
+        ExportKind, IdMaps, LayerDisk, LayerKind, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError,
+        VmBackend, VmSpec,
         hcs::{HcsBackend, HcsConfig},
     },
     sys::windows::computecore::Library,
@@ -148,8 +148,13 @@ async fn a_layer_goes_in_is_checked_and_comes_back_in_both_modes() {
             let summary = place.apply(&pool, name, &tar).await.unwrap();
             let len = |kind: &str| fs::metadata(place.path(&format!("{name}.{kind}"))).unwrap().len();
             assert_eq!((len("vhd"), len("exact")), (summary.file_bytes, summary.record_bytes), "{name}");
-            let check =
-                CheckJob { image: place.image(name), tree: false, writer: 2, require_no_writers: true };
+            let check = CheckJob {
+                image: place.image(name),
+                tree: false,
+                writer: 2,
+                require_no_writers: true,
+                owners: IdMaps::default(),
+            };
             assert_eq!(pool.check_image(check).await.unwrap().uuid, summary.uuid);
             assert!(place.exact(&pool, name).await.unwrap() == tar, "{name}: another tar came back");
         }

@@ -88,6 +88,9 @@ fn twenty_diffs_of_a_container_that_logs_are_each_a_state_that_it_had() {
                 // Two sandboxes are mounted. Each is frozen once, or where files are looked at again, twice.
                 let freezes = faults.count("freeze", 0) - freezes;
                 assert!(freezes == 2 || freezes == 4 && ground == Ground::Plain, "{ground:?}: {freezes}");
+                if n % 5 != 0 {
+                    continue;
+                }
                 let size =
                     plugin.ok("GraphDriver.DiffSize", &json!({"ID": "c", "Parent": parent}))["Size"].as_u64();
                 assert!(size.unwrap() > (20 << 20) + 100 * 20_000, "{size:?}");

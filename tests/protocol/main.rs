@@ -8,6 +8,7 @@
 //!   mounts.rs  lcow.mount=overlay: merged views, needs root        Linux
 //!   pristine.rs  ApplyDiff of a layer that was shown               Linux, and lcow.mount=none on both
 //!   commit.rs  Diff and ApplyDiff of what containers write         Linux
+//!   upgrade.rs a store of release 1, and userns-remap              Linux
 //!   pipe.rs    what only a pipe has                                Windows
 //! ```
 
@@ -23,6 +24,8 @@ mod pipe;
 mod pristine;
 #[path = "../support/mod.rs"]
 mod support;
+#[cfg(target_os = "linux")]
+mod upgrade;
 
 use serde_json::json;
 use std::{fs, io::Write, path::Path, time::Duration};

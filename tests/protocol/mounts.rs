@@ -256,3 +256,49 @@ fn blocks_have_the_size_that_was_asked_for() {
     assert!(plugin.get("base").join("big").exists());
     plugin.ok("GraphDriver.Put", &json!({"ID": "base"}));
 }
+
+#[test]
+fn a_layer_with_an_opaque_root_ends_the_stack_in_get_changes_and_diff() {
+    let mut plugin = Plugin::start(&[]);
+    plugin.init();
+    plugin.layer("base", "", &Tar::new().dir("d/").file("d/old", b"1").file("gone", b"1").end());
+    let hides = Tar::new().file(".wh..wh..opq", b"").dir("d/").file("d/new", b"22").end();
+    plugin.layer("hides", "base", &hides);
+    plugin.layer("above", "hides", &Tar::new().file("above", b"333").end());
+    assert!(plugin.diff("hides", "base") == hides);
+    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "c", "Parent": "above"}));
+    let names = |folder: &Path| {
+        let all = fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> = all.collect();
+        names.sort();
+        names
+    };
+    for id in ["above", "c"] {
+        let dir = plugin.get(id);
+        assert_eq!(names(&dir), ["above", "d"], "{id}");
+        assert_eq!(names(&dir.join("d")), ["new"], "{id}");
+    }
+    assert_eq!(names(&plugin.get("hides")), ["d"]);
+    let changes = |id: &str, parent: &str| {
+        let all = plugin.ok("GraphDriver.Changes", &json!({"ID": id, "Parent": parent}))["Changes"].clone();
+        let all = all.as_array().unwrap().iter();
+        all.map(|c| format!("{} {}", c["Kind"], c["Path"].as_str().unwrap())).collect::<Vec<_>>()
+    };
+    assert_eq!(changes("hides", "base"), ["0 /d", "1 /d/new", "2 /d/old", "2 /gone"]);
+    assert_eq!(changes("above", "base"), ["1 /above", "0 /d", "1 /d/new", "2 /d/old", "2 /gone"]);
+    assert_eq!(changes("above", ""), ["1 /above", "1 /d", "1 /d/new"]);
+    let size = |id: &str| plugin.ok("GraphDriver.DiffSize", &json!({"ID": id, "Parent": ""}))["Size"].clone();
+    assert_eq!(size("above"), 5);
+    // The squashed layer says the same of itself.
+    let squashed = plugin.diff("above", "");
+    plugin.layer("squashed", "", &squashed);
+    assert_eq!(names(&plugin.get("squashed")), ["above", "d"]);
+    plugin.put("squashed");
+    // After a crash the same disks are held, and all go.
+    plugin.kill_and_restart();
+    plugin.init();
+    for id in ["above", "c", "hides"] {
+        plugin.put(id);
+    }
+    assert_eq!(plugin.mounts(), [""; 0], "{}", plugin.log());
+}

@@ -35,6 +35,8 @@ pub(crate) struct Plugin {
     environment: Vec<(String, PathBuf)>,
     /// What Init will say.
     pub(crate) home: PathBuf,
+    /// What the next start is done by: a tracer that becomes the program.
+    pub(crate) launcher: Vec<String>,
     _temporary: tempfile::TempDir,
 }
 
@@ -53,17 +55,30 @@ impl Plugin {
         let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let environment: Vec<_> =
             environment.iter().map(|(name, value)| ((*name).to_owned(), value.to_path_buf())).collect();
-        let child = Self::spawn(&folder, &arguments, &environment);
+        let child = Self::spawn(&folder, &arguments, &environment, &[]);
         let home = folder.join("home");
-        let plugin = Self { child, folder, arguments, environment, home, _temporary: temporary };
+        let plugin =
+            Self { child, folder, arguments, environment, home, launcher: Vec::new(), _temporary: temporary };
         plugin.wait_until_ready();
         plugin
     }
 
-    fn spawn(folder: &Path, arguments: &[String], environment: &[(String, PathBuf)]) -> Child {
+    fn spawn(
+        folder: &Path,
+        arguments: &[String],
+        environment: &[(String, PathBuf)],
+        launcher: &[String],
+    ) -> Child {
         let log = fs::OpenOptions::new().create(true).append(true).open(folder.join("log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"));
-        command.args(["serve", "--root"]).arg(folder.join("root")).arg(FLAG).arg(transport::address(folder));
+        let words = launcher.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_lcow-graphdriver")]);
+        let words: Vec<&str> = words.collect();
+        let mut command = Command::new(words[0]);
+        command
+            .args(&words[1..])
+            .args(["serve", "--root"])
+            .arg(folder.join("root"))
+            .arg(FLAG)
+            .arg(transport::address(folder));
         transport::prepare(&mut command);
         command
             .args(arguments)
@@ -155,7 +170,7 @@ impl Plugin {
 
     /// A new process on the same folders, after a stop or a kill.
     pub(crate) fn start_again(&mut self) {
-        self.child = Self::spawn(&self.folder, &self.arguments, &self.environment);
+        self.child = Self::spawn(&self.folder, &self.arguments, &self.environment, &self.launcher);
         // A worker that a killed plugin was just forking holds its socket for a moment: a connection alone proves nothing.
         let begin = Instant::now();
         while !self.answers() {

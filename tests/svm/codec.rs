@@ -83,7 +83,7 @@ impl Codec for TestCodec {
         })
     }
 
-    fn check(&self, image: OpDisk, _: bool, _: u32) -> Result<CheckSummary, WireError> {
+    fn check(&self, image: OpDisk, _: bool, _: u32, _: &IdMaps) -> Result<CheckSummary, WireError> {
         if image.write_at(b"x", 0).is_ok() {
             return Err(WireError::new(ErrorKind::Internal, "a read-only disk took a write"));
         }
@@ -106,7 +106,7 @@ impl Codec for TestCodec {
                 let _ = out.flush();
                 std::process::abort()
             }
-            _ => Ok(ExportSummary { tar_bytes, tar_digest: None }),
+            _ => Ok(ExportSummary { tar_bytes, tar_digest: None, hidden: 0, first_hidden: None }),
         }
     }
 

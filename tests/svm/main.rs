@@ -189,7 +189,13 @@ async fn a_tar_goes_in_and_comes_out_in_both_modes() {
             assert_eq!(std::fs::read(files.path("l.record")).unwrap(), b"record");
             let image = files.readable("l.image");
             let checked = pool
-                .check_image(CheckJob { image, tree: false, writer: 2, require_no_writers: true })
+                .check_image(CheckJob {
+                    image,
+                    tree: false,
+                    writer: 2,
+                    require_no_writers: true,
+                    owners: IdMaps::default(),
+                })
                 .await
                 .unwrap();
             assert_eq!(checked.blocks, len as u64);
@@ -210,13 +216,27 @@ async fn a_check_proves_nothing_while_somebody_can_still_write() {
     let writer = files.writable("image");
     let image = files.readable("image");
     let e = pool
-        .check_image(CheckJob { image, tree: false, writer: 2, require_no_writers: true })
+        .check_image(CheckJob {
+            image,
+            tree: false,
+            writer: 2,
+            require_no_writers: true,
+            owners: IdMaps::default(),
+        })
         .await
         .unwrap_err();
     assert!(matches!(e, SvmError::StillWritable(_)), "{e}");
     drop(writer);
     let image = files.readable("image");
-    pool.check_image(CheckJob { image, tree: false, writer: 2, require_no_writers: true }).await.unwrap();
+    pool.check_image(CheckJob {
+        image,
+        tree: false,
+        writer: 2,
+        require_no_writers: true,
+        owners: IdMaps::default(),
+    })
+    .await
+    .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -225,7 +245,15 @@ async fn fault_4_a_read_only_disk_stays_read_only_even_from_a_writable_file() {
     let mut image = files.writable("image");
     image.access = lcow_graphdriver::svm::Access::ReadOnly;
     // The test codec's check tries to write.
-    pool.check_image(CheckJob { image, tree: false, writer: 2, require_no_writers: false }).await.unwrap();
+    pool.check_image(CheckJob {
+        image,
+        tree: false,
+        writer: 2,
+        require_no_writers: false,
+        owners: IdMaps::default(),
+    })
+    .await
+    .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

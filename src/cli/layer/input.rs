@@ -6,10 +6,11 @@
 
 use super::failure::{failed, shown};
 use crate::cli::CliError;
+use flate2::bufread::GzDecoder;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     fs::File,
-    io::{self, BufReader, Cursor, IsTerminal, Read},
+    io::{self, BufRead, BufReader, Cursor, IsTerminal, Read},
     path::Path,
 };
 
@@ -78,15 +79,66 @@ pub(super) fn open(path: &Path) -> Result<Input, CliError> {
     let whole = Cursor::new(head).chain(raw);
     let tar: Box<dyn Read> = match packing {
         Packing::None => Box::new(whole),
-        Packing::Gzip => {
-            Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(BUFFER, whole)))
-        }
+        Packing::Gzip => Box::new(Members::new(BufReader::with_capacity(BUFFER, whole))),
         Packing::Zstd => Box::new(
             zstd::stream::read::Decoder::with_buffer(BufReader::with_capacity(BUFFER, whole))
                 .map_err(|e| failed("unpack", path, &e))?,
         ),
     };
     Ok(Input { tar, packing, bar })
+}
+
+/// The members of a gzip file, one after the other. Zeros behind one are passed over, as gzip and GNU tar do: they come of
+/// tapes and of files that were padded to a block.
+struct Members<R> {
+    /// `None` between two members, whose input is then `rest`.
+    member: Option<GzDecoder<R>>,
+    rest: Option<R>,
+}
+
+impl<R: BufRead> Members<R> {
+    fn new(input: R) -> Self {
+        Self { member: Some(GzDecoder::new(input)), rest: None }
+    }
+
+    /// Goes to the next member; false if there is none.
+    fn next(&mut self) -> io::Result<bool> {
+        let Some(input) = &mut self.rest else { return Ok(false) };
+        loop {
+            let buffer = input.fill_buf()?;
+            if buffer.is_empty() {
+                return Ok(false);
+            }
+            let zeros = buffer.iter().take_while(|b| **b == 0).count();
+            let last = zeros < buffer.len();
+            input.consume(zeros);
+            if last {
+                break;
+            }
+        }
+        self.member = self.rest.take().map(GzDecoder::new);
+        Ok(true)
+    }
+}
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            if let Some(member) = &mut self.member {
+                let n = member.read(buf)?;
+                if n > 0 {
+                    return Ok(n);
+                }
+                self.rest = self.member.take().map(GzDecoder::into_inner);
+            }
+            if !self.next()? {
+                return Ok(0);
+            }
+        }
+    }
 }
 
 /// Standard input as a file: read without a lock and a buffer between.
@@ -143,6 +195,33 @@ pub(super) fn bar(length: Option<u64>) -> ProgressBar {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn members_of_gzip_may_have_zeros_behind_them_and_nothing_else() {
+        use std::io::Write;
+        let member = |text: &[u8]| {
+            let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            out.write_all(text).unwrap();
+            out.finish().unwrap()
+        };
+        let read = |packed: &[u8]| {
+            let mut out = Vec::new();
+            // Buffers of any size end anywhere.
+            for capacity in [1, 7, BUFFER] {
+                out.clear();
+                Members::new(BufReader::with_capacity(capacity, packed)).read_to_end(&mut out)?;
+            }
+            Ok::<_, io::Error>(out)
+        };
+        for (between, behind) in [(0, 0), (0, 1), (1, 0), (512, 10_240), (3, 300_000)] {
+            let packed =
+                [member(b"one "), vec![0; between], member(b""), member(b"two"), vec![0; behind]].concat();
+            assert_eq!(read(&packed).unwrap(), b"one two", "{between} {behind}");
+        }
+        assert!(read(&[member(b"one"), vec![0; 9], b"junk".to_vec()].concat()).is_err());
+        let cut = member(b"one");
+        assert!(read(&cut[..cut.len() - 1]).is_err());
+    }
 
     #[test]
     fn packings_are_known_by_their_first_bytes() {

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     cli::CliError,
     diff::{
-        ExportOptions, NoHooks, ParentLayer, ParentSpec, export,
+        DiffError, ExportOptions, ExportSummary, NoHooks, ParentLayer, ParentSpec, export,
         record::{self, replay},
     },
     ext4::{Ext4, FileKind, Inode},
@@ -26,13 +26,13 @@ pub(super) fn unpack(args: &UnpackArgs) -> Result<ExitCode, CliError> {
     let Some(record) = &args.exact else {
         let target = [image.layer()?];
         return write_tar(&args.image, &args.output, None, |out| {
-            export(&target, Some(ParentSpec::Own), &ExportOptions::default(), &mut NoHooks, out).map(|_| ())
+            export(&target, Some(ParentSpec::Own), &ExportOptions::default(), &mut NoHooks, out)
         });
     };
     let file = File::open(record).map_err(|e| failed("open", record, &e))?;
     let info = record::inspect(&file).map_err(|e| failed("read the exact record", record, &e))?;
     write_tar(&args.image, &args.output, Some(info.tar_bytes), |out| {
-        replay(&image.disk, &file, out).map(|_| ())
+        replay(&image.disk, &file, out).map(|_| ExportSummary::default())
     })
 }
 
@@ -45,7 +45,7 @@ pub(super) fn diff(args: &DiffArgs) -> Result<ExitCode, CliError> {
         .collect::<Result<Vec<ParentLayer<Disk>>, CliError>>()?;
     let spec = ParentSpec::Layers(&parents);
     write_tar(&args.image, &args.output, None, |out| {
-        export(&target, Some(spec), &ExportOptions::default(), &mut NoHooks, out).map(|_| ())
+        export(&target, Some(spec), &ExportOptions::default(), &mut NoHooks, out)
     })
 }
 
@@ -54,14 +54,22 @@ fn write_tar(
     image: &Path,
     output: &Path,
     length: Option<u64>,
-    write: impl FnOnce(&mut dyn StreamOut) -> Result<(), crate::diff::DiffError>,
+    write: impl FnOnce(&mut dyn StreamOut) -> Result<ExportSummary, DiffError>,
 ) -> Result<ExitCode, CliError> {
     let mut out = TarOutput::create(output)?;
     let bar = input::bar(length);
     let result = write(&mut Counted { out: &mut out, bar: &bar });
     bar.finish_and_clear();
-    result.map_err(|e| failed("unpack", image, &e))?;
+    let summary = result.map_err(|e| failed("unpack", image, &e))?;
     out.commit()?;
+    if let Some(first) = &summary.first_hidden {
+        eprintln!(
+            "warning: {} files whose names begin with .wh., or that lie in folders of such a name, are not in the tar (the \
+             first is '{}'): readers of layers would take them for deletions",
+            summary.hidden,
+            first.escape_ascii()
+        );
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -13,6 +13,7 @@
 use super::{
     ApplyOptions, LowerLayers,
     layer::{Context, Placement},
+    owner,
     target::Target,
 };
 use crate::{
@@ -77,12 +78,6 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
         profile: HcsshimProfile,
         options: &'o ApplyOptions,
     ) -> Result<Self, DiffError> {
-        if !options.uid_map.is_empty() || !options.gid_map.is_empty() {
-            return Err(DiffError::Unsupported {
-                what: "profile hcsshim",
-                reason: "owners that are shifted while a layer is applied: the bytes would be others".into(),
-            });
-        }
         let writer = HcsshimWriter::new(image, profile.image)?;
         Ok(Self { writer, profile, options, context: Context::default(), names: 0 })
     }
@@ -229,6 +224,14 @@ impl<W: WriteAt> Target for HcsshimLayer<'_, W> {
         let longest = entry.path.len().max(entry.link.len());
         if longest > self.options.max_path_bytes {
             return Err(self.context.limit("bytes of a name", self.options.max_path_bytes as u64));
+        }
+        // The bytes are the tool's: no id is mapped, the host's root included.
+        for (what, maps, id) in
+            [("owner", &self.options.uid_map, entry.uid), ("group", &self.options.gid_map, entry.gid)]
+        {
+            if !owner::is_inside(maps, id) {
+                return Err(self.context.refuse(format!("{what} {id} {}", owner::outside(maps))));
+            }
         }
         let path = self.convert(std::mem::take(&mut entry.path));
         let placement = self.entry_at(&path, entry);

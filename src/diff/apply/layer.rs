@@ -5,6 +5,7 @@
 
 use super::{
     ApplyOptions, LowerLayers,
+    kernel::{self, Ruling},
     links::Links,
     name::{self, Meaning, NameError},
     owner,
@@ -21,8 +22,6 @@ use crate::{
 };
 use std::collections::HashSet;
 
-/// Overlayfs' own xattrs.
-const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
 /// Marks an opaque folder, with value `y`.
 const OVERLAY_OPAQUE: &[u8] = b"trusted.overlay.opaque";
 /// Symlinks followed in one name, as Linux has it (MAXSYMLINKS).
@@ -99,7 +98,7 @@ pub(super) struct Layer<'o, W> {
 }
 
 impl<'o, W: WriteAt> Layer<'o, W> {
-    pub(super) fn new(writer: ImageWriter<W>, options: &'o ApplyOptions) -> Result<Self, DiffError> {
+    pub(super) fn new(writer: ImageWriter<W>, options: &'o ApplyOptions) -> Self {
         let mut layer = Self {
             writer,
             options,
@@ -110,10 +109,8 @@ impl<'o, W: WriteAt> Layer<'o, W> {
             size: 0,
             removed: false,
         };
-        // The root is implied, too, and its owner shifted.
-        let (root, attributes) = (layer.writer.root(), layer.implied()?);
-        layer.writer.set_attributes(root, attributes);
-        Ok(layer)
+        layer.writer.set_attributes(layer.writer.root(), implied());
+        layer
     }
 
     pub(super) fn limit(&self, what: &'static str, limit: u64) -> DiffError {
@@ -132,6 +129,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         if longest > self.options.max_path_bytes {
             return Err(self.limit("bytes of a name", self.options.max_path_bytes as u64));
         }
+        (entry.uid, entry.gid) = self.owner(entry.uid, entry.gid)?;
         // Lent out, so that names can be slices of it while the entry is used up.
         let path = std::mem::take(&mut entry.path);
         let placement = match (name::plain_parent(&path), &self.parent) {
@@ -180,7 +178,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         let root = self.writer.root();
         let dir = match self.writer.lookup(root, name::LINK_DIR) {
             Some(dir) => dir,
-            None => self.create(root, name::LINK_DIR, NodeKind::Directory, self.implied()?, Vec::new())?,
+            None => self.create(root, name::LINK_DIR, NodeKind::Directory, implied(), Vec::new())?,
         };
         // Whether it counts is known when its names are: see `finish`.
         self.removed = true;
@@ -206,7 +204,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
             return Ok(Placement::Nothing);
         }
         if entry.kind == EntryKind::HardLink {
-            self.hard_link(dir, last, &entry.link)?;
+            self.hard_link(dir, last, entry)?;
             return Ok(Placement::Nothing);
         }
         self.replace_by_entry(dir, last, entry)
@@ -239,8 +237,9 @@ impl<'o, W: WriteAt> Layer<'o, W> {
             over_whiteout = self.is_whiteout(known);
             self.remove(dir, last, known)?;
         }
-        let attributes = self.attributes(entry)?;
-        let mut xattrs = self.xattrs(entry)?;
+        let attributes = attributes(entry, &self.born(dir));
+        let mut xattrs = self.xattrs(entry, &kind, Vec::new())?;
+        kernel::chmod(&kind, attributes.permissions, &mut xattrs);
         if over_whiteout && entry.kind == EntryKind::Directory {
             xattrs.push(opaque());
         }
@@ -252,13 +251,33 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         Ok(if entry.size > 0 { Placement::Data(node) } else { Placement::Nothing })
     }
 
+    /// A folder's second entry: its xattrs come to those that are there, as setxattr(2) adds them.
     fn update_directory(&mut self, node: NodeId, entry: &mut Entry) -> Result<(), DiffError> {
-        let attributes = self.attributes(entry)?;
-        let mut xattrs = self.xattrs(entry)?;
-        if self.is_opaque(node) {
-            xattrs.push(opaque());
-        }
+        let attributes = attributes(entry, &self.writer.attributes(node));
+        let known = self.writer.xattrs(node);
+        let mut xattrs = self.xattrs(entry, &NodeKind::Directory, known)?;
+        kernel::chmod(&NodeKind::Directory, attributes.permissions, &mut xattrs);
         self.writer.set_attributes(node, attributes);
+        self.writer.set_xattrs(node, xattrs).map_err(|e| self.context.image(e))
+    }
+
+    /// Gives a node what the header of a further name of it says, as chown, setxattr, chmod and utimes do it: the last
+    /// header holds for all names.
+    pub(super) fn update_linked(&mut self, node: NodeId, entry: &mut Entry) -> Result<(), DiffError> {
+        let (kind, known) = (self.writer.kind(node), self.writer.attributes(node));
+        let mut attributes = attributes(entry, &known);
+        if matches!(kind, NodeKind::Symlink { .. }) {
+            attributes.permissions = known.permissions;
+        }
+        let before = self.writer.xattrs(node);
+        let mut known = before.clone();
+        kernel::chown(&kind, &mut known);
+        let mut xattrs = self.xattrs(entry, &kind, known)?;
+        kernel::chmod(&kind, attributes.permissions, &mut xattrs);
+        self.writer.set_attributes(node, attributes);
+        if xattrs == before {
+            return Ok(());
+        }
         self.writer.set_xattrs(node, xattrs).map_err(|e| self.context.image(e))
     }
 
@@ -269,7 +288,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
             }
             self.remove(dir, hidden, known)?;
         }
-        let attributes = Attributes { permissions: 0, ..self.implied()? };
+        let attributes = Attributes { permissions: 0, ..implied() };
         self.create(dir, hidden, NodeKind::CharDevice { major: 0, minor: 0 }, attributes, Vec::new())?;
         Ok(())
     }
@@ -333,54 +352,75 @@ impl<'o, W: WriteAt> Layer<'o, W> {
         self.writer.xattrs(node).iter().any(|x| x.name == OVERLAY_OPAQUE)
     }
 
-    /// Attributes of folders that no entry describes, and of whiteouts.
-    fn implied(&self) -> Result<Attributes, DiffError> {
-        let time = Timestamp { secs: 0, nanos: 0 };
-        let (uid, gid) = self.owner(0, 0)?;
-        Ok(Attributes { permissions: 0o755, uid, gid, mtime: time, atime: None, ctime: None })
+    /// What a new node in a folder has before chown and chmod: root's, but for the group in a set-group-id folder.
+    fn born(&self, dir: NodeId) -> Attributes {
+        /// `S_ISGID`.
+        const SET_GROUP_ID: u16 = 0o2000;
+        let dir = self.writer.attributes(dir);
+        let gid = if dir.permissions & SET_GROUP_ID == 0 { 0 } else { dir.gid };
+        Attributes { gid, ..implied() }
     }
 
+    /// The owner as the image holds it: in the container's ids.
     fn owner(&self, uid: u32, gid: u32) -> Result<(u32, u32), DiffError> {
-        let refuse = |what, id| self.context.refuse(format!("{what} {id} is in no id map"));
-        Ok((
-            owner::map(&self.options.uid_map, uid).ok_or_else(|| refuse("uid", uid))?,
-            owner::map(&self.options.gid_map, gid).ok_or_else(|| refuse("gid", gid))?,
-        ))
+        let held = |what, maps, id| {
+            owner::inside(maps, id)
+                .ok_or_else(|| self.context.refuse(format!("{what} {id} {}", owner::outside(maps))))
+        };
+        Ok((held("owner", &self.options.uid_map, uid)?, held("group", &self.options.gid_map, gid)?))
     }
 
-    fn attributes(&self, entry: &Entry) -> Result<Attributes, DiffError> {
-        let stamp = |t: Time| Timestamp { secs: t.secs, nanos: t.nanos };
-        let (uid, gid) = self.owner(entry.uid, entry.gid)?;
-        Ok(Attributes {
-            permissions: if entry.kind == EntryKind::Symlink { 0o777 } else { entry.mode },
-            uid,
-            gid,
-            mtime: stamp(entry.mtime),
-            atime: entry.atime.map(stamp),
-            ctime: entry.ctime.map(stamp),
-        })
-    }
-
-    fn xattrs(&self, entry: &mut Entry) -> Result<Vec<Xattr>, DiffError> {
+    /// Adds an entry's xattrs to those that a node of this kind has.
+    fn xattrs(
+        &self,
+        entry: &mut Entry,
+        kind: &NodeKind,
+        mut known: Vec<Xattr>,
+    ) -> Result<Vec<Xattr>, DiffError> {
         if entry.xattrs.is_empty() {
-            return Ok(Vec::new());
+            return Ok(known);
         }
         let bytes: usize = entry.xattrs.iter().map(|x| x.name.len() + x.value.len()).sum();
         if bytes > self.options.max_xattr_bytes {
             return Err(self.limit("bytes of xattrs", self.options.max_xattr_bytes as u64));
         }
-        entry
-            .xattrs
-            .drain(..)
-            .filter(|x| !x.name.starts_with(OVERLAY_PREFIX))
-            .map(|mut x| {
-                if x.name.starts_with(owner::ACL_PREFIX) {
-                    owner::map_acl(&self.options.uid_map, &self.options.gid_map, &mut x.value)
-                        .ok_or_else(|| self.context.refuse("an acl names an id that is in no id map"))?;
+        for x in entry.xattrs.drain(..) {
+            match kernel::xattr(kind, &x.name, &x.value) {
+                Ruling::Drop(_) => {}
+                Ruling::Refuse(errno, why) => {
+                    return Err(self.context.refuse(format!(
+                        "linux refuses its attribute \"{}\" ({}: {why}), so no file in a container can have it; the \
+                         layer must be made without it",
+                        name::shown(&x.name),
+                        errno.name()
+                    )));
                 }
-                Ok(Xattr { name: x.name, value: x.value })
-            })
-            .collect()
+                Ruling::Remove(_) => known.retain(|k| k.name != x.name),
+                Ruling::Keep => {
+                    self.check_ids(&x.name, &x.value)?;
+                    known.retain(|k| k.name != x.name);
+                    known.push(Xattr { name: x.name, value: x.value });
+                }
+            }
+        }
+        Ok(known)
+    }
+
+    /// With userns-remap, ids inside of values must be the container's too.
+    fn check_ids(&self, name: &[u8], value: &[u8]) -> Result<(), DiffError> {
+        let (uids, gids) = (&self.options.uid_map, &self.options.gid_map);
+        if uids.is_empty() && gids.is_empty() {
+            return Ok(());
+        }
+        let root = kernel::capability_root(name, value).map(|id| (true, id));
+        for (user, id) in kernel::acl_ids(name, value).into_iter().chain(root) {
+            let (what, maps) = if user { ("user", uids) } else { ("group", gids) };
+            if !owner::is_inside(maps, id) {
+                let (attribute, why) = (name::shown(name), owner::outside(maps));
+                return Err(self.context.refuse(format!("attribute \"{attribute}\": {what} {id} {why}")));
+            }
+        }
+        Ok(())
     }
 
     /// The folder at `parts`, made if need be.
@@ -393,10 +433,10 @@ impl<'o, W: WriteAt> Layer<'o, W> {
             }
             let dir = walk.dir();
             let next = match self.writer.lookup(dir, &part) {
-                None => self.create(dir, &part, NodeKind::Directory, self.implied()?, Vec::new())?,
+                None => self.create(dir, &part, NodeKind::Directory, implied(), Vec::new())?,
                 Some(node) if self.is_whiteout(node) => {
                     self.remove(dir, &part, node)?;
-                    self.create(dir, &part, NodeKind::Directory, self.implied()?, vec![opaque()])?
+                    self.create(dir, &part, NodeKind::Directory, implied(), vec![opaque()])?
                 }
                 Some(node) => match self.writer.kind(node) {
                     NodeKind::Directory => node,
@@ -421,9 +461,7 @@ impl<'o, W: WriteAt> Layer<'o, W> {
     pub(super) fn find(&self, parts: &[&[u8]]) -> Found {
         let Some((last, parents)) = parts.split_last() else { return Found::Node(self.writer.root()) };
         let mut walk = Walk::new(self.writer.root(), parents);
-        let root = self.writer.root();
-        let missing =
-            |dir: NodeId| if dir != root && self.is_opaque(dir) { Found::Hidden } else { Found::Missing };
+        let missing = |dir: NodeId| if self.is_opaque(dir) { Found::Hidden } else { Found::Missing };
         let mut opaque_above = false;
         while let Some(part) = walk.next_part() {
             if *part == *b".." {
@@ -476,9 +514,23 @@ fn opaque() -> Xattr {
     Xattr { name: OVERLAY_OPAQUE.to_vec(), value: b"y".to_vec() }
 }
 
-/// True for xattrs that never go from anywhere into an image.
-pub(super) fn is_overlay_xattr(name: &[u8]) -> bool {
-    name.starts_with(OVERLAY_PREFIX)
+/// Attributes of folders that no entry describes, and of whiteouts.
+fn implied() -> Attributes {
+    let time = Timestamp { secs: 0, nanos: 0 };
+    Attributes { permissions: 0o755, uid: 0, gid: 0, mtime: time, atime: None, ctime: None }
+}
+
+/// What an entry's header makes of a node that has `known`.
+fn attributes(entry: &Entry, known: &Attributes) -> Attributes {
+    let stamp = |t: Time| Timestamp { secs: t.secs, nanos: t.nanos };
+    Attributes {
+        permissions: if entry.kind == EntryKind::Symlink { 0o777 } else { entry.mode },
+        uid: kernel::owner(entry.uid, known.uid),
+        gid: kernel::owner(entry.gid, known.gid),
+        mtime: stamp(entry.mtime),
+        atime: entry.atime.map(stamp),
+        ctime: entry.ctime.map(stamp),
+    }
 }
 
 impl<W: WriteAt> Target for Layer<'_, W> {

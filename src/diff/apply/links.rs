@@ -5,25 +5,29 @@
 //!   link a → b, b not known    a is a placeholder (empty file); at the end:
 //!       b in this layer        a becomes a name of it
 //!       b itself such a link   b is settled first; a circle is an error
-//!       b in a layer below     a becomes a copy of it; all links to one target share one copy
+//!       b in a layer below     it is copied up as the kernel would: a and b are names of the copy, all links to b too
 //!       b nowhere, or hidden   error that names a and b
 //! ```
 //!
-//! A placeholder that is replaced or removed before the end is forgotten.
+//! A placeholder that is replaced or removed before the end is forgotten. What a link's header says of mode, owner,
+//! times and xattrs holds for the file and all its names, as the engines' unpack does it: each header was followed by
+//! chown, setxattr, chmod and utimes. Only if the file itself comes later in the stream, its header is the last word.
 
 use super::{
     LowerLayers, LowerNode,
-    layer::{Context, Found, Layer, is_overlay_xattr},
+    kernel::{self, Ruling},
+    layer::{Context, Found, Layer},
     name,
     target::Target,
 };
 use crate::{
     diff::DiffError,
     ext4::{
-        Timestamp,
+        Timestamp, Xattr,
         writer::{Attributes, ImageWriter, NodeId, NodeKind},
     },
     io::WriteAt,
+    tar::Entry,
 };
 use std::collections::HashMap;
 
@@ -38,6 +42,8 @@ struct Pending {
     name: Vec<u8>,
     target: Vec<u8>,
     context: Context,
+    /// The header, without its names.
+    header: Entry,
 }
 
 /// Links that wait, by their placeholder.
@@ -67,17 +73,24 @@ impl Links {
 
 impl<W: WriteAt> Layer<'_, W> {
     /// A hard link entry.
-    pub(super) fn hard_link(&mut self, dir: NodeId, last: &[u8], target: &[u8]) -> Result<(), DiffError> {
+    pub(super) fn hard_link(&mut self, dir: NodeId, last: &[u8], entry: &mut Entry) -> Result<(), DiffError> {
+        let target = std::mem::take(&mut entry.link);
         let mut parts = Vec::new();
-        self.split_target(target, &mut parts)?;
+        self.split_target(&target, &mut parts)?;
         match self.find(&parts) {
             Found::Node(node) if self.is_directory(node) => {
                 Err(self.context.refuse(format!("hard link to the folder \"{}\"", target.escape_ascii())))
             }
+            Found::Node(node) if !self.links.waiting.contains_key(&node) => {
+                if self.writer.lookup(dir, last) != Some(node) {
+                    self.place_link(dir, last, node)?;
+                }
+                self.update_linked(node, entry)
+            }
+            // A link that waits, named by itself.
             Found::Node(node) if self.writer.lookup(dir, last) == Some(node) => Ok(()),
-            Found::Node(node) if !self.links.waiting.contains_key(&node) => self.place_link(dir, last, node),
             // The target may come later, also where something of this layer hides it now.
-            Found::Node(_) | Found::Missing | Found::Hidden => self.postpone(dir, last, target),
+            Found::Node(_) | Found::Missing | Found::Hidden => self.postpone(dir, last, &target, entry),
         }
     }
 
@@ -113,7 +126,13 @@ impl<W: WriteAt> Layer<'_, W> {
         self.writer.link(dir, name, node).map_err(|e| self.context.image(e))
     }
 
-    fn postpone(&mut self, dir: NodeId, last: &[u8], target: &[u8]) -> Result<(), DiffError> {
+    fn postpone(
+        &mut self,
+        dir: NodeId,
+        last: &[u8],
+        target: &[u8],
+        entry: &mut Entry,
+    ) -> Result<(), DiffError> {
         if let Some(known) = self.writer.lookup(dir, last) {
             self.remove(dir, last, known)?;
         }
@@ -121,7 +140,8 @@ impl<W: WriteAt> Layer<'_, W> {
         let attributes = Attributes { permissions: 0, uid: 0, gid: 0, mtime: time, atime: None, ctime: None };
         let node = self.create(dir, last, NodeKind::File, attributes, Vec::new())?;
         let (name, target, context) = (last.to_vec(), target.to_vec(), self.context.clone());
-        self.links.waiting.insert(node, Pending { dir, name, target, context });
+        let header = Entry { xattrs: std::mem::take(&mut entry.xattrs), ..entry.clone() };
+        self.links.waiting.insert(node, Pending { dir, name, target, context, header });
         self.links.order.push(node);
         Ok(())
     }
@@ -157,7 +177,7 @@ impl<W: WriteAt> Layer<'_, W> {
                     chain.push(node);
                     continue;
                 }
-                let Some(pending) = self.links.waiting.remove(&placeholder) else { break };
+                let Some(mut pending) = self.links.waiting.remove(&placeholder) else { break };
                 match found {
                     Found::Node(node) if node != placeholder => {
                         if self.is_directory(node) {
@@ -168,7 +188,8 @@ impl<W: WriteAt> Layer<'_, W> {
                     }
                     Found::Hidden => return Err(self.dangling(&target)),
                     Found::Node(_) | Found::Missing => {
-                        self.link_below(&pending, &parts, &mut copies, lowers)?;
+                        let copy = self.link_below(&pending, &parts, &mut copies, lowers)?;
+                        self.update_linked(copy, &mut pending.header)?;
                     }
                 }
             }
@@ -183,17 +204,20 @@ impl<W: WriteAt> Layer<'_, W> {
         ))
     }
 
+    /// Makes a link's name one of the target's copy from a layer below.
     fn link_below(
         &mut self,
         pending: &Pending,
         parts: &[&[u8]],
         copies: &mut HashMap<(usize, u32), NodeId>,
         lowers: &mut dyn LowerLayers,
-    ) -> Result<(), DiffError> {
+    ) -> Result<NodeId, DiffError> {
         let Some(below) = lowers.lookup(parts)? else { return Err(self.dangling(&pending.target)) };
         let identity = (below.layer, below.inode);
         if let Some(&copy) = copies.get(&identity) {
-            return self.place_link(pending.dir, &pending.name, copy);
+            self.place_link(pending.dir, &pending.name, copy)?;
+            self.copy_up(parts, copy, lowers)?;
+            return Ok(copy);
         }
         match &below.kind {
             NodeKind::Directory => {
@@ -208,15 +232,45 @@ impl<W: WriteAt> Layer<'_, W> {
         if let Some(known) = self.writer.lookup(pending.dir, &pending.name) {
             self.remove(pending.dir, &pending.name, known)?;
         }
-        let xattrs = below.xattrs.iter().filter(|x| !is_overlay_xattr(&x.name)).cloned().collect();
-        let attributes = below.attributes;
+        let (attributes, xattrs) = as_copied(&below);
         let node = self.create(pending.dir, &pending.name, below.kind.clone(), attributes, xattrs)?;
         copies.insert(identity, node);
         if matches!(below.kind, NodeKind::File) {
             self.count_bytes(below.size);
             self.copy_data(node, &below, lowers)?;
         }
-        Ok(())
+        self.copy_up(parts, node, lowers)?;
+        Ok(node)
+    }
+
+    /// Gives the copy of a target the target's own name too, in folders like those below: a link to a lower file makes
+    /// one inode of both names, as it does through a mounted overlay. Where this layer leads elsewhere on the way, the
+    /// name below is another file's already.
+    fn copy_up(
+        &mut self,
+        parts: &[&[u8]],
+        copy: NodeId,
+        lowers: &mut dyn LowerLayers,
+    ) -> Result<(), DiffError> {
+        let Some((last, parents)) = parts.split_last() else { return Ok(()) };
+        let mut dir = self.writer.root();
+        for (depth, name) in parents.iter().enumerate() {
+            dir = match self.writer.lookup(dir, name) {
+                Some(known) if self.is_directory(known) => known,
+                Some(_) => return Ok(()),
+                None => {
+                    let path = parts.get(..=depth).unwrap_or(parts);
+                    let below = lowers.lookup(path)?.filter(|b| matches!(b.kind, NodeKind::Directory));
+                    let Some(below) = below else { return Ok(()) };
+                    let (attributes, xattrs) = as_copied(&below);
+                    self.create(dir, name, NodeKind::Directory, attributes, xattrs)?
+                }
+            };
+        }
+        match self.writer.lookup(dir, last) {
+            None => self.place_link(dir, last, copy),
+            Some(_) => Ok(()),
+        }
     }
 
     fn copy_data(
@@ -245,4 +299,15 @@ impl<W: WriteAt> Layer<'_, W> {
         }
         self.end_file()
     }
+}
+
+/// What a copy-up takes over of a node: what the kernel lets be set.
+fn as_copied(below: &LowerNode) -> (Attributes, Vec<Xattr>) {
+    let attributes = Attributes {
+        uid: kernel::owner(below.attributes.uid, 0),
+        gid: kernel::owner(below.attributes.gid, 0),
+        ..below.attributes
+    };
+    let kept = |x: &&Xattr| kernel::xattr(&below.kind, &x.name, &x.value) == Ruling::Keep;
+    (attributes, below.xattrs.iter().filter(kept).cloned().collect())
 }

@@ -25,27 +25,28 @@
 //! | a parent that is a symlink | – | followed inside the layer's root (`..` stops there), at most 40 hops, missing targets made as folders: as dockerd's unpack does in its chroot |
 //! | a parent that is a whiteout | – | an opaque folder replaces it |
 //! | a parent that is anything else | – | error |
-//! | a folder | a folder | merged, attributes and xattrs of the new one |
+//! | a folder | a folder | merged: attributes of the new one, xattrs of both, the new one's before the old one's |
 //! | a folder | a whiteout | an opaque folder: what the whiteout hid stays hidden |
 //! | anything | anything else | replaced |
 //! | `.wh.NAME` or device 0/0 `NAME` | anything | `NAME` is removed and a whiteout left |
 //! | `.wh..wh..opq` | – | its folder gets `trusted.overlay.opaque=y`, before or after other entries |
 //! | other `.wh..wh.*`, at any depth | – | AUFS's own: skipped; files of `/.wh..wh.plnk` can be link targets |
-//! | a hard link | its target | one more name (a symlink itself is linked, not what it points to) |
-//! | a hard link | no target yet | decided at the end: this layer first, then a copy from the layers below, else an error |
+//! | a hard link | its target | one more name (a symlink itself is linked, not what it points to); mode, owner, times and xattrs of the link's header hold for all names |
+//! | a hard link | no target yet | decided at the end: this layer first, then a copy from the layers below (which has the target's name too), else an error |
 //!
-//! `trusted.overlay.*` xattrs of the tar do not go into the image (they live on in the record): overlayfs would follow
-//! them. Called by `agent`; the trait [`LowerLayers`] is implemented over `ext4::reader`.
+//! What no system call could have put into a file system is dropped, mapped or refused: [`kernel`]. How other tools
+//! read the same tar: `docs/tar-rules.md`. Called by `agent`; the trait [`LowerLayers`] is implemented over `ext4::reader`.
 
 mod chain;
 mod growth;
 mod hcsshim;
 mod input;
+pub mod kernel;
 mod layer;
 mod links;
 mod lower;
 mod name;
-mod owner;
+pub mod owner;
 mod target;
 
 pub use chain::LayerChain;
@@ -109,7 +110,7 @@ pub struct ApplyOptions {
     pub max_tar_bytes: u64,
     /// The most bytes behind the end-of-archive blocks.
     pub max_trailing_bytes: u64,
-    /// Shifts owners at apply, for kernels that cannot map ids of a mounted lower layer. Empty: ids stay.
+    /// The users that containers have, with userns-remap: an entry of any other is refused. Empty: all.
     pub uid_map: Vec<IdMap>,
     /// The same for groups.
     pub gid_map: Vec<IdMap>,
@@ -257,7 +258,7 @@ fn attempt<W: WriteAt, S: WriteAt>(
                 // The tar's digest stands for the data: they need not be summed a second time.
                 settings.uuid = UuidSource::FromSource;
             }
-            let layer = Layer::new(ImageWriter::new(&image, settings)?, options)?;
+            let layer = Layer::new(ImageWriter::new(&image, settings)?, options);
             run(input, &image, record, layer, lowers, options)
         }
         Profile::Hcsshim(profile) => {

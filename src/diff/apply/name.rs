@@ -43,6 +43,14 @@ pub(super) fn plain_parent(path: &[u8]) -> Option<(&[u8], &[u8])> {
     (!matches!(last, b"" | b"." | b"..") && !last.contains(&0)).then(|| (&path[..slash], last))
 }
 
+/// A name from a tar as messages show it.
+pub(super) fn shown(name: &[u8]) -> String {
+    /// Enough to recognize it.
+    const MOST: usize = 256;
+    let cut = name.get(..MOST).map_or((name, ""), |head| (head, "…"));
+    format!("{}{}", cut.0.escape_ascii(), cut.1)
+}
+
 /// What an entry's name asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning<'a> {

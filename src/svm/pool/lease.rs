@@ -534,8 +534,9 @@ pub(super) async fn check(lease: &Lease, job: &CheckJob) -> Result<CheckSummary,
     let run = async {
         let mut attached = Attached::default();
         let image = lease.attach(&mut attached, &job.image).await?;
-        let (_sender, mut receiver) =
-            lease.begin(&Operation::Check { image, tree: job.tree, writer: job.writer }).await?;
+        let (tree, writer, owners) = (job.tree, job.writer, job.owners.clone());
+        let operation = Operation::Check { image, tree, writer, owners };
+        let (_sender, mut receiver) = lease.begin(&operation).await?;
         receiver.result().await
     };
     lease.judge(run.await)

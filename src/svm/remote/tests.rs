@@ -223,9 +223,11 @@ async fn a_dropped_channel_cancels_and_a_sleeping_one_holds_up_nobody() {
     // Bytes that nobody takes until the window is full: back-pressure, not memory.
     let full = timeout(Duration::from_millis(300), async {
         let mut stuck = agent.open_channel().await.unwrap();
-        let mut request =
-            control_frame(FrameType::Request, &Operation::Check { image: DiskId(9), tree: false, writer: 2 })
-                .unwrap();
+        let mut request = control_frame(
+            FrameType::Request,
+            &Operation::Check { image: DiskId(9), tree: false, writer: 2, owners: wire::IdMaps::default() },
+        )
+        .unwrap();
         request.truncate(8);
         stuck.write_all(&request).await.unwrap();
         stuck.write_all(&vec![0; 3 * frame::WINDOW]).await

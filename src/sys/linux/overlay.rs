@@ -71,6 +71,19 @@ pub enum OverlayMethod {
     OnePage,
 }
 
+/// Whether a layer's root is marked as opaque: it hides the layers below.
+///
+/// # Errors
+/// What `getxattr` says, but that there is no such attribute.
+pub fn is_opaque(root: &Path) -> Result<bool, SysError> {
+    let mut value = [0; 2];
+    match rustix::fs::getxattr(root, "trusted.overlay.opaque", &mut value) {
+        Ok(len) => Ok(value.get(..len) == Some(b"y")),
+        Err(Errno::NODATA | Errno::RANGE | Errno::OPNOTSUPP) => Ok(false),
+        Err(e) => Err(e).context("read the attributes of", root),
+    }
+}
+
 /// Mounts the overlay and says which way was taken ([`OverlayMethod::NewApi`] or [`OverlayMethod::OnePage`]).
 ///
 /// # Errors

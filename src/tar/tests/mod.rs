@@ -164,7 +164,7 @@ fn kinds() {
         (b'0', "a", EntryKind::File),
         (b'7', "a", EntryKind::File),
         (0, "a/", EntryKind::Directory),
-        (b'0', "a/", EntryKind::Directory),
+        (b'0', "a/", EntryKind::File),
         (b'5', "a", EntryKind::Directory),
         (b'D', "a", EntryKind::Directory),
         (b'1', "a", EntryKind::HardLink),
@@ -199,15 +199,19 @@ fn data_of_what_is_no_file_pass_by() {
     let tar = Builder::default()
         .entry("label", b'V', b"")
         .entry("dump", b'D', b"Yname\0\0")
-        .entry("folder/", b'0', b"junk")
+        .entry("folder/", b'0', b"data")
+        // Of an old folder Go reads no data: the next block is a header.
+        .block(&header(b"old/", 0, 5000))
         .entry("b", b'0', b"x")
         .end();
     let entries = read(&tar);
     assert_eq!(
         entries.iter().map(|(e, _)| &e.path[..]).collect::<Vec<_>>(),
-        [&b"dump"[..], b"folder/", b"b"]
+        [&b"dump"[..], b"folder/", b"old/", b"b"]
     );
-    assert!(entries[..2].iter().all(|(e, data)| e.size == 0 && data.is_empty()));
+    assert!(entries[0].0.size == 0 && entries[0].1.is_empty());
+    assert_eq!((entries[1].0.kind, &entries[1].1[..]), (EntryKind::File, &[(0, b"data".to_vec())][..]));
+    assert_eq!((entries[2].0.kind, entries[2].0.size), (EntryKind::Directory, 0));
 }
 
 #[test]
@@ -232,13 +236,29 @@ fn long_names() {
 }
 
 #[test]
-fn extended_headers_hold_for_one_entry_and_global_ones_for_all() {
+fn extended_headers_hold_for_one_entry_and_global_ones_for_none() {
     let tar = Builder::default()
-        .pax(b'g', &[("mtime", b"5.5"), ("uid", b"3000000")])
+        .pax(
+            b'g',
+            &[
+                ("mtime", b"5.5"),
+                ("uid", b"3000000"),
+                ("path", b"etc/ld.so.preload"),
+                ("size", b"512"),
+                ("linkpath", b"x"),
+                ("SCHILY.xattr.user.x", b"1"),
+                ("GNU.sparse.major", b"1"),
+                ("GNU.sparse.minor", b"0"),
+            ],
+        )
         .pax(b'x', &[("mtime", b"-1.25"), ("atime", b"7"), ("ctime", b"8.000000001"), ("gid", b"4000000000")])
         .entry("a", b'0', b"")
         .pax(b'x', &[("uid", b"")])
         .entry("b", b'0', b"")
+        // A local header is forgotten at a global one, as by Go.
+        .entry("././@LongLink", b'L', b"long\0")
+        .pax(b'x', &[("uid", b"7"), ("path", b"local")])
+        .pax(b'g', &[("comment", b"c")])
         .entry("c", b'0', b"")
         .end();
     let e: Vec<_> = read(&tar).into_iter().map(|(e, _)| e).collect();
@@ -246,9 +266,11 @@ fn extended_headers_hold_for_one_entry_and_global_ones_for_all() {
         (e[0].mtime, e[0].atime, e[0].ctime),
         (time(-2, 750_000_000), Some(time(7, 0)), Some(time(8, 1)))
     );
-    assert_eq!((e[0].uid, e[0].gid), (3_000_000, 4_000_000_000));
-    assert_eq!((e[1].mtime, e[1].uid, e[1].gid, e[1].atime), (time(5, 500_000_000), 1000, 100, None));
-    assert_eq!((e[2].mtime, e[2].uid), (time(5, 500_000_000), 3_000_000));
+    assert_eq!((e[0].uid, e[0].gid), (1000, 4_000_000_000));
+    let plain = time(0o14_000_000_000, 0);
+    assert_eq!((e[1].mtime, e[1].uid, e[1].gid, e[1].atime), (plain, 1000, 100, None));
+    assert_eq!((&e[2].path[..], e[2].mtime, e[2].uid), (&b"c"[..], plain, 1000));
+    assert!(e.iter().all(|e| e.xattrs.is_empty() && e.link.is_empty()));
 }
 
 #[test]
@@ -333,7 +355,41 @@ fn base_256_numbers_and_signed_checksums() {
 }
 
 #[test]
+fn sparse_keywords_of_no_known_version_make_a_plain_file() {
+    let stored = b"2\n0\n1\n9\n1\n";
+    let known: &[(&str, &[u8])] = &[("GNU.sparse.name", b"other"), ("GNU.sparse.realsize", b"100")];
+    for version in [
+        &[("GNU.sparse.major", &b"1"[..])][..],
+        &[("GNU.sparse.major", b"01"), ("GNU.sparse.minor", b"0")],
+        &[("GNU.sparse.major", b"2"), ("GNU.sparse.minor", b"0"), ("GNU.sparse.map", b"0,1")],
+        &[("GNU.sparse.major", b"0"), ("GNU.sparse.minor", b"2"), ("GNU.sparse.map", b"0,1")],
+        &[("GNU.sparse.map", b"")],
+        &[],
+    ] {
+        let tar = Builder::default().pax(b'x', &[version, known].concat()).entry("f", b'0', stored).end();
+        let entries = read(&tar);
+        assert_eq!((&entries[0].0.path[..], &entries[0].1[..]), (&b"f"[..], &[(0, stored.to_vec())][..]));
+    }
+    // Where no size is told, it is that of what is stored.
+    let tar = Builder::default().pax(b'x', &[("GNU.sparse.map", b"1,3")]).entry("f", b'0', b"abcd").end();
+    assert!(matches!(refused(&tar), TarError::Corrupt { .. }));
+    let tar = Builder::default().pax(b'x', &[("GNU.sparse.map", b"0,4")]).entry("f", b'0', b"abcd").end();
+    assert_eq!(read(&tar)[0].0.size, 4);
+}
+
+#[test]
+fn an_empty_long_name_says_nothing() {
+    let tar = Builder::default().entry("././@LongLink", b'L', b"\0").entry("f", b'0', b"").end();
+    assert_eq!(only(&tar).path, b"f");
+}
+
+#[test]
 fn v7_has_no_prefix_and_no_devices() {
+    let device = Builder::default()
+        .odd(header(b"c", b'3', 0), &[(257, b"junk\0\0\0\0"), (329, b"0000010\0"), (337, b"0000003\0")])
+        .end();
+    assert_eq!((only(&device).major, only(&device).minor), (0, 0));
+
     let tar = Builder::default()
         .odd(header(b"a", 0, 3), &[(257, b"junk\0\0\0\0"), (345, b"junk")])
         .data(b"abc", 0)
@@ -426,6 +482,34 @@ fn ends_of_archives() {
     ];
     for (what, tar, count) in cases {
         assert_eq!(read(&tar).len(), count, "{what}");
+    }
+}
+
+#[test]
+fn a_stream_that_fails_tells_where() {
+    /// Gives some bytes, then fails.
+    struct Failing<'a>(&'a [u8]);
+    impl std::io::Read for Failing<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+            if self.0.is_empty() {
+                return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, "no gzip header"));
+            }
+            let most = buf.len().min(1000);
+            std::io::Read::read(&mut self.0, &mut buf[..most])
+        }
+    }
+    let tar = Builder::default().entry("a", b'0', &[7; 5000]).end();
+    for cut in [0, 1000, 5000] {
+        let mut reader = TarReader::new(Failing(&tar[..cut]));
+        let error = loop {
+            match reader.next_event() {
+                Ok(event) => assert_ne!(event, Event::End),
+                Err(e) => break e,
+            }
+        };
+        let TarError::Io { offset, source } = error else { panic!("{error}") };
+        assert_eq!((offset, source.kind()), (cut as u64, std::io::ErrorKind::InvalidData));
+        assert_eq!(source.to_string(), "no gzip header");
     }
 }
 
