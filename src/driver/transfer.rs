@@ -460,7 +460,7 @@ impl Home {
         let (home, id) = (self.clone(), layer.id.clone());
         let staged = on_disk_thread(move |thread| Ok(home.store.stage(thread, &id)?)).await?;
         let filled = self.fill(layer, staged.path(), body, phases).await;
-        let committing = phases.begin(Transfer::Apply, Phase::Commit);
+        let committing = filled.is_ok().then(|| phases.begin(Transfer::Apply, Phase::Commit));
         let (home, layer) = (self.clone(), layer.clone());
         on_disk_thread(move |thread| {
             let applied = match filled {
