@@ -106,7 +106,7 @@ impl Codec for TestCodec {
                 let _ = out.flush();
                 std::process::abort()
             }
-            _ => Ok(ExportSummary { tar_bytes, tar_digest: None, hidden: 0, first_hidden: None }),
+            _ => Ok(ExportSummary { tar_bytes, ..ExportSummary::default() }),
         }
     }
 
