@@ -86,6 +86,7 @@ async fn bytes() {
             record: writable(&record),
             scratch,
             lowers: Vec::new(),
+            larger: None,
             options,
         };
         let lease = pool.lease("in", Purpose::Work).await.expect("a lease");

@@ -59,7 +59,7 @@ const HEAD_KEPT: usize = 4 << 10;
 /// Bytes of its first line that are logged.
 const LINE_TOLD: usize = 120;
 /// Bytes that are read and dropped at a time.
-const DROPPED: usize = 64 << 10;
+const DROPPED: usize = 16 << 10;
 
 /// Answers what comes in until `stop` resolves. Running requests get `limit` to end then; what is left is cut.
 pub async fn serve<L>(

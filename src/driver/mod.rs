@@ -12,7 +12,7 @@
 //! Invariants:
 //! * No byte of a layer is interpreted here: `transfer` opens files and hands descriptors to a service VM.
 //! * No lock is held across bulk I/O; gates are held while mounts change and while metadata are read.
-//! * No task of the runtime waits for a disk: [`on_disk_thread`] and [`blocking`] do.
+//! * No task of the runtime waits for a disk: `on_disk_thread` and `blocking` do.
 //! * A request looks at a layer once, by a snapshot, or under the layer's closed gate.
 //! * A layer's state changes through the store's atomic commits only.
 //! * Only images that a second, fresh service VM found sound, and sandboxes that we formatted, are mounted.

@@ -85,11 +85,10 @@ fn ours(tar: &[u8]) -> Result<Tree, String> {
 /// Differences of two trees, for people.
 fn differences(got: &Tree, want: &Tree) -> String {
     let names: std::collections::BTreeSet<_> = got.keys().chain(want.keys()).collect();
-    names
-        .into_iter()
-        .filter(|n| got.get(*n) != want.get(*n))
-        .map(|n| format!("{n:?}\n   ours {:?}\n  theirs {:?}\n", got.get(n), want.get(n)))
-        .collect()
+    let differing = names.into_iter().filter(|n| got.get(*n) != want.get(*n));
+    let shown: Vec<_> =
+        differing.map(|n| format!("{n:?}\n   ours {:?}\n  theirs {:?}\n", got.get(n), want.get(n))).collect();
+    shown.concat()
 }
 
 const CAPABILITY: &[u8] = b"\x01\0\0\x02\0\x04\0\0\0\0\0\0\0\0\0\0\0\0\0\0";

@@ -11,7 +11,7 @@ use lcow_graphdriver::{
     },
     io::{MemDisk, ReadAt},
 };
-use std::{env, fs, path::Path, process::Command};
+use std::{env, fmt::Write, fs, path::Path, process::Command};
 
 #[test]
 fn the_images_of_writer_2_are_the_golden_ones() {
@@ -25,7 +25,7 @@ fn the_images_of_writer_2_are_the_golden_ones() {
         let summary = apply(&tar[..], &image, &record, &mut NoLowers, &options()).expect("it goes in");
         let mut bytes = vec![0; summary.file_bytes as usize];
         image.read_exact_at(&mut bytes, 0).expect("an image");
-        found += &format!("{name} {}\n", TarDigest::of(DigestKind::Blake3, &bytes));
+        writeln!(found, "{name} {}", TarDigest::of(DigestKind::Blake3, &bytes)).expect("a string");
         if name == "base" {
             let old = fs::read(folder.path().join("home/base/layer.vhd")).expect("writer 1's image");
             assert!(old != bytes, "writer 1 made the same of what writer 2 takes otherwise");

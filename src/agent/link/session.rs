@@ -84,10 +84,10 @@ pub fn serve(
     serve_counted(input, output, platform, codec, &Arc::default())
 }
 
-/// [`serve`], which counts in `meter` what is held for the daemon.
+/// [`serve()`], which counts in `meter` what is held for the daemon.
 ///
 /// # Errors
-/// As [`serve`].
+/// As [`serve()`].
 pub fn serve_counted(
     mut input: impl Read,
     output: impl Write + Send + 'static,

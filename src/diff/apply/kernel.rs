@@ -11,7 +11,7 @@
 //!   id 2^32-1 of chown         ──► "leave as it is": root's in a new node, the node's own in one that is there
 //! ```
 //!
-//! [`XATTRS`] is the table of attributes, in the order in which Linux asks; `docs/tar-rules.md` has it beside moby,
+//! `XATTRS` is the table of attributes, in the order in which Linux asks; `docs/tar-rules.md` has it beside moby,
 //! containerd and profile `hcsshim`. `tests/apply/kernel.rs` makes the same system calls on a mounted ext4 and holds
 //! this table to the answers. Types and sizes are the image writer's to refuse: it names what it can't hold.
 //!
