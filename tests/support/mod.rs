@@ -177,7 +177,7 @@ impl Plugin {
             assert!(begin.elapsed() < READY, "the plugin does not answer:\n{}", self.log());
             // For the same reason it may take the address for somebody's.
             if self.child.try_wait().unwrap().is_some() {
-                self.child = Self::spawn(&self.folder, &self.arguments, &self.environment);
+                self.child = Self::spawn(&self.folder, &self.arguments, &self.environment, &self.launcher);
             }
             std::thread::sleep(Duration::from_millis(5));
         }
