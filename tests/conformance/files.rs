@@ -43,9 +43,9 @@ impl Files {
     }
 
     /// Where an apply that needs larger blocks goes on: `NAME.larger.vhd` and `NAME.larger.record`.
-    pub(crate) fn larger(&self, name: &str) -> Option<Arc<dyn SecondPair>> {
+    pub(crate) fn larger(&self, name: &str) -> Arc<dyn SecondPair> {
         let pair = ["vhd", "record"].map(|kind| self.path(&format!("{name}.larger.{kind}")));
-        Some(Arc::new(Larger(pair)))
+        Arc::new(Larger(pair))
     }
 
     /// Applies `tar` as the layer `name`.
@@ -158,7 +158,7 @@ impl Tar {
     /// A symbolic link with a target of any length.
     pub(crate) fn long_link(self, name: &str, target: &str) -> Self {
         let body = target.len() + " linkpath=\n".len();
-        let len = (body..).find(|len| len.to_string().len() + body == *len).unwrap();
+        let len = (body..body + 20).find(|len| len.to_string().len() + body == *len).unwrap();
         let pax = format!("{len} linkpath={target}\n");
         self.entry("pax", b'x', pax.as_bytes(), "").entry(name, b'2', b"", "x")
     }

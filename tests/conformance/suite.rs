@@ -109,7 +109,7 @@ pub(crate) async fn larger_blocks_in_mid_stream(backend: Backend) {
         for (layer, block_size) in [(wide.as_str(), if grows { 4096 } else { 1024 }), (name, 1024)] {
             let mut job = files.apply_job(layer);
             job.options.block_size = block_size;
-            job.larger = files.larger(layer);
+            job.larger = Some(files.larger(layer));
             job.lowers = vec![files.layer("below")];
             let lease = pool.lease(layer, Purpose::Work).await.unwrap();
             summaries.push(lease.tar_to_layer(job, body(&tar, 60_000)).await.unwrap());
