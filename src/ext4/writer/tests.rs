@@ -499,7 +499,7 @@ fn misuse_is_an_error() {
     assert!(w.create(f, b"below a file", NodeKind::Fifo, attributes(0), vec![]).is_err());
     assert!(w.unlink(root, b"none").is_err() && w.end_file().is_err());
     assert!(w.write_data(0, b"x", &mut |_| ()).is_err() && w.begin_file(root, 1).is_err());
-    assert!(matches!(w.begin_file(f, 1 << 50), Err(Ext4Error::Unsupported { .. })));
+    assert!(matches!(w.begin_file(f, 1 << 50), Err(Ext4Error::FileSize { .. })));
     let kinds = [
         NodeKind::CharDevice { major: 5000, minor: 0 },
         NodeKind::Symlink { target: vec![b'x'; 1024] },
