@@ -81,9 +81,12 @@ fn walk(fs: &Ext4<&Counted<MemDisk>>) {
 
 fuzz_target!(|image: &[u8]| LIMIT.hold(image.len(), || one(image)));
 
+const LIMITS: check::CheckLimits =
+    check::CheckLimits { max_blocks: 1 << 20, max_inodes: 1 << 16, writer: check::WRITER };
+
 fn one(image: &[u8]) {
     let disk = Counted(MemDisk::from(image.to_vec()));
-    let sound = check::check(&disk, check::CheckLimits { max_blocks: 1 << 20, max_inodes: 1 << 16 }).is_ok();
+    let sound = check::check(&disk, LIMITS).is_ok();
     if let Ok(fs) = Ext4::open(&disk) {
         walk(&fs);
     } else {

@@ -17,9 +17,11 @@ use lcow_graphdriver::{
         link::{self, Platform, frame},
         wire::{self, DiskId, JailReport, WireError},
     },
+    ext4::check::WRITER,
     svm::{
         Access, ApplyJob, BackendLimits, Channel, CheckJob, CompareJob, Death, DiskSource, ExportJob,
-        ExportKind, LayerDisk, LayerKind, ParentDisks, SecondPair, ServiceVm, SvmError, VmBackend, VmSpec,
+        ExportKind, IdMaps, LayerDisk, LayerKind, ParentDisks, SecondPair, ServiceVm, SvmError, VmBackend,
+        VmSpec,
         pool::{Pool, PoolConfig, Purpose},
         remote::RemoteAgent,
     },
@@ -160,7 +162,13 @@ async fn daemon_side(operation: u8, said: &[u8]) {
     let exact = ExportKind::Exact { image: disk(Access::ReadOnly), record: disk(Access::ReadOnly) };
     match operation {
         0 => {
-            let job = CheckJob { image: disk(Access::ReadOnly), tree: true, require_no_writers: false };
+            let job = CheckJob {
+                image: disk(Access::ReadOnly),
+                tree: true,
+                writer: WRITER,
+                owners: IdMaps::default(),
+                require_no_writers: false,
+            };
             let _ = pool.check_image(job).await;
         }
         1 => {

@@ -55,7 +55,9 @@ mod tests {
         assert!(parse(names(&["a", "b", "a"])).unwrap_err().contains("own ancestor"));
         assert!(parse(names(&[r"C:\home\..", "x"])).is_err());
         assert!(parse(names(&["x/"])).is_err());
-        assert!(parse((0..=MAX_CHAIN).map(|n| format!("l{n}")).collect()).unwrap_err().contains("129 ancestors"));
+        assert!(
+            parse((0..=MAX_CHAIN).map(|n| format!("l{n}")).collect()).unwrap_err().contains("129 ancestors")
+        );
     }
 
     #[test]

@@ -75,7 +75,7 @@ impl LowerLayers for Below {
     fn lookup(&mut self, path: &[&[u8]]) -> Result<Option<LowerNode>, DiffError> {
         let (inode, kind, xattrs) = match path {
             [b"long"] => (12, NodeKind::Symlink { target: vec![b't'; 3000] }, Vec::new()),
-            [b"many"] => (13, NodeKind::Fifo, many()),
+            [b"many"] => (13, NodeKind::File, many()),
             [b"plain"] => (14, NodeKind::Fifo, Vec::new()),
             _ => return Ok(None),
         };
