@@ -9,6 +9,7 @@ use crate::{
 };
 use lcow_graphdriver::{diff::apply::Profile, ext4::hcsshim::LCOW_MAX_DISK};
 use std::{
+    collections::HashSet,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -60,6 +61,28 @@ fn the_kernel_finds_what_it_finds_in_a_default_image() {
         assert!(found.remove("lost+found").is_some(), "hcsshim's images have one");
         // That tool also keeps a symlink's set-id and sticky bits, which mean nothing.
         found.values_mut().filter(|n| n.mode & 0o170_000 == 0o120_000).for_each(|n| n.mode &= !0o7000);
-        assert_same(&format!("seed {seed}"), &found, &tree(&default));
+        let mut expected = tree(&default);
+        settle(&mut found);
+        settle(&mut expected);
+        assert_same(&format!("seed {seed}"), &found, &expected);
+    }
+}
+
+/// Leaves out in what the profiles differ (docs/tar-rules.md): that tool passes over what a hard link's header says of its
+/// file, and keeps `user.*` attributes of what is neither file nor folder, which Linux would refuse.
+fn settle(tree: &mut Tree) {
+    /// Kind of a file in its mode.
+    const KIND: u32 = 0o170_000;
+    let linked: HashSet<String> =
+        tree.iter().filter_map(|(name, n)| Some([name.clone(), n.same_as.clone()?])).flatten().collect();
+    assert!(linked.len() < tree.len() / 2, "most of the tree has one name only");
+    for (name, node) in tree {
+        if linked.contains(name) {
+            (node.mode, node.owner, node.mtime) = (node.mode & KIND, (0, 0), (0, 0));
+            node.xattrs.clear();
+        }
+        if ![0o100_000, 0o040_000].contains(&(node.mode & KIND)) {
+            node.xattrs.retain(|attribute, _| !attribute.starts_with("user."));
+        }
     }
 }
