@@ -7,6 +7,7 @@
 use super::{DriverError, LAST_INIT};
 use crate::store::{Marker, StoreError, guard, layout};
 use std::{
+    ffi::OsString,
     fs::{self, DirEntry},
     io,
     path::Path,
@@ -32,11 +33,14 @@ pub(super) fn prepare(root: &Path, home: Option<&Path>) -> Result<(), DriverErro
             Some(home) => Marker::read(home)?.and_then(|marker| marker.init.passing_group()),
             None => None,
         };
-        if !guard::is_private(root).map_err(DriverError::io("look at", root))? && !looks_ours(root)? {
+        if !guard::is_private(root).map_err(DriverError::io("look at", root))?
+            && let Some(foreign) = foreign(root)?
+        {
             return Err(StoreError::Usage(format!(
-                "'{}' is open to other users and holds something else than this service's state; name a folder of its \
-                 own as --root",
-                root.display()
+                "'{}' is open to other users and holds something else than this service's state ('{}' lies there); name \
+                 a folder of its own as --root",
+                root.display(),
+                foreign.to_string_lossy()
             ))
             .into());
         }
@@ -47,9 +51,9 @@ pub(super) fn prepare(root: &Path, home: Option<&Path>) -> Result<(), DriverErro
     Ok(())
 }
 
-/// Whether the folder shows that this service used it before, or holds nothing foreign.
+/// What the folder holds that is not the service's; nothing where it shows that the service used it before.
 #[cfg(unix)]
-fn looks_ours(root: &Path) -> Result<bool, DriverError> {
+fn foreign(root: &Path) -> Result<Option<OsString>, DriverError> {
     let mut entries = Vec::new();
     for entry in fs::read_dir(root).map_err(DriverError::io("list", root))? {
         entries.push(entry.map_err(DriverError::io("list", root))?);
@@ -57,7 +61,7 @@ fn looks_ours(root: &Path) -> Result<bool, DriverError> {
     let marked = entries.iter().any(|entry| {
         [LAST_INIT, layout::MARKER, layout::OWNER_LOCK].iter().any(|name| entry.file_name() == *name)
     });
-    Ok(marked || entries.iter().all(is_ours))
+    Ok(entries.iter().find(|entry| !marked && !is_ours(entry)).map(DirEntry::file_name))
 }
 
 /// Whether an entry of the root is the service's: its state, its sockets, its logs.
@@ -70,12 +74,14 @@ pub(super) fn is_ours(entry: &DirEntry) -> bool {
         return true;
     }
     if kind.is_dir() {
-        return name == layout::LOST_AND_FOUND || name == QEMU_FOLDER;
+        return [layout::LOST_AND_FOUND, QEMU_FOLDER, PROPAGATION].contains(&&*name);
     }
     let suffix = Path::new(&*name).extension().and_then(|e| e.to_str());
     kind.is_file() && (name.starts_with(LAST_INIT) || name == "log" || matches!(suffix, Some("log" | "pid")))
 }
 
+/// Where `sys::linux::init` tries, as a managed plugin's first process, whether mounts reach the host.
+const PROPAGATION: &str = ".propagation";
 /// Where QEMU's saved machines lie.
 const QEMU_FOLDER: &str = ".svm";
 
