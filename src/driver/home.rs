@@ -1,10 +1,11 @@
 //! One home: a store, its service VMs and its mounts.
 
 use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered, pristine::Shown};
-use crate::store::{DiskThread, guard};
+#[cfg(unix)]
+use crate::store::guard;
 use crate::{
     config::Options,
-    store::{IdRange, InitRecord, Layer, Store},
+    store::{DiskThread, IdRange, InitRecord, Layer, Store},
     svm::{self, Mode, Pool, PoolConfig},
 };
 use std::{path::Path, sync::Arc};

@@ -5,9 +5,12 @@
 //! than closed: `--root /var` must not lock everybody out of `/var`.
 
 use super::{DriverError, LAST_INIT};
-use crate::store::{Marker, StoreError, guard, layout};
+#[cfg(unix)]
+use crate::store::guard;
+use crate::store::{Marker, StoreError, layout};
+#[cfg(unix)]
+use std::ffi::OsString;
 use std::{
-    ffi::OsString,
     fs::{self, DirEntry},
     io,
     path::Path,
