@@ -77,7 +77,9 @@ pub(super) fn is_ours(entry: &DirEntry) -> bool {
         return true;
     }
     if kind.is_dir() {
-        return [layout::LOST_AND_FOUND, QEMU_FOLDER, PROPAGATION].contains(&&*name);
+        // A home below the root, also one that was moved there before the first start (docs/managed-plugin.md).
+        return [layout::LOST_AND_FOUND, QEMU_FOLDER, PROPAGATION].contains(&&*name)
+            || entry.path().join(layout::MARKER).exists();
     }
     let suffix = Path::new(&*name).extension().and_then(|e| e.to_str());
     kind.is_file() && (name.starts_with(LAST_INIT) || name == "log" || matches!(suffix, Some("log" | "pid")))

@@ -19,7 +19,7 @@ pub mod reader;
 pub mod writer;
 
 /// How the tests of this room and of `diff` mount what they look at.
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 #[path = "../../tests/support/loopmount.rs"]
 pub(crate) mod loopmount;
 
