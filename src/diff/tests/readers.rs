@@ -119,6 +119,7 @@ fn apply_takes_what_both_versions_write_and_attributes_keep_their_names() {
 }
 
 #[test]
+#[cfg_attr(windows, ignore = "needs the mounts and overlayfs of Linux")]
 fn an_opaque_root_ends_the_stack_in_every_diff() {
     let layer = |entries: &[(&str, &[u8])]| {
         let mut tar = tar::Builder::new(Vec::new());

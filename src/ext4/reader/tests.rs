@@ -184,6 +184,7 @@ fn run(program: &str, args: &[&str]) {
 
 /// A map of which each block names itself stands for a thousand million blocks.
 #[test]
+#[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn a_block_map_that_names_itself_ends_with_the_file_system() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
@@ -212,6 +213,7 @@ fn a_block_map_that_names_itself_ends_with_the_file_system() {
 
 /// What all inodes of a hostile image point to is read some times for each block, not once for each inode.
 #[test]
+#[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn blocks_that_many_inodes_share_are_visited_a_bounded_number_of_times() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
