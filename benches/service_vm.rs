@@ -10,12 +10,9 @@ mod codec;
 use bytes::Bytes;
 use codec::TestCodec;
 use futures_util::{StreamExt, stream};
-use lcow_graphdriver::{
-    agent::{codec::Codec, worker_main},
-    svm::{
-        ApplyJob, ApplyOptions, DiskSource, ExportJob, ExportKind, Mode, Pool, PoolConfig, Purpose,
-        embedded::{EmbeddedBackend, EmbeddedConfig},
-    },
+use lcow_graphdriver::svm::{
+    ApplyJob, ApplyOptions, DiskSource, ExportJob, ExportKind, Mode, Pool, PoolConfig, Purpose,
+    embedded::{EmbeddedBackend, EmbeddedConfig},
 };
 use std::{
     fs::File,
@@ -23,6 +20,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use svm_agent::{codec::Codec, worker_main};
 
 /// Tells a process that it is a worker.
 const MARK: &str = "LCOW_BENCH_WORKER";

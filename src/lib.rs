@@ -28,7 +28,7 @@
 //!
 //! Arrows point down only: a module may use what is drawn below it and never what is above. `tests/architecture.rs`
 //! reads the `use crate::` lines and holds the code to this picture. `migrate` stands beside `main`, above `driver`: it
-//! brings other storage drivers' images over. [`sys`] is the only place with `unsafe` code; it
+//! brings other storage drivers' images over. [`lcow_sys`] is the only place with `unsafe` code; it
 //! wraps system calls and knows nothing of layers.
 //!
 //! # Glossary
@@ -39,22 +39,13 @@
 //! * **exact record**: what of an applied tar the image itself does not hold, so that Diff gives back the very bytes.
 //! * **canonical diff**: the one tar that a written layer has, whoever makes it.
 
-pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod config;
-pub mod diff;
 pub mod driver;
-pub mod ext4;
-pub mod io;
 pub mod listen;
 #[cfg(target_os = "linux")]
 pub mod migrate;
 pub mod store;
 pub mod svm;
-pub mod sys;
-pub mod tar;
 pub mod telemetry;
-pub mod verity;
-pub mod vhd;
-pub mod vhdx;

@@ -1,4 +1,4 @@
-//! Holds the code to the picture in `src/lib.rs`: arrows point down only, `unsafe` lives in `sys` (tests have none
+//! Holds the code to the picture in `src/lib.rs`: arrows point down only, `unsafe` lives in `lcow-sys` (tests have none
 //! either), files stay readable.
 
 use std::{
@@ -7,55 +7,82 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Each module and what it may use (`crate::X`).
+/// The crates below the program, and what each may use: Cargo holds them to it, and this table holds their manifests.
+const CRATES: &[(&str, &[&str])] = &[
+    (
+        "svm-agent",
+        &["disk-io", "ext4-image", "layer-codec", "lcow-sys", "svm-protocol", "verity-tree", "vhd-image"],
+    ),
+    ("svm-protocol", &["disk-io", "ext4-image", "layer-codec", "layer-tar", "lcow-sys", "verity-tree"]),
+    ("layer-codec", &["disk-io", "ext4-image", "layer-tar", "verity-tree", "vhd-image"]),
+    ("layer-tar", &["disk-io"]),
+    ("ext4-image", &["disk-io"]),
+    ("vhd-image", &["disk-io"]),
+    ("verity-tree", &["disk-io"]),
+    ("lcow-sys", &[]),
+    ("disk-io", &[]),
+];
+
+/// Each module of the program and what it may use: other modules, and crates.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     (
         "cli",
         &[
-            "agent",
             "api",
             "config",
-            "diff",
+            "disk-io",
             "driver",
-            "ext4",
-            "io",
+            "ext4-image",
+            "layer-codec",
+            "layer-tar",
+            "lcow-sys",
             "listen",
             "migrate",
             "store",
             "svm",
-            "sys",
-            "tar",
+            "svm-agent",
+            "svm-protocol",
             "telemetry",
-            "verity",
-            "vhd",
-            "vhdx",
+            "verity-tree",
+            "vhd-image",
         ],
     ),
     ("api", &["driver", "store", "telemetry"]),
-    ("listen", &["sys"]),
-    ("migrate", &["config", "driver", "store", "svm", "vhd"]),
-    ("driver", &["config", "ext4", "io", "store", "svm", "sys", "telemetry", "verity", "vhd", "vhdx"]),
-    ("store", &["sys"]),
+    ("listen", &["lcow-sys"]),
+    ("migrate", &["config", "driver", "store", "svm", "vhd-image"]),
+    (
+        "driver",
+        &[
+            "config",
+            "disk-io",
+            "ext4-image",
+            "lcow-sys",
+            "store",
+            "svm",
+            "telemetry",
+            "verity-tree",
+            "vhd-image",
+        ],
+    ),
+    ("store", &["lcow-sys"]),
     // Hyper-V attaches no raw files: what it lends is wrapped, and what came back is unwrapped (svm/hcs/disks.rs).
-    ("svm", &["agent", "io", "sys", "vhd", "vhdx"]),
-    // The guest's program.
-    ("bin", &["agent", "sys"]),
-    ("agent", &["diff", "ext4", "io", "sys", "tar", "verity", "vhd", "vhdx"]),
-    ("diff", &["ext4", "io", "tar", "verity", "vhd"]),
-    ("tar", &["io"]),
-    ("ext4", &["io"]),
-    ("vhd", &["io"]),
-    ("vhdx", &["io"]),
-    ("verity", &["io"]),
-    ("io", &[]),
-    ("sys", &[]),
+    ("svm", &["disk-io", "lcow-sys", "svm-protocol", "vhd-image"]),
     ("config", &[]),
     ("telemetry", &[]),
 ];
 
 /// Modules that know no runtime, no HTTP, no configuration.
-const PLAIN: &[&str] = &["agent", "diff", "tar", "ext4", "vhd", "vhdx", "verity", "io"];
+const PLAIN: &[&str] = &[
+    "svm-agent",
+    "svm-protocol",
+    "layer-codec",
+    "layer-tar",
+    "ext4-image",
+    "vhd-image",
+    "verity-tree",
+    "disk-io",
+];
 /// Crates that plain modules must not use.
 const RUNTIME_CRATES: &[&str] = &["tokio", "axum", "hyper", "hyper_util", "tower_http", "figment", "clap"];
 /// Lines of a file without its tests.
@@ -67,10 +94,18 @@ const UNSAFE_ELSEWHERE: &[(&str, &str)] = &[
     ("fuzz/fuzz_targets/bound/mod.rs", "an allocator that counts: the trait has no other form"),
 ];
 
-/// The files of the program, by their paths below `src`.
+/// The files of the program and of the crates below it: of the program by their paths below `src`, of a crate by the
+/// crate's name and their paths below its `src`.
 fn sources() -> Vec<(PathBuf, String)> {
-    let found = rust_files("src");
-    assert!(found.len() > 30, "the sources were not found");
+    let mut found = rust_files("src");
+    for (path, text) in rust_files("crates") {
+        let mut parts = path.components();
+        let name = parts.next().unwrap();
+        if parts.next().is_some_and(|folder| folder.as_os_str() == "src") {
+            found.push((Path::new(&name).join(parts.as_path()), text));
+        }
+    }
+    assert!(found.len() > 200, "the sources were not found");
     found
 }
 
@@ -110,9 +145,18 @@ fn code(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap()).collect::<Vec<_>>().join("\n")
 }
 
-/// Names right behind each `crate::`, groups opened.
+/// Names right behind each `crate::`, groups opened, and the crates of this workspace that are named.
 fn uses(code: &str) -> Vec<String> {
-    let mut names = Vec::new();
+    let mut names: Vec<String> = CRATES
+        .iter()
+        .filter(|(name, _)| {
+            let path = format!("{}::", name.replace('-', "_"));
+            code.match_indices(&path).any(|(at, _)| {
+                !code[..at].ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':')
+            })
+        })
+        .map(|(name, _)| (*name).to_owned())
+        .collect();
     for rest in code.split("crate::").skip(1) {
         if let Some(group) = rest.strip_prefix('{') {
             let (mut depth, mut item) = (0, String::new());
@@ -133,14 +177,19 @@ fn uses(code: &str) -> Vec<String> {
     }
     names
         .iter()
-        .map(|n| n.trim().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect::<String>())
+        .map(|n| {
+            n.trim()
+                .chars()
+                .take_while(|c| c.is_ascii_alphanumeric() || *c == '_' || *c == '-')
+                .collect::<String>()
+        })
         .filter(|n| !n.is_empty())
         .collect()
 }
 
 #[test]
 fn arrows_point_down_only() {
-    let allowed: BTreeMap<_, _> = MAY_USE.iter().copied().collect();
+    let allowed: BTreeMap<_, _> = MAY_USE.iter().chain(CRATES).copied().collect();
     let mut faults = Vec::new();
     let mut seen = 0;
     for (path, text) in sources() {
@@ -154,7 +203,9 @@ fn arrows_point_down_only() {
         };
         for used in uses(&code(&text)) {
             seen += 1;
-            if used != module && !allowed.contains(&used.as_str()) {
+            // Inside of a crate `crate::` is the crate itself.
+            let inside = CRATES.iter().any(|(name, _)| *name == module) && !used.contains('-');
+            if used != module && !inside && !allowed.contains(&used.as_str()) {
                 faults.push(format!("{}: '{module}' must not use '{used}'", path.display()));
             }
         }
@@ -164,9 +215,27 @@ fn arrows_point_down_only() {
 }
 
 #[test]
+fn crates_depend_on_what_the_table_says() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");
+    for (name, allowed) in CRATES {
+        let manifest = fs::read_to_string(root.join(name).join("Cargo.toml")).unwrap();
+        let dependencies = manifest.split_once("\n[dependencies]\n").expect("dependencies").1;
+        let dependencies = dependencies.split("\n[").next().unwrap();
+        let names: Vec<&str> = dependencies
+            .lines()
+            .filter_map(|line| line.split(['.', ' ']).next())
+            .filter(|name| CRATES.iter().any(|(other, _)| other == name))
+            .collect();
+        assert_eq!(&names, allowed, "crates/{name}/Cargo.toml");
+    }
+    assert_eq!(fs::read_dir(root).unwrap().count(), CRATES.len(), "a crate is not in the table");
+}
+
+#[test]
 fn the_reader_of_this_test_sees_groups_and_paths() {
-    let code = "use crate::{\n a::B,\n c,\n};\nuse crate::d::e;\nlet x = crate::f::g();";
-    assert_eq!(uses(code), ["a", "c", "d", "f"]);
+    let code =
+        "use crate::{\n a::B,\n c,\n};\nuse crate::d::e;\nuse disk_io::ReadAt;\nlet x = crate::f::g();";
+    assert_eq!(uses(code), ["disk-io", "a", "c", "d", "f"]);
 }
 
 #[test]
@@ -200,7 +269,11 @@ fn tests_have_no_unsafe_code_but_what_is_listed() {
         match unused.iter().position(|known| Path::new(known) == path) {
             Some(known) => drop(unused.remove(known)),
             None => {
-                faults.push(format!("{}:{} has unsafe code: it belongs in src/sys", path.display(), n + 1));
+                faults.push(format!(
+                    "{}:{} has unsafe code: it belongs in crates/lcow-sys",
+                    path.display(),
+                    n + 1
+                ));
             }
         }
     }
@@ -209,7 +282,7 @@ fn tests_have_no_unsafe_code_but_what_is_listed() {
 }
 
 #[test]
-fn unsafe_code_lives_in_sys_and_each_block_says_why() {
+fn unsafe_code_lives_in_lcow_sys_and_each_block_says_why() {
     for (line, expected) in [
         ("    let x = unsafe { f() };", true),
         ("#[unsafe(no_mangle)]", true),
@@ -225,7 +298,7 @@ fn unsafe_code_lives_in_sys_and_each_block_says_why() {
         for (n, line) in lines.iter().enumerate() {
             let bare = line.split("//").next().unwrap();
             assert!(
-                !has_unsafe(line) || module_of(&path) == "sys",
+                !has_unsafe(line) || module_of(&path) == "lcow-sys",
                 "{}:{} has unsafe code",
                 path.display(),
                 n + 1
@@ -279,7 +352,7 @@ fn every_test_that_the_table_of_faults_names_is_there() {
     assert_eq!(named_tests("| 1 | a `b` | `c`, `d` |\n| # | what | test |"), ["c", "d"]);
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let page = fs::read_to_string(root.join("docs/faults.md")).unwrap();
-    let code: String = ["src", "tests", "fuzz"]
+    let code: String = ["src", "crates", "tests", "fuzz"]
         .iter()
         .flat_map(|folder| rust_files(folder).into_iter().map(|(_, text)| text))
         .collect::<Vec<_>>()
@@ -316,4 +389,28 @@ fn only_threads_that_may_wait_work_on_the_stores_files() {
     let others: Vec<_> = said.iter().filter(|path| !known.contains(&path.as_str())).collect();
     assert!(others.is_empty(), "{others:?} may not say that their threads may wait for a disk");
     assert_eq!(said.len(), known.len(), "a row of the table is not needed any more: {said:?}");
+}
+
+/// The rows of a table of limits: what, and how many.
+fn limits(text: &str, comment: &str) -> Vec<(String, u64)> {
+    text.lines()
+        .filter_map(|line| line.trim().strip_prefix(comment)?.trim().strip_prefix("| "))
+        .filter_map(|row| {
+            let mut cells = row.split(" | ");
+            let (what, most) = (cells.next()?, cells.next()?);
+            Some((what.to_owned(), most.replace(',', "").parse().ok()?))
+        })
+        .collect()
+}
+
+#[test]
+fn the_limits_of_a_layer_in_the_docs_are_those_of_the_codec() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let code = fs::read_to_string(root.join("crates/layer-codec/src/limits.rs")).unwrap();
+    let docs = fs::read_to_string(root.join("docs/operations.md")).unwrap();
+    let docs = docs.split_once("## What a layer can hold").expect("a section of the docs").1;
+    let docs = docs.split("\n## ").next().unwrap_or_default();
+    let held = limits(&code, "//!");
+    assert!(held.len() > 9, "the table of the codec was not found");
+    assert_eq!(limits(docs, ""), held, "docs/operations.md");
 }

@@ -1,7 +1,7 @@
 //! Loop devices and mounts with the real kernel. Needs root, loop devices, mkfs.ext4 and overlayfs; where one is
 //! missing the test fails with the reason.
 
-use lcow_graphdriver::sys::linux::{
+use lcow_sys::linux::{
     byhandle::{self, Name, Tree},
     freeze,
     idmap::{self, IdMapping},

@@ -4,11 +4,9 @@
 #![no_main]
 
 use bound::{Counted, Limit};
-use lcow_graphdriver::{
-    diff::{LayerKind, LayerSource, NoHooks, changes, export},
-    ext4::{Ext4, FileKind, check},
-    io::{MemDisk, StreamOut},
-};
+use disk_io::{MemDisk, StreamOut};
+use ext4_image::{Ext4, FileKind, check};
+use layer_codec::{LayerKind, LayerSource, NoHooks, changes, export};
 use libfuzzer_sys::fuzz_target;
 use std::{
     fs::File,

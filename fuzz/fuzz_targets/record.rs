@@ -6,13 +6,11 @@
 #![no_main]
 
 use bound::{Counted, Limit};
-use lcow_graphdriver::{
-    diff::{
-        apply::{ApplyOptions, NoLowers, apply},
-        record,
-    },
-    ext4::writer::WriterOptions,
-    io::MemDisk,
+use disk_io::MemDisk;
+use ext4_image::writer::WriterOptions;
+use layer_codec::{
+    apply::{ApplyOptions, NoLowers, apply},
+    record,
 };
 use libfuzzer_sys::fuzz_target;
 use std::sync::LazyLock;

@@ -2,14 +2,12 @@
 #![no_main]
 
 use bound::{Counted, Limit};
-use lcow_graphdriver::{
-    diff::{
-        LayerKind, LayerSource, NoHooks,
-        apply::{ApplyOptions, NoLowers, Verity, apply},
-        export, record,
-    },
-    ext4::{check, writer::WriterOptions},
-    io::{MemDisk, SubDisk},
+use disk_io::{MemDisk, SubDisk};
+use ext4_image::{check, writer::WriterOptions};
+use layer_codec::{
+    LayerKind, LayerSource, NoHooks,
+    apply::{ApplyOptions, NoLowers, Verity, apply},
+    export, record,
 };
 use libfuzzer_sys::fuzz_target;
 

@@ -2,8 +2,8 @@
 #![no_main]
 
 use bound::Limit;
-use lcow_graphdriver::vhd::{FOOTER_SIZE, Footer};
 use libfuzzer_sys::fuzz_target;
+use vhd_image::vhd::{FOOTER_SIZE, Footer};
 
 mod bound;
 

@@ -6,12 +6,10 @@
 #![no_main]
 
 use bound::{Counted, Limit};
-use lcow_graphdriver::{
-    io::{MemDisk, ReadAt, WriteAt},
-    vhdx::{CreateOptions, Vhdx, VhdxWriter, create},
-};
+use disk_io::{MemDisk, ReadAt, WriteAt};
 use libfuzzer_sys::fuzz_target;
 use std::sync::LazyLock;
+use vhd_image::vhdx::{CreateOptions, Vhdx, VhdxWriter, create};
 
 mod bound;
 

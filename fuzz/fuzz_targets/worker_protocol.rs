@@ -9,22 +9,13 @@
 #![no_main]
 
 use bound::Limit;
+use ext4_image::check::WRITER;
 use futures_util::{StreamExt, future::BoxFuture};
-use lcow_graphdriver::{
-    agent::{
-        RealCodec,
-        codec::Codec,
-        link::{self, Platform, frame},
-        wire::{self, DiskId, JailReport, WireError},
-    },
-    ext4::check::WRITER,
-    svm::{
-        Access, ApplyJob, BackendLimits, Channel, CheckJob, CompareJob, Death, DiskSource, ExportJob,
-        ExportKind, IdMaps, LayerDisk, LayerKind, ParentDisks, SecondPair, ServiceVm, SvmError, VmBackend,
-        VmSpec,
-        pool::{Pool, PoolConfig, Purpose},
-        remote::RemoteAgent,
-    },
+use lcow_graphdriver::svm::{
+    Access, ApplyJob, BackendLimits, Channel, CheckJob, CompareJob, Death, DiskSource, ExportJob, ExportKind,
+    IdMaps, LayerDisk, LayerKind, ParentDisks, SecondPair, ServiceVm, SvmError, VmBackend, VmSpec,
+    pool::{Pool, PoolConfig, Purpose},
+    remote::RemoteAgent,
 };
 use libfuzzer_sys::fuzz_target;
 use std::{
@@ -33,6 +24,12 @@ use std::{
     sync::{Arc, LazyLock, Mutex},
     time::Duration,
 };
+use svm_agent::{
+    RealCodec,
+    codec::Codec,
+    link::Platform,
+};
+use svm_protocol::{self, DiskId, JailReport, WireError, link};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     runtime::Runtime,
@@ -179,7 +176,7 @@ async fn daemon_side(operation: u8, said: &[u8]) {
                 scratch: None,
                 lowers: vec![],
                 larger: Some(Arc::new(Pair)),
-                options: wire::ApplyOptions::default(),
+                options: svm_protocol::ApplyOptions::default(),
             };
             let body = futures_util::stream::iter([Ok::<_, io::Error>(vec![0; 1024].into())]);
             let _ = lease.tar_to_layer(job, body).await;
@@ -212,11 +209,11 @@ struct Bare;
 
 impl Platform for Bare {
     fn open_disk(&self, _: &str, _: bool) -> Result<File, WireError> {
-        Err(WireError::new(wire::ErrorKind::Io, "no disk"))
+        Err(WireError::new(svm_protocol::ErrorKind::Io, "no disk"))
     }
 
     fn open_transfer(&self, _: &str) -> Result<File, WireError> {
-        Err(WireError::new(wire::ErrorKind::Io, "no disk"))
+        Err(WireError::new(svm_protocol::ErrorKind::Io, "no disk"))
     }
 
     fn forget_disk(&self, _: &str) {}
@@ -228,10 +225,10 @@ impl Platform for Bare {
 
 /// The agent, told `said` in a session.
 fn agent_side(said: &[u8]) {
-    let input = [&frame::SYNC, said].concat();
+    let input = [&link::SYNC, said].concat();
     let platform: Arc<dyn Platform> = Arc::new(Bare);
     let codec: Arc<dyn Codec> = Arc::new(RealCodec::default());
-    link::serve(input.as_slice(), io::sink(), &platform, &codec)
+    svm_agent::link::serve(input.as_slice(), io::sink(), &platform, &codec)
         .expect("garbage costs a session, not the agent");
 }
 
@@ -244,32 +241,32 @@ async fn guest_side(said: &[u8]) {
     let (mut listen, mut speak) = tokio::io::split(theirs);
     let (input, output) = tokio::io::split(ours);
     let greet = async {
-        let mut head = [0; frame::SYNC.len() + frame::HEADER_LEN + wire::HEADER_LEN];
+        let mut head = [0; link::SYNC.len() + link::HEADER_LEN + svm_protocol::HEADER_LEN];
         listen.read_exact(&mut head).await?;
-        let len = u32::from_le_bytes(head[frame::SYNC.len()..][..4].try_into().expect("four bytes"));
-        let mut wake = vec![0; len as usize - wire::HEADER_LEN];
+        let len = u32::from_le_bytes(head[link::SYNC.len()..][..4].try_into().expect("four bytes"));
+        let mut wake = vec![0; len as usize - svm_protocol::HEADER_LEN];
         listen.read_exact(&mut wake).await?;
-        let wake: wire::Wake = serde_json::from_slice(&wake)?;
-        let hello = wire::Hello {
-            version: wire::PROTOCOL_VERSION,
+        let wake: svm_protocol::Wake = serde_json::from_slice(&wake)?;
+        let hello = svm_protocol::Hello {
+            version: svm_protocol::PROTOCOL_VERSION,
             jail: JailReport::default(),
             nonce: wake.nonce,
             transfer: false,
             witness: None,
         };
         let mut message = Vec::new();
-        wire::write_json(&mut message, wire::FrameType::Hello, &hello)?;
+        svm_protocol::write_json(&mut message, svm_protocol::FrameType::Hello, &hello)?;
         // Yes to the first request that there will be, before it is made: nothing is read any more.
-        let reply = wire::ControlReply { seq: 1, error: None, witness: None };
-        wire::write_json(&mut message, wire::FrameType::Reply, &reply)?;
-        speak.write_all(&frame::SYNC).await?;
+        let reply = svm_protocol::ControlReply { seq: 1, error: None, witness: None };
+        svm_protocol::write_json(&mut message, svm_protocol::FrameType::Reply, &reply)?;
+        speak.write_all(&link::SYNC).await?;
         let hello_len = message.len() - {
             let mut reply_bytes = Vec::new();
-            wire::write_json(&mut reply_bytes, wire::FrameType::Reply, &reply)?;
+            svm_protocol::write_json(&mut reply_bytes, svm_protocol::FrameType::Reply, &reply)?;
             reply_bytes.len()
         };
         for part in [&message[..hello_len], &message[hello_len..]] {
-            speak.write_all(&frame::header(0, frame::Kind::Data, part.len())).await?;
+            speak.write_all(&link::header(0, link::Kind::Data, part.len())).await?;
             speak.write_all(part).await?;
         }
         Ok::<_, io::Error>(())
@@ -305,7 +302,7 @@ fuzz_target!(|input: &[u8]| {
 fn one(input: &[u8]) {
     let Some((&operation, said)) = input.split_first() else { return };
     let mut bytes = said;
-    while let Ok(Some(_)) = wire::decode_change(&mut bytes) {}
+    while let Ok(Some(_)) = svm_protocol::decode_change(&mut bytes) {}
     match operation % 7 {
         5 => agent_side(said),
         6 => RUNTIME.block_on(guest_side(said)),

@@ -27,13 +27,10 @@ mod service;
 mod store;
 mod svm;
 
-use crate::{
-    agent::codec::{Codec, RealCodec},
-    config,
-    telemetry::LogFormat,
-};
+use crate::{config, telemetry::LogFormat};
 use clap::{Args, Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use svm_agent::codec::{Codec, RealCodec};
 
 /// Where the service keeps its own state unless told otherwise.
 #[cfg(unix)]
@@ -170,7 +167,7 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         #[cfg(target_os = "linux")]
         Command::Launch => {
-            let status = crate::sys::linux::launch::launch_main();
+            let status = lcow_sys::linux::launch::launch_main();
             return u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from);
         }
         Command::Serve(args) => serve::run(args),
@@ -184,7 +181,7 @@ pub fn run() -> ExitCode {
         Command::Man(args) => generate::man(&args),
         Command::Worker { args } => {
             let codec: Arc<dyn Codec> = Arc::new(RealCodec::default());
-            let status = crate::agent::worker_main(&args, &codec);
+            let status = svm_agent::worker_main(&args, &codec);
             return u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from);
         }
     };

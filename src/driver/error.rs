@@ -51,7 +51,7 @@ pub enum DriverError {
         action: &'static str,
         /// What the kernel said.
         #[source]
-        source: crate::sys::linux::SysError,
+        source: lcow_sys::linux::SysError,
     },
     /// The system refused a file operation.
     #[error("cannot {action} '{}'", path.display())]

@@ -18,8 +18,8 @@ use {
     crate::{
         config::SvmKind,
         store::{LayerId, layout},
-        sys::linux::reflink,
     },
+    lcow_sys::linux::reflink,
     std::sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -188,11 +188,11 @@ impl Home {
     pub(super) fn free_bytes(&self) -> Option<u64> {
         #[cfg(target_os = "linux")]
         {
-            crate::sys::linux::mount::space(self.store.layout().home()).ok().map(|s| s.available)
+            lcow_sys::linux::mount::space(self.store.layout().home()).ok().map(|s| s.available)
         }
         #[cfg(windows)]
         {
-            crate::sys::windows::fs::available_bytes(self.store.layout().home()).ok()
+            lcow_sys::windows::fs::available_bytes(self.store.layout().home()).ok()
         }
     }
 
@@ -265,7 +265,7 @@ pub(super) fn options_of(init: &InitRecord, config: &DriverConfig) -> Result<Opt
 
 #[cfg(target_os = "linux")]
 fn remap(init: &InitRecord) -> Result<Option<Arc<std::os::fd::OwnedFd>>, DriverError> {
-    use crate::sys::linux::idmap::{IdMapping, user_namespace};
+    use lcow_sys::linux::idmap::{IdMapping, user_namespace};
     if init.uid_maps.is_empty() && init.gid_maps.is_empty() {
         return Ok(None);
     }

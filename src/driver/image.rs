@@ -12,13 +12,13 @@
 use super::DriverError;
 use crate::{
     config::{LayoutProfile, Options},
-    io::{ReadAt, WriteAt},
     store::{AppliedMeta, StoreError},
     svm::{ApplySummary, CheckSummary, DiskSource, Profile},
-    verity,
-    vhd::{self, Footer},
 };
+use disk_io::{ReadAt, WriteAt};
 use std::path::Path;
+use verity_tree;
+use vhd_image::vhd::{self, Footer};
 
 fn corrupt(path: &Path, reason: impl Into<String>) -> DriverError {
     StoreError::Corrupt { path: path.to_owned(), reason: reason.into() }.into()
@@ -26,7 +26,11 @@ fn corrupt(path: &Path, reason: impl Into<String>) -> DriverError {
 
 /// Bytes of the disk: the file system, and the hash tree if it has one.
 fn disk_bytes(image_bytes: u64, tree: bool) -> u64 {
-    if tree { verity::hash_offset(image_bytes) + verity::tree_bytes(image_bytes) } else { image_bytes }
+    if tree {
+        verity_tree::hash_offset(image_bytes) + verity_tree::tree_bytes(image_bytes)
+    } else {
+        image_bytes
+    }
 }
 
 /// The footer of an image, by the id of its file system and the digest of its tar.

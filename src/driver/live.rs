@@ -36,10 +36,10 @@ use {
     crate::{
         store::layout,
         svm::{CopyDisk, DiskSource},
-        sys::linux::{
-            freeze::{FrozenMount, freeze},
-            mount, reflink,
-        },
+    },
+    lcow_sys::linux::{
+        freeze::{FrozenMount, freeze},
+        mount, reflink,
     },
     std::{
         os::fd::AsFd,

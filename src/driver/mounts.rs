@@ -30,14 +30,13 @@ use super::{
 use crate::{
     config::OverlayApi,
     store::{LayerId, LayerState, Layout, Member, Snapshot, layout},
-    sys::linux::{
-        SysError, freeze, idmap,
-        loopdev::{self, LoopDevice, LoopSpec, LoopStatus},
-        mount::{self, Ext4Options},
-        mountinfo,
-        overlay::{OverlayMethod, OverlaySpec, is_opaque, mount_overlay},
-    },
-    vhd,
+};
+use lcow_sys::linux::{
+    SysError, freeze, idmap,
+    loopdev::{self, LoopDevice, LoopSpec, LoopStatus},
+    mount::{self, Ext4Options},
+    mountinfo,
+    overlay::{OverlayMethod, OverlaySpec, is_opaque, mount_overlay},
 };
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -49,6 +48,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use vhd_image::vhd;
 
 #[derive(Debug, Default)]
 struct State {

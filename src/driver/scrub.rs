@@ -10,13 +10,13 @@
 
 use super::{Driver, DriverError, blocking, image::check_footer, on_disk_thread, with_causes};
 use crate::{
-    ext4::check::WRITER,
     store::{AppliedMeta, LayerId, LayerState, StoreError, layout},
     svm::{CheckJob, ExportJob, ExportKind, IdMaps, Purpose, SvmError, TarDigest},
-    vhd,
 };
+use ext4_image::check::WRITER;
 use futures_util::StreamExt;
 use serde::Serialize;
+use vhd_image::vhd;
 
 /// One fault.
 #[derive(Debug, Clone, Serialize)]

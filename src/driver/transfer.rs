@@ -27,7 +27,6 @@ use super::{
     with_causes,
 };
 use crate::{
-    ext4::check::WRITER,
     store::{
         AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Member, Snapshot, StoreError,
         durable, layout, owners_note,
@@ -37,9 +36,9 @@ use crate::{
         LayerDisk, LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
     },
     telemetry::{Phase, PhaseTimer, Phases, Transfer},
-    vhd,
 };
 use bytes::Bytes;
+use ext4_image::check::WRITER;
 use futures_util::{Stream, StreamExt};
 use std::{
     io,
@@ -49,6 +48,7 @@ use std::{
     task::{Context, Poll},
     time::Duration,
 };
+use vhd_image::vhd;
 
 /// A layer and the one that it is compared with, of one moment.
 pub(super) struct Pair {

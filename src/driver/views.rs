@@ -11,20 +11,20 @@ use super::{Driver, DriverError, gates::Held, home::Home};
 use super::{blocking, on_disk_thread};
 use crate::{
     config::MountKind,
-    ext4::{self, Timestamp, format::BlankOptions, writer::Attributes},
     store::{DiskThread, LayerId, LayerMeta, LayerState, Member, StoreError, durable, layout},
-    vhd, vhdx,
 };
 #[cfg(target_os = "linux")]
 use crate::{
     store::{AppliedMeta, owners_note},
     svm::CheckJob,
 };
+use ext4_image::{self, Timestamp, format::BlankOptions, writer::Attributes};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
+use vhd_image::{vhd, vhdx};
 
 /// Folder of a sandbox that holds what was written.
 pub(super) const UPPER: &str = "upper";
@@ -277,7 +277,7 @@ impl Home {
         let write = || -> std::io::Result<()> {
             let file = durable::create_private(&path)?;
             let uuid = uuid::Uuid::new_v4();
-            let blank = ext4::format::blank(bytes, &sandbox_options(bytes, uuid, self.root_ids()))
+            let blank = ext4_image::format::blank(bytes, &sandbox_options(bytes, uuid, self.root_ids()))
                 .map_err(std::io::Error::other)?;
             if self.options.mount == MountKind::None {
                 let disk = vhdx::CreateOptions::new(bytes, uuid);
@@ -286,11 +286,11 @@ impl Home {
             }
             let footer =
                 vhd::Footer::new(bytes, 0, uuid.into_bytes()).map_err(std::io::Error::other)?.to_bytes();
-            crate::io::WriteAt::set_len(&file, bytes + vhd::FOOTER_SIZE as u64)?;
+            disk_io::WriteAt::set_len(&file, bytes + vhd::FOOTER_SIZE as u64)?;
             for (offset, data) in &blank {
-                crate::io::WriteAt::write_all_at(&file, data, *offset)?;
+                disk_io::WriteAt::write_all_at(&file, data, *offset)?;
             }
-            crate::io::WriteAt::write_all_at(&file, &footer, bytes)?;
+            disk_io::WriteAt::write_all_at(&file, &footer, bytes)?;
             file.sync_all()
         };
         write().map_err(DriverError::io("format the sandbox", &path))?;

@@ -9,7 +9,7 @@
 //! given security descriptor; remote clients are rejected by the system.
 
 use super::ListenError;
-use crate::sys::windows::{
+use lcow_sys::windows::{
     pipe::{Instance, PipeStream, create_server},
     security::SecurityDescriptor,
 };

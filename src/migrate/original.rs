@@ -18,7 +18,6 @@ use crate::{
         DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, ParentDisks, Pool, PoolConfig,
         Purpose, embedded::EmbeddedBackend,
     },
-    vhd,
 };
 use futures_util::StreamExt;
 use sha2::{Digest as _, Sha256};
@@ -30,6 +29,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
+use vhd_image::vhd;
 
 /// Version of the canonical tar that is written.
 const CANONICAL_VERSION: u32 = 1;

@@ -44,7 +44,7 @@ impl Folder {
             #[cfg(unix)]
             return self.open.sync_all();
             #[cfg(windows)]
-            return crate::sys::windows::fs::flush_folder(&self.path);
+            return lcow_sys::windows::fs::flush_folder(&self.path);
         };
         sync().map_err(StoreError::io("sync", &self.path))
     }
@@ -66,7 +66,7 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     #[cfg(unix)]
     return fs::rename(from, to);
     #[cfg(windows)]
-    return crate::sys::windows::fs::rename(from, to);
+    return lcow_sys::windows::fs::rename(from, to);
 }
 
 /// As [`rename`], for a folder that must not take the place of anything.
@@ -93,9 +93,9 @@ pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 /// Deletes a folder and all in it, with the same patience. What is mounted in it is not entered, and makes it fail.
 pub fn remove_tree(path: &Path) -> io::Result<()> {
     #[cfg(target_os = "linux")]
-    return crate::sys::linux::tree::remove(path);
+    return lcow_sys::linux::tree::remove(path);
     #[cfg(windows)]
-    return crate::sys::windows::fs::remove_tree(path);
+    return lcow_sys::windows::fs::remove_tree(path);
 }
 
 /// Creates a new file, readable by its owner only (on Windows: by those whom its folder admits); an existing one is an
@@ -108,7 +108,7 @@ pub fn create_private(path: &Path) -> io::Result<File> {
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     let file = options.open(path)?;
     #[cfg(windows)]
-    crate::sys::windows::fs::make_plain(&file)?;
+    lcow_sys::windows::fs::make_plain(&file)?;
     Ok(file)
 }
 

@@ -170,7 +170,7 @@ fn create_private_dir(path: &Path) -> Result<(), StoreError> {
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     #[cfg(windows)]
     {
-        use crate::sys::windows::security::{SecurityDescriptor, create_dir};
+        use lcow_sys::windows::security::{SecurityDescriptor, create_dir};
         if let Some(above) = path.parent() {
             builder.create(above).map_err(StoreError::io("create", above))?;
         }
@@ -189,7 +189,7 @@ pub(super) fn create_layer_dir(path: &Path) -> io::Result<()> {
     return std::os::unix::fs::DirBuilderExt::mode(&mut fs::DirBuilder::new(), 0o700).create(path);
     #[cfg(windows)]
     {
-        use crate::sys::windows::security::{SecurityDescriptor, create_dir};
+        use lcow_sys::windows::security::{SecurityDescriptor, create_dir};
         create_dir(path, &SecurityDescriptor::parse(LAYER_ACCESS)?)
     }
 }

@@ -522,7 +522,7 @@ fn a_staging_folder_in_use_goes_with_the_next_removal() {
 #[test]
 fn folders_of_the_store_admit_those_whom_they_should() {
     use super::open::{LAYER_ACCESS, PRIVATE_ACCESS};
-    use crate::sys::windows::security::{access_list, is_wine, rights};
+    use lcow_sys::windows::security::{access_list, is_wine, rights};
     let outer = tempfile::tempdir().unwrap();
     let home = outer.path().join("home");
     let store = open(&home).unwrap();

@@ -9,8 +9,8 @@
 //! For VMs whose agents do not digest ([`ServiceVm::daemon_digests`](super::ServiceVm::daemon_digests)). Bytes are moved
 //! and digested, never interpreted. Called by `exchange`.
 
-use crate::agent::wire::{DigestKind, TarDigest};
 use bytes::Bytes;
+use svm_protocol::{DigestKind, TarDigest};
 use tokio::{sync::mpsc, task::JoinHandle};
 
 /// Chunks under way to the thread: it must not hold more of a stream than its window.

@@ -80,9 +80,9 @@ mod process {
     use super::UNEXPLAINED;
     use super::{Death, End};
     #[cfg(target_os = "linux")]
-    use crate::sys::linux::process::WorkerProcess;
+    use lcow_sys::linux::process::WorkerProcess;
     #[cfg(windows)]
-    use crate::sys::windows::process::WorkerProcess;
+    use lcow_sys::windows::process::WorkerProcess;
     use parking_lot::Mutex;
     use std::{
         io,
@@ -114,7 +114,7 @@ mod process {
             running: Weak<Mutex<Option<WorkerProcess>>>,
             end: End,
         ) -> io::Result<()> {
-            let watch = crate::sys::linux::asyncfd::watch(watch, tokio::io::Interest::READABLE)?;
+            let watch = lcow_sys::linux::asyncfd::watch(watch, tokio::io::Interest::READABLE)?;
             tokio::spawn(async move {
                 let _ = watch.readable().await;
                 // Its pipes and sockets usually still hold its last words.
@@ -132,7 +132,7 @@ mod process {
 
         #[cfg(windows)]
         fn follow(
-            watch: crate::sys::windows::process::EndWatch,
+            watch: lcow_sys::windows::process::EndWatch,
             running: Weak<Mutex<Option<WorkerProcess>>>,
             end: End,
         ) -> io::Result<()> {
@@ -184,7 +184,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[tokio::test]
     async fn a_process_is_reaped_and_its_end_told() {
-        use crate::sys::linux::process::{WorkerCommand, spawn_worker};
+        use lcow_sys::linux::process::{WorkerCommand, spawn_worker};
         let start = async |script: &str| {
             let args = vec!["-c".into(), script.into()];
             let command = WorkerCommand { program: "/bin/sh".into(), args, env: Vec::new() };

@@ -13,9 +13,6 @@
 //! Called by `lease` and `stream`.
 
 use super::{Channel, ServiceVm, SvmError, digesting::Digesting};
-use crate::agent::wire::{
-    self, DATA_PAYLOAD, DigestKind, ErrorKind, FrameType, HEADER_LEN, Operation, TarDigest, WireError,
-};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
 use parking_lot::Mutex;
@@ -29,6 +26,9 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
+};
+use svm_protocol::{
+    DATA_PAYLOAD, DigestKind, ErrorKind, FrameType, HEADER_LEN, Operation, TarDigest, WireError,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split},
@@ -48,7 +48,7 @@ const COPIED_BELOW: usize = 4 << 10;
 /// What the agent sent.
 pub(super) enum Incoming {
     Data(Bytes),
-    Event(wire::Event),
+    Event(svm_protocol::Event),
     Result(Bytes),
 }
 
@@ -176,12 +176,12 @@ pub(super) type Between = mpsc::UnboundedReceiver<(FrameType, Vec<u8>)>;
 impl Sender {
     /// Sends one frame.
     pub(super) async fn frame(&mut self, kind: FrameType, payload: &[u8]) -> Result<(), SendError> {
-        self.vectored(&wire::header(kind, payload.len()), &[IoSlice::new(payload)]).await
+        self.vectored(&svm_protocol::header(kind, payload.len()), &[IoSlice::new(payload)]).await
     }
 
     /// Sends one frame whose payload lies in pieces.
     async fn parts(&mut self, kind: FrameType, pieces: Vec<Bytes>) -> Result<(), SendError> {
-        let header = wire::header(kind, pieces.iter().map(Bytes::len).sum());
+        let header = svm_protocol::header(kind, pieces.iter().map(Bytes::len).sum());
         let slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
         self.vectored(&header, &slices).await
     }
@@ -365,7 +365,8 @@ impl Receiver {
     async fn word(&mut self) -> Result<Incoming, SvmError> {
         let mut head = [0u8; HEADER_LEN];
         self.fill(&mut &mut head[..]).await?;
-        let (kind, len) = wire::parse_header(head).map_err(|e| SvmError::from_frame(&self.name, &e))?;
+        let (kind, len) =
+            svm_protocol::parse_header(head).map_err(|e| SvmError::from_frame(&self.name, &e))?;
         // Not zeroed first: payloads are the bulk of all bytes.
         let mut payload = BytesMut::with_capacity(len);
         self.fill(&mut (&mut payload).limit(len)).await?;
@@ -468,11 +469,9 @@ impl Receiver {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        agent::wire::{ApplyOptions, ExportSummary, JailReport},
-        svm::{Death, DiskId, DiskSource},
-    };
+    use crate::svm::{Death, DiskId, DiskSource};
     use futures_util::future::{BoxFuture, FutureExt, pending};
+    use svm_protocol::{ApplyOptions, ExportSummary, JailReport};
     use tokio::io::DuplexStream;
 
     /// A machine whose agent is the test.
@@ -529,14 +528,14 @@ mod tests {
     async fn frame(channel: &mut DuplexStream) -> (FrameType, Vec<u8>) {
         let mut head = [0; HEADER_LEN];
         channel.read_exact(&mut head).await.unwrap();
-        let (kind, len) = wire::parse_header(head).unwrap();
+        let (kind, len) = svm_protocol::parse_header(head).unwrap();
         let mut payload = vec![0; len];
         channel.read_exact(&mut payload).await.unwrap();
         (kind, payload)
     }
 
     async fn say(channel: &mut DuplexStream, kind: FrameType, payload: &[u8]) {
-        channel.write_all(&wire::header(kind, payload.len())).await.unwrap();
+        channel.write_all(&svm_protocol::header(kind, payload.len())).await.unwrap();
         channel.write_all(payload).await.unwrap();
     }
 
@@ -570,7 +569,7 @@ mod tests {
     }
 
     fn replaying(bytes: u64) -> Vec<u8> {
-        serde_json::to_vec(&wire::Event::Replaying { bytes }).unwrap()
+        serde_json::to_vec(&svm_protocol::Event::Replaying { bytes }).unwrap()
     }
 
     #[tokio::test]
@@ -602,7 +601,7 @@ mod tests {
                     if agent.read_exact(&mut head).await.is_err() {
                         return None;
                     }
-                    let (kind, len) = wire::parse_header(head).unwrap();
+                    let (kind, len) = svm_protocol::parse_header(head).unwrap();
                     let mut payload = vec![0; len];
                     if agent.read_exact(&mut payload).await.is_err() {
                         return None;
@@ -620,7 +619,7 @@ mod tests {
                     let (back, word) = receiver.next_owned().await;
                     receiver = back;
                     match word {
-                        Ok(Incoming::Event(wire::Event::Replaying { .. })) => {
+                        Ok(Incoming::Event(svm_protocol::Event::Replaying { .. })) => {
                             receiver.excuse();
                             heard += 1;
                         }
@@ -651,7 +650,8 @@ mod tests {
         // The sending side broke, and the agent sends on and on.
         let (sender, mut receiver, mut agent) = start(&operation).await;
         let flood = tokio::spawn(async move {
-            let frame = [&wire::header(FrameType::Data, DATA_PAYLOAD)[..], &vec![7; DATA_PAYLOAD]].concat();
+            let frame =
+                [&svm_protocol::header(FrameType::Data, DATA_PAYLOAD)[..], &vec![7; DATA_PAYLOAD]].concat();
             let mut sent = 0;
             while agent.write_all(&frame).await.is_ok() {
                 sent += 1;

@@ -1,7 +1,7 @@
 //! What the driver asks of a lease: disks and jobs, in the driver's terms.
 //!
 //! ```text
-//!   ApplyJob { image (rw), record (rw), lowers (ro)… }  ──► disks attached, counted ──► wire::Operation
+//!   ApplyJob { image (rw), record (rw), lowers (ro)… }  ──► disks attached, counted ──► svm_protocol::Operation
 //! ```
 //!
 //! Disks are given as open files, so no path is ever looked up twice (and an embedded VM needs none). Called by
@@ -100,7 +100,7 @@ impl DiskSource {
         #[cfg(windows)]
         {
             // Where 64 bits do not tell a file, the open handle itself is the identity: no sharing, never a mix-up.
-            let (device, inode) = crate::sys::windows::fs::identity(&self.file)?
+            let (device, inode) = lcow_sys::windows::fs::identity(&self.file)?
                 .unwrap_or((u64::MAX, Arc::as_ptr(&self.file) as u64));
             Ok(FileIdentity { device, inode })
         }
@@ -211,7 +211,7 @@ pub struct CompareJob {
     pub live: Option<Arc<dyn LiveControl>>,
 }
 
-/// What an export copies of live sandboxes; see [`CopyJob`](crate::agent::wire::CopyJob).
+/// What an export copies of live sandboxes; see [`CopyJob`](svm_protocol::CopyJob).
 #[derive(Debug, Clone)]
 pub struct CopyDisk {
     /// Empty, writable, dropped afterwards.
@@ -250,9 +250,9 @@ pub trait LiveControl: Send + Sync + 'static {
 /// [`SvmError::StillWritable`]; [`SvmError::Disk`] where the file system has no leases.
 pub fn no_writer_left(disk: &DiskSource) -> Result<(), SvmError> {
     #[cfg(target_os = "linux")]
-    use crate::sys::linux::process::has_writers;
+    use lcow_sys::linux::process::has_writers;
     #[cfg(windows)]
-    use crate::sys::windows::fs::has_writers;
+    use lcow_sys::windows::fs::has_writers;
     let lost = |e: &dyn std::fmt::Display| SvmError::Disk {
         vm: "-".into(),
         disk: disk.path.display().to_string(),

@@ -15,10 +15,6 @@
 
 mod console;
 mod digesting;
-#[cfg(target_os = "linux")]
-pub mod embedded;
-#[cfg(windows)]
-#[path = "embedded/windows.rs"]
 pub mod embedded;
 mod end;
 mod exchange;
@@ -33,10 +29,6 @@ pub mod remote;
 mod replays;
 mod stream;
 
-pub use crate::agent::wire::{
-    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ErrorKind,
-    ExportSummary, IdMaps, IdRange, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
-};
 pub use job::{
     Access, ApplyJob, CheckJob, CompareJob, CopyDisk, DiskSource, ExportJob, ExportKind, FileIdentity,
     LayerDisk, LiveControl, ParentDisks, SecondPair, no_writer_left,
@@ -44,10 +36,14 @@ pub use job::{
 pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
 pub use replays::within as replayed_within;
 pub use stream::TarStream;
+pub use svm_protocol::{
+    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ErrorKind,
+    ExportSummary, IdMaps, IdRange, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
+};
 
-use crate::agent::wire::{FrameError, WireError};
 use futures_util::future::BoxFuture;
 use std::{fmt, io, sync::Arc, time::Duration};
+use svm_protocol::{FrameError, WireError};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Why something in a service VM failed.
@@ -258,7 +254,7 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
     fn console(&self) -> String;
 
     /// Whether the daemon digests the tars that pass, and not the agent
-    /// ([`AgentChannel::daemon_digests`](crate::agent::operation::AgentChannel::daemon_digests)).
+    /// ([`AgentChannel::daemon_digests`](svm_agent::operation::AgentChannel::daemon_digests)).
     fn daemon_digests(&self) -> bool {
         false
     }

@@ -10,7 +10,6 @@ use super::{
     ExportSummary, LiveControl, SvmError,
     exchange::{Incoming, Receiver, Sender},
 };
-use crate::agent::wire::{Event, FrameType};
 use bytes::Bytes;
 use futures_util::Stream;
 use std::{
@@ -19,6 +18,7 @@ use std::{
     task::{Context, Poll},
     time::Duration,
 };
+use svm_protocol::{Event, FrameType};
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},

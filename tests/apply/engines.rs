@@ -9,7 +9,7 @@ use crate::{
     layer::{Blank, options, report, run, try_apply},
     tree::{Node, Tree, snapshot},
 };
-use lcow_graphdriver::diff::apply::NoLowers;
+use layer_codec::apply::NoLowers;
 use std::{
     fs,
     io::Write,

@@ -4,13 +4,11 @@ use crate::{
     build::Tar,
     layer::{apply_ok, options, try_apply},
 };
-use lcow_graphdriver::{
-    diff::{
-        DiffError,
-        apply::{ApplyOptions, NoLowers, apply},
-        record,
-    },
-    io::{FaultDisk, MemDisk, ReadAt, WriteAt},
+use disk_io::{FaultDisk, MemDisk, ReadAt, WriteAt};
+use layer_codec::{
+    DiffError,
+    apply::{ApplyOptions, NoLowers, apply},
+    record,
 };
 use proptest::prelude::*;
 

@@ -5,7 +5,7 @@ use crate::{
     layer::{apply_ok, run},
     tree::{Node, Tree, assert_same, snapshot},
 };
-use lcow_graphdriver::tar::{EntryKind, Event, TarReader};
+use layer_tar::{EntryKind, Event, TarReader};
 use rustix::fs::XattrFlags;
 use std::{
     collections::BTreeMap,

@@ -4,12 +4,10 @@
 //! `tests/protocol/upgrade.rs` holds this program to those.
 
 use crate::layer::{options, run};
-use lcow_graphdriver::{
-    diff::{
-        DigestKind, TarDigest,
-        apply::{NoLowers, apply},
-    },
-    io::{MemDisk, ReadAt},
+use disk_io::{MemDisk, ReadAt};
+use layer_codec::{
+    DigestKind, TarDigest,
+    apply::{NoLowers, apply},
 };
 use std::{env, fmt::Write, fs, path::Path, process::Command};
 

@@ -5,20 +5,17 @@ use crate::{
     build::Tar,
     layer::{report, run},
 };
-use lcow_graphdriver::{
-    diff::{
-        DiffError,
-        apply::{
-            ApplyOptions, ApplySummary, Growth, LowerLayers, LowerNode, NoLowers, Verity, apply,
-            apply_growing,
-        },
-        record,
+use disk_io::{MemDisk, ReadAt};
+use ext4_image::{
+    BlockSize, Timestamp, Xattr,
+    writer::{Attributes, NodeKind, WriterOptions},
+};
+use layer_codec::{
+    DiffError,
+    apply::{
+        ApplyOptions, ApplySummary, Growth, LowerLayers, LowerNode, NoLowers, Verity, apply, apply_growing,
     },
-    ext4::{
-        BlockSize, Timestamp, Xattr,
-        writer::{Attributes, NodeKind, WriterOptions},
-    },
-    io::{MemDisk, ReadAt},
+    record,
 };
 use std::{
     io::{self, Read},
@@ -307,7 +304,7 @@ impl ReadAt for Forgetful {
     }
 }
 
-impl lcow_graphdriver::io::WriteAt for Forgetful {
+impl disk_io::WriteAt for Forgetful {
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
         self.0.write_at(buf, offset)
     }

@@ -5,12 +5,10 @@ use crate::{
     build::Tar,
     layer::{Blank, apply_ok, options, overlay, report, try_apply},
 };
-use lcow_graphdriver::{
-    diff::apply::{
-        NoLowers,
-        kernel::{self, Ruling},
-    },
-    ext4::{Xattr, writer::NodeKind},
+use ext4_image::{Xattr, writer::NodeKind};
+use layer_codec::apply::{
+    NoLowers,
+    kernel::{self, Ruling},
 };
 use rustix::{
     fs::{

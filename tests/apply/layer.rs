@@ -1,17 +1,11 @@
 //! Applying a tar, with all checks that hold for every layer.
 
-use crate::{
-    loopmount::loop_mount,
-    tree::{Tree, snapshot},
-};
-use lcow_graphdriver::{
-    diff::{
-        DiffError, DigestKind, TarDigest,
-        apply::{ApplyOptions, ApplySummary, LowerLayers, NoLowers, apply},
-        record,
-    },
-    ext4::writer::WriterOptions,
-    vhd::Footer,
+use crate::tree::{Tree, snapshot};
+use ext4_image::{testing::loop_mount, writer::WriterOptions};
+use layer_codec::{
+    DiffError, DigestKind, TarDigest,
+    apply::{ApplyOptions, ApplySummary, LowerLayers, NoLowers, apply},
+    record,
 };
 use std::{
     fs::{self, File},
@@ -20,6 +14,7 @@ use std::{
     process::Command,
 };
 use tempfile::TempDir;
+use vhd_image::vhd::Footer;
 
 /// An applied layer in a folder of its own.
 pub(crate) struct Applied {

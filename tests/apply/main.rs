@@ -9,8 +9,5 @@ mod golden;
 mod growth;
 mod kernel;
 mod layer;
-#[path = "../support/loopmount.rs"]
-#[allow(dead_code, reason = "other tests use the rest")]
-mod loopmount;
 mod semantics;
 mod tree;

@@ -6,15 +6,13 @@ use crate::{
     layer::{apply_ok, options, report, try_apply},
     tree::{Node, Tree},
 };
-use lcow_graphdriver::{
-    diff::{
-        DiffError,
-        apply::{ApplyOptions, IdMap, LowerLayers, LowerNode, NoLowers},
-    },
-    ext4::{
-        Timestamp, Xattr,
-        writer::{Attributes, NodeKind},
-    },
+use ext4_image::{
+    Timestamp, Xattr,
+    writer::{Attributes, NodeKind},
+};
+use layer_codec::{
+    DiffError,
+    apply::{ApplyOptions, IdMap, LowerLayers, LowerNode, NoLowers},
 };
 
 /// A tree in short: name, kind, and what matters of it.

@@ -6,15 +6,13 @@
 
 #[cfg(windows)]
 fn main() {
-    use lcow_graphdriver::{
-        agent::{
-            codec::{Codec, RealCodec},
-            link::{self, Platform},
-            wire::{ErrorKind, WireError},
-        },
-        sys::windows::pipe::PipeStream,
-    };
+    use lcow_sys::windows::pipe::PipeStream;
     use std::{ffi::OsString, fs::File, io, path::PathBuf, sync::Arc, time::Duration};
+    use svm_agent::{
+        codec::{Codec, RealCodec},
+        link::{self, Platform},
+    };
+    use svm_protocol::{ErrorKind, WireError};
 
     struct Files(PathBuf);
 

@@ -1,13 +1,13 @@
 //! The side of a test: the HCS backend on the double, whose agents come over a named pipe. Wine has no Hyper-V sockets.
 
 use futures_util::{FutureExt, future::BoxFuture};
-use lcow_graphdriver::{
-    svm::hcs::{AgentInput, AgentListener, AgentOutput, AgentTransport, HcsBackend, HcsConfig},
-    sys::windows::{
-        computecore::Library,
-        pipe::{Instance, create_server},
-        security::SecurityDescriptor,
-    },
+use lcow_graphdriver::svm::hcs::{
+    AgentInput, AgentListener, AgentOutput, AgentTransport, HcsBackend, HcsConfig,
+};
+use lcow_sys::windows::{
+    computecore::Library,
+    pipe::{Instance, create_server},
+    security::SecurityDescriptor,
 };
 use std::{ffi::OsString, io, sync::Arc, time::Duration};
 use tokio::net::windows::named_pipe::NamedPipeServer;

@@ -1,21 +1,21 @@
 //! Disks of a machine: what Hyper-V would refuse is refused, and what is taken becomes a raw file for the agent.
 
 use super::Fault;
-use lcow_graphdriver::{
-    io::{ReadAt, WriteAt},
-    sys::windows::{
-        fs::{attributes, has_writers},
-        pipe::{Instance, create_server},
-        security::SecurityDescriptor,
-    },
-    vhd::{FOOTER_SIZE, Footer},
-    vhdx::{Vhdx, VhdxWriter},
+use disk_io::{ReadAt, WriteAt};
+use lcow_sys::windows::{
+    fs::{attributes, has_writers},
+    pipe::{Instance, create_server},
+    security::SecurityDescriptor,
 };
 use std::{
     ffi::OsStr,
     fs::{self, File},
     io::{self, Read},
     path::{Path, PathBuf},
+};
+use vhd_image::{
+    vhd::{FOOTER_SIZE, Footer},
+    vhdx::{Vhdx, VhdxWriter},
 };
 
 /// Sparse, compressed or encrypted.

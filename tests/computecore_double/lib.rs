@@ -24,7 +24,7 @@
 mod check;
 mod disk;
 
-use lcow_graphdriver::sys::windows::foreign::ForeignProcess;
+use lcow_sys::windows::foreign::ForeignProcess;
 use parking_lot::{Condvar, Mutex};
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

@@ -4,19 +4,17 @@ use crate::{
     files::{Files, body, noise, tree},
     suite::{Backend, END, pool},
 };
-use lcow_graphdriver::{
-    agent::wire::{self, ErrorKind, FrameType},
-    svm::{
-        CheckJob, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, Mode, ParentDisks, Purpose, VmSpec,
-    },
-    vhdx,
+use lcow_graphdriver::svm::{
+    CheckJob, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, Mode, ParentDisks, Purpose, VmSpec,
 };
 use std::{
     path::Path,
     process::Command,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+use svm_protocol::{ErrorKind, FrameType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use vhd_image::vhdx;
 
 /// A hash tree behind the image, its leaves on a scratch disk; the tree is checked against every byte.
 pub(crate) async fn a_hash_tree_with_a_scratch_disk(backend: Backend) {
@@ -108,7 +106,7 @@ pub(crate) struct Mounted<'a>(&'a Path);
 impl<'a> Mounted<'a> {
     pub(crate) fn new(image: &Path, point: &'a Path) -> Self {
         std::fs::create_dir_all(point).unwrap();
-        crate::support::loopmount::loop_mount(image, point, "", &[]);
+        ext4_image::testing::loop_mount(image, point, "", &[]);
         Self(point)
     }
 }
@@ -170,7 +168,7 @@ pub(crate) async fn garbage_on_a_channel(backend: Backend) {
     let vm = backend.boot(VmSpec { number: 77 }).await.unwrap();
     let ping = {
         let mut frames = Vec::new();
-        wire::write_json(&mut frames, FrameType::Request, &wire::Operation::Ping).unwrap();
+        svm_protocol::write_json(&mut frames, FrameType::Request, &svm_protocol::Operation::Ping).unwrap();
         frames
     };
     let mut cases: Vec<(&str, Vec<u8>)> = vec![
@@ -184,16 +182,16 @@ pub(crate) async fn garbage_on_a_channel(backend: Backend) {
         let mut channel = vm.open_channel().await.unwrap();
         // The agent may have let go before it is all sent.
         let _ = channel.write_all(&garbage).await;
-        let mut head = [0; wire::HEADER_LEN];
+        let mut head = [0; svm_protocol::HEADER_LEN];
         let answer = tokio::time::timeout(Duration::from_secs(20), channel.read_exact(&mut head));
         answer.await.expect(what).expect(what);
-        assert_eq!(wire::parse_header(head).unwrap().0, FrameType::Error, "{what}");
+        assert_eq!(svm_protocol::parse_header(head).unwrap().0, FrameType::Error, "{what}");
         drop(channel);
         vm.ping().await.expect(what);
         let mut channel = vm.open_channel().await.unwrap();
         channel.write_all(&ping).await.unwrap();
         channel.read_exact(&mut head).await.unwrap();
-        assert_eq!(wire::parse_header(head).unwrap().0, FrameType::Result, "after {what}");
+        assert_eq!(svm_protocol::parse_header(head).unwrap().0, FrameType::Result, "after {what}");
     }
     vm.terminate().await;
     assert_eq!(vm.death().await.cause, "signal 9");
@@ -251,11 +249,11 @@ pub(crate) async fn a_paused_spare_goes_on_with_the_hosts_clock(backend: Backend
         );
         assert_ne!(witness.random, greeting.random);
         let mut request = Vec::new();
-        wire::write_json(&mut request, FrameType::Request, &wire::Operation::Ping).unwrap();
+        svm_protocol::write_json(&mut request, FrameType::Request, &svm_protocol::Operation::Ping).unwrap();
         channel.write_all(&request).await.unwrap();
-        let mut head = [0; wire::HEADER_LEN];
+        let mut head = [0; svm_protocol::HEADER_LEN];
         channel.read_exact(&mut head).await.unwrap();
-        assert_eq!(wire::parse_header(head).unwrap().0, FrameType::Result);
+        assert_eq!(svm_protocol::parse_header(head).unwrap().0, FrameType::Result);
         // It was told once: it does not stand still any more.
         vm.open_channel().await.unwrap();
         assert_eq!(vm.witness(), Some(witness));

@@ -13,15 +13,13 @@ use crate::{
     suite::{Backend, END},
 };
 use futures_util::{FutureExt, StreamExt, future::BoxFuture};
-use lcow_graphdriver::{
-    agent::wire::ErrorKind,
-    svm::{
-        Change, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, LiveControl,
-        Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError,
-    },
-    vhdx,
+use lcow_graphdriver::svm::{
+    Change, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, LiveControl, Mode,
+    ParentDisks, Pool, PoolConfig, Purpose, SvmError,
 };
 use std::{fs, io, path::Path, process::Command, sync::Arc, time::Duration};
+use svm_protocol::ErrorKind;
+use vhd_image::vhdx;
 
 /// What a sandbox may hold; `$1` is the root of the file system, which is writable.
 const CONTENT: &str = r#"

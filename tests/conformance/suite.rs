@@ -5,24 +5,22 @@ use crate::{
     support::machine::{Machine, SmallDisk},
 };
 use bytes::Bytes;
+use disk_io::WriteAt;
+use ext4_image::{
+    format::{BlankOptions, blank},
+    writer::Attributes,
+};
 use futures_util::{StreamExt, stream};
-use lcow_graphdriver::{
-    agent::wire::ErrorKind,
-    ext4::{
-        format::{BlankOptions, blank},
-        writer::Attributes,
-    },
-    io::WriteAt,
-    svm::{
-        ChangeKind, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind,
-        Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend, VmSpec,
-    },
+use lcow_graphdriver::svm::{
+    ChangeKind, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, Mode,
+    ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend, VmSpec,
 };
 use std::{
     io,
     sync::Arc,
     time::{Duration, Instant},
 };
+use svm_protocol::ErrorKind;
 
 pub(crate) type Backend = Arc<dyn VmBackend>;
 

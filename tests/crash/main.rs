@@ -110,7 +110,7 @@ fn check(plugin: &Plugin, done: &BTreeSet<usize>, what: &str) {
         // Nothing is mounted on Windows: a whole disk, and an empty one.
         #[cfg(windows)]
         {
-            let disk = lcow_graphdriver::vhdx::Vhdx::open(fs::File::open(dir.join("sandbox.vhdx")).unwrap());
+            let disk = vhd_image::vhdx::Vhdx::open(fs::File::open(dir.join("sandbox.vhdx")).unwrap());
             assert_eq!(disk.unwrap().geometry().disk_bytes, 32 << 20, "{what}");
             let changes = plugin.ok("GraphDriver.Changes", &json!({"ID": "rw", "Parent": "top"}));
             assert_eq!(changes["Changes"], json!([]), "{what}");

@@ -4,7 +4,7 @@
 //! Needs root and strace: system calls of the running daemon are made to fail, and its disk to stand still.
 
 use crate::support::{Plugin, Reply, Tar, noise, send_chunks};
-use lcow_graphdriver::sys::linux::{
+use lcow_sys::linux::{
     freeze,
     loopdev::{self, LoopSpec},
     mount::{self, Ext4Options},

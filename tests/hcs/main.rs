@@ -8,18 +8,14 @@ mod client;
 mod support;
 
 use bytes::Bytes;
+use ext4_image::format::{BlankOptions, blank};
 use futures_util::{Stream, StreamExt, stream};
-use lcow_graphdriver::{
-    ext4::format::{BlankOptions, blank},
-    svm::{
-        Access, ApplyJob, ApplyOptions, ApplySummary, CheckJob, CompareJob, DiskSource, ExportJob,
-        ExportKind, IdMaps, LayerDisk, LayerKind, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError,
-        VmBackend, VmSpec,
-        hcs::{HcsBackend, HcsConfig},
-    },
-    sys::windows::computecore::Library,
-    vhdx,
+use lcow_graphdriver::svm::{
+    Access, ApplyJob, ApplyOptions, ApplySummary, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind,
+    IdMaps, LayerDisk, LayerKind, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend, VmSpec,
+    hcs::{HcsBackend, HcsConfig},
 };
+use lcow_sys::windows::computecore::Library;
 use std::{
     fs::{self, File},
     io,
@@ -27,6 +23,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use vhd_image::vhdx;
 
 struct Place {
     folder: tempfile::TempDir,
@@ -187,7 +184,7 @@ async fn a_vhdx_sandbox_is_read_as_it_is() {
     let place = Place::new();
     let pool = place.pool(Mode::Safe, "");
     let file = File::create_new(place.path("sandbox.vhdx")).unwrap();
-    let attributes = lcow_graphdriver::ext4::writer::Attributes { permissions: 0o755, ..Default::default() };
+    let attributes = ext4_image::writer::Attributes { permissions: 0o755, ..Default::default() };
     let options = BlankOptions {
         uuid: [7; 16],
         label: Vec::new(),

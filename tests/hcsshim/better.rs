@@ -6,10 +6,8 @@ use crate::{
     profile,
     tars::{Meta, Tar},
 };
-use lcow_graphdriver::{
-    diff::apply::Profile,
-    ext4::{BlockSize, Ext4, hcsshim::LCOW_MAX_DISK, writer::WriterOptions},
-};
+use ext4_image::{BlockSize, Ext4, hcsshim::LCOW_MAX_DISK, writer::WriterOptions};
+use layer_codec::apply::Profile;
 use std::{
     fs,
     io::{self, Read},

@@ -1,12 +1,10 @@
 //! This project's images, and what others say of them.
 
-use lcow_graphdriver::{
-    diff::{
-        DiffError,
-        apply::{ApplyOptions, ApplySummary, HcsshimProfile, NoLowers, Profile, Verity, apply},
-        record,
-    },
-    ext4::writer::WriterOptions,
+use ext4_image::writer::WriterOptions;
+use layer_codec::{
+    DiffError,
+    apply::{ApplyOptions, ApplySummary, HcsshimProfile, NoLowers, Profile, Verity, apply},
+    record,
 };
 use sha2::{Digest, Sha256};
 use std::{

@@ -2,12 +2,12 @@
 
 use crate::{
     image::{Image, make, text},
-    loopmount::loop_mount,
     profile,
     tars::{Wildness, random},
     tree::{Tree, assert_same, snapshot},
 };
-use lcow_graphdriver::{diff::apply::Profile, ext4::hcsshim::LCOW_MAX_DISK};
+use ext4_image::{hcsshim::LCOW_MAX_DISK, testing::loop_mount};
+use layer_codec::apply::Profile;
 use std::{
     collections::HashSet,
     fs,

@@ -7,22 +7,17 @@ mod better;
 mod corpus;
 mod image;
 mod kernel;
-#[path = "../support/loopmount.rs"]
-#[allow(dead_code, reason = "other tests use the rest")]
-mod loopmount;
 mod refused;
 mod tars;
 mod tool;
 
 use corpus::CASES;
-use image::{hcsshim, hex, text};
-use lcow_graphdriver::{
-    diff::apply::HcsshimProfile,
-    ext4::{
-        check::{CheckLimits, check},
-        hcsshim::{DEFAULT_MAX_DISK, HcsshimOptions, LCOW_MAX_DISK},
-    },
+use ext4_image::{
+    check::{CheckLimits, check},
+    hcsshim::{DEFAULT_MAX_DISK, HcsshimOptions, LCOW_MAX_DISK},
 };
+use image::{hcsshim, hex, text};
+use layer_codec::apply::HcsshimProfile;
 
 fn profile(max_disk: u64, overlay: bool, inline: bool) -> HcsshimProfile {
     HcsshimProfile {

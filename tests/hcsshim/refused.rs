@@ -6,14 +6,12 @@ use crate::{
     profile,
     tars::{Meta, Tar},
 };
-use lcow_graphdriver::{
-    diff::{DiffError, apply::Profile},
-    ext4::{
-        Ext4, Ext4Error,
-        check::{CheckLimits, check},
-        hcsshim::LCOW_MAX_DISK,
-    },
+use ext4_image::{
+    Ext4, Ext4Error,
+    check::{CheckLimits, check},
+    hcsshim::LCOW_MAX_DISK,
 };
+use layer_codec::{DiffError, apply::Profile};
 
 /// What a tar of this kind is good for in the default profile.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -6,16 +6,14 @@ use crate::{
     profile,
     tars::{Wildness, random},
 };
-use lcow_graphdriver::{
-    diff::{
-        DiffError,
-        apply::{HcsshimProfile, Profile},
-    },
-    ext4::{
-        Ext4Error,
-        hcsshim::{DEFAULT_MAX_DISK, LCOW_MAX_DISK},
-        writer::WriterOptions,
-    },
+use ext4_image::{
+    Ext4Error,
+    hcsshim::{DEFAULT_MAX_DISK, LCOW_MAX_DISK},
+    writer::WriterOptions,
+};
+use layer_codec::{
+    DiffError,
+    apply::{HcsshimProfile, Profile},
 };
 use std::{collections::BTreeMap, env, fs, fs::File, io::Read, path::Path, process::Command};
 

@@ -6,7 +6,7 @@
 //! ```
 
 use super::support::Plugin;
-use lcow_graphdriver::sys::linux::loopdev::{self, LoopSpec};
+use lcow_sys::linux::loopdev::{self, LoopSpec};
 use rustix::mount::{MountFlags, mount};
 use std::{
     fs::{self, File},

@@ -1,15 +1,13 @@
 //! Good images of every kind that this project makes, and one of mke2fs, to be mutated.
 
 use super::build::Tar;
-use lcow_graphdriver::{
-    diff::apply::{self, ApplyOptions, HcsshimProfile, Profile, Verity},
-    ext4::{
-        BlockSize, Timestamp, Xattr,
-        hcsshim::HcsshimOptions,
-        writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
-    },
-    io::MemDisk,
+use disk_io::MemDisk;
+use ext4_image::{
+    BlockSize, Timestamp, Xattr,
+    hcsshim::HcsshimOptions,
+    writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
 };
+use layer_codec::apply::{self, ApplyOptions, HcsshimProfile, Profile, Verity};
 use std::process::Command;
 
 /// A kind of image.

@@ -10,18 +10,16 @@ use super::{
     mutate::Random,
     number,
 };
-use lcow_graphdriver::{
-    diff::{
-        DiffError,
-        apply::{self, ApplyOptions, HcsshimProfile, NoLowers, Profile},
-    },
-    ext4::{
-        BlockSize, Ext4,
-        check::{CheckLimits, check},
-        hcsshim::HcsshimOptions,
-        writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
-    },
-    io::MemDisk,
+use disk_io::MemDisk;
+use ext4_image::{
+    BlockSize, Ext4,
+    check::{CheckLimits, check},
+    hcsshim::HcsshimOptions,
+    writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
+};
+use layer_codec::{
+    DiffError,
+    apply::{self, ApplyOptions, HcsshimProfile, NoLowers, Profile},
 };
 use std::{fs, path::Path};
 

@@ -4,7 +4,7 @@ use super::{
     Bytes, bases, e2fsck,
     image::{Image, Kind, Unit, put16, put32, u16_at, u32_at},
 };
-use lcow_graphdriver::ext4::check::{CheckLimits, check};
+use ext4_image::check::{CheckLimits, check};
 use std::fs;
 
 const INDEX: u32 = 0x1000;

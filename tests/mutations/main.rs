@@ -21,11 +21,9 @@ mod kinds;
 mod mutate;
 
 use bases::Base;
+use disk_io::{ReadAt, WriteAt};
+use ext4_image::check::{CheckLimits, check};
 use image::Image;
-use lcow_graphdriver::{
-    ext4::check::{CheckLimits, check},
-    io::{ReadAt, WriteAt},
-};
 use mutate::{Choice, Mutant, Random};
 use std::{
     collections::BTreeMap,

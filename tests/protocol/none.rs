@@ -2,9 +2,10 @@
 
 use super::small_tar;
 use crate::support::{Plugin, Tar, noise};
-use lcow_graphdriver::{io::ReadAt, vhdx::Vhdx};
+use disk_io::ReadAt;
 use serde_json::json;
 use std::fs;
+use vhd_image::vhdx::Vhdx;
 
 fn start() -> Plugin {
     let plugin = Plugin::start(&["--storage-opt", "lcow.mount=none"]);

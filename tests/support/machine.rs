@@ -68,7 +68,7 @@ mod system {
 
 #[cfg(windows)]
 mod system {
-    use lcow_graphdriver::sys::windows::foreign::ForeignProcess;
+    use lcow_sys::windows::foreign::ForeignProcess;
     use std::{fs, path::PathBuf};
 
     pub(super) enum Process {
@@ -164,7 +164,7 @@ impl SmallDisk {
         }
         #[cfg(windows)]
         {
-            lcow_graphdriver::sys::windows::fs::available_bytes(&self.folder).unwrap()
+            lcow_sys::windows::fs::available_bytes(&self.folder).unwrap()
         }
     }
 }

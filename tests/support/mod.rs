@@ -4,8 +4,6 @@
 //! nothing, send too much, and it sees how a reply really ends.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
-#[cfg(unix)]
-pub(crate) mod loopmount;
 pub(crate) mod machine;
 pub(crate) mod refusal;
 pub(crate) mod skip;

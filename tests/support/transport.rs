@@ -40,7 +40,7 @@ mod system {
 #[cfg(windows)]
 mod system {
     use super::*;
-    use lcow_graphdriver::sys::windows::{pipe::PipeStream, process::send_break};
+    use lcow_sys::windows::{pipe::PipeStream, process::send_break};
     use std::{os::windows::process::CommandExt, time::Duration};
 
     /// A client's connection.

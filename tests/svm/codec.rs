@@ -1,17 +1,15 @@
 //! A codec that makes channels, jail and pool visible without a file system: an image is the tar itself.
 
-use lcow_graphdriver::{
-    agent::{
-        codec::{ChangeSink, Codec, Growing, Layer, Live, Lowers, Parent, TarInput},
-        disk::OpDisk,
-        wire::{
-            ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, ErrorKind,
-            ExportSummary, IdMaps, WireError,
-        },
-    },
-    io::{ReadAt, StreamOut, WriteAt},
-};
+use disk_io::{ReadAt, StreamOut, WriteAt};
 use std::io;
+use svm_agent::{
+    codec::{ChangeSink, Codec, Growing, Layer, Live, Lowers, Parent, TarInput},
+    disk::OpDisk,
+};
+use svm_protocol::{
+    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, ErrorKind, ExportSummary,
+    IdMaps, WireError,
+};
 
 /// Magic first bytes of a "tar" make the codec misbehave.
 pub(crate) struct TestCodec;

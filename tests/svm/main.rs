@@ -8,14 +8,11 @@ mod codec;
 use bytes::Bytes;
 use codec::TestCodec;
 use futures_util::{StreamExt, stream};
-use lcow_graphdriver::{
-    agent::{codec::Codec, wire::ErrorKind, worker_main},
-    svm::{
-        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskFormat, DiskSource, ExportJob, ExportKind, IdMaps,
-        LayerDisk, LayerKind, LiveControl, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
-        VmSpec,
-        embedded::{EmbeddedBackend, EmbeddedConfig},
-    },
+use lcow_graphdriver::svm::{
+    ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskFormat, DiskSource, ExportJob, ExportKind, IdMaps,
+    LayerDisk, LayerKind, LiveControl, Mode, ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend,
+    VmSpec,
+    embedded::{EmbeddedBackend, EmbeddedConfig},
 };
 use std::{
     fs::File,
@@ -28,6 +25,8 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use svm_agent::{codec::Codec, worker_main};
+use svm_protocol::ErrorKind;
 
 const MARK: &str = "LCOW_TEST_WORKER";
 
@@ -598,7 +597,7 @@ fn the_jail_of_the_real_program_holds() {
         (out.status, String::from_utf8_lossy(&out.stdout).into_owned())
     };
     let deadly = ["exec", "ptrace", "mount", "unshare", "io-uring"];
-    for attempt in lcow_graphdriver::sys::linux::probe::ATTEMPTS {
+    for attempt in lcow_sys::linux::probe::ATTEMPTS {
         let (status, text) = run(&[attempt]);
         if deadly.contains(&attempt) {
             use std::os::unix::process::ExitStatusExt;
@@ -760,7 +759,7 @@ async fn a_worker_has_a_user_of_its_own_and_a_limit_of_file_sizes() {
 /// What stands in QEMU's place tries what a QEMU that was taken over would.
 #[test]
 fn a_launched_program_reads_the_systems_files_and_its_descriptors_and_nothing_else() {
-    use lcow_graphdriver::sys::linux::{
+    use lcow_sys::linux::{
         fdpass,
         launch::{Order, send_order},
     };
@@ -816,7 +815,7 @@ fn a_launched_program_reads_the_systems_files_and_its_descriptors_and_nothing_el
 
 #[test]
 fn garbage_on_the_control_channel_ends_the_worker() {
-    use lcow_graphdriver::sys::linux::fdpass;
+    use lcow_sys::linux::fdpass;
     use std::os::fd::AsFd;
     for garbage in [&b"\xff\xff\xff\xff\x09"[..], b"x", b"\x02\x00\x00\x00\x09{}", b"\x00\x00\x00\x00\x03"] {
         let (ours, theirs) = fdpass::message_pair().unwrap();

@@ -10,7 +10,7 @@
 //! itself and a factor for each byte of its input. Factors are several times what the corpora cost, and far below what a
 //! product of two lengths would be.
 
-use lcow_graphdriver::io::{ReadAt, WriteAt, steps};
+use disk_io::{ReadAt, WriteAt, steps};
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     io,

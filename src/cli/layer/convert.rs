@@ -14,16 +14,16 @@ use super::{
     input,
     output::{NewFile, print, print_json},
 };
-use crate::{
-    cli::CliError,
-    diff::apply::MAX_RAW_BYTES,
-    io::{ReadAt, WriteAt},
+use crate::cli::CliError;
+use bytesize::ByteSize;
+use disk_io::{ReadAt, WriteAt};
+use layer_codec::apply::MAX_RAW_BYTES;
+use serde::Serialize;
+use std::process::ExitCode;
+use vhd_image::{
     vhd::{self, Footer},
     vhdx::{self, CreateOptions, VhdxWriter},
 };
-use bytesize::ByteSize;
-use serde::Serialize;
-use std::process::ExitCode;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;

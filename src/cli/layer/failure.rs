@@ -1,6 +1,8 @@
 //! Errors of `layer`: what was being done, to which file, why it failed, and what helps.
 
-use crate::{cli::CliError, diff::DiffError, ext4::Ext4Error};
+use crate::cli::CliError;
+use ext4_image::Ext4Error;
+use layer_codec::DiffError;
 use std::{error::Error, fmt::Write as _, io, path::Path};
 
 /// The reader of our output went away: nothing is wrong and nothing is left to say.

@@ -8,22 +8,22 @@ use super::{
     failure::{failed, shown},
     foreign,
 };
-use crate::{
-    cli::CliError,
-    diff::{LayerKind, LayerSource},
-    ext4::{Ext4, Ext4Error, FileKind, Inode},
-    io::{ReadAt, SubDisk},
-    vhd::{
-        self, Footer, VhdError,
-        dynamic::{DynamicVhd, is_dynamic},
-    },
-    vhdx::{Geometry, Vhdx},
-};
+use crate::cli::CliError;
+use disk_io::{ReadAt, SubDisk};
+use ext4_image::{Ext4, Ext4Error, FileKind, Inode};
+use layer_codec::{LayerKind, LayerSource};
 use std::{
     fs::File,
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
+};
+use vhd_image::{
+    vhd::{
+        self, Footer, VhdError,
+        dynamic::{DynamicVhd, is_dynamic},
+    },
+    vhdx::{Geometry, Vhdx},
 };
 
 /// `EXT4_FEATURE_COMPAT_HAS_JOURNAL`.

@@ -25,17 +25,15 @@ mod unpack;
 mod verify;
 
 use super::CliError;
-use crate::{
-    agent::wire::RootHash,
-    ext4::{BlockSize, hcsshim},
-};
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
+use ext4_image::{BlockSize, hcsshim};
 use serde::Serialize;
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
 };
+use svm_protocol::RootHash;
 
 /// The exit status of a program that was ended because nobody reads its output any more, as shells tell it.
 const CLOSED_PIPE: u8 = 141;

@@ -14,13 +14,11 @@ use super::{
     image::{Container, Image, fs_bytes},
     output::print,
 };
-use crate::{
-    cli::CliError,
-    ext4::check::{CheckLimits, check, check_sandbox},
-    sys::linux::{
-        loopdev::{LoopSpec, attach},
-        mount::{Ext4Options, mount_ext4},
-    },
+use crate::cli::CliError;
+use ext4_image::check::{CheckLimits, check, check_sandbox};
+use lcow_sys::linux::{
+    loopdev::{LoopSpec, attach},
+    mount::{Ext4Options, mount_ext4},
 };
 use std::{os::fd::AsFd, process::ExitCode};
 

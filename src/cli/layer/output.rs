@@ -8,12 +8,10 @@ use super::{
     failure::{failed, shown},
     input::widen_pipe,
 };
-use crate::{
-    cli::CliError,
-    io::{ReadAt, StreamOut, WriteAt},
-    sys::{splice::send_file, writeback::Writeback},
-};
+use crate::cli::CliError;
+use disk_io::{ReadAt, StreamOut, WriteAt};
 use indicatif::ProgressBar;
+use lcow_sys::{splice::send_file, writeback::Writeback};
 use std::{
     ffi::OsString,
     fs::{self, File},

@@ -6,24 +6,23 @@ use super::{
     input::{self, Packing},
     output::{NewDisk, NewFile, print, print_json},
 };
-use crate::{
-    agent::wire::RootHash,
-    cli::CliError,
-    diff::{
-        DiffError, TarDigest,
-        apply::{self, ApplyOptions, ApplySummary, Growth, HcsshimProfile, NoLowers, Verity},
-    },
-    ext4::{
-        BlockSize,
-        hcsshim::{self, HcsshimOptions},
-        writer::WriterOptions,
-    },
-    io::{ReadAt, WriteAt},
-    verity, vhd,
-};
+use crate::cli::CliError;
 use bytesize::ByteSize;
+use disk_io::{ReadAt, WriteAt};
+use ext4_image::{
+    BlockSize,
+    hcsshim::{self, HcsshimOptions},
+    writer::WriterOptions,
+};
+use layer_codec::{
+    DiffError, TarDigest,
+    apply::{self, ApplyOptions, ApplySummary, Growth, HcsshimProfile, NoLowers, Verity},
+};
 use serde::Serialize;
 use std::{fmt::Write as _, io, process::ExitCode, sync::Arc};
+use svm_protocol::RootHash;
+use verity_tree;
+use vhd_image::vhd;
 
 /// Takes a record that nobody wants.
 struct Nowhere;
@@ -222,7 +221,7 @@ fn report(args: &PackArgs, packing: Packing, done: &ApplySummary) -> Result<(), 
     let uuid = uuid::Uuid::from_bytes(done.uuid);
     let verity = done.verity_root.map(|root| Verified {
         root_hash: RootHash(root),
-        hash_offset: verity::hash_offset(done.image_bytes),
+        hash_offset: verity_tree::hash_offset(done.image_bytes),
     });
     if args.json {
         return print_json(&Summary {

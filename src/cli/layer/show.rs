@@ -6,18 +6,13 @@ use super::{
     image::{Container, Disk, Image, fs_bytes, kind, resolve},
     output::{print, print_json},
 };
-use crate::{
-    agent::wire::RootHash,
-    cli::CliError,
-    diff::{
-        LayerKind, TarDigest,
-        record::{self, RecordInfo},
-    },
-    ext4::{Ext4, Ext4Error, FileKind, Inode, Timestamp},
-    verity,
-    vhd::Footer,
-};
+use crate::cli::CliError;
 use bytesize::ByteSize;
+use ext4_image::{Ext4, Ext4Error, FileKind, Inode, Timestamp};
+use layer_codec::{
+    LayerKind, TarDigest,
+    record::{self, RecordInfo},
+};
 use serde::Serialize;
 use std::{
     collections::{BTreeMap, HashSet},
@@ -26,7 +21,10 @@ use std::{
     path::Path,
     process::ExitCode,
 };
+use svm_protocol::RootHash;
 use uuid::Uuid;
+use verity_tree;
+use vhd_image::vhd::Footer;
 
 /// Names of the feature bits, as `tune2fs` has them.
 const FEATURES: [&[(u32, &str)]; 3] = [
@@ -283,9 +281,11 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<ExitCode, CliError> {
 
 fn verity_facts(image: &Image, fs: &Ext4<Disk>) -> Result<Option<VerityFacts>, CliError> {
     let about = |e| failed("read", &image.path, &e);
-    let Some(superblock) = verity::find(&image.disk, fs_bytes(fs)).map_err(about)? else { return Ok(None) };
+    let Some(superblock) = verity_tree::find(&image.disk, fs_bytes(fs)).map_err(about)? else {
+        return Ok(None);
+    };
     Ok(Some(VerityFacts {
-        root_hash: RootHash(verity::root(&image.disk, &superblock).map_err(about)?),
+        root_hash: RootHash(verity_tree::root(&image.disk, &superblock).map_err(about)?),
         hash_offset: superblock.offset,
         data_blocks: superblock.data_blocks,
         uuid: Uuid::from_bytes(superblock.uuid),

@@ -7,14 +7,12 @@ use super::{
     input,
     output::{Counted, TarOutput, standard_output},
 };
-use crate::{
-    cli::CliError,
-    diff::{
-        DiffError, ExportOptions, ExportSummary, NoHooks, ParentLayer, ParentSpec, export,
-        record::{self, replay},
-    },
-    ext4::{Ext4, FileKind, Inode},
-    io::StreamOut,
+use crate::cli::CliError;
+use disk_io::StreamOut;
+use ext4_image::{Ext4, FileKind, Inode};
+use layer_codec::{
+    DiffError, ExportOptions, ExportSummary, NoHooks, ParentLayer, ParentSpec, export,
+    record::{self, replay},
 };
 use std::{fs::File, io::Write, path::Path, process::ExitCode};
 

@@ -12,16 +12,16 @@ use super::{
     output::{Counted, print, print_json},
     show::open_record,
 };
-use crate::{
-    agent::{codec::damage, wire::RootHash},
-    cli::CliError,
-    diff::{LayerKind, TarDigest, record},
-    ext4::check::{CheckLimits, check},
-    verity, vhd,
-};
+use crate::cli::CliError;
+use ext4_image::check::{CheckLimits, check};
+use layer_codec::{LayerKind, TarDigest, record};
 use serde::Serialize;
 use std::{fmt::Write as _, io, process::ExitCode};
+use svm_agent::codec::damage;
+use svm_protocol::RootHash;
 use uuid::Uuid;
+use verity_tree;
+use vhd_image::vhd;
 
 /// What `verify` found.
 #[derive(Debug, Serialize)]
@@ -60,7 +60,7 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
     let tree = verify_tree(args, &image)?;
     let report =
         check(image.disk.clone(), CheckLimits::default()).map_err(|e| failed("verify", &args.image, &e))?;
-    verity::check_around(&image.disk, report.image_bytes, tree.is_some())
+    verity_tree::check_around(&image.disk, report.image_bytes, tree.is_some())
         .map_err(|e| failed("verify", &args.image, &e))?;
     if let Container::Vhd(footer) = image.container {
         // `layer convert` gives an image of profile hcsshim the other one.
@@ -103,14 +103,14 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
 fn verify_tree(args: &VerifyArgs, image: &Image) -> Result<Option<Tree>, CliError> {
     let fs = image.ext4()?;
     let about = |e| failed("verify", &args.image, &e);
-    let Some(superblock) = verity::find(&image.disk, fs_bytes(&fs)).map_err(about)? else {
+    let Some(superblock) = verity_tree::find(&image.disk, fs_bytes(&fs)).map_err(about)? else {
         return match args.root_hash {
             None => Ok(None),
             Some(_) => Err(format!("{} has no hash tree", shown(&args.image)).into()),
         };
     };
     let bar = input::bar(Some(superblock.offset));
-    let report = verity::check(&image.disk, &superblock, &mut |at| bar.set_position(at));
+    let report = verity_tree::check(&image.disk, &superblock, &mut |at| bar.set_position(at));
     bar.finish_and_clear();
     let report = report.map_err(about)?;
     if !report.is_sound() {

@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 pub(in crate::cli) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
     #[cfg(target_os = "linux")]
-    if crate::sys::linux::init::is_first_process() {
+    if lcow_sys::linux::init::is_first_process() {
         return as_first_process(&args.root);
     }
     telemetry::start_logging(args.log_format);
@@ -67,7 +67,7 @@ fn thaw_all() {
     #[cfg(target_os = "linux")]
     const LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
     #[cfg(target_os = "linux")]
-    match crate::sys::linux::freeze::thaw_all(LIMIT) {
+    match lcow_sys::linux::freeze::thaw_all(LIMIT) {
         0 => {}
         left => tracing::error!(left, "sandboxes stay frozen; the next start thaws them"),
     }
@@ -79,7 +79,7 @@ fn thaw_all() {
 /// anew without its body.
 #[cfg(target_os = "linux")]
 fn watch_propagation(root: &std::path::Path) {
-    let Some(canary) = crate::sys::linux::init::Canary::find(root) else { return };
+    let Some(canary) = lcow_sys::linux::init::Canary::find(root) else { return };
     std::thread::spawn(move || {
         if let Err(error) = canary.wait_until_gone() {
             tracing::warn!(%error, "mounts are not watched");
@@ -95,7 +95,7 @@ fn watch_propagation(root: &std::path::Path) {
 /// What the first process of a container does: see to `/dev`, start the plugin, reap and forward.
 #[cfg(target_os = "linux")]
 fn as_first_process(root: &std::path::Path) -> Result<ExitCode, CliError> {
-    use crate::sys::linux::init;
+    use lcow_sys::linux::init;
     use std::{error::Error as _, os::unix::process::ExitStatusExt};
     /// What a shell adds to the number of a signal.
     const BY_SIGNAL: i32 = 128;

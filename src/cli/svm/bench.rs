@@ -9,7 +9,6 @@ use crate::{
         embedded::{EmbeddedBackend, EmbeddedConfig},
         qemu::{QemuBackend, QemuConfig},
     },
-    vhd::FOOTER_SIZE,
 };
 use clap::Args;
 use futures_util::StreamExt;
@@ -21,6 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio_util::io::ReaderStream;
+use vhd_image::vhd::FOOTER_SIZE;
 
 /// Bytes read from the tar at a time.
 const CHUNK: usize = 256 << 10;

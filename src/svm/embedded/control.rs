@@ -7,16 +7,14 @@
 //! One call at a time; a caller that gave up between request and reply leaves a stale reply, which the next caller
 //! recognises by its number and drops. Called by `embedded`.
 
-use crate::{
-    agent::{
-        wire::{self, Control, ControlReply, ControlRequest, FrameType, Hello},
-        worker::{MAX_CONTROL, parse_message},
-    },
-    sys::linux::{asyncfd, fdpass},
-};
+use lcow_sys::linux::{asyncfd, fdpass};
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+use svm_protocol::{
+    Control, ControlReply, ControlRequest, FrameType, Hello,
+    worker::{MAX_CONTROL, parse_message},
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -56,7 +54,7 @@ impl ControlClient {
         state.seq += 1;
         let seq = state.seq;
         let payload = serde_json::to_vec(&ControlRequest { seq, control })?;
-        let mut message = wire::header(FrameType::Control, payload.len()).to_vec();
+        let mut message = svm_protocol::header(FrameType::Control, payload.len()).to_vec();
         message.extend_from_slice(&payload);
         state.send(&message, fds).await?;
         loop {

@@ -10,23 +10,17 @@
 //! no more access than the worker may have, and tells its number. Needs nothing installed. The job ends the worker
 //! with this process, however that ends. Called by `pool` through the traits in `svm`.
 
-use super::{
+use crate::svm::{
     Access, BackendLimits, Channel, Death, DiskId, DiskSource, JailReport, ServiceVm, SvmError, VmBackend,
     VmSpec,
     console::Console,
     end::{End, Process},
 };
-use crate::{
-    agent::{
-        wire::{self, Control, ControlReply, ControlRequest, FrameType, HEADER_LEN, Hello, PROTOCOL_VERSION},
-        worker::{GivenRequest, MAX_CONTROL},
-    },
-    sys::windows::{
-        pipe,
-        process::{Given, WorkerCommand, WorkerProcess},
-    },
-};
 use futures_util::{FutureExt, future::BoxFuture};
+use lcow_sys::windows::{
+    pipe,
+    process::{Given, WorkerCommand, WorkerProcess},
+};
 use parking_lot::Mutex;
 use std::{
     collections::HashMap,
@@ -38,6 +32,10 @@ use std::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
+};
+use svm_protocol::{
+    Control, ControlReply, ControlRequest, FrameType, HEADER_LEN, Hello, PROTOCOL_VERSION,
+    worker::{GivenRequest, MAX_CONTROL},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadHalf},
@@ -129,7 +127,7 @@ impl VmBackend for EmbeddedBackend {
     }
 
     fn limits(&self) -> BackendLimits {
-        BackendLimits { disks: crate::agent::serve::MAX_DISKS, vms: 4096 }
+        BackendLimits { disks: svm_protocol::MAX_DISKS, vms: 4096 }
     }
 
     fn boot(&self, spec: VmSpec) -> BoxFuture<'_, Result<Arc<dyn ServiceVm>, SvmError>> {
@@ -180,7 +178,7 @@ impl ControlClient {
     async fn call(&self, control: Control, handle: Option<u64>) -> io::Result<()> {
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
         let payload = serde_json::to_vec(&GivenRequest { handle, request: ControlRequest { seq, control } })?;
-        let mut message = wire::header(FrameType::Control, payload.len()).to_vec();
+        let mut message = svm_protocol::header(FrameType::Control, payload.len()).to_vec();
         message.extend_from_slice(&payload);
         let (sender, answer) = oneshot::channel();
         self.pending.lock().insert(seq, sender);
@@ -200,7 +198,7 @@ async fn read_replies(
     loop {
         let mut head = [0; HEADER_LEN];
         input.read_exact(&mut head).await?;
-        let (kind, len) = wire::parse_header(head).map_err(io::Error::other)?;
+        let (kind, len) = svm_protocol::parse_header(head).map_err(io::Error::other)?;
         if len > MAX_CONTROL {
             return Err(io::Error::other("control message too long"));
         }

@@ -9,19 +9,19 @@
 //! A growing file is not attached itself: the daemon has it open for writing, and Hyper-V opens alone. What the machine
 //! wrote is copied by the daemon, so the machine never held the file that becomes a layer. Called by `hcs`.
 
-use crate::{
-    io::{ReadAt, WriteAt},
-    svm::{Access, DiskFormat, DiskSource},
-    sys::windows::fs::{check_plain, clone_prefix, make_plain},
-    vhd::{FOOTER_SIZE, Footer},
-    vhdx::{CreateOptions, Vhdx, create},
-};
+use crate::svm::{Access, DiskFormat, DiskSource};
+use disk_io::{ReadAt, WriteAt};
+use lcow_sys::windows::fs::{check_plain, clone_prefix, make_plain};
 use std::{
     ffi::OsStr,
     fs::{self, File},
     io,
     ops::Range,
     path::{Path, PathBuf},
+};
+use vhd_image::{
+    vhd::{FOOTER_SIZE, Footer},
+    vhdx::{CreateOptions, Vhdx, create},
 };
 
 /// Bytes copied at once.
@@ -148,8 +148,8 @@ pub(super) fn bring_back(scratch: &Path, file: &File, len: u64) -> io::Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vhdx::VhdxWriter;
     use std::sync::Arc;
+    use vhd_image::vhdx::VhdxWriter;
 
     fn file(path: &Path, bytes: &[u8]) -> Arc<File> {
         fs::write(path, bytes).unwrap();

@@ -20,8 +20,8 @@ mod vm;
 pub use transport::{AgentInput, AgentListener, AgentOutput, AgentTransport, Hvsock, VSOCK_PORT};
 
 use super::{BackendLimits, ServiceVm, SvmError, VmBackend, VmSpec, guest_files};
-use crate::sys::windows::computecore::{Library, LoadError, System};
 use futures_util::{FutureExt, future::BoxFuture};
+use lcow_sys::windows::computecore::{Library, LoadError, System};
 use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
 
 /// Serial console, no other hardware to look for, end instead of waiting after a panic; the agent dials.
@@ -153,7 +153,7 @@ fn reap(library: &Arc<Library>, config: &HcsConfig) -> io::Result<usize> {
             Err(e) if e.is_gone() => {}
             Err(e) => tracing::warn!(machine = name, "{e}"),
         }
-        crate::sys::windows::fs::remove_tree(&entry.path())?;
+        lcow_sys::windows::fs::remove_tree(&entry.path())?;
         ended += 1;
     }
     Ok(ended)

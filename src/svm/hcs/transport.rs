@@ -7,14 +7,14 @@
 //! Hyper-V sockets are the only transport in the program. It is a trait because Wine has no such sockets: tests bring
 //! a named pipe of their own. Called by `hcs`.
 
-pub use crate::agent::VSOCK_PORT;
-use crate::sys::windows::hvsock::{HvStream, Listener};
 use futures_util::{FutureExt, future::BoxFuture};
+use lcow_sys::windows::hvsock::{HvStream, Listener};
 use std::{
     io::{self, Read, Write},
     sync::Arc,
     time::Duration,
 };
+pub use svm_protocol::VSOCK_PORT;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Bytes between a blocking end and the runtime, each way.

@@ -14,17 +14,14 @@ use super::{
     failed,
     luns::{Luns, MAX_DISKS, Slot},
 };
-use crate::{
-    agent::wire::{ErrorKind, JailReport, WireError},
-    svm::{
-        Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
-        console::Console,
-        end::End,
-        remote::{RemoteAgent, RemoteDisk},
-    },
-    sys::windows::computecore::{HcsError, Library, System},
+use crate::svm::{
+    Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError,
+    console::Console,
+    end::End,
+    remote::{RemoteAgent, RemoteDisk},
 };
 use futures_util::{FutureExt, future::BoxFuture};
+use lcow_sys::windows::computecore::{HcsError, Library, System};
 use parking_lot::Mutex;
 use std::{
     collections::HashMap,
@@ -33,6 +30,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
+use svm_protocol::{ErrorKind, JailReport, WireError};
 use tokio::{net::windows::named_pipe::ClientOptions, sync::watch, time::timeout};
 
 /// How long a machine may take to say that it has ended, after it was told to.
@@ -49,7 +47,7 @@ struct Folder(PathBuf);
 impl Folder {
     /// Waits for files that the machine's process is just letting go.
     fn clear(path: &Path) {
-        match crate::sys::windows::fs::remove_tree(path) {
+        match lcow_sys::windows::fs::remove_tree(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(path = %path.display(), %error, "scratch disks stay until the next start");
             }

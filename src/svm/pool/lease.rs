@@ -7,18 +7,12 @@
 //! Called by `driver`.
 
 use super::{Inner, machine::Event};
-use crate::{
-    agent::wire::{
-        self, ApplySummary, Change, CheckSummary, CopyJob, DiskId, ErrorKind, FrameType, LayerRef, Operation,
-        ParentRef, WireError, decode_change,
-    },
-    svm::{
-        ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk,
-        LiveControl, ParentDisks, ServiceVm, SvmError, TarStream,
-        exchange::{self, Incoming, Receiver, Sender},
-        replays,
-        stream::{Freeze, Item, QUEUED_CHUNKS},
-    },
+use crate::svm::{
+    ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk, LiveControl,
+    ParentDisks, ServiceVm, SvmError, TarStream,
+    exchange::{self, Incoming, Receiver, Sender},
+    replays,
+    stream::{Freeze, Item, QUEUED_CHUNKS},
 };
 use bytes::Bytes;
 use futures_util::Stream;
@@ -31,6 +25,10 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+};
+use svm_protocol::{
+    ApplySummary, Change, CheckSummary, CopyJob, DiskId, ErrorKind, FrameType, LayerRef, Operation,
+    ParentRef, WireError, decode_change,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -92,7 +90,7 @@ fn bytes_left(disk: &DiskSource) -> Option<u64> {
     #[cfg(unix)]
     return rustix::fs::fstatvfs(&*disk.file).ok().map(|s| s.f_bavail.saturating_mul(s.f_frsize));
     #[cfg(windows)]
-    return crate::sys::windows::fs::available_bytes(disk.path.parent()?).ok();
+    return lcow_sys::windows::fs::available_bytes(disk.path.parent()?).ok();
 }
 
 /// A disk in use by one operation.
@@ -300,7 +298,7 @@ impl Lease {
         loop {
             match word {
                 Incoming::Result(json) => return receiver.decode(&json),
-                Incoming::Event(wire::Event::Lower) => {
+                Incoming::Event(svm_protocol::Event::Lower) => {
                     let lower = lowers.next();
                     let lower = lower
                         .ok_or_else(|| receiver.protocol("asked for more lowers than there are".into()))?;
@@ -433,7 +431,7 @@ impl Lease {
     ///
     /// # Errors
     /// As [`Lease::layer_to_tar`].
-    pub async fn written(&self, job: CompareJob, blank: wire::BlankRoot) -> Result<bool, SvmError> {
+    pub async fn written(&self, job: CompareJob, blank: svm_protocol::BlankRoot) -> Result<bool, SvmError> {
         let operation = |target, _, live| Operation::Written { target, blank, live };
         self.judge(self.compare(job, operation).await).map(|(_, written)| written)
     }
@@ -484,7 +482,7 @@ impl Growing<'_> {
     /// Does what an event asks for; what the Resume says, where one is due.
     async fn answer(
         &mut self,
-        event: wire::Event,
+        event: svm_protocol::Event,
         attached: &mut Attached,
         sent: u64,
     ) -> Result<Option<Vec<u8>>, SvmError> {
@@ -492,7 +490,7 @@ impl Growing<'_> {
         let protocol = |reason: String| SvmError::Protocol { vm: name.clone(), reason };
         match (event, &self.job.larger) {
             // It must come to its end some time: who only says so is not waited for.
-            (wire::Event::Replaying { bytes }, _)
+            (svm_protocol::Event::Replaying { bytes }, _)
                 if self.second.is_some()
                     && bytes <= sent
                     && self.least.is_some_and(|least| bytes >= least) =>
@@ -501,9 +499,9 @@ impl Growing<'_> {
                 replays::touch();
                 Ok(None)
             }
-            (wire::Event::LargerBlocks, Some(larger)) if self.second.is_none() => {
+            (svm_protocol::Event::LargerBlocks, Some(larger)) if self.second.is_none() => {
                 let (image, record) = larger.make().await.map_err(|e| SvmError::SecondPair(e.to_string()))?;
-                let disks = wire::LargerDisks {
+                let disks = svm_protocol::LargerDisks {
                     image: self.lease.attach(attached, &image).await?,
                     record: self.lease.attach(attached, &record).await?,
                 };
@@ -511,10 +509,10 @@ impl Growing<'_> {
                 self.second = Some((image, record));
                 Ok(Some(answer))
             }
-            (wire::Event::LargerBlocks, None) => {
+            (svm_protocol::Event::LargerBlocks, None) => {
                 Err(SvmError::SecondPair("nobody gives a second pair of disks here".into()))
             }
-            (wire::Event::Replayed, _) if self.second.is_some() && self.least.take().is_some() => {
+            (svm_protocol::Event::Replayed, _) if self.second.is_some() && self.least.take().is_some() => {
                 for (id, disk) in self.first.iter().zip([&self.job.image, &self.job.record]) {
                     attached.release(*id);
                     // What is left there is garbage; its room is wanted.

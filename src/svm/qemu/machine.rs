@@ -13,14 +13,11 @@ use super::{
     find::{Accelerator, Qemu},
     qmp::Qmp,
 };
-use crate::{
-    agent::{guest::PORT_NAME, link::slots::TRANSFER_BYTES},
-    svm::{SvmError, console::Console},
-    sys::linux::{
-        asyncfd, fdpass,
-        launch::{FIRST_FD, Order, send_order},
-        process::{WorkerCommand, WorkerProcess, spawn_worker},
-    },
+use crate::svm::{SvmError, console::Console};
+use lcow_sys::linux::{
+    asyncfd, fdpass,
+    launch::{FIRST_FD, Order, send_order},
+    process::{WorkerCommand, WorkerProcess, spawn_worker},
 };
 use rustix::fs::MemfdFlags;
 use std::{
@@ -32,6 +29,7 @@ use std::{
     },
     path::PathBuf,
 };
+use svm_protocol::{PORT_NAME, slots::TRANSFER_BYTES};
 use tokio::{io::Interest, net::UnixStream};
 
 /// Kernel buffer of the agent's port and the monitor, each way; bytes.

@@ -7,7 +7,7 @@
 //! JSON is serde's. Replies find their command by id; events are noted for whoever waits. What comes from QEMU is
 //! bounded and not trusted. Called by `vm` and `template`.
 
-use crate::sys::linux::fdpass;
+use lcow_sys::linux::fdpass;
 use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};

@@ -14,10 +14,8 @@ use super::{
     find::Accelerator,
     machine::{Beginning, Machine, Recipe, stream},
 };
-use crate::{
-    svm::{SvmError, guest_files, remote::RemoteAgent},
-    sys::linux::fdpass,
-};
+use crate::svm::{SvmError, guest_files, remote::RemoteAgent};
+use lcow_sys::linux::fdpass;
 use rustix::fs::{FlockOperation, flock};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -291,7 +289,7 @@ impl Template {
         let capabilities = json!({"capabilities": [
             {"capability": "x-ignore-shared", "state": true}, {"capability": "events", "state": true}]});
         machine.qmp.run("migrate-set-capabilities", capabilities).await.map_err(|e| text(&e))?;
-        let uri = format!("fd:{}", crate::sys::linux::launch::FIRST_FD + 5);
+        let uri = format!("fd:{}", lcow_sys::linux::launch::FIRST_FD + 5);
         machine.qmp.run("migrate-incoming", json!({ "uri": uri })).await.map_err(|e| text(&e))?;
         let mut pipe = stream(ours).map_err(|e| text(&e))?;
         let state = self.state.clone();

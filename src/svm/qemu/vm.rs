@@ -15,16 +15,13 @@ use super::{
     machine::{Machine, TRANSFER_UNIT},
     qmp::{Qmp, QmpError},
 };
-use crate::{
-    agent::{link::slots::TransferDisk, wire::JailReport},
-    svm::{
-        Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError, Witness,
-        end::{End, Process},
-        remote::{RemoteAgent, RemoteDisk},
-    },
-    sys::linux::process::{is_writable, reopen_read_only},
+use crate::svm::{
+    Access, Channel, Death, DiskFormat, DiskId, DiskSource, ServiceVm, SvmError, Witness,
+    end::{End, Process},
+    remote::{RemoteAgent, RemoteDisk},
 };
 use futures_util::{FutureExt, future::BoxFuture};
+use lcow_sys::linux::process::{is_writable, reopen_read_only};
 use parking_lot::Mutex;
 use serde_json::json;
 use std::{
@@ -34,6 +31,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
+use svm_protocol::{JailReport, slots::TransferDisk};
 use tokio::{sync::broadcast::error::RecvError, time::timeout};
 
 /// Most disks of one machine at a time.

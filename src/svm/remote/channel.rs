@@ -1,13 +1,6 @@
 //! One channel of a link, as a stream of bytes.
 
 use super::link::{Link, data_frame};
-use crate::agent::{
-    link::{
-        frame::{self, CREDIT_STEP, Kind, MAX_INLINE, MIN_STORED, WINDOW, invalid},
-        meter::{JOINED_BELOW, Meter, cost},
-    },
-    wire::{self, FrameType},
-};
 use bytes::{Buf, Bytes, BytesMut};
 use parking_lot::Mutex;
 use std::{
@@ -16,6 +9,11 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, Waker},
+};
+use svm_protocol::{
+    FrameType,
+    link::{self, CREDIT_STEP, Kind, MAX_INLINE, MIN_STORED, WINDOW, invalid},
+    meter::{JOINED_BELOW, Meter, cost},
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -172,19 +170,19 @@ impl RemoteChannel {
     /// The next message. Cancel-safe: a part that was read is kept.
     pub(super) async fn message(
         &mut self,
-        head: &mut [u8; wire::HEADER_LEN],
+        head: &mut [u8; svm_protocol::HEADER_LEN],
         most: usize,
     ) -> io::Result<(FrameType, Bytes)> {
         use tokio::io::AsyncReadExt;
         loop {
-            if let Some((first, _)) = self.partial.split_first_chunk::<{ wire::HEADER_LEN }>() {
+            if let Some((first, _)) = self.partial.split_first_chunk::<{ svm_protocol::HEADER_LEN }>() {
                 *head = *first;
-                let (kind, len) = wire::parse_header(*head).map_err(io::Error::other)?;
+                let (kind, len) = svm_protocol::parse_header(*head).map_err(io::Error::other)?;
                 if len > most {
                     return Err(invalid("control message too long"));
                 }
-                if self.partial.len() >= wire::HEADER_LEN + len {
-                    self.partial.advance(wire::HEADER_LEN);
+                if self.partial.len() >= svm_protocol::HEADER_LEN + len {
+                    self.partial.advance(svm_protocol::HEADER_LEN);
                     return Ok((kind, self.partial.split_to(len).freeze()));
                 }
             }
@@ -203,7 +201,7 @@ impl Drop for RemoteChannel {
         self.link.remove(self.id);
         self.link.queue().forget(self.id);
         if self.id != 0 {
-            self.link.send(Bytes::copy_from_slice(&frame::header(self.id, Kind::Close, 0)));
+            self.link.send(Bytes::copy_from_slice(&link::header(self.id, Kind::Close, 0)));
         }
     }
 }
@@ -234,7 +232,7 @@ impl AsyncRead for RemoteChannel {
             let taken = std::mem::take(&mut state.taken);
             state.credit += taken;
             drop(state);
-            self.link.send(frame::numbers(self.id, Kind::Credit, &[taken as u32]).into());
+            self.link.send(link::numbers(self.id, Kind::Credit, &[taken as u32]).into());
         }
         Poll::Ready(Ok(()))
     }
@@ -264,12 +262,12 @@ impl AsyncWrite for RemoteChannel {
         }
         let most = buf.len().min(state.window);
         let slots = self.link.slots().filter(|_| most >= MIN_STORED);
-        let most = most.min(slots.map_or(MAX_INLINE, crate::agent::link::slots::Slots::slot_bytes));
+        let most = most.min(slots.map_or(MAX_INLINE, svm_protocol::slots::Slots::slot_bytes));
         state.window -= most;
         drop(state);
         let stored = slots.map(|slots| slots.store(&[&buf[..most]])).transpose()?.flatten();
         self.link.send(match stored {
-            Some((slot, n)) => frame::numbers(self.id, Kind::Stored, &[slot, n as u32]).into(),
+            Some((slot, n)) => link::numbers(self.id, Kind::Stored, &[slot, n as u32]).into(),
             None => data_frame(self.id, &buf[..most]),
         });
         Poll::Ready(Ok(most))

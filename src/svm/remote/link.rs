@@ -1,17 +1,15 @@
 //! Reader and writer of a link, and its table of channels.
 
 use super::{channel::Inbox, queue::Queue};
-use crate::agent::{
-    link::{
-        frame::{self, HEADER_LEN, Header, Kind, MAX_INLINE, Parsed, invalid, number},
-        meter::Meter,
-        slots::Slots,
-    },
-    wire::{self, FrameType},
-};
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use std::{collections::HashMap, io, sync::Arc};
+use svm_protocol::{
+    FrameType,
+    link::{self, HEADER_LEN, Header, Kind, MAX_INLINE, Parsed, invalid, number},
+    meter::Meter,
+    slots::Slots,
+};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
 /// Bytes read from the stream at once.
@@ -144,9 +142,9 @@ impl Link {
         // A slot is emptied at once: the agent has few, and the bytes have a place that was paid for.
         let payload = if kind == Kind::Stored {
             let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
-            let (slot, len) = frame::stored(&payload)?;
+            let (slot, len) = link::stored(&payload)?;
             let taken = slots.load(slot, len)?;
-            self.send(frame::numbers(0, Kind::Free, &[slot]).into());
+            self.send(link::numbers(0, Kind::Free, &[slot]).into());
             let bytes = BytesMut::from(taken.bytes());
             slots.put_back(taken);
             bytes
@@ -159,7 +157,7 @@ impl Link {
         };
         match kind {
             Kind::Data | Kind::Stored => inbox.put(payload),
-            Kind::Credit => inbox.credit(frame::credit(&payload)?),
+            Kind::Credit => inbox.credit(link::credit(&payload)?),
             Kind::Close => {
                 inbox.close();
                 Ok(())
@@ -179,7 +177,7 @@ impl Drop for Link {
 pub(super) fn data_frame(channel: u32, bytes: &[u8]) -> Bytes {
     let mut out = BytesMut::with_capacity(bytes.len() + HEADER_LEN);
     for chunk in bytes.chunks(MAX_INLINE) {
-        out.extend_from_slice(&frame::header(channel, Kind::Data, chunk.len()));
+        out.extend_from_slice(&link::header(channel, Kind::Data, chunk.len()));
         out.extend_from_slice(chunk);
     }
     out.freeze()
@@ -188,7 +186,7 @@ pub(super) fn data_frame(channel: u32, bytes: &[u8]) -> Bytes {
 async fn read(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(Header, BytesMut)> {
     let mut head = [0; HEADER_LEN];
     input.read_exact(&mut head).await?;
-    let Parsed::Frame(header) = frame::parse(head)? else {
+    let Parsed::Frame(header) = link::parse(head)? else {
         return Err(invalid("the agent began anew"));
     };
     let mut payload = BytesMut::zeroed(header.len);
@@ -200,15 +198,15 @@ async fn read(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(Header, Bytes
 pub(super) async fn first_message(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(FrameType, Bytes)> {
     let mut all = BytesMut::new();
     loop {
-        if let Some((head, _)) = all.split_first_chunk::<{ wire::HEADER_LEN }>() {
-            let (kind, len) = wire::parse_header(*head).map_err(|_| invalid("no message"))?;
+        if let Some((head, _)) = all.split_first_chunk::<{ svm_protocol::HEADER_LEN }>() {
+            let (kind, len) = svm_protocol::parse_header(*head).map_err(|_| invalid("no message"))?;
             if len > super::MAX_CONTROL {
                 return Err(invalid("message too long"));
             }
-            if all.len() == wire::HEADER_LEN + len {
-                return Ok((kind, all.split_off(wire::HEADER_LEN).freeze()));
+            if all.len() == svm_protocol::HEADER_LEN + len {
+                return Ok((kind, all.split_off(svm_protocol::HEADER_LEN).freeze()));
             }
-            if all.len() > wire::HEADER_LEN + len {
+            if all.len() > svm_protocol::HEADER_LEN + len {
                 return Err(invalid("more than a greeting"));
             }
         }

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A backend brings a pair of byte streams ([`RemoteAgent::connect`]) and, if it can, a transfer disk; the rest is
-//! the same for all. Frames and invariants are those of [`crate::agent::link`]. What the agent sends is untrusted:
+//! the same for all. Frames and invariants are those of [`svm_agent::link`]. What the agent sends is untrusted:
 //! a frame that breaks the protocol ends the link, and with it every channel. Dropping a channel cancels its
 //! operation; dropping the agent ends the link. Called by the backends `qemu` and `hcs`.
 
@@ -18,17 +18,6 @@ mod queue;
 pub use channel::RemoteChannel;
 
 use super::DiskId;
-use crate::agent::{
-    link::{
-        frame::{Hunt, SYNC},
-        meter::Meter,
-        slots::{Side, Slots, TransferDisk},
-    },
-    wire::{
-        self, Control, ControlReply, ControlRequest, DiskFormat, FrameType, HEADER_LEN, Hello,
-        PROTOCOL_VERSION, Wake, Witness,
-    },
-};
 use link::Link;
 use std::{
     fs::File,
@@ -38,6 +27,13 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
+};
+use svm_protocol::{
+    Control, ControlReply, ControlRequest, DiskFormat, FrameType, HEADER_LEN, Hello, PROTOCOL_VERSION, Wake,
+    Witness,
+    link::{Hunt, SYNC},
+    meter::Meter,
+    slots::{Side, Slots, TransferDisk},
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -268,11 +264,9 @@ fn unix_nanos() -> u64 {
 
 fn control_frame<T: serde::Serialize>(kind: FrameType, message: &T) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    wire::write_json(&mut bytes, kind, message)?;
+    svm_protocol::write_json(&mut bytes, kind, message)?;
     Ok(bytes)
 }
 
-#[cfg(all(test, unix))]
-mod hostile;
 #[cfg(test)]
 mod tests;

@@ -10,15 +10,15 @@
 //! honest agent reads its stream whatever its channels do, so a body waits for the stream only, never for another
 //! channel. Called by [`super::link`] and [`super::channel`].
 
-use crate::agent::link::{
-    frame::WINDOW,
-    meter::{Meter, cost},
-};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::{
     collections::{HashMap, VecDeque},
     task::{Context, Poll, Waker},
+};
+use svm_protocol::{
+    link::WINDOW,
+    meter::{Meter, cost},
 };
 use tokio::sync::Notify;
 

@@ -1,0 +1,278 @@
+//! Groups: descriptors, fixed blocks, inode tables read front to back, bitmaps against what was found.
+//!
+//! Called by [`super::check`].
+
+use super::{Checker, FIRST_INO, Layout, ROOT_INO, kind};
+use crate::{
+    Ext4Error,
+    layout::group::{GroupDesc, GroupFlags},
+    reader::{bytes::chksum, corrupt, superblock::incompat},
+};
+use disk_io::ReadAt;
+use zerocopy::FromBytes;
+
+/// Bytes of inode tables read at once.
+const READ: usize = 256 << 10;
+
+/// Sums over all groups.
+#[derive(Debug, Default)]
+pub(super) struct Totals {
+    pub(super) free_blocks: u64,
+    pub(super) free_inodes: u64,
+}
+
+/// A bitmap's bit.
+fn bit(bitmap: &[u8], at: u32) -> bool {
+    bitmap.get((at / 8) as usize).is_some_and(|byte| byte >> (at % 8) & 1 == 1)
+}
+
+impl<R: ReadAt> Checker<R> {
+    fn descriptor(&self, number: u32) -> Result<GroupDesc, Ext4Error> {
+        let place = || format!("group {number}");
+        let (_, mut raw) = self.fs.raw_descriptor(number)?;
+        self.fs.group(number)?;
+        raw.resize(size_of::<GroupDesc>(), 0);
+        let desc =
+            GroupDesc::read_from_bytes(&raw).map_err(|_| corrupt(place(), "its descriptor is cut off"))?;
+        let mut known = GroupFlags::INODE_UNINIT | GroupFlags::BLOCK_UNINIT | GroupFlags::INODE_ZEROED;
+        if self.layout == Layout::Hcsshim {
+            // Without checksums nothing tells whether these are true.
+            known = GroupFlags::INODE_ZEROED;
+        }
+        if !known.contains(desc.flags())
+            || desc.bg_exclude_bitmap_lo.get() != 0
+            || desc.bg_exclude_bitmap_hi.get() != 0
+            || desc.bg_reserved.get() != 0
+        {
+            return Err(corrupt(place(), "its descriptor has unknown flags"));
+        }
+        Ok(desc)
+    }
+
+    /// What a descriptor holds for a bitmap; nothing without checksums.
+    fn bitmap_checksum(&self, covered: &[u8]) -> u32 {
+        match self.layout {
+            Layout::Default => chksum(self.fs.geometry().checksum_seed, covered),
+            Layout::Hcsshim => 0,
+        }
+    }
+
+    /// Claims superblocks, descriptors, bitmaps and inode tables.
+    pub(super) fn claim_fixed(&mut self) -> Result<(), Ext4Error> {
+        let geometry = self.fs.geometry().clone();
+        if geometry.first_data_block == 1 {
+            // The block before the superblock belongs to nobody and stands in no bitmap.
+            self.blocks.claim(0, 1, &|| "boot block".to_owned())?;
+            self.blocks.used -= 1;
+        }
+        let per_block = geometry.block_size / u32::from(geometry.desc_size);
+        let meta = geometry.has(incompat::META_BG);
+        let old_blocks = if meta {
+            u64::from(geometry.first_meta_bg)
+        } else {
+            u64::from(geometry.groups.div_ceil(per_block))
+        };
+        for number in 0..geometry.groups {
+            let owner = || format!("group {number}");
+            let first = geometry.group_first_block(number);
+            let blocks = u64::from(geometry.group_blocks(number));
+            let has_super = geometry.group_has_super(number);
+            let in_meta = meta && number / per_block >= geometry.first_meta_bg;
+            let mut fixed = u64::from(has_super);
+            if in_meta {
+                let within = number % per_block;
+                fixed += u64::from(within == 0 || within == 1 || within == per_block - 1);
+            } else if has_super {
+                fixed += old_blocks;
+            }
+            if fixed > blocks {
+                return Err(corrupt(owner(), "it is too small for its descriptors"));
+            }
+            self.blocks.claim(first, fixed, &owner)?;
+            let desc = self.descriptor(number)?;
+            let table = u64::from(geometry.inode_table_blocks());
+            for (start, count) in
+                [(desc.block_bitmap(), 1), (desc.inode_bitmap(), 1), (desc.inode_table(), table)]
+            {
+                if !geometry.holds(start, count) {
+                    return Err(corrupt(owner(), "its bitmaps or table lie outside the file system"));
+                }
+                let inside = start >= first && start + count <= first + blocks;
+                if !inside && !geometry.has(incompat::FLEX_BG) {
+                    return Err(corrupt(owner(), "its bitmaps or table lie in another group"));
+                }
+                self.blocks.claim(start, count, &owner)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the inodes of a group, and its inode bitmap.
+    pub(super) fn inode_table(&mut self, number: u32, totals: &mut Totals) -> Result<(), Ext4Error> {
+        let geometry = self.fs.geometry().clone();
+        let place = || format!("group {number}");
+        let desc = self.descriptor(number)?;
+        let per_group = geometry.inodes_per_group;
+        let unused = desc.itable_unused();
+        if unused > per_group {
+            return Err(corrupt(place(), "more unused inodes than inodes"));
+        }
+        let uninit = desc.flags().contains(GroupFlags::INODE_UNINIT);
+        if uninit && unused != per_group && unused != 0 {
+            return Err(corrupt(place(), "an uninitialised group with used inodes"));
+        }
+        let mut bitmap = Vec::new();
+        if !uninit {
+            bitmap = self.fs.source.block(desc.inode_bitmap())?.to_vec();
+            let covered = bitmap.get(..per_group as usize / 8).unwrap_or(&[]);
+            let computed = self.bitmap_checksum(covered);
+            if !per_group.is_multiple_of(8)
+                || computed
+                    != desc_checksum(
+                        desc.bg_inode_bitmap_csum_lo.get(),
+                        desc.bg_inode_bitmap_csum_hi.get(),
+                        geometry.desc_size,
+                        computed,
+                    )
+            {
+                return Err(corrupt(place(), "checksum of its inode bitmap does not match"));
+            }
+            // That tool leaves it clear, and neither the kernel nor the writer of a bitmap looks at it.
+            let padding = self.layout == Layout::Default;
+            if (per_group..geometry.block_size * 8).any(|i| bit(&bitmap, i) != padding) {
+                return Err(corrupt(place(), "the padding of its inode bitmap is not set"));
+            }
+        }
+        let (mut free, mut dirs) = (per_group, 0);
+        if !uninit {
+            let size = usize::from(geometry.inode_size);
+            let start = desc.inode_table() * u64::from(geometry.block_size);
+            let mut buf = vec![0; READ.min(per_group as usize * size)];
+            let per_read = buf.len() / size;
+            let first = number * per_group + 1;
+            let mut index = 0;
+            while index < per_group {
+                let n = per_read.min((per_group - index) as usize);
+                // Behind the last used inode the table is not read at all.
+                if (index..index + n as u32).all(|i| !bit(&bitmap, i)) && index >= per_group - unused {
+                    index += n as u32;
+                    continue;
+                }
+                let bytes = buf.get_mut(..n * size).unwrap_or(&mut []);
+                self.fs.source.read(start + u64::from(index) * size as u64, bytes)?;
+                let bytes = std::mem::take(&mut buf);
+                for raw in bytes.chunks_exact(size).take(n) {
+                    let ino = first + index;
+                    if bit(&bitmap, index) {
+                        if index >= per_group - unused {
+                            return Err(corrupt(format!("inode {ino}"), "used, but counted as never used"));
+                        }
+                        free -= 1;
+                        self.report.inodes += 1;
+                        self.inode(ino, raw)?;
+                        dirs += u32::from(self.node(ino).is_some_and(|n| n.kind == kind::DIRECTORY));
+                    } else if ino < FIRST_INO {
+                        return Err(corrupt(format!("inode {ino}"), "a reserved inode is marked free"));
+                    } else if raw.iter().any(|b| *b != 0) {
+                        return Err(corrupt(format!("inode {ino}"), "a free inode is not empty"));
+                    }
+                    index += 1;
+                }
+                buf = bytes;
+            }
+        } else if number * per_group < ROOT_INO {
+            return Err(corrupt(place(), "the first group is uninitialised"));
+        }
+        if desc.free_inodes() != free || desc.used_dirs() != dirs {
+            return Err(corrupt(place(), "its counts of free inodes or directories are wrong"));
+        }
+        self.report.directories += u64::from(dirs);
+        totals.free_inodes += u64::from(free);
+        Ok(())
+    }
+
+    /// Compares a group's block bitmap with the blocks that were claimed.
+    pub(super) fn block_bitmap(&mut self, number: u32, totals: &mut Totals) -> Result<(), Ext4Error> {
+        let geometry = self.fs.geometry();
+        let place = || format!("group {number}");
+        let desc = self.descriptor(number)?;
+        let first = geometry.group_first_block(number);
+        let blocks = geometry.group_blocks(number);
+        let uninit = desc.flags().contains(GroupFlags::BLOCK_UNINIT);
+        let free = (0..blocks).filter(|i| !self.blocks.is_used(first + u64::from(*i))).count() as u32;
+        if uninit && number + 1 == geometry.groups {
+            // Its end may lie inside the group, which only a bitmap can tell.
+            return Err(corrupt(place(), "the last group's bitmap is not initialised"));
+        }
+        if uninit {
+            // The kernel builds the bitmap from the descriptor: only the group's own tables may be in use.
+            let own = self.own_blocks(number, &desc);
+            if blocks - free != own {
+                return Err(corrupt(place(), "an uninitialised group with used blocks"));
+            }
+        } else {
+            let bitmap = self.fs.source.block(desc.block_bitmap())?;
+            let covered = bitmap.get(..geometry.blocks_per_group as usize / 8).unwrap_or(&[]);
+            let computed = self.bitmap_checksum(covered);
+            if computed
+                != desc_checksum(
+                    desc.bg_block_bitmap_csum_lo.get(),
+                    desc.bg_block_bitmap_csum_hi.get(),
+                    geometry.desc_size,
+                    computed,
+                )
+            {
+                return Err(corrupt(place(), "checksum of its block bitmap does not match"));
+            }
+            for i in 0..geometry.block_size * 8 {
+                let want = i >= blocks || self.blocks.is_used(first + u64::from(i));
+                if bit(&bitmap, i) != want {
+                    return Err(corrupt(
+                        place(),
+                        format!("its bitmap is wrong about block {}", first + u64::from(i)),
+                    ));
+                }
+            }
+        }
+        if desc.free_blocks() != free {
+            return Err(corrupt(place(), "its count of free blocks is wrong"));
+        }
+        totals.free_blocks += u64::from(free);
+        Ok(())
+    }
+
+    /// Blocks of a group that hold its superblock copy, descriptors, or any group's bitmaps and tables.
+    fn own_blocks(&self, number: u32, desc: &GroupDesc) -> u32 {
+        let geometry = self.fs.geometry();
+        let first = geometry.group_first_block(number);
+        let end = first + u64::from(geometry.group_blocks(number));
+        let per_block = geometry.block_size / u32::from(geometry.desc_size);
+        let meta = geometry.has(incompat::META_BG) && number / per_block >= geometry.first_meta_bg;
+        let mut own = u64::from(geometry.group_has_super(number));
+        if meta {
+            let within = number % per_block;
+            own += u64::from(within == 0 || within == 1 || within == per_block - 1);
+        } else if own == 1 {
+            own += if geometry.has(incompat::META_BG) {
+                u64::from(geometry.first_meta_bg)
+            } else {
+                u64::from(geometry.groups.div_ceil(per_block))
+            };
+        }
+        let table = u64::from(geometry.inode_table_blocks());
+        for (start, count) in
+            [(desc.block_bitmap(), 1), (desc.inode_bitmap(), 1), (desc.inode_table(), table)]
+        {
+            if start >= first && start + count <= end {
+                own += count;
+            }
+        }
+        own as u32
+    }
+}
+
+/// A stored bitmap checksum; where only its low half is stored, the high half of `computed` is taken for it.
+fn desc_checksum(low: u16, high: u16, desc_size: u16, computed: u32) -> u32 {
+    let high = if desc_size >= 64 { u32::from(high) } else { computed >> 16 };
+    u32::from(low) | high << 16
+}

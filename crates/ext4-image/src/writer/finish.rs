@@ -1,0 +1,382 @@
+//! The end of an image: directories, attributes, inode tables, bitmaps, descriptors, super block.
+
+use super::{
+    CHECKSUM_SEED, HASH_SEED, ImageSummary, ImageWriter, NodeId, Overflow, Result, UuidSource, extents,
+    inodes,
+    space::{GROUP_BLOCKS, Geometry, Space},
+    tree::{EaValue, NONE, Node, Payload},
+    xattrs,
+};
+use crate::{
+    Ext4Error,
+    layout::{
+        FIRST_INO, checksum,
+        group::{DESC_SIZE, GroupDesc, GroupFlags},
+        hash::HASH_HALF_MD4,
+        inode::{EXTRA_ISIZE, S_IFREG},
+        superblock::{
+            CHECKSUM_CRC32C, Compat, ERRORS_CONTINUE, FLAG_UNSIGNED_HASH, Incompat, MAGIC, REV_DYNAMIC,
+            RoCompat, STATE_VALID, SUPERBLOCK_OFFSET, Superblock,
+        },
+        xattr::{BLOCK_HEADER_SIZE, XATTR_MAGIC, XattrHeader, block_hash, ea_inode_hash},
+    },
+};
+use disk_io::WriteAt;
+use sha2::{Digest, Sha256};
+use zerocopy::{FromZeros, IntoBytes, little_endian::U32};
+
+/// `s_log_groups_per_flex`: only a hint where the kernel looks for bitmaps to read ahead.
+const LOG_GROUPS_PER_FLEX: u8 = 4;
+/// Fewest inodes of a group: the reserved ones are in the first group.
+const MIN_INODES_PER_GROUP: u64 = 16;
+
+/// How many groups of how many inodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    groups: u64,
+    inodes_per_group: u64,
+    table_blocks: u64,
+}
+
+/// The groups that an image of `inodes` needs: tables and bitmaps themselves may begin a further group, so the answer
+/// is tried until it holds.
+fn shape(space: &Space, inodes: u64, inode_size: u64) -> Result<Shape> {
+    let g = space.geometry;
+    let unit = MIN_INODES_PER_GROUP.max(g.bs / inode_size);
+    let mut groups = g.group_of(space.cursor - 1) + 1;
+    loop {
+        let inodes_per_group = inodes.div_ceil(groups).max(1).next_multiple_of(unit);
+        let shape = Shape { groups, inodes_per_group, table_blocks: inodes_per_group * inode_size / g.bs };
+        if inodes_per_group > 8 * g.bs {
+            groups += 1;
+            continue;
+        }
+        let mut trial = space.clone();
+        for _ in 0..groups {
+            trial.take_adjacent(shape.table_blocks)?;
+        }
+        let mut left = 2 * groups;
+        while left > 0 {
+            left -= trial.take(left)?.1;
+        }
+        let need = g.group_of(trial.cursor - 1) + 1;
+        if need <= groups {
+            return Ok(shape);
+        }
+        groups = need;
+    }
+}
+
+/// Blocks from `start` to `end` marked in a bitmap of one group that begins at block `base`.
+fn clear_range(bitmap: &mut [u8], base: u64, start: u64, end: u64) {
+    let (start, end) = (start.max(base) - base, end.min(base + GROUP_BLOCKS).saturating_sub(base));
+    for bit in start..end {
+        bitmap[(bit / 8) as usize] &= !(1 << (bit % 8));
+    }
+}
+
+impl<W: WriteAt> ImageWriter<W> {
+    /// Long targets of symbolic links, attribute blocks and attribute values of one node.
+    fn write_extras(&mut self, id: u32) -> Result<()> {
+        let bs = self.space.geometry.bs as usize;
+        let node = &self.tree.nodes[id as usize];
+        if let Payload::Symlink { at, len, .. } = node.payload
+            && usize::from(len) > inodes::FAST_SYMLINK_MAX
+        {
+            let (block, _) = self.space.take(1)?;
+            self.sink.put(block * bs as u64, self.tree.stored(at, usize::from(len)))?;
+            self.tree.nodes[id as usize].payload = Payload::Symlink { at, len, block };
+        }
+        let node = &self.tree.nodes[id as usize];
+        if node.xattrs == NONE {
+            return Ok(());
+        }
+        let set = node.xattrs;
+        let room = self.xattr_room(self.inline_len(id));
+        let mut plan = xattrs::plan(self.sets.get(set), room, bs)?;
+        if plan.block.is_empty() {
+            return Ok(());
+        }
+        let mut value_blocks = 0;
+        for &i in &plan.ea {
+            value_blocks += plan.block[i].value.len().div_ceil(bs) as u64;
+            plan.block[i].ea = Some(self.write_value(&plan.block[i].value)?);
+        }
+        let (block, _) = self.space.take(1)?;
+        let mut bytes = vec![0; bs];
+        let hashes = xattrs::lay(&mut bytes, BLOCK_HEADER_SIZE, &plan.block);
+        let mut header = XattrHeader::new_zeroed();
+        header.h_magic.set(XATTR_MAGIC);
+        header.h_refcount.set(1);
+        header.h_blocks.set(1);
+        header.h_hash.set(block_hash(hashes));
+        bytes[..BLOCK_HEADER_SIZE].copy_from_slice(header.as_bytes());
+        header.h_checksum.set(checksum::xattr_block(CHECKSUM_SEED, block, &bytes));
+        bytes[..BLOCK_HEADER_SIZE].copy_from_slice(header.as_bytes());
+        self.sink.put(block * bs as u64, &bytes)?;
+        self.overflow.insert(id, Overflow { block, value_blocks });
+        Ok(())
+    }
+
+    /// An attribute's value in an inode of its own: inode number and hash.
+    fn write_value(&mut self, value: &[u8]) -> Result<(u32, u32)> {
+        let bs = self.space.geometry.bs;
+        let hash = ea_inode_hash(CHECKSUM_SEED, value);
+        let total = (value.len() as u64).div_ceil(bs);
+        let (mut list, mut mapped) = (Vec::new(), 0);
+        while mapped < total {
+            let (start, n) = self.space.take(total - mapped)?;
+            extents::append(&mut list, mapped, start, n);
+            let from = (mapped * bs) as usize;
+            let to = value.len().min(((mapped + n) * bs) as usize);
+            self.sink.put(start * bs, &value[from..to])?;
+            mapped += n;
+        }
+        let mut node = Node::new(S_IFREG | 0o600, Payload::EaValue(self.tree.ea_values.len() as u32));
+        node.links = 1;
+        let id = self.tree.add_node(node)?;
+        let ino = inodes::ino_of(id);
+        let content =
+            extents::store(&list, ino, CHECKSUM_SEED, &mut self.space, &mut self.sink, &mut self.roots)?;
+        self.tree.ea_values.push(EaValue { size: value.len() as u32, hash, content });
+        Ok((ino, hash))
+    }
+
+    pub(super) fn finish_image(mut self, source: &[u8]) -> Result<ImageSummary> {
+        if self.open.is_some() {
+            return Err(Ext4Error::usage("a file is still open"));
+        }
+        // The memory is of use to what is built from here on.
+        self.tree.drop_index();
+        let nodes = self.tree.nodes.len() as u32;
+        for id in 0..nodes {
+            self.write_directory(NodeId(id))?;
+        }
+        for id in 0..nodes {
+            self.write_extras(id)?;
+        }
+        let g = self.space.geometry;
+        let max_ino = u64::from(inodes::ino_of(self.tree.nodes.len() as u32 - 1)).max(u64::from(FIRST_INO));
+        let shape = shape(&self.space, max_ino, self.inode_size as u64)?;
+        if shape.groups * shape.inodes_per_group > u64::from(u32::MAX) {
+            return Err(Ext4Error::unsupported("more than 2^32 inodes", crate::Place::default()));
+        }
+        let mut content = Sha256::new();
+        let mut descs = vec![GroupDesc::new_zeroed(); shape.groups as usize];
+        let mut tables = Vec::with_capacity(descs.len());
+        for (group, desc) in descs.iter_mut().enumerate() {
+            tables.push(self.write_table(group as u64, shape, desc, &mut content)?);
+        }
+        let mut bitmaps = Vec::with_capacity(descs.len() * 2);
+        while bitmaps.len() < descs.len() * 2 {
+            let (start, n) = self.space.take((descs.len() * 2 - bitmaps.len()) as u64)?;
+            bitmaps.extend(start..start + n);
+        }
+        let last = shape.groups - 1;
+        let blocks = self.space.cursor.max(g.group_start(last) + g.fixed(last).max(1));
+        if blocks > self.space.cursor {
+            self.space.free.push((self.space.cursor, blocks));
+        }
+        let free_blocks = self.write_bitmaps(&mut descs, shape, blocks, &bitmaps, &tables)?;
+        self.write_descriptors(&mut descs)?;
+        let uuid = match self.options.uuid {
+            UuidSource::Fixed(uuid) => uuid,
+            UuidSource::FromContent | UuidSource::FromSource => {
+                content.update(self.sink.crc.unwrap_or_default().to_le_bytes());
+                content.update(self.data_crc.to_le_bytes());
+                if self.options.uuid == UuidSource::FromSource {
+                    content.update(source);
+                }
+                content.update(blocks.to_le_bytes());
+                let digest = content.finalize();
+                let mut uuid = [0; 16];
+                uuid.copy_from_slice(&digest[..16]);
+                uuid[6] = uuid[6] & 0x0f | 0x80;
+                uuid[8] = uuid[8] & 0x3f | 0x80;
+                uuid
+            }
+        };
+        let free_inodes: u64 = descs.iter().map(|d| u64::from(d.free_inodes())).sum();
+        let sb = self.superblock(shape, blocks, free_blocks, free_inodes, uuid);
+        self.sink.put(SUPERBLOCK_OFFSET, sb.as_bytes())?;
+        self.sink.close(blocks * g.bs)?;
+        Ok(ImageSummary {
+            image_bytes: blocks * g.bs,
+            uuid,
+            inodes: shape.groups * shape.inodes_per_group - free_inodes,
+            blocks_used: blocks - free_blocks,
+            blocks,
+        })
+    }
+
+    /// One group's inode table; fills the inode half of its descriptor. Gives the table's block and the inode bitmap.
+    fn write_table(
+        &mut self,
+        group: u64,
+        shape: Shape,
+        desc: &mut GroupDesc,
+        content: &mut Sha256,
+    ) -> Result<(u64, Vec<u8>)> {
+        let bs = self.space.geometry.bs;
+        let table = self.space.take_adjacent(shape.table_blocks)?;
+        let mut bitmap = vec![0xff; bs as usize];
+        bitmap[..(shape.inodes_per_group / 8) as usize].fill(0);
+        let mut bytes = vec![0; (shape.inodes_per_group as usize) * self.inode_size];
+        let first = group * shape.inodes_per_group + 1;
+        let (mut used, mut dirs, mut end) = (0, 0, 0);
+        for (i, slot) in bytes.chunks_exact_mut(self.inode_size).enumerate() {
+            let ino = first + i as u64;
+            let id = match ino {
+                2 => Some(0),
+                ino if ino >= u64::from(FIRST_INO) => Some(ino as u32 - (FIRST_INO - 1)),
+                _ => None,
+            };
+            if let Some(id) = id {
+                match self.tree.nodes.get(id as usize) {
+                    None => break,
+                    Some(Node { payload: Payload::Gone, .. }) => continue,
+                    Some(node) => dirs += u32::from(node.is_dir()),
+                }
+                content.update(self.encode(id, slot)?.to_le_bytes());
+            }
+            bitmap[i / 8] |= 1 << (i % 8);
+            used += 1;
+            end = i as u32 + 1;
+        }
+        let inodes = shape.inodes_per_group as u32;
+        desc.set_free_inodes(inodes - used);
+        desc.set_itable_unused(inodes - end);
+        desc.set_used_dirs(dirs);
+        desc.bg_flags.set(GroupFlags::INODE_ZEROED.bits());
+        // The rest of the table stays a hole: it reads as zeros.
+        self.sink.put(table * bs, &bytes[..end as usize * self.inode_size])?;
+        Ok((table, bitmap))
+    }
+
+    /// All bitmaps; completes the descriptors. Gives the number of free blocks.
+    fn write_bitmaps(
+        &mut self,
+        descs: &mut [GroupDesc],
+        shape: Shape,
+        blocks: u64,
+        places: &[u64],
+        tables: &[(u64, Vec<u8>)],
+    ) -> Result<u64> {
+        let g = self.space.geometry;
+        self.space.free.sort_unstable();
+        let mut free = self.space.free.iter().copied().peekable();
+        let mut pending: Vec<(u64, u64)> = Vec::new();
+        let mut total = 0;
+        let (block_places, inode_places) = places.split_at(descs.len());
+        let mut bitmap = vec![0xffu8; g.bs as usize];
+        for (i, desc) in descs.iter_mut().enumerate() {
+            let base = g.group_start(i as u64);
+            bitmap.fill(0xff);
+            while let Some(range) = free.next_if(|r| r.0 < base + GROUP_BLOCKS) {
+                pending.push(range);
+            }
+            for &(start, end) in &pending {
+                clear_range(&mut bitmap, base, start, end.min(blocks));
+            }
+            pending.retain(|r| r.1 > base + GROUP_BLOCKS);
+            // Fixed blocks are the first of a group, at most two.
+            bitmap[0] |= (1u8 << g.fixed(i as u64)) - 1;
+            let covered = (GROUP_BLOCKS / 8) as usize;
+            let count: u32 = bitmap[..covered].iter().map(|b| b.count_zeros()).sum();
+            total += u64::from(count);
+            let (table, inode_bitmap) = &tables[i];
+            desc.set_free_blocks(count);
+            desc.set_places(block_places[i], inode_places[i], *table);
+            desc.set_block_bitmap_csum(checksum::crc32c(CHECKSUM_SEED, &bitmap[..covered]));
+            let covered = (shape.inodes_per_group / 8) as usize;
+            desc.set_inode_bitmap_csum(checksum::crc32c(CHECKSUM_SEED, &inode_bitmap[..covered]));
+            self.sink.put(block_places[i] * g.bs, &bitmap)?;
+        }
+        for (place, (_, inode_bitmap)) in inode_places.iter().zip(tables) {
+            self.sink.put(place * g.bs, inode_bitmap)?;
+        }
+        Ok(total)
+    }
+
+    /// Group descriptors, in each meta group at its first, second and last group.
+    fn write_descriptors(&mut self, descs: &mut [GroupDesc]) -> Result<()> {
+        let g: Geometry = self.space.geometry;
+        for (i, desc) in descs.iter_mut().enumerate() {
+            desc.seal(CHECKSUM_SEED, i as u32);
+        }
+        let groups = descs.len() as u64;
+        for (meta, chunk) in descs.chunks(g.per_meta as usize).enumerate() {
+            let first = meta as u64 * g.per_meta;
+            let mut bytes = chunk.as_bytes().to_vec();
+            bytes.resize(g.per_meta as usize * DESC_SIZE, 0);
+            for group in [first, first + 1, first + g.per_meta - 1] {
+                if group < groups {
+                    // The descriptors are the last fixed block.
+                    let block = g.group_start(group) + g.fixed(group) - 1;
+                    self.sink.put(block * g.bs, &bytes)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn superblock(
+        &self,
+        shape: Shape,
+        blocks: u64,
+        free: u64,
+        free_inodes: u64,
+        uuid: [u8; 16],
+    ) -> Superblock {
+        let size = self.options.block_size;
+        let mut incompat = Incompat::FILETYPE
+            | Incompat::META_BG
+            | Incompat::EXTENTS
+            | Incompat::BIT64
+            | Incompat::FLEX_BG
+            | Incompat::EA_INODE
+            | Incompat::CSUM_SEED;
+        incompat.set(Incompat::INLINE_DATA, self.options.inline_data);
+        incompat.set(Incompat::LARGEDIR, self.large_dir);
+        let compat = Compat::EXT_ATTR | Compat::DIR_INDEX | Compat::SPARSE_SUPER2;
+        let ro = RoCompat::LARGE_FILE
+            | RoCompat::HUGE_FILE
+            | RoCompat::DIR_NLINK
+            | RoCompat::EXTRA_ISIZE
+            | RoCompat::METADATA_CSUM
+            | RoCompat::READONLY;
+        let mut sb = Superblock::new_zeroed();
+        sb.s_inodes_count.set((shape.groups * shape.inodes_per_group) as u32);
+        sb.set_blocks_count(blocks);
+        sb.set_free_blocks_count(free);
+        sb.s_free_inodes_count.set(free_inodes as u32);
+        sb.s_first_data_block.set(size.first_data_block());
+        sb.s_log_block_size.set(size.log());
+        sb.s_log_cluster_size.set(size.log());
+        sb.s_blocks_per_group.set(GROUP_BLOCKS as u32);
+        sb.s_clusters_per_group.set(GROUP_BLOCKS as u32);
+        sb.s_inodes_per_group.set(shape.inodes_per_group as u32);
+        sb.s_max_mnt_count.set(u16::MAX);
+        sb.s_magic.set(MAGIC);
+        sb.s_state.set(STATE_VALID);
+        sb.s_errors.set(ERRORS_CONTINUE);
+        sb.s_rev_level.set(REV_DYNAMIC);
+        sb.s_first_ino.set(FIRST_INO);
+        sb.s_inode_size.set(self.inode_size as u16);
+        sb.s_feature_compat.set(compat.bits());
+        sb.s_feature_incompat.set(incompat.bits());
+        sb.s_feature_ro_compat.set(ro.bits());
+        sb.s_uuid = uuid;
+        sb.s_hash_seed = HASH_SEED.map(U32::new);
+        sb.s_def_hash_version = HASH_HALF_MD4;
+        sb.s_desc_size.set(DESC_SIZE as u16);
+        sb.s_min_extra_isize.set(EXTRA_ISIZE);
+        sb.s_want_extra_isize.set(EXTRA_ISIZE);
+        sb.s_flags.set(FLAG_UNSIGNED_HASH);
+        sb.s_log_groups_per_flex = LOG_GROUPS_PER_FLEX;
+        sb.s_checksum_type = CHECKSUM_CRC32C;
+        sb.s_checksum_seed.set(CHECKSUM_SEED);
+        sb.seal();
+        sb
+    }
+}

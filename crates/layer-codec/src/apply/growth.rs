@@ -1,0 +1,165 @@
+//! Larger blocks in mid-stream: an image that was begun in small blocks is begun anew in blocks of 4 KiB.
+//!
+//! ```text
+//!   tar ─► image in 1 KiB blocks, record ─► entry that needs more ─┬─► both read back = the tar so far ─┐
+//!                                                                  └─► the rest of the stream ──────────┴─► as if begun
+//!                                                                                      in 4 KiB blocks, on a second pair
+//! ```
+//!
+//! A symbolic link of 1,024 bytes, many names of extended attributes or a file of more than 4 TiB do not go into blocks
+//! of 1 KiB, and the stream comes only once. Image and record hold all of it that was read, so they are replayed in front
+//! of what is still to come: the second pass is the same code with the same options on the same bytes, and gives what it
+//! would have given from the start. The need may show at the end as well, when a hard link copies a file from a layer
+//! below.
+//!
+//! Invariants: at most once in a stream, and to the largest blocks at once; of both passes only one tree is in memory;
+//! limits of image and tar are those of the second pass. The digest of the replayed part is held against that of the
+//! bytes as they came, where this side digests.
+
+use crate::{
+    DiffError, TarDigest,
+    digest::Hasher,
+    record::{Broken, PartialTar},
+};
+use disk_io::WriteAt;
+use ext4_image::Ext4Error;
+use std::io::{self, Cursor, Read};
+
+/// Where an apply that needs larger blocks goes on.
+pub trait Growth<W, S> {
+    /// A second pair of empty disks, for image and record; `None` if there is none to be had: then the entry is refused.
+    /// Asked at most once.
+    ///
+    /// # Errors
+    /// The one who gives disks could not, or gave up.
+    fn disks(&mut self) -> Result<Option<(W, S)>, DiffError>;
+
+    /// The first pair is being read, and nothing of the stream is: called often, at least once for each 256 KiB, with
+    /// the number of bytes that were read so far, which is larger each time.
+    ///
+    /// # Errors
+    /// Nobody waits any more.
+    fn replaying(&mut self, bytes: u64) -> Result<(), DiffError>;
+
+    /// The first pair is of no more use.
+    ///
+    /// # Errors
+    /// Nobody waits any more.
+    fn replayed(&mut self, image: W, record: S) -> Result<(), DiffError>;
+}
+
+/// There are no other disks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoGrowth;
+
+impl<W, S> Growth<W, S> for NoGrowth {
+    fn disks(&mut self) -> Result<Option<(W, S)>, DiffError> {
+        Ok(None)
+    }
+
+    fn replaying(&mut self, _: u64) -> Result<(), DiffError> {
+        Ok(())
+    }
+
+    fn replayed(&mut self, _: W, _: S) -> Result<(), DiffError> {
+        Ok(())
+    }
+}
+
+/// Why a pass over a tar ended early.
+pub(super) enum Stopped {
+    /// For good.
+    Failed(DiffError),
+    /// Larger blocks would have taken the entry.
+    TooSmall(Box<TooSmall>),
+}
+
+/// A pass that met something which needs larger blocks.
+pub(super) struct TooSmall {
+    /// The refusal, if it stays.
+    pub(super) error: DiffError,
+    /// What was recorded until then.
+    pub(super) record: Broken,
+    /// What was read and not recorded.
+    pub(super) rest: Vec<u8>,
+    /// Digest of both, if they were digested here.
+    pub(super) digest: Option<TarDigest>,
+}
+
+impl From<DiffError> for Stopped {
+    fn from(error: DiffError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<Ext4Error> for Stopped {
+    fn from(error: Ext4Error) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// The stream from its start: what the first pair holds, what was read ahead, and what is still to come.
+pub(super) struct Resumed<'a, W, S> {
+    replay: Option<PartialTar<W, S>>,
+    /// Bytes that it gave.
+    replayed: u64,
+    rest: Cursor<Vec<u8>>,
+    /// The digest of what was read before, until it was found right.
+    digest: Option<(Hasher, TarDigest)>,
+    input: &'a mut dyn Read,
+    growth: &'a mut dyn Growth<W, S>,
+}
+
+impl<'a, W: WriteAt, S: WriteAt> Resumed<'a, W, S> {
+    pub(super) fn new(
+        image: W,
+        record: S,
+        stopped: TooSmall,
+        input: &'a mut dyn Read,
+        growth: &'a mut dyn Growth<W, S>,
+    ) -> Result<Self, DiffError> {
+        let replay = Some(PartialTar::new(image, record, stopped.record)?);
+        let digest = stopped.digest.map(|digest| (digest.kind.hasher(), digest));
+        Ok(Self { replay, replayed: 0, rest: Cursor::new(stopped.rest), digest, input, growth })
+    }
+
+    /// The bytes that were read before, once more; 0 behind them.
+    fn again(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if let Some(replay) = &mut self.replay {
+            self.growth.replaying(self.replayed).map_err(io::Error::other)?;
+            match replay.read(buf)? {
+                0 => {}
+                n => {
+                    self.replayed += n as u64;
+                    return Ok(n);
+                }
+            }
+        }
+        if let Some(replay) = self.replay.take() {
+            let (image, record) = replay.into_disks();
+            self.growth.replayed(image, record).map_err(io::Error::other)?;
+        }
+        self.rest.read(buf)
+    }
+}
+
+impl<W: WriteAt, S: WriteAt> Read for Resumed<'_, W, S> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        let n = self.again(buf)?;
+        if n > 0 {
+            if let Some((hasher, _)) = &mut self.digest {
+                hasher.update(&buf[..n]);
+            }
+            return Ok(n);
+        }
+        if let Some((hasher, digest)) = self.digest.take()
+            && hasher.finish() != digest
+        {
+            return Err(io::Error::other("what was written of the tar reads back otherwise"));
+        }
+        self.input.read(buf)
+    }
+}

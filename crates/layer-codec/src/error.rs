@@ -1,0 +1,151 @@
+//! What can go wrong between a tar and an image.
+
+use ext4_image::Ext4Error;
+use layer_tar::TarError;
+use std::io;
+use verity_tree::VerityError;
+use vhd_image::vhd::VhdError;
+
+/// Why a diff could not be applied, replayed or made.
+///
+/// Kinds are kept apart because the caller acts on them: corrupt input fails the request for good, a corrupt stored
+/// layer is for `scrub`, a full disk may be retried, a limit is the operator's to raise.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiffError {
+    /// The tar stream itself is bad.
+    #[error(transparent)]
+    Tar(#[from] TarError),
+    /// The tar is well formed, but an entry makes no sense in a layer.
+    #[error("tar entry {entry:?} at byte {offset}: {reason}")]
+    Entry {
+        /// Name in the tar, printable.
+        entry: String,
+        /// Offset of its header in the stream.
+        offset: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The image refuses an entry.
+    #[error("tar entry {entry:?} at byte {offset} does not go into the image")]
+    Image {
+        /// Name in the tar, printable.
+        entry: String,
+        /// Offset of its header in the stream.
+        offset: u64,
+        /// The image's reason.
+        #[source]
+        source: Ext4Error,
+    },
+    /// The image as a whole fails.
+    #[error("the ext4 image fails")]
+    Ext4(#[from] Ext4Error),
+    /// A sandbox's file system is beyond our reader, and no kernel was asked to read it.
+    #[error("a sandbox's file system is not of our making ({advice})")]
+    Foreign {
+        /// What the operator can do.
+        advice: &'static str,
+        /// What our reader does not know.
+        #[source]
+        source: Ext4Error,
+    },
+    /// The hash tree behind the image fails.
+    #[error("the image's hash tree fails")]
+    Verity(#[from] VerityError),
+    /// The image cannot be a VHD.
+    #[error("the image does not make a vhd")]
+    Vhd(#[from] VhdError),
+    /// More than the options allow.
+    #[error("limit of {limit} {what} is exceeded (entry {entry:?} at byte {offset})")]
+    Limit {
+        /// Name in the tar, printable.
+        entry: String,
+        /// Offset in the stream.
+        offset: u64,
+        /// What is limited, with its unit.
+        what: &'static str,
+        /// The limit.
+        limit: u64,
+    },
+    /// A layer holds more than a tar of layers can.
+    #[error("{path:?}: {found} {what}, and a layer has {limit} at most; {advice}")]
+    Beyond {
+        /// Where, printable.
+        path: String,
+        /// What is too much, with its unit.
+        what: &'static str,
+        /// How much there is.
+        found: u64,
+        /// How much may be.
+        limit: u64,
+        /// What the operator can do.
+        advice: &'static str,
+    },
+    /// A stored record, or the image it points into, is not what was written.
+    #[error("{what} is corrupt at byte {offset}: {reason}")]
+    Corrupt {
+        /// The damaged thing.
+        what: &'static str,
+        /// Where in it.
+        offset: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A stored thing is of a version or kind that this program does not know.
+    #[error("{what} is not supported: {reason}")]
+    Unsupported {
+        /// The thing.
+        what: &'static str,
+        /// What is not supported.
+        reason: String,
+    },
+    /// A mounted sandbox was written to while its data were read; what was sent so far is not a diff.
+    #[error("{names} changed while it was read{advice}")]
+    ChangedWhileReading {
+        /// The files, printable; a few of them.
+        names: String,
+        /// What will happen at the next attempt, or what can be done, with a separator before it.
+        advice: String,
+        /// The files, for the next attempt.
+        files: Vec<super::LiveFile>,
+    },
+    /// The caller asked for something impossible.
+    #[error("{0}")]
+    Usage(String),
+    /// Reading or writing failed.
+    #[error("{what} failed")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl DiffError {
+    /// Whether an image of larger blocks would take what was refused: see [`Ext4Error::larger_blocks_help`].
+    pub fn larger_blocks_help(&self) -> bool {
+        match self {
+            Self::Ext4(source) | Self::Image { source, .. } => source.larger_blocks_help(),
+            _ => false,
+        }
+    }
+
+    /// The kind of the I/O error at the bottom, if it is one: `StorageFull` tells a full disk from bad input.
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Self::Io { source, .. }
+            | Self::Verity(VerityError::Io { source, .. })
+            | Self::Tar(TarError::Io { source, .. })
+            | Self::Ext4(Ext4Error::Io { source, .. })
+            | Self::Image { source: Ext4Error::Io { source, .. }, .. } => Some(source.kind()),
+            _ => None,
+        }
+    }
+
+    /// Makes an I/O error that says what was being done.
+    pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}

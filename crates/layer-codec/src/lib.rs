@@ -1,0 +1,78 @@
+//! Layers as differences: tar stream ⇄ ext4 image.
+//!
+//! ```text
+//!                     ┌───────────── apply ─────────────┐
+//!   tar stream ──► tar::TarReader ──► tree, whiteouts ──► ext4::writer ──► VHD footer     = layer.vhd
+//!                     │                                      │ where the bytes went
+//!                     └── all other bytes ──► record::RecordWriter ◄──┘                   = exact record
+//!
+//!   layer.vhd + exact record ──► record::replay ──► the very tar stream
+//!
+//!            ┌─ view: layers as overlayfs shows them
+//!   layers ──┤  walk: two trees side by side ──┬─► export ──► canonical tar
+//!            └─────────────────────────────────┴─► changes, diff_size
+//! ```
+//!
+//! Everything here works on [`ReadAt`](disk_io::ReadAt), [`WriteAt`](disk_io::WriteAt), `Read` and `Write`, and
+//! takes every byte it reads for hostile: images and tars alike. Memory is bounded by the number of entries, never by
+//! their data. Called by `agent`, inside the jail.
+
+pub mod apply;
+pub mod canonical;
+mod changes;
+pub mod digest;
+mod error;
+mod export;
+mod fs;
+mod hash;
+mod ids;
+pub mod limits;
+mod live;
+pub mod record;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod view;
+mod walk;
+
+pub use changes::{BlankRoot, Change, ChangeKind, changes, diff_size, written};
+pub use digest::{DigestKind, TarDigest};
+pub use error::DiffError;
+pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};
+pub use fs::{Foreign, ForeignFs, Mounter, VisitName};
+pub use ids::{IdMap, IdMaps};
+pub use live::{Copies, LiveFile};
+pub use view::{LayerKind, LayerSource};
+
+/// A layer of a parent's stack.
+#[derive(Debug)]
+pub enum ParentLayer<R> {
+    /// The target's layer of this index: shared, so equal subtrees are skipped unread.
+    OfTarget(usize),
+    /// A layer that the target does not have.
+    Other(LayerSource<R>),
+}
+
+/// What a diff is relative to.
+#[derive(Debug)]
+pub enum ParentSpec<'a, R> {
+    /// The target's own parent: what stands in `target[0]` is the diff.
+    Own,
+    /// The stack that begins at `target[n]`, n ≥ 1 (1 is [`ParentSpec::Own`]).
+    Ancestor(usize),
+    /// Any other stack, nearest layer first.
+    Layers(&'a [ParentLayer<R>]),
+}
+
+impl<R> Clone for ParentSpec<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R> Copy for ParentSpec<'_, R> {}
+
+/// The error for what is sound but beyond the limits here.
+fn unsupported(what: &'static str, reason: &str) -> DiffError {
+    DiffError::Unsupported { what, reason: reason.to_owned() }
+}

@@ -1,0 +1,310 @@
+//! A stack of layers seen as overlayfs shows it.
+//!
+//! ```text
+//!  nearest  ┌ sandbox: /upper ┐   name found in layer 0?  whiteout ─► the name is gone
+//!           │ applied: /      │                           file     ─► it hides all below
+//!  farthest └ applied: /      ┘                           folder   ─► joined with folders below,
+//!                                                                     down to an opaque one
+//! ```
+//!
+//! A whiteout is a character device 0/0; a folder is opaque if `trusted.overlay.opaque` is `y` (`user.overlay.*` means
+//! nothing: the mounts are made by root). A folder node is the list of its (layer, inode) pairs, nearest first; equal
+//! lists mean equal subtrees. Overlayfs joins the root folders of all layers whatever they say; where an applied one is
+//! marked as opaque the stack ends with it, here ([`Table::root`]) as in the mounts of `driver`. Redirects and
+//! metacopies are not followed (`redirect_dir=nofollow,metacopy=off`). Called by [`super::walk`].
+
+use super::{
+    DiffError,
+    fs::{Foreign, Fs},
+    ids::{IdMaps, Ids},
+};
+use disk_io::ReadAt;
+use ext4_image::{Ext4, FileKind, Inode, Xattr};
+
+/// What kind of image a layer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerKind {
+    /// Made by apply: the layer's root is `/` of the image.
+    Applied,
+    /// Written through a mount: the layer's root is `/upper` of the image.
+    Sandbox,
+}
+
+/// One layer of a stack.
+#[derive(Debug)]
+pub struct LayerSource<R> {
+    /// The ext4 image (without VHD header or footer).
+    pub disk: R,
+    /// Where its root is.
+    pub kind: LayerKind,
+    /// It is mounted read-write somewhere: see [`super::export`].
+    pub live: bool,
+    /// Its ids are host ids, to be mapped back by [`super::ExportOptions::ids`].
+    pub host_ids: bool,
+    /// What may be done if it is a sandbox with a file system that our reader does not know.
+    pub foreign: Foreign<R>,
+}
+
+impl<R> LayerSource<R> {
+    /// A layer at rest with container ids, for our reader alone.
+    pub fn new(disk: R, kind: LayerKind) -> Self {
+        let foreign = Foreign::Refused("only a service VM that is a virtual machine can mount it");
+        Self { disk, kind, live: false, host_ids: false, foreign }
+    }
+}
+
+/// Prefix of the xattrs that belong to overlayfs.
+pub(super) const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
+const OPAQUE: &[u8] = b"trusted.overlay.opaque";
+
+/// An inode of one layer of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Node {
+    pub(super) layer: u16,
+    pub(super) ino: u32,
+}
+
+/// A folder: its inodes, nearest first.
+pub(super) type Stack = Vec<Node>;
+
+struct Layer<'a, R> {
+    source: &'a LayerSource<R>,
+    fs: Fs<&'a R>,
+    root: u32,
+    live: bool,
+    host_ids: bool,
+    /// It never changes.
+    fixed: bool,
+    /// Its root is marked as opaque: it hides the layers below.
+    last: bool,
+}
+
+/// All opened layers of one operation.
+pub(super) struct Table<'a, R> {
+    layers: Vec<Layer<'a, R>>,
+    ids: Ids<'a>,
+}
+
+/// One name of a listed folder.
+#[derive(Debug, Clone, Copy)]
+struct Found {
+    at: u32,
+    len: u8,
+    order: u16,
+    kind: Option<FileKind>,
+    node: Node,
+}
+
+/// A name of a merged folder.
+#[derive(Debug)]
+pub(super) struct Child {
+    at: u32,
+    len: u8,
+    /// The inode that shows.
+    pub(super) node: Node,
+    /// All inodes, if it is a folder.
+    pub(super) stack: Option<Stack>,
+    /// It is a whiteout (only in lists that keep them).
+    pub(super) whiteout: bool,
+}
+
+/// The names of a folder in bytewise order.
+#[derive(Debug, Default)]
+pub(super) struct Listing {
+    names: Vec<u8>,
+    children: Vec<Child>,
+}
+
+impl Listing {
+    pub(super) fn get(&self, i: usize) -> Option<(&[u8], &Child)> {
+        let child = self.children.get(i)?;
+        Some((self.names.get(child.at as usize..child.at as usize + usize::from(child.len))?, child))
+    }
+}
+
+impl<'a, R: ReadAt> Table<'a, R> {
+    pub(super) fn new(ids: Option<&'a IdMaps>) -> Self {
+        Self { layers: Vec::new(), ids: Ids(ids) }
+    }
+
+    /// Opens a layer and gives its number.
+    pub(super) fn open(&mut self, source: &'a LayerSource<R>) -> Result<u16, DiffError> {
+        let number = u16::try_from(self.layers.len())
+            .map_err(|_| DiffError::Usage("a stack of more than 65,536 layers".to_owned()))?;
+        let (fs, root) = match source.kind {
+            // Ours alone: never shown to a kernel here.
+            LayerKind::Applied => {
+                let fs = Fs::Own(Ext4::open(&source.disk)?);
+                let root = fs.root();
+                (fs, root)
+            }
+            LayerKind::Sandbox => {
+                let fs = Fs::open_sandbox(&source.disk, &source.foreign, source.live)?;
+                let top = fs.inode(fs.root())?;
+                let root = fs.lookup(&top, b"upper")?.ok_or_else(|| DiffError::Unsupported {
+                    what: "sandbox image",
+                    reason: "it has no folder `upper`".to_owned(),
+                })?;
+                (fs, root)
+            }
+        };
+        let applied = source.kind == LayerKind::Applied;
+        // A mark in a sandbox is nobody's: a container cannot set one.
+        let last = applied && opaque(&fs, &fs.inode(root)?)?;
+        let (live, host_ids, fixed) = (source.live, source.host_ids, applied && !source.live);
+        self.layers.push(Layer { source, fs, root, live, host_ids, fixed, last });
+        Ok(number)
+    }
+
+    fn layer(&self, number: u16) -> Result<&Layer<'a, R>, DiffError> {
+        self.layers.get(usize::from(number)).ok_or_else(|| DiffError::Usage(format!("no layer {number}")))
+    }
+
+    pub(super) fn fs(&self, number: u16) -> Result<&Fs<&'a R>, DiffError> {
+        Ok(&self.layer(number)?.fs)
+    }
+
+    /// A sandbox once more, with nothing remembered.
+    pub(super) fn opened_anew(&self, number: u16) -> Result<Fs<&'a R>, DiffError> {
+        let source = self.layer(number)?.source;
+        Fs::open_sandbox(&source.disk, &source.foreign, source.live)
+    }
+
+    /// Whether a layer never changes.
+    pub(super) fn is_fixed(&self, number: u16) -> Result<bool, DiffError> {
+        self.layer(number).map(|layer| layer.fixed)
+    }
+
+    pub(super) fn is_live(&self, number: u16) -> bool {
+        self.layer(number).is_ok_and(|layer| layer.live)
+    }
+
+    /// The root folder of a stack of layers, which ends with the first whose root is opaque.
+    pub(super) fn root(&self, layers: &[u16]) -> Result<Stack, DiffError> {
+        let mut stack = Stack::new();
+        for number in layers {
+            let layer = self.layer(*number)?;
+            stack.push(Node { layer: *number, ino: layer.root });
+            if layer.last {
+                break;
+            }
+        }
+        Ok(stack)
+    }
+
+    /// Whether a layer hides all layers below.
+    pub(super) fn hides_all(&self, number: u16) -> bool {
+        self.layer(number).is_ok_and(|layer| layer.last)
+    }
+
+    pub(super) fn inode(&self, node: Node) -> Result<Inode, DiffError> {
+        self.fs(node.layer)?.inode(node.ino)
+    }
+
+    /// Owner and group as the container sees them.
+    pub(super) fn owner(&self, node: Node, inode: &Inode) -> (u32, u32) {
+        if self.layer(node.layer).is_ok_and(|layer| layer.host_ids) {
+            (self.ids.uid(inode.uid), self.ids.gid(inode.gid))
+        } else {
+            (inode.uid, inode.gid)
+        }
+    }
+
+    /// The xattrs that belong to the layer's content: sorted, without overlayfs' own, ids mapped.
+    pub(super) fn xattrs(&self, node: Node, inode: &Inode) -> Result<Vec<Xattr>, DiffError> {
+        let layer = self.layer(node.layer)?;
+        let mut found = layer.fs.xattrs(inode)?;
+        found.retain(|x| !x.name.starts_with(OVERLAY_PREFIX));
+        found.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        if layer.host_ids {
+            for xattr in &mut found {
+                self.ids.xattr(xattr);
+            }
+        }
+        Ok(found)
+    }
+
+    pub(super) fn is_opaque(&self, node: Node, inode: &Inode) -> Result<bool, DiffError> {
+        opaque(self.fs(node.layer)?, inode)
+    }
+
+    /// Lists a folder. `keep_whiteouts`: of a single layer, with its whiteouts.
+    pub(super) fn list(&self, stack: &[Node], keep_whiteouts: bool) -> Result<Listing, DiffError> {
+        let mut names = Vec::new();
+        let mut found: Vec<Found> = Vec::new();
+        for (order, node) in stack.iter().enumerate() {
+            let fs = self.fs(node.layer)?;
+            let inode = fs.inode(node.ino)?;
+            fs.visit_dir(&inode, |name, ino, kind| {
+                let at = u32::try_from(names.len())
+                    .map_err(|_| super::unsupported("folder", "its names take more than 4 GiB"))?;
+                names.extend_from_slice(name);
+                found.push(Found {
+                    at,
+                    len: name.len().min(255) as u8,
+                    order: order.min(usize::from(u16::MAX)) as u16,
+                    kind,
+                    node: Node { layer: node.layer, ino },
+                });
+                Ok(())
+            })?;
+        }
+        let name = |f: &Found| names.get(f.at as usize..f.at as usize + usize::from(f.len)).unwrap_or(&[]);
+        found.sort_unstable_by(|a, b| name(a).cmp(name(b)).then(a.order.cmp(&b.order)));
+        let mut children = Vec::with_capacity(found.len());
+        for group in found.chunk_by(|a, b| name(a) == name(b)) {
+            if group.windows(2).any(|pair| matches!(pair, [a, b] if a.order == b.order)) {
+                return Err(DiffError::Corrupt {
+                    what: "folder of a layer",
+                    offset: 0,
+                    reason: format!(
+                        "it holds the name {:?} twice",
+                        name(&group[0]).escape_ascii().to_string()
+                    ),
+                });
+            }
+            if let Some(child) = self.merge(group, keep_whiteouts)? {
+                children.push(child);
+            }
+        }
+        Ok(Listing { names, children })
+    }
+
+    /// What one name of several layers shows.
+    fn merge(&self, group: &[Found], keep_whiteouts: bool) -> Result<Option<Child>, DiffError> {
+        let Some(top) = group.first() else { return Ok(None) };
+        let child = |stack, whiteout| Child { at: top.at, len: top.len, node: top.node, stack, whiteout };
+        match self.kind(top)? {
+            (FileKind::Directory, _) => {}
+            (FileKind::CharDevice, true) => return Ok(keep_whiteouts.then(|| child(None, true))),
+            _ => return Ok(Some(child(None, false))),
+        }
+        let mut stack = vec![top.node];
+        for pair in group.windows(2) {
+            let [upper, lower] = pair else { break };
+            if self.is_opaque(upper.node, &self.inode(upper.node)?)? {
+                break;
+            }
+            if self.kind(lower)?.0 != FileKind::Directory {
+                break;
+            }
+            stack.push(lower.node);
+        }
+        Ok(Some(child(Some(stack), false)))
+    }
+
+    /// The kind of a name, and whether it is a whiteout. Reads the inode only where the name does not tell.
+    fn kind(&self, found: &Found) -> Result<(FileKind, bool), DiffError> {
+        match found.kind {
+            None | Some(FileKind::CharDevice) => {
+                let inode = self.inode(found.node)?;
+                Ok((inode.kind, inode.is_whiteout()))
+            }
+            Some(kind) => Ok((kind, false)),
+        }
+    }
+}
+
+fn opaque<D: ReadAt>(fs: &Fs<D>, inode: &Inode) -> Result<bool, DiffError> {
+    Ok(fs.xattrs(inode)?.iter().any(|x| x.name == OPAQUE && x.value == b"y"))
+}

@@ -1,0 +1,175 @@
+//! What an agent needs of the codec.
+//!
+//! ```text
+//!   operation ──► Codec ──► real::RealCodec ──► diff::{apply, record, export, changes}, ext4::check
+//! ```
+//!
+//! The trait exists so that channels, pool and jail are tested without a codec. Called by `operation`.
+
+pub use super::real::{RealCodec, damage};
+pub use layer_codec::{Copies, apply::ToldDigest};
+
+use super::disk::OpDisk;
+use disk_io::StreamOut;
+use std::io::Read;
+use svm_protocol::{
+    ApplyOptions, ApplySummary, BlankRoot, Change, CheckSummary, ExportSummary, IdMaps, LayerKind, WireError,
+};
+
+/// A layer to read.
+#[derive(Clone)]
+pub struct Layer {
+    /// Its file system.
+    pub disk: OpDisk,
+    /// How its files lie there.
+    pub kind: LayerKind,
+    /// It may be mounted with the guest's kernel: [`LayerRef::guest_mount`](svm_protocol::LayerRef).
+    pub guest_mount: bool,
+}
+
+/// A tar to apply.
+pub struct TarInput<'a> {
+    /// Its bytes.
+    pub bytes: &'a mut dyn Read,
+    /// Where the daemon digests the tar: filled at the end of the bytes.
+    pub told: Option<ToldDigest>,
+}
+
+/// The layers below an applied one, nearest first. Their disks are lent as they are asked for.
+pub trait Lowers {
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// The next of them; asked at most [`Lowers::count`] times, and only when the tar was read to its end.
+    ///
+    /// # Errors
+    /// The daemon could not lend it, or gave up.
+    fn next(&mut self) -> Result<Layer, WireError>;
+}
+
+/// The daemon's part in an apply that goes on in larger blocks.
+pub trait Growing {
+    /// A second pair of disks, for image and record; asked at most once.
+    ///
+    /// # Errors
+    /// The daemon could not lend it, or gave up.
+    fn disks(&mut self) -> Result<(OpDisk, OpDisk), WireError>;
+    /// The first pair is being read and no tar is: called often, with the number of bytes read so far.
+    ///
+    /// # Errors
+    /// The daemon gave up.
+    fn replaying(&mut self, bytes: u64) -> Result<(), WireError>;
+    /// The first pair is of no more use.
+    ///
+    /// # Errors
+    /// The daemon gave up.
+    fn replayed(&mut self) -> Result<(), WireError>;
+}
+
+/// What a layer is compared with.
+#[derive(Clone)]
+pub enum Parent {
+    /// Nothing.
+    None,
+    /// The rest of its own chain.
+    Own,
+    /// Another chain, nearest first.
+    Chain(Vec<Layer>),
+}
+
+/// The daemon's part in reading a live sandbox.
+pub trait Live {
+    /// What is to be copied before [`Live::metadata_read`].
+    fn copies(&mut self) -> Option<Copies> {
+        None
+    }
+    /// All metadata are in memory: writers may go on.
+    ///
+    /// # Errors
+    /// The daemon gave up.
+    fn metadata_read(&mut self) -> Result<(), WireError>;
+    /// Metadata are about to be read again: writers must stop.
+    ///
+    /// # Errors
+    /// The daemon gave up.
+    fn before_recheck(&mut self) -> Result<(), WireError>;
+}
+
+/// Takes changes as they are found.
+pub type ChangeSink<'a> = &'a mut dyn FnMut(&Change) -> Result<(), WireError>;
+
+/// Everything that interprets layer bytes.
+#[allow(
+    clippy::missing_errors_doc,
+    clippy::too_many_arguments,
+    reason = "all fail alike: what the bytes, the disks or the caller did wrong; each argument is a stream or a disk"
+)]
+pub trait Codec: Send + Sync + 'static {
+    /// tar → image and record. Must read `input` to its end. The result is on the disks that `growing` gave, if it was
+    /// asked for some.
+    fn apply(
+        &self,
+        input: TarInput<'_>,
+        image: OpDisk,
+        record: OpDisk,
+        scratch: Option<OpDisk>,
+        lowers: &mut dyn Lowers,
+        growing: &mut dyn Growing,
+        options: &ApplyOptions,
+    ) -> Result<ApplySummary, WireError>;
+
+    /// Strict check of metadata, by the rules of that version of the writer; with `tree` of all bytes against the hash tree
+    /// too; with `owners` of whom they are.
+    fn check(
+        &self,
+        image: OpDisk,
+        tree: bool,
+        writer: u32,
+        owners: &IdMaps,
+    ) -> Result<CheckSummary, WireError>;
+
+    /// image and record → the applied tar. With `digested` the daemon holds it against the digest of the summary, and
+    /// need not be spared bytes that do not match it.
+    fn export_exact(
+        &self,
+        image: OpDisk,
+        record: OpDisk,
+        digested: bool,
+        out: &mut dyn StreamOut,
+    ) -> Result<ExportSummary, WireError>;
+
+    /// difference → canonical tar. `live` is given for a sandbox in use.
+    fn export_canonical(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        format: u32,
+        id_maps: &IdMaps,
+        live: Option<&mut dyn Live>,
+        out: &mut dyn StreamOut,
+    ) -> Result<ExportSummary, WireError>;
+
+    /// Paths that differ.
+    fn changes(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        live: Option<&mut dyn Live>,
+        sink: ChangeSink<'_>,
+    ) -> Result<(), WireError>;
+
+    /// Whether anything was ever written into the nearest layer, a sandbox.
+    fn written(
+        &self,
+        target: Vec<Layer>,
+        blank: BlankRoot,
+        live: Option<&mut dyn Live>,
+    ) -> Result<bool, WireError>;
+
+    /// Regular-file bytes of the difference.
+    fn diff_size(
+        &self,
+        target: Vec<Layer>,
+        parent: Parent,
+        live: Option<&mut dyn Live>,
+    ) -> Result<u64, WireError>;
+}

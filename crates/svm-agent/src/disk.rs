@@ -1,0 +1,378 @@
+//! The disks of an agent, as operations see them.
+//!
+//! ```text
+//!   OpDisk ─ window ─► file │ block device           every access asks now and then: is the caller still there?
+//! ```
+//!
+//! A block device can't grow: a writable disk without a given length is a device that is large enough, and has the
+//! length that was set or written, as a file would; the daemon cuts the file behind it to what the operation says.
+//! Bulk bytes of devices go past the guest's page cache (`block`); what lies in either is no use to anybody, so
+//! [`OpDisk::reach_host`] sends it on.
+//!
+//! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
+//! the disk fails when the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
+
+use super::block::Unbuffered;
+use disk_io::{ReadAt, WriteAt};
+use lcow_sys::writeback::Writeback;
+use std::{
+    fs::File,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+};
+use svm_protocol::{DiskFormat, ErrorKind, WireError};
+use vhd_image::vhdx::Vhdx;
+
+/// An attached disk: a window of an open file or device.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    /// The open file.
+    pub file: Arc<File>,
+    /// Writes are allowed.
+    pub writable: bool,
+    /// First byte of the window.
+    pub offset: u64,
+    /// Bytes of the window; `None` = to the end, growing.
+    pub len: Option<u64>,
+    /// The disk within the file, where it is not the file itself.
+    pub inner: Option<Arc<Vhdx<Arc<File>>>>,
+    /// Set for a device of fixed size that stands for a growing file: the file's length.
+    pub length: Option<Arc<AtomicU64>>,
+    /// A device once more, open for access past the page cache.
+    pub unbuffered: Option<Arc<File>>,
+}
+
+impl Disk {
+    /// A window of a file or device, or of the disk that the file holds.
+    ///
+    /// # Errors
+    /// A file that is not of the format; a writable VHDX; what the system says.
+    pub fn open(
+        file: File,
+        format: DiskFormat,
+        writable: bool,
+        (offset, len): (u64, Option<u64>),
+    ) -> Result<Self, WireError> {
+        let kind =
+            file.metadata().map_err(|e| WireError::new(ErrorKind::Io, format!("a disk: {e}")))?.file_type();
+        let device = is_block_device(kind);
+        let length = (writable && len.is_none() && device).then(Arc::default);
+        // A writable device that does not grow is left alone: nobody would send on what was gathered.
+        let bulk = device && format == DiskFormat::Raw && (!writable || length.is_some());
+        let unbuffered = bulk.then(|| unbuffered(&file, writable)).flatten().map(Arc::new);
+        let file = Arc::new(file);
+        let inner = match format {
+            DiskFormat::Raw => None,
+            DiskFormat::Vhdx if writable => {
+                return Err(WireError::new(ErrorKind::Unsupported, "a VHDX is attached read-only here"));
+            }
+            DiskFormat::Vhdx => Some(Arc::new(
+                Vhdx::open(file.clone())
+                    .map_err(|e| WireError::new(ErrorKind::Corrupt, format!("VHDX: {e}")))?,
+            )),
+        };
+        Ok(Self { file, writable, offset, len, inner, length, unbuffered })
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        match &self.inner {
+            None => self.file.read_at(buf, offset),
+            Some(inner) => inner.read_at(buf, offset),
+        }
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        match &self.inner {
+            None => ReadAt::size(&*self.file),
+            Some(inner) => inner.size(),
+        }
+    }
+}
+
+/// The device once more, for access past the page cache; `None` where it can't be had, which costs speed alone.
+fn unbuffered(file: &File, writable: bool) -> Option<File> {
+    #[cfg(target_os = "linux")]
+    return lcow_sys::linux::guest::reopen_unbuffered(file, writable).ok();
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (file, writable);
+        None
+    }
+}
+
+fn is_block_device(kind: std::fs::FileType) -> bool {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileTypeExt::is_block_device(&kind);
+    #[cfg(not(unix))]
+    {
+        let _ = kind;
+        false
+    }
+}
+
+/// Says whether an operation's caller has gone. Cheap to clone.
+#[derive(Clone)]
+pub struct Cancel(Arc<CancelState>);
+
+struct CancelState {
+    gone: AtomicBool,
+    calls: AtomicU32,
+    ask: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+/// Disk accesses between two looks at the channel (a look is a system call).
+const CALLS_PER_LOOK: u32 = 64;
+
+impl Cancel {
+    /// `ask` looks at the channel.
+    pub fn new(ask: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(CancelState {
+            gone: AtomicBool::new(false),
+            calls: AtomicU32::new(0),
+            ask: Box::new(ask),
+        }))
+    }
+
+    /// Whether the caller has gone, as of the last look.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.gone.load(Ordering::Relaxed)
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.0.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(CALLS_PER_LOOK) && (self.0.ask)() {
+            self.0.gone.store(true, Ordering::Relaxed);
+        }
+        if self.is_cancelled() {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the caller is gone"));
+        }
+        Ok(())
+    }
+}
+
+/// A disk within one operation.
+#[derive(Clone)]
+pub struct OpDisk {
+    disk: Disk,
+    cancel: Cancel,
+    writeback: Arc<Writeback>,
+    /// For bulk bytes of a device.
+    bulk: Option<Arc<Unbuffered>>,
+}
+
+impl OpDisk {
+    /// `disk` as long as `cancel` allows.
+    pub fn new(disk: Disk, cancel: Cancel) -> Self {
+        let bulk = disk.unbuffered.clone().map(|device| Arc::new(Unbuffered::new(device)));
+        Self { disk, cancel, writeback: Arc::default(), bulk }
+    }
+
+    /// Whether both are the same window of the same attached file.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.disk.file, &other.disk.file) && self.disk.offset == other.disk.offset
+    }
+
+    /// What was written leaves the guest's page cache, so that the daemon finds it in the file behind the device. Files
+    /// are the daemon's own: nothing to do.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn reach_host(&self) -> io::Result<()> {
+        if let Some(bulk) = &self.bulk {
+            bulk.flush()?;
+        }
+        if self.disk.length.is_some() { self.disk.file.sync_data() } else { Ok(()) }
+    }
+
+    /// Nothing that was read of a device is believed any more: others write to the disk behind it, and neither the guest's
+    /// page cache nor this operation hears of that. Files are the daemon's own: nothing to do.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn forget(&self) -> io::Result<()> {
+        if let Some(bulk) = &self.bulk {
+            bulk.forget();
+        }
+        #[cfg(target_os = "linux")]
+        if is_block_device(self.disk.file.metadata()?.file_type()) {
+            lcow_sys::linux::guest::forget_cached(&self.disk.file).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    /// How many of `len` bytes at `offset` lie in the window, and where they are in the file.
+    fn place(&self, offset: u64, len: usize) -> io::Result<(u64, usize)> {
+        let at = self.disk.offset.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
+        let room = self.disk.len.map_or(u64::MAX, |size| size.saturating_sub(offset));
+        Ok((at, usize::try_from(room).unwrap_or(usize::MAX).min(len)))
+    }
+}
+
+impl ReadAt for OpDisk {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.cancel.check()?;
+        let (at, len) = self.place(offset, buf.len())?;
+        // The kernel calls offsets beyond i64 an error; here they are just past the end.
+        if len == 0 || i64::try_from(at).is_err() {
+            return Ok(0);
+        }
+        let len = match &self.disk.length {
+            Some(length) => {
+                let room = length.load(Ordering::Acquire).saturating_sub(offset);
+                usize::try_from(room).unwrap_or(usize::MAX).min(len)
+            }
+            None => len,
+        };
+        if let Some(bulk) = &self.bulk
+            && let Some(n) = bulk.read_at(&mut buf[..len], at)?
+        {
+            return Ok(n);
+        }
+        self.disk.read_at(&mut buf[..len], at)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        if let Some(length) = &self.disk.length {
+            return Ok(length.load(Ordering::Acquire));
+        }
+        let rest = self.disk.size()?.saturating_sub(self.disk.offset);
+        Ok(self.disk.len.map_or(rest, |len| len.min(rest)))
+    }
+
+    fn in_file(&self, offset: u64, len: u64) -> Option<(&File, u64)> {
+        let inside = self.disk.len.is_none_or(|size| offset.checked_add(len).is_some_and(|end| end <= size));
+        // What may still be written is not taken by reference; see `StreamOut`.
+        if !inside || self.disk.writable || self.disk.inner.is_some() {
+            return None;
+        }
+        Some((&self.disk.file, self.disk.offset.checked_add(offset)?))
+    }
+}
+
+impl WriteAt for OpDisk {
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
+        self.cancel.check()?;
+        if !self.disk.writable {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "disk is attached read-only"));
+        }
+        let (at, len) = self.place(offset, buf.len())?;
+        let written = match &self.bulk {
+            Some(bulk) => {
+                bulk.write_all_at(&buf[..len], at)?;
+                len
+            }
+            None => self.disk.file.write_at(&buf[..len], at)?,
+        };
+        if let Some(length) = &self.disk.length {
+            length.fetch_max(offset.saturating_add(written as u64), Ordering::AcqRel);
+            return Ok(written);
+        }
+        self.writeback.written(&self.disk.file, at.saturating_add(written as u64));
+        Ok(written)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if self.disk.len.is_some() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "a window of a disk can't change its size",
+            ));
+        }
+        if !self.disk.writable {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "disk is attached read-only"));
+        }
+        if let Some(length) = &self.disk.length {
+            // What is cut off would show up again if the disk grew; nobody of ours does either.
+            if len < length.load(Ordering::Acquire) {
+                return Err(io::Error::new(io::ErrorKind::Unsupported, "a device can't be cut shorter"));
+            }
+            length.store(len, Ordering::Release);
+            return Ok(());
+        }
+        let end = self.disk.offset.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+        self.disk.file.set_len(end)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if let Some(bulk) = &self.bulk {
+            bulk.flush()?;
+        }
+        self.disk.file.sync_all()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(file: File, writable: bool, window: (u64, Option<u64>)) -> Disk {
+        Disk::open(file, DiskFormat::Raw, writable, window).unwrap()
+    }
+
+    fn disk(len: Option<u64>, writable: bool) -> OpDisk {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(b"0123456789", 0).unwrap();
+        OpDisk::new(raw(file, writable, (2, len)), Cancel::new(|| false))
+    }
+
+    #[test]
+    fn a_window_shows_its_bytes_only() {
+        let d = disk(Some(5), true);
+        assert_eq!(d.size().unwrap(), 5);
+        let mut buf = [0; 8];
+        assert_eq!(d.read_at(&mut buf, 3).unwrap(), 2);
+        assert_eq!(&buf[..2], b"56");
+        assert_eq!(d.read_at(&mut buf, u64::MAX - 5).unwrap(), 0);
+        assert_eq!(disk(None, true).read_at(&mut buf, u64::MAX - 5).unwrap(), 0);
+        assert!(d.read_at(&mut buf, u64::MAX).is_err());
+        assert_eq!(d.write_at(b"abc", 4).unwrap(), 1, "writes stop at the window's end");
+        assert!(d.set_len(3).is_err());
+    }
+
+    #[test]
+    fn read_only_disks_refuse_writes_and_growing_ones_grow() {
+        let d = disk(None, false);
+        assert_eq!(d.write_at(b"a", 0).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        assert!(d.set_len(0).is_err());
+        let d = disk(None, true);
+        d.write_all_at(b"xyz", 20).unwrap();
+        assert_eq!(d.size().unwrap(), 23);
+        d.set_len(4).unwrap();
+        assert_eq!(d.size().unwrap(), 4);
+    }
+
+    #[test]
+    fn a_device_has_the_length_that_was_written() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let mut disk = raw(file, true, (0, None));
+        disk.length = Some(Arc::default());
+        disk.unbuffered = Some(disk.file.clone());
+        let file = disk.file.clone();
+        let d = OpDisk::new(disk, Cancel::new(|| false));
+        assert_eq!((d.size().unwrap(), d.read_at(&mut [0; 9], 0).unwrap()), (0, 0));
+        d.write_all_at(b"abc", 10).unwrap();
+        assert_eq!((d.size().unwrap(), d.read_at(&mut [0; 9], 8).unwrap()), (13, 5));
+        d.set_len(20).unwrap();
+        assert_eq!(d.size().unwrap(), 20);
+        assert!(d.set_len(5).is_err());
+        d.reach_host().unwrap();
+        let mut there = [0; 3];
+        file.read_exact_at(&mut there, 10).unwrap();
+        assert_eq!(&there, b"abc");
+    }
+
+    #[test]
+    fn a_gone_caller_stops_disk_access_within_one_look() {
+        let gone = Arc::new(AtomicBool::new(false));
+        let seen = gone.clone();
+        let file = tempfile::tempfile().unwrap();
+        let d = OpDisk::new(raw(file, true, (0, None)), Cancel::new(move || seen.load(Ordering::Relaxed)));
+        d.write_all_at(b"x", 0).unwrap();
+        gone.store(true, Ordering::Relaxed);
+        let failed = (0..=CALLS_PER_LOOK).find_map(|_| d.read_at(&mut [0], 0).err()).unwrap();
+        assert_eq!(failed.kind(), io::ErrorKind::ConnectionAborted);
+    }
+}

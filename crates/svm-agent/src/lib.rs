@@ -1,0 +1,28 @@
+//! The guest side of the service VM's protocol: what runs where untrusted layer bytes are interpreted.
+//!
+//! ```text
+//!   control channel ─► serve: disks (attach, detach), one thread per data channel
+//!   data channel    ─► operation: Request ─ Data… ─► Codec ─► Data… ─ Result │ Error
+//! ```
+//!
+//! Synchronous, without runtime, paths or configuration: descriptors and frames only. The same code runs in a jailed
+//! worker process ([`worker`]) and, behind a [`link`], in a virtual machine ([`guest`]). An operation that panics is
+//! answered as an error; a channel that closes cancels its operation at the next byte that it reads or writes.
+//! Called by `svm` (the wire types) and `main` (the worker).
+
+mod behind;
+mod block;
+pub mod codec;
+pub mod disk;
+#[cfg(target_os = "linux")]
+pub mod guest;
+pub mod link;
+#[cfg(target_os = "linux")]
+pub mod mount;
+pub mod operation;
+mod real;
+pub mod serve;
+pub mod worker;
+
+pub use real::RealCodec;
+pub use worker::worker_main;

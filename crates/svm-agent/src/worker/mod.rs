@@ -1,0 +1,14 @@
+//! The worker process: the agent behind the jail.
+//!
+//! Each system has its own way to start it and to lock it in; both serve the same protocol. Started by
+//! `svm::embedded` of the daemon as `lcow-graphdriver worker`.
+
+#[cfg(target_os = "linux")]
+mod linux;
+#[cfg(windows)]
+mod windows;
+
+#[cfg(target_os = "linux")]
+pub use linux::worker_main;
+#[cfg(windows)]
+pub use windows::worker_main;

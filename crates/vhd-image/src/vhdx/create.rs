@@ -1,0 +1,156 @@
+//! Making dynamic disks.
+//!
+//! ```text
+//!   0     64K    128K   192K    256K         1M     2M         3M    3M+b
+//!   │ id │ head │ head │ regi │ regi │ …    │ log  │ metadata │ BAT │ block │ block │ …
+//! ```
+//!
+//! The content that is known at creation goes in at once, with the BAT in its final form: nothing is synced, no header
+//! is written twice, and blocks that are written in part only stay sparse. The identifier at 0 is written last, so that
+//! a file that was cut while it was made is no VHDX. Called by `agent`, `cli` and tests.
+
+use super::{
+    Geometry, VhdxError,
+    layout::{
+        BatEntry, FILE_SIGNATURE, HEADER_OFFSETS, HEADER_SIGNATURE, Header, MIB, REGION_BAT, REGION_METADATA,
+        REGION_TABLE_OFFSETS, VERSION, bat_entries, bat_index, chunk_ratio,
+    },
+    reader::MAX_BAT_BYTES,
+    tables::{header_bytes, metadata_bytes, region_table_bytes},
+};
+use disk_io::WriteAt;
+use std::collections::BTreeMap;
+use zerocopy::{
+    FromZeros,
+    little_endian::{U16, U32, U64},
+};
+
+const LOG_OFFSET: u64 = MIB;
+const LOG_BYTES: u64 = MIB;
+const METADATA_OFFSET: u64 = LOG_OFFSET + LOG_BYTES;
+const METADATA_BYTES: u64 = MIB;
+const BAT_OFFSET: u64 = METADATA_OFFSET + METADATA_BYTES;
+/// `Creator` of the file identifier, for people only.
+const CREATOR: &str = "lcow-graphdriver";
+
+/// What disk to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// Size of the virtual disk in bytes: a multiple of the logical sector, up to 64 TiB.
+    pub disk_bytes: u64,
+    /// Size of a payload block in bytes: a power of two from 1 MiB to 256 MiB.
+    pub block_size: u32,
+    /// 512 or 4096.
+    pub logical_sector: u32,
+    /// 512 or 4096.
+    pub physical_sector: u32,
+    /// Identity of the disk in SCSI page 83; the first write ids of the file are made from it. The same id gives the
+    /// same bytes.
+    pub disk_id: uuid::Uuid,
+}
+
+impl CreateOptions {
+    /// A disk of `disk_bytes` in blocks of 1 MiB, logical sectors of 512 and physical ones of 4096 bytes: what Hyper-V
+    /// makes for LCOW's sandboxes.
+    pub fn new(disk_bytes: u64, disk_id: uuid::Uuid) -> Self {
+        Self { disk_bytes, block_size: 1 << 20, logical_sector: 512, physical_sector: 4096, disk_id }
+    }
+}
+
+/// Makes a dynamic disk in `out`, which loses what it held, with `content` at the given offsets and zeros elsewhere.
+///
+/// Returns the length of the file in bytes. Nothing is synced.
+///
+/// # Errors
+/// [`VhdxError::Usage`] for options that no VHDX can have or content beyond the disk; [`VhdxError::Io`].
+pub fn create<W: WriteAt>(
+    out: W,
+    options: &CreateOptions,
+    content: &[(u64, Vec<u8>)],
+) -> Result<u64, VhdxError> {
+    let geometry = Geometry {
+        disk_bytes: options.disk_bytes,
+        block_size: options.block_size,
+        logical_sector: options.logical_sector,
+        physical_sector: options.physical_sector,
+        disk_id: options.disk_id,
+        fixed: false,
+    };
+    geometry.check().map_err(|what| VhdxError::Usage(what.into()))?;
+    let block_size = u64::from(options.block_size);
+    let ratio = chunk_ratio(options.logical_sector, options.block_size);
+    let bat_bytes = bat_entries(geometry.blocks(), ratio) * 8;
+    if bat_bytes > MAX_BAT_BYTES {
+        return Err(VhdxError::Usage(format!(
+            "{} blocks of {block_size} bytes: larger blocks are needed",
+            geometry.blocks()
+        )));
+    }
+    let bat_end = BAT_OFFSET + bat_bytes.next_multiple_of(MIB);
+
+    // Blocks in the order of their first use, so that the file grows with its content.
+    let mut places: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut end = bat_end;
+    let mut pieces: Vec<(u64, &[u8])> = Vec::new();
+    for (offset, bytes) in content {
+        if offset.checked_add(bytes.len() as u64).is_none_or(|stop| stop > options.disk_bytes) {
+            return Err(VhdxError::Usage(format!("content of {} bytes at {offset}", bytes.len())));
+        }
+        let (mut at, mut rest) = (*offset, bytes.as_slice());
+        while !rest.is_empty() {
+            let inside = at % block_size;
+            let (now, later) = rest.split_at(rest.len().min((block_size - inside) as usize));
+            let place = *places.entry(at / block_size).or_insert_with(|| {
+                end += block_size;
+                end - block_size
+            });
+            pieces.push((place + inside, now));
+            (at, rest) = (at + now.len() as u64, later);
+        }
+    }
+    let write = |bytes: &[u8], at| out.write_all_at(bytes, at).map_err(VhdxError::io("write"));
+    out.set_len(0).and_then(|()| out.set_len(end)).map_err(VhdxError::io("make room for"))?;
+    for (at, bytes) in pieces {
+        write(bytes, at)?;
+    }
+    for (bytes, at) in bat_runs(&places, ratio) {
+        write(&bytes, at)?;
+    }
+    write(&metadata_bytes(&geometry), METADATA_OFFSET)?;
+    let regions = region_table_bytes(&[
+        (REGION_BAT, BAT_OFFSET..bat_end),
+        (REGION_METADATA, METADATA_OFFSET..METADATA_OFFSET + METADATA_BYTES),
+    ]);
+    for at in REGION_TABLE_OFFSETS {
+        write(&regions, at)?;
+    }
+    let mut header = Header::new_zeroed();
+    header.signature = HEADER_SIGNATURE;
+    header.version = U16::new(VERSION);
+    header.log_length = U32::new(LOG_BYTES as u32);
+    header.log_offset = U64::new(LOG_OFFSET);
+    header.file_write_guid = options.disk_id.to_bytes_le();
+    header.data_write_guid = options.disk_id.to_bytes_le();
+    for (sequence, at) in HEADER_OFFSETS.into_iter().enumerate() {
+        header.sequence_number = U64::new(sequence as u64);
+        write(&header_bytes(header), at)?;
+    }
+    let mut identifier = FILE_SIGNATURE.to_vec();
+    identifier.extend(CREATOR.encode_utf16().flat_map(u16::to_le_bytes));
+    write(&identifier, 0)?;
+    Ok(end)
+}
+
+/// The entries of the blocks that are there, neighbours together, and where they go; the rest of the BAT is zeros.
+fn bat_runs(places: &BTreeMap<u64, u64>, ratio: u64) -> Vec<(Vec<u8>, u64)> {
+    let mut runs: Vec<(Vec<u8>, u64)> = Vec::new();
+    for (&block, &place) in places {
+        let at = BAT_OFFSET + bat_index(block, ratio) * 8;
+        let entry = BatEntry::present(place).0.to_le_bytes();
+        match runs.last_mut() {
+            Some((run, start)) if *start + run.len() as u64 == at => run.extend_from_slice(&entry),
+            _ => runs.push((entry.to_vec(), at)),
+        }
+    }
+    runs
+}

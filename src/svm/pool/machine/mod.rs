@@ -1,0 +1,635 @@
+//! The pool's policy as a pure state machine: events in, actions out, no clock, no task, no VM.
+//!
+//! ```text
+//!                Boot             Booted           granted                 last lease gone, died, poisoned
+//!     (nothing) ─────► Booting ─────────► Idle ─────────────► Leased ──────────────────────────────► Ending ─► (nothing)
+//!                         │ BootFailed                 global: stays Leased without leases             Ended
+//! ```
+//!
+//! Invariants ([`Machine::check`], held by random tests): a VM is booted once and ended once; leases are only on
+//! Leased VMs; a name has at most one VM that takes new leases; a disk has at most one attach under way or done per
+//! VM; the number of VMs never exceeds the maximum; exports never hold all of them; nothing waits while it could be
+//! served. Called by the shell in `pool`.
+
+use crate::svm::job::{Access, FileIdentity};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Number of a VM, never used twice.
+pub type VmId = u64;
+/// Number of a lease, never used twice.
+pub type LeaseId = u64;
+/// Number of one use of a disk, never used twice.
+pub type UseId = u64;
+
+/// Which disk: file, access and window.
+pub type DiskKey = (FileIdentity, Access, u64, Option<u64>);
+
+/// What a VM is for.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Name {
+    /// Safe mode: one layer.
+    Layer(String),
+    /// Global mode: everything.
+    Global,
+    /// One check, shared with nobody.
+    Check(LeaseId),
+}
+
+/// Settings.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// VMs kept ready.
+    pub spares: usize,
+    /// VMs at a time; at least 2.
+    pub max_vms: usize,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Somebody wants a VM of this name.
+    Acquire {
+        /// New number.
+        lease: LeaseId,
+        /// Which.
+        name: Name,
+        /// It will stream to a reader of unknown pace.
+        export: bool,
+    },
+    /// A lease, held or still waited for, is given up.
+    Release {
+        /// Which.
+        lease: LeaseId,
+        /// Its VM misbehaved.
+        poison: bool,
+    },
+    /// A VM is up.
+    Booted(VmId),
+    /// A VM did not come up; nothing of it is left.
+    BootFailed(VmId),
+    /// A VM ended by itself.
+    Died(VmId),
+    /// A VM does not answer.
+    Sick(VmId),
+    /// An ended VM is gone for good.
+    Ended(VmId),
+    /// A lease wants a disk.
+    Attach {
+        /// Who.
+        lease: LeaseId,
+        /// New number.
+        usage: UseId,
+        /// Which.
+        disk: DiskKey,
+    },
+    /// A lease needs a disk no more.
+    Detach {
+        /// Who.
+        lease: LeaseId,
+        /// Which use.
+        usage: UseId,
+    },
+    /// An attach worked.
+    Attached(VmId, DiskKey),
+    /// An attach did not.
+    AttachFailed(VmId, DiskKey),
+    /// A detach worked.
+    Detached(VmId, DiskKey),
+    /// A detach did not: the VM is in an unknown state.
+    DetachFailed(VmId, DiskKey),
+    /// No VM of now takes new leases; end them as their leases end.
+    Retire,
+    /// End retired VMs though they hold leases.
+    EndRetired,
+    /// As `Retire`, and no new leases ever.
+    Drain,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Start a VM; answer Booted or BootFailed.
+    Boot(VmId),
+    /// End a VM; answer Ended.
+    End(VmId),
+    /// The lease holds this VM now.
+    Grant(LeaseId, VmId),
+    /// The lease will not be: a boot failed.
+    RefuseBoot(LeaseId),
+    /// The lease will not be: the pool is being stopped.
+    RefuseDraining(LeaseId),
+    /// The lease's VM is gone.
+    Lost(LeaseId),
+    /// Attach; answer Attached or AttachFailed.
+    Attach(VmId, DiskKey),
+    /// Detach; answer Detached or DetachFailed.
+    Detach(VmId, DiskKey),
+    /// The disk is there for this use.
+    DiskReady(UseId, VmId, DiskKey),
+    /// The disk is not there for this use.
+    DiskFailed(UseId),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Booting,
+    Idle,
+    Leased,
+    Ending,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DiskStage {
+    Attaching,
+    Attached,
+    Detaching,
+}
+
+#[derive(Debug)]
+struct Disk {
+    stage: DiskStage,
+    users: BTreeSet<UseId>,
+}
+
+#[derive(Debug)]
+struct Vm {
+    stage: Stage,
+    name: Option<Name>,
+    /// Takes no new leases; ends with its last one.
+    retired: bool,
+    leases: BTreeSet<LeaseId>,
+    disks: BTreeMap<DiskKey, Disk>,
+}
+
+#[derive(Debug)]
+struct Lease {
+    name: Name,
+    export: bool,
+    vm: Option<VmId>,
+    uses: BTreeMap<UseId, DiskKey>,
+}
+
+/// Numbers for Status and metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// VMs started.
+    pub boots: u64,
+    /// Of them, how many did not come up.
+    pub boot_failures: u64,
+    /// VMs that died by themselves.
+    pub deaths: u64,
+    /// VMs taken out of use.
+    pub poisoned: u64,
+    /// Leases granted.
+    pub granted: u64,
+    /// Leases that had to wait.
+    pub waits: u64,
+}
+
+/// The pool's state.
+#[derive(Debug)]
+pub struct Machine {
+    settings: Settings,
+    vms: BTreeMap<VmId, Vm>,
+    leases: BTreeMap<LeaseId, Lease>,
+    queue: VecDeque<LeaseId>,
+    next_vm: VmId,
+    draining: bool,
+    /// The last boot failed: no spares are tried until somebody needs a VM.
+    boot_trouble: bool,
+    counters: Counters,
+}
+
+impl Machine {
+    /// An empty pool. Spares start with the first [`Machine::start`].
+    pub fn new(mut settings: Settings) -> Self {
+        settings.max_vms = settings.max_vms.max(2);
+        Self {
+            settings,
+            vms: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            queue: VecDeque::new(),
+            next_vm: 1,
+            draining: false,
+            boot_trouble: false,
+            counters: Counters::default(),
+        }
+    }
+
+    /// First actions.
+    pub fn start(&mut self) -> Vec<Action> {
+        let mut out = Vec::new();
+        self.dispatch(&mut out);
+        out
+    }
+
+    /// Takes one event.
+    pub fn step(&mut self, event: Event) -> Vec<Action> {
+        let mut out = Vec::new();
+        match event {
+            Event::Acquire { lease, name, export } => self.acquire(lease, name, export, &mut out),
+            Event::Release { lease, poison } => self.release(lease, poison, &mut out),
+            Event::Booted(vm) => {
+                self.boot_trouble = false;
+                if let Some(v) = self.vms.get_mut(&vm)
+                    && v.stage == Stage::Booting
+                {
+                    v.stage = Stage::Idle;
+                    if v.retired {
+                        self.end(vm, &mut out);
+                    }
+                }
+            }
+            Event::BootFailed(vm) => {
+                if self.vms.get(&vm).is_some_and(|v| v.stage == Stage::Booting) {
+                    self.vms.remove(&vm);
+                    self.counters.boot_failures += 1;
+                    self.boot_trouble = true;
+                    // Somebody hears of it at once, instead of all of them for ever trying.
+                    if let Some(lease) = self.queue.pop_front() {
+                        self.leases.remove(&lease);
+                        out.push(Action::RefuseBoot(lease));
+                    }
+                }
+            }
+            Event::Died(vm) => {
+                if self.vms.get(&vm).is_some_and(|v| matches!(v.stage, Stage::Idle | Stage::Leased)) {
+                    self.counters.deaths += 1;
+                    self.end(vm, &mut out);
+                }
+            }
+            Event::Sick(vm) => {
+                if self.vms.get(&vm).is_some_and(|v| matches!(v.stage, Stage::Idle | Stage::Leased)) {
+                    self.counters.poisoned += 1;
+                    self.end(vm, &mut out);
+                }
+            }
+            Event::Ended(vm) => {
+                if self.vms.get(&vm).is_some_and(|v| v.stage == Stage::Ending) {
+                    self.vms.remove(&vm);
+                }
+            }
+            Event::Attach { lease, usage, disk } => self.attach(lease, usage, disk, &mut out),
+            Event::Detach { lease, usage } => self.detach(lease, usage, &mut out),
+            Event::Attached(vm, disk) => self.attached(vm, disk, &mut out),
+            Event::AttachFailed(vm, disk) => {
+                if let Some(v) = self.vms.get_mut(&vm)
+                    && v.disks.get(&disk).is_some_and(|d| d.stage == DiskStage::Attaching)
+                    && let Some(d) = v.disks.remove(&disk)
+                {
+                    self.fail_users(&d.users, &mut out);
+                }
+            }
+            Event::Detached(vm, disk) => {
+                if let Some(v) = self.vms.get_mut(&vm)
+                    && let Some(d) = v.disks.get_mut(&disk)
+                    && d.stage == DiskStage::Detaching
+                {
+                    if d.users.is_empty() {
+                        v.disks.remove(&disk);
+                    } else {
+                        d.stage = DiskStage::Attaching;
+                        out.push(Action::Attach(vm, disk));
+                    }
+                }
+            }
+            Event::DetachFailed(vm, disk) => {
+                if let Some(v) = self.vms.get_mut(&vm)
+                    && v.disks.get(&disk).is_some_and(|d| d.stage == DiskStage::Detaching)
+                    && let Some(d) = v.disks.remove(&disk)
+                {
+                    self.fail_users(&d.users, &mut out);
+                    self.retire(vm, true, &mut out);
+                }
+            }
+            Event::Retire => self.retire_all(false, &mut out),
+            Event::EndRetired => {
+                let retired: Vec<VmId> = self
+                    .vms
+                    .iter()
+                    .filter(|(_, v)| v.retired && v.stage == Stage::Leased)
+                    .map(|(id, _)| *id)
+                    .collect();
+                for vm in retired {
+                    self.end(vm, &mut out);
+                }
+            }
+            Event::Drain => {
+                self.draining = true;
+                for lease in std::mem::take(&mut self.queue) {
+                    self.leases.remove(&lease);
+                    out.push(Action::RefuseDraining(lease));
+                }
+                self.retire_all(true, &mut out);
+            }
+        }
+        self.dispatch(&mut out);
+        out
+    }
+
+    fn acquire(&mut self, lease: LeaseId, name: Name, export: bool, out: &mut Vec<Action>) {
+        if self.draining {
+            out.push(Action::RefuseDraining(lease));
+            return;
+        }
+        self.leases.insert(lease, Lease { name, export, vm: None, uses: BTreeMap::new() });
+        self.queue.push_back(lease);
+        self.dispatch(out);
+        if self.queue.contains(&lease) {
+            self.counters.waits += 1;
+        }
+    }
+
+    fn release(&mut self, lease: LeaseId, poison: bool, out: &mut Vec<Action>) {
+        self.queue.retain(|l| *l != lease);
+        let Some(gone) = self.leases.get(&lease) else { return };
+        let uses: Vec<UseId> = gone.uses.keys().copied().collect();
+        let vm = gone.vm;
+        // A safe VM ends with its last lease: taking its disks away one by one first would be wasted.
+        let Some(vm) = vm else {
+            self.leases.remove(&lease);
+            return;
+        };
+        let last = self
+            .vms
+            .get(&vm)
+            .is_some_and(|v| v.leases.len() == 1 && (v.retired || poison || v.name != Some(Name::Global)));
+        if !last {
+            for usage in uses {
+                self.detach(lease, usage, out);
+            }
+        }
+        self.leases.remove(&lease);
+        if let Some(v) = self.vms.get_mut(&vm) {
+            v.leases.remove(&lease);
+            if last {
+                if poison {
+                    self.counters.poisoned += 1;
+                }
+                self.end(vm, out);
+            } else if poison {
+                self.retire(vm, true, out);
+            }
+        }
+    }
+
+    /// No new leases for `vm`; it ends now if it has none.
+    fn retire(&mut self, vm: VmId, poisoned: bool, out: &mut Vec<Action>) {
+        let Some(v) = self.vms.get_mut(&vm) else { return };
+        if poisoned && !v.retired {
+            self.counters.poisoned += 1;
+        }
+        v.retired = true;
+        if v.leases.is_empty() && matches!(v.stage, Stage::Idle | Stage::Leased) {
+            self.end(vm, out);
+        }
+    }
+
+    fn retire_all(&mut self, spares_too: bool, out: &mut Vec<Action>) {
+        let ids: Vec<VmId> = self
+            .vms
+            .iter()
+            .filter(|(_, v)| spares_too || v.stage == Stage::Leased)
+            .map(|(id, _)| *id)
+            .collect();
+        for vm in ids {
+            self.retire(vm, false, out);
+        }
+    }
+
+    /// Ends `vm` now; whoever holds it loses it.
+    fn end(&mut self, vm: VmId, out: &mut Vec<Action>) {
+        let Some(v) = self.vms.get_mut(&vm) else { return };
+        v.stage = Stage::Ending;
+        v.disks.clear();
+        for lease in std::mem::take(&mut v.leases) {
+            if let Some(l) = self.leases.remove(&lease) {
+                out.extend(l.uses.keys().map(|u| Action::DiskFailed(*u)));
+                out.push(Action::Lost(lease));
+            }
+        }
+        out.push(Action::End(vm));
+    }
+
+    fn attach(&mut self, lease: LeaseId, usage: UseId, disk: DiskKey, out: &mut Vec<Action>) {
+        let Some(l) = self.leases.get_mut(&lease) else {
+            out.push(Action::DiskFailed(usage));
+            return;
+        };
+        let Some((vm, v)) = l.vm.and_then(|vm| Some((vm, self.vms.get_mut(&vm)?))) else {
+            out.push(Action::DiskFailed(usage));
+            return;
+        };
+        l.uses.insert(usage, disk);
+        if let Some(d) = v.disks.get_mut(&disk) {
+            d.users.insert(usage);
+            if d.stage == DiskStage::Attached {
+                out.push(Action::DiskReady(usage, vm, disk));
+            }
+        } else {
+            v.disks.insert(disk, Disk { stage: DiskStage::Attaching, users: BTreeSet::from([usage]) });
+            out.push(Action::Attach(vm, disk));
+        }
+    }
+
+    fn detach(&mut self, lease: LeaseId, usage: UseId, out: &mut Vec<Action>) {
+        let Some(l) = self.leases.get_mut(&lease) else { return };
+        let Some(disk) = l.uses.remove(&usage) else { return };
+        let Some((vm, v)) = l.vm.and_then(|vm| Some((vm, self.vms.get_mut(&vm)?))) else { return };
+        if let Some(d) = v.disks.get_mut(&disk) {
+            d.users.remove(&usage);
+            if d.users.is_empty() && d.stage == DiskStage::Attached {
+                d.stage = DiskStage::Detaching;
+                out.push(Action::Detach(vm, disk));
+            }
+        }
+    }
+
+    fn attached(&mut self, vm: VmId, disk: DiskKey, out: &mut Vec<Action>) {
+        let Some(v) = self.vms.get_mut(&vm) else { return };
+        let Some(d) = v.disks.get_mut(&disk) else { return };
+        if d.stage != DiskStage::Attaching {
+            return;
+        }
+        if d.users.is_empty() {
+            d.stage = DiskStage::Detaching;
+            out.push(Action::Detach(vm, disk));
+        } else {
+            d.stage = DiskStage::Attached;
+            out.extend(d.users.iter().map(|u| Action::DiskReady(*u, vm, disk)));
+        }
+    }
+
+    fn fail_users(&mut self, users: &BTreeSet<UseId>, out: &mut Vec<Action>) {
+        for usage in users {
+            for l in self.leases.values_mut() {
+                l.uses.remove(usage);
+            }
+            out.push(Action::DiskFailed(*usage));
+        }
+    }
+
+    fn exporting(&self, vm: &Vm) -> bool {
+        vm.leases.iter().any(|l| self.leases.get(l).is_some_and(|l| l.export))
+    }
+
+    /// Serves the queue in order, then starts what is missing.
+    fn dispatch(&mut self, out: &mut Vec<Action>) {
+        let mut exporting = self.vms.values().filter(|v| self.exporting(v)).count();
+        let mut wanted: BTreeSet<Name> = BTreeSet::new();
+        let mut waiting = VecDeque::new();
+        for lease in std::mem::take(&mut self.queue) {
+            let Some(l) = self.leases.get(&lease) else { continue };
+            let (name, export) = (l.name.clone(), l.export);
+            let known = self
+                .vms
+                .iter()
+                .find(|(_, v)| v.stage == Stage::Leased && !v.retired && v.name.as_ref() == Some(&name));
+            let limit = self.settings.max_vms - 1;
+            let adds_export = export && known.is_none_or(|(_, v)| !self.exporting(v));
+            // Global: one VM serves all, so exports take no VM from anybody.
+            if adds_export && name != Name::Global && exporting >= limit {
+                // Later work may pass: it may be what this export's predecessors wait for.
+                waiting.push_back(lease);
+                continue;
+            }
+            let idle = || self.vms.iter().find(|(_, v)| v.stage == Stage::Idle && !v.retired);
+            let Some(vm) = known.or_else(idle).map(|(id, _)| *id) else {
+                wanted.insert(name);
+                waiting.push_back(lease);
+                continue;
+            };
+            exporting += usize::from(adds_export);
+            if let Some(v) = self.vms.get_mut(&vm) {
+                v.stage = Stage::Leased;
+                v.name = Some(name);
+                v.leases.insert(lease);
+            }
+            if let Some(l) = self.leases.get_mut(&lease) {
+                l.vm = Some(vm);
+            }
+            self.counters.granted += 1;
+            out.push(Action::Grant(lease, vm));
+        }
+        self.queue = waiting;
+        if self.draining {
+            return;
+        }
+        let count = |stage| self.vms.values().filter(|v| v.stage == stage && !v.retired).count();
+        let spares = if self.boot_trouble { 0 } else { self.settings.spares };
+        let missing = (wanted.len() + spares).saturating_sub(count(Stage::Idle) + count(Stage::Booting));
+        if wanted.is_empty() {
+            // Started for somebody who gave up: no more than the spares stay.
+            let idle: Vec<VmId> =
+                self.vms.iter().filter(|(_, v)| v.stage == Stage::Idle).map(|(id, _)| *id).collect();
+            for vm in idle.into_iter().skip(self.settings.spares) {
+                self.end(vm, out);
+            }
+        }
+        for _ in 0..missing.min(self.settings.max_vms.saturating_sub(self.vms.len())) {
+            let vm = self.next_vm;
+            self.next_vm += 1;
+            let stage = Stage::Booting;
+            let empty =
+                Vm { stage, name: None, retired: false, leases: BTreeSet::new(), disks: BTreeMap::new() };
+            self.vms.insert(vm, empty);
+            self.counters.boots += 1;
+            out.push(Action::Boot(vm));
+        }
+    }
+
+    /// Whether a drained pool is empty.
+    pub fn drained(&self) -> bool {
+        self.draining && self.vms.is_empty()
+    }
+
+    /// Whether retired VMs still exist.
+    pub fn retiring(&self) -> bool {
+        self.vms.values().any(|v| v.retired || v.stage == Stage::Ending)
+    }
+
+    /// Numbers since the start.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Leases held and waited for.
+    pub fn leases(&self) -> (usize, usize) {
+        (self.leases.len() - self.queue.len(), self.queue.len())
+    }
+
+    /// VMs idle and booting.
+    pub fn reserves(&self) -> (usize, usize) {
+        let count = |stage| self.vms.values().filter(|v| v.stage == stage).count();
+        (count(Stage::Idle), count(Stage::Booting))
+    }
+
+    /// VMs in use: number, name, leases.
+    pub fn in_use(&self) -> Vec<(VmId, Name, usize)> {
+        let leased = self.vms.iter().filter(|(_, v)| v.stage == Stage::Leased);
+        leased.filter_map(|(id, v)| Some((*id, v.name.clone()?, v.leases.len()))).collect()
+    }
+
+    /// Says which invariant is broken, if one is. For tests.
+    ///
+    /// # Errors
+    /// Its description.
+    pub fn check(&self) -> Result<(), String> {
+        if self.vms.len() > self.settings.max_vms {
+            return Err(format!("{} VMs, at most {} allowed", self.vms.len(), self.settings.max_vms));
+        }
+        let mut names = BTreeSet::new();
+        for (id, v) in &self.vms {
+            if v.stage != Stage::Leased && !(v.leases.is_empty() && v.disks.is_empty()) {
+                return Err(format!("vm {id} is {:?} with leases or disks", v.stage));
+            }
+            if v.stage == Stage::Leased && !v.retired && !names.insert(v.name.clone()) {
+                return Err(format!("two VMs are called {:?}", v.name));
+            }
+            if v.stage == Stage::Leased && v.leases.is_empty() && (v.retired || v.name != Some(Name::Global))
+            {
+                return Err(format!("vm {id} is kept without a lease"));
+            }
+            for lease in &v.leases {
+                if self.leases.get(lease).and_then(|l| l.vm) != Some(*id) {
+                    return Err(format!("vm {id} holds lease {lease}, which does not hold it"));
+                }
+            }
+            for (key, d) in &v.disks {
+                if d.stage == DiskStage::Attached && d.users.is_empty() {
+                    return Err(format!("disk {key:?} of vm {id} is attached for nobody"));
+                }
+                for usage in &d.users {
+                    if !v.leases.iter().any(|l| self.leases[l].uses.get(usage) == Some(key)) {
+                        return Err(format!("use {usage} of disk {key:?} belongs to no lease of vm {id}"));
+                    }
+                }
+            }
+        }
+        for (id, l) in &self.leases {
+            match l.vm {
+                None if !self.queue.contains(id) => {
+                    return Err(format!("lease {id} waits outside the queue"));
+                }
+                Some(vm) if !self.vms.get(&vm).is_some_and(|v| v.leases.contains(id)) => {
+                    return Err(format!("lease {id} is on vm {vm}, which is not its own"));
+                }
+                _ => {}
+            }
+        }
+        let exporting =
+            self.vms.values().filter(|v| v.name != Some(Name::Global) && self.exporting(v)).count();
+        if exporting >= self.settings.max_vms {
+            return Err("exports hold every VM".into());
+        }
+        let idle = self.vms.values().any(|v| v.stage == Stage::Idle && !v.retired);
+        let work_waits = self.queue.iter().any(|l| self.leases.get(l).is_some_and(|l| !l.export));
+        if idle && work_waits {
+            return Err("work waits beside an idle VM".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
