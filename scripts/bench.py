@@ -555,8 +555,8 @@ def main():
             shutil.rmtree(folder, ignore_errors=True)
 
     out = []
-    table(out, "The layers", ["layer", "what", "tar", "entries", "most names in a folder", "image × tar",
-                              "record × tar", "peak memory of pack", "above 8 MB, by entry"],
+    table(out, "The layers", ["layer", "contents", "tar", "entries", "most names in a directory", "image × tar",
+                              "record × tar", "peak memory of pack", "above 8 MB, per entry"],
           [[name, layers[name][1], f"{size / 1e6:.0f} MB", f"{entries:,}", f"{most:,}",
             f"{figures['tmpfs'][name]['image'] / size:.2f}", f"{figures['tmpfs'][name]['record'] / size:.4f}",
             f"{peaks[name][0] / 1e6:.0f} MB", f"{max(0, peaks[name][0] - 8e6) / peaks[name][1]:.0f} B"]
@@ -572,7 +572,7 @@ def main():
           [[p, n, span(figures[p][n].get('catcat', [None])[0])]
            + [ratio(figures[p][n].get(k), figures[p][n].get("catcat")) for k in UNPACKERS]
            for p, n in pairs])
-    table(out, "Through the plugin (HTTP, jailed worker, strict check, commit), × the command on files",
+    table(out, "HTTP, jailed worker, strict check and commit, × the command on files",
           ["where", "layer", "ApplyDiff × pack", "Diff × unpack --exact"],
           [[p, n, ratio(figures[p][n].get("http apply"), figures[p][n].get("pack"), False),
             ratio(figures[p][n].get("http diff"), figures[p][n].get("exact"), False)] for p, n in pairs])
