@@ -7,29 +7,52 @@
 //! ```text
 //!            dockerd, curl                                        operator
 //!                 │ POST /GraphDriver.*                               │ layer … store … call …
-//!   ┌─────────────▼─────────────┐                                     │
-//!   │ listen   unix socket/pipe │                                     │
-//!   │ api      router, wire     │                                ┌────▼────┐
-//!   └─────────────┬─────────────┘                                │  main   │
-//!   ┌─────────────▼─────────────┐                                └────┬────┘
-//!   │ driver   what a graphdriver means: create, get/put, diff, apply │
-//!   └──────┬─────────────┬──────┘◄────────────────────────────────────┘
+//!   ┌─────────────▼─────────────┐                                ┌────▼────┐
+//!   │ listen   unix socket/pipe │◄───────────────────────────────┤  cli    │
+//!   │ api      router, wire     │                                └────┬────┘
+//!   └─────────────┬─────────────┘          migrate  other drivers' images │
+//!   ┌─────────────▼────────────────────────────────────▼──────────────▼──┐
+//!   │ driver   what a graphdriver means: create, get/put, diff, apply    │
+//!   └──────┬─────────────┬────────────────────────────────────────────────┘
 //!   ┌──────▼─────┐ ┌─────▼──────┐
 //!   │ store      │ │ svm        │  pool of service VMs, backends
 //!   │ ids, files │ └─────┬──────┘
 //!   └────────────┘ ═ ═ ═ ╪ ═ ═ ═ jail: descriptors and frames only
 //!                  ┌─────▼──────┐
-//!                  │ agent      │  the guest side
-//!                  │ diff       │  layer ⇄ tar, changes, exact record
-//!                  │ tar ext4 vhd vhdx │ formats
-//!                  │ io         │  ReadAt, WriteAt
+//!                  │ svm-agent  │  the guest side
+//!                  │ layer-codec│  layer ⇄ tar, changes, exact record
+//!                  │ layer-tar  │  formats, with ext4-image, vhd-image and verity-tree
+//!                  │ disk-io    │  ReadAt, WriteAt
 //!                  └────────────┘
 //! ```
 //!
-//! Arrows point down only: a module may use what is drawn below it and never what is above. `tests/architecture.rs`
-//! reads the `use crate::` lines and holds the code to this picture. `migrate` stands beside `main`, above `driver`: it
-//! brings other storage drivers' images over. [`lcow_sys`] is the only place with `unsafe` code; it
-//! wraps system calls and knows nothing of layers.
+//! # Rooms
+//! Modules of this package and, with a hyphen, crates of the workspace. Each may use what stands below it and never what
+//! stands above; `tests/architecture` holds these lines to the code.
+//!
+//! ```text
+//! main         │ cli
+//! cli          │ api config disk-io driver ext4-image layer-codec lcow-sys listen migrate store svm svm-agent svm-protocol telemetry verity-tree vhd-image
+//! api          │ driver store telemetry
+//! migrate      │ config driver store svm vhd-image
+//! driver       │ config disk-io ext4-image lcow-sys store svm telemetry verity-tree vhd-image
+//! store        │ lcow-sys
+//! svm          │ disk-io lcow-sys svm-protocol vhd-image
+//! listen       │ lcow-sys
+//! config       │
+//! telemetry    │
+//! svm-agent    │ disk-io ext4-image layer-codec lcow-sys svm-protocol verity-tree vhd-image
+//! svm-protocol │ disk-io ext4-image layer-codec layer-tar lcow-sys verity-tree
+//! layer-codec  │ disk-io ext4-image layer-tar verity-tree vhd-image
+//! layer-tar    │ disk-io
+//! ext4-image   │ disk-io
+//! vhd-image    │ disk-io
+//! verity-tree  │ disk-io
+//! lcow-sys     │
+//! disk-io      │
+//! ```
+//!
+//! [`lcow_sys`] is the only crate with `unsafe` code; it wraps system calls and knows nothing of layers.
 //!
 //! # Glossary
 //! * **layer**: an immutable `layer.vhd` made from a tar by `ApplyDiff`.
