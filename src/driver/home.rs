@@ -72,7 +72,8 @@ impl Home {
         {
             home.set_doors(config)?;
             let ids: Vec<LayerId> = home.store.layers().into_iter().map(|l| l.id).collect();
-            home.mounts.rebuild(|id| home.store.snapshot(id).ok(), &ids)?;
+            let frozen = home.mounts.rebuild(|id| home.store.snapshot(id).ok(), &ids)?;
+            frozen.thaw_later(home.mounts.clone(), home.gates.clone());
         }
         if !debris.is_empty() {
             let store = home.store.clone();

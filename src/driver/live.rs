@@ -38,12 +38,13 @@ use {
         svm::{CopyDisk, DiskSource},
     },
     lcow_sys::linux::{
+        SysError,
         freeze::{FrozenMount, freeze},
         mount, reflink,
     },
     std::{
         os::fd::AsFd,
-        path::PathBuf,
+        path::{Path, PathBuf},
         sync::atomic::Ordering,
         time::{Duration, Instant, SystemTime, UNIX_EPOCH},
     },
@@ -258,7 +259,7 @@ impl Still {
         let begun = Instant::now();
         let frozen = folders
             .iter()
-            .map(|folder| freeze(folder).map_err(io::Error::other))
+            .map(|folder| freeze(folder).map_err(|error| refused(folder, error)))
             .collect::<io::Result<Vec<_>>>()?;
         if !frozen.is_empty() {
             tracing::debug!(file_systems = frozen.len(), took = ?begun.elapsed(), "frozen");
@@ -281,6 +282,18 @@ impl Still {
         }
         tracing::debug!(file_systems = self.frozen.len(), frozen = ?self.since.elapsed(), "thawed");
     }
+}
+
+/// Why a sandbox cannot be frozen.
+#[cfg(target_os = "linux")]
+fn refused(folder: &Path, error: SysError) -> io::Error {
+    if error.raw_os_error() != Some(libc::EBUSY) {
+        return io::Error::other(error);
+    }
+    let folder = folder.display();
+    io::Error::other(format!(
+        "its sandbox was frozen by someone else; thaw it (fsfreeze -u {folder}) and try again"
+    ))
 }
 
 #[cfg(target_os = "linux")]

@@ -6,6 +6,7 @@
 //!            │ views      get, put: mounts of images and sandboxes      ──► store, sys              │
 //!            │ transfer   diff, apply_diff, changes, diff_size          ──► svm, store              │
 //!            │ pristine   a sandbox that was never written takes a tar  ──► svm, store              │
+//!            │ leftovers  what a killed process left mounted or frozen  ──► sys                     │
 //!            └──────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
@@ -26,6 +27,8 @@ mod gates;
 mod growth;
 mod home;
 mod image;
+#[cfg(target_os = "linux")]
+mod leftovers;
 mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]

@@ -18,6 +18,8 @@
 //!   have written any bytes into it, and the host's kernel would read them.
 //! * The kernel's mount table is the truth after a crash: [`Mounts::rebuild`] reads it and counts each merged view that
 //!   it finds as held once.
+//! * A disk is thawed before its view and before itself is unmounted, whoever froze it: a frozen file system outlives its
+//!   mounts and keeps its loop device, and the unmount of a view may wait for it. What cannot be thawed stays mounted.
 //!
 //! All functions block. Called by `lifecycle`, `transfer` and `live` of this module.
 
@@ -25,7 +27,6 @@ use super::{
     DriverError,
     gates::Held,
     views::{UPPER, WORK},
-    with_causes,
 };
 use crate::{
     config::OverlayApi,
@@ -33,15 +34,14 @@ use crate::{
 };
 use lcow_sys::linux::{
     SysError, freeze, idmap,
-    loopdev::{self, LoopDevice, LoopSpec, LoopStatus},
+    loopdev::{self, LoopDevice, LoopSpec},
     mount::{self, Ext4Options},
-    mountinfo,
     overlay::{OverlayMethod, OverlaySpec, is_opaque, mount_overlay},
 };
 use parking_lot::Mutex;
 use rustix::io::Errno;
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fs::{self, File, OpenOptions},
     io,
     os::fd::{AsFd, OwnedFd},
@@ -51,32 +51,32 @@ use std::{
 use vhd_image::vhd;
 
 #[derive(Debug, Default)]
-struct State {
-    views: HashMap<LayerId, View>,
+pub(super) struct State {
+    pub(super) views: HashMap<LayerId, View>,
     /// Mounted disks and how many views use them; 0 where the unmount failed.
-    disks: HashMap<LayerId, usize>,
+    pub(super) disks: HashMap<LayerId, usize>,
 }
 
 #[derive(Debug)]
-struct View {
-    refs: u64,
+pub(super) struct View {
+    pub(super) refs: u64,
     /// The disks that it holds, each once.
-    disks: Vec<LayerId>,
-    dir: PathBuf,
+    pub(super) disks: Vec<LayerId>,
+    pub(super) dir: PathBuf,
 }
 
 /// The mounts of one home.
 #[derive(Debug)]
 pub(super) struct Mounts {
-    layout: Layout,
+    pub(super) layout: Layout,
     method: OverlayMethod,
     /// With userns-remap: maps container ids, in which applied layers are stored, to the host's.
     remap: Option<Arc<OwnedFd>>,
     /// Shared by the mounts of one home under one Init after the other.
-    state: Arc<Mutex<State>>,
+    pub(super) state: Arc<Mutex<State>>,
 }
 
-fn failed(id: &LayerId, action: &'static str) -> impl FnOnce(SysError) -> DriverError {
+pub(super) fn failed(id: &LayerId, action: &'static str) -> impl FnOnce(SysError) -> DriverError {
     let id = id.to_string();
     move |source| DriverError::Mount { id, action, source }
 }
@@ -223,6 +223,7 @@ impl Mounts {
         let view = self.state.lock().views.get(id).map(|v| (v.dir.clone(), v.disks.clone()));
         let Some((dir, disks)) = view else { return self.release_stuck(held, id) };
         disks.iter().try_for_each(|disk| held.covers(disk))?;
+        disks.iter().try_for_each(|disk| self.thaw_disk(disk))?;
         unmount(&dir).map_err(failed(id, "unmount its merged view"))?;
         self.state.lock().views.remove(id);
         let mut first = Ok(());
@@ -233,9 +234,11 @@ impl Mounts {
         first
     }
 
-    /// Leaves nothing mounted of a layer that is about to be removed, known of or not.
+    /// Leaves nothing mounted of a layer that is about to be removed, known of or not, and nothing frozen: once its file
+    /// is deleted, only the next start would find its loop device.
     pub(super) fn clear(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
         self.drop_view(held, id)?;
+        self.thaw_disk(id)?;
         unmount_all(&self.layout.layer_file(id, layout::MERGED))
             .map_err(failed(id, "unmount its merged view"))?;
         if !self.state.lock().disks.contains_key(id) {
@@ -243,7 +246,13 @@ impl Mounts {
             unmount_all(&disk).map_err(failed(id, "unmount its disk"))?;
             let _ = fs::remove_dir(&disk);
         }
-        Ok(())
+        self.free_hidden(held, id)
+    }
+
+    /// Thaws the disk of a layer if it is mounted, whoever froze it. Under its closed gate this process has not.
+    pub(super) fn thaw_disk(&self, id: &LayerId) -> Result<(), DriverError> {
+        freeze::thaw(&self.layout.mount_point(id))
+            .map_err(failed(id, "thaw its disk, which must come before its unmount"))
     }
 
     /// Disks that no view uses and that could not be unmounted.
@@ -260,6 +269,16 @@ impl Mounts {
     /// Refuses to let a virtual machine have a sandbox that the host's kernel has mounted, or whose loop device lives.
     pub(super) fn refuse_mounted(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
         self.release_stuck(held, id)?;
+        let refused = || {
+            DriverError::Usage(format!(
+                "layer {id}: the host has its sandbox mounted, so no virtual machine may have it; stop what uses it, and \
+                 Put it as often as it was got"
+            ))
+        };
+        if self.state.lock().disks.contains_key(id) {
+            return Err(refused());
+        }
+        self.free_hidden(held, id)?;
         let path = self.layout.layer_file(id, layout::SANDBOX_FILE);
         let attached = match File::open(&path) {
             Ok(file) => !loopdev::find_by_backing(file.as_fd())
@@ -269,13 +288,7 @@ impl Mounts {
             Err(e) if e.kind() == io::ErrorKind::NotFound => false,
             Err(e) => return Err(DriverError::io("open", path)(e)),
         };
-        if attached || self.state.lock().disks.contains_key(id) {
-            return Err(DriverError::Usage(format!(
-                "layer {id}: the host has its sandbox mounted, so no virtual machine may have it; stop what uses it, and \
-                 Put it as often as it was got"
-            )));
-        }
-        Ok(())
+        if attached { Err(refused()) } else { Ok(()) }
     }
 
     fn acquire_disk(&self, member: &Member) -> Result<(), DriverError> {
@@ -284,17 +297,20 @@ impl Mounts {
         let uses = self.state.lock().disks.get(id).copied();
         match uses {
             None => {}
-            Some(0) => match unmount_all(&target) {
-                Ok(()) => {
-                    self.state.lock().disks.remove(id);
+            Some(0) => {
+                self.thaw_disk(id)?;
+                match unmount_all(&target) {
+                    Ok(()) => {
+                        self.state.lock().disks.remove(id);
+                    }
+                    // It is still mounted whole, so it can be used; of a mapped one only half may be left.
+                    Err(_) if self.remap.is_none() => {
+                        self.state.lock().disks.insert(id.clone(), 1);
+                        return Ok(());
+                    }
+                    Err(error) => return Err(failed(id, "unmount its disk of before")(error)),
                 }
-                // It is still mounted whole, so it can be used; of a mapped one only half may be left.
-                Err(_) if self.remap.is_none() => {
-                    self.state.lock().disks.insert(id.clone(), 1);
-                    return Ok(());
-                }
-                Err(error) => return Err(failed(id, "unmount its disk of before")(error)),
-            },
+            }
             Some(uses) => {
                 self.state.lock().disks.insert(id.clone(), uses + 1);
                 return Ok(());
@@ -322,7 +338,7 @@ impl Mounts {
             sizelimit: applied.image_bytes,
             read_only: true,
             autoclear: true,
-            name: id.to_string(),
+            name: self.device_name(id)?,
             ..LoopSpec::default()
         };
         let device = loopdev::attach(file.as_fd(), &spec).map_err(failed(id, "attach its image"))?;
@@ -374,13 +390,13 @@ impl Mounts {
         let spec = LoopSpec {
             sizelimit: length.saturating_sub(vhd::FOOTER_SIZE as u64),
             autoclear: true,
-            name: id.to_string(),
+            name: self.device_name(id)?,
             ..LoopSpec::default()
         };
         loopdev::attach(file.as_fd(), &spec).map_err(failed(id, "attach its sandbox"))
     }
 
-    fn release_disk(&self, id: &LayerId) -> Result<(), DriverError> {
+    pub(super) fn release_disk(&self, id: &LayerId) -> Result<(), DriverError> {
         {
             let mut state = self.state.lock();
             match state.disks.get_mut(id) {
@@ -394,7 +410,8 @@ impl Mounts {
         }
         let target = self.layout.mount_point(id);
         // With userns-remap there is a mapped view on top of the plain one.
-        let unmounted = unmount_all(&target).map_err(failed(id, "unmount its disk"));
+        let unmounted =
+            self.thaw_disk(id).and_then(|()| unmount_all(&target).map_err(failed(id, "unmount its disk")));
         let mut state = self.state.lock();
         if unmounted.is_ok() {
             state.disks.remove(id);
@@ -403,121 +420,6 @@ impl Mounts {
             state.disks.insert(id.clone(), 0);
         }
         unmounted
-    }
-
-    /// Makes the state agree with the kernel's mount table, at a start: views that are mounted count as held once, disks
-    /// by the views that use them; disks that none uses are unmounted, and so is what stands where this store mounts and
-    /// belongs to no layer; frozen sandboxes are thawed.
-    pub(super) fn rebuild(
-        &self,
-        stack_of: impl Fn(&LayerId) -> Option<Snapshot>,
-        known: &[LayerId],
-    ) -> Result<(), DriverError> {
-        let home =
-            fs::canonicalize(self.layout.home()).map_err(DriverError::io("resolve", self.layout.home()))?;
-        let table = mountinfo::read().map_err(|source| DriverError::Mount {
-            id: home.display().to_string(),
-            action: "read the mount table",
-            source,
-        })?;
-        let places: Vec<PathBuf> = table
-            .into_iter()
-            .filter_map(|m| Some(m.mount_point.strip_prefix(&home).ok()?.to_owned()))
-            .collect();
-        let mounted: HashSet<PathBuf> = places.iter().cloned().collect();
-        self.unmount_strangers(&places, known);
-        let is_mounted =
-            |path: PathBuf| path.strip_prefix(self.layout.home()).is_ok_and(|p| mounted.contains(p));
-        let mut state = State::default();
-        for id in known {
-            let disk = self.layout.mount_point(id);
-            if is_mounted(disk.clone()) {
-                state.disks.insert(id.clone(), 0);
-                thaw_at_start(id, disk);
-            }
-        }
-        self.thaw_hidden(known, &state.disks);
-        for id in known {
-            let dir = self.layout.layer_file(id, layout::MERGED);
-            if !is_mounted(dir.clone()) {
-                continue;
-            }
-            let mut disks = Vec::new();
-            for member in stack_of(id).iter().flat_map(Snapshot::members) {
-                if let Some(uses) = state.disks.get_mut(&member.layer.id) {
-                    *uses += 1;
-                    disks.push(member.layer.id.clone());
-                    // As at its Get: a view holds nothing below a layer that hides all.
-                    let place = self.layout.mount_point(&member.layer.id);
-                    if member.meta.state == LayerState::Applied && is_opaque(&place).unwrap_or(false) {
-                        break;
-                    }
-                }
-            }
-            tracing::info!(%id, "found a mounted view of an earlier process; it counts as held once");
-            state.views.insert(id.clone(), View { refs: 1, disks, dir });
-        }
-        let unused: Vec<LayerId> =
-            state.disks.iter().filter(|(_, n)| **n == 0).map(|(id, _)| id.clone()).collect();
-        *self.state.lock() = state;
-        for id in unused {
-            tracing::info!(%id, "unmounting a disk that no view uses");
-            if let Err(error) = self.release_disk(&id) {
-                tracing::warn!(%id, error = %with_causes(&error), "cannot unmount a disk");
-            }
-        }
-        Ok(())
-    }
-
-    /// Thaws sandboxes whose file systems live on without a mount that this process sees: those of a process that was
-    /// killed in a mount namespace of its own while it had them frozen.
-    fn thaw_hidden(&self, known: &[LayerId], mounted: &HashMap<LayerId, usize>) {
-        use std::os::unix::fs::MetadataExt;
-        let bound: HashMap<(u64, u64), LoopStatus> = match loopdev::list() {
-            Ok(all) => all.into_iter().map(|s| ((s.backing_dev, s.backing_inode), s)).collect(),
-            Err(error) => {
-                tracing::warn!(%error, "cannot look for frozen sandboxes");
-                return;
-            }
-        };
-        for id in known.iter().filter(|id| !bound.is_empty() && !mounted.contains_key(*id)) {
-            let Ok(file) = fs::metadata(self.layout.layer_file(id, layout::SANDBOX_FILE)) else { continue };
-            let Some(device) = bound.get(&(file.dev(), file.ino())).filter(|s| !s.read_only) else {
-                continue;
-            };
-            tracing::info!(%id, device = device.number, "a sandbox is in use by nobody that is known; looking whether it is frozen");
-            let target = self.layout.mount_point(id);
-            // To mount it thaws it.
-            let thawed = create_dir(&target)
-                .and_then(|()| self.mount_sandbox(id, &target))
-                .and_then(|()| mount::umount(&target, true).map_err(failed(id, "unmount its disk")));
-            let _ = fs::remove_dir(&target);
-            if let Err(error) = thawed {
-                tracing::warn!(%id, error = &error as &dyn std::error::Error, "cannot thaw a sandbox");
-            }
-        }
-    }
-
-    /// Unmounts what stands in `mnt/`, in a folder of a layer or on its way out, and belongs to no layer of the store:
-    /// a removal that an earlier process could not finish. `places` are below the home, in the order of mounting.
-    fn unmount_strangers(&self, places: &[PathBuf], known: &[LayerId]) {
-        let ours: HashSet<PathBuf> = known
-            .iter()
-            .flat_map(|id| [self.layout.mount_point(id), self.layout.layer_file(id, layout::MERGED)])
-            .filter_map(|path| Some(path.strip_prefix(self.layout.home()).ok()?.to_owned()))
-            .collect();
-        let made_here = |place: &Path| {
-            place.starts_with(layout::MOUNTS)
-                || place.starts_with(layout::STAGING)
-                || place.file_name().is_some_and(|name| name == layout::MERGED)
-        };
-        for place in places.iter().rev().filter(|place| made_here(place) && !ours.contains(*place)) {
-            let path = self.layout.home().join(place);
-            tracing::warn!(path = %path.display(), "unmounting what belongs to no layer");
-            if let Err(error) = unmount(&path) {
-                tracing::warn!(path = %path.display(), %error, "cannot unmount it");
-            }
-        }
     }
 
     /// Unmounts every view whose layers' gates are closed, for Cleanup; says which were still held.
@@ -532,26 +434,6 @@ impl Mounts {
             })
             .collect()
     }
-}
-
-/// Thaws what an earlier process left frozen; where that fails, a thread goes on trying.
-fn thaw_at_start(id: &LayerId, disk: PathBuf) {
-    /// Between two series of attempts.
-    const PAUSE: std::time::Duration = std::time::Duration::from_secs(5);
-    let Err(error) = freeze::thaw(&disk) else { return };
-    tracing::error!(%id, %error, "a sandbox cannot be thawed; it is tried again and again");
-    let id = id.clone();
-    std::thread::spawn(move || {
-        loop {
-            std::thread::sleep(PAUSE);
-            match freeze::thaw(&disk) {
-                Ok(()) => break tracing::info!(%id, "thawed"),
-                // Unmounted by now.
-                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => break,
-                Err(_) => {}
-            }
-        }
-    });
 }
 
 /// Disks taken for a view that is being made; given back on drop unless kept.
@@ -583,7 +465,7 @@ impl Drop for HeldDisks<'_> {
 }
 
 /// Unmounts; where something still stands in it the name goes now and the rest when the last user leaves.
-fn unmount(target: &Path) -> Result<(), SysError> {
+pub(super) fn unmount(target: &Path) -> Result<(), SysError> {
     match mount::umount(target, false) {
         Err(e) if e.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => mount::umount(target, true),
         // Not a mount point: somebody else has unmounted it.
@@ -628,7 +510,7 @@ fn handed_out(id: &LayerId, culprit: &LayerId) -> DriverError {
     ))
 }
 
-fn create_dir(path: &Path) -> Result<(), DriverError> {
+pub(super) fn create_dir(path: &Path) -> Result<(), DriverError> {
     match fs::create_dir(path) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(DriverError::io("create", path)(e)),
         _ => Ok(()),

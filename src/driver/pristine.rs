@@ -111,13 +111,17 @@ impl Home {
         self.nothing_stands_on(layer)?;
         let gate = self.gates.close([id]).await;
         let (home, layer) = (self.clone(), layer.clone());
-        gate.run(move |thread, _gate| {
+        gate.run(move |thread, gate| {
             let id = &layer.id;
             home.nobody_uses(&layer)?;
             home.nothing_stands_on(&layer)?;
             if home.shown.look(id).0 != before {
                 return Err(refused(id, "was shown while its content was looked at"));
             }
+            #[cfg(target_os = "linux")]
+            home.mounts.free_hidden(&gate, id)?;
+            #[cfg(not(target_os = "linux"))]
+            let _ = gate;
             home.store.update(thread, id, layer.generation, |meta| match meta.state {
                 LayerState::Sandbox => {
                     Ok(LayerMeta { state: LayerState::Created, handed_out: false, ..meta.clone() })

@@ -230,6 +230,9 @@ impl Home {
         if meta.state != LayerState::Created {
             return Ok(());
         }
+        // The file of one that was taken back may lie there still, and the new one takes its name.
+        #[cfg(target_os = "linux")]
+        self.mounts.free_hidden(gate, id)?;
         let bytes = meta.sandbox_bytes.unwrap_or(self.options.sandbox_bytes);
         let staged = self.store.stage(thread, id)?;
         if let Err(error) = self.write_sandbox(staged.path(), bytes) {

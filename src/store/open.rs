@@ -50,6 +50,14 @@ impl Store {
             }
         }
         create_private_dir(&layout.top(layout::MOUNTS).join(layout::EMPTY))?;
+        // Of a process that was killed while it wrote the marker.
+        let unfinished = layout.top(layout::MARKER_NEW);
+        match fs::remove_file(&unfinished) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(StoreError::io("delete", &unfinished)(e));
+            }
+            _ => {}
+        }
         // Under the lock nobody else writes it.
         let marker = if let Some(mut marker) = Marker::read(home)? {
             marker.note_release_2(home)?;

@@ -47,6 +47,17 @@ fn a_reopened_store_knows_its_layers_and_chains() {
 }
 
 #[test]
+fn what_a_killed_process_was_writing_goes_at_the_next_open() {
+    let home = tempfile::tempdir().unwrap();
+    let before = open(home.path()).unwrap().marker().store_id;
+    let unfinished = home.path().join(layout::MARKER_NEW);
+    fs::write(&unfinished, "{\"format\":").unwrap();
+    let store = open(home.path()).unwrap();
+    assert_eq!(store.marker().store_id, before);
+    assert!(!unfinished.exists());
+}
+
+#[test]
 fn a_moved_home_keeps_working() {
     let outer = tempfile::tempdir().unwrap();
     let (old, new) = (outer.path().join("old"), outer.path().join("new"));

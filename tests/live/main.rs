@@ -3,6 +3,7 @@
 //! ```text
 //!   busy.rs     Diffs, Changes and sizes while files are written
 //!   thaw.rs     thaws that fail, that a killed process owed, that a stop overtakes
+//!   killed.rs   kills while a sandbox is frozen, and what others freeze: nothing is left, and no stranger's is touched
 //!   ground.rs   the disk below the home: without and with reflinks
 //!   faults.rs   FIFREEZE, FITHAW and FICLONE watched and made to fail, in the program's own calls
 //! ```
@@ -13,6 +14,7 @@
 mod busy;
 mod faults;
 mod ground;
+mod killed;
 #[path = "../support/mod.rs"]
 mod support;
 mod thaw;

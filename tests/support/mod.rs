@@ -4,6 +4,8 @@
 //! nothing, send too much, and it sees how a reply really ends.
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+#[cfg(target_os = "linux")]
+pub(crate) mod leftovers;
 pub(crate) mod machine;
 pub(crate) mod refusal;
 pub(crate) mod skip;
@@ -327,11 +329,18 @@ impl Drop for Plugin {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // A frozen file system would outlive its mounts.
+        #[cfg(target_os = "linux")]
+        for point in self.mounts() {
+            let _ = lcow_sys::linux::freeze::thaw(Path::new(&point));
+        }
         // Latest mounts first: views before the disks below them, stacked ones once each.
         #[cfg(unix)]
         for point in self.mounts().into_iter().rev() {
             let _ = rustix::mount::unmount(&point, rustix::mount::UnmountFlags::DETACH);
         }
+        #[cfg(target_os = "linux")]
+        leftovers::release_all_below(&self.folder);
     }
 }
 

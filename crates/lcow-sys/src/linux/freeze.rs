@@ -197,19 +197,30 @@ pub fn thaw_all(limit: Duration) -> usize {
     }
 }
 
-/// Thaws the file system at `path` whoever froze it (repair after a crash), in a few attempts; one that is not frozen is
-/// no error.
+/// Thaws the file system mounted at `path` whoever froze it (repair after a crash, and before an unmount), in a few
+/// attempts; one that is not frozen is no error. Where nothing is mounted nothing is done: that would be the file system
+/// that the folder lies on.
 ///
 /// # Errors
 /// [`SysError::Os`] of the last attempt. Opening a folder of a frozen file system does not block.
 pub fn thaw(path: &Path) -> Result<(), SysError> {
-    let folder = open_folder(path)?;
+    let attempt = || {
+        let folder = match open_folder(path) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
+            other => other?,
+        };
+        match is_mount_root(folder.as_fd()) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            Err(e) => Err(e).context("thaw", path),
+            Ok(()) => thaw_folder(folder.as_fd()).context("thaw", path),
+        }
+    };
     let mut pauses = Pauses::default();
     for _ in 1..ATTEMPTS {
-        if thaw_folder(folder.as_fd()).is_ok() {
+        if attempt().is_ok() {
             return Ok(());
         }
         pauses.pause();
     }
-    thaw_folder(folder.as_fd()).context("thaw", path)
+    attempt()
 }

@@ -124,6 +124,10 @@ pub struct LoopDevice {
 pub struct LoopStatus {
     /// N of `/dev/loopN`.
     pub number: u32,
+    /// Major device number, as mount tables have it.
+    pub major: u32,
+    /// Minor device number: N, unless the kernel gives each device some for partitions.
+    pub minor: u32,
     /// Device number (as `st_dev`) of the file system that holds the backing file.
     pub backing_dev: u64,
     /// Inode number of the backing file.
@@ -297,10 +301,26 @@ impl LoopDevice {
     /// # Errors
     /// [`SysError::Os`] if it can't be opened or asked.
     pub fn open_bound(number: u32, file: BorrowedFd<'_>) -> Result<Option<Self>, SysError> {
-        let device = Self::open(number)?;
         let stat = rustix::fs::fstat(file).context("stat", "backing file")?;
+        Self::open_if(number, |info| info.lo_device == stat.st_dev && info.lo_inode == stat.st_ino)
+    }
+
+    /// Opens a device that was found; `None` if it is bound to another file by now, or to none.
+    ///
+    /// # Errors
+    /// As [`LoopDevice::open_bound`].
+    pub fn open_same(found: &LoopStatus) -> Result<Option<Self>, SysError> {
+        Self::open_if(found.number, |info| {
+            info.lo_device == found.backing_dev
+                && info.lo_inode == found.backing_inode
+                && shown_name(info) == found.name
+        })
+    }
+
+    fn open_if(number: u32, same: impl Fn(&LoopInfo64) -> bool) -> Result<Option<Self>, SysError> {
+        let device = Self::open(number)?;
         match get_status(device.fd.as_fd()) {
-            Ok(info) if info.lo_device == stat.st_dev && info.lo_inode == stat.st_ino => Ok(Some(device)),
+            Ok(info) if same(&info) => Ok(Some(device)),
             Ok(_) => Ok(None),
             Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
             Err(e) => Err(e).context("read the state of", &device.path),
@@ -320,6 +340,11 @@ impl LoopDevice {
     }
 }
 
+fn shown_name(info: &LoopInfo64) -> String {
+    let end = info.lo_file_name.iter().position(|b| *b == 0).unwrap_or(LO_NAME_SIZE);
+    String::from_utf8_lossy(&info.lo_file_name[..end]).into_owned()
+}
+
 /// What device `number` is bound to; `None` if it is free or does not exist.
 ///
 /// # Errors
@@ -336,12 +361,14 @@ pub fn status(number: u32) -> Result<Option<LoopStatus>, SysError> {
         Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
         Err(e) => return Err(e).context("read the state of", path),
     };
-    let end = info.lo_file_name.iter().position(|b| *b == 0).unwrap_or(LO_NAME_SIZE);
+    let node = rustix::fs::fstat(&fd).context("stat", &path)?.st_rdev;
     Ok(Some(LoopStatus {
         number,
+        major: rustix::fs::major(node),
+        minor: rustix::fs::minor(node),
         backing_dev: info.lo_device,
         backing_inode: info.lo_inode,
-        name: String::from_utf8_lossy(&info.lo_file_name[..end]).into_owned(),
+        name: shown_name(&info),
         offset: info.lo_offset,
         sizelimit: info.lo_sizelimit,
         read_only: info.lo_flags & LO_FLAGS_READ_ONLY != 0,

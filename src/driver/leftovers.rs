@@ -1,0 +1,328 @@
+//! What an earlier process left mounted, attached or frozen. Linux only.
+//!
+//! ```text
+//!   start ─► mount table ─► disks of the store ─► thaw ─► views count as held once, disks without a view are unmounted
+//!        │               └► what belongs to no layer ─► thaw ─► unmount
+//!        └─► loop devices of this home that have no mount here ─► thaw, which lets them go   (hidden)
+//!   Remove, and whatever else deletes a sandbox's file ─► the same for that file's loop devices
+//! ```
+//!
+//! A frozen file system outlives its mounts: the freeze itself keeps it alive, and with it its loop device. So a kill while
+//! a sandbox is frozen, and then the end of the mount namespace or a lazy unmount, leave a file system that no mount table
+//! shows; the file behind it may be deleted as well. It is reached by its loop device: mounted at a place of the home's
+//! own, it is the same file system again, and thaws.
+//!
+//! Invariants:
+//! * A loop device is this home's if it carries the home's mark, which only its owner gives ([`Mounts::mark`]), and its
+//!   file lies on the home's own device. Others are never touched, whatever the path of their file looks like: paths are
+//!   those of another mount namespace, perhaps.
+//! * What a layer of the store may have frozen is thawed under that layer's closed gate; at the start there is nobody else.
+//! * What cannot be thawed is tried again, by a thread until it works, and by Remove, which fails rather than lose it.
+//!
+//! All functions block. Called by `home` and `mounts`.
+
+use super::{
+    DriverError,
+    gates::{Gates, Held},
+    mounts::{Mounts, State, View, create_dir, failed, unmount},
+    with_causes,
+};
+use crate::store::{LayerId, LayerState, Snapshot, layout};
+use lcow_sys::linux::{
+    SysError, freeze,
+    loopdev::{self, LoopDevice, LoopStatus},
+    mount::{self, Ext4Options},
+    mountinfo,
+    overlay::is_opaque,
+};
+use rustix::io::Errno;
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io,
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+/// Between two attempts to thaw what could not be thawed at the start.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// What could not be thawed at the start.
+#[derive(Debug)]
+enum Frozen {
+    /// The mounted disk of a layer.
+    Disk(LayerId),
+    /// A file system without a mount, by its loop device; with the layer whose file it is, if that is there.
+    Hidden(LoopStatus, Option<LayerId>),
+}
+
+/// What [`Mounts::rebuild`] could not thaw.
+#[derive(Debug, Default)]
+#[must_use = "it stays frozen until it is tried again"]
+pub(super) struct StillFrozen(Vec<Frozen>);
+
+impl StillFrozen {
+    /// Tries again and again, in a thread, until nothing is left.
+    pub(super) fn thaw_later(mut self, mounts: Arc<Mounts>, gates: Arc<Gates>) {
+        if self.0.is_empty() {
+            return;
+        }
+        std::thread::spawn(move || {
+            while !self.0.is_empty() {
+                std::thread::sleep(PAUSE);
+                self.0.retain(|one| !mounts.thaw_again(one, &gates));
+            }
+            tracing::info!("everything that an earlier process left frozen is thawed");
+        });
+    }
+}
+
+impl Mounts {
+    /// The mark of this home's loop devices: the inode number of the home's folder. Two homes of one device have two.
+    fn mark(&self) -> Result<(u64, String), DriverError> {
+        let home =
+            fs::metadata(self.layout.home()).map_err(DriverError::io("look at", self.layout.home()))?;
+        Ok((home.dev(), format!("lcow:{:x}:", home.ino())))
+    }
+
+    /// What a layer's loop device is called: the mark, and the name of its place in `mnt/`.
+    pub(super) fn device_name(&self, id: &LayerId) -> Result<String, DriverError> {
+        Ok(self.mark()?.1 + &layout::short_name(id))
+    }
+
+    /// Makes the state agree with the kernel's mount table, at a start: views that are mounted count as held once, disks
+    /// by the views that use them; disks that none uses are unmounted, and so is what stands where this store mounts and
+    /// belongs to no layer; what is frozen is thawed, mounted or not.
+    pub(super) fn rebuild(
+        &self,
+        stack_of: impl Fn(&LayerId) -> Option<Snapshot>,
+        known: &[LayerId],
+    ) -> Result<StillFrozen, DriverError> {
+        let home =
+            fs::canonicalize(self.layout.home()).map_err(DriverError::io("resolve", self.layout.home()))?;
+        let table = mountinfo::read().map_err(|source| DriverError::Mount {
+            id: home.display().to_string(),
+            action: "read the mount table",
+            source,
+        })?;
+        let (mut places, mut devices) = (Vec::new(), HashSet::new());
+        for entry in table {
+            if let Ok(place) = entry.mount_point.strip_prefix(&home) {
+                places.push(place.to_owned());
+                devices.insert((entry.major, entry.minor));
+            }
+        }
+        let mounted: HashSet<PathBuf> = places.iter().cloned().collect();
+        let is_mounted =
+            |path: PathBuf| path.strip_prefix(self.layout.home()).is_ok_and(|p| mounted.contains(p));
+        let (mut state, mut frozen) = (State::default(), StillFrozen::default());
+        for id in known.iter().filter(|id| is_mounted(self.layout.mount_point(id))) {
+            state.disks.insert(id.clone(), 0);
+            if let Err(error) = self.thaw_disk(id) {
+                tracing::error!(%id, error = %with_causes(&error), "a sandbox cannot be thawed; it is tried again and again");
+                frozen.0.push(Frozen::Disk(id.clone()));
+            }
+        }
+        self.unmount_strangers(&places, known);
+        frozen.0.extend(self.thaw_hidden(&devices, known));
+        for id in known {
+            let dir = self.layout.layer_file(id, layout::MERGED);
+            if !is_mounted(dir.clone()) {
+                continue;
+            }
+            let mut disks = Vec::new();
+            for member in stack_of(id).iter().flat_map(Snapshot::members) {
+                if let Some(uses) = state.disks.get_mut(&member.layer.id) {
+                    *uses += 1;
+                    disks.push(member.layer.id.clone());
+                    // As at its Get: a view holds nothing below a layer that hides all.
+                    let place = self.layout.mount_point(&member.layer.id);
+                    if member.meta.state == LayerState::Applied && is_opaque(&place).unwrap_or(false) {
+                        break;
+                    }
+                }
+            }
+            tracing::info!(%id, "found a mounted view of an earlier process; it counts as held once");
+            state.views.insert(id.clone(), View { refs: 1, disks, dir });
+        }
+        let unused: Vec<LayerId> =
+            state.disks.iter().filter(|(_, n)| **n == 0).map(|(id, _)| id.clone()).collect();
+        *self.state.lock() = state;
+        for id in unused {
+            tracing::info!(%id, "unmounting a disk that no view uses");
+            if let Err(error) = self.release_disk(&id) {
+                tracing::warn!(%id, error = %with_causes(&error), "cannot unmount a disk");
+            }
+        }
+        self.remove_places();
+        Ok(frozen)
+    }
+
+    /// Deletes the folders in `mnt/` at which nothing is mounted: they are made when they are needed.
+    fn remove_places(&self) {
+        let used: HashSet<PathBuf> =
+            self.state.lock().disks.keys().map(|id| self.layout.mount_point(id)).collect();
+        let places = self.layout.top(layout::MOUNTS);
+        let empty = places.join(layout::EMPTY);
+        for place in fs::read_dir(places).into_iter().flatten().flatten().map(|entry| entry.path()) {
+            if place != empty && !used.contains(&place) {
+                // One that is in use after all, or not empty, stays.
+                let _ = fs::remove_dir(place);
+            }
+        }
+    }
+
+    /// Unmounts what stands in `mnt/`, in a folder of a layer or on its way out, and belongs to no layer of the store:
+    /// a removal that an earlier process could not finish. `places` are below the home, in the order of mounting.
+    fn unmount_strangers(&self, places: &[PathBuf], known: &[LayerId]) {
+        let ours: HashSet<PathBuf> = known
+            .iter()
+            .flat_map(|id| [self.layout.mount_point(id), self.layout.layer_file(id, layout::MERGED)])
+            .filter_map(|path| Some(path.strip_prefix(self.layout.home()).ok()?.to_owned()))
+            .collect();
+        let made_here = |place: &Path| {
+            place.starts_with(layout::MOUNTS)
+                || place.starts_with(layout::STAGING)
+                || place.file_name().is_some_and(|name| name == layout::MERGED)
+        };
+        let strangers: Vec<PathBuf> = places
+            .iter()
+            .rev()
+            .filter(|place| made_here(place) && !ours.contains(*place))
+            .map(|place| self.layout.home().join(place))
+            .collect();
+        // All of them first: the unmount of a view may wait for a frozen disk below it.
+        for path in strangers.iter().filter(|path| path.starts_with(self.layout.top(layout::MOUNTS))) {
+            if let Err(error) = freeze::thaw(path) {
+                tracing::error!(path = %path.display(), error = %with_causes(&error), "cannot thaw what belongs to no layer");
+            }
+        }
+        for path in strangers {
+            tracing::warn!(path = %path.display(), "unmounting what belongs to no layer");
+            if let Err(error) = unmount(&path) {
+                tracing::warn!(path = %path.display(), %error, "cannot unmount it");
+            }
+        }
+    }
+
+    /// Thaws file systems of this home that have no mount here; those on `mounted` devices have one. Says which could not
+    /// be thawed.
+    fn thaw_hidden(&self, mounted: &HashSet<(u32, u32)>, known: &[LayerId]) -> Vec<Frozen> {
+        let found = self.mark().and_then(|(dev, mark)| {
+            let all = loopdev::list().map_err(|source| DriverError::Mount {
+                id: "-".into(),
+                action: "look for loop devices",
+                source,
+            })?;
+            Ok(all.into_iter().filter(move |s| s.backing_dev == dev && s.name.starts_with(&mark)))
+        });
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::error!(error = %with_causes(&error), "cannot look for frozen sandboxes without a mount");
+                return Vec::new();
+            }
+        };
+        let mut frozen = Vec::new();
+        for device in found.filter(|s| !mounted.contains(&(s.major, s.minor))) {
+            tracing::warn!(
+                device = device.number,
+                name = device.name,
+                "a loop device of this home has no mount here; what is frozen on it is thawed"
+            );
+            if let Err(error) = self.free(&device) {
+                tracing::error!(device = device.number, name = device.name, error = %with_causes(&error), "it cannot be thawed; it is tried again and again");
+                let layer = self.layer_of(&device, known);
+                frozen.push(Frozen::Hidden(device, layer));
+            }
+        }
+        frozen
+    }
+
+    /// One more attempt; whether nothing is left to be done.
+    fn thaw_again(&self, frozen: &Frozen, gates: &Gates) -> bool {
+        match frozen {
+            // Who holds the gate may have frozen it, and thaws it.
+            Frozen::Disk(id) => gates.try_close(id).is_some_and(|_held| self.thaw_disk(id).is_ok()),
+            // Deleted: no layer has it any more.
+            Frozen::Hidden(device, None) => self.free(device).is_ok(),
+            Frozen::Hidden(device, Some(id)) => gates.try_close(id).is_some_and(|_held| {
+                // Mounted by a Get meanwhile, it was thawed there.
+                self.state.lock().disks.contains_key(id) || self.free(device).is_ok()
+            }),
+        }
+    }
+
+    /// The layer whose sandbox or image is behind a loop device.
+    fn layer_of(&self, device: &LoopStatus, known: &[LayerId]) -> Option<LayerId> {
+        let is_behind = |id: &LayerId, name| {
+            fs::metadata(self.layout.layer_file(id, name))
+                .is_ok_and(|file| (file.dev(), file.ino()) == (device.backing_dev, device.backing_inode))
+        };
+        known
+            .iter()
+            .find(|id| is_behind(id, layout::SANDBOX_FILE) || is_behind(id, layout::LAYER_FILE))
+            .cloned()
+    }
+
+    /// Thaws the file system of a sandbox's file that lives on without a mount, before the file is deleted. Without one
+    /// that is frozen nothing happens.
+    pub(super) fn free_hidden(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
+        held.covers(id)?;
+        let path = self.layout.layer_file(id, layout::SANDBOX_FILE);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            // An image, a VHDX, or nothing yet.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(DriverError::io("open", path)(e)),
+        };
+        let (_, mark) = self.mark()?;
+        let found = loopdev::find_by_backing(file.as_fd()).map_err(failed(id, "look for its loop device"))?;
+        found.iter().filter(|device| device.name.starts_with(&mark)).try_for_each(|device| {
+            tracing::info!(%id, device = device.number, "a sandbox without a mount still has its loop device; what is frozen is thawed");
+            self.free(device).map_err(failed(id, "thaw its sandbox, which has no mount"))
+        })
+    }
+
+    /// Thaws what is on a loop device and lets it go: if nothing else uses it, the kernel detaches it.
+    fn free(&self, found: &LoopStatus) -> Result<(), SysError> {
+        let Some(device) = LoopDevice::open_same(found)? else { return Ok(()) };
+        let place = self.layout.top(layout::MOUNTS).join(format!("loop{}", found.number));
+        let thawed = thaw_at(&device, found.read_only, &place);
+        let _ = fs::remove_dir(&place);
+        thawed?;
+        device.detach()
+    }
+}
+
+/// Mounts what is on `device` at `place`, thaws it, and unmounts it. If it lives, this is the same file system once more.
+fn thaw_at(device: &LoopDevice, read_only: bool, place: &Path) -> Result<(), SysError> {
+    create_dir(place).map_err(|error| SysError::Usage {
+        action: "make a place to thaw at",
+        subject: place.into(),
+        reason: with_causes(&error),
+    })?;
+    let mount = |read_only| {
+        let options =
+            Ext4Options { read_only, noatime: true, nodev: true, nosuid: true, ..Ext4Options::default() };
+        mount::mount_ext4(&device.path, place, options)
+    };
+    let is = |error: &SysError, numbers: &[Errno]| {
+        numbers.iter().any(|number| error.raw_os_error() == Some(number.raw_os_error()))
+    };
+    let mounted = match mount(read_only) {
+        // It lives and is read-only by now: an error on the disk made it so.
+        Err(e) if !read_only && is(&e, &[Errno::BUSY, Errno::ROFS, Errno::ACCESS]) => mount(true),
+        other => other,
+    };
+    match mounted {
+        Ok(()) => {}
+        // The kernel read the disk and found no file system: none lives there, so none is frozen.
+        Err(e) if is(&e, &[Errno::INVAL, Errno::UCLEAN]) => return Ok(()),
+        Err(e) => return Err(e),
+    }
+    let thawed = freeze::thaw(place);
+    unmount(place).and(thawed)
+}

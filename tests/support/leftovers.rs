@@ -1,0 +1,45 @@
+//! Loop devices that a test left behind: which there are, and how they go.
+//!
+//! ```text
+//!   folder ─► loop devices of files below it, deleted ones too ─► mount ─► fsfreeze -u ─► umount ─► losetup --detach
+//! ```
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+/// Loop devices (`/dev/loopN`) and their files, of those below a folder, deleted ones included. The folder's name must
+/// be one of a kind: the path of what was attached in another mount namespace may begin elsewhere.
+pub(crate) fn devices_below(folder: &Path) -> Vec<(String, String)> {
+    let name = format!("/{}/", folder.file_name().unwrap().to_str().unwrap());
+    let devices = fs::read_dir("/sys/block").unwrap().flatten().filter_map(|entry| {
+        let file = fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        Some((format!("/dev/{}", entry.file_name().to_str()?), file.trim_end().to_owned()))
+    });
+    devices.filter(|(_, file)| file.contains(&name)).collect()
+}
+
+/// Thaws and detaches what is on loop devices of files below a folder.
+pub(crate) fn release_all_below(folder: &Path) {
+    for (device, _) in devices_below(folder) {
+        release(&device);
+    }
+}
+
+/// Thaws what is on a loop device, mounted or not, and detaches it.
+pub(crate) fn release(device: &str) {
+    let Ok(place) = tempfile::tempdir() else { return };
+    let place = place.path().to_str().unwrap();
+    for (program, arguments) in [
+        // A file system that is read-only refuses the first, any other the second.
+        ("mount", vec!["-t", "ext4", device, place]),
+        ("mount", vec!["-t", "ext4", "-o", "ro", device, place]),
+        ("fsfreeze", vec!["-u", place]),
+        ("umount", vec!["-l", place]),
+        ("losetup", vec!["--detach", device]),
+    ] {
+        let _ = Command::new(program).args(arguments).stderr(Stdio::null()).status();
+    }
+}
