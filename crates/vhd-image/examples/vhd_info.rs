@@ -10,15 +10,13 @@ use vhd_image::{
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
-    match std::env::args().nth(1) {
-        Some(path) => describe(&File::open(path)?),
-        None => {
-            let file = MemDisk::new();
-            let options = vhdx::CreateOptions::new(64 << 20, uuid::Uuid::from_u128(1));
-            vhdx::create(&file, &options, &[(1 << 20, b"content".to_vec())])?;
-            describe(&file)
-        }
+    if let Some(path) = std::env::args().nth(1) {
+        return describe(&File::open(path)?);
     }
+    let file = MemDisk::new();
+    let options = vhdx::CreateOptions::new(64 << 20, uuid::Uuid::from_u128(1));
+    vhdx::create(&file, &options, &[(1 << 20, b"content".to_vec())])?;
+    describe(&file)
 }
 
 fn describe(file: &impl ReadAt) -> Result<(), Box<dyn Error>> {
