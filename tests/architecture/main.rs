@@ -201,6 +201,33 @@ fn manifests_name_what_the_picture_shows() {
     assert_eq!(fs::read_dir(root).unwrap().count(), crates.len(), "a crate is not in the picture");
 }
 
+/// Crates that can be published.
+const LIBRARIES: &[&str] = &["disk-io", "layer-tar", "verity-tree", "vhd-image"];
+
+#[test]
+fn libraries_forbid_unsafe_code_and_explain_themselves() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");
+    for name in LIBRARIES {
+        let read = |file: &str| {
+            fs::read_to_string(crates.join(name).join(file)).unwrap_or_else(|e| panic!("{name}/{file}: {e}"))
+        };
+        let root = read("src/lib.rs");
+        assert!(root.contains("#![forbid(unsafe_code)]"), "{name} does not forbid unsafe code");
+        assert!(root.contains("include_str!(\"../README.md\")"), "{name}: its README is not tested");
+        for part in ["```text", "# Limits", "tability"] {
+            let first = root.lines().take_while(|line| line.starts_with("//!"));
+            assert!(first.into_iter().any(|line| line.contains(part)), "{name}: no {part} on its first page");
+        }
+        assert!(read("README.md").contains("```rust\n"), "{name}: its README has no example");
+        assert!(read("CHANGELOG.md").contains("## [Unreleased]"), "{name}: CHANGELOG.md");
+        assert!(crates.join(name).join("examples").is_dir(), "{name} has no examples");
+        let manifest = read("Cargo.toml");
+        for key in ["description", "license", "readme", "keywords", "categories", "rust-version"] {
+            assert!(manifest.contains(&format!("\n{key}")), "{name}: no {key} in Cargo.toml");
+        }
+    }
+}
+
 #[test]
 fn the_reader_of_this_test_sees_groups_and_paths() {
     let code =

@@ -66,8 +66,8 @@ fn wrong_images_and_refused_tars_are_refused_with_entry_and_reason() {
         (Tar::default().file(".wh.", b""), "whiteout without a name", Refused),
         (xattr("user.big", vec![1; 5000]), "does not fit the inode and one block", Applied),
         // Understood otherwise by Go's tar reader.
-        (entry("x/", b'0', &Meta::default()), "Go takes for a file", Applied),
-        (entry("x", b'0', &Meta::default().pax("LIBARCHIVE.xattr.user.a", "YQ")), "Go passes over", Applied),
+        (entry("x/", b'0', &Meta::default()), "Go reads as a file", Applied),
+        (entry("x", b'0', &Meta::default().pax("LIBARCHIVE.xattr.user.a", "YQ")), "Go ignores", Applied),
         (entry("g", b'g', &Meta::default()), "global pax header", Applied),
     ];
     for (tar, reason, default) in cases {

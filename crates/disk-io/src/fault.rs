@@ -1,4 +1,4 @@
-//! A disk that fails on purpose.
+//! A disk that fails on purpose, for tests of error paths. The budget counts bytes, whatever their offsets.
 
 use super::{ReadAt, WriteAt};
 use std::{
@@ -6,9 +6,9 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// Passes everything to another disk until its budget of written bytes is used up, then fails as a full disk does.
+/// Passes everything to another disk until a budget of written bytes is used up, and then fails like a full disk.
 ///
-/// The write that crosses the budget is short, as on a real disk, so that callers meet half-written blocks.
+/// The write that crosses the budget is short, as on a real disk, so callers see half-written blocks.
 #[derive(Debug)]
 pub struct FaultDisk<D> {
     inner: D,
@@ -16,7 +16,7 @@ pub struct FaultDisk<D> {
 }
 
 impl<D> FaultDisk<D> {
-    /// Takes `budget` bytes of writes, then answers `StorageFull`.
+    /// Accepts `budget` bytes of writes; all later writes fail with `StorageFull`.
     pub fn full_after(inner: D, budget: u64) -> Self {
         Self { inner, budget: AtomicU64::new(budget) }
     }
@@ -45,7 +45,7 @@ impl<D: WriteAt> WriteAt for FaultDisk<D> {
                 granted = left.min(buf.len() as u64);
                 Some(left - granted)
             })
-            .expect("the closure always gives a value");
+            .expect("the closure always returns Some");
         if granted == 0 && !buf.is_empty() {
             return Err(io::ErrorKind::StorageFull.into());
         }

@@ -1,19 +1,41 @@
-//! Positioned I/O: the floor on which all formats stand.
+//! Positioned reads and writes: one pair of traits for files, block devices, memory, and windows of any of them.
 //!
-//! Formats never see paths, sockets or runtimes. They read through [`ReadAt`] and write through [`WriteAt`], and so run
-//! alike on a file, a block device, a window of either ([`SubDisk`]), memory ([`MemDisk`]) and a disk that fails on
-//! purpose ([`FaultDisk`]).
+//! Code that reads or writes a disk format takes a [`ReadAt`] or a [`WriteAt`] instead of a path or a file. It then runs
+//! unchanged on whatever holds the bytes, and its tests run in memory or on a disk that fails on purpose.
 //!
 //! ```text
-//!   ext4, vhd, diff … ──► ReadAt / WriteAt ──► File │ MemDisk │ SubDisk(offset,len) │ FaultDisk
+//!   a format's reader or writer ──► ReadAt / WriteAt ──┬── std::fs::File      a file or a block device
+//!                                                      ├── MemDisk            a growable buffer in memory
+//!                                                      ├── SubDisk            bytes offset .. offset + len of another
+//!                                                      ├── FaultDisk          fails after a number of written bytes
+//!                                                      └── &D, Arc<D>, Box<D> any of these, shared
 //! ```
 //!
-//! Invariants: offsets are bytes from the start of the disk; a read past the end is short (like `pread`), never an
-//! error; a write past the end extends the disk where it can grow; implementations are safe to share between threads.
-//! Called by every format module, by `diff` and by `agent`.
+//! # Contract of the traits
+//!
+//! * Offsets are bytes from the start of the disk. There is no cursor, so threads can share a disk.
+//! * A read at or past the end returns 0, and one that crosses the end is short, like `pread`; neither is an error.
+//! * A write past the end extends a disk that can grow (`File`, `MemDisk`); the gap reads as zeros. A disk of fixed size
+//!   fails with [`StorageFull`](std::io::ErrorKind::StorageFull).
+//! * A successful call may transfer fewer bytes than requested; [`ReadAt::read_exact_at`] and [`WriteAt::write_all_at`]
+//!   repeat it.
+//! * Written bytes are durable once [`WriteAt::sync`] has returned.
+//!
+//! # Limits
+//!
+//! [`MemDisk`] holds what fits in memory. On Windows, positioned I/O moves the cursor of the file handle, so do not mix
+//! it with `Read` and `Write` on the same handle.
+//!
+//! # Stability
+//!
+//! The crate draws no bytes of its own. `steps` counts the work of the parsers of this workspace in tests and fuzz
+//! targets; it is not part of the public API.
+
+#![forbid(unsafe_code)]
 
 mod fault;
 mod mem;
+#[doc(hidden)]
 pub mod steps;
 mod stream;
 mod sub;
@@ -25,19 +47,23 @@ pub use sub::SubDisk;
 
 use std::{fs::File, io, sync::Arc};
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// Positioned reads.
 pub trait ReadAt: Send + Sync {
     /// Reads up to `buf.len()` bytes at `offset`; 0 at or past the end.
     ///
     /// # Errors
-    /// What the system says; `Interrupted` is retried by [`ReadAt::read_exact_at`].
+    /// Any error of the device. The caller repeats an `Interrupted` call, as [`ReadAt::read_exact_at`] does.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// Size of the disk in bytes.
     fn size(&self) -> io::Result<u64>;
 
-    /// The open file that holds the `len` bytes at `offset`, and where in it, if one does as they are: for streams that
-    /// can take them from there ([`StreamOut::splice`]).
+    /// The open file that holds the `len` bytes at `offset` unchanged, and their offset in it; `None` if there is no such
+    /// file. For streams that can take bytes directly from a file ([`StreamOut::splice`]).
     fn in_file(&self, _offset: u64, _len: u64) -> Option<(&File, u64)> {
         None
     }
@@ -83,7 +109,7 @@ pub trait WriteAt: ReadAt {
     /// Writes all of `buf` at `offset`.
     ///
     /// # Errors
-    /// `WriteZero` if the disk takes no more bytes, else what the system says (`StorageFull`, …).
+    /// `WriteZero` if the disk accepts no more bytes, otherwise the error of [`WriteAt::write_at`] (`StorageFull`, …).
     fn write_all_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let mut done = 0;
         while done < buf.len() {
@@ -115,8 +141,8 @@ impl ReadAt for File {
         if metadata.is_file() {
             return Ok(metadata.len());
         }
-        // A block device has no length in its metadata; seeking to its end tells it. `&File` seeks through a shared
-        // cursor that nothing here uses (all I/O is positioned).
+        // The metadata of a block device has no length, so seek to its end. The cursor is not used otherwise: all I/O is
+        // positioned.
         io::Seek::seek(&mut &*self, io::SeekFrom::End(0))
     }
 

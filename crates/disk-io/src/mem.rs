@@ -1,4 +1,4 @@
-//! A disk in memory, for tests and for small images.
+//! A disk in memory, for tests and for small images. Readers share a lock; a write holds it alone.
 
 use super::{ReadAt, WriteAt};
 use parking_lot::RwLock;

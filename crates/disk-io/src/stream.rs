@@ -1,25 +1,25 @@
-//! Streams that can be given bytes of a file without reading them first.
+//! Streams that can send bytes of a file without reading them first.
 //!
 //! ```text
 //!   file ──pread──► buffer ──write──► stream          two copies, by the processor
 //!   file ──────── StreamOut::splice ──► stream        none: the stream refers to the file's pages
 //! ```
 //!
-//! What was spliced may reach the reader later, with what the file holds by then: only files that do not change any more
-//! may be spliced from. Called by `diff`; implemented by `agent` and `cli` for sockets and pipes.
+//! The reader may receive spliced bytes later, and then gets what the file holds at that time. Splice only from files that
+//! no longer change.
 
 use std::{
     fs::File,
     io::{self, Sink, Write},
 };
 
-/// A stream of bytes going out.
+/// An output stream that may be able to send bytes of a file directly.
 pub trait StreamOut: Write {
-    /// Has the system send up to `len` bytes of `file` from `offset`, behind what was written before; gives how many it
-    /// sent. 0 means that this stream cannot, or not from this file: then the caller writes them.
+    /// Sends up to `len` bytes of `file` from `offset`, after everything written before, and returns the number sent.
+    /// 0 means that this stream cannot splice, or not from this file: the caller then writes the bytes.
     ///
     /// # Errors
-    /// What the system says of the stream.
+    /// The error of the stream, for example `BrokenPipe`.
     fn splice(&mut self, file: &File, offset: u64, len: u64) -> io::Result<u64>;
 }
 

@@ -1,12 +1,12 @@
-//! A window of a disk.
+//! A window of a disk: no read or write leaves it.
 
 use super::{ReadAt, WriteAt};
 use std::{fs::File, io};
 
 /// The bytes `offset .. offset + len` of another disk, as a disk of fixed size.
 ///
-/// Used to leave a VHD footer or a hash tree out of what a format sees. Writes past the window are refused with
-/// `StorageFull`: the window cannot grow into what lies behind it.
+/// Hides, for example, a VHD footer or a hash tree from a file system. Writes past the window fail with `StorageFull`:
+/// the window cannot grow into the bytes behind it.
 #[derive(Debug, Clone)]
 pub struct SubDisk<D> {
     inner: D,

@@ -1,33 +1,33 @@
-//! Where the reader gets its bytes: large chunks, aligned to tar's blocks.
+//! The source of the reader: large chunks, aligned to tar's blocks.
 //!
 //! ```text
 //!   Read ──► │ chunk 0: k·512 bytes │ chunk 1: k·512 bytes │ … │ last: any length │ empty = end │
 //! ```
 //!
-//! All records of a tar begin at multiples of 512, so a header never straddles two chunks and is parsed where it lies.
+//! All records of a tar begin at multiples of 512, so a header never spans two chunks and is parsed in place.
 
 use super::layout::BLOCK;
 use std::io::{self, Read};
 
-/// Bytes per chunk: large enough that the cost of a read vanishes, small enough to stay in the second-level cache.
+/// Default chunk size in bytes: large enough to make the cost of a read negligible, small enough for a second-level cache.
 pub const CHUNK_BYTES: usize = 256 << 10;
 
 /// A stream cut into chunks.
 ///
-/// Contract: every chunk but the last has a length that is a multiple of [`BLOCK`]; an empty chunk is the end, and
-/// after it no call of [`ChunkSource::advance`] brings more.
+/// Contract: the length of every chunk but the last is a multiple of [`BLOCK`]. An empty chunk is the end of the stream;
+/// after it, [`ChunkSource::advance`] yields only empty chunks. Before the first call of `advance` the chunk is empty.
 pub trait ChunkSource {
-    /// Replaces the chunk by the next one.
+    /// Replaces the chunk with the next one.
     ///
     /// # Errors
-    /// What the stream says; the reader does not go on after it.
+    /// Any error of the stream; the reader does not continue after one.
     fn advance(&mut self) -> io::Result<()>;
 
-    /// The bytes of the chunk.
+    /// The bytes of the current chunk.
     fn chunk(&self) -> &[u8];
 }
 
-/// The plain source: one buffer over a [`Read`].
+/// The simple source: one buffer over a [`Read`].
 #[derive(Debug)]
 pub struct Chunks<R> {
     input: R,
@@ -59,7 +59,7 @@ impl<R: Read> ChunkSource for Chunks<R> {
     }
 }
 
-/// A stream that failed in the middle of a chunk: what was read of it is lost, but counts for the place of the failure.
+/// A failure in the middle of a chunk. The bytes read before it are lost, but count for the offset of the failure.
 #[derive(Debug)]
 struct Broken {
     read: usize,
@@ -78,7 +78,7 @@ impl std::error::Error for Broken {
     }
 }
 
-/// Bytes that were read before a source failed, and what the stream said.
+/// Number of bytes read before a source failed, and the error of the stream.
 pub(super) fn broken(error: io::Error) -> (usize, io::Error) {
     match error.downcast::<Broken>() {
         Ok(broken) => (broken.read, broken.source),
@@ -86,10 +86,13 @@ pub(super) fn broken(error: io::Error) -> (usize, io::Error) {
     }
 }
 
-/// Reads until `buffer` is full or the stream ends; the count of bytes read.
+/// Reads until `buffer` is full or the stream ends, and returns the number of bytes read.
+///
+/// For implementations of [`ChunkSource`]: an error after the first bytes carries their number, so that the reader reports
+/// the exact offset.
 ///
 /// # Errors
-/// What the stream says, `Interrupted` excepted; of the same kind, and with the count of bytes read before it.
+/// Any error of the stream but `Interrupted`, with the same kind.
 pub fn fill(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {

@@ -1,16 +1,15 @@
-//! What can be wrong with a tar stream.
+//! Errors of a tar stream, each with the entry and the offset.
 
 use std::{fmt, io};
 
-/// The name of an entry as it is shown in errors: lossy, and cut to a length that fits a log line; empty before the
-/// first entry.
+/// The name of an entry as shown in errors: escaped, and truncated to fit a log line. Empty before the first entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EntryName(String);
 
 impl EntryName {
     const MAX_CHARS: usize = 256;
 
-    /// Makes `path` printable.
+    /// Escapes and truncates `path`.
     pub fn new(path: &[u8]) -> Self {
         let head = path.get(..Self::MAX_CHARS * 4).unwrap_or(path);
         let mut name: String = String::from_utf8_lossy(head)
@@ -27,7 +26,7 @@ impl EntryName {
 
 impl fmt::Display for EntryName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // No name yet: the stream is bad before the first entry's header was understood.
+        // No name yet: the stream is malformed before the header of the first entry was parsed.
         if self.0.is_empty() {
             f.write_str("before the first entry")
         } else {
@@ -41,7 +40,7 @@ impl fmt::Display for EntryName {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TarError {
-    /// The stream held no byte at all. (An empty archive has at least its end blocks.)
+    /// The stream has no bytes. (An empty archive has at least its end blocks.)
     #[error("tar stream is empty: not even an end-of-archive block")]
     Empty,
     /// The stream ended inside an entry or a header.
@@ -51,7 +50,7 @@ pub enum TarError {
         entry: EntryName,
         /// Length of the stream.
         offset: u64,
-        /// The part that is cut.
+        /// The truncated part.
         what: &'static str,
     },
     /// A field contradicts the format.
@@ -59,12 +58,12 @@ pub enum TarError {
     Corrupt {
         /// Entry being read.
         entry: EntryName,
-        /// Start of the header or data at fault.
+        /// Start of the malformed header or data.
         offset: u64,
         /// What is wrong.
         reason: &'static str,
     },
-    /// Valid, but of a kind that no layer can hold.
+    /// Valid, but of a kind that this reader does not support.
     #[error("tar stream has an unsupported entry at byte {offset} ({entry}): {reason}")]
     Unsupported {
         /// Entry being read.
@@ -74,24 +73,24 @@ pub enum TarError {
         /// What is not supported.
         reason: String,
     },
-    /// Larger than this reader accepts.
+    /// More than this reader accepts.
     #[error("tar stream has more than {limit} {what} at byte {offset} ({entry})")]
     Limit {
         /// Entry being read.
         entry: EntryName,
         /// Start of the header.
         offset: u64,
-        /// What there is too much of.
+        /// What exceeds the limit.
         what: &'static str,
-        /// The most that is accepted.
+        /// The limit.
         limit: u64,
     },
     /// The stream could not be read.
     #[error("reading the tar stream failed at byte {offset}")]
     Io {
-        /// Bytes read before.
+        /// Number of bytes read before.
         offset: u64,
-        /// The system's reason.
+        /// The error of the source.
         #[source]
         source: io::Error,
     },

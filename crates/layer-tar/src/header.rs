@@ -1,17 +1,16 @@
 //! Headers: from blocks and extended headers to an [`Entry`].
 //!
 //! ```text
-//!   x ──► pax ────┐       g: its records are looked at, and what waits is dropped
+//!   x ──► pax ────┐       g: its records are checked, and pending extended headers are dropped
 //!   L K ► names ──┼──► entry_header(block) ──► Entry, sparse map, padding
 //!   block ────────┘       GNU long name > PAX > block
 //! ```
 //!
-//! A global header changes nothing and is an entry of its own, as for Go's archive/tar, with which engines and scanners
-//! read: what they take for the file `harmless` must not be `etc/passwd` here. So it also ends what a local header
-//! before it says.
+//! A global header has no effect and is an entry of its own, as in Go's archive/tar, which engines and scanners use: a file
+//! that they read as `harmless` must not be `etc/passwd` here. For the same reason it cancels a local header before it.
 //!
-//! Invariants: knows nothing of where bytes come from, so a fault has no place yet; extended headers are used up by the
-//! entry they stand before, so that work and memory are bounded by the bytes of one header. Called by `reader` only.
+//! Invariants: does no I/O, so a fault has no offset yet; an extended header is consumed by the entry that follows it, so
+//! work and memory are bounded by the bytes of one header. Called by `reader` only.
 
 use super::{
     entry::{Entry, EntryKind, Time},
@@ -33,7 +32,7 @@ pub(super) enum Extension {
     LongLink,
 }
 
-/// What the stream goes on with after a header.
+/// What follows a header in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
     /// The data of an extended header, this many bytes.
@@ -44,11 +43,11 @@ pub(super) enum Next {
     SparseData { bytes: u64 },
     /// The entry is complete.
     Announce,
-    /// Data of something that is no entry.
+    /// Data that does not belong to an entry.
     Skip { bytes: u64 },
 }
 
-/// A fault without its place.
+/// A fault without its offset.
 #[derive(Debug)]
 pub(super) enum Fault {
     Corrupt(&'static str),
@@ -72,7 +71,7 @@ impl From<MapError> for Fault {
     }
 }
 
-/// The part that knows headers and not where bytes come from.
+/// The state of header parsing.
 #[derive(Debug, Default)]
 pub(super) struct Parser {
     pub(super) entry: Entry,
@@ -80,7 +79,7 @@ pub(super) struct Parser {
     pax: Option<Pax>,
     long_name: Option<Vec<u8>>,
     long_link: Option<Vec<u8>>,
-    /// Bytes of the extension that is being read.
+    /// Bytes of the extended header that is being read.
     pub(super) extension: Vec<u8>,
     pub(super) map: Vec<Segment>,
     pub(super) sparse: bool,
@@ -98,7 +97,7 @@ impl Parser {
         self.entry.go_differs.get_or_insert(what);
     }
 
-    /// Reads a header whose checksum holds; what comes next.
+    /// Parses a header with a valid checksum; returns what follows it.
     pub(super) fn header(&mut self, h: &RawHeader, at: u64) -> Result<Next, Fault> {
         let size = number::numeric(&h.size)
             .and_then(|n| u64::try_from(n).ok())
@@ -126,11 +125,11 @@ impl Parser {
                 self.pax = Some(pax);
             }
             Extension::PaxGlobal => {
-                self.go_differs("a global pax header, which Go takes for an entry");
+                self.go_differs("a global pax header, which Go reads as an entry");
                 pax::check_records(&self.extension)?;
                 (self.pax, self.long_name, self.long_link) = (None, None, None);
             }
-            // An empty one says nothing.
+            // An empty one has no effect.
             Extension::LongName => {
                 self.long_name = Some(text(&self.extension).to_vec()).filter(|n| !n.is_empty());
             }
@@ -149,8 +148,8 @@ impl Parser {
         let e = &mut self.entry;
         e.offset = at;
 
-        // Old GNU headers have times where ustar has its prefix. Some writers put a prefix there all the same (Go
-        // before 1.8); it cannot be taken for numbers.
+        // Old GNU headers have times in the place of ustar's prefix. Some writers (Go before 1.8) put a prefix there
+        // nevertheless; it does not parse as numbers.
         let optional_time = |field: &[u8]| -> Option<Option<Time>> {
             if field.first().is_none_or(|&b| b == 0) {
                 return Some(None);
@@ -189,7 +188,7 @@ impl Parser {
         }
 
         e.mode = (number::numeric(&h.mode).ok_or(Fault::Corrupt("bad mode in the header"))? & 0o7777) as u16;
-        // A value that a PAX header replaces may be junk in the block: writers clip what does not fit.
+        // A value that a PAX header replaces may be garbage in the block: writers truncate what does not fit.
         let pax_ref = pax.as_ref();
         let block_id = |field: &[u8]| number::numeric(field).map(number::id).ok_or(BAD_ID);
         e.uid = pax_ref.and_then(|p| p.uid).map_or_else(|| block_id(&h.uid), Ok)?;
@@ -205,26 +204,26 @@ impl Parser {
         e.ctime = pax_ref.and_then(|p| p.ctime).or(ctime);
         e.stored = pax_ref.and_then(|p| p.size).unwrap_or(size);
 
-        let named_as_folder = e.path.last() == Some(&b'/');
+        let named_as_directory = e.path.last() == Some(&b'/');
         let differs = match h.typeflag {
-            typeflag::REGULAR if named_as_folder => {
-                Some("a file with the name of a folder, which Go takes for a file")
+            typeflag::REGULAR if named_as_directory => {
+                Some("a file with the name of a directory, which Go reads as a file")
             }
-            typeflag::GNU_DUMPDIR => Some("a gnu dump directory, which Go takes for a file"),
-            typeflag::GNU_VOLUME => Some("a gnu volume name, which Go takes for a file"),
+            typeflag::GNU_DUMPDIR => Some("a gnu dump directory, which Go reads as a file"),
+            typeflag::GNU_VOLUME => Some("a gnu volume label, which Go reads as a file"),
             typeflag::CHAR | typeflag::BLOCK if pax_ref.is_some_and(|p| p.has_device) => {
-                Some("a device number in a pax header, which Go passes over")
+                Some("a device number in a pax header, which Go ignores")
             }
             _ if pax_ref.is_some_and(Pax::has_libarchive_only) => {
-                Some("a LIBARCHIVE xattr, which Go passes over")
+                Some("a LIBARCHIVE xattr, which Go ignores")
             }
             _ => None,
         };
         e.go_differs = e.go_differs.or(differs);
         let mut sparse_gnu = false;
         e.kind = match h.typeflag {
-            // Old archives have no other folders. A `0` there is a file for Go, whatever its name.
-            typeflag::REGULAR_V7 if named_as_folder => EntryKind::Directory,
+            // Old archives have no other directories. For Go, a `0` is a file, whatever its name.
+            typeflag::REGULAR_V7 if named_as_directory => EntryKind::Directory,
             typeflag::REGULAR_V7 | typeflag::REGULAR | typeflag::CONTIGUOUS => EntryKind::File,
             typeflag::GNU_SPARSE => {
                 sparse_gnu = true;
@@ -245,12 +244,12 @@ impl Parser {
             }
             other => return Err(Fault::Unsupported(format!("type flag {:?}", other as char))),
         };
-        let old_folder = h.typeflag == typeflag::REGULAR_V7 && e.kind == EntryKind::Directory;
-        if old_folder || matches!(h.typeflag, typeflag::LINK..=typeflag::FIFO) {
+        let old_directory = h.typeflag == typeflag::REGULAR_V7 && e.kind == EntryKind::Directory;
+        if old_directory || matches!(h.typeflag, typeflag::LINK..=typeflag::FIFO) {
             e.stored = 0;
         }
         (e.major, e.minor) = (0, 0);
-        // Without a magic the fields are not device numbers.
+        // Without a magic, these fields are not device numbers.
         if matches!(e.kind, EntryKind::CharDevice | EntryKind::BlockDevice) && dialect != Dialect::V7 {
             let device = |field: &[u8]| {
                 number::numeric(field)
@@ -269,7 +268,7 @@ impl Parser {
         self.map.clear();
         self.sparse = sparse_gnu;
         if sparse_gnu {
-            let gnu = gnu.ok_or(Fault::Corrupt("sparse file in an archive that is not GNU's"))?;
+            let gnu = gnu.ok_or(Fault::Corrupt("gnu sparse file in an archive that is not in gnu format"))?;
             e.size = number::numeric(&gnu.realsize)
                 .and_then(|n| u64::try_from(n).ok())
                 .ok_or(Fault::Corrupt("bad real size of a sparse file"))?;
@@ -288,12 +287,12 @@ impl Parser {
 
     fn pax_sparse(&mut self, form: SparseForm, keys: &mut SparseKeys) -> Result<Next, Fault> {
         if self.entry.kind != EntryKind::File {
-            return Err(Fault::Corrupt("sparse keywords on an entry that is no file"));
+            return Err(Fault::Corrupt("sparse keywords on an entry that is not a file"));
         }
         if let Some(name) = keys.name.take() {
             self.entry.path = name;
         }
-        // Go takes the stored size for the file's where no keyword tells another.
+        // Without a keyword, Go uses the stored size as the size of the file.
         let size = keys.size.or(keys.real_size).unwrap_or(self.entry.stored);
         self.entry.size = size;
         self.sparse = true;
@@ -303,18 +302,18 @@ impl Parser {
         }
         self.map = keys.map.take().unwrap_or_default();
         if keys.numblocks.is_some_and(|n| n != self.map.len() as u64) {
-            return Err(Fault::Corrupt("sparse map does not have the count of segments that it tells"));
+            return Err(Fault::Corrupt("sparse map does not have the recorded number of segments"));
         }
         sparse::check(&self.map, size, self.entry.stored)?;
         Ok(Next::Announce)
     }
 
-    /// Takes an extension block of an old GNU sparse map; true if another follows.
+    /// Parses an extension block of an old GNU sparse map; returns whether another one follows.
     pub(super) fn sparse_block(&mut self, block: &[u8]) -> Result<bool, Fault> {
         let Ok(block) = RawSparseExtension::ref_from_bytes(block) else { return Ok(false) };
         sparse::push_gnu(&mut self.map, &block.sp)?;
         if block.isextended != 0 {
-            // An empty block that claims more would let a stream of them pass without end.
+            // Empty blocks that announce another one could go on forever.
             if block.sp[0].offset[0] == 0 {
                 return Err(Fault::Corrupt("empty sparse map block"));
             }
@@ -324,7 +323,7 @@ impl Parser {
         Ok(false)
     }
 
-    /// Takes a block of a PAX 1.0 sparse map; true when the map is complete. `left` bytes of data follow the block.
+    /// Parses a block of a PAX 1.0 sparse map; returns whether the map is complete. `left` bytes of data follow the block.
     pub(super) fn sparse_data(&mut self, block: &[u8], left: u64) -> Result<bool, Fault> {
         if !self.data_map.feed(block, &mut self.map)? {
             return Ok(false);

@@ -7,15 +7,14 @@
 //!   length of the whole record, itself and the newline included: values may hold any byte
 //! ```
 //!
-//! Invariant: what a record means here is what it means to Go's archive/tar, with which the engines and the scanners of
-//! layers read. An empty value takes the keyword back (to what the header block says). Keywords that change nothing in
-//! an image (`comment`, `charset`, `uname`, ACLs as text, device numbers of star, …) are passed over; their bytes live
-//! on in the exact record.
+//! Invariant: a record means what it means to Go's archive/tar, which container engines and scanners of layers use. An
+//! empty value cancels the keyword, so that the header block counts. Keywords without effect on a file system (`comment`,
+//! `charset`, `uname`, ACLs as text, device numbers of star, …) are ignored; their bytes are still reported.
 //!
 //! # Attributes
-//! `SCHILY.xattr.NAME` ends at the first `=`, so a name that holds one can't be written so; nothing in it is encoded.
-//! `LIBARCHIVE.xattr.NAME` (percent-encoded name, base64 value) is passed over, as Go does, but for these very names:
-//! the canonical tar has no other way to write them.
+//! The name in `SCHILY.xattr.NAME` ends at the first `=` and is not encoded, so a name with `=` cannot be written this way.
+//! `LIBARCHIVE.xattr.NAME` (percent-encoded name, base64 value) is ignored, as in Go, except for names with `=`: this
+//! crate's writer has no other way to write them.
 
 use super::{
     entry::{Time, Xattr},
@@ -23,13 +22,13 @@ use super::{
     sparse::{self, MapError, Segment},
 };
 
-/// The most bytes of one extended header or GNU long name (Go's archive/tar has the same bound).
+/// Largest extended header or GNU long name, in bytes (the limit of Go's archive/tar).
 pub const MAX_PAX_BYTES: u64 = 1 << 20;
 
-/// The most xattrs of one entry.
+/// Most extended attributes of one entry.
 pub const MAX_XATTRS: usize = 1024;
 
-/// Why extended headers were refused.
+/// Why an extended header was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PaxError {
     Corrupt(&'static str),
@@ -46,7 +45,7 @@ impl From<MapError> for PaxError {
     }
 }
 
-/// What extended headers say of an entry.
+/// The values of an extended header.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Pax {
     pub(super) path: Option<Vec<u8>>,
@@ -57,12 +56,12 @@ pub(super) struct Pax {
     pub(super) mtime: Option<Time>,
     pub(super) atime: Option<Time>,
     pub(super) ctime: Option<Time>,
-    /// star's keywords for device numbers are there; nobody else reads them.
+    /// star's keywords for device numbers are present; other readers ignore them.
     pub(super) has_device: bool,
     xattrs: Vec<Xattr>,
-    /// For each of these, whether a `SCHILY` keyword gave it.
+    /// For each of them, whether it comes from a `SCHILY` keyword.
     schily: Vec<bool>,
-    /// A `LIBARCHIVE` keyword that is not even well formed.
+    /// There is a malformed `LIBARCHIVE` keyword.
     odd_libarchive: bool,
     pub(super) sparse: SparseKeys,
 }
@@ -73,17 +72,17 @@ pub(super) struct SparseKeys {
     major: Option<Version>,
     minor: Option<Version>,
     pub(super) name: Option<Vec<u8>>,
-    /// `GNU.sparse.size`, which goes before the next.
+    /// `GNU.sparse.size`, which takes precedence over `real_size`.
     pub(super) size: Option<u64>,
     /// `GNU.sparse.realsize`.
     pub(super) real_size: Option<u64>,
     pub(super) numblocks: Option<u64>,
     pub(super) map: Option<Vec<Segment>>,
-    /// 0.0: an offset that waits for its numbytes.
+    /// Format 0.0: an offset whose `numbytes` has not come yet.
     offset: Option<u64>,
 }
 
-/// A part of the version of the sparse format; anything but one digit 0 or 1 is none that is known.
+/// A part of the version of the sparse format; anything but the digit 0 or 1 is unknown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Version {
     Zero,
@@ -102,10 +101,10 @@ impl Version {
     }
 }
 
-/// Where the sparse map of an entry is.
+/// The place of an entry's sparse map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SparseForm {
-    /// There is none that is known: a plain file, whatever other keywords say.
+    /// No known format: a plain file, whatever the other keywords say.
     None,
     /// In the header: formats 0.0 and 0.1.
     InHeader,
@@ -114,7 +113,7 @@ pub(super) enum SparseForm {
 }
 
 impl SparseKeys {
-    /// Which format the keywords tell, by Go's rules.
+    /// The format that the keywords describe, by Go's rules.
     pub(super) fn form(&self) -> SparseForm {
         use Version::{One, Zero};
         match (self.major, self.minor) {
@@ -127,7 +126,7 @@ impl SparseKeys {
 }
 
 impl Pax {
-    /// Takes all records of `data`.
+    /// Parses all records of `data`.
     pub(super) fn parse(&mut self, mut data: &[u8]) -> Result<(), PaxError> {
         while let Some((key, value, rest)) = record(data)? {
             data = rest;
@@ -152,11 +151,11 @@ impl Pax {
             b"SCHILY.devmajor" | b"SCHILY.devminor" => self.has_device = true,
             _ => {
                 if let Some(key) = key.strip_prefix(b"SCHILY.xattr.") {
-                    // star's format has no way to take an attribute back: empty is a value.
+                    // star's format cannot cancel an attribute: empty is a value.
                     self.set_xattr(key, value.to_vec(), true)?;
                 } else if let Some(key) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
                     let name = number::percent_decode(key);
-                    // What Go passes over cannot be wrong.
+                    // Go ignores this keyword, so a malformed one is not an error.
                     if !name.is_empty()
                         && !name.contains(&0)
                         && let Some(value) = number::base64(value)
@@ -173,7 +172,7 @@ impl Pax {
         Ok(())
     }
 
-    /// Adds an xattr; of two with one name the later wins, but `SCHILY` before `LIBARCHIVE` (bsdtar writes both).
+    /// Adds an xattr. The later of two with the same name wins, but `SCHILY` wins over `LIBARCHIVE` (bsdtar writes both).
     fn set_xattr(&mut self, name: &[u8], value: Vec<u8>, replace: bool) -> Result<(), PaxError> {
         if name.is_empty() || name.contains(&0) {
             return Err(PaxError::Corrupt("bad xattr name in a pax header"));
@@ -194,12 +193,12 @@ impl Pax {
         Ok(())
     }
 
-    /// Whether an xattr is given by a `LIBARCHIVE` keyword alone.
+    /// Whether an xattr comes only from a `LIBARCHIVE` keyword.
     pub(super) fn has_libarchive_only(&self) -> bool {
         self.odd_libarchive || self.schily.contains(&false)
     }
 
-    /// Gives the xattrs away, without those that are passed over.
+    /// Moves the xattrs to `out`, without the ignored ones.
     pub(super) fn take_xattrs(&mut self, out: &mut Vec<Xattr>) {
         let given = self.xattrs.drain(..).zip(self.schily.drain(..));
         out.extend(given.filter(|(x, schily)| *schily || x.name.contains(&b'=')).map(|(x, _)| x));
@@ -249,7 +248,7 @@ fn id(value: &[u8]) -> Option<u32> {
     number::signed_decimal(value).map(number::id)
 }
 
-/// Looks at records that mean nothing: whether they are records at all.
+/// Checks the syntax of records whose content is ignored.
 pub(super) fn check_records(mut data: &[u8]) -> Result<(), PaxError> {
     while let Some((.., rest)) = record(data)? {
         data = rest;
@@ -257,7 +256,7 @@ pub(super) fn check_records(mut data: &[u8]) -> Result<(), PaxError> {
     Ok(())
 }
 
-/// A name: any bytes but NUL; empty takes it back.
+/// A name: any bytes but NUL; an empty one cancels the keyword.
 fn name(value: &[u8]) -> Result<Option<Vec<u8>>, PaxError> {
     if value.contains(&0) {
         return Err(PaxError::Corrupt("name with a NUL in a pax header"));
@@ -278,7 +277,7 @@ fn parsed<T>(
 
 type Record<'a> = (&'a [u8], &'a [u8], &'a [u8]);
 
-/// Splits the first record off: (keyword, value, rest); `None` at the end. NULs after the last record are an end, too:
+/// Splits off the first record: (keyword, value, rest); `None` at the end. NULs after the last record are an end too, since
 /// some writers count their padding.
 fn record(data: &[u8]) -> Result<Option<Record<'_>>, PaxError> {
     const BAD: PaxError = PaxError::Corrupt("bad record in a pax header");
@@ -320,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_takes_back_and_later_wins() {
+    fn an_empty_value_cancels_and_the_later_wins() {
         let mut pax = Pax::default();
         let records = [
             rec("path", b"a"),

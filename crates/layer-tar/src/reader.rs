@@ -8,11 +8,11 @@
 //!            └── zero block ──► ZeroSeen ── zero block or end ──► Trailing ──► End
 //! ```
 //!
-//! Choices where tars differ, made as Go's archive/tar makes them because the engines read with it: links, devices,
-//! folders and pipes have no data whatever their size field says; a GNU long name beats a PAX path; a lone zero block
-//! followed by something else is an error, as what follows would be seen by some tools only; global PAX headers change
-//! nothing; a sparse file is one by Go's rules only. Unlike Go, a missing padding at the end of the stream is an error
-//! (the stream was cut).
+//! Where readers of tar differ, this one follows Go's archive/tar, because the engines use it: links, devices, directories
+//! and pipes have no data, whatever their size field; a GNU long name takes precedence over a PAX path; a lone zero block
+//! followed by something else is an error, since only some tools would see what follows; global PAX headers have no
+//! effect; a file is sparse by Go's rules only. Unlike in Go, missing padding at the end of the stream is an error (the
+//! stream was truncated).
 
 use super::{
     chunk::{ChunkSource, Chunks, broken},
@@ -24,25 +24,25 @@ use super::{
 use std::{io::Read, ops::Range};
 use zerocopy::FromBytes;
 
-/// What the reader met.
+/// A part of the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// Bytes that are no file data: headers, padding, sparse maps, end blocks, what follows these.
+    /// Bytes that are not file data: headers, padding, sparse maps, end blocks, and anything after them.
     Raw(&'a [u8]),
-    /// An entry begins; its headers were reported before.
+    /// An entry begins; its headers have been reported.
     Entry(&'a mut Entry),
-    /// Data of the current entry, in ascending order; `offset` is the place in the file.
+    /// Data of the current entry, in ascending order.
     Data {
-        /// Place in the file.
+        /// Offset in the file, in bytes.
         offset: u64,
         /// The bytes.
         bytes: &'a [u8],
     },
-    /// The end of the stream; all later calls answer the same.
+    /// The end of the stream; all later calls return it again.
     End,
 }
 
-/// [`Event`] as places in the chunk.
+/// [`Event`] with ranges of the chunk in place of slices.
 enum Step {
     Raw(Range<usize>),
     Entry,
@@ -72,23 +72,23 @@ pub struct TarReader<S> {
     source: S,
     /// Offset in the stream of the chunk's first byte.
     base: u64,
-    /// First byte of the chunk that is not yet reported.
+    /// First byte of the chunk that has not been reported.
     pos: usize,
     state: State,
-    /// Where the end-of-archive blocks end.
+    /// End of the end-of-archive blocks.
     trailing_from: u64,
     parser: Parser,
 }
 
 impl<R: Read> TarReader<Chunks<R>> {
-    /// Reads from `input` through an own buffer.
+    /// Reads from `input` through a buffer of [`CHUNK_BYTES`](super::CHUNK_BYTES).
     pub fn new(input: R) -> Self {
         Self::from_source(Chunks::new(input))
     }
 }
 
 impl<S: ChunkSource> TarReader<S> {
-    /// Reads from a chunk source, which must not have been advanced yet.
+    /// Reads from a chunk source that has not been advanced yet.
     pub fn from_source(source: S) -> Self {
         Self {
             source,
@@ -100,37 +100,37 @@ impl<S: ChunkSource> TarReader<S> {
         }
     }
 
-    /// Bytes of the stream that were reported.
+    /// Number of bytes that have been reported.
     pub fn offset(&self) -> u64 {
         self.base + self.pos as u64
     }
 
-    /// Bytes reported behind the end-of-archive blocks, or `None` before these.
+    /// Number of bytes reported after the end-of-archive blocks; `None` before them.
     pub fn trailing_bytes(&self) -> Option<u64> {
         matches!(self.state, State::Trailing | State::End)
             .then(|| self.offset().saturating_sub(self.trailing_from))
     }
 
-    /// What Go's archive/tar takes otherwise in what was read so far, if anything: readers that must agree with it
-    /// refuse such a stream.
+    /// The first difference to what Go's archive/tar would have read so far, if any. A caller that must agree with Go
+    /// refuses such a stream.
     pub fn go_differs(&self) -> Option<&'static str> {
         self.parser.entry.go_differs
     }
 
-    /// What was read from the source and not reported.
+    /// Bytes of the current chunk that have not been reported.
     pub fn unreported(&self) -> &[u8] {
         self.source.chunk().get(self.pos..).unwrap_or_default()
     }
 
-    /// The source.
+    /// Returns the source.
     pub fn into_source(self) -> S {
         self.source
     }
 
-    /// The next event. Its slices live until the next call. After an error the stream is of no more use.
+    /// The next event. Its slices are valid until the next call. Do not continue after an error.
     ///
     /// # Errors
-    /// [`TarError`], all kinds.
+    /// Any [`TarError`].
     pub fn next_event(&mut self) -> Result<Event<'_>, TarError> {
         Ok(match self.step()? {
             Step::Raw(range) => Event::Raw(&self.source.chunk()[range]),
@@ -223,7 +223,7 @@ impl<S: ChunkSource> TarReader<S> {
                     }
                     let range = self.block("the end of the archive")?;
                     if !is_zero(&self.source.chunk()[range.clone()]) {
-                        return Err(self.fault(Fault::Corrupt("lone zero block with more behind it")));
+                        return Err(self.fault(Fault::Corrupt("lone zero block with more data after it")));
                     }
                     self.state = State::Trailing;
                     self.trailing_from = self.offset();
@@ -285,7 +285,7 @@ impl<S: ChunkSource> TarReader<S> {
         }
     }
 
-    /// Bytes left in the chunk, the next one fetched if need be; 0 only at the end of the stream.
+    /// Remaining bytes of the chunk, after fetching the next one if it is used up; 0 only at the end of the stream.
     fn available(&mut self) -> Result<usize, TarError> {
         let len = self.source.chunk().len();
         if self.pos < len {
@@ -306,7 +306,7 @@ impl<S: ChunkSource> TarReader<S> {
         start..self.pos
     }
 
-    /// From one to `most` bytes.
+    /// Between one and `most` bytes.
     fn take(&mut self, most: u64, what: &'static str) -> Result<Range<usize>, TarError> {
         let n = self.available()?;
         if n == 0 {
@@ -315,7 +315,7 @@ impl<S: ChunkSource> TarReader<S> {
         Ok(self.advance(usize::try_from(most).map_or(n, |most| n.min(most))))
     }
 
-    /// One whole block; by the contract of [`ChunkSource`] it lies in one chunk.
+    /// One whole block, which lies in one chunk by the contract of [`ChunkSource`].
     fn block(&mut self, what: &'static str) -> Result<Range<usize>, TarError> {
         if self.available()? < BLOCK {
             self.pos = self.source.chunk().len();
@@ -343,6 +343,6 @@ impl<S: ChunkSource> TarReader<S> {
 }
 
 fn is_zero(block: &[u8]) -> bool {
-    // A header begins with a name: the first byte settles nearly all blocks.
+    // A header begins with a name, so the first byte decides for nearly all blocks.
     block.first() == Some(&0) && block.iter().all(|&b| b == 0)
 }

@@ -1,16 +1,16 @@
-//! Sparse files: the map from stored bytes to places in the file.
+//! Sparse files: the map from stored bytes to offsets in the file.
 //!
 //! ```text
 //!   file    0 ── hole ── │ segment 0 │ ── hole ── │ segment 1 │ ── hole ── realsize
 //!   stored               │ segment 0 │ segment 1 │
 //! ```
 //!
-//! Invariant of a checked map: segments ascend, do not overlap, end inside the file, and their lengths sum up to the
-//! stored size. The four ways in which tars write the map (old GNU header fields; PAX 0.0, 0.1, 1.0) all end here.
+//! Invariant of a checked map: segments ascend, do not overlap, end inside the file, and their lengths add up to the stored
+//! size. All four encodings of the map (old GNU header fields; PAX 0.0, 0.1, 1.0) are checked here.
 
 use super::{layout::RawSparse, number};
 
-/// The most segments of one file; 16 bytes each are kept while the file is read.
+/// Most segments of one file; each takes 16 bytes of memory while the file is read.
 pub const MAX_SPARSE_SEGMENTS: usize = 1 << 19;
 
 /// One run of stored bytes.
@@ -36,7 +36,7 @@ pub(super) fn push(map: &mut Vec<Segment>, offset: u64, len: u64) -> Result<(), 
     Ok(())
 }
 
-/// Adds the used fields of a GNU header or extension block: the first empty one ends the list.
+/// Adds the used fields of a GNU header or extension block; the first empty one ends the list.
 pub(super) fn push_gnu(map: &mut Vec<Segment>, fields: &[RawSparse]) -> Result<(), MapError> {
     for field in fields {
         if field.offset[0] == 0 {
@@ -52,7 +52,7 @@ pub(super) fn push_gnu(map: &mut Vec<Segment>, fields: &[RawSparse]) -> Result<(
     Ok(())
 }
 
-/// Holds `map` against the file's size and the count of stored bytes.
+/// Checks `map` against the size of the file and the number of stored bytes.
 pub(super) fn check(map: &[Segment], size: u64, stored: u64) -> Result<(), MapError> {
     let (mut end, mut sum) = (0u64, 0u64);
     for s in map {
@@ -65,9 +65,9 @@ pub(super) fn check(map: &[Segment], size: u64, stored: u64) -> Result<(), MapEr
     if end > size {
         return Err(MapError::Corrupt("sparse segment ends past the file's size"));
     }
-    // No overflow above: disjoint ranges below 2^64 sum up to less than that.
+    // The sum cannot overflow: the ranges are disjoint and below 2^64.
     if sum != stored {
-        return Err(MapError::Corrupt("sparse segments do not sum up to the stored size"));
+        return Err(MapError::Corrupt("sparse segments do not add up to the stored size"));
     }
     Ok(())
 }
@@ -76,16 +76,16 @@ pub(super) fn check(map: &[Segment], size: u64, stored: u64) -> Result<(), MapEr
 #[derive(Debug, Default)]
 pub(super) struct DataMap {
     line: Vec<u8>,
-    /// Numbers still to come, once the first line told how many.
+    /// Remaining segments, once the first line is known.
     left: Option<u64>,
     offset: Option<u64>,
 }
 
 impl DataMap {
-    /// No number of 64 bits is longer.
+    /// Digits of the largest 64-bit number.
     const MAX_LINE: usize = 20;
 
-    /// Takes bytes of one block; true when the map is complete.
+    /// Parses bytes of one block; returns whether the map is complete.
     pub(super) fn feed(&mut self, block: &[u8], map: &mut Vec<Segment>) -> Result<bool, MapError> {
         const BAD: MapError = MapError::Corrupt("sparse map holds a bad number");
         for &b in block {

@@ -1,31 +1,31 @@
-//! Writes canonical tar headers: ustar, with a PAX header in front where ustar's fields do not hold a value.
+//! Writes reproducible tar headers: ustar, with a PAX header in front where ustar's fields cannot hold a value.
 //!
 //! ```text
 //!  [ x header 512 │ PAX records, padded ]  header 512 │ data, padded │ … │ 1024 zeros
 //! ```
 //!
-//! **Frozen: versions 1 and 2** (see `layer_codec::canonical` for what entries there are and in which order). The
-//! rules here:
-//! * Numbers are octal, zero-padded, ended by NUL: `mode` 07777 bits only; `uname`, `gname`, `prefix` empty;
-//!   `devmajor`, `devminor` 0 but for devices; `chksum` is six digits, NUL, space.
-//! * A name or link target that is ASCII and at most 100 bytes stands in the header. Any other stands in the PAX record
-//!   `path` or `linkpath`, and the header holds its first 100 bytes with `_` for each byte that is not ASCII.
-//! * `uid`, `gid` above 2097151 and `size` above 8589934591 stand in PAX records, and the field is 0. An `mtime` with
-//!   nanoseconds, before 1970 or above 8589934591 s stands in a PAX record (`-1.5`, no trailing zeros); the field then
-//!   holds the whole seconds, or 0 where they do not fit.
-//! * The records are sorted bytewise by keyword; only `hdrcharset=BINARY` comes first, and is there if a name or target
-//!   that needs a record is not UTF-8.
-//! * Xattrs stand in `SCHILY.xattr.<name>`, any bytes in the value. A name with `=`, which would end the keyword, is
-//!   written otherwise. Version 1: `=` as `%3D` and `%` as `%25`, as GNU tar does, which the engines' readers take for
-//!   another name. Version 2: `LIBARCHIVE.xattr.<name>`, where bytes that are not printable ASCII, `%` and `=` are `%XX`,
-//!   with the value in base64 without padding, as libarchive does; the engines' readers pass over it, ours does not.
-//! * A sparse file is GNU's PAX format 1.0: records `GNU.sparse.major`, `.minor`, `.name` (instead of `path`),
-//!   `.realsize`; the data begin with the map in decimal lines, padded with NULs to 512.
-//! * The PAX header's own header: name `PaxHeaders`, mode 0644, all else 0.
+//! **Frozen: versions 1 and 2.** The rules, which leave the choice and order of entries to the caller:
+//! * Numbers are octal, zero-padded, terminated by NUL: `mode` has only the bits of 07777; `uname`, `gname` and `prefix` are
+//!   empty; `devmajor` and `devminor` are 0 except for devices; `chksum` is six digits, NUL, space.
+//! * A name or link target that is ASCII and at most 100 bytes long is in the header. Any other is in the PAX record `path`
+//!   or `linkpath`, and the header has its first 100 bytes with `_` for each byte that is not ASCII.
+//! * `uid` and `gid` above 2097151 and `size` above 8589934591 are in PAX records, and the field is 0. An `mtime` that has
+//!   nanoseconds, is before 1970 or above 8589934591 s is in a PAX record (`-1.5`, no trailing zeros); the field then has
+//!   the whole seconds, or 0 if they do not fit.
+//! * Records are sorted bytewise by keyword; only `hdrcharset=BINARY` comes first, if a name or target that needs a record
+//!   is not UTF-8.
+//! * Xattrs are in `SCHILY.xattr.<name>`, with any bytes in the value. A name with `=`, which would end the keyword, is
+//!   written differently. Version 1: `=` as `%3D` and `%` as `%25`, as GNU tar does; the engines' readers see another name.
+//!   Version 2: `LIBARCHIVE.xattr.<name>`, in which `%`, `=` and bytes that are not printable ASCII are `%XX`, with the
+//!   value in base64 without padding, as libarchive does; the engines' readers ignore it, this crate's does not.
+//! * A sparse file is in GNU's PAX format 1.0: records `GNU.sparse.major`, `.minor`, `.name` (instead of `path`) and
+//!   `.realsize`; the data begins with the map in decimal lines, padded with NULs to 512.
+//! * The header of the PAX header: name `PaxHeaders`, mode 0644, everything else 0.
 //!
-//! Pure: bytes are appended to a buffer, no I/O. Called by `diff::export`.
+//! No I/O: headers are appended to a buffer. The caller writes data, [`padding`], and at the end 1024 zeros.
 
 use super::layout::{BLOCK, MAGIC_USTAR, RawHeader, typeflag};
+use base64::{Engine as _, prelude::BASE64_STANDARD_NO_PAD};
 use std::io::Write as _;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -34,17 +34,17 @@ const MAX_OCTAL_8: u64 = 0o7_777_777;
 /// The largest value of an octal field of 12 bytes.
 const MAX_OCTAL_12: u64 = 0o77_777_777_777;
 
-/// The version of the rules.
+/// A version of the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Version {
-    /// Of layers whose first diff was made by release 1.
+    /// The rules of release 0.1.0, kept so that its archives can be reproduced.
     V1,
-    /// Of all others.
+    /// The current rules.
     #[default]
     V2,
 }
 
-/// What an entry is.
+/// The type of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Regular file.
@@ -63,34 +63,34 @@ pub enum Kind {
     Fifo,
 }
 
-/// An entry's metadata.
+/// The metadata of an entry.
 #[derive(Debug, Clone, Copy)]
 pub struct Header<'a> {
-    /// What it is.
+    /// Its type.
     pub kind: Kind,
-    /// Path without `./`.
+    /// Path, without a leading `./`.
     pub path: &'a [u8],
     /// Target of a symbolic link, or first path of a hard link.
     pub link: &'a [u8],
-    /// Permissions, 07777.
+    /// Permissions: the bits of 07777.
     pub mode: u16,
-    /// Owner.
+    /// User id of the owner.
     pub uid: u32,
-    /// Group.
+    /// Group id of the owner.
     pub gid: u32,
-    /// Seconds and nanoseconds.
+    /// Modification time: seconds since 1970, and nanoseconds after that second.
     pub mtime: (i64, u32),
     /// Major and minor number of a device.
     pub device: (u32, u32),
-    /// Size of a regular file.
+    /// Size of a regular file in bytes, including holes; 0 for all other types.
     pub size: u64,
-    /// Name and value, sorted by name.
+    /// Extended attributes: name and value, sorted by name.
     pub xattrs: &'a [(&'a [u8], &'a [u8])],
-    /// The ranges (offset, length) of a sparse file that hold data; `None` for a plain one.
+    /// The ranges (offset, length) of a sparse file that hold data; `None` for a plain file.
     pub sparse: Option<&'a [(u64, u64)]>,
 }
 
-/// Appends one PAX record: its length in decimal (itself included), keyword, value, newline.
+/// Appends one PAX record: its length in decimal (including the length itself), keyword, value, newline.
 fn record(out: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     let rest = key.len() + value.len() + 3;
     let mut len = rest + 1;
@@ -105,7 +105,7 @@ fn record(out: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     out.push(b'\n');
 }
 
-/// Fills an octal field; the caller made sure that the value fits.
+/// Fills an octal field; the caller has checked that the value fits.
 fn octal(field: &mut [u8], mut value: u64) {
     let Some((_, digits)) = field.split_last_mut() else { return };
     for digit in digits.iter_mut().rev() {
@@ -114,7 +114,7 @@ fn octal(field: &mut [u8], mut value: u64) {
     }
 }
 
-/// Whether a name stands in the header itself.
+/// Whether a name fits the header.
 fn fits(name: &[u8]) -> bool {
     name.len() <= 100 && name.is_ascii()
 }
@@ -125,7 +125,7 @@ fn put_name(field: &mut [u8; 100], name: &[u8]) {
     }
 }
 
-/// A time as PAX writes it.
+/// A time in the form of PAX.
 fn pax_time(secs: i64, nanos: u32) -> String {
     // Below 1970 the seconds are rounded down: -2 s + 0.5e9 ns is -1.5.
     let total = i128::from(secs) * 1_000_000_000 + i128::from(nanos);
@@ -137,13 +137,13 @@ fn pax_time(secs: i64, nanos: u32) -> String {
     format!("{sign}{whole}.{fraction:09}").trim_end_matches('0').to_owned()
 }
 
-/// Keyword and value of the record of an xattr.
+/// Keyword and value of an xattr's record.
 fn xattr_record(name: &[u8], value: &[u8], version: Version) -> (Vec<u8>, Vec<u8>) {
     let key = b"SCHILY.xattr.";
     match version {
         _ if !name.contains(&b'=') => ([&key[..], name].concat(), value.to_vec()),
         Version::V1 => (gnu_key(name), value.to_vec()),
-        Version::V2 => (libarchive_key(name), base64(value)),
+        Version::V2 => (libarchive_key(name), BASE64_STANDARD_NO_PAD.encode(value).into_bytes()),
     }
 }
 
@@ -159,18 +159,6 @@ fn libarchive_key(name: &[u8]) -> Vec<u8> {
     key
 }
 
-/// RFC 4648 base64, without padding.
-fn base64(value: &[u8]) -> Vec<u8> {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = Vec::with_capacity(value.len().div_ceil(3) * 4);
-    for group in value.chunks(3) {
-        let bits = group.iter().chain([0, 0].iter()).take(3).fold(0u32, |bits, b| bits << 8 | u32::from(*b));
-        let digits = (0..=group.len()).map(|n| DIGITS[(bits >> (18 - 6 * n) & 63) as usize]);
-        out.extend(digits);
-    }
-    out
-}
-
 fn gnu_key(name: &[u8]) -> Vec<u8> {
     let mut key = b"SCHILY.xattr.".to_vec();
     for byte in name {
@@ -183,9 +171,9 @@ fn gnu_key(name: &[u8]) -> Vec<u8> {
     key
 }
 
-/// The sparse map as it stands before the data, padded.
+/// The sparse map before the data, padded.
 fn sparse_map(ranges: &[(u64, u64)], size: u64) -> Vec<u8> {
-    // GNU tar finds the end of a file that ends in a hole by an empty range at its size.
+    // GNU tar finds the end of a file with a hole at its end by an empty range at its size.
     let ends_in_hole = ranges.last().is_none_or(|(offset, len)| offset + len < size);
     let mut map = format!("{}\n", ranges.len() + usize::from(ends_in_hole)).into_bytes();
     for (offset, len) in ranges.iter().copied().chain(ends_in_hole.then_some((size, 0))) {
@@ -195,12 +183,12 @@ fn sparse_map(ranges: &[(u64, u64)], size: u64) -> Vec<u8> {
     map
 }
 
-/// How many bytes of padding follow `len` bytes of data.
+/// Number of padding bytes after `len` bytes of data.
 pub fn padding(len: u64) -> usize {
     (len.next_multiple_of(BLOCK as u64) - len) as usize
 }
 
-/// Bytes of a sparse map as it stands before the data, without its padding; more than 1 MiB is refused by Go's readers.
+/// Size of a sparse map before the data, in bytes, without its padding. Go's readers refuse more than 1 MiB.
 pub fn sparse_map_bytes(ranges: &[(u64, u64)], size: u64) -> u64 {
     let digits = |n: u64| u64::from(n.checked_ilog10().unwrap_or(0)) + 1;
     let line = |n: u64| digits(n) + 1;
@@ -210,8 +198,8 @@ pub fn sparse_map_bytes(ranges: &[(u64, u64)], size: u64) -> u64 {
     count + end + ranges.iter().map(|(offset, len)| line(*offset) + line(*len)).sum::<u64>()
 }
 
-/// Appends the header block (or blocks) of an entry. For a sparse file its map too, so that the data come next.
-/// Gives how many bytes of data must follow.
+/// Appends the header blocks of an entry, and for a sparse file its map, so that the data comes next. Returns the number of
+/// data bytes that must follow (and be followed by [`padding`] for what is stored, the map included).
 pub fn append(out: &mut Vec<u8>, h: &Header<'_>, version: Version) -> u64 {
     let map = h.sparse.map(|ranges| sparse_map(ranges, h.size));
     let data = match h.sparse {
@@ -297,7 +285,7 @@ pub fn append(out: &mut Vec<u8>, h: &Header<'_>, version: Version) -> u64 {
     data
 }
 
-/// Fills what all headers have, and the checksum.
+/// Fills the fields that all headers have, and the checksum.
 fn finish(raw: &mut RawHeader, flag: u8, size: u64, uid: u64, gid: u64, mtime: u64) {
     octal(&mut raw.uid, uid);
     octal(&mut raw.gid, gid);
@@ -410,8 +398,9 @@ mod tests {
             "{}",
             two.escape_ascii()
         );
-        for (value, want) in [(&b""[..], &b""[..]), (b"\0", b"AA"), (b"ab", b"YWI"), (b"abc", b"YWJj")] {
-            assert_eq!(base64(value), want);
+        for (value, want) in [(&b""[..], ""), (b"\0", "AA"), (b"ab", "YWI"), (b"abc", "YWJj")] {
+            let (_, written) = xattr_record(b"user.=", value, Version::V2);
+            assert_eq!(written, want.as_bytes());
         }
     }
 

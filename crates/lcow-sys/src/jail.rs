@@ -1,48 +1,48 @@
-//! What a process did to lock itself in: one report for all systems.
+//! The report of a process that confined itself, the same for all systems.
 
 use serde::{Deserialize, Serialize};
 
-/// Which parts of the jail took hold. Inside a real VM all are false: the VM is the jail.
+/// The parts of the jail that are in force. Inside a virtual machine all are false: the machine is the jail.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JailReport {
-    /// System-call allow-list.
+    /// The system-call allow-list is installed.
     pub seccomp: bool,
-    /// No paths, no ports: the kernel's Landlock version, 0 if it has none.
+    /// ABI version of the kernel's Landlock, which denies all paths and ports; 0 if it has none.
     pub landlock_abi: u32,
-    /// Landlock enforces everything that was asked.
+    /// Landlock enforces everything that was requested.
     pub landlock_full: bool,
-    /// `PR_SET_NO_NEW_PRIVS`.
+    /// `no_new_privs` is set.
     pub no_new_privs: bool,
-    /// Own network namespace.
+    /// The process has its own network namespace.
     pub net_namespace: bool,
-    /// Own IPC and UTS namespaces.
+    /// The process has its own IPC and UTS namespaces.
     pub ipc_namespace: bool,
-    /// The root folder is an empty, unreachable file system.
+    /// The root directory is an empty file system that is not mounted anywhere else.
     pub empty_root: bool,
-    /// No descriptor of the daemon's was inherited.
+    /// Inherited descriptors were closed.
     #[serde(default)]
     pub closed_descriptors: bool,
-    /// Runs as a user that owns nothing.
+    /// The process runs as a user that owns nothing.
     pub unprivileged_user: bool,
-    /// No capability is left.
+    /// The process has no capabilities.
     pub no_capabilities: bool,
     /// All resource limits are set.
     pub limits: bool,
-    /// Windows: names of the walls that hold (job, token, integrity, mitigations).
+    /// Windows: names of the restrictions in force (job, token, integrity, mitigations).
     #[serde(default)]
     pub walls: Vec<String>,
-    /// Why parts did not take hold, for people.
+    /// For each part that could not be applied: why. For people.
     pub notes: Vec<String>,
 }
 
 impl JailReport {
-    /// No path can be opened: Landlock forbids all, or there is none below an empty root and the filter knows neither
-    /// open nor socket.
+    /// Whether no path can be opened: Landlock denies all, or the root is empty and the filter allows neither `open` nor
+    /// `socket`.
     pub fn no_path(&self) -> bool {
         self.landlock_abi > 0 || (self.empty_root && self.seccomp)
     }
 
-    /// Names of the walls that a strict jail asks for and that do not stand.
+    /// Names of the restrictions that a strict jail requires and that are not in force.
     pub fn missing(&self) -> Vec<&'static str> {
         let walls = [
             (self.seccomp, "system-call filter"),

@@ -1,36 +1,36 @@
-//! Bytes of a file into a pipe or socket without a copy through this process.
+//! Sends bytes of a file to a pipe or socket without copying them through this process.
 //!
 //! ```text
 //!   page cache of the file ──sendfile──► pipe │ unix socket: refers to the same pages (sockets: Linux 6.5 and later)
 //! ```
 //!
-//! Called by `agent` and `cli` for `disk_io::StreamOut`.
+//! Called by `svm-agent` and `cli`, which implement `disk_io::StreamOut` with it.
 
 use std::{fs::File, io};
 
-/// Sends up to `len` bytes of `file` from `offset` to `out`; gives how many. 0 means that the system cannot do it between
-/// these two, or that the file ends there.
+/// Sends up to `len` bytes of `file` from `offset` to `out` and returns the number sent. 0 means that the system cannot
+/// send between these two, or that the file ends at `offset`.
 ///
 /// # Errors
-/// What the system says of `out` (`BrokenPipe`, …).
+/// The error of `out`, for example `BrokenPipe`.
 #[cfg(target_os = "linux")]
 pub fn send_file(out: impl std::os::fd::AsFd, file: &File, offset: u64, len: u64) -> io::Result<u64> {
     use rustix::io::Errno;
-    /// The kernel sends at most this much at once.
+    /// Most bytes that the kernel sends in one call.
     const MOST: u64 = 0x7fff_f000;
     let mut at = offset;
     match rustix::fs::sendfile(out, file, Some(&mut at), len.min(MOST) as usize) {
         Ok(sent) => Ok(sent as u64),
-        // No such call for these two files, or not in this jail.
+        // The call does not support these two files, or the jail forbids it.
         Err(Errno::INVAL | Errno::NOSYS | Errno::PERM | Errno::OPNOTSUPP | Errno::OVERFLOW) => Ok(0),
         Err(e) => Err(e.into()),
     }
 }
 
-/// There is no such call here: 0.
+/// Returns 0: this system has no such call.
 ///
 /// # Errors
-/// None.
+/// Never fails.
 #[cfg(not(target_os = "linux"))]
 pub fn send_file<O>(_: O, _: &File, _: u64, _: u64) -> io::Result<u64> {
     Ok(0)
@@ -60,11 +60,11 @@ mod tests {
         got.clear();
         from.read_to_string(&mut got).unwrap();
         assert_eq!(got.len() as u64, sent);
-        // Nobody reads any more: an error, not "cannot".
+        // Without a reader it is an error, and not "cannot".
         let (from, to) = io::pipe().unwrap();
         drop(from);
         assert_eq!(send_file(&to, &file, 0, 10).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
-        // The kernel does not send to files that are appended to: left to the caller.
+        // The kernel does not send to files opened for appending; the caller writes.
         let folder = tempfile::tempdir().unwrap();
         let log = File::options().create(true).append(true).open(folder.path().join("log")).unwrap();
         assert_eq!(send_file(&log, &file, 0, 10).unwrap(), 0);

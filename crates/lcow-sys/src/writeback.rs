@@ -1,11 +1,11 @@
-//! Starts the disk on what is written while the rest is still being made, so that the sync at the end finds it done.
+//! Starts write-back of an image while the rest is still being produced, so that the sync at the end has little left.
 //!
 //! ```text
 //!   writes ──► page cache ── every STEP ──► sync_file_range(SYNC_FILE_RANGE_WRITE): begins writing, waits for nothing
 //! ```
 //!
-//! Only a hint: what is durable is decided by the sync at the end, and a kernel or file system without the call loses
-//! nothing but time. Called by `agent` for images, and by `cli`.
+//! Only a hint: durability is decided by the sync at the end, and without the call only time is lost. Called by `svm-agent`
+//! and `cli` for images.
 
 use std::{
     fs::File,
@@ -14,15 +14,15 @@ use std::{
 
 /// Bytes between two hints: large enough for long requests, small enough to leave little for the end.
 const STEP: u64 = 8 << 20;
-/// The page that is being filled is left out: it would be written twice.
+/// Hints end at multiples of this, since a page that is still being filled would be written twice.
 const PAGES: u64 = 64 << 10;
 
-/// How far a file's writing has been started.
+/// Up to where the write-back of a file has been started.
 #[derive(Debug, Default)]
 pub struct Writeback(AtomicU64);
 
 impl Writeback {
-    /// Tells that the file was written up to `end`, in ascending order mostly.
+    /// Records that the file has been written up to `end`, in mostly ascending order.
     pub fn written(&self, file: &File, end: u64) {
         let from = self.0.load(Ordering::Relaxed);
         if end < from.saturating_add(STEP) {
@@ -34,7 +34,7 @@ impl Writeback {
     }
 }
 
-/// Starts a range.
+/// Starts the write-back of a range.
 #[cfg(target_os = "linux")]
 fn start(file: &File, from: u64, end: u64) {
     use std::os::fd::AsRawFd;

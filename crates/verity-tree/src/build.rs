@@ -1,15 +1,15 @@
-//! Builds the tree while the image is written.
+//! Builds the tree while the image is being written.
 //!
 //! ```text
 //!   writer ─ write_at ─► TreeDisk ─┬─► disk
 //!                                  ├─ next in order ──► chunk of 256 KiB ──► hashing thread ─► leaves
-//!                                  ├─ gap ────────────► so many leaves of zeros
-//!                                  └─ behind the front ─► block noted, hashed anew from the disk at the end
+//!                                  ├─ gap ────────────► leaves of zeros
+//!                                  └─ before the front ─► block recorded, read back and hashed at the end
 //! ```
 //!
-//! Image writers write nearly everything in ascending order; what they go back for (super block, group descriptors) is
-//! little. Memory: four chunks, 2 MiB of leaves where a scratch disk is given (32 bytes per 4 KiB of image where not),
-//! a number for each block noted.
+//! Image writers write nearly everything in ascending order and go back for little (super block, group descriptors).
+//! Memory: four chunks, 2 MiB of leaves with a scratch disk (without one, 32 bytes per 4 KiB of image), and a number for
+//! each recorded block.
 
 use super::{
     BLOCK, HASH, Hash, Levels, PER_BLOCK, SALT, SuperBlock, VerityError, hash_block, leaves::Leaves,
@@ -25,17 +25,17 @@ use std::{
 
 /// Bytes handed to the hashing thread at a time.
 const CHUNK: usize = 256 << 10;
-/// Chunks waiting for it: with one being filled and one being hashed, all that exist.
+/// Chunks queued for it; one more is being filled and one is being hashed.
 const QUEUED: usize = 2;
 
-/// What was appended.
+/// The appended tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TreeSummary {
     /// The root hash.
     pub root: Hash,
-    /// Where the super block stands.
+    /// Offset of the super block, in bytes.
     pub hash_offset: u64,
-    /// End of the tree: size of the disk without a footer.
+    /// End of the tree, in bytes: the size of the disk without a footer.
     pub end: u64,
 }
 
@@ -43,36 +43,39 @@ pub struct TreeSummary {
 enum Job {
     /// Whole blocks.
     Chunk(Vec<u8>),
-    /// So many blocks of zeros.
+    /// A number of blocks of zeros.
     Zeros(u64),
 }
 
-/// The front of what was written in order.
+/// The end of the bytes that were written in order.
 struct Front<S> {
-    /// Bytes of the blocks from `start` on, not handed over yet.
+    /// Bytes of the blocks from `start`, not yet handed over.
     chunk: Vec<u8>,
     start: u64,
-    /// Blocks below the front that were written again.
+    /// Blocks before the front that were written again.
     again: BTreeSet<u64>,
     jobs: SyncSender<Job>,
     back: Receiver<Vec<u8>>,
     thread: JoinHandle<io::Result<Leaves<S>>>,
 }
 
-/// A disk whose blocks are hashed as they are written. Without a tree it is the disk alone.
+/// A disk whose blocks are hashed as they are written. [`TreeDisk::plain`] only passes everything through.
 pub struct TreeDisk<W, S> {
     disk: W,
-    /// Gone when the tree is written.
+    /// `None` without a tree, and once the tree has been written.
     front: Mutex<Option<Front<S>>>,
 }
 
 impl<W: WriteAt, S: WriteAt + 'static> TreeDisk<W, S> {
-    /// The disk alone.
+    /// A disk without a tree.
     pub fn plain(disk: W) -> Self {
         Self { disk, front: Mutex::new(None) }
     }
 
-    /// Hashes what is written to `disk`, which must be empty. `scratch` takes the leaves of images over 256 MiB.
+    /// Hashes everything that is written to `disk`, which must be empty.
+    ///
+    /// `scratch` holds the leaves of images of more than 256 MiB, so that memory stays below 4 MiB; without it, 32 bytes
+    /// per 4 KiB of image are kept in memory.
     ///
     /// # Errors
     /// If no thread can be started.
@@ -87,25 +90,25 @@ impl<W: WriteAt, S: WriteAt + 'static> TreeDisk<W, S> {
         Ok(Self { disk, front: Mutex::new(Some(front)) })
     }
 
-    /// The disk.
+    /// The disk below.
     pub fn disk(&self) -> &W {
         &self.disk
     }
 
-    /// Gives the tree up; the scratch disk is free for another when this returns.
+    /// Abandons the tree; the scratch disk is unused when this returns.
     pub fn abandon(&self) {
         if let Some(Front { jobs, thread, .. }) = self.front.lock().take() {
             drop(jobs);
-            // Whatever became of the leaves: nobody wants them.
+            // The leaves are not needed, so neither is the error.
             let _ = thread.join();
         }
     }
 
-    /// Appends the tree to a file system of `fs_bytes`; `None` for the disk alone, and when
-    /// it was done already. `uuid` is the super block's.
+    /// Appends the tree to a file system of `fs_bytes`, with `uuid` in its super block. Returns `None` for a disk without a
+    /// tree, and if the tree has already been written or abandoned.
     ///
     /// # Errors
-    /// If the disk or the scratch disk fails.
+    /// [`VerityError::Io`] if the disk or the scratch disk fails.
     pub fn finish(&self, fs_bytes: u64, uuid: [u8; 16]) -> Result<Option<TreeSummary>, VerityError> {
         let Some(mut front) = self.front.lock().take() else { return Ok(None) };
         let disk = &self.disk;
@@ -207,7 +210,7 @@ impl<S> Front<S> {
         Ok(())
     }
 
-    /// What lies between the front and `offset` reads as zeros.
+    /// Hashes the bytes between the front and `offset` as zeros, which is how they read.
     fn skip_to(&mut self, offset: u64) -> io::Result<()> {
         let end = self.end();
         let gap = offset.saturating_sub(end);
@@ -227,7 +230,7 @@ impl<S> Front<S> {
         if self.chunk.len() == CHUNK { self.hand_over() } else { Ok(()) }
     }
 
-    /// Gives the chunk, which ends with a block, to the thread.
+    /// Passes the chunk, which consists of whole blocks, to the thread.
     fn hand_over(&mut self) -> io::Result<()> {
         if self.chunk.is_empty() {
             return Ok(());
@@ -252,7 +255,7 @@ fn hash_jobs<S: WriteAt>(
             Job::Zeros(n) => (0..n).try_for_each(|_| leaves.push(zeros))?,
             Job::Chunk(chunk) => {
                 chunk.chunks_exact(BLOCK).try_for_each(|block| leaves.push(hash_block(&salt, block)))?;
-                // The writer may have stopped listening; it still wants the leaves.
+                // The writer may no longer receive chunks; it still needs the leaves.
                 let _ = emptied.send(chunk);
             }
         }

@@ -1,11 +1,11 @@
-//! Holds an image against its tree, block by block.
+//! Verifies an image against its tree, block by block.
 //!
 //! ```text
 //!   top level ──► hashes of the next level's blocks ──► … ──► leaves ──► data blocks
 //! ```
 //!
-//! The tree is believed from the top down: a block of hashes that does not match the one above it is damaged, and what
-//! hangs below it cannot be told.
+//! Trust goes from the top down: a block of hashes that does not match the level above is damaged, and the blocks below it
+//! cannot be verified.
 
 use super::{
     BLOCK, HASH, Hash, Levels, PER_BLOCK, SuperBlock, VerityError, find, hash_block,
@@ -14,26 +14,26 @@ use super::{
 use disk_io::ReadAt;
 use std::ops::Range;
 
-/// Damaged ranges that are told one by one.
+/// Most damaged ranges that are listed.
 const MAX_RANGES: usize = 1024;
 
-/// What a check found.
+/// The result of a check.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CheckReport {
-    /// The root hash that the tree itself gives.
+    /// The root hash, computed from the top level of the tree.
     pub root: Hash,
-    /// Data blocks of 4096 bytes.
+    /// Number of data blocks of 4096 bytes.
     pub data_blocks: u64,
-    /// Data blocks that do not match their leaf.
+    /// Number of data blocks that do not match their leaf.
     pub bad_blocks: u64,
-    /// Byte ranges of the disk that do not match, ascending, neighbours joined; at most 1024.
+    /// Byte ranges of the disk that do not match, ascending, adjacent ones joined; at most 1024.
     pub damaged: Vec<Range<u64>>,
-    /// Byte ranges of the tree that do not match.
+    /// Byte ranges of the tree that do not match, in the order of checking (top level first); at most 1024.
     pub damaged_tree: Vec<Range<u64>>,
 }
 
 impl CheckReport {
-    /// Whether all is as the tree says (that its root is the right one, the caller compares).
+    /// Whether data and tree match. The caller must still compare [`CheckReport::root`] with the expected root.
     pub fn is_sound(&self) -> bool {
         self.bad_blocks == 0 && self.damaged_tree.is_empty()
     }
@@ -49,12 +49,12 @@ fn note(ranges: &mut Vec<Range<u64>>, at: u64) {
     }
 }
 
-/// The root hash that the tree gives, from its top level alone.
+/// Computes the root hash from the top level alone, without verifying anything below it.
 ///
 /// # Errors
-/// If the disk fails.
+/// [`VerityError::Io`] if the disk fails or ends before the tree.
 pub fn root<D: ReadAt + ?Sized>(disk: &D, superblock: &SuperBlock) -> Result<Hash, VerityError> {
-    // The top level stands first; where there is none, the one data block is the top.
+    // The top level is first; without levels, the only data block is the top.
     let levels = Levels::new(superblock.data_blocks);
     let at = if levels.levels.is_empty() { 0 } else { superblock.offset + BLOCK as u64 };
     let mut block = [0; BLOCK];
@@ -62,10 +62,11 @@ pub fn root<D: ReadAt + ?Sized>(disk: &D, superblock: &SuperBlock) -> Result<Has
     Ok(hash_block(&superblock.salt, &block))
 }
 
-/// Reads every block of the tree and of the data. `progress` hears how many bytes of data were read.
+/// Reads every block of the tree and of the data. `progress` is called with the number of data bytes read so far.
 ///
 /// # Errors
-/// If the disk fails or ends inside the tree; damage is no error but in the report.
+/// [`VerityError::Io`] if the disk fails, [`VerityError::Corrupt`] if it ends inside the tree. Damaged blocks are not an
+/// error; they are in the report.
 pub fn check<D: ReadAt + ?Sized>(
     disk: &D,
     superblock: &SuperBlock,
@@ -125,19 +126,19 @@ pub fn check<D: ReadAt + ?Sized>(
     Ok(report)
 }
 
-/// Holds what stands around the tree, or in its place, against zeros: between the end of the file system and the super
-/// block, behind what is used of that, and behind the tree up to the end of the disk. With `tree` a tree must stand
-/// there, else nothing may.
+/// Checks that all bytes around the tree are zero: between the end of the file system and the super block, after the used
+/// part of the super block, and after the tree up to the end of the disk. If `tree` is set, there must be a tree;
+/// otherwise all bytes after the file system must be zero.
 ///
 /// # Errors
-/// [`VerityError::Corrupt`] for a byte that is not zero, or a tree that is missing; if the disk fails.
+/// [`VerityError::Corrupt`] for a byte that is not zero, or a missing tree; [`VerityError::Io`] if the disk fails.
 pub fn check_around<D: ReadAt + ?Sized>(disk: &D, fs_bytes: u64, tree: bool) -> Result<(), VerityError> {
     let size = disk.size().map_err(VerityError::io("measuring the disk", fs_bytes))?;
     if !tree {
         return zeros(disk, fs_bytes..size);
     }
     let Some(superblock) = find(disk, fs_bytes)? else {
-        let reason = "no hash tree stands behind the file system".into();
+        let reason = "no hash tree follows the file system".into();
         return Err(VerityError::Corrupt { offset: fs_bytes, reason });
     };
     let levels = superblock.offset + BLOCK as u64;
@@ -153,9 +154,9 @@ fn zeros<D: ReadAt + ?Sized>(disk: &D, range: Range<u64>) -> Result<(), VerityEr
     while at < range.end {
         let len = (range.end - at).min(buffer.len() as u64) as usize;
         let part = &mut buffer[..len];
-        disk.read_exact_at(part, at).map_err(VerityError::io("reading behind the file system", at))?;
+        disk.read_exact_at(part, at).map_err(VerityError::io("reading after the file system", at))?;
         if let Some(found) = part.iter().position(|b| *b != 0) {
-            let reason = "a byte that belongs to nobody is not zero".into();
+            let reason = "a byte outside of file system and hash tree is not zero".into();
             return Err(VerityError::Corrupt { offset: at + found as u64, reason });
         }
         at += len as u64;

@@ -1,30 +1,30 @@
-//! What can go wrong with a hash tree.
+//! Errors of building, finding and checking a hash tree.
 
 use std::io;
 
-/// Why a hash tree could not be written, read or believed.
+/// Why a hash tree could not be written or read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VerityError {
     /// The super block or the tree contradicts the format or itself.
     #[error("corrupt hash tree at byte {offset}: {reason}")]
     Corrupt {
-        /// Byte of the disk.
+        /// Offset on the disk, in bytes.
         offset: u64,
         /// What is wrong.
         reason: String,
     },
-    /// Sound, but of a kind that is not read here.
+    /// Valid, but with parameters that this crate does not implement.
     #[error("unsupported hash tree: {0}")]
     Unsupported(String),
     /// The disk failed.
     #[error("{what} at byte {offset}")]
     Io {
-        /// What was being done.
+        /// What failed, as "reading the image".
         what: &'static str,
-        /// Byte of the disk.
+        /// Offset on the disk, in bytes.
         offset: u64,
-        /// What the system said.
+        /// The error of the disk.
         source: io::Error,
     },
 }

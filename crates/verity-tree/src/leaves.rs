@@ -1,4 +1,4 @@
-//! The leaves while their final place is unknown: in memory while they are few, then on a scratch disk.
+//! The leaves until their final place is known: first in memory, and on a scratch disk beyond 64 Ki of them.
 
 use super::{BLOCK, HASH, Hash};
 use disk_io::WriteAt;
@@ -10,7 +10,7 @@ pub(super) const IN_MEMORY: usize = 64 << 10;
 /// A growing list of hashes.
 pub(super) struct Leaves<S> {
     scratch: Option<S>,
-    /// How many are on the scratch disk, before those in memory.
+    /// Number of leaves on the scratch disk; they precede those in memory.
     spilled: u64,
     recent: Vec<Hash>,
 }
@@ -36,7 +36,7 @@ impl<S: WriteAt> Leaves<S> {
         Ok(())
     }
 
-    /// Replaces one.
+    /// Replaces a leaf.
     pub(super) fn set(&mut self, index: u64, hash: Hash) -> io::Result<()> {
         if let Some(recent) = index.checked_sub(self.spilled) {
             let slot = usize::try_from(recent).ok().and_then(|i| self.recent.get_mut(i));
@@ -46,7 +46,7 @@ impl<S: WriteAt> Leaves<S> {
         self.scratch.as_ref().map_or(Ok(()), |s| s.write_all_at(&hash, index * HASH as u64))
     }
 
-    /// Puts the hashes from `first` on into `block` (128 or what is left of them, zeros behind).
+    /// Fills `block` with the hashes from `first`: 128, or the remaining ones and zeros.
     pub(super) fn block(&self, first: u64, block: &mut [u8; BLOCK]) -> io::Result<()> {
         let n = (self.len().saturating_sub(first)).min((BLOCK / HASH) as u64);
         let on_disk = self.spilled.saturating_sub(first).min(n);

@@ -1,25 +1,38 @@
-//! dm-verity: a tree of hashes behind a layer's file system, so that every block can be held against one root hash.
+//! dm-verity hash trees: built while an image is written, and checked block by block against one root hash.
 //!
 //! ```text
 //!   0               fs end    hash_offset = fs end rounded up to 4096
-//!   ┌───────────────┬────────┬─────────────┬───────────┬─────┬──────────────────┬────────────┐
-//!   │ ext4          │ zeros  │ super block │ top level │  …  │ level 0 (leaves) │ VHD footer │
-//!   └───────────────┴────────┴──────┬──────┴───────────┴─────┴──────────────────┴────────────┘
-//!    └─ data blocks of 4096 bytes ─┘└ 4096 bytes, 512 used    a block of hashes holds 128, the last one zero-padded
+//!   ┌───────────────┬────────┬─────────────┬───────────┬─────┬──────────────────┐
+//!   │ file system   │ zeros  │ super block │ top level │  …  │ level 0 (leaves) │  anything (a VHD footer)
+//!   └───────────────┴────────┴──────┬──────┴───────────┴─────┴──────────────────┘
+//!    └─ data blocks of 4096 bytes ─┘└ 4096 bytes, 512 used    a block holds 128 hashes, the last one zero-padded
 //!
 //!   leaf = SHA-256(salt ‖ data block)     node = SHA-256(salt ‖ block of hashes)     root = node of the top level's block
 //! ```
 //!
-//! Format: `Documentation/admin-guide/device-mapper/verity.rst` and cryptsetup's `verity` super block, version 1 (salt
-//! first), SHA-256, 4096/4096, salt 32 zero bytes: what hcsshim writes, so that equal file systems have equal roots.
-//! `veritysetup verify --hash-offset` agrees. The root itself is not in the image: `layer.json` keeps it.
+//! * [`TreeDisk`] sits between an image writer and its disk. It hashes on a second thread whatever is written, in any
+//!   order, and appends the tree. Only blocks that were written more than once are read back.
+//! * [`find`] reads the super block after a file system, [`check`] verifies the tree and all data, and [`root`] computes the
+//!   root hash from the top level.
 //!
-//! * [`TreeDisk`] stands between an image writer and its disk: it hashes on a second thread what passes, in whatever
-//!   order it comes, and appends the tree. Nothing is read twice save blocks that were written in two strokes.
-//! * [`check`] reads an image with its tree and tells the damaged blocks.
+//! The root hash is not part of the image. Store it where an attacker cannot change it, and compare it with
+//! [`CheckReport::root`].
 //!
-//! Invariants: the tree depends on the bytes of the disk only, never on the order of writes; memory is bounded (see
-//! [`TreeDisk`]); what is read is hostile. Called by `diff::apply`, by `agent` for scrub, and by `cli`.
+//! Sources: `Documentation/admin-guide/device-mapper/verity.rst` of Linux, and cryptsetup's `lib/verity/verity.c`.
+//!
+//! # Limits
+//!
+//! Super block version 1, hash type 1 (salt first), SHA-256, blocks of 4096 bytes; other parameters are reported as
+//! [`VerityError::Unsupported`]. No forward error correction. The tree is read from untrusted disks: all numbers are checked
+//! before use. Memory is bounded: see [`TreeDisk::hashing`]; a check needs 32 bytes per 512 KiB of data.
+//!
+//! # Byte stability
+//!
+//! The tree depends only on the data, and the super block also on the UUID; the salt is 32 zero bytes (as hcsshim writes
+//! it), so equal file systems have equal root hashes. `veritysetup verify` accepts the result. All releases with the same
+//! major version write the same bytes.
+
+#![forbid(unsafe_code)]
 
 mod build;
 mod check;
@@ -36,16 +49,20 @@ pub use superblock::{SuperBlock, find};
 
 use sha2::{Digest, Sha256};
 
-/// Bytes of a data block and of a block of hashes.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+/// Size of a data block and of a block of hashes, in bytes.
 pub const BLOCK: usize = 4096;
-/// Bytes of a hash.
+/// Size of a hash, in bytes.
 pub const HASH: usize = 32;
 /// Hashes in a block.
 const PER_BLOCK: u64 = (BLOCK / HASH) as u64;
 /// Bytes of the salt, all zero.
 const SALT: usize = 32;
 
-/// A hash of the tree.
+/// A SHA-256 hash of the tree.
 pub type Hash = [u8; HASH];
 
 /// Hash of one block of data or of hashes.
@@ -53,10 +70,10 @@ fn hash_block(salt: &[u8], block: &[u8]) -> Hash {
     Sha256::new().chain_update(salt).chain_update(block).finalize().into()
 }
 
-/// Where the levels lie, from the number of data blocks alone.
+/// The places of the levels, which follow from the number of data blocks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Levels {
-    /// First block (counted from the block behind the super block) and number of blocks; level 0 first.
+    /// First block (0 is the block after the super block) and number of blocks; level 0 first.
     levels: Vec<(u64, u64)>,
 }
 
@@ -71,24 +88,24 @@ impl Levels {
         }
         let mut levels = Vec::with_capacity(counts.len());
         for (level, &count) in counts.iter().enumerate() {
-            // The levels above stand before it.
+            // The levels above precede it.
             levels.push((counts[level + 1..].iter().sum(), count));
         }
         Self { levels }
     }
 
-    /// Blocks of the whole tree.
+    /// Number of blocks of the whole tree.
     fn blocks(&self) -> u64 {
         self.levels.iter().map(|(_, count)| count).sum()
     }
 }
 
-/// Bytes that the super block and the tree take for a file system of `fs_bytes`.
+/// Size of super block and tree for a file system of `fs_bytes`, in bytes.
 pub fn tree_bytes(fs_bytes: u64) -> u64 {
     (1 + Levels::new(fs_bytes.div_ceil(BLOCK as u64)).blocks()) * BLOCK as u64
 }
 
-/// Where the super block stands behind a file system of `fs_bytes`.
+/// Offset of the super block after a file system of `fs_bytes`.
 pub fn hash_offset(fs_bytes: u64) -> u64 {
     fs_bytes.next_multiple_of(BLOCK as u64)
 }

@@ -5,7 +5,7 @@
 //!   72 data blocks │ 80 salt size │ 82 zeros │ 88 salt (256 bytes) │ 344 zeros
 //! ```
 //!
-//! As cryptsetup's `lib/verity/verity.c` has it.
+//! Source: cryptsetup, `lib/verity/verity.c`. Everything but the UUID is checked when it is read.
 
 use super::{BLOCK, SALT, VerityError, hash_offset};
 use disk_io::ReadAt;
@@ -37,25 +37,25 @@ struct Raw {
     salt: [u8; MAX_SALT],
     reserved2: [u8; 168],
 }
-/// Bytes of the super block that are used.
+/// Used bytes of the super block.
 pub(super) const SUPERBLOCK_BYTES: u64 = 512;
 const _: () = assert!(size_of::<Raw>() as u64 == SUPERBLOCK_BYTES);
 
-/// What a super block says.
+/// A parsed super block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SuperBlock {
-    /// Byte of the disk where it stands; the data blocks end here.
+    /// Its offset on the disk, in bytes; also the end of the data blocks.
     pub offset: u64,
     /// Its UUID; no hash covers it.
     pub uuid: [u8; 16],
-    /// Data blocks of [`BLOCK`] bytes.
+    /// Number of data blocks of [`BLOCK`] bytes.
     pub data_blocks: u64,
     /// The salt, at most 256 bytes.
     pub salt: Vec<u8>,
 }
 
 impl SuperBlock {
-    /// For a tree that is written here.
+    /// The super block of a new tree.
     pub(super) fn new(data_blocks: u64, uuid: [u8; 16]) -> Self {
         Self { offset: data_blocks * BLOCK as u64, uuid, data_blocks, salt: vec![0; SALT] }
     }
@@ -81,8 +81,8 @@ impl SuperBlock {
     /// Reads the super block at `offset`.
     ///
     /// # Errors
-    /// `Corrupt` where there is none or it does not end the data at `offset`, `Unsupported` for other hashes and block
-    /// sizes.
+    /// [`VerityError::Corrupt`] if there is none or its data does not end at `offset`; [`VerityError::Unsupported`] for
+    /// other hashes and block sizes; [`VerityError::Io`] if the disk fails.
     pub fn read<D: ReadAt + ?Sized>(disk: &D, offset: u64) -> Result<Self, VerityError> {
         let mut raw = Raw::new_zeroed();
         disk.read_exact_at(raw.as_mut_bytes(), offset)
@@ -95,7 +95,7 @@ impl SuperBlock {
         let (data, hash) = (raw.data_block_size.get(), raw.hash_block_size.get());
         if raw.version.get() != VERSION || raw.hash_type.get() != HASH_TYPE || name != ALGORITHM {
             return Err(VerityError::Unsupported(format!(
-                "version {}, hash type {}, algorithm '{}' (1, 1 and sha256 are known)",
+                "version {}, hash type {}, algorithm '{}' (supported: 1, 1, sha256)",
                 raw.version,
                 raw.hash_type,
                 name.escape_ascii()
@@ -103,23 +103,24 @@ impl SuperBlock {
         }
         if data as usize != BLOCK || hash as usize != BLOCK {
             return Err(VerityError::Unsupported(format!(
-                "blocks of {data} and {hash} bytes (4096 are known)"
+                "blocks of {data} and {hash} bytes (supported: 4096)"
             )));
         }
         let salt = raw.salt.get(..usize::from(raw.salt_size.get()));
         let salt = salt.ok_or_else(|| corrupt(format!("a salt of {} bytes", raw.salt_size)))?.to_vec();
         let data_blocks = raw.data_blocks.get();
         if data_blocks == 0 || data_blocks.checked_mul(BLOCK as u64) != Some(offset) {
-            return Err(corrupt(format!("{data_blocks} data blocks do not end where it stands")));
+            return Err(corrupt(format!("{data_blocks} data blocks do not end at the super block")));
         }
         Ok(Self { offset, uuid: raw.uuid, data_blocks, salt })
     }
 }
 
-/// The tree behind a file system of `fs_bytes` on `disk` (a VHD without its footer); `None` if there is none.
+/// The super block of the tree after a file system of `fs_bytes` on `disk` (a VHD without its footer); `None` if there is
+/// none.
 ///
 /// # Errors
-/// As [`SuperBlock::read`], if there is one.
+/// As [`SuperBlock::read`], if there is a signature.
 pub fn find<D: ReadAt + ?Sized>(disk: &D, fs_bytes: u64) -> Result<Option<SuperBlock>, VerityError> {
     let offset = hash_offset(fs_bytes);
     let size = disk.size().map_err(VerityError::io("measuring the disk", offset))?;

@@ -1,4 +1,4 @@
-//! The tree by its check values, by `veritysetup`, and in any order of writes.
+//! Known trees, `veritysetup` as the oracle, damage, and any order of writes.
 
 use super::*;
 use disk_io::{FaultDisk, MemDisk, ReadAt, WriteAt};
@@ -80,7 +80,7 @@ fn a_check_finds_each_damaged_block_and_no_other() {
     assert_eq!(report.bad_blocks, 4);
     assert_eq!(report.damaged, [0..4096, 4096 * 7..4096 * 9, 4096 * 299..4096 * 300]);
     assert!(report.damaged_tree.is_empty());
-    // The second block of leaves: blocks 128 to 255 can't be told.
+    // The second block of leaves: blocks 128 to 255 cannot be verified.
     let leaves = superblock.offset + 4096 * 3;
     flip(leaves);
     let report = check(&disk, &superblock, &mut |_| {}).unwrap();
@@ -91,7 +91,7 @@ fn a_check_finds_each_damaged_block_and_no_other() {
 }
 
 #[test]
-fn damaged_and_foreign_superblocks_are_told_apart() {
+fn damaged_and_foreign_superblocks_are_distinguished() {
     let (disk, _) = tree_of(&pattern(8192));
     let mut whole = vec![0; disk.size().unwrap() as usize];
     disk.read_exact_at(&mut whole, 0).unwrap();

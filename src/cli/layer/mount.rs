@@ -75,7 +75,6 @@ pub(super) fn mount(args: &MountArgs) -> Result<ExitCode, CliError> {
         noatime: true,
         nodev: true,
         nosuid: true,
-        ..Ext4Options::default()
     };
     mount_ext4(&device.path, &args.folder, options).map_err(|e| failed("mount", &args.image, &e))?;
     print(&format!("{name} is mounted on {}; `umount` ends it\n", shown(&args.folder)))?;

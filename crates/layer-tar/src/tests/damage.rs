@@ -61,14 +61,14 @@ fn bad_archives_name_entry_and_place() {
             sparse(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"3,2,4,2")], b"abcd"),
             "overlap",
         ),
-        ("sparse sum", sparse(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"3,2")], b"abcd"), "sum up"),
+        ("sparse sum", sparse(&[("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"3,2")], b"abcd"), "add up"),
         (
             "sparse count",
             sparse(
                 &[("GNU.sparse.size", b"9"), ("GNU.sparse.numblocks", b"2"), ("GNU.sparse.map", b"3,2")],
                 b"ab",
             ),
-            "count of segments",
+            "number of segments",
         ),
         (
             "sparse map in too little data",
@@ -79,9 +79,9 @@ fn bad_archives_name_entry_and_place() {
             "does not fit",
         ),
         (
-            "sparse folder",
+            "sparse directory",
             first().pax(b'x', &[("GNU.sparse.map", b"0,0")]).entry("s", b'5', b"").end(),
-            "no file",
+            "not a file",
         ),
         ("global header of no records", first().entry("g", b'g', b"12 size=512").end(), "bad record"),
         (

@@ -1,6 +1,6 @@
-//! Descriptors that are not sockets of tokio's own (message sockets, pidfds) on its event loop.
+//! Registers descriptors that tokio has no type for (message sockets, pidfds) with its event loop.
 //!
-//! Called by `svm::embedded`, within a runtime.
+//! Called by `svm::embedded`, within a runtime. Only with the feature `tokio`.
 
 use std::{io, os::fd::OwnedFd};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -8,7 +8,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 /// Watches `fd`, which should be non-blocking, for `interest`.
 ///
 /// # Errors
-/// What the event loop says.
+/// The descriptor cannot be polled, or the event loop has shut down.
 pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` returns the same descriptor for as long as it lives and closes it only when dropped; the
     // `AsyncFd` owns it from here on and deregisters it first.

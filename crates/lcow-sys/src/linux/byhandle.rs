@@ -1,12 +1,12 @@
-//! A mounted ext4, looked at by inode number.
+//! Access to a mounted ext4 by inode number.
 //!
 //! ```text
-//!   device ─fsopen, fsmount─► a mount without a place ─open_by_handle_at(inode)─► descriptor ─► statx, getdents, FIEMAP …
+//!   device ─fsopen, fsmount─► a detached mount ─open_by_handle_at(inode)─► descriptor ─► statx, getdents, FIEMAP …
 //! ```
 //!
-//! The mount is read-only, nosuid, nodev and noexec, and nowhere in the tree of names; it goes with the [`Tree`] and the
-//! last file opened from it. An inode is opened by the handle that an NFS server would use, with generation 0, which
-//! ext4 takes for any. Needs `CAP_SYS_ADMIN`, `CAP_DAC_READ_SEARCH` and /proc. Called by `agent::mount` in a guest.
+//! The mount is read-only, nosuid, nodev and noexec, and not attached anywhere; it ends with the [`Tree`] and the last file
+//! opened from it. An inode is opened by the handle that an NFS server would use, with generation 0, which ext4 accepts
+//! for any generation. Needs `CAP_SYS_ADMIN`, `CAP_DAC_READ_SEARCH` and /proc. Called by `svm-agent` in a guest.
 
 use super::{Context, SysError};
 use rustix::{
@@ -32,14 +32,14 @@ const FS_IOC_FIEMAP: u64 = 0xC020_660B;
 const EXTENT_LAST: u32 = 1;
 /// `FIEMAP_EXTENT_UNWRITTEN`.
 const EXTENT_UNWRITTEN: u32 = 0x800;
-/// Extents asked for at once.
+/// Extents requested in one call.
 const EXTENTS: usize = 64;
-/// Bytes of names asked for at once.
+/// Size of the buffer for directory entries, in bytes.
 const NAMES: usize = 64 << 10;
 /// `XATTR_SIZE_MAX` and `XATTR_LIST_MAX`.
 const XATTR_MAX: usize = 64 << 10;
 
-const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// `struct file_handle` with an inode and its generation.
 #[repr(C)]
@@ -74,59 +74,62 @@ struct Fiemap {
     extents: [FiemapExtent; EXTENTS],
 }
 
+const _: () = assert!(size_of::<Handle>() == 16 && size_of::<FiemapExtent>() == 56);
+const _: () = assert!(size_of::<Fiemap>() == 32 + EXTENTS * size_of::<FiemapExtent>());
+
 /// An inode's metadata.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stat {
-    /// Type and permissions.
+    /// Type and permission bits (`st_mode`).
     pub mode: u16,
-    /// Names.
+    /// Number of hard links.
     pub links: u32,
-    /// Owner.
+    /// User id of the owner.
     pub uid: u32,
-    /// Group.
+    /// Group id of the owner.
     pub gid: u32,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     /// Last change of data: seconds since 1970, nanoseconds.
     pub mtime: (i64, u32),
-    /// Last change of the inode.
+    /// Last change of the inode: seconds since 1970, nanoseconds.
     pub ctime: (i64, u32),
     /// Major and minor number of a device.
     pub rdev: (u32, u32),
-    /// The kernel can't show what is in it: it is encrypted.
+    /// Its content is encrypted, so the kernel cannot show it.
     pub encrypted: bool,
 }
 
-/// A name of a folder.
+/// An entry of a directory.
 #[derive(Debug)]
 pub struct Name<'a> {
-    /// Its bytes.
+    /// Its name.
     pub name: &'a [u8],
-    /// Its inode.
+    /// Its inode number.
     pub ino: u64,
-    /// Its type; unknown where the folder does not tell.
+    /// Its type; unknown if the directory does not record it.
     pub kind: FileType,
 }
 
 /// A mounted file system.
 #[derive(Debug)]
 pub struct Tree {
-    /// Its root: what stands for the mount itself takes no look-ups.
+    /// Its root directory: the descriptor of the mount itself accepts no lookups.
     root: OwnedFd,
     _mount: Option<OwnedFd>,
 }
 
 impl Tree {
-    /// Mounts the ext4 on `device`. Its journal is replayed, to the device.
+    /// Mounts the ext4 on `device`. The kernel replays its journal to the device.
     ///
     /// # Errors
-    /// [`SysError::Os`]: what the kernel says; its log says more.
+    /// [`SysError::Os`]; the kernel log has the details.
     pub fn mount(device: &Path) -> Result<Self, SysError> {
         let action = "mount ext4 from";
         let fs = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC).context(action, device)?;
         fsconfig_set_string(fs.as_fd(), "source", device).context(action, device)?;
         fsconfig_set_flag(fs.as_fd(), "ro").context(action, device)?;
-        // What its super block asks for (`errors=panic`) is not to be had.
+        // Overrides an on-disk `errors=panic`, which would take the guest down.
         fsconfig_set_string(fs.as_fd(), "errors", "remount-ro").context(action, device)?;
         fsconfig_create(fs.as_fd()).context(action, device)?;
         let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
@@ -136,16 +139,16 @@ impl Tree {
             | MountAttrFlags::MOUNT_ATTR_NOATIME;
         let mount = fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).context(action, device)?;
         let root =
-            rustix::fs::openat(&mount, c".", FOLDER, Mode::empty()).context("open the root of", device)?;
+            rustix::fs::openat(&mount, c".", DIRECTORY, Mode::empty()).context("open the root of", device)?;
         Ok(Self { root, _mount: Some(mount) })
     }
 
-    /// The ext4 in which `folder` lies.
+    /// The ext4 that contains `directory`.
     ///
     /// # Errors
     /// [`SysError::Os`].
-    pub fn of(folder: &Path) -> Result<Self, SysError> {
-        let root = rustix::fs::open(folder, FOLDER, Mode::empty()).context("open", folder)?;
+    pub fn of(directory: &Path) -> Result<Self, SysError> {
+        let root = rustix::fs::open(directory, DIRECTORY, Mode::empty()).context("open", directory)?;
         Ok(Self { root, _mount: None })
     }
 
@@ -165,14 +168,14 @@ impl Tree {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel just gave this descriptor, and nobody else has it.
+        // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
     }
 
     /// An inode's metadata.
     ///
     /// # Errors
-    /// `ESTALE` if there is none of this number, `EUCLEAN` and `EBADMSG` if it is damaged.
+    /// `ESTALE` if there is no such inode, `EUCLEAN` or `EBADMSG` if it is damaged.
     pub fn stat(&self, ino: u32) -> io::Result<Stat> {
         let node = self.open(ino, OFlags::PATH)?;
         let stat = rustix::fs::statx(&node, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
@@ -189,18 +192,18 @@ impl Tree {
         })
     }
 
-    /// Calls `visit` for each name of a folder but `.` and `..`.
+    /// Calls `visit` for each entry of a directory except `.` and `..`.
     ///
     /// # Errors
-    /// What the kernel says, as `E`; what `visit` gives back.
+    /// Errors of opening and reading the directory, as `E`; the first error of `visit`.
     pub fn visit_dir<E: From<io::Error>>(
         &self,
         ino: u32,
         mut visit: impl FnMut(Name<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let folder = self.open(ino, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let directory = self.open(ino, OFlags::RDONLY | OFlags::DIRECTORY)?;
         let mut buffer = vec![MaybeUninit::uninit(); NAMES];
-        let mut names = RawDir::new(&folder, &mut buffer);
+        let mut names = RawDir::new(&directory, &mut buffer);
         while let Some(entry) = names.next() {
             let entry = entry.map_err(io::Error::from)?;
             let name = entry.file_name();
@@ -208,19 +211,19 @@ impl Tree {
                 continue;
             }
             if entry.file_type() == FileType::Directory {
-                // A folder that the kernel has never met by its name is searched for in its parent when it is opened by its
-                // number, through all names; met once, it is known. One that can't be met fails when it is opened.
-                let _ = rustix::fs::statx(&folder, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::INO);
+                // Opening a directory by its number makes the kernel search all entries of its parent, unless a lookup by
+                // name has put it into the dentry cache. If this lookup fails, so does opening the directory later.
+                let _ = rustix::fs::statx(&directory, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::INO);
             }
             visit(Name { name: name.to_bytes(), ino: entry.ino(), kind: entry.file_type() })?;
         }
         Ok(())
     }
 
-    /// What a symbolic link points to.
+    /// The target of a symbolic link.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// As [`Tree::stat`]; `ENOENT` if the inode is not a symbolic link.
     pub fn read_link(&self, ino: u32) -> io::Result<Vec<u8>> {
         let node = self.open(ino, OFlags::PATH)?;
         Ok(rustix::fs::readlinkat(&node, c"", Vec::new())?.into_bytes())
@@ -229,10 +232,11 @@ impl Tree {
     /// All extended attributes: names and values.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// As [`Tree::stat`]; a file system error while attributes are read.
     pub fn xattrs(&self, ino: u32) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let node = self.open(ino, OFlags::PATH)?;
-        // Such a descriptor takes no calls but through its name here, which leads to the inode itself, links included.
+        // An O_PATH descriptor supports these calls only through its name in /proc, which denotes the inode itself, also
+        // if that is a symbolic link.
         let path = format!("/proc/self/fd/{}", node.as_raw_fd());
         let mut names = vec![0; XATTR_MAX];
         let len = rustix::fs::listxattr(&*path, &mut names[..])?;
@@ -245,20 +249,20 @@ impl Tree {
         Ok(found)
     }
 
-    /// Opens a regular file.
+    /// Opens a regular file for reading.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// As [`Tree::stat`].
     pub fn open_file(&self, ino: u32) -> io::Result<File> {
         self.open(ino, OFlags::RDONLY).map(File::from)
     }
 }
 
-/// The ranges (offset, length) of an ext4 file that hold data, at most `most`; what is only reserved holds none. Not
-/// `SEEK_DATA`: that takes reserved blocks for data once somebody has read them.
+/// The ranges (offset, length) of an ext4 file that hold data, at most `most`. Unwritten extents hold none. `SEEK_DATA` is
+/// not used, because it reports unwritten extents as data once they have been read.
 ///
 /// # Errors
-/// What the kernel says; `FileTooLarge` for more ranges.
+/// The error of `FS_IOC_FIEMAP`; `FileTooLarge` for more ranges.
 pub fn data_ranges(file: &File, most: usize) -> io::Result<Vec<(u64, u64)>> {
     let mut found = Vec::new();
     let mut start = 0;

@@ -4,8 +4,8 @@
 //!   daemon ── one message = one datagram (SOCK_SEQPACKET) + up to 4 descriptors ──► worker
 //! ```
 //!
-//! Descriptors arrive close-on-exec. A message that was cut, or that brought more descriptors than there is room for,
-//! is an error, so nothing is ever half-received. Called by `svm::embedded` and `agent`.
+//! Descriptors arrive close-on-exec. A truncated message, or one with more descriptors than there is space for, is an error,
+//! so no message is received in part. Called by `svm::embedded` and `svm-agent`.
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -23,20 +23,20 @@ pub const MAX_FDS: usize = 4;
 /// A connected pair of message sockets, both close-on-exec.
 ///
 /// # Errors
-/// What the system says.
+/// socketpair(2), for example `EMFILE`.
 pub fn message_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }
 
-/// A connected pair of byte-stream sockets, both close-on-exec, with kernel buffers of up to `buffer` bytes each way
-/// where permitted.
+/// A connected pair of byte-stream sockets, both close-on-exec, with kernel buffers of up to `buffer` bytes each way if
+/// permitted.
 ///
 /// # Errors
-/// What the system says.
+/// socketpair(2), for example `EMFILE`.
 pub fn stream_pair(buffer: usize) -> io::Result<(OwnedFd, OwnedFd)> {
     let (a, b) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     for fd in [&a, &b] {
-        // Only a matter of speed: an ordinary user gets what net.core.wmem_max allows.
+        // Only affects speed: net.core.wmem_max limits an ordinary user.
         if rustix::net::sockopt::set_socket_send_buffer_size_force(fd, buffer).is_err() {
             let _ = rustix::net::sockopt::set_socket_send_buffer_size(fd, buffer);
         }
@@ -47,7 +47,8 @@ pub fn stream_pair(buffer: usize) -> io::Result<(OwnedFd, OwnedFd)> {
 /// Sends `message` with `fds` (at most [`MAX_FDS`]).
 ///
 /// # Errors
-/// `InvalidInput` for too many; `WouldBlock` on a non-blocking socket that is full; what the system says.
+/// `InvalidInput` for too many descriptors; `WouldBlock` on a non-blocking socket that is full; `BrokenPipe` if the peer is
+/// gone; sendmsg(2).
 pub fn send(socket: BorrowedFd<'_>, message: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     if fds.len() > MAX_FDS {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many descriptors in one message"));
@@ -61,10 +62,11 @@ pub fn send(socket: BorrowedFd<'_>, message: &[u8], fds: &[BorrowedFd<'_>]) -> i
     Ok(())
 }
 
-/// Receives one message into `buffer`: its length and descriptors. Length 0 without descriptors: the peer is gone.
+/// Receives one message into `buffer` and returns its length and descriptors. Length 0 without descriptors means that the
+/// peer is gone.
 ///
 /// # Errors
-/// `InvalidData` for a message that did not fit; `WouldBlock` on a non-blocking socket with nothing there.
+/// `InvalidData` for a message that did not fit; `WouldBlock` on a non-blocking socket without a message.
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -81,7 +83,10 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, 
         }
     }
     if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "message or its descriptors cut off"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a message or its descriptors were truncated",
+        ));
     }
     Ok((received.bytes, fds))
 }
@@ -116,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn cut_messages_are_errors() {
+    fn truncated_messages_are_errors() {
         let (a, b) = message_pair().unwrap();
         send(a.as_fd(), &[7; 100], &[]).unwrap();
         let e = receive(b.as_fd(), &mut [0; 10]).unwrap_err();

@@ -1,15 +1,15 @@
-//! Freezing file systems, and thawing them whatever happens.
+//! Freezes file systems, and thaws them whatever happens.
 //!
 //! ```text
 //!   freeze ─► FrozenMount ─┬─ thaw   one attempt; after a failure it can be tried again
-//!      │                   └─ drop   attempts until the kernel says "thawed" or "not frozen"
-//!      └─► list of this process ─► thaw_all, at the process's end; nothing is frozen afterwards
+//!      │                   └─ drop   attempts until the kernel reports "thawed" or "not frozen"
+//!      └─► list of this process ─► thaw_all, before the process ends; nothing can be frozen afterwards
 //! ```
 //!
-//! A freeze belongs to the kernel's super block and outlives the process that asked for it, so whoever freezes must thaw
-//! on every way out. [`thaw`] is for what an earlier process left behind. Called by `driver` and `cli`.
+//! A freeze is a state of the kernel's super block and outlives the process that requested it, so every exit path must
+//! thaw. [`thaw`] is for freezes that an earlier process left behind. Called by `driver` and `cli`.
 
-use super::{Context, SysError, mount::open_folder};
+use super::{Context, SysError, mount::open_directory};
 use parking_lot::{Mutex, MutexGuard};
 use std::{
     io,
@@ -19,43 +19,48 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// `_IOWR('X', 119, int)`, `include/uapi/linux/fs.h`.
-const FIFREEZE: u64 = 0xC004_5877;
-/// `_IOWR('X', 120, int)`.
-const FITHAW: u64 = 0xC004_5878;
+/// Requests of `include/uapi/linux/fs.h` without an argument.
+#[derive(Clone, Copy)]
+#[repr(u64)]
+enum Request {
+    /// `FIFREEZE`, `_IOWR('X', 119, int)`.
+    Freeze = 0xC004_5877,
+    /// `FITHAW`, `_IOWR('X', 120, int)`.
+    Thaw = 0xC004_5878,
+}
 
-/// Attempts of a thaw before whoever waits for it is let go, and the pause before the second; it doubles each time.
+/// Attempts of a thaw before its caller is released, and the pause before the second one, which doubles each time.
 const ATTEMPTS: u32 = 6;
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-fn freeze_ioctl(fd: BorrowedFd<'_>, request: u64) -> io::Result<()> {
-    // SAFETY: FIFREEZE and FITHAW take no argument; the kernel reads and writes no memory of ours.
+fn freeze_ioctl(fd: BorrowedFd<'_>, request: Request) -> io::Result<()> {
+    // SAFETY: these requests take no argument; the kernel reads and writes no memory of this process.
     let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, 0) };
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn thaw_folder(folder: BorrowedFd<'_>) -> io::Result<()> {
-    match freeze_ioctl(folder, FITHAW) {
+fn thaw_directory(directory: BorrowedFd<'_>) -> io::Result<()> {
+    match freeze_ioctl(directory, Request::Thaw) {
         // EINVAL: not frozen.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         other => other,
     }
 }
 
-/// A file system that is frozen, is about to be, or was.
+/// A file system that is, is about to be, or was frozen by this process.
 #[derive(Debug)]
 struct Noted {
-    folder: OwnedFd,
-    /// Held while the kernel is asked to change it.
+    directory: OwnedFd,
+    /// Locked during the system call that changes it.
     frozen: Mutex<bool>,
 }
 
 impl Noted {
     fn thaw(self: &Arc<Self>, mut frozen: MutexGuard<'_, bool>) -> io::Result<()> {
         if *frozen {
-            thaw_folder(self.folder.as_fd())?;
+            thaw_directory(self.directory.as_fd())?;
             *frozen = false;
         }
         drop(frozen);
@@ -63,7 +68,7 @@ impl Noted {
         Ok(())
     }
 
-    /// Attempts until it is thawed; `failed` hears of each failure and its number, from 1.
+    /// Repeats until it is thawed; calls `failed` with the number (from 1) and the error of each failure.
     fn thaw_surely(self: &Arc<Self>, mut failed: impl FnMut(u32, io::Error)) {
         let mut pauses = Pauses::default();
         let mut number = 0u32;
@@ -82,25 +87,25 @@ struct All {
     noted: Vec<Arc<Noted>>,
 }
 
-/// What this process has frozen.
+/// The file systems that this process has frozen.
 static ALL: Mutex<All> = Mutex::new(All { ending: false, noted: Vec::new() });
 
-/// A file system that takes no writes until [`FrozenMount::thaw`] or until this is dropped. Everything written before is
-/// on its device.
+/// A file system whose writers wait until [`FrozenMount::thaw`] or until this is dropped. Everything written before is on
+/// its device.
 #[derive(Debug)]
 pub struct FrozenMount {
     noted: Arc<Noted>,
 }
 
-/// Freezes the file system mounted at `path`: waits for running writes, writes all back, stops new ones.
+/// Freezes the file system mounted at `path`: waits for running writes, writes everything back, blocks new writes.
 ///
 /// # Errors
-/// [`SysError::Os`]: `EBUSY` if it is frozen already, `EINVAL` if nothing is mounted at `path` itself (what would stop
-/// then is the file system that the folder lies on), `EINTR` once [`thaw_all`] was called.
+/// [`SysError::Os`]: `EBUSY` if it is already frozen, `EINVAL` if nothing is mounted at `path` itself (otherwise the file
+/// system that contains the directory would be frozen), `EINTR` after a call of [`thaw_all`].
 pub fn freeze(path: &Path) -> Result<FrozenMount, SysError> {
-    let folder = open_folder(path)?;
-    is_mount_root(folder.as_fd()).context("freeze", path)?;
-    let noted = Arc::new(Noted { folder, frozen: Mutex::new(false) });
+    let directory = open_directory(path)?;
+    is_mount_root(directory.as_fd()).context("freeze", path)?;
+    let noted = Arc::new(Noted { directory, frozen: Mutex::new(false) });
     let mut frozen = noted.frozen.lock();
     {
         let mut all = ALL.lock();
@@ -109,7 +114,7 @@ pub fn freeze(path: &Path) -> Result<FrozenMount, SysError> {
         }
         all.noted.push(noted.clone());
     }
-    let done = freeze_ioctl(noted.folder.as_fd(), FIFREEZE);
+    let done = freeze_ioctl(noted.directory.as_fd(), Request::Freeze);
     *frozen = done.is_ok();
     drop(frozen);
     let mount = FrozenMount { noted };
@@ -117,16 +122,16 @@ pub fn freeze(path: &Path) -> Result<FrozenMount, SysError> {
     done.context("freeze", path).map(|()| mount)
 }
 
-/// Whether an open folder is where something is mounted.
-fn is_mount_root(folder: BorrowedFd<'_>) -> io::Result<()> {
-    let here = rustix::fs::fstat(folder)?;
-    let above = rustix::fs::statat(folder, c"..", rustix::fs::AtFlags::empty())?;
+/// Succeeds if an open directory is the root of a mount.
+fn is_mount_root(directory: BorrowedFd<'_>) -> io::Result<()> {
+    let here = rustix::fs::fstat(directory)?;
+    let above = rustix::fs::statat(directory, c"..", rustix::fs::AtFlags::empty())?;
     if here.st_dev == above.st_dev { Err(io::Error::from_raw_os_error(libc::EINVAL)) } else { Ok(()) }
 }
 
 impl FrozenMount {
-    /// Lets writers go on: one attempt. A file system that somebody else thawed is no error. After an error it is still
-    /// frozen, and can be thawed again.
+    /// Thaws it, with one attempt. It is not an error if something else has thawed it. After an error it is still frozen,
+    /// and the call can be repeated.
     ///
     /// # Errors
     /// [`SysError::Os`].
@@ -134,7 +139,8 @@ impl FrozenMount {
         self.noted.thaw(self.noted.frozen.lock()).context("thaw", "frozen mount")
     }
 
-    /// Attempts until it is thawed, however long that takes; `failed` hears of each failure and its number, from 1.
+    /// Repeats until it is thawed, however long that takes; calls `failed` with the number (from 1) and the error of each
+    /// failure.
     pub fn thaw_surely(&self, failed: impl FnMut(u32, io::Error)) {
         self.noted.thaw_surely(failed);
     }
@@ -157,7 +163,7 @@ impl Pauses {
 }
 
 impl Drop for FrozenMount {
-    /// A few attempts here, the rest by a thread of its own.
+    /// A few attempts here, the rest on a thread.
     fn drop(&mut self) {
         let mut pauses = Pauses::default();
         for _ in 0..ATTEMPTS {
@@ -167,13 +173,13 @@ impl Drop for FrozenMount {
             pauses.pause();
         }
         let noted = self.noted.clone();
-        // Without a thread, the list of this process still has it.
+        // Without a thread, it is still on the list of this process.
         let _ = std::thread::Builder::new().name("thaw".into()).spawn(move || noted.thaw_surely(|_, _| {}));
     }
 }
 
-/// For the end of the process: thaws all that it has frozen, waits for freezes on their way, and lets none begin any more.
-/// Gives the number of file systems that could not be thawed within `limit`.
+/// For the end of the process: thaws everything that it has frozen, waits for running freezes, and refuses new ones.
+/// Returns the number of file systems that could not be thawed within `limit`.
 pub fn thaw_all(limit: Duration) -> usize {
     let until = Instant::now() + limit;
     let mut pauses = Pauses::default();
@@ -184,9 +190,9 @@ pub fn thaw_all(limit: Duration) -> usize {
             all.noted.clone()
         };
         for one in &noted {
-            // One that is being frozen is waited for.
+            // Waits for one that is being frozen.
             let Some(frozen) = one.frozen.try_lock_until(until) else { continue };
-            // Tried again below.
+            // Repeated below if it fails.
             let _ = one.thaw(frozen);
         }
         let left = ALL.lock().noted.len();
@@ -197,22 +203,22 @@ pub fn thaw_all(limit: Duration) -> usize {
     }
 }
 
-/// Thaws the file system mounted at `path` whoever froze it (repair after a crash, and before an unmount), in a few
-/// attempts; one that is not frozen is no error. Where nothing is mounted nothing is done: that would be the file system
-/// that the folder lies on.
+/// Thaws the file system mounted at `path`, whatever froze it (repair after a crash, and before an unmount), with a few
+/// attempts. It is not an error if it is not frozen. Where nothing is mounted, nothing is done: that would be the file
+/// system that the directory lies on.
 ///
 /// # Errors
-/// [`SysError::Os`] of the last attempt. Opening a folder of a frozen file system does not block.
+/// [`SysError::Os`] of the last attempt. Opening a directory of a frozen file system does not block.
 pub fn thaw(path: &Path) -> Result<(), SysError> {
     let attempt = || {
-        let folder = match open_folder(path) {
+        let directory = match open_directory(path) {
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
             other => other?,
         };
-        match is_mount_root(folder.as_fd()) {
+        match is_mount_root(directory.as_fd()) {
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             Err(e) => Err(e).context("thaw", path),
-            Ok(()) => thaw_folder(folder.as_fd()).context("thaw", path),
+            Ok(()) => thaw_directory(directory.as_fd()).context("thaw", path),
         }
     };
     let mut pauses = Pauses::default();

@@ -1,10 +1,10 @@
-//! What the first process of a guest does: file systems, modules, clock, random numbers, end.
+//! System calls of the first process of a guest: file systems, modules, clock, entropy, reboot.
 //!
 //! ```text
 //!   kernel ─► /init: mounts ─ modules ─ serve …            RNDADDENTROPY, RNDRESEEDCRNG, clock_settime after a restore
 //! ```
 //!
-//! Called by the program `lcow-agent` alone.
+//! Called only by the program `lcow-agent`.
 
 use super::{Context, SysError};
 use rustix::{
@@ -27,7 +27,7 @@ const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
 const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 /// `BLKFLSBUF`, include/uapi/linux/fs.h.
 const BLKFLSBUF: libc::c_ulong = 0x1261;
-/// Most bytes added at once.
+/// Most bytes of entropy added in one call.
 const MAX_ENTROPY: usize = 256;
 
 /// `struct rand_pool_info` with room for bytes.
@@ -37,11 +37,12 @@ struct RandPool {
     buf_size: i32,
     buf: [u8; MAX_ENTROPY],
 }
+const _: () = assert!(size_of::<RandPool>() == 8 + MAX_ENTROPY);
 
-/// Mounts the kernel's own file systems, as far as they are not there yet.
+/// Mounts /dev, /proc and /sys, unless they are already mounted.
 ///
 /// # Errors
-/// The kernel lacks one.
+/// [`SysError::Os`] if the kernel lacks one of these file systems.
 pub fn mount_basics() -> Result<(), SysError> {
     for (kind, place) in [(c"devtmpfs", "/dev"), (c"proc", "/proc"), (c"sysfs", "/sys")] {
         std::fs::create_dir_all(place).context("create", place)?;
@@ -53,15 +54,15 @@ pub fn mount_basics() -> Result<(), SysError> {
     Ok(())
 }
 
-/// Loads all modules of a folder with the same parameters, in the order of their names; one that is there already is no
-/// error.
+/// Loads all modules in `directory` with the same parameters, in the order of their names. A module that is already loaded is
+/// not an error.
 ///
 /// # Errors
-/// There is no such folder; what the kernel says.
-pub fn load_modules(folder: &Path, parameters: &CStr) -> Result<(), SysError> {
-    let entries = std::fs::read_dir(folder).context("list", folder)?;
+/// [`SysError::Os`]: the directory cannot be listed, or the kernel refuses a module.
+pub fn load_modules(directory: &Path, parameters: &CStr) -> Result<(), SysError> {
+    let entries = std::fs::read_dir(directory).context("list", directory)?;
     let mut modules: Vec<_> =
-        entries.map(|e| e.map(|e| e.path())).collect::<io::Result<_>>().context("list", folder)?;
+        entries.map(|e| e.map(|e| e.path())).collect::<io::Result<_>>().context("list", directory)?;
     modules.sort();
     modules.iter().try_for_each(|module| load_module(module, parameters))
 }
@@ -74,10 +75,11 @@ fn load_module(path: &Path, parameters: &CStr) -> Result<(), SysError> {
     }
 }
 
-/// Adds fresh random bytes and makes the kernel forget what it would have given without them.
+/// Adds entropy (at most 256 bytes) and reseeds the kernel's random number generator, so that guests restored from the same
+/// state do not draw the same numbers.
 ///
 /// # Errors
-/// What the kernel says.
+/// [`SysError::Os`] without `CAP_SYS_ADMIN`.
 pub fn reseed(entropy: &[u8]) -> Result<(), SysError> {
     let place = "/dev/urandom";
     let file = File::options().read(true).write(true).open(place).context("open", place)?;
@@ -87,7 +89,7 @@ pub fn reseed(entropy: &[u8]) -> Result<(), SysError> {
     // SAFETY: `pool` has the layout of rand_pool_info, its size field names bytes that it holds, and it lives through
     // the call, which only reads it.
     let added = unsafe { libc::ioctl(file.as_raw_fd(), RNDADDENTROPY as _, &raw const pool) };
-    // SAFETY: the call takes no argument.
+    // SAFETY: the request takes no argument.
     let reseeded = unsafe { libc::ioctl(file.as_raw_fd(), RNDRESEEDCRNG as _) };
     if added < 0 || reseeded < 0 {
         return Err(io::Error::last_os_error()).context("reseed", place);
@@ -95,49 +97,49 @@ pub fn reseed(entropy: &[u8]) -> Result<(), SysError> {
     Ok(())
 }
 
-/// Sets the clock; `time` since 1970, UTC.
+/// Sets the clock to `time` after 1970-01-01 00:00 UTC.
 ///
 /// # Errors
-/// What the kernel says.
+/// [`SysError::Os`] without `CAP_SYS_TIME`.
 pub fn set_clock(time: Duration) -> Result<(), SysError> {
     let spec = Timespec { tv_sec: time.as_secs().cast_signed(), tv_nsec: i64::from(time.subsec_nanos()) };
     rustix::time::clock_settime(ClockId::Realtime, spec).context("set the clock to", format!("{time:?}"))
 }
 
-/// Memory of this machine, in bytes.
+/// Total memory of this machine, in bytes.
 pub fn memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();
     (info.totalram as u64).saturating_mul(u64::from(info.mem_unit))
 }
 
-/// Drops what the page cache holds of a block device: the disk behind it was written to by others.
+/// Drops the cached pages of a block device, whose disk something else has written.
 ///
 /// # Errors
 /// [`SysError::Os`].
 pub fn forget_cached(device: &File) -> Result<(), SysError> {
-    // SAFETY: BLKFLSBUF takes no argument; the kernel reads and writes no memory of ours.
+    // SAFETY: BLKFLSBUF takes no argument; the kernel reads and writes no memory of this process.
     let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKFLSBUF as _, 0) };
     if done < 0 {
-        Err(io::Error::last_os_error()).context("forget what is cached of", "a disk")
+        Err(io::Error::last_os_error()).context("flush the cached pages of", "a disk")
     } else {
         Ok(())
     }
 }
 
-/// A device once more, for access past the page cache.
+/// Opens a device again, for access that bypasses the page cache.
 ///
 /// # Errors
-/// What the kernel says.
+/// [`SysError::Os`], for example without /proc.
 pub fn reopen_unbuffered(device: &File, writable: bool) -> Result<File, SysError> {
     let path = format!("/proc/self/fd/{}", device.as_raw_fd());
     let mut options = File::options();
     options.read(true).write(writable).custom_flags(libc::O_DIRECT);
-    options.open(&path).context("open past the page cache", path)
+    options.open(&path).context("open without the page cache", path)
 }
 
-/// Ends the machine at once (QEMU's `-no-reboot` ends with it).
+/// Reboots the machine immediately, which ends a QEMU started with `-no-reboot`.
 pub fn end_machine() -> ! {
-    // If the kernel refuses, ending the first process makes it panic, and `panic=-1` then ends the machine.
+    // If the kernel refuses, the end of the first process makes it panic, and `panic=-1` then reboots.
     let _ = rustix::system::reboot(RebootCommand::Restart);
     std::process::exit(1)
 }

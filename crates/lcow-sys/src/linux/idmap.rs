@@ -1,12 +1,12 @@
-//! Idmapped views of a mount: the same files, owned by shifted ids.
+//! Idmapped mounts: a view of the same files with shifted owners.
 //!
 //! ```text
 //!   child: clone(NEWUSER) ─ waits        parent: writes uid_map, gid_map ─ opens ns/user ─ ends the child
 //!   open_tree(CLONE) ─ mount_setattr(IDMAP, user namespace) ─ move_mount
 //! ```
 //!
-//! Source: mount_setattr(2), user_namespaces(7); Linux 5.12, ext4 from then, as overlay lowers from 5.19. The
-//! namespace lives on in the mount when its child is long gone. Called by `driver`.
+//! Source: mount_setattr(2), user_namespaces(7). Linux 5.12 or later for ext4, 5.19 as lowers of an overlay. The mount keeps
+//! the namespace alive after the child has ended. Called by `driver`.
 
 use super::{Context, SysError};
 use rustix::{
@@ -29,11 +29,11 @@ const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 /// `outside` the id that the mount shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IdMapping {
-    /// First id inside the namespace (on disk).
+    /// First id inside the namespace: on disk.
     pub inside: u32,
-    /// First id outside (shown).
+    /// First id outside: shown by the mount.
     pub outside: u32,
-    /// How many.
+    /// Number of ids.
     pub count: u32,
 }
 
@@ -45,21 +45,22 @@ struct MountAttr {
     propagation: u64,
     userns_fd: u64,
 }
+const _: () = assert!(size_of::<MountAttr>() == 32); // MOUNT_ATTR_SIZE_VER0
 
-/// A user namespace with these maps, as a descriptor. Without a range of one sort, those ids are left as they are.
+/// Creates a user namespace with these maps and returns its descriptor. An empty list of ranges leaves ids unchanged.
 ///
 /// # Errors
 /// [`SysError::Os`] if namespaces are not permitted or the kernel refuses the maps.
 pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, SysError> {
     let subject = Path::new("user namespace");
     let mut pipe = [-1; 2];
-    // SAFETY: `pipe` has room for the two descriptors that pipe2 writes.
+    // SAFETY: `pipe` has space for the two descriptors that pipe2 writes.
     if unsafe { libc::pipe2(pipe.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
         return Err(io::Error::last_os_error()).context("make a pipe for", subject);
     }
-    // SAFETY: pipe2 has just given us both descriptors; nobody else owns them.
+    // SAFETY: pipe2 has just returned both descriptors, and nothing else owns them.
     let (reader, writer) = unsafe { (OwnedFd::from_raw_fd(pipe[0]), OwnedFd::from_raw_fd(pipe[1])) };
-    // SAFETY: without CLONE_VM the child has a copy of our memory (like fork); no pointers are passed.
+    // SAFETY: without CLONE_VM the child has a copy of this process's memory, as after fork; no pointers are passed.
     let pid = unsafe {
         libc::syscall(libc::SYS_clone, libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD), 0, 0, 0, 0)
     };
@@ -68,14 +69,14 @@ pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd,
         let mut byte = 0u8;
         // SAFETY: the descriptors are valid copies, `byte` outlives the read, and _exit does not return.
         unsafe {
-            // Copies of our descriptors would keep mounts and pipes of others busy while the child waits. The pipe may
-            // have any numbers: a daemon that was started with closed standard descriptors has 0 and 1 here.
+            // Copies of the parent's descriptors would keep mounts and pipes busy while the child waits. The pipe may have
+            // any numbers: in a daemon that was started with closed standard descriptors they are 0 and 1.
             if pipe[0] > 0 {
                 libc::syscall(libc::SYS_close_range, 0, pipe[0] - 1, 0);
             }
             libc::syscall(libc::SYS_close_range, pipe[0] + 1, u32::MAX, 0);
             libc::syscall(libc::SYS_close, pipe[1]);
-            // A signal that our process has a handler for interrupts the read, and must not end the wait.
+            // A signal with a handler interrupts the read, and must not end the wait.
             while libc::syscall(libc::SYS_read, pipe[0], &raw mut byte, 1) < 0
                 && *libc::__errno_location() == libc::EINTR
             {}
@@ -90,7 +91,7 @@ pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd,
     let Some(pid) = pid.and_then(Pid::from_raw) else {
         return Err(io::Error::last_os_error()).context("make", subject);
     };
-    // The child is ours and not yet waited for, so its number can't be anybody else's.
+    // The child has not been waited for, so its number cannot belong to another process.
     let made = fill_namespace(pid, uids, gids);
     drop(writer);
     drop(reader);
@@ -100,25 +101,25 @@ pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd,
 }
 
 fn fill_namespace(pid: Pid, uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, SysError> {
-    let folder = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
+    let directory = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
     for (name, map) in [("uid_map", uids), ("gid_map", gids)] {
-        let path = folder.join(name);
+        let path = directory.join(name);
         let mut text = String::new();
-        // A namespace with an unset map is none that a mount takes.
+        // mount_setattr refuses a namespace whose map is not set.
         let same = [IdMapping { inside: 0, outside: 0, count: u32::MAX }];
         for m in if map.is_empty() { &same } else { map } {
             let _ = writeln!(text, "{} {} {}", m.inside, m.outside, m.count);
         }
         std::fs::write(&path, text).context("write", &path)?;
     }
-    let path = folder.join("ns/user");
+    let path = directory.join("ns/user");
     Ok(File::open(&path).context("open", &path)?.into())
 }
 
 /// Mounts an idmapped view of the mount at `source` on `target`. `namespace` comes from [`user_namespace`].
 ///
 /// # Errors
-/// [`SysError::Os`]; `EINVAL` where kernel or file system can't do it.
+/// [`SysError::Os`]: `EINVAL` if kernel or file system do not support it.
 pub fn mount_idmapped(
     source: &Path,
     target: &Path,

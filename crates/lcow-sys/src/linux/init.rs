@@ -1,14 +1,14 @@
-//! The first process of a container: what Linux expects of pid 1, and a `/dev` with loop devices.
+//! The first process of a container: the duties of pid 1, and a `/dev` with loop devices.
 //!
 //! ```text
 //!   engine ──SIGTERM──► pid 1: supervise ──forwards──► this program again, as an ordinary process
 //!                         │ reaps every orphan
-//!                         └─ ends as that process ended (the container ends with it)
+//!                         └─ ends with the status of that process (and the container with it)
 //! ```
 //!
-//! Pid 1 inherits every process that loses its parent, and the kernel drops signals to it that have no handler. Both
-//! are done by a small process with one thread, so that the program itself, which reaps its own children by their
-//! descriptors, is not disturbed by a `wait` for any child. Called by `cli::serve`.
+//! Pid 1 inherits every process that loses its parent, and the kernel drops signals to it that have no handler. A small
+//! process with one thread takes care of both, because the program itself reaps its children by their descriptors, and a
+//! `wait` for any child would interfere. Called by `cli::serve`.
 
 use super::{Context, SysError};
 use rustix::{
@@ -23,7 +23,7 @@ use std::{
     ptr,
 };
 
-/// Signals that a person or an engine sends to end or to ask; pid 1 hands them on.
+/// Signals that a user or an engine sends to the container; pid 1 forwards them.
 const FORWARDED: [libc::c_int; 6] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
 /// Major and minor number of `/dev/loop-control` (`include/linux/miscdevice.h`).
@@ -34,47 +34,51 @@ pub fn is_first_process() -> bool {
     std::process::id() == 1
 }
 
-/// Sees to it that loop devices can be used: where `/dev` has no `loop-control`, as in a container, the kernel's own
-/// device file system is mounted over it. Returns whether that was needed.
+/// Makes loop devices usable: if `/dev` has no `loop-control`, as in a container, mounts devtmpfs over it. Returns whether
+/// that was necessary.
 ///
 /// # Errors
-/// [`SysError::Os`] if the kernel refuses (no `CAP_SYS_ADMIN`); [`SysError::Usage`] if it has no loop driver.
+/// [`SysError::Os`] without `CAP_SYS_ADMIN`; [`SysError::Usage`] if the kernel has no loop driver.
 pub fn furnish_dev() -> Result<bool, SysError> {
     let control = Path::new("/dev/loop-control");
     if is_loop_control(control) {
         return Ok(false);
     }
-    // Programs and set-user-id bits have no place there. nodev would make it useless.
+    // There is no use for programs and set-user-id bits in it. nodev would make it useless.
     let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
     rustix::mount::mount("devtmpfs", "/dev", "devtmpfs", flags, None).context("mount devtmpfs on", "/dev")?;
     if is_loop_control(control) {
         return Ok(true);
     }
-    Err(SysError::usage("find", control, "the host's kernel has no loop driver loaded (modprobe loop)"))
+    Err(SysError::usage(
+        "find",
+        control,
+        "the kernel of the host has no loop driver; load it with: modprobe loop",
+    ))
 }
 
-/// A small mount below a shared folder, which tells whether mounts made in that folder are still seen by the host.
+/// A small mount below a shared directory, which shows whether mounts made in that directory still reach the host.
 ///
-/// An engine with live-restore that stops while no container runs leaves a managed plugin running, but unmounts
-/// everything below the plugin's folder, the shared folder itself included (moby `plugin/manager_linux.go`, `Shutdown`).
-/// What the plugin mounts from then on is seen by nobody else, and no table in this process's reach tells: both sides
-/// of a broken propagation look the same. But this mount goes with the others.
+/// An engine with live-restore that stops while no container runs leaves a managed plugin running, but unmounts everything
+/// below the plugin's directory, including the shared directory itself (moby `plugin/manager_linux.go`, `Shutdown`). Later
+/// mounts of the plugin are visible only to itself. No table that this process can read shows that: both sides of a broken
+/// propagation look the same. But this mount disappears with the others.
 #[derive(Debug)]
 pub struct Canary {
     mount: PathBuf,
-    folder: PathBuf,
+    directory: PathBuf,
 }
 
 impl Canary {
-    /// Its name in the shared folder; no layer can be called so.
+    /// Its name in the shared directory; no layer can have it.
     const NAME: &str = ".propagation";
 
-    /// Mounts it, unless a predecessor's is there.
+    /// Mounts it, unless an earlier process has.
     ///
     /// # Errors
-    /// The kernel or the file system refuses.
-    pub fn set(folder: &Path) -> Result<(), SysError> {
-        let canary = Self { mount: folder.join(Self::NAME), folder: folder.to_owned() };
+    /// [`SysError::Os`]: the directory cannot be created, or nothing can be mounted.
+    pub fn set(directory: &Path) -> Result<(), SysError> {
+        let canary = Self { mount: directory.join(Self::NAME), directory: directory.to_owned() };
         if canary.stands() {
             return Ok(());
         }
@@ -84,16 +88,16 @@ impl Canary {
             .context("mount tmpfs on", &canary.mount)
     }
 
-    /// The one in this folder, if there is one.
-    pub fn find(folder: &Path) -> Option<Self> {
-        let canary = Self { mount: folder.join(Self::NAME), folder: folder.to_owned() };
+    /// The one in this directory, if there is one.
+    pub fn find(directory: &Path) -> Option<Self> {
+        let canary = Self { mount: directory.join(Self::NAME), directory: directory.to_owned() };
         canary.stands().then_some(canary)
     }
 
-    /// Waits until it is no longer mounted.
+    /// Waits until it is no longer mounted, by polling the mount table, which reports each change (proc_pid_mountinfo(5)).
     ///
     /// # Errors
-    /// The kernel's table of mounts cannot be watched (proc_pid_mountinfo(5): poll tells of each change).
+    /// [`SysError::Os`] if the mount table cannot be opened or polled.
     pub fn wait_until_gone(&self) -> Result<(), SysError> {
         const TABLE: &str = "/proc/self/mountinfo";
         let table = std::fs::File::open(TABLE).context("open", TABLE)?;
@@ -109,8 +113,8 @@ impl Canary {
 
     /// Whether it is mounted.
     pub fn stands(&self) -> bool {
-        match (stat(&self.mount), stat(&self.folder)) {
-            (Ok(mount), Ok(folder)) => mount.st_dev != folder.st_dev,
+        match (stat(&self.mount), stat(&self.directory)) {
+            (Ok(mount), Ok(directory)) => mount.st_dev != directory.st_dev,
             _ => false,
         }
     }
@@ -121,22 +125,23 @@ fn is_loop_control(path: &Path) -> bool {
     stat(path).is_ok_and(|s| s.st_rdev == number)
 }
 
-/// Starts `command` and stands before it as pid 1 until it ends: forwards signals, reaps orphans. Must be called while
-/// the process has one thread; its signals stay blocked.
+/// Starts `command` and acts as pid 1 until it ends: forwards signals, reaps orphans. The signals stay blocked afterwards.
 ///
 /// # Errors
-/// What the system says when the command cannot be started.
+/// The process has more than one thread (a blocked signal would go to another, and its children would be reaped); the
+/// command cannot be started.
 pub fn supervise(command: &mut Command) -> io::Result<ExitStatus> {
+    super::single_thread()?;
     let wanted = signals()?;
-    // Blocked before the child exists: none is lost, and none has its default action.
-    // SAFETY: `wanted` is an initialised set; the old mask is not asked for.
+    // Blocked before the child exists, so that no signal is lost or has its default action.
+    // SAFETY: `wanted` is an initialized set; the old mask is not requested.
     let r = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const wanted, ptr::null_mut()) };
     if r != 0 {
         return Err(io::Error::from_raw_os_error(r));
     }
     let none = empty_set()?;
     let unblock = move || {
-        // SAFETY: `none` is an initialised set; the old mask is not asked for. sigprocmask may be called after fork.
+        // SAFETY: `none` is an initialized set; the old mask is not requested. sigprocmask may be called after fork.
         match unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -148,7 +153,7 @@ pub fn supervise(command: &mut Command) -> io::Result<ExitStatus> {
     let pid = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
     loop {
         let mut signal = 0;
-        // SAFETY: `wanted` is an initialised set, `signal` a live integer.
+        // SAFETY: `wanted` is an initialized set, `signal` a live integer.
         let r = unsafe { libc::sigwait(&raw const wanted, &raw mut signal) };
         match r {
             0 => {}
@@ -166,7 +171,7 @@ pub fn supervise(command: &mut Command) -> io::Result<ExitStatus> {
     }
 }
 
-/// Waits for every child that has ended; the status if `pid` is among them. One SIGCHLD may stand for many ends.
+/// Reaps all children that have ended, and returns the status if `pid` is among them. One SIGCHLD may stand for several.
 fn reap(pid: libc::pid_t) -> io::Result<Option<ExitStatus>> {
     use std::os::unix::process::ExitStatusExt;
     let mut status = None;
@@ -202,7 +207,7 @@ fn signals() -> io::Result<libc::sigset_t> {
     let mut set = empty_set()?;
     let mut r = 0;
     for signal in FORWARDED.into_iter().chain([libc::SIGCHLD]) {
-        // SAFETY: `set` is live and initialised; the numbers are the system's own constants.
+        // SAFETY: `set` is live and initialized; the numbers are constants of the system.
         r |= unsafe { libc::sigaddset(&raw mut set, signal) };
     }
     if r == 0 { Ok(set) } else { Err(io::Error::last_os_error()) }

@@ -1,24 +1,23 @@
-//! What a worker does to itself before it sees the first untrusted byte.
+//! How a worker confines itself before it reads the first untrusted byte.
 //!
 //! ```text
 //!   start ─ close all but 0,1,2 ─ own namespaces ─ empty root ─ own user ─ no capabilities ─ die with parent
 //!         ─ limits ─ Landlock: no path, no port, no foreign signal ─ seccomp: descriptors, memory, threads only
 //! ```
 //!
-//! Each wall stands alone: what one kernel lacks (Landlock, namespaces for ordinary users) the others still hold, and
-//! [`JailReport`] says which took hold. A *strict* jail asks for a set of walls ([`JailReport::missing`]) and is an error where one
-//! of them does not stand:
+//! The restrictions are independent: if a kernel lacks one (Landlock, namespaces for ordinary users), the others still hold,
+//! and [`JailReport`] says which are in force. A *strict* jail requires a set of them ([`JailReport::missing`]) and fails if
+//! one is not in force:
 //!
-//! | wall | as root | as an ordinary user |
+//! | restriction | as root | as an ordinary user |
 //! |---|---|---|
-//! | filter, `no_new_privs`, no capability, closed descriptors, limits | asked for | asked for |
-//! | a user that owns nothing | asked for | is the user already |
-//! | no path: Landlock, *or* an empty root behind a filter that knows no open and no socket | asked for | Landlock, since an empty root takes root |
-//! | own network and IPC | a second wall: the filter knows no socket | likewise, where the kernel lets users have them |
+//! | filter, `no_new_privs`, no capabilities, closed descriptors, limits | required | required |
+//! | a user that owns nothing | required | already that user |
+//! | no path: Landlock, *or* an empty root and a filter without open and socket | required | Landlock (an empty root needs root) |
+//! | own network and IPC | in addition: the filter has no socket | likewise, if the kernel permits it to users |
 //!
-//! There is no mount namespace on purpose: it would copy, and so keep busy, every
-//! layer mounted on the host; a root on a detached, empty tmpfs gives the same view without that. Must run while the
-//! process has one thread. Called by `agent`.
+//! There is deliberately no mount namespace: it would copy, and so keep busy, every layer mounted on the host. A root on a
+//! detached, empty tmpfs gives the same view without that. Called by `svm-agent`.
 
 use super::seccomp;
 use crate::jail::JailReport;
@@ -44,35 +43,36 @@ use std::{
     path::Path,
 };
 
-/// The user and group "nobody".
+/// User and group id of "nobody".
 pub const NOBODY: u32 = 65534;
 
 /// Most threads of a worker.
 const MAX_THREADS: u64 = 8192;
 
-/// How a worker is to be held.
+/// How a worker is confined.
 #[derive(Debug, Clone, Copy)]
 pub struct Spec {
-    /// Address space; bytes.
+    /// Limit of the address space, in bytes.
     pub memory: u64,
-    /// Open descriptors.
+    /// Limit of open descriptors.
     pub descriptors: u64,
-    /// Size of any file written; bytes. `None` = no limit.
+    /// Limit of the size of written files, in bytes; `None` for no limit.
     pub file_size: Option<u64>,
-    /// User and group to become, as root; where the process's user namespace has no such user, "nobody".
+    /// As root: user and group to become. If the user namespace of the process has no such user, "nobody" is used.
     pub user: u32,
-    /// Fail unless all walls stand that [`JailReport::missing`] asks for.
+    /// Fail unless everything is in force that [`JailReport::missing`] requires.
     pub strict: bool,
-    /// Leave out the system-call filter (the self-test looks at the other walls alone).
+    /// Omit the system-call filter, so that the self-test can look at the other restrictions.
     pub without_seccomp: bool,
 }
 
-/// Locks this process in, as far as kernel and rights allow.
+/// Confines this process as far as kernel and privileges allow. Call it first in `main`: descriptors above 2 are closed.
 ///
 /// # Errors
-/// A strict jail: if one of the walls that it asks for does not stand. Any: if not even `no_new_privs` and one of
-/// Landlock and seccomp took hold. Then the process must not go on.
+/// The process has more than one thread. A strict jail: a required restriction is not in force. Any jail: not even
+/// `no_new_privs` and one of Landlock and seccomp are in force. The process must end then.
 pub fn enter(spec: &Spec) -> io::Result<JailReport> {
+    super::single_thread()?;
     let mut report = JailReport::default();
     let mut note = Vec::new();
     let mut held = |what: &str, result: io::Result<()>| match result {
@@ -82,10 +82,11 @@ pub fn enter(spec: &Spec) -> io::Result<JailReport> {
             false
         }
     };
-    // When memory runs out the kernel should take a worker, which costs one request, before anything else.
+    // If memory runs out, the kernel should kill a worker first, which costs one request.
     held("oom_score_adj", std::fs::write("/proc/self/oom_score_adj", "1000"));
-    report.closed_descriptors = held("close_range", close_all_from(3));
-    // SAFETY: SIG_IGN installs no code of ours. A write beyond the file-size limit is then EFBIG, not death.
+    // SAFETY: a worker calls this first in its main, with one thread, when it owns no descriptor but 0, 1 and 2.
+    report.closed_descriptors = held("close_range", unsafe { close_all_from(3) });
+    // SAFETY: SIG_IGN installs no handler. A write beyond the file-size limit then fails with EFBIG.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     let root = rustix::process::geteuid().is_root();
     if root {
@@ -129,24 +130,24 @@ pub fn enter(spec: &Spec) -> io::Result<JailReport> {
     let missing = report.missing();
     if spec.strict && !missing.is_empty() {
         return Err(io::Error::other(format!(
-            "the jail does not hold; missing: {} ({}); lcow.jail=best-effort goes on without",
+            "the jail is incomplete; missing: {} ({}); lcow.jail=best-effort continues without",
             missing.join(", "),
             report.notes.join("; ")
         )));
     }
     if !report.no_new_privs || !(report.seccomp || report.landlock_abi > 0 || spec.without_seccomp) {
-        return Err(io::Error::other(format!("the jail does not hold: {}", report.notes.join("; "))));
+        return Err(io::Error::other(format!("the jail is incomplete: {}", report.notes.join("; "))));
     }
     Ok(report)
 }
 
 fn unshare(flags: UnshareFlags) -> io::Result<()> {
-    // SAFETY: the process has one thread (see the module's text), and none of these flags splits memory or the
-    // descriptor table from it.
+    // SAFETY: the callers have checked that the process has one thread, and none of these flags separates memory or the
+    // descriptor table.
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(Into::into)
 }
 
-/// Makes an empty read-only tmpfs, which nobody else can reach, the root and working folder.
+/// Makes an empty, read-only, detached tmpfs the root and the working directory.
 fn empty_root() -> io::Result<()> {
     let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&fs, "mode", "0")?;
@@ -162,13 +163,17 @@ fn empty_root() -> io::Result<()> {
     Ok(())
 }
 
-pub(super) fn close_all_from(first: u32) -> io::Result<()> {
-    // SAFETY: runs before anything of ours owns a descriptor above 2, so no owner is left with a stale number.
+/// Closes all descriptors from `first`.
+///
+/// # Safety
+/// Nothing in this process owns one of them, and there is one thread, so none appears meanwhile.
+pub(super) unsafe fn close_all_from(first: u32) -> io::Result<()> {
+    // SAFETY: the call takes plain numbers; the caller promises that no owner is left with a closed descriptor.
     let r = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
     if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Where distributions put programs, libraries and firmware: what a foreign program may read and run.
+/// Directories of programs, libraries and firmware, which a foreign program may read and execute.
 const SYSTEM: [&str; 11] = [
     "/usr",
     "/bin",
@@ -183,10 +188,10 @@ const SYSTEM: [&str; 11] = [
     "/dev/urandom",
 ];
 
-/// Confines this process before it becomes a foreign program (QEMU, which brings its own system-call filter and needs
-/// its libraries): own network and IPC, a root without the host's other mounts, user `user` if we may choose one, no
-/// capabilities, no gain by set-user-id programs, dies with its parent, limits, Landlock (the system's programs and
-/// libraries, `files`, and nothing else), no new socket. Gives notes on what did not take hold.
+/// Confines this process before it executes a foreign program (QEMU, which has its own system-call filter and needs its
+/// libraries): own network and IPC, a root without the host's other mounts, user `user` if the process may change it, no
+/// capabilities, `no_new_privs`, death with its parent, limits, Landlock (the system's programs and libraries, `files`,
+/// and nothing else), no new sockets. The process must have one thread. Returns notes on what could not be applied.
 pub(super) fn confine(user: u32, memory: u64, program: &Path, files: &[OwnedFd]) -> Vec<String> {
     let mut notes = Vec::new();
     let mut held = |what: &str, result: io::Result<()>| {
@@ -198,7 +203,7 @@ pub(super) fn confine(user: u32, memory: u64, program: &Path, files: &[OwnedFd])
     if rustix::process::geteuid().is_root() {
         held("own namespaces", unshare(UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS));
         match bare_root() {
-            // Before Linux 6.15 nothing can be mounted in a tree that is in no namespace. Landlock and the filter stand.
+            // Before Linux 6.15 nothing can be mounted in a detached tree. Landlock and the filter still hold.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
             other => held("own root", other),
         }
@@ -221,9 +226,9 @@ pub(super) fn confine(user: u32, memory: u64, program: &Path, files: &[OwnedFd])
     notes
 }
 
-/// Makes the root folder's own file system the root, with `/proc` and `/usr` and no other mount of the host's: no
-/// `/run` with its sockets, no `/dev`, no `/sys`, nothing below `/var` that is mounted. Copies two or three mounts, not
-/// all of a namespace, so no layer of the host is kept busy.
+/// Makes a copy of the root mount the root, with `/proc` and `/usr` and no other mount of the host: no `/run` with its
+/// sockets, no `/dev`, no `/sys`, no mounts below `/var`. Copies two or three mounts instead of a namespace, so no layer of
+/// the host is kept busy.
 fn bare_root() -> io::Result<()> {
     let clone =
         |path: &str| open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC);
@@ -242,8 +247,8 @@ fn bare_root() -> io::Result<()> {
     Ok(())
 }
 
-/// Landlock for a foreign program: it reads and runs what the system's packages brought, and opens `files` anew by
-/// their numbers; no other path, port, abstract socket or process.
+/// Landlock for a foreign program: it may read and execute files of the system's packages, and reopen `files` by their
+/// numbers; no other path, port, abstract socket or process.
 fn lock_system(program: &Path, files: &[OwnedFd]) -> io::Result<()> {
     let newest = ABI::V7;
     let ruleset = Ruleset::default()
@@ -254,7 +259,7 @@ fn lock_system(program: &Path, files: &[OwnedFd]) -> io::Result<()> {
         .and_then(Ruleset::create)
         .map_err(io::Error::other)?;
     let home = program.canonicalize().ok().and_then(|p| p.parent().map(Path::to_owned));
-    // What is not there needs no rule. The process's own entries, since files are opened anew through them.
+    // Missing paths need no rule. /proc/self, because files are reopened through it.
     let system = SYSTEM.iter().map(Path::new).chain([Path::new("/proc/self")]).chain(home.as_deref());
     let (read, write) = (AccessFs::from_read(newest), AccessFs::WriteFile | AccessFs::Truncate);
     let rules = system

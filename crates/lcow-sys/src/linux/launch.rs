@@ -1,16 +1,15 @@
-//! Starts a foreign program (QEMU) the way workers are started, with descriptors, and confined.
+//! Starts a foreign program (QEMU) like a worker: confined, and with descriptors instead of paths.
 //!
 //! ```text
 //!   daemon ── spawner thread ─► lcow-graphdriver launch   0 ◄═ Order, then descriptors (SCM_RIGHTS, in groups)
-//!                                  own net, IPC, root ─ own user ─ no capability ─ dies with the daemon ─ limits
-//!                                  Landlock: system's files and descriptors 3… only ─ no new socket
+//!                                  own net, IPC, root ─ own user ─ no capabilities ─ dies with the daemon ─ limits
+//!                                  Landlock: files of the system and descriptors 3… only ─ no new sockets
 //!                                  exec program args…     3, 4, 5, … = the descriptors, in order
 //! ```
 //!
-//! The program has no name of anything that it is given. It can read the system's own programs, libraries and firmware;
-//! no other path opens, no socket can be made, and as a user of its own, without capabilities or network, it has no way
-//! to ours. Called by `svm::qemu` (which
-//! sends) and `cli` (which runs [`launch_main`]).
+//! The program knows no paths of the files that it is given. It can read the system's programs, libraries and firmware; it
+//! can open no other path and create no socket, and it runs as a user of its own, without capabilities or network. Called by
+//! `svm::qemu`, which sends the order, and `cli`, which runs [`launch_main`].
 
 use super::{fdpass, jail, process};
 use serde::{Deserialize, Serialize};
@@ -25,30 +24,30 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// The first descriptor that is passed has this number.
+/// Number of the first passed descriptor.
 pub const FIRST_FD: i32 = 3;
-/// Largest order; bytes.
+/// Largest order, in bytes.
 const MAX_ORDER: usize = 64 << 10;
 
-/// What to start.
+/// The program to start.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Order {
-    /// The program.
+    /// Its path.
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<String>,
-    /// Descriptors that follow.
+    /// Number of descriptors that follow.
     pub fds: usize,
-    /// User and group to run as, where we may choose.
+    /// User and group to run as, if the launcher may change them.
     pub user: u32,
-    /// Address space; bytes.
+    /// Limit of the address space, in bytes.
     pub memory: u64,
 }
 
 /// Sends an order and its descriptors to a launcher that has just been started.
 ///
 /// # Errors
-/// What the system says.
+/// As [`fdpass::send`].
 pub fn send_order(socket: BorrowedFd<'_>, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     debug_assert_eq!(order.fds, fds.len());
     fdpass::send(socket, &serde_json::to_vec(order)?, &[])?;
@@ -58,7 +57,8 @@ pub fn send_order(socket: BorrowedFd<'_>, order: &Order, fds: &[BorrowedFd<'_>])
     Ok(())
 }
 
-/// Runs the launcher: returns only if something failed, with the exit status.
+/// Runs the launcher. Returns only after a failure, with the exit status. Call it first in `main`: descriptors above 2 are
+/// closed.
 pub fn launch_main() -> i32 {
     match launch() {
         Ok(never) => match never {},
@@ -70,7 +70,9 @@ pub fn launch_main() -> i32 {
 }
 
 fn launch() -> io::Result<std::convert::Infallible> {
-    jail::close_all_from(FIRST_FD as u32)?;
+    super::single_thread()?;
+    // SAFETY: this is called first in main, with one thread, when the process owns no descriptor but 0, 1 and 2.
+    unsafe { jail::close_all_from(FIRST_FD as u32)? };
     let stdin = io::stdin();
     let socket = stdin.as_fd();
     let mut buffer = vec![0; MAX_ORDER];
@@ -85,13 +87,13 @@ fn launch() -> io::Result<std::convert::Infallible> {
         fds.extend(more);
     }
     for (n, fd) in fds.iter().enumerate() {
-        // The lowest free number is taken, and nothing else is open.
+        // The kernel assigns the lowest free number, and nothing else is open.
         if fd.as_raw_fd() != FIRST_FD + n as i32 {
             return Err(io::Error::other("descriptors did not arrive in order"));
         }
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
     }
-    // While it can still be opened.
+    // Opened before paths are denied.
     let null = File::open("/dev/null")?;
     for note in jail::confine(order.user, order.memory, &order.program, &fds) {
         eprintln!("launch: {note}");

@@ -2,14 +2,14 @@
 //!
 //! ```text
 //!   layer.vhd  │ ext4 ……………………………………… │ footer 512 B │
-//!              └ offset        sizelimit ┘      not in the device
+//!              └ offset        sizelimit ┘      not part of the device
 //!                    /dev/loopN
 //! ```
 //!
-//! Source: `include/uapi/linux/loop.h`. A free number is only a hint (`LOOP_CTL_GET_FREE` reserves nothing), so two
-//! starters may get the same one; the loser sees `EBUSY` and takes the next. `LOOP_CONFIGURE` (Linux 5.8) binds file
-//! and window in one step, so that no device is ever visible with the wrong size; older kernels get
-//! `LOOP_SET_FD` + `LOOP_SET_STATUS64`. Called by `driver`.
+//! Source: `include/uapi/linux/loop.h`. A free number is only a hint (`LOOP_CTL_GET_FREE` reserves nothing), so two callers
+//! may get the same one; the second sees `EBUSY` and tries the next. `LOOP_CONFIGURE` (Linux 5.8) binds file and window in
+//! one step, so that no device is ever visible with the wrong size; on older kernels it is `LOOP_SET_FD` and
+//! `LOOP_SET_STATUS64`. Called by `driver` and `cli`.
 
 use super::{Context, SysError};
 use rustix::{
@@ -27,21 +27,32 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const LOOP_SET_FD: u64 = 0x4C00;
-const LOOP_CLR_FD: u64 = 0x4C01;
+/// Requests that take a number or nothing.
+#[derive(Clone, Copy)]
+#[repr(u64)]
+enum ByValue {
+    /// `LOOP_SET_FD`: the descriptor of the file.
+    SetFd = 0x4C00,
+    /// `LOOP_CLR_FD`.
+    ClrFd = 0x4C01,
+    /// `LOOP_SET_DIRECT_IO`: 0 or 1.
+    SetDirectIo = 0x4C08,
+    /// `LOOP_CTL_GET_FREE`, to `/dev/loop-control`.
+    CtlGetFree = 0x4C82,
+}
+
+// Requests that take a pointer; each has a function of its own.
 const LOOP_SET_STATUS64: u64 = 0x4C04;
 const LOOP_GET_STATUS64: u64 = 0x4C05;
-const LOOP_SET_DIRECT_IO: u64 = 0x4C08;
 const LOOP_CONFIGURE: u64 = 0x4C0A;
-const LOOP_CTL_GET_FREE: u64 = 0x4C82;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 const LO_NAME_SIZE: usize = 64;
 /// Block-device major number of loop devices (`include/uapi/linux/major.h`).
 pub const LOOP_MAJOR: u32 = 7;
-/// How often a lost race for a free number is repeated. Each loss means that another starter won, so this bounds the
-/// number of simultaneous starters, not the time.
+/// How often a lost race for a free number is repeated. Each loss means that another caller won, so this bounds the number
+/// of simultaneous callers, not the time.
 const ATTEMPTS: usize = 256;
 
 /// `struct loop_info64`.
@@ -91,38 +102,38 @@ impl LoopInfo64 {
     };
 }
 
-/// What to make of a file.
+/// How a file becomes a device.
 #[derive(Debug, Clone, Default)]
 pub struct LoopSpec {
     /// First byte of the window; a multiple of 512.
     pub offset: u64,
     /// Bytes in the window; 0 means up to the end of the file.
     pub sizelimit: u64,
-    /// The device refuses writes. Also forced by the kernel when the file was opened read-only.
+    /// The device refuses writes. The kernel forces it if the file was opened read-only.
     pub read_only: bool,
-    /// The kernel detaches the device when its last user (open descriptor or mount) is gone.
+    /// The kernel detaches the device after its last user (open descriptor or mount).
     pub autoclear: bool,
-    /// The file's page cache is bypassed where file system and alignment allow it (otherwise silently not).
+    /// Bypass the page cache of the file if file system and alignment allow it; otherwise this has no effect.
     pub direct_io: bool,
-    /// A name kept in the device, shown by `losetup` and [`status`]; cut to 63 bytes.
+    /// A name kept in the device, shown by `losetup` and [`status`]; truncated to 63 bytes.
     pub name: String,
 }
 
-/// An attached device. Dropping it closes the descriptor; with `autoclear` the device then lives as long as its mount.
+/// An attached device. Dropping it closes the descriptor; with `autoclear` the device then exists as long as its mount.
 #[derive(Debug)]
 pub struct LoopDevice {
     /// `/dev/loopN`.
     pub path: PathBuf,
     /// The open device; keeps an `autoclear` device attached.
     pub fd: OwnedFd,
-    /// N.
+    /// The N of its path.
     pub number: u32,
 }
 
-/// What the kernel says of a device.
+/// The state of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoopStatus {
-    /// N of `/dev/loopN`.
+    /// The N of `/dev/loopN`.
     pub number: u32,
     /// Major device number, as mount tables have it.
     pub major: u32,
@@ -136,37 +147,64 @@ pub struct LoopStatus {
     pub name: String,
     /// First byte of the window.
     pub offset: u64,
-    /// Bytes of the window, 0 = to the end.
+    /// Bytes of the window; 0 means up to the end.
     pub sizelimit: u64,
-    /// Writes are refused.
+    /// The device refuses writes.
     pub read_only: bool,
-    /// Detached at last use.
+    /// The kernel detaches it after its last use.
     pub autoclear: bool,
-    /// Page cache bypassed.
+    /// The page cache is bypassed.
     pub direct_io: bool,
 }
 
-fn ioctl(fd: BorrowedFd<'_>, request: u64, argument: u64) -> io::Result<i32> {
+/// One request, repeated while signals interrupt it.
+///
+/// # Safety
+/// `argument` is what `linux/loop.h` names for `request`: a number, or the address of a live value of the right type, to
+/// which nothing else has access if the kernel writes it.
+unsafe fn ioctl(fd: BorrowedFd<'_>, request: u64, argument: u64) -> io::Result<i32> {
     loop {
-        // SAFETY: every caller passes either a plain number or the address of a live `repr(C)` value of the type that
-        // `linux/loop.h` names for `request`; the kernel touches nothing else.
+        // SAFETY: the caller's promise; the kernel accesses nothing else.
         let r = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, argument) };
         if r >= 0 {
             return Ok(r);
         }
         let error = io::Error::last_os_error();
-        // The driver waits for a lock of its own, and a signal may end that.
+        // The driver waits for a lock, which a signal may interrupt.
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
     }
 }
 
+fn by_value(fd: BorrowedFd<'_>, request: ByValue, argument: u64) -> io::Result<i32> {
+    // SAFETY: all these requests take a number; a wrong one is an error.
+    unsafe { ioctl(fd, request as u64, argument) }
+}
+
+fn configure(device: BorrowedFd<'_>, config: &LoopConfig) -> io::Result<()> {
+    // SAFETY: LOOP_CONFIGURE reads a `struct loop_config`, which is live.
+    unsafe { ioctl(device, LOOP_CONFIGURE, (&raw const *config) as u64) }.map(|_| ())
+}
+
+fn set_status64(device: BorrowedFd<'_>, info: &LoopInfo64) -> io::Result<()> {
+    // SAFETY: LOOP_SET_STATUS64 reads a `struct loop_info64`, which is live.
+    unsafe { ioctl(device, LOOP_SET_STATUS64, (&raw const *info) as u64) }.map(|_| ())
+}
+
+fn get_status(device: BorrowedFd<'_>) -> io::Result<LoopInfo64> {
+    let mut info = LoopInfo64::ZERO;
+    // SAFETY: LOOP_GET_STATUS64 writes a `struct loop_info64`, which is live and referenced only here; any bytes are a
+    // valid value of it.
+    unsafe { ioctl(device, LOOP_GET_STATUS64, (&raw mut info) as u64)? };
+    Ok(info)
+}
+
 fn device_path(number: u32) -> PathBuf {
     PathBuf::from(format!("/dev/loop{number}"))
 }
 
-/// Opens `/dev/loopN`, making the node first where a container's `/dev` lacks it.
+/// Opens `/dev/loopN`, after creating the node if the `/dev` of a container lacks it.
 fn open_device(number: u32, read_only: bool) -> Result<(PathBuf, OwnedFd), SysError> {
     let path = device_path(number);
     let flags = OFlags::CLOEXEC | if read_only { OFlags::RDONLY } else { OFlags::RDWR };
@@ -193,7 +231,7 @@ fn open_device(number: u32, read_only: bool) -> Result<(PathBuf, OwnedFd), SysEr
 /// Binds a window of `file` to a free loop device.
 ///
 /// # Errors
-/// [`SysError::Os`] when there is no loop driver, no permission, or the window is refused.
+/// [`SysError::Os`] if there is no loop driver or no permission, or if the kernel refuses the window.
 pub fn attach(file: BorrowedFd<'_>, spec: &LoopSpec) -> Result<LoopDevice, SysError> {
     let control_path = Path::new("/dev/loop-control");
     let control = File::options().read(true).write(true).open(control_path).context("open", control_path)?;
@@ -211,12 +249,12 @@ pub fn attach(file: BorrowedFd<'_>, spec: &LoopSpec) -> Result<LoopDevice, SysEr
     }
     let mut last = io::Error::from(Errno::BUSY);
     for _ in 0..ATTEMPTS {
-        let number = ioctl(control.as_fd(), LOOP_CTL_GET_FREE, 0)
-            .context("find a free loop device by", control_path)?;
+        let number = by_value(control.as_fd(), ByValue::CtlGetFree, 0)
+            .context("find a free loop device with", control_path)?;
         let number = u32::try_from(number).map_err(|_| io::Error::from(Errno::RANGE));
-        let number = number.context("find a free loop device by", control_path)?;
+        let number = number.context("find a free loop device with", control_path)?;
         let (path, fd) = match open_device(number, false) {
-            // Somebody has removed the device meanwhile (`losetup`, LOOP_CTL_REMOVE): the next one then.
+            // The device has been removed meanwhile (`losetup`, LOOP_CTL_REMOVE): try the next one.
             Err(e)
                 if [Errno::NXIO, Errno::NODEV, Errno::NOENT]
                     .iter()
@@ -230,8 +268,8 @@ pub fn attach(file: BorrowedFd<'_>, spec: &LoopSpec) -> Result<LoopDevice, SysEr
         match bind(fd.as_fd(), file, &info) {
             Ok(()) => {
                 if spec.direct_io {
-                    // Refused for file systems and windows that can't do it; the device works all the same.
-                    let _ = ioctl(fd.as_fd(), LOOP_SET_DIRECT_IO, 1);
+                    // Fails for file systems and windows without support; the device works nevertheless.
+                    let _ = by_value(fd.as_fd(), ByValue::SetDirectIo, 1);
                 }
                 return Ok(LoopDevice { path, fd, number });
             }
@@ -245,15 +283,15 @@ pub fn attach(file: BorrowedFd<'_>, spec: &LoopSpec) -> Result<LoopDevice, SysEr
 fn bind(device: BorrowedFd<'_>, file: BorrowedFd<'_>, info: &LoopInfo64) -> io::Result<()> {
     let config =
         LoopConfig { fd: file.as_raw_fd().cast_unsigned(), block_size: 0, info: *info, reserved: [0; 8] };
-    match ioctl(device, LOOP_CONFIGURE, (&raw const config) as u64) {
-        Ok(_) => return Ok(()),
-        // Kernels before 5.8 don't know the request.
+    match configure(device, &config) {
+        Ok(()) => return Ok(()),
+        // Kernels before 5.8 do not have the request.
         Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => {}
         Err(e) => return Err(e),
     }
-    ioctl(device, LOOP_SET_FD, file.as_raw_fd() as u64)?;
+    by_value(device, ByValue::SetFd, file.as_raw_fd() as u64)?;
     let set = set_status(device, info).and_then(|()| {
-        // This way the flag of a read-only device is taken from the file alone.
+        // LOOP_SET_FD takes the read-only flag only from the file.
         let made = get_status(device)?;
         if made.lo_flags & LO_FLAGS_READ_ONLY < info.lo_flags & LO_FLAGS_READ_ONLY {
             return Err(io::Error::from(Errno::ROFS));
@@ -261,45 +299,39 @@ fn bind(device: BorrowedFd<'_>, file: BorrowedFd<'_>, info: &LoopInfo64) -> io::
         Ok(())
     });
     if set.is_err() {
-        let _ = ioctl(device, LOOP_CLR_FD, 0);
+        let _ = by_value(device, ByValue::ClrFd, 0);
     }
     set
 }
 
 fn set_status(device: BorrowedFd<'_>, info: &LoopInfo64) -> io::Result<()> {
-    /// While pages of the device are being written back the driver asks to try again.
+    /// The driver returns EAGAIN while pages of the device are being written back.
     const TRIES: u32 = 50;
     const PAUSE: std::time::Duration = std::time::Duration::from_millis(5);
     for _ in 1..TRIES {
-        match ioctl(device, LOOP_SET_STATUS64, (&raw const *info) as u64) {
+        match set_status64(device, info) {
             Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => std::thread::sleep(PAUSE),
-            other => return other.map(|_| ()),
+            other => return other,
         }
     }
-    ioctl(device, LOOP_SET_STATUS64, (&raw const *info) as u64).map(|_| ())
-}
-
-fn get_status(device: BorrowedFd<'_>) -> io::Result<LoopInfo64> {
-    let mut info = LoopInfo64::ZERO;
-    ioctl(device, LOOP_GET_STATUS64, (&raw mut info) as u64)?;
-    Ok(info)
+    set_status64(device, info)
 }
 
 impl LoopDevice {
-    /// Opens a device that is attached already, by its number.
+    /// Opens an attached device by its number.
     ///
     /// # Errors
-    /// [`SysError::Os`] if the node can't be opened.
+    /// [`SysError::Os`] if the node cannot be opened.
     pub fn open(number: u32) -> Result<Self, SysError> {
         let (path, fd) = open_device(number, true)?;
         Ok(Self { path, fd, number })
     }
 
-    /// Opens a device that was found to be bound to `file`; `None` if it no longer is. An open device keeps its file,
-    /// so what is asked now stays true.
+    /// Opens a device that was found to be bound to `file`; `None` if it no longer is. An open device keeps its file, so the
+    /// answer stays valid.
     ///
     /// # Errors
-    /// [`SysError::Os`] if it can't be opened or asked.
+    /// [`SysError::Os`] if it cannot be opened, or its state cannot be read.
     pub fn open_bound(number: u32, file: BorrowedFd<'_>) -> Result<Option<Self>, SysError> {
         let stat = rustix::fs::fstat(file).context("stat", "backing file")?;
         Self::open_if(number, |info| info.lo_device == stat.st_dev && info.lo_inode == stat.st_ino)
@@ -327,12 +359,12 @@ impl LoopDevice {
         }
     }
 
-    /// Detaches the device now, or, if it is mounted or open elsewhere, as soon as it no longer is.
+    /// Detaches the device now or, if it is mounted or open elsewhere, as soon as it no longer is.
     ///
     /// # Errors
-    /// [`SysError::Os`]; a device that was detached meanwhile is no error.
+    /// [`SysError::Os`]. It is not an error if the device has been detached meanwhile.
     pub fn detach(self) -> Result<(), SysError> {
-        match ioctl(self.fd.as_fd(), LOOP_CLR_FD, 0) {
+        match by_value(self.fd.as_fd(), ByValue::ClrFd, 0) {
             Ok(_) => Ok(()),
             Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(()),
             Err(e) => Err(e).context("detach", &self.path),
@@ -345,10 +377,10 @@ fn shown_name(info: &LoopInfo64) -> String {
     String::from_utf8_lossy(&info.lo_file_name[..end]).into_owned()
 }
 
-/// What device `number` is bound to; `None` if it is free or does not exist.
+/// The state of device `number`; `None` if it is free or does not exist.
 ///
 /// # Errors
-/// [`SysError::Os`] for anything but "not there" and "not bound".
+/// [`SysError::Os`] if it cannot be opened, or its state cannot be read.
 pub fn status(number: u32) -> Result<Option<LoopStatus>, SysError> {
     let path = device_path(number);
     let fd = match rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
@@ -377,27 +409,27 @@ pub fn status(number: u32) -> Result<Option<LoopStatus>, SysError> {
     }))
 }
 
-/// All bound loop devices, in order of number. One whose state cannot be read is left out: it is somebody else's, or
-/// it is sick.
+/// All bound loop devices, by ascending number. Devices whose state cannot be read (those of others, or broken ones) are
+/// omitted.
 ///
 /// # Errors
-/// [`SysError::Os`] if `/sys/block` can't be read.
+/// [`SysError::Os`] if `/sys/block` cannot be read.
 pub fn list() -> Result<Vec<LoopStatus>, SysError> {
     Ok(bound()?.into_iter().filter_map(|number| status(number).ok().flatten()).collect())
 }
 
 /// Numbers of the devices that are bound.
 fn bound() -> Result<Vec<u32>, SysError> {
-    let folder = Path::new("/sys/block");
+    let directory = Path::new("/sys/block");
     let mut numbers: Vec<u32> = Vec::new();
-    for entry in std::fs::read_dir(folder).context("list", folder)? {
-        let entry = entry.context("list", folder)?;
+    for entry in std::fs::read_dir(directory).context("list", directory)? {
+        let entry = entry.context("list", directory)?;
         let name = entry.file_name();
         let Some(number) = name.to_str().and_then(|n| n.strip_prefix("loop")).and_then(|n| n.parse().ok())
         else {
             continue;
         };
-        // A bound device has this folder; asking sysfs first spares opening every free one.
+        // Bound devices have this directory; checking sysfs first avoids opening every free device.
         if entry.path().join("loop").exists() {
             numbers.push(number);
         }
@@ -409,8 +441,8 @@ fn bound() -> Result<Vec<u32>, SysError> {
 /// Bound devices whose backing file is `file` (by device and inode).
 ///
 /// # Errors
-/// As [`list`]; and if the state of a device can't be read that may be bound to `file`, by the name that sysfs gives
-/// of its file.
+/// As [`list`]. Also if the state of a device cannot be read that may be bound to `file`, judging by the name of its file
+/// in sysfs.
 pub fn find_by_backing(file: BorrowedFd<'_>) -> Result<Vec<LoopStatus>, SysError> {
     let stat = rustix::fs::fstat(file).context("stat", "backing file")?;
     let mut found = Vec::new();
@@ -420,18 +452,18 @@ pub fn find_by_backing(file: BorrowedFd<'_>) -> Result<Vec<LoopStatus>, SysError
             Ok(_) => {}
             Err(error) if may_be_bound_to(number, file) => return Err(error),
             Err(error) => {
-                tracing::debug!(number, %error, "a loop device of somebody else cannot be asked; it is passed by");
+                tracing::debug!(number, %error, "skipping a loop device of another file whose state cannot be read");
             }
         }
     }
     Ok(found)
 }
 
-/// Whether sysfs gives the file's own name, or none, for what is behind a device.
+/// Whether the name of a device's file in sysfs is that of `file`, or there is none.
 fn may_be_bound_to(number: u32, file: BorrowedFd<'_>) -> bool {
     use std::os::unix::ffi::OsStrExt;
     let Ok(shown) = std::fs::read(format!("/sys/block/loop{number}/loop/backing_file")) else {
-        // Unbound meanwhile, or as sick as the device: only its own word would tell.
+        // Unbound meanwhile, or as broken as the device, whose state would be the only evidence.
         return Path::new(&format!("/sys/block/loop{number}/loop")).exists();
     };
     let Ok(ours) = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())) else { return true };
@@ -442,7 +474,7 @@ fn may_be_bound_to(number: u32, file: BorrowedFd<'_>) -> bool {
     plain(&shown) == plain(ours.as_os_str().as_bytes())
 }
 
-/// Whether `path` is a block device (what a test machine without loop support lacks).
+/// Whether `path` is a block device.
 pub fn is_block_device(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device())
 }

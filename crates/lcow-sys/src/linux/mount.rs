@@ -1,41 +1,39 @@
-//! Mounting and unmounting, propagation, syncing.
+//! Mounts and unmounts, syncs, and reads free space.
 //!
 //! ```text
 //!   /dev/loopN ──mount_ext4──► l/<n> ──overlay──► <id>/merged
 //! ```
 //!
-//! Called by `driver`; `freeze` has what stops a mounted file system.
+//! Called by `driver` and `cli`. Freezing is in `freeze`.
 
 use super::{Context, SysError};
 use rustix::{
     fs::{Mode, OFlags},
-    mount::{MountFlags, MountPropagationFlags, UnmountFlags},
+    mount::{MountFlags, UnmountFlags},
 };
 use std::{ffi::CString, io, os::fd::OwnedFd, path::Path, time::Duration};
 
 /// How an ext4 is mounted.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Ext4Options {
-    /// Read-only; with a dirty journal the kernel still replays it, unless `noload`.
+    /// Read-only. The kernel still replays a dirty journal, unless `noload` is set.
     pub read_only: bool,
-    /// Deleted blocks are discarded, so a sparse backing file shrinks.
+    /// Discard deleted blocks, so that a sparse backing file shrinks.
     pub discard: bool,
-    /// The journal is not replayed (only sensible read-only).
+    /// Do not replay the journal (useful only with `read_only`).
     pub noload: bool,
-    /// Access times are not written.
+    /// Do not write access times.
     pub noatime: bool,
-    /// Device nodes on it don't work (through *this* mount; an overlay above has flags of its own).
+    /// Device nodes do not work (through *this* mount; an overlay on it has its own flags).
     pub nodev: bool,
-    /// Set-user-id bits on it don't work (through *this* mount).
+    /// Set-user-id bits have no effect (through *this* mount).
     pub nosuid: bool,
-    /// Programs on it can't be started (through *this* mount).
-    pub noexec: bool,
 }
 
-/// Mounts the ext4 on block device `device` at the folder `target`.
+/// Mounts the ext4 on block device `device` at the directory `target`.
 ///
 /// # Errors
-/// [`SysError::Os`]; `EUCLEAN`/`EINVAL` mean that the kernel refuses the file system.
+/// [`SysError::Os`]: `EUCLEAN` and `EINVAL` mean that the kernel refuses the file system.
 pub fn mount_ext4(device: &Path, target: &Path, options: Ext4Options) -> Result<(), SysError> {
     let mut flags = MountFlags::empty();
     for (on, flag) in [
@@ -43,13 +41,12 @@ pub fn mount_ext4(device: &Path, target: &Path, options: Ext4Options) -> Result<
         (options.noatime, MountFlags::NOATIME),
         (options.nodev, MountFlags::NODEV),
         (options.nosuid, MountFlags::NOSUID),
-        (options.noexec, MountFlags::NOEXEC),
     ] {
         if on {
             flags |= flag;
         }
     }
-    // An error on a container's disk must neither stop the host (errors=panic in a hostile super block) nor go on.
+    // After an error, the host must neither panic (errors=panic in a hostile super block) nor continue to write.
     let mut data = vec!["errors=remount-ro"];
     if options.discard {
         data.push("discard");
@@ -63,16 +60,16 @@ pub fn mount_ext4(device: &Path, target: &Path, options: Ext4Options) -> Result<
         .context("mount ext4 on", target)
 }
 
-/// How often and how long apart a busy mount is tried again: a child between fork and exec holds copies of all our
-/// descriptors for a moment, and a mount is not in use because of that.
+/// Retries of a busy unmount, and the pause between them: a child between fork and exec briefly holds copies of all
+/// descriptors, which does not mean that the mount is in use.
 const BUSY_ATTEMPTS: u32 = 20;
 const BUSY_PAUSE: Duration = Duration::from_millis(2);
 
-/// Unmounts `target`. With `detach` it vanishes from the tree at once, and for good when its last user is gone;
-/// without, a busy one is tried again for at most 40 ms.
+/// Unmounts `target`. With `detach` it disappears from the tree immediately, and ends with its last user; without, a busy
+/// mount is retried for at most 40 ms.
 ///
 /// # Errors
-/// [`SysError::Os`]: `EBUSY` while in use (without `detach`), `EINVAL` if it is no mount point.
+/// [`SysError::Os`]: `EBUSY` while in use (without `detach`), `EINVAL` if it is not a mount point.
 pub fn umount(target: &Path, detach: bool) -> Result<(), SysError> {
     let mut flags = UnmountFlags::NOFOLLOW;
     if detach {
@@ -95,43 +92,7 @@ pub fn bind(source: &Path, target: &Path) -> Result<(), SysError> {
     rustix::mount::mount_bind(source, target).context("bind-mount on", target)
 }
 
-/// Makes the mount at `target` read-only or read-write without touching its file system.
-///
-/// # Errors
-/// [`SysError::Os`].
-pub fn remount_read_only(target: &Path, read_only: bool) -> Result<(), SysError> {
-    let mut flags = MountFlags::BIND;
-    if read_only {
-        flags |= MountFlags::RDONLY;
-    }
-    rustix::mount::mount_remount(target, flags, c"").context("remount", target)
-}
-
-/// No mount event leaves or enters `target`.
-///
-/// # Errors
-/// [`SysError::Os`]: `EINVAL` if it is no mount point.
-pub fn make_private(target: &Path) -> Result<(), SysError> {
-    rustix::mount::mount_change(target, MountPropagationFlags::PRIVATE).context("make private", target)
-}
-
-/// Mount events below `target` go to all its peers.
-///
-/// # Errors
-/// As [`make_private`].
-pub fn make_shared(target: &Path) -> Result<(), SysError> {
-    rustix::mount::mount_change(target, MountPropagationFlags::SHARED).context("make shared", target)
-}
-
-/// Mount events come in from the former peers but none go out.
-///
-/// # Errors
-/// As [`make_private`].
-pub fn make_slave(target: &Path) -> Result<(), SysError> {
-    rustix::mount::mount_change(target, MountPropagationFlags::DOWNSTREAM).context("make slave", target)
-}
-
-pub(super) fn open_folder(path: &Path) -> Result<OwnedFd, SysError> {
+pub(super) fn open_directory(path: &Path) -> Result<OwnedFd, SysError> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .context("open", path)
 }
@@ -139,27 +100,27 @@ pub(super) fn open_folder(path: &Path) -> Result<OwnedFd, SysError> {
 /// Writes all dirty data of the file system at `path` to its device.
 ///
 /// # Errors
-/// [`SysError::Os`], write-back errors included.
+/// [`SysError::Os`], also for write-back errors.
 pub fn syncfs(path: &Path) -> Result<(), SysError> {
-    rustix::fs::syncfs(open_folder(path)?).context("sync", path)
+    rustix::fs::syncfs(open_directory(path)?).context("sync", path)
 }
 
-/// Room of a file system.
+/// Size and free space of a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
-    /// Bytes in all.
+    /// Total bytes.
     pub total: u64,
-    /// Bytes free, those kept for root included.
+    /// Free bytes, including those reserved for root.
     pub free: u64,
-    /// Bytes that an ordinary user may still write.
+    /// Bytes available to an ordinary user.
     pub available: u64,
-    /// Inodes in all (0 where the file system has no fixed number).
+    /// Total inodes; 0 if the file system has no fixed number.
     pub inodes: u64,
-    /// Inodes free.
+    /// Free inodes.
     pub inodes_free: u64,
 }
 
-/// How much room the file system at `path` has.
+/// Size and free space of the file system at `path`.
 ///
 /// # Errors
 /// [`SysError::Os`].

@@ -5,9 +5,9 @@
 //! id parent dev root mount_point options  tags… - fs_type source super_options
 //! ```
 //!
-//! Source: proc(5). Space, tab, newline and backslash in names are octal escapes (`\040`). A line that does not parse
-//! is an error, never skipped: a mount that we don't see is one that we would not unmount. Called by `driver` (state
-//! after a crash of the plugin) and by tests.
+//! Source: proc(5). Space, tab, newline and backslash in names are octal escapes (`\040`). A line that cannot be parsed is an
+//! error and is never skipped: a mount that is not seen would not be unmounted. Called by `driver` (state after a crash of
+//! the plugin) and by tests.
 
 use super::{Context, SysError};
 use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
@@ -17,19 +17,19 @@ use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
 pub struct MountEntry {
     /// Unique id of the mount.
     pub mount_id: u64,
-    /// Id of the mount it stands on.
+    /// Id of the parent mount.
     pub parent: u64,
     /// Major number of `st_dev` of files on it.
     pub major: u32,
     /// Minor number of `st_dev` of files on it.
     pub minor: u32,
-    /// Which folder of the file system is mounted ("/" unless a bind mount).
+    /// The mounted directory of the file system ("/" except for bind mounts).
     pub root: PathBuf,
-    /// Where.
+    /// Path at which it is mounted.
     pub mount_point: PathBuf,
     /// Type of the file system.
     pub fs_type: String,
-    /// What was mounted (`/dev/loop3`, "overlay", …).
+    /// Its source (`/dev/loop3`, "overlay", …).
     pub source: OsString,
     /// Options of this mount ("rw,noatime").
     pub options: String,
@@ -59,7 +59,7 @@ pub struct ParseError {
 /// Reads the table of this process.
 ///
 /// # Errors
-/// [`SysError`] if it can't be read or parsed.
+/// [`SysError`] if it cannot be read or parsed.
 pub fn read() -> Result<Vec<MountEntry>, SysError> {
     let path = "/proc/self/mountinfo";
     let text = std::fs::read(path).context("read", path)?;

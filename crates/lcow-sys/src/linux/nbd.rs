@@ -1,13 +1,13 @@
-//! A block device whose bytes come from this process.
+//! A block device that this process serves.
 //!
 //! ```text
 //!   ext4 ─► /dev/nbdN ─► kernel's nbd ══ socket pair ══ thread here ─► Served::read, write
 //! ```
 //!
-//! So a kernel can be shown what is no device: a window of one, the disk inside a VHDX, or a disk with what was written to
-//! it kept elsewhere. One thread waits in `NBD_DO_IT`, one answers; both end when the [`Device`] is dropped. Whoever
-//! mounts it unmounts first: later reads fail. The module's numbers are the caller's to hand out.
-//! Called by `agent::mount` in a guest, which is alone with its kernel.
+//! It presents to the kernel what is not a device: a window of one, the disk inside a VHDX, or a disk whose writes are kept
+//! elsewhere. One thread waits in `NBD_DO_IT`, one serves requests; both end when the [`Device`] is dropped. Unmount it
+//! before that: later reads fail. The caller assigns the device numbers. Called by `svm-agent` in a guest, where it is the
+//! only user of the module.
 
 use super::{Context, SysError};
 use std::{
@@ -20,21 +20,33 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Bytes of a sector: the least that the kernel asks for.
+/// Size of a sector in bytes, the smallest request of the kernel.
 pub const SECTOR: u64 = 512;
-/// Parameters of the module: no look for partitions on hostile disks, [`DEVICES`] devices.
+/// Parameters of the module: no search for partitions on hostile disks, [`DEVICES`] devices.
 pub const MODULE_PARAMETERS: &std::ffi::CStr = c"max_part=0 nbds_max=16";
-/// How many devices there are.
+/// Number of devices.
 pub const DEVICES: u32 = 16;
 
 // include/uapi/linux/nbd.h
-const NBD_SET_SOCK: u64 = 0xAB00;
-const NBD_SET_BLKSIZE: u64 = 0xAB01;
-const NBD_DO_IT: u64 = 0xAB03;
-const NBD_CLEAR_SOCK: u64 = 0xAB04;
-const NBD_SET_SIZE_BLOCKS: u64 = 0xAB07;
-const NBD_DISCONNECT: u64 = 0xAB08;
-const NBD_SET_FLAGS: u64 = 0xAB0A;
+/// Requests, all of which take a number or nothing.
+#[derive(Clone, Copy)]
+#[repr(u64)]
+enum Request {
+    /// `NBD_SET_SOCK`: the descriptor of a socket.
+    SetSock = 0xAB00,
+    /// `NBD_SET_BLKSIZE`: bytes.
+    SetBlkSize = 0xAB01,
+    /// `NBD_DO_IT`.
+    DoIt = 0xAB03,
+    /// `NBD_CLEAR_SOCK`.
+    ClearSock = 0xAB04,
+    /// `NBD_SET_SIZE_BLOCKS`: number of blocks.
+    SetSizeBlocks = 0xAB07,
+    /// `NBD_DISCONNECT`.
+    Disconnect = 0xAB08,
+    /// `NBD_SET_FLAGS`: bits.
+    SetFlags = 0xAB0A,
+}
 /// `NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH`.
 const FLAGS: u64 = 1 | 4;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
@@ -43,26 +55,26 @@ const READ: u16 = 0;
 const WRITE: u16 = 1;
 const DISCONNECT: u16 = 2;
 const FLUSH: u16 = 3;
-/// More than a request can have (`max_hw_sectors` of the driver).
+/// Upper bound of a request, in bytes (`max_hw_sectors` of the driver is less).
 const MAX_REQUEST: u32 = 32 << 20;
-/// How long the kernel may take to take up its work.
+/// How long the device may take to start.
 const START: Duration = Duration::from_secs(20);
 
-/// What gives the bytes.
+/// The disk behind a device.
 pub trait Served: Send + Sync + 'static {
     /// Fills `buf` from `offset`.
     ///
     /// # Errors
     /// The reader of the device gets an input/output error.
     fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
-    /// Takes `buf` at `offset`.
+    /// Writes `buf` at `offset`.
     ///
     /// # Errors
     /// As [`Served::read`].
     fn write(&self, buf: &[u8], offset: u64) -> io::Result<()>;
 }
 
-/// A device in use; dropping it ends it.
+/// A running device; dropping it stops it.
 #[derive(Debug)]
 pub struct Device {
     path: PathBuf,
@@ -70,38 +82,38 @@ pub struct Device {
     threads: Vec<JoinHandle<()>>,
 }
 
-fn control(file: &File, request: u64, argument: u64) -> io::Result<()> {
-    // SAFETY: these requests take a number, or nothing, by value; the kernel reads and writes no memory of ours.
+fn control(file: &File, request: Request, argument: u64) -> io::Result<()> {
+    // SAFETY: all these requests take a number or nothing; the kernel reads and writes no memory of this process.
     let r = unsafe { libc::ioctl(file.as_raw_fd(), request as libc::Ioctl, argument as libc::c_ulong) };
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 impl Device {
-    /// Shows `bytes` (whole sectors) of `served` as `/dev/nbd{number}`.
+    /// Presents `bytes` (whole sectors) of `served` as `/dev/nbd{number}`.
     ///
     /// # Errors
-    /// [`SysError::Os`]: no such device (the module is not loaded), in use, or it does not come up.
+    /// [`SysError::Os`]: there is no such device (the module is not loaded), it is in use, or it does not start.
     pub fn start(number: u32, bytes: u64, served: Arc<dyn Served>) -> Result<Self, SysError> {
         let path = PathBuf::from(format!("/dev/nbd{number}"));
         let action = "set up the block device";
         let file = File::options().read(true).write(true).open(&path).context("open", &path)?;
         let (ours, theirs) = UnixStream::pair().context("make a socket pair for", &path)?;
-        control(&file, NBD_SET_BLKSIZE, SECTOR).context(action, &path)?;
-        control(&file, NBD_SET_SIZE_BLOCKS, bytes / SECTOR).context(action, &path)?;
-        control(&file, NBD_SET_FLAGS, FLAGS).context(action, &path)?;
-        control(&file, NBD_SET_SOCK, theirs.as_raw_fd() as u64).context(action, &path)?;
-        // The kernel holds the socket from here on.
+        control(&file, Request::SetBlkSize, SECTOR).context(action, &path)?;
+        control(&file, Request::SetSizeBlocks, bytes / SECTOR).context(action, &path)?;
+        control(&file, Request::SetFlags, FLAGS).context(action, &path)?;
+        control(&file, Request::SetSock, theirs.as_raw_fd() as u64).context(action, &path)?;
+        // The kernel holds the socket now.
         drop(theirs);
         let mut device = Self { path, file: Arc::new(file), threads: Vec::new() };
         let kernel = device.file.clone();
         let spawn = |name: &str| std::thread::Builder::new().name(name.into());
         let waiting = spawn("nbd").spawn(move || {
-            // Returns when the device is ended; how is of no interest to anybody then.
-            let _ = control(&kernel, NBD_DO_IT, 0);
+            // Returns when the device has stopped; the reason does not matter then.
+            let _ = control(&kernel, Request::DoIt, 0);
         });
         device.threads.push(waiting.context("start a thread for", &device.path)?);
         let answering = spawn("nbd-serve").spawn(move || {
-            // An end of the stream is the end of the device.
+            // The end of the stream is the end of the device.
             let _ = serve(&ours, &*served);
         });
         device.threads.push(answering.context("start a thread for", &device.path)?);
@@ -121,7 +133,7 @@ impl Device {
         Ok(())
     }
 
-    /// Where it is.
+    /// Path of the device.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -129,17 +141,17 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // If the kernel has ended it already, there is nothing to end.
-        let _ = control(&self.file, NBD_DISCONNECT, 0);
-        let _ = control(&self.file, NBD_CLEAR_SOCK, 0);
+        // Both fail if the kernel has already stopped it.
+        let _ = control(&self.file, Request::Disconnect, 0);
+        let _ = control(&self.file, Request::ClearSock, 0);
         for thread in self.threads.drain(..) {
-            // One that panicked has said so.
+            // A panic has been reported on standard error.
             let _ = thread.join();
         }
     }
 }
 
-/// Answers the kernel until it is content.
+/// Serves requests until the kernel disconnects.
 fn serve(mut stream: &UnixStream, served: &dyn Served) -> io::Result<()> {
     let mut data = Vec::new();
     loop {
@@ -150,7 +162,7 @@ fn serve(mut stream: &UnixStream, served: &dyn Served) -> io::Result<()> {
         }
         let number =
             |at: usize, len: usize| request[at..at + len].iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
-        // The upper half are flags that were not offered.
+        // The upper half has flags that were not offered.
         let (command, offset, len) = (number(6, 2) as u16, number(16, 8), number(24, 4) as u32);
         if command == DISCONNECT {
             return Ok(());

@@ -5,10 +5,11 @@
 //!  one page         thread: unshare(CLONE_FS), chdir(base), mount("lowerdir=a:b:…,upperdir=…")   ≤ 4095 bytes
 //! ```
 //!
-//! Options that the kernel's configuration could switch on behind our back are always explicit (`index`, `metacopy`,
-//! `redirect_dir`, `nfs_export` off): images must not carry host-specific xattrs, and a lower's crafted redirect must
-//! not be followed. `xino` is explicit as well, as the caller says: with it the view is one device, whose inode numbers are
-//! those of the layers with the layer's place in the upper bits. Source: Documentation/filesystems/overlayfs.rst. Called by `driver`.
+//! Options that the kernel's configuration could enable are always explicit (`index`, `metacopy`, `redirect_dir`,
+//! `nfs_export` off): images must not carry host-specific xattrs, and a crafted redirect in a lower must not be followed.
+//! `xino` is explicit too, as the caller requests: with it the view is one device, whose inode numbers are those of the
+//! layers with the index of the layer in the upper bits. Source: Documentation/filesystems/overlayfs.rst. Called by
+//! `driver`.
 
 use super::{Context, SysError};
 use rustix::{
@@ -27,54 +28,54 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What the kernel copies of an option string (one page, the last byte is the terminator). The smallest page of all
+/// Number of bytes that the kernel copies of an option string: one page without the terminator. The smallest page of all
 /// supported machines, so that a chain that works on one works on all.
 pub const OPTION_PAGE: usize = 4096 - 1;
 const EXPLICIT: [(&str, &str); 4] =
     [("index", "off"), ("metacopy", "off"), ("redirect_dir", "nofollow"), ("nfs_export", "off")];
 
-/// What to join.
+/// An overlay to mount.
 #[derive(Debug, Clone, Default)]
 pub struct OverlaySpec {
-    /// A folder; relative lowers, upper and work are below it. Also what the one-page way stands in.
+    /// The directory that relative lowers, upper and work are relative to; the working directory of a one-page mount.
     pub base: PathBuf,
-    /// Lower folders, nearest (topmost) first; at least one.
+    /// Lower directories, topmost first; at least one.
     pub lowers: Vec<PathBuf>,
-    /// The writable top with its work folder (on the same file system); `None` makes a read-only overlay.
+    /// The writable upper directory and its work directory (on the same file system); `None` for a read-only overlay.
     pub upper: Option<(PathBuf, PathBuf)>,
     /// SELinux label of all files (`context=`).
     pub context: Option<String>,
-    /// Where; absolute.
+    /// Mount point; absolute.
     pub target: PathBuf,
-    /// One device and unique inode numbers, which are larger than 32 bits for lower files; without it files have the
-    /// numbers of their layers, and a device for each.
+    /// One device and unique inode numbers, which exceed 32 bits for lower files. Without it, files have the numbers of
+    /// their layers and a device for each.
     pub xino: bool,
-    /// Mount flags: read-only view even with an upper.
+    /// Mount the view read-only, even with an upper directory.
     pub read_only: bool,
 }
 
 impl OverlaySpec {
-    /// The options that are always given.
+    /// The options that are always explicit.
     fn switches(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         EXPLICIT.into_iter().chain([("xino", if self.xino { "on" } else { "off" })])
     }
 }
 
-/// How an overlay is put to the kernel.
+/// The kernel interface of an overlay mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OverlayMethod {
-    /// The new API, and one page where the kernel lacks `lowerdir+`.
+    /// The new API, or one page if the kernel lacks `lowerdir+`.
     Auto,
     /// Only the new API.
     NewApi,
-    /// Only one option string of names relative to `base`.
+    /// Only one option string with names relative to `base`.
     OnePage,
 }
 
-/// Whether a layer's root is marked as opaque: it hides the layers below.
+/// Whether the root of a layer is marked as opaque, so that it hides the layers below.
 ///
 /// # Errors
-/// What `getxattr` says, but that there is no such attribute.
+/// [`SysError::Os`] if the attribute cannot be read; a missing attribute is not an error.
 pub fn is_opaque(root: &Path) -> Result<bool, SysError> {
     let mut value = [0; 2];
     match rustix::fs::getxattr(root, "trusted.overlay.opaque", &mut value) {
@@ -84,19 +85,20 @@ pub fn is_opaque(root: &Path) -> Result<bool, SysError> {
     }
 }
 
-/// Mounts the overlay and says which way was taken ([`OverlayMethod::NewApi`] or [`OverlayMethod::OnePage`]).
+/// Mounts the overlay and returns the method used ([`OverlayMethod::NewApi`] or [`OverlayMethod::OnePage`]).
 ///
 /// # Errors
-/// [`SysError::Os`]; [`SysError::Usage`] without lowers, or when the names don't fit one page.
+/// [`SysError::Os`]; [`SysError::Usage`] without lowers, if the names do not fit one page, or for a label that an option
+/// string cannot carry.
 pub fn mount_overlay(spec: &OverlaySpec, method: OverlayMethod) -> Result<OverlayMethod, SysError> {
     if spec.lowers.is_empty() {
-        return Err(SysError::usage("mount overlay on", &spec.target, "no lower folder given"));
+        return Err(SysError::usage("mount overlay on", &spec.target, "no lower directory given"));
     }
     if method != OverlayMethod::OnePage {
         match new_api(spec) {
             Ok(()) => return Ok(OverlayMethod::NewApi),
-            // EINVAL from `lowerdir+` (before 6.7), ENOSYS from fsopen (before 5.2), EPERM where seccomp filters of
-            // a container know the old mount call only.
+            // EINVAL from `lowerdir+` (before 6.7), ENOSYS from fsopen (before 5.2), EPERM if the seccomp filter of a
+            // container allows only the old mount call.
             Err(Refused::Unknown(_)) if method == OverlayMethod::Auto => {}
             Err(Refused::Unknown(e) | Refused::Failed(e)) => return Err(e),
         }
@@ -106,7 +108,7 @@ pub fn mount_overlay(spec: &OverlaySpec, method: OverlayMethod) -> Result<Overla
 }
 
 enum Refused {
-    /// The kernel does not know this way; another may work.
+    /// The kernel does not support this method; the other may work.
     Unknown(SysError),
     Failed(SysError),
 }
@@ -141,7 +143,7 @@ fn new_api(spec: &OverlaySpec) -> Result<(), Refused> {
     if let Some((upper, work)) = &spec.upper {
         for (key, path) in [("upperdir", spec.base.join(upper)), ("workdir", spec.base.join(work))] {
             fsconfig_set_string(fs.as_fd(), key, escape(path.as_os_str(), b"\\"))
-                .context("set the overlay's writable folder", &path)?;
+                .context("set the overlay's writable directory", &path)?;
         }
     }
     for (key, value) in spec.switches() {
@@ -166,7 +168,7 @@ fn new_api(spec: &OverlaySpec) -> Result<(), Refused> {
     Ok(())
 }
 
-/// The option string of the one-page way.
+/// The option string of a one-page mount.
 fn option_string(spec: &OverlaySpec) -> Result<CString, SysError> {
     let relative = |p: &Path| p.strip_prefix(&spec.base).map_or_else(|_| p.to_owned(), Path::to_owned);
     let mut data = b"lowerdir=".to_vec();
@@ -186,8 +188,8 @@ fn option_string(spec: &OverlaySpec) -> Result<CString, SysError> {
         data.extend(format!(",{key}={value}").into_bytes());
     }
     if let Some(context) = &spec.context {
-        // Labels with categories hold commas: quoted, as the kernel's LSM parser expects. That parser knows no escape,
-        // so a quote would end the label, and what follows would be options.
+        // Labels with categories contain commas, so they are quoted as the kernel's LSM parser expects. That parser has no
+        // escapes: a quote would end the label, and the rest would become options.
         if let Some(bad) = context.chars().find(|c| *c == '"' || *c == '\\' || c.is_control()) {
             let reason = format!("the label {context:?} holds {bad:?}, which an option string cannot carry");
             return Err(SysError::usage("mount overlay on", &spec.target, reason));
@@ -209,14 +211,14 @@ fn option_string(spec: &OverlaySpec) -> Result<CString, SysError> {
 fn one_page(spec: &OverlaySpec) -> Result<(), SysError> {
     let data = option_string(spec)?;
     let flags = if spec.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-    // The working folder belongs to all threads of a process, so a thread with one of its own stands in `base`.
+    // The working directory is shared by all threads of a process, so the mount happens on a thread with its own.
     std::thread::scope(|scope| {
         let stand_in = std::thread::Builder::new().name("overlay-mount".into());
         let helper = stand_in.spawn_scoped(scope, || -> Result<(), SysError> {
-            // SAFETY: CLONE_FS gives this thread a working folder, root and umask of its own and touches no
-            // descriptors or memory of others; the thread ends right after the mount.
+            // SAFETY: CLONE_FS gives this thread its own working directory, root and umask and affects no descriptors or
+            // memory of others; the thread ends right after the mount.
             unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }
-                .context("leave the shared folder for", &spec.base)?;
+                .context("unshare the working directory for", &spec.base)?;
             rustix::process::chdir(&spec.base).context("enter", &spec.base)?;
             rustix::mount::mount("overlay", &spec.target, "overlay", flags, Some(data.as_c_str()))
                 .context("mount overlay on", &spec.target)
@@ -228,7 +230,7 @@ fn one_page(spec: &OverlaySpec) -> Result<(), SysError> {
     })
 }
 
-/// Puts a backslash before each byte that overlay's own parser takes as a separator.
+/// Puts a backslash before each byte that the parser of overlayfs treats as a separator.
 fn escape(name: &OsStr, special: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(name.len());
     for &b in name.as_bytes() {

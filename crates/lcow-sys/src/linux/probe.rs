@@ -1,15 +1,15 @@
-//! Tries from the inside what the jail forbids: the self-test of `worker --self-test`.
+//! Attempts from inside what the jail forbids: the self-test of `worker --self-test`.
 //!
 //! ```text
 //!   jail::enter ─ attempt("open") ─► Refused(EPERM) │ Allowed │ (the process is gone: SIGSYS)
 //! ```
 //!
-//! Bare system calls, because a taken-over worker uses those too. Each attempt harms nothing where it succeeds.
-//! Called by `agent` (self-test only).
+//! Uses bare system calls, as a compromised worker would. An attempt that succeeds does no harm. Called by `svm-agent` (self-
+//! test only).
 
 use std::io;
 
-/// All that can be attempted.
+/// Names of all attempts.
 pub const ATTEMPTS: [&str; 19] = [
     "open",
     "create",
@@ -32,18 +32,18 @@ pub const ATTEMPTS: [&str; 19] = [
     "send-descriptor",
 ];
 
-/// What an attempt came to.
+/// The result of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// The jail leaks.
+    /// The call succeeded: the jail has a hole.
     Allowed,
-    /// This error number.
+    /// The call failed with this error number.
     Refused(i32),
 }
 
-/// Attempts one thing; `None` if `name` is not in [`ATTEMPTS`].
+/// Makes the attempt `name`; `None` if it is not in [`ATTEMPTS`].
 pub fn attempt(name: &str) -> Option<Outcome> {
-    // Where seccomp is left out, socket() works: the attempts on it then meet Landlock and the empty network.
+    // Without seccomp, socket() works, and the attempts on it test Landlock and the empty network.
     let address = |path: &[u8]| {
         let mut a = [0u8; 110];
         a[..2].copy_from_slice(&(libc::AF_UNIX as u16).to_ne_bytes());
@@ -93,7 +93,7 @@ pub fn attempt(name: &str) -> Option<Outcome> {
                 libc::syscall(libc::SYS_mount, fs, at, fs, 0, 0)
             }
             "unshare" => libc::syscall(libc::SYS_unshare, libc::CLONE_NEWUSER),
-            // Signal 0 only asks whether a signal could be sent.
+            // Signal 0 only checks whether a signal could be sent.
             "signal" => libc::syscall(libc::SYS_kill, libc::getppid(), 0),
             "exec-memory" => {
                 let (prot, flags) =
@@ -103,7 +103,7 @@ pub fn attempt(name: &str) -> Option<Outcome> {
             "raise-limit" => libc::syscall(libc::SYS_prlimit64, 0, libc::RLIMIT_CORE, limit.as_ptr(), 0),
             "io-uring" => libc::syscall(libc::SYS_io_uring_setup, 0, 0),
             "setuid" => libc::syscall(libc::SYS_setuid, 0),
-            // Room beyond a file's end (FALLOC_FL_KEEP_SIZE): of a file in memory, which is gone with this process.
+            // Space beyond the end of a file (FALLOC_FL_KEEP_SIZE), in a memory file that ends with this process.
             "hidden-room" => {
                 let fd = libc::syscall(libc::SYS_memfd_create, c"room".as_ptr(), 0);
                 libc::syscall(libc::SYS_fallocate, if fd < 0 { 1 } else { fd }, 1, 0, 4096)

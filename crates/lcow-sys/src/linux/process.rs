@@ -1,12 +1,12 @@
-//! Worker processes: start, watch, kill; and who else may write a file.
+//! Worker processes: starts, watches and kills them; finds out whether a file has writers.
 //!
 //! ```text
 //!   spawner thread ── posix_spawn(program worker), descriptor 0 = control socket, 2 = pipe ──► child
-//!   WorkerProcess { pidfd } ── poll: ended? ── kill ── reap          (never by number: no mix-ups)
+//!   WorkerProcess { pidfd } ── poll: ended? ── kill ── reap          (never by number, which could be reused)
 //! ```
 //!
-//! All workers are started by one thread that lives as long as this process: a worker asks to be killed when its
-//! parent *thread* ends (`PR_SET_PDEATHSIG`), and a runtime's threads come and go. Called by `svm::embedded`.
+//! All workers are started by one thread that runs as long as this process: a worker is killed when its parent *thread*
+//! ends (`PR_SET_PDEATHSIG`), and the threads of a runtime come and go. Called by `svm::embedded`.
 
 use super::fdpass;
 use rustix::{
@@ -23,14 +23,14 @@ use std::{
     sync::{OnceLock, mpsc},
 };
 
-/// What to start.
+/// A worker to start.
 #[derive(Debug, Clone)]
 pub struct WorkerCommand {
-    /// The program; `/proc/self/exe` for this one.
+    /// Path of the program; `/proc/self/exe` for this one.
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Its whole environment.
+    /// Its complete environment.
     pub env: Vec<(OsString, OsString)>,
 }
 
@@ -40,20 +40,20 @@ pub struct WorkerProcess {
     pid: Pid,
     pidfd: OwnedFd,
     reaped: bool,
-    /// Our end of the control socket ([`fdpass::message_pair`]); its other end is the worker's descriptor 0.
+    /// The daemon's end of the control socket ([`fdpass::message_pair`]); the other end is the worker's descriptor 0.
     pub control: Option<OwnedFd>,
-    /// What the worker says.
+    /// The worker's standard error.
     pub stderr: Option<ChildStderr>,
 }
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// By itself, with this status.
+    /// It exited with this status.
     Exit(i32),
-    /// By this signal.
+    /// It was ended by this signal.
     Signal(i32),
-    /// Somebody else reaped it.
+    /// Unknown, because something else reaped it.
     Unknown,
 }
 
@@ -73,7 +73,7 @@ type Order = (WorkerCommand, Box<dyn FnOnce(io::Result<WorkerProcess>) + Send>);
 /// Starts a worker on the spawner thread; `done` is called there with the result.
 ///
 /// # Errors
-/// Only if the spawner thread can't be started; all else goes to `done`.
+/// Only if the spawner thread cannot be started; all other errors go to `done`.
 pub fn spawn_worker(
     command: WorkerCommand,
     done: impl FnOnce(io::Result<WorkerProcess>) + Send + 'static,
@@ -88,7 +88,7 @@ pub fn spawn_worker(
                 done(start(&command));
             }
         })?;
-        // A racing starter's thread ends when its sender is dropped here.
+        // The thread of a concurrent first call ends when its sender is dropped here.
         SPAWNER.get_or_init(|| sender)
     };
     sender.send((command, Box::new(done))).map_err(|_| io::Error::other("the spawner thread is gone"))
@@ -122,7 +122,7 @@ fn start(command: &WorkerCommand) -> io::Result<WorkerProcess> {
 }
 
 impl WorkerProcess {
-    /// Its number, for logs and tests.
+    /// Its process id, for logs and tests.
     pub fn pid(&self) -> i32 {
         self.pid.as_raw_nonzero().get()
     }
@@ -130,17 +130,17 @@ impl WorkerProcess {
     /// A descriptor that becomes readable when the process has ended.
     ///
     /// # Errors
-    /// What the system says.
+    /// No descriptor is available (`EMFILE`).
     pub fn end_watch(&self) -> io::Result<OwnedFd> {
         self.pidfd.try_clone()
     }
 
-    /// Kills it; one that has ended already is no error.
+    /// Kills it, if it has not ended.
     pub fn kill(&self) {
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
-    /// How it ended, if it has; reaps it.
+    /// Reaps it and returns how it ended, if it has.
     pub fn try_reap(&mut self) -> Option<Ended> {
         if self.reaped {
             return Some(Ended::Unknown);
@@ -170,7 +170,7 @@ impl WorkerProcess {
             if let Some(ended) = self.try_reap() {
                 return ended;
             }
-            // The process was killed, so this ends as soon as the kernel has cleared it away.
+            // The process was killed, so this returns soon.
             let _ = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], None);
         }
     }
@@ -184,7 +184,7 @@ impl Drop for WorkerProcess {
     }
 }
 
-/// Whether the other end of a socket is gone (or will send no more).
+/// Whether the other end of a socket is closed, or will send no more.
 pub fn peer_gone(socket: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
     let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -192,37 +192,38 @@ pub fn peer_gone(socket: BorrowedFd<'_>) -> bool {
         && fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
 }
 
-/// Whether `file` was opened so that it can be written.
+/// Whether `file` is open for writing.
 ///
 /// # Errors
-/// What the system says.
+/// fcntl(2).
 pub fn is_writable(file: BorrowedFd<'_>) -> io::Result<bool> {
     use rustix::fs::OFlags;
     let flags = rustix::fs::fcntl_getfl(file)?;
     Ok(flags & OFlags::RWMODE != OFlags::RDONLY)
 }
 
-/// A read-only descriptor of the same open file's inode, whatever its path is now.
+/// Opens the inode of an open file again, read-only, whatever its path is now.
 ///
 /// # Errors
-/// What the system says (no /proc, no permission to read the file).
+/// There is no /proc, or no permission to read the file.
 pub fn reopen_read_only(file: BorrowedFd<'_>) -> io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// fcntl(2); not among libc's names.
+/// fcntl(2); libc lacks it.
 const F_SETSIG: libc::c_int = 10;
 
-/// Whether any process (this one included) has `file`'s inode open for writing. The kernel refuses a read lease while
-/// there is a writer, fcntl(2) `F_SETLEASE`; the lease is given back at once. Needs to own the file or `CAP_LEASE`.
+/// Whether any process (including this one) has the inode of `file` open for writing. The kernel refuses a read lease while
+/// there is a writer, fcntl(2) `F_SETLEASE`; a granted lease is returned immediately. Requires ownership of the file or
+/// `CAP_LEASE`.
 ///
 /// # Errors
-/// What the system says; `EINVAL` where the file system has no leases.
+/// `EINVAL` if the file system has no leases, `EACCES` without permission; as [`reopen_read_only`].
 pub fn has_writers(file: &File) -> io::Result<bool> {
-    // A lease needs a descriptor that can't write itself.
+    // A read lease needs a descriptor that is not writable.
     let probe = reopen_read_only(file.as_fd())?;
-    // Whoever opens the file for writing in between has the kernel signal the lease's holder, by default with SIGIO,
-    // which ends a process. SIGURG is ignored unless somebody asks for it.
+    // If something opens the file for writing meanwhile, the kernel signals the lease holder: by default with SIGIO, which
+    // ends a process. SIGURG is ignored by default.
     // SAFETY: F_SETSIG takes a plain number; `probe` is open for the whole call.
     if unsafe { libc::fcntl(probe.as_raw_fd(), F_SETSIG, libc::SIGURG) } < 0 {
         return Err(io::Error::last_os_error());
@@ -244,7 +245,7 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     #[test]
-    fn a_writer_that_comes_while_the_lease_is_held_ends_nobody() {
+    fn a_writer_that_comes_while_the_lease_is_held_ends_no_process() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let held = reopen_read_only(file.as_file().as_fd()).unwrap();
         let done = AtomicBool::new(false);
@@ -264,7 +265,7 @@ mod tests {
             }
             done.store(true, Ordering::Relaxed);
         });
-        // With the other gone the answer is no; with one of our own it is yes.
+        // No writer, then one in this process.
         assert!(!has_writers(&held).unwrap());
         let writer = File::options().write(true).open(&path).unwrap();
         assert!(has_writers(&held).unwrap());

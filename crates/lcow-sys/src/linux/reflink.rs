@@ -1,7 +1,7 @@
-//! Copies of files that share their blocks (reflinks): of XFS and btrfs, made in a moment whatever the size.
+//! Copies of files that share their blocks (reflinks) on XFS and btrfs, made in constant time.
 //!
 //! ```text
-//!   sandbox.vhd ──FICLONE──► a file of the same file system; what is written to either is its own from then on
+//!   sandbox.vhd ──FICLONE──► a file of the same file system; later writes to one do not affect the other
 //! ```
 //!
 //! Called by `driver`.
@@ -21,26 +21,26 @@ const FICLONE: u64 = 0x4004_9409;
 /// written back first.
 ///
 /// # Errors
-/// `EOPNOTSUPP` where the file system has no reflinks, `EXDEV` for two file systems, and what the file system says.
+/// `EOPNOTSUPP` if the file system has no reflinks, `EXDEV` for two file systems, `ENOSPC`.
 pub fn clone_file(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: the argument of FICLONE is a number; the kernel touches no memory of ours.
+    // SAFETY: the argument of FICLONE is a descriptor; the kernel accesses no memory of this process.
     let r = unsafe { libc::ioctl(to.as_raw_fd(), FICLONE as libc::Ioctl, from.as_raw_fd()) };
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A new file without a name on the file system of `folder`, for reading and writing; gone when it is closed.
+/// Creates an unnamed file on the file system of `directory`, for reading and writing; it disappears when it is closed.
 ///
 /// # Errors
-/// [`SysError::Os`]; `EOPNOTSUPP` where the file system can't have such files.
-pub fn nameless(folder: &Path) -> Result<File, SysError> {
+/// [`SysError::Os`]: `EOPNOTSUPP` if the file system does not support such files.
+pub fn nameless(directory: &Path) -> Result<File, SysError> {
     use rustix::fs::{Mode, OFlags, open};
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    Ok(open(folder, flags, Mode::RUSR | Mode::WUSR).context("make a temporary file in", folder)?.into())
+    Ok(open(directory, flags, Mode::RUSR | Mode::WUSR).context("make a temporary file in", directory)?.into())
 }
 
-/// Whether files of the file system of `folder` can be cloned.
-pub fn works_in(folder: &Path) -> bool {
+/// Whether files on the file system of `directory` can be cloned.
+pub fn works_in(directory: &Path) -> bool {
     use std::os::fd::AsFd;
-    let (Ok(from), Ok(to)) = (nameless(folder), nameless(folder)) else { return false };
+    let (Ok(from), Ok(to)) = (nameless(directory), nameless(directory)) else { return false };
     clone_file(from.as_fd(), to.as_fd()).is_ok()
 }

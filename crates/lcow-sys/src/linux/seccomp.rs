@@ -1,16 +1,17 @@
 //! The worker's system-call filter.
 //!
 //! ```text
-//!   call ─► [kill list] ─► [clone3 → ENOSYS] ─► [allow list, else EPERM]      the strictest answer wins
+//!   call ─► [kill list] ─► [clone3 → ENOSYS] ─► [allow list, else EPERM]      the strictest action wins
 //! ```
 //!
-//! What a codec needs is I/O on descriptors that it has, memory, threads and clocks. Nothing that takes a path, makes
-//! a descriptor, starts a program or looks at another process is on the list. The few calls that only a taken-over
-//! worker would try end it at once, so that the daemon sees why; everything else gets `EPERM`, so that a harmless
-//! probe of the standard library is no crash. Messages are received with fixed flags and never sent by `sendmsg`: urgent
-//! bytes and descriptors in flight are known ways out of such jails, and `write` says all that a worker has to say.
-//! `fallocate` is not there: it can take room beyond a file's end, which neither its size nor a limit shows. `clone3` must say `ENOSYS`: glibc then uses `clone`, whose flags a
-//! filter can read (clone3's lie in memory). Called by [`super::jail`].
+//! A codec needs I/O on the descriptors that it has, memory, threads and clocks. The list has nothing that takes a path,
+//! creates a descriptor, starts a program or accesses another process. Calls that only a compromised worker would make end
+//! it immediately, so that the daemon sees the reason; all others fail with `EPERM`, so that a harmless probe of the standard
+//! library does not crash it. Messages are received with fixed flags and never sent with `sendmsg`: urgent bytes and
+//! descriptors in flight are known escapes from such jails, and a worker only needs `write`. `fallocate` is missing because
+//! it can allocate space beyond the end of a file, which neither the file's size nor a limit shows. `clone3` must fail with
+//! `ENOSYS`: glibc then uses `clone`, whose flags a filter can check (those of clone3 are in memory). Called by
+//! [`super::jail`].
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -18,7 +19,7 @@ use seccompiler::{
 };
 use std::{collections::BTreeMap, io};
 
-/// Allowed whatever the arguments.
+/// Allowed with any arguments.
 const FREE: &[libc::c_long] = &[
     libc::SYS_read,
     libc::SYS_readv,
@@ -72,7 +73,7 @@ const FREE: &[libc::c_long] = &[
     libc::SYS_time,
 ];
 
-/// Nothing but a taken-over worker tries these.
+/// Calls that only a compromised worker makes.
 const DEADLY: &[libc::c_long] = &[
     libc::SYS_execve,
     libc::SYS_execveat,
@@ -129,7 +130,7 @@ fn allow_list() -> Result<Rules, seccompiler::BackendError> {
     let exec = libc::PROT_EXEC as u64;
     only(libc::SYS_mmap, vec![condition(2, MaskedEq(exec), 0)?])?;
     only(libc::SYS_mprotect, vec![condition(2, MaskedEq(exec), 0)?])?;
-    // stat of a descriptor, not of a path. (A path could still be given; the root folder is empty.)
+    // stat of a descriptor. (A path could still be passed; the root directory is empty.)
     let empty = libc::AT_EMPTY_PATH as u64;
     only(libc::SYS_newfstatat, vec![condition(3, MaskedEq(empty), empty)?])?;
     only(libc::SYS_statx, vec![condition(2, MaskedEq(empty), empty)?])?;
@@ -140,13 +141,13 @@ fn allow_list() -> Result<Rules, seccompiler::BackendError> {
     only(libc::SYS_tgkill, vec![condition(0, Eq, u64::from(std::process::id()))?])?;
     // Names of threads, for debuggers.
     only(libc::SYS_prctl, vec![condition(0, Eq, libc::PR_SET_NAME as u64)?])?;
-    // Asking for limits, not setting them (the new limit, argument 2, is NULL).
+    // Reading limits, not setting them (the new limit, argument 2, is NULL).
     only(libc::SYS_prlimit64, vec![condition(2, Eq, 0)?])?;
     Ok(rules)
 }
 
-/// Installs a filter that refuses new sockets and connections, and nothing else: for a foreign program whose sockets are
-/// all passed to it. Landlock does not see a unix socket's path.
+/// Installs a filter that refuses new sockets and connections, and nothing else, for a foreign program that is given all its
+/// sockets. Landlock does not control paths of unix sockets.
 ///
 /// # Errors
 /// As [`install`].
@@ -161,10 +162,10 @@ pub(super) fn no_new_sockets() -> io::Result<()> {
     apply_filter(&program).map_err(io::Error::other)
 }
 
-/// Installs the filters on this thread and all that it will start. No way back.
+/// Installs the filters on this thread and all threads that it will start, irrevocably.
 ///
 /// # Errors
-/// What the kernel says (`ENOSYS` without seccomp); an architecture without a filter.
+/// `ENOSYS` if the kernel has no seccomp; the architecture has no filter.
 pub(super) fn install() -> io::Result<()> {
     let arch: TargetArch = std::env::consts::ARCH.try_into().map_err(io::Error::other)?;
     let errno = |e: i32| SeccompAction::Errno(e.cast_unsigned());
@@ -174,13 +175,13 @@ pub(super) fn install() -> io::Result<()> {
         (listed(&[libc::SYS_clone3]), SeccompAction::Allow, errno(libc::ENOSYS)),
         (allow_list().map_err(io::Error::other)?, errno(libc::EPERM), SeccompAction::Allow),
     ];
-    // All are compiled first: half a jail would look like a whole one.
+    // All are compiled first, so that an error leaves no partial filter.
     let programs = layers
         .into_iter()
         .map(|(rules, mismatch, hit)| BpfProgram::try_from(SeccompFilter::new(rules, mismatch, hit, arch)?))
         .collect::<Result<Vec<_>, _>>()
         .map_err(io::Error::other)?;
-    // Once the kill list is in place, seccomp(2) itself is still allowed until the last layer.
+    // seccomp(2) itself is allowed until the last layer.
     for program in &programs {
         apply_filter(program).map_err(io::Error::other)?;
     }

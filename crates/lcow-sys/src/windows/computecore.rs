@@ -1,5 +1,5 @@
-//! `computecore.dll`, the Host Compute Service's API, loaded at run time: a static import would kill the program where
-//! Hyper-V is not enabled.
+//! `computecore.dll`, the API of the Host Compute Service, loaded at run time: with a static import the program would not
+//! start where Hyper-V is not enabled.
 //!
 //! ```text
 //!   Library ─ GetProcAddress ─► HcsCreateOperation, HcsCreateComputeSystem, …
@@ -7,7 +7,7 @@
 //!   each call: operation ─► call ─► pending? wait ─► result document ─► close the operation
 //! ```
 //!
-//! Every call blocks up to its time-out. Called by `svm::hcs`.
+//! Every call blocks, at most up to its time-out. Called by `svm::hcs`.
 
 use super::{wide, wide_path};
 use std::{
@@ -26,19 +26,19 @@ use windows_sys::Win32::{
     },
 };
 
-/// The DLL's name.
+/// Name of the DLL.
 const NAME: &str = "computecore.dll";
 /// Code and facility of an HCS error, whether it comes as HRESULT (0x8037…) or as status (0xC037…).
 const CODE_MASK: u32 = 0x0FFF_FFFF;
-/// The operation goes on; its result is waited for.
+/// The operation is pending; its result must be awaited.
 const PENDING: u32 = 0x0037_0103;
-/// The machine is not in a state for that.
+/// The machine is in the wrong state for the call.
 const INVALID_STATE: u32 = 0x0037_0105;
 /// There is no such machine.
 const NOT_FOUND: u32 = 0x0037_010E;
-/// The machine has stopped already.
+/// The machine has already stopped.
 const ALREADY_STOPPED: u32 = 0x0037_0110;
-/// `ERROR_NOT_FOUND` as HRESULT: the resource of a change is not there.
+/// `ERROR_NOT_FOUND` as HRESULT: the resource to change does not exist.
 const NO_SUCH_RESOURCE: u32 = 0x8007_0490;
 /// `HcsEventSystemExited`.
 const EVENT_EXITED: u32 = 1;
@@ -66,7 +66,7 @@ macro_rules! functions {
                     // SAFETY: the module is loaded, and the name ends with a NUL.
                     let found = unsafe { GetProcAddress(module, concat!($name, "\0").as_ptr()) };
                     let found = found.ok_or(LoadError::Function($name))?;
-                    // SAFETY: the DLL's documentation gives the function this signature.
+                    // SAFETY: the function has this signature according to the documentation of the DLL.
                     unsafe { std::mem::transmute::<unsafe extern "system" fn() -> isize,
                         unsafe extern "system" fn($($arg),*) -> $result>(found) }
                 },)* })
@@ -100,7 +100,7 @@ pub enum LoadError {
     )]
     Missing(#[source] std::io::Error),
     /// The DLL is too old.
-    #[error("this Windows is too old: its {NAME} has no {0}; Windows 10 1809 or Server 2019 is needed")]
+    #[error("this Windows is too old: its {NAME} has no {0}; Windows 10 1809 or Server 2019 is required")]
     Function(&'static str),
 }
 
@@ -108,11 +108,11 @@ pub enum LoadError {
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{call} failed with {code:#010x}{}", document_suffix(document))]
 pub struct HcsError {
-    /// Which function.
+    /// Name of the function.
     pub call: &'static str,
     /// HRESULT or status.
     pub code: u32,
-    /// What the service says of it.
+    /// The error document of the service; may be empty.
     pub document: String,
 }
 
@@ -121,18 +121,18 @@ fn document_suffix(document: &str) -> String {
 }
 
 impl HcsError {
-    /// Whether what was to be taken from a machine is not there.
+    /// Whether the resource to be removed from a machine does not exist.
     pub fn is_absent(&self) -> bool {
         self.code == NO_SUCH_RESOURCE
     }
 
-    /// Whether a machine that is to end has ended already.
+    /// Whether the machine to be ended has already ended.
     pub fn is_gone(&self) -> bool {
         [INVALID_STATE, NOT_FOUND, ALREADY_STOPPED].contains(&(self.code & CODE_MASK))
     }
 }
 
-/// The loaded DLL. It stays loaded as long as the process lives.
+/// The loaded DLL. It stays loaded until the process ends.
 pub struct Library {
     functions: Functions,
 }
@@ -150,7 +150,7 @@ impl Library {
     /// [`LoadError`].
     pub fn load(path: Option<&Path>) -> Result<Arc<Self>, LoadError> {
         let (name, flags) = match path {
-            // From the system's folder alone: nobody can put another beside the program.
+            // Only from the system directory, so that a DLL beside the program is never loaded.
             None => (wide(OsStr::new(NAME)), LOAD_LIBRARY_SEARCH_SYSTEM32),
             Some(path) => (
                 std::path::absolute(path).and_then(|p| wide(p.as_os_str())),
@@ -166,7 +166,7 @@ impl Library {
         Ok(Arc::new(Self { functions: Functions::load(module)? }))
     }
 
-    /// One call within an operation; the result document.
+    /// Makes one call within an operation and returns its result document.
     fn operate(
         &self,
         call: &'static str,
@@ -174,7 +174,7 @@ impl Library {
         begin: impl FnOnce(&Functions, Operation) -> i32,
     ) -> Result<String, HcsError> {
         let functions = &self.functions;
-        // SAFETY: both pointers may be null: the operation is waited for, not called back.
+        // SAFETY: both pointers may be null: the operation is awaited, without a callback.
         let operation = unsafe { (functions.create_operation)(ptr::null(), ptr::null()) };
         let begun = begin(functions, operation) as u32;
         let (mut code, mut document) = (begun, String::new());
@@ -193,7 +193,7 @@ impl Library {
     /// Lets one machine open a file.
     ///
     /// # Errors
-    /// What the service says.
+    /// [`HcsError`] of the service.
     pub fn grant_access(&self, machine: &str, path: &Path) -> Result<(), HcsError> {
         let call = "HcsGrantVmAccess";
         let (machine, path) = (text(call, machine)?, file_text(call, path)?);
@@ -201,10 +201,10 @@ impl Library {
         outcome(call, unsafe { (self.functions.grant)(machine.as_ptr(), path.as_ptr()) })
     }
 
-    /// Lets all machines read a file: shared layers would overflow an access list that names each machine.
+    /// Lets all machines read a file. For shared layers, an access list that names each machine would overflow.
     ///
     /// # Errors
-    /// What the service says.
+    /// [`HcsError`] of the service.
     pub fn grant_group_access(&self, path: &Path) -> Result<(), HcsError> {
         let call = "HcsGrantVmGroupAccess";
         let path = file_text(call, path)?;
@@ -227,7 +227,7 @@ fn text(call: &'static str, text: &str) -> Result<Vec<u16>, HcsError> {
 }
 
 fn file_text(call: &'static str, path: &Path) -> Result<Vec<u16>, HcsError> {
-    // The service wants plain paths where they are short enough; verbatim ones beyond that.
+    // The service requires plain paths if they are short enough, and verbatim ones beyond that.
     const LIMIT: usize = 248;
     let plain = path.as_os_str().len() < LIMIT;
     (if plain { wide(path.as_os_str()) } else { wide_path(path) }).map_err(bad_text(call))
@@ -252,7 +252,7 @@ fn take_text(text: *mut u16) -> String {
 
 type OnExit = Box<dyn Fn(String) + Send + Sync>;
 
-/// A machine. Dropping it closes the handle, and with its last handle the machine ends.
+/// A machine. Dropping it closes the handle; a machine ends with its last handle.
 pub struct System {
     library: Arc<Library>,
     raw: RawSystem,
@@ -262,7 +262,7 @@ pub struct System {
 
 // SAFETY: the API's handles may be used from any thread, and the callback is Send and Sync.
 unsafe impl Send for System {}
-// SAFETY: as above; the API serialises calls on one handle.
+// SAFETY: as above; the API serializes calls on one handle.
 unsafe impl Sync for System {}
 
 impl fmt::Debug for System {
@@ -272,13 +272,13 @@ impl fmt::Debug for System {
 }
 
 unsafe extern "system" fn on_event(event: *const Event, context: *const c_void) {
-    // SAFETY: the API gives a valid event, and the context that was set, which outlives the handle.
+    // SAFETY: the API passes a valid event, and the context that was set, which outlives the handle.
     let (event, on_exit) = unsafe { (&*event, &*context.cast::<OnExit>()) };
     if event.kind == EVENT_EXITED {
         let mut data = String::new();
         if !event.data.is_null() {
             let mut len = 0;
-            // SAFETY: the text ends with a NUL, and nothing behind it is read; the API keeps it.
+            // SAFETY: the text ends with a NUL, nothing after it is read, and it stays valid during the call.
             while unsafe { *event.data.add(len) } != 0 {
                 len += 1;
             }
@@ -290,10 +290,10 @@ unsafe extern "system" fn on_event(event: *const Event, context: *const c_void) 
 }
 
 impl System {
-    /// Creates a machine, not started. `on_exit` hears once how it ended.
+    /// Creates a machine without starting it. `on_exit` is called once, with the document that says how it ended.
     ///
     /// # Errors
-    /// What the service says, with its document.
+    /// [`HcsError`] with the document of the service.
     pub fn create(
         library: &Arc<Library>,
         id: &str,
@@ -328,10 +328,10 @@ impl System {
         Ok(system)
     }
 
-    /// Opens a machine of a predecessor, to end it.
+    /// Opens a machine of an earlier process, to end it.
     ///
     /// # Errors
-    /// What the service says.
+    /// [`HcsError`] of the service.
     pub fn open(library: &Arc<Library>, id: &str) -> Result<Self, HcsError> {
         /// `GENERIC_ALL`
         const ALL: u32 = 0x1000_0000;
@@ -346,7 +346,7 @@ impl System {
     /// Starts it.
     ///
     /// # Errors
-    /// What the service says.
+    /// [`HcsError`] of the service.
     pub fn start(&self, patience: Duration) -> Result<(), HcsError> {
         let call = "HcsStartComputeSystem";
         // SAFETY: handle and operation are open; no options.
@@ -358,12 +358,12 @@ impl System {
     /// Changes it (hot-add, remove).
     ///
     /// # Errors
-    /// What the service says.
+    /// [`HcsError`] of the service.
     pub fn modify(&self, document: &str, patience: Duration) -> Result<(), HcsError> {
         let call = "HcsModifyComputeSystem";
         let document = text(call, document)?;
         let begin = |f: &Functions, op| {
-            // SAFETY: handle and operation are open, the text ends with a NUL, and no identity is given.
+            // SAFETY: handle and operation are open, the text ends with a NUL, and the identity may be null.
             unsafe { (f.modify)(self.raw, op, document.as_ptr(), ptr::null_mut()) }
         };
         self.library.operate(call, patience, begin).map(drop)
@@ -372,17 +372,17 @@ impl System {
     /// Its properties as JSON.
     ///
     /// # Errors
-    /// What the service says.
+    /// [`HcsError`] of the service.
     pub fn properties(&self, patience: Duration) -> Result<String, HcsError> {
         let call = "HcsGetComputeSystemProperties";
-        // SAFETY: handle and operation are open; no query asks for the basic properties.
+        // SAFETY: handle and operation are open; without a query the basic properties are returned.
         self.library.operate(call, patience, |f, op| unsafe { (f.properties)(self.raw, op, ptr::null()) })
     }
 
-    /// Ends it. One that has ended already is fine.
+    /// Ends it, if it has not ended.
     ///
     /// # Errors
-    /// What the service says.
+    /// [`HcsError`] of the service.
     pub fn terminate(&self, patience: Duration) -> Result<(), HcsError> {
         let call = "HcsTerminateComputeSystem";
         // SAFETY: handle and operation are open; no options.

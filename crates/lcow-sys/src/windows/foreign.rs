@@ -1,7 +1,7 @@
-//! A process of somebody else, by its number: looked at, stopped, ended.
+//! A process that this one did not start, by its process id: queried, suspended, ended.
 //!
-//! For tests alone, which do to workers and to the double's machines what a crash or a debugger does; the program ends
-//! only what it has started (`process`). It is here because unsafe code is nowhere else.
+//! Only for tests, which do to workers and to the machines of the double what a crash or a debugger does; the program ends
+//! only processes that it has started (`process`). It is here because only this crate has unsafe code.
 
 use super::{check, tried};
 use std::{
@@ -22,45 +22,45 @@ unsafe extern "system" {
     fn NtSuspendProcess(process: *mut c_void) -> i32;
 }
 
-/// A process that was there when it was opened. Its number is not used again as long as this lives.
+/// An open process. Its id is not reused while this exists.
 #[derive(Debug)]
 pub struct ForeignProcess(OwnedHandle);
 
 impl ForeignProcess {
-    /// The process of this number.
+    /// Opens the process with this id.
     ///
     /// # Errors
-    /// There is none, or this user may not end it.
+    /// There is no such process, or this user may not end it.
     pub fn open(pid: u32) -> io::Result<Self> {
         let access = PROCESS_TERMINATE | PROCESS_SUSPEND_RESUME | PROCESS_SYNCHRONIZE;
-        // SAFETY: only numbers are given.
+        // SAFETY: the arguments are plain numbers.
         let handle = unsafe { OpenProcess(access, 0, pid) };
         if handle.is_null() {
             return Err(tried("open the process")(io::Error::last_os_error()));
         }
-        // SAFETY: the handle is new, and ours alone.
+        // SAFETY: the handle is new, and nothing else owns it.
         Ok(Self(unsafe { OwnedHandle::from_raw_handle(handle.cast()) }))
     }
 
     /// Ends it with this exit status.
     ///
     /// # Errors
-    /// What the system says, also of one that has ended.
+    /// It has already ended.
     pub fn end(&self, status: u32) -> io::Result<()> {
         // SAFETY: the handle is open.
         check(unsafe { TerminateProcess(self.0.as_raw_handle().cast(), status) })
             .map_err(tried("end the process"))
     }
 
-    /// Stops all its threads: it is there and says nothing more.
+    /// Suspends all its threads.
     ///
     /// # Errors
-    /// What the system says, as its number of a status.
+    /// The status of NtSuspendProcess.
     pub fn suspend(&self) -> io::Result<()> {
         // SAFETY: the handle is open.
         match unsafe { NtSuspendProcess(self.0.as_raw_handle().cast()) } {
             0 => Ok(()),
-            status => Err(io::Error::other(format!("stop the process: status {status:#010x}"))),
+            status => Err(io::Error::other(format!("suspend the process: status {status:#010x}"))),
         }
     }
 

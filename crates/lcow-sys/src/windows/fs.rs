@@ -1,10 +1,10 @@
-//! Files as a store on NTFS or ReFS needs them.
+//! File operations of a store on NTFS or ReFS.
 //!
 //! ```text
-//!   rename   MoveFileEx, write-through; a file that a scanner holds for a moment is tried again
-//!   plain    not sparse, not compressed, not encrypted: Hyper-V attaches no other (0xC03A001A)
-//!   clone    ReFS shares blocks between files; elsewhere the caller copies
-//!   writers  re-opened without sharing writes: the system itself says whether anybody can write
+//!   rename   MoveFileEx, write-through; retried while a scanner has the file open
+//!   plain    not sparse, compressed or encrypted: Hyper-V attaches no such files (0xC03A001A)
+//!   clone    shares blocks between files on ReFS; elsewhere the caller copies
+//!   writers  reopened without sharing writes, which the system refuses while there are writers
 //! ```
 //!
 //! Called by `store`, `svm` and `driver`.
@@ -43,30 +43,31 @@ use windows_sys::Win32::{
     },
 };
 
-/// How long a file that somebody else holds is tried again. Virus scanners and indexers let go within a second.
+/// How long an operation on a file that another process has open is retried. Virus scanners and indexers close files within
+/// a second.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// First pause between two tries; doubled each time.
+/// First pause between two attempts; it doubles each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 
-/// Whether an error may pass by itself: somebody has the file open for a moment.
+/// Whether an error may be temporary, because another process briefly has the file open.
 pub fn is_transient(error: &io::Error) -> bool {
     let codes = [ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION, ERROR_ACCESS_DENIED];
     error.raw_os_error().is_some_and(|code| codes.contains(&(code as u32)))
 }
 
-/// Does something again while it fails in a way that may pass.
+/// Repeats `work` while it fails with an error that may be temporary, for up to three seconds.
 ///
 /// # Errors
-/// The last failure.
+/// The last error.
 pub fn patiently<T>(work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     patiently_if(is_transient, work)
 }
 
-/// Deletes a folder and all in it. Where the file system cannot take the names of open files away at once (before
-/// Windows 10 1607, and Wine), they stay until the last handle is closed, and the folder is "not empty" so long.
+/// Deletes a directory and its content. If the file system cannot remove names of open files immediately (before Windows 10
+/// 1607, and Wine), they remain until the last handle is closed, and the directory is "not empty" until then.
 ///
 /// # Errors
-/// What the system says, after some tries.
+/// The last error, after retries.
 pub fn remove_tree(path: &Path) -> io::Result<()> {
     let may_pass = |e: &io::Error| {
         let pending = [ERROR_DIR_NOT_EMPTY, ERROR_DELETE_PENDING];
@@ -91,10 +92,10 @@ fn patiently_if<T>(
     }
 }
 
-/// Renames a file or folder on one volume, replacing a file; durable when it returns.
+/// Renames a file or directory on one volume, replacing a file; durable when it returns.
 ///
 /// # Errors
-/// What the system says, after some tries.
+/// The last error, after retries.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     let (old, new) = (wide_path(from)?, wide_path(to)?);
     let flags = MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH;
@@ -102,16 +103,17 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     patiently(|| check(unsafe { MoveFileExW(old.as_ptr(), new.as_ptr(), flags) }))
 }
 
-/// Makes the names in a folder durable, where the file system can be asked to.
+/// Makes the names in a directory durable, if the file system supports it.
 ///
 /// # Errors
-/// What the system says, except that it cannot or may not flush folders: NTFS and ReFS journal names anyway, in order.
+/// The directory cannot be opened or flushed. It is not an error if flushing directories is unsupported or not permitted:
+/// NTFS and ReFS journal names in order anyway.
 pub fn flush_folder(path: &Path) -> io::Result<()> {
     let opened = std::fs::OpenOptions::new().write(true).custom_flags(FILE_FLAG_BACKUP_SEMANTICS).open(path);
     let cannot = [ERROR_ACCESS_DENIED, ERROR_INVALID_FUNCTION, ERROR_NOT_SUPPORTED];
     match opened.and_then(|folder| folder.sync_all()) {
         Err(e) if e.raw_os_error().is_some_and(|code| cannot.contains(&(code as u32))) => Ok(()),
-        // Wine says that a folder is no file.
+        // Wine reports that a directory is not a file.
         Err(e) if matches!(e.kind(), io::ErrorKind::IsADirectory | io::ErrorKind::InvalidInput) => Ok(()),
         other => other,
     }
@@ -120,10 +122,10 @@ pub fn flush_folder(path: &Path) -> io::Result<()> {
 /// Attributes of an open file (`FILE_ATTRIBUTE_…`).
 ///
 /// # Errors
-/// What the system says.
+/// The system call fails.
 pub fn attributes(file: &File) -> io::Result<u32> {
     let mut info = FILE_BASIC_INFO::default();
-    // SAFETY: the structure is as long as is said.
+    // SAFETY: the structure has the given length.
     check(unsafe {
         GetFileInformationByHandleEx(
             file.as_raw_handle().cast(),
@@ -135,10 +137,10 @@ pub fn attributes(file: &File) -> io::Result<u32> {
     Ok(info.FileAttributes)
 }
 
-/// Makes sure that a virtual machine can attach a file: one that inherited compression from its folder loses it.
+/// Makes a file attachable to a virtual machine, by removing compression that it inherited from its directory.
 ///
 /// # Errors
-/// What the system says; an encrypted file, which only its owner can decrypt.
+/// An attribute cannot be changed; the file is encrypted, which only its owner can undo.
 pub fn make_plain(file: &File) -> io::Result<()> {
     let found = attributes(file)?;
     if found & FILE_ATTRIBUTE_COMPRESSED != 0 {
@@ -151,23 +153,23 @@ pub fn make_plain(file: &File) -> io::Result<()> {
     check_plain(file)
 }
 
-/// Fails unless a virtual machine can attach a file.
+/// Checks that a virtual machine can attach a file.
 ///
 /// # Errors
-/// What the system says; a file that is sparse, compressed or encrypted.
+/// The file is sparse, compressed or encrypted, or its attributes cannot be read.
 pub fn check_plain(file: &File) -> io::Result<()> {
     match not_plain(attributes(file)?) {
         None => Ok(()),
         Some(what) => Err(io::Error::new(
             io::ErrorKind::Unsupported,
             format!(
-                "the file is {what}, and Hyper-V attaches no such disk; clear that attribute of the store's folder"
+                "the file is {what}, and Hyper-V attaches no such disk; clear that attribute of the store's directory"
             ),
         )),
     }
 }
 
-/// What keeps a file with these attributes from being attached.
+/// The attribute that prevents a file from being attached, if any.
 fn not_plain(attributes: u32) -> Option<&'static str> {
     let wrong = [
         (FILE_ATTRIBUTE_COMPRESSED, "compressed"),
@@ -201,17 +203,17 @@ unsafe fn control_raw(file: &File, code: u32, input: *const c_void, len: usize) 
     })
 }
 
-/// Largest cluster of ReFS; a clone begins and ends at a cluster's edge. Bytes.
+/// Largest cluster of ReFS, in bytes; a clone begins and ends at a cluster boundary.
 const CLUSTER: u64 = 64 << 10;
-/// Most bytes of one clone: a call takes less than 4 GiB.
+/// Most bytes of one clone; a call accepts less than 4 GiB.
 const MOST_CLONED: u64 = 1 << 30;
 
-/// Gives `to` the blocks of `from` without copying them, as far as the file system can (ReFS, within one volume): from
-/// offset `start` on, to offset 0. Returns the bytes that are done, a prefix of `len`; the rest, or all of it, is the
-/// caller's to copy. `to` must be at least `len` bytes long.
+/// Shares the blocks of `from` from offset `start` with `to` from offset 0, as far as the file system supports it (ReFS,
+/// within one volume). Returns the number of bytes done, a prefix of `len`; the caller copies the rest, or everything. `to`
+/// must be at least `len` bytes long.
 ///
 /// # Errors
-/// What the system says, except that it cannot.
+/// The call fails for another reason than missing support.
 pub fn clone_prefix(from: &File, start: u64, to: &File, len: u64) -> io::Result<u64> {
     if !start.is_multiple_of(CLUSTER) {
         return Ok(0);
@@ -226,7 +228,7 @@ pub fn clone_prefix(from: &File, start: u64, to: &File, len: u64) -> io::Result<
             TargetFileOffset: done as i64,
             ByteCount: bytes as i64,
         };
-        // SAFETY: the structure is as long as is said, and both handles are open.
+        // SAFETY: the structure has the given length, and both handles are open.
         let cloned = unsafe {
             let size = size_of::<DUPLICATE_EXTENTS_DATA>();
             control_raw(to, FSCTL_DUPLICATE_EXTENTS_TO_FILE, (&raw const request).cast(), size)
@@ -240,7 +242,7 @@ pub fn clone_prefix(from: &File, start: u64, to: &File, len: u64) -> io::Result<
     Ok(done)
 }
 
-/// Another file system, another volume, files of different integrity, a block that too many files share.
+/// Errors for another file system, another volume, files of different integrity, and a block that too many files share.
 const CANNOT_CLONE: [u32; 5] = [
     ERROR_NOT_SUPPORTED,
     ERROR_INVALID_FUNCTION,
@@ -249,13 +251,13 @@ const CANNOT_CLONE: [u32; 5] = [
     ERROR_BLOCK_TOO_MANY_REFERENCES,
 ];
 
-/// Volume and number of an open file; `None` where 64 bits cannot tell its number (ReFS).
+/// Volume and number of an open file; `None` if its number exceeds 64 bits (ReFS).
 ///
 /// # Errors
-/// What the system says.
+/// The system call fails.
 pub fn identity(file: &File) -> io::Result<Option<(u64, u64)>> {
     let mut info = FILE_ID_INFO::default();
-    // SAFETY: the structure is as long as is said.
+    // SAFETY: the structure has the given length.
     check(unsafe {
         GetFileInformationByHandleEx(
             file.as_raw_handle().cast(),
@@ -268,10 +270,10 @@ pub fn identity(file: &File) -> io::Result<Option<(u64, u64)>> {
     Ok(u64::try_from(number).ok().map(|number| (info.VolumeSerialNumber, number)))
 }
 
-/// Whether any handle, in any process, can write an open file now.
+/// Whether any handle of any process can write to an open file now.
 ///
 /// # Errors
-/// What the system says.
+/// The system call fails.
 pub fn has_writers(file: &File) -> io::Result<bool> {
     // SAFETY: the handle is open for the call.
     let handle = unsafe {
@@ -285,14 +287,14 @@ pub fn has_writers(file: &File) -> io::Result<bool> {
             Err(error)
         };
     }
-    // SAFETY: the call succeeded, so the handle is open and ours alone; it is closed at once.
+    // SAFETY: the call succeeded, so the handle is open and nothing else owns it; it is closed immediately.
     drop(unsafe { OwnedHandle::from_raw_handle(handle as RawHandle) });
     Ok(false)
 }
 
-/// Whether an open file's handle may write.
+/// Whether the handle of an open file may write.
 pub fn is_writable(file: &File) -> bool {
-    // SAFETY: the handle is open; asking for more than it has fails, and what succeeds is closed at once.
+    // SAFETY: the handle is open. A request for more access than it has fails.
     let handle = unsafe { ReOpenFile(file.as_raw_handle().cast(), GENERIC_WRITE, FILE_SHARE_READ, 0) };
     handle != INVALID_HANDLE_VALUE && {
         // SAFETY: as in `has_writers`.
@@ -301,10 +303,10 @@ pub fn is_writable(file: &File) -> bool {
     }
 }
 
-/// Bytes that this process may still write on the volume of `path`.
+/// Bytes available to this process on the volume of `path`.
 ///
 /// # Errors
-/// What the system says.
+/// The system call fails.
 pub fn available_bytes(path: &Path) -> io::Result<u64> {
     let name = wide_path(path)?;
     let mut bytes = 0;
@@ -344,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn what_passes_is_waited_for_and_what_does_not_is_told() {
+    fn temporary_errors_are_retried_and_others_are_reported() {
         let mut left = 3;
         let busy = || io::Error::from_raw_os_error(ERROR_SHARING_VIOLATION as i32);
         patiently(|| {

@@ -5,7 +5,7 @@
 //!   service of a port: PPPPPPPP-facb-11e6-bd58-64006a7986d3        (hvsocket.h: HV_GUID_VSOCK_TEMPLATE)
 //! ```
 //!
-//! Blocking calls; Wine has no such sockets, so nothing here has run but the refusal. Called by `svm::hcs`.
+//! Blocking calls. Wine has no such sockets, so only the error path has been run. Called by `svm::hcs`.
 
 use std::{
     io::{self, Read, Write},
@@ -22,11 +22,11 @@ use windows_sys::Win32::Networking::WinSock::{
 
 /// `HV_PROTOCOL_RAW`
 const PROTOCOL_RAW: i32 = 1;
-/// What follows the port in the service's GUID.
+/// The bytes after the port in the GUID of a service.
 const TEMPLATE: [u8; 12] = [0xcb, 0xfa, 0xe6, 0x11, 0xbd, 0x58, 0x64, 0x00, 0x6a, 0x79, 0x86, 0xd3];
 /// Winsock 2.2.
 const VERSION: u16 = 0x0202;
-/// How often a wait looks whether anybody still waits.
+/// How often a wait checks whether its caller has given up.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// `SOCKADDR_HV` of hvsocket.h.
@@ -55,7 +55,7 @@ fn raw(socket: &OwnedSocket) -> SOCKET {
     socket.as_raw_socket() as SOCKET
 }
 
-/// Waits for one machine's agent.
+/// A listener for the agent of one machine.
 #[derive(Debug)]
 pub struct Listener(OwnedSocket);
 
@@ -63,15 +63,15 @@ impl Listener {
     /// Listens on a vsock port for connections of the machine with this runtime id.
     ///
     /// # Errors
-    /// What the system says; `Unsupported` family where Hyper-V is not there.
+    /// The address family is unsupported if Hyper-V is not enabled.
     pub fn bind(machine: uuid::Uuid, port: u32) -> io::Result<Self> {
         static START: Once = Once::new();
         START.call_once(|| {
             let mut data: WSADATA = WSADATA::default();
-            // SAFETY: one structure is written. A failure shows in the next call.
+            // SAFETY: one structure is written. After a failure the next call fails.
             unsafe { WSAStartup(VERSION, &raw mut data) };
         });
-        // SAFETY: no protocol information is given.
+        // SAFETY: the protocol information may be null.
         let socket = unsafe {
             WSASocketW(
                 i32::from(AF_HYPERV),
@@ -93,7 +93,7 @@ impl Listener {
             machine: machine.to_bytes_le(),
             service: service(port),
         };
-        // SAFETY: the address is as long as is said.
+        // SAFETY: the address has the given length.
         if unsafe { bind(raw(&socket), (&raw const address).cast(), size_of::<Address>() as i32) } != 0 {
             return Err(last_error());
         }
@@ -104,10 +104,10 @@ impl Listener {
         Ok(Self(socket))
     }
 
-    /// The first connection. Gives up after `patience`, or when `given_up` says so.
+    /// Accepts the first connection. Gives up after `patience`, or when `given_up` returns true.
     ///
     /// # Errors
-    /// `TimedOut`; what the system says.
+    /// `TimedOut`; the socket fails.
     pub fn accept(&self, patience: Duration, given_up: impl Fn() -> bool) -> io::Result<HvStream> {
         let begin = Instant::now();
         loop {
@@ -124,7 +124,7 @@ impl Listener {
                 0 => continue,
                 _ => {}
             }
-            // SAFETY: the socket listens; nobody asks for the peer's address.
+            // SAFETY: the socket listens; the address of the peer is not requested.
             let socket = unsafe { accept(raw(&self.0), std::ptr::null_mut(), std::ptr::null_mut()) };
             if socket == INVALID_SOCKET {
                 return Err(last_error());
@@ -135,14 +135,14 @@ impl Listener {
     }
 }
 
-/// A connection to an agent. Reads and writes may go on at the same time from different threads.
+/// A connection to an agent. Different threads can read and write at the same time.
 #[derive(Debug)]
 pub struct HvStream(OwnedSocket);
 
 impl HvStream {
-    /// Ends both directions; a read that waits ends too.
+    /// Shuts down both directions; a blocked read returns.
     pub fn close(&self) {
-        // SAFETY: the socket is open. One that is disconnected already is fine.
+        // SAFETY: the socket is open. It may already be disconnected.
         unsafe { shutdown(raw(&self.0), SD_BOTH) };
     }
 }

@@ -1,12 +1,12 @@
-//! What a worker does to itself before it sees the first untrusted byte.
+//! How a worker confines itself before it reads the first untrusted byte.
 //!
 //! ```text
 //!   started with: restricted token, low integrity, job of one process (see `process`)
 //!   then itself:  untrusted integrity ─ no new code ─ no child ─ no foreign images ─ no win32k ─ strict handles
 //! ```
 //!
-//! Each wall stands alone, and [`enter`] says which took hold. What an old system lacks is noted, not fatal: the job
-//! and the token were demanded before the worker ran at all. Called by `agent`.
+//! The restrictions are independent, and the report of [`enter`] says which are in force. One that an old system lacks is
+//! noted and is not fatal: job and token were required before the worker ran at all. Called by `svm-agent`.
 
 use super::{
     check,
@@ -42,16 +42,16 @@ const POLICIES: &[(&str, PROCESS_MITIGATION_POLICY, u32)] = &[
     ("strict handles", ProcessStrictHandleCheckPolicy, 0b11),
 ];
 
-/// Locks this process in as far as the system knows how.
+/// Confines this process as far as the system supports it.
 ///
 /// # Errors
-/// If the process is not in a job: then it was not started by the daemon and must not go on.
+/// The process is not in a job: it was not started by the daemon and must end.
 pub fn enter() -> io::Result<JailReport> {
     let mut in_job = 0;
-    // SAFETY: a null job asks for any job; one integer is written.
+    // SAFETY: a null job means any job; one integer is written.
     check(unsafe { IsProcessInJob(GetCurrentProcess(), std::ptr::null_mut(), &raw mut in_job) })?;
     if in_job == 0 {
-        return Err(io::Error::other("the worker is in no job; only the plugin starts workers"));
+        return Err(io::Error::other("the worker is not in a job; only the plugin starts workers"));
     }
     let mut report =
         JailReport { walls: vec!["job".into(), "restricted token".into()], ..JailReport::default() };

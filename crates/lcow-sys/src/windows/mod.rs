@@ -1,15 +1,15 @@
 //! Windows: named pipes, security descriptors, files, processes in jobs.
 //!
 //! ```text
-//!   listen ──► pipe      servers with a security descriptor        svm::embedded ──► process  job, restricted token,
-//!   cli    ──► pipe      a blocking client                                              handles given to a worker
-//!   store  ──► fs        rename, flush, attributes, free space     agent (worker) ──► jail     what a worker does to
-//!          ──► security  folders with an access list                                            itself
-//!   svm::hcs ─► computecore, hvsock   machines and their agents     tests ──► foreign   processes of others
+//!   listen ──► pipe      servers with a security descriptor (tokio)   svm::embedded ──► process  job, restricted token,
+//!   cli    ──► pipe      a blocking client                                                       handles for a worker
+//!   store  ──► fs        rename, flush, attributes, free space        worker ─────────► jail     confines a worker from
+//!          ──► security  directories with an access list                                         inside
+//!   svm::hcs ─► computecore, hvsock   machines and their agents       tests ──► foreign   processes of others
 //! ```
 //!
-//! Errors are `io::Error` with what was tried in front of what the system said. Paths are made verbatim (`\\?\`), so
-//! that names beyond 260 characters work.
+//! Errors are `io::Error` with the attempted action in front of the system's message. Paths are made verbatim (`\\?\`), so
+//! that names of more than 260 characters work.
 
 pub mod computecore;
 pub mod foreign;
@@ -22,7 +22,7 @@ pub mod security;
 
 use std::{ffi::OsStr, io, os::windows::ffi::OsStrExt, path::Path};
 
-/// A string as the system wants it: UTF-16 with a NUL at the end.
+/// A string for a system call: UTF-16, terminated by NUL.
 ///
 /// # Errors
 /// `InvalidInput` for a NUL inside.
@@ -63,12 +63,12 @@ fn prefixed(prefix: &str, units: &[u16]) -> io::Result<Vec<u16>> {
     Ok(prefix.encode_utf16().chain(units.iter().copied()).chain([0]).collect())
 }
 
-/// The result of a call that says 0 for failure.
+/// The result of a call that returns 0 for failure.
 pub(crate) fn check(result: i32) -> io::Result<()> {
     if result == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Puts what was tried in front of an error; its kind and number stay visible.
+/// Puts the attempted action in front of an error; its kind is kept.
 pub(crate) fn tried(what: &'static str) -> impl FnOnce(io::Error) -> io::Error {
     move |e| io::Error::new(e.kind(), format!("{what}: {e}"))
 }

@@ -1,4 +1,4 @@
-//! Worker processes: a job of one process, a token that can do nothing, and only the handles it is given.
+//! Worker processes: a job of one process, a token without rights, and only the handles that it is given.
 //!
 //! ```text
 //!   CreateRestrictedToken ─ no privileges, administrators deny-only, low integrity
@@ -7,7 +7,7 @@
 //!   DuplicateHandle       ─ disks and channels, with no more access than the worker may have
 //! ```
 //!
-//! The job dies with this process, however it ends, and the worker with the job. Called by `svm::embedded`.
+//! The job ends with this process, however that ends, and the worker with the job. Called by `svm::embedded`.
 
 use super::{check, tried, wide};
 use std::{
@@ -50,23 +50,23 @@ use windows_sys::Win32::{
     },
 };
 
-/// The group of administrators.
+/// SID of the group of administrators.
 const ADMINISTRATORS: &str = "S-1-5-32-544";
-/// Integrity that may write nearly nothing of a user's; a process can start with it.
+/// Integrity level that can write to almost nothing of a user; a process can start with it.
 pub(super) const LOW_INTEGRITY: &str = "S-1-16-4096";
-/// Integrity that may write nothing; a process lowers itself to it once it runs.
+/// Integrity level that can write to nothing; a running process lowers itself to it.
 pub(super) const UNTRUSTED: &str = "S-1-16-0";
 
-/// What to start.
+/// A worker to start.
 #[derive(Debug, Clone)]
 pub struct WorkerCommand {
-    /// The program.
+    /// Path of the program.
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Its whole environment, besides `SystemRoot`, without which no program starts.
+    /// Its complete environment, except for `SystemRoot`, without which no program starts.
     pub env: Vec<(OsString, OsString)>,
-    /// Memory that it may commit; bytes.
+    /// Limit of the memory that it may commit, in bytes.
     pub memory: u64,
 }
 
@@ -93,21 +93,21 @@ impl Sid {
 
 impl Drop for Sid {
     fn drop(&mut self) {
-        // SAFETY: the pointer came from the call that asks for LocalFree.
+        // SAFETY: the pointer came from a call whose result LocalFree frees.
         unsafe { LocalFree(self.0) };
     }
 }
 
-/// Takes a handle that a call stored.
+/// Takes ownership of a handle that a call stored.
 ///
 /// # Safety
-/// `handle` must be open and owned by nobody else.
+/// `handle` must be open, and nothing else may own it.
 unsafe fn own(handle: HANDLE) -> OwnedHandle {
     // SAFETY: the caller's promise.
     unsafe { OwnedHandle::from_raw_handle(handle as RawHandle) }
 }
 
-/// This process's own token.
+/// The token of this process.
 pub(super) fn own_token(access: u32) -> io::Result<OwnedHandle> {
     let mut token = ptr::null_mut();
     // SAFETY: one handle is stored.
@@ -116,7 +116,7 @@ pub(super) fn own_token(access: u32) -> io::Result<OwnedHandle> {
     Ok(unsafe { own(token) })
 }
 
-/// Lowers a token's integrity.
+/// Lowers the integrity level of a token.
 pub(super) fn set_integrity(token: BorrowedHandle<'_>, level: &str) -> io::Result<()> {
     let sid = Sid::parse(level)?;
     let label = TOKEN_MANDATORY_LABEL {
@@ -141,7 +141,7 @@ fn restricted_token() -> io::Result<OwnedHandle> {
     let administrators = Sid::parse(ADMINISTRATORS)?;
     let disable = [SID_AND_ATTRIBUTES { Sid: administrators.0, Attributes: 0 }];
     let mut restricted = ptr::null_mut();
-    // SAFETY: the array is as long as is said, and one handle is stored.
+    // SAFETY: the array has the given length, and one handle is stored.
     check(unsafe {
         CreateRestrictedToken(
             token.as_raw_handle().cast(),
@@ -177,7 +177,7 @@ fn job(memory: u64) -> io::Result<OwnedHandle> {
         | JOB_OBJECT_LIMIT_DIE_ON_UNHANDLED_EXCEPTION;
     limits.BasicLimitInformation.ActiveProcessLimit = 1;
     limits.ProcessMemoryLimit = usize::try_from(memory).unwrap_or(usize::MAX);
-    // SAFETY: the structure is as long as is said.
+    // SAFETY: the structure has the given length.
     check(unsafe {
         SetInformationJobObject(
             job.as_raw_handle().cast(),
@@ -190,7 +190,7 @@ fn job(memory: u64) -> io::Result<OwnedHandle> {
     Ok(job)
 }
 
-/// Quotes an argument so that the C runtime and Rust's std read it back as it was.
+/// Quotes an argument so that the C runtime and Rust's standard library parse it back unchanged.
 fn quoted(argument: &OsStr, line: &mut Vec<u16>) {
     let (quote, backslash) = (u16::from(b'"'), u16::from(b'\\'));
     line.push(quote);
@@ -211,7 +211,7 @@ fn environment(pairs: &[(OsString, OsString)]) -> Vec<u16> {
     if let Some(root) = std::env::var_os("SystemRoot") {
         all.push(("SystemRoot".into(), root));
     }
-    // The system wants the names in order.
+    // The system requires the names to be sorted.
     all.sort_by_key(|(name, _)| name.to_ascii_uppercase());
     let mut block = Vec::new();
     for (name, value) in all {
@@ -221,8 +221,8 @@ fn environment(pairs: &[(OsString, OsString)]) -> Vec<u16> {
     block
 }
 
-/// An attribute list that names the handles which a child inherits, and the job that it is born into: a daemon that is
-/// killed between making a process and putting it into a job would leave that process for ever.
+/// An attribute list with the handles that a child inherits, and the job in which it is created: a daemon that was killed
+/// between creating a process and assigning it to a job would leave that process behind.
 struct Attributes {
     memory: Vec<usize>,
     /// Both must live as long as the list.
@@ -231,16 +231,16 @@ struct Attributes {
 }
 
 impl Attributes {
-    /// Attributes in the list.
+    /// Number of attributes in the list.
     const COUNT: u32 = 2;
 
     fn new(handles: [HANDLE; 2], job: HANDLE) -> io::Result<Self> {
         let mut bytes = 0;
-        // SAFETY: the first call only asks for the size, and "fails" with it.
+        // SAFETY: the first call only returns the size, and "fails".
         unsafe { InitializeProcThreadAttributeList(ptr::null_mut(), Self::COUNT, 0, &raw mut bytes) };
         let memory = vec![0; bytes.div_ceil(size_of::<usize>())];
         let mut list = Self { memory, handles: Box::new(handles), job: Box::new([job]) };
-        // SAFETY: the memory is aligned and as long as the system asked for.
+        // SAFETY: the memory is aligned and has the size that the system returned.
         check(unsafe {
             InitializeProcThreadAttributeList(list.memory.as_mut_ptr().cast(), Self::COUNT, 0, &raw mut bytes)
         })?;
@@ -281,11 +281,11 @@ fn inheritable(handle: &OwnedHandle) -> io::Result<HANDLE> {
 }
 
 impl WorkerProcess {
-    /// Starts a worker: `control` becomes its standard input, `stderr` its standard output and error. Both are closed
-    /// here.
+    /// Starts a worker: `control` becomes its standard input, `stderr` its standard output and error. Both are closed in
+    /// this process.
     ///
     /// # Errors
-    /// What could not be done. Nothing is left behind, and nothing runs with more rights than meant.
+    /// Any step fails; the message names it. No process is left behind, and none runs with more rights than intended.
     #[expect(clippy::needless_pass_by_value, reason = "the handles are closed here once the worker has them")]
     pub fn start(command: &WorkerCommand, control: OwnedHandle, stderr: OwnedHandle) -> io::Result<Self> {
         let token = restricted_token()?;
@@ -333,7 +333,7 @@ impl WorkerProcess {
         // SAFETY: the call succeeded and stored two handles.
         let (process, thread) = unsafe { (own(started.hProcess), own(started.hThread)) };
         let worker = Self { pid: started.dwProcessId, process, job };
-        // From here on a failure drops the worker, which kills it: it has not run an instruction of its own yet.
+        // From here on a failure drops the worker, which kills it before it has run an instruction.
         if !worker.is_held() {
             worker.kill_process();
             return Err(io::Error::other("the system started a worker outside its job"));
@@ -345,12 +345,12 @@ impl WorkerProcess {
         Ok(worker)
     }
 
-    /// Its number.
+    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Whether the job holds it.
+    /// Whether it is in its job.
     pub fn is_held(&self) -> bool {
         let mut held = 0;
         // SAFETY: both handles are open, and one integer is written.
@@ -364,10 +364,10 @@ impl WorkerProcess {
         asked.is_ok() && held != 0
     }
 
-    /// Gives the worker a handle; its number there. A file that must not be written loses the right to.
+    /// Duplicates a handle into the worker and returns its number there, with no more access than `access`.
     ///
     /// # Errors
-    /// What the system says.
+    /// The worker has ended, or the handle lacks the access.
     pub fn give(&self, handle: BorrowedHandle<'_>, access: Given) -> io::Result<u64> {
         let (wanted, options) = match access {
             Given::Same => (0, DUPLICATE_SAME_ACCESS),
@@ -387,11 +387,11 @@ impl WorkerProcess {
                 options,
             )
         })
-        .map_err(tried("give a worker a handle"))?;
+        .map_err(tried("duplicate a handle into a worker"))?;
         Ok(theirs as u64)
     }
 
-    /// Ends it. Idempotent.
+    /// Ends it, if it has not ended.
     pub fn kill(&self) {
         // SAFETY: the handle is open.
         unsafe { TerminateJobObject(self.job.as_raw_handle().cast(), KILLED) };
@@ -407,16 +407,16 @@ impl WorkerProcess {
         };
     }
 
-    /// What waits for its end, on a thread of its own.
+    /// A handle to wait for its end on another thread.
     ///
     /// # Errors
-    /// What the system says.
+    /// The handle cannot be duplicated.
     pub fn end_watch(&self) -> io::Result<EndWatch> {
         self.process.try_clone().map(EndWatch)
     }
 }
 
-/// Exit status of a worker that was ended by us.
+/// Exit status of a worker that this process ended.
 const KILLED: u32 = 0xdead;
 
 impl Drop for WorkerProcess {
@@ -425,10 +425,10 @@ impl Drop for WorkerProcess {
     }
 }
 
-/// How much of a handle's access goes with it.
+/// The access of a duplicated handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Given {
-    /// All of it.
+    /// That of the original.
     Same,
     /// Reading a file.
     Read,
@@ -441,7 +441,7 @@ pub enum Given {
 pub struct EndWatch(OwnedHandle);
 
 impl EndWatch {
-    /// Blocks until the process has ended; how, for people.
+    /// Blocks until the process has ended, and describes how it ended.
     pub fn wait(&self) -> String {
         // SAFETY: the handle is open.
         if unsafe { WaitForSingleObject(self.0.as_raw_handle().cast(), INFINITE) } != WAIT_OBJECT_0 {
@@ -451,7 +451,7 @@ impl EndWatch {
         // SAFETY: the handle is open, and one integer is written.
         match check(unsafe { GetExitCodeProcess(self.0.as_raw_handle().cast(), &raw mut status) }) {
             Ok(()) if status == KILLED => "killed".into(),
-            // Above this line are the system's own status codes (an access violation is 0xC0000005).
+            // These are status codes of the system (an access violation is 0xC0000005).
             Ok(()) if status >= 0x8000_0000 => format!("exit status {status:#x}"),
             Ok(()) => format!("exit status {status}"),
             Err(_) => "ended".into(),
@@ -459,34 +459,37 @@ impl EndWatch {
     }
 }
 
-/// The standard input of this process as an owned handle: a worker's control pipe.
+/// A duplicate of this process's standard input: the control pipe of a worker.
 ///
 /// # Errors
-/// If there is none.
+/// There is no standard input.
 pub fn take_standard_input() -> io::Result<OwnedHandle> {
     io::stdin().as_handle().try_clone_to_owned()
 }
 
-/// Takes a handle that another process put into this one ([`WorkerProcess::give`]).
+/// Takes ownership of a handle that the daemon has duplicated into this process ([`WorkerProcess::give`]).
+///
+/// Sound only for numbers of the daemon, which sends each once. That cannot be checked: a worker trusts its daemon, and the
+/// code that receives its messages must not contain `unsafe`.
 ///
 /// # Errors
-/// A number that is no open handle here.
+/// The number is not an open handle of this process.
 pub fn take_given(number: u64) -> io::Result<OwnedHandle> {
     let handle = usize::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)? as HANDLE;
     let mut flags = 0;
-    // SAFETY: the call looks the number up and touches nothing if it is no handle.
+    // SAFETY: the call only looks the number up.
     check(unsafe { windows_sys::Win32::Foundation::GetHandleInformation(handle, &raw mut flags) })?;
-    // SAFETY: the handle is open, and the daemon that made it here has told its number once, to us.
+    // SAFETY: the handle is open, and the daemon that created it here has sent its number once.
     Ok(unsafe { own(handle) })
 }
 
-/// Sends Ctrl+Break to the process group of `pid`: how a console program is asked to end.
+/// Sends Ctrl+Break to the process group of `pid`, which asks a console program to end.
 ///
 /// # Errors
-/// What the system says; without a console there is no such thing.
+/// There is no such group, or this process has no console.
 pub fn send_break(pid: u32) -> io::Result<()> {
     use windows_sys::Win32::System::Console::{CTRL_BREAK_EVENT, GenerateConsoleCtrlEvent};
-    // SAFETY: only numbers are given.
+    // SAFETY: the arguments are plain numbers.
     check(unsafe { GenerateConsoleCtrlEvent(CTRL_BREAK_EVENT, pid) })
 }
 

@@ -1,10 +1,10 @@
 //! Security descriptors, written in SDDL.
 //!
 //! ```text
-//!   "D:P(A;OICI;GA;;;SY)…" ──parse──► SecurityDescriptor ──► SECURITY_ATTRIBUTES of a pipe or folder
+//!   "D:P(A;OICI;GA;;;SY)…" ──parse──► SecurityDescriptor ──► SECURITY_ATTRIBUTES of a pipe or directory
 //! ```
 //!
-//! Called by `listen` (the pipe), `store` (its folders) and `svm`.
+//! Called by `listen` (the pipe), `store` (its directories) and `svm`.
 
 use super::{check, wide, wide_path};
 use std::{ffi::OsStr, io, path::Path, ptr};
@@ -21,7 +21,7 @@ use windows_sys::Win32::{
 #[derive(Debug)]
 pub struct SecurityDescriptor(PSECURITY_DESCRIPTOR);
 
-// SAFETY: the memory is never changed after it was made, and is freed once, by its only owner.
+// SAFETY: the memory never changes after its creation, and its only owner frees it once.
 unsafe impl Send for SecurityDescriptor {}
 // SAFETY: as above; shared readers see constant bytes.
 unsafe impl Sync for SecurityDescriptor {}
@@ -30,7 +30,7 @@ impl SecurityDescriptor {
     /// Parses SDDL (`D:P(A;;GA;;;SY)(A;;GA;;;BA)`).
     ///
     /// # Errors
-    /// `InvalidInput` for text that is no SDDL.
+    /// `InvalidInput` for text that is not SDDL.
     pub fn parse(sddl: &str) -> io::Result<Self> {
         let text = wide(OsStr::new(sddl))?;
         let mut descriptor = ptr::null_mut();
@@ -49,7 +49,7 @@ impl SecurityDescriptor {
         Ok(Self(descriptor))
     }
 
-    /// The form that creating calls take; valid while `self` lives.
+    /// The form for calls that create objects; valid while `self` exists.
     pub(crate) fn attributes(&self, inherit: bool) -> SECURITY_ATTRIBUTES {
         SECURITY_ATTRIBUTES {
             nLength: size_of::<SECURITY_ATTRIBUTES>() as u32,
@@ -61,15 +61,15 @@ impl SecurityDescriptor {
 
 impl Drop for SecurityDescriptor {
     fn drop(&mut self) {
-        // SAFETY: the pointer came from the call that asks for LocalFree, and nobody else frees it.
+        // SAFETY: the pointer came from a call whose result LocalFree frees, and nothing else frees it.
         unsafe { LocalFree(self.0) };
     }
 }
 
-/// Makes a folder with an access list of its own.
+/// Creates a directory with its own access list.
 ///
 /// # Errors
-/// What the system says (`AlreadyExists`, …).
+/// `AlreadyExists`, or the parent directory is missing or not writable.
 pub fn create_dir(path: &Path, descriptor: &SecurityDescriptor) -> io::Result<()> {
     let name = wide_path(path)?;
     let attributes = descriptor.attributes(false);
@@ -77,10 +77,10 @@ pub fn create_dir(path: &Path, descriptor: &SecurityDescriptor) -> io::Result<()
     check(unsafe { CreateDirectoryW(name.as_ptr(), &raw const attributes) })
 }
 
-/// The access list of a file or folder as SDDL, as the system keeps it.
+/// The access list of a file or directory as SDDL, as stored by the system.
 ///
 /// # Errors
-/// What the system says.
+/// The list cannot be read.
 #[cfg(test)]
 pub(crate) fn access_list(path: &Path) -> io::Result<String> {
     use windows_sys::Win32::Security::{

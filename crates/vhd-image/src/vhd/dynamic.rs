@@ -1,4 +1,4 @@
-//! Dynamic VHD, read only: the disk in blocks that have room in the file once they were written.
+//! Dynamic VHD, read only: a disk in blocks that take space in the file only once they have been written.
 //!
 //! ```text
 //!   copy of the footer │ dynamic header (1024) │ table: a sector number for each block │ blocks … │ footer
@@ -6,9 +6,9 @@
 //!   read(offset) ─► block ─► table: none? zeros : bitmap: never written? zeros : the file
 //! ```
 //!
-//! Invariants: every block of the table lies in the file, behind the header, and shares no byte with another block or with
-//! the table; table and bitmap take [`MAX_TABLE_BYTES`] and one block's bitmap of memory at most. A differencing disk is
-//! refused: what it has not lies in its parent. Source: as of the module above. Called by `cli`.
+//! Invariants: every block of the table lies in the file, after the header, and shares no byte with another block or with
+//! the table; memory is bounded by [`MAX_TABLE_BYTES`] and the bitmap of one block. A differencing disk is refused, because
+//! its remaining content is in its parent. Source: the specification named in the parent module.
 
 use super::{COOKIE, FOOTER_SIZE, MAX_DISK_BYTES, NO_OFFSET, RawFooter, SECTOR, VERSION, checksum};
 use disk_io::ReadAt;
@@ -18,21 +18,21 @@ use zerocopy::{
     big_endian::{U16, U32, U64},
 };
 
-/// Most bytes of table that are taken into memory: what 2040 GiB need in blocks of 512 KiB.
+/// Largest block table that is read into memory, in bytes: enough for 2040 GiB in blocks of 512 KiB.
 pub const MAX_TABLE_BYTES: u64 = 16 << 20;
-/// Largest block; 2 MiB is what everybody makes.
+/// Largest accepted block; all known creators use 2 MiB.
 const MAX_BLOCK_BYTES: u32 = 256 << 20;
 const HEADER_SIZE: usize = 1024;
 const NO_COOKIE: &str = "no cookie";
 const HEADER_COOKIE: [u8; 8] = *b"cxsparse";
-/// A block that has no room in the file.
+/// The table entry of a block without space in the file.
 const UNUSED: u32 = u32::MAX;
 const TYPE_DYNAMIC: u32 = 3;
 const TYPE_DIFFERENCING: u32 = 4;
-/// Creators whose machines see the disk that the geometry tells, which may end a little before the size that the footer
-/// tells: Virtual PC, and QEMU where it is compatible with it.
+/// Creators whose machines see a disk of the size that the geometry gives, which may be a little less than the size in the
+/// footer: Virtual PC, and QEMU in its compatible mode.
 const BY_GEOMETRY: [[u8; 4]; 2] = [*b"vpc ", *b"qemu"];
-/// The largest geometry; larger disks have it as well.
+/// The largest geometry; all larger disks have it too.
 const MAX_GEOMETRY_SECTORS: u64 = 65_535 * 16 * 255;
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -66,16 +66,17 @@ pub enum DynamicError {
         /// Where in the file, in bytes.
         offset: u64,
     },
-    /// A disk whose other part is another file.
+    /// A differencing disk, whose remaining content is in another file.
     #[error(
-        "a differencing vhd: it holds only what differs from its parent '{parent}'; merge the two with what made them \
-         (Hyper-V: `Merge-VHD`, VirtualBox: `VBoxManage clonemedium`, Xen: `vhd-util coalesce`) and give the result"
+        "this differencing vhd holds only the differences to its parent '{parent}'; merge the two with the tool that \
+         created them (Hyper-V: `Merge-VHD`, VirtualBox: `VBoxManage clonemedium`, Xen: `vhd-util coalesce`) and use \
+         the result"
     )]
     Differencing {
-        /// The parent's name as the file tells it; may be empty.
+        /// The name of the parent as recorded in the file; may be empty.
         parent: String,
     },
-    /// Valid, but of a kind or size that is not read here.
+    /// Valid, but of a kind or size that this module does not read.
     #[error("unsupported vhd: {0}")]
     Unsupported(&'static str),
     /// The file cannot be read.
@@ -101,7 +102,7 @@ pub fn is_dynamic(head: &[u8]) -> bool {
     head.starts_with(&COOKIE)
 }
 
-/// A footer that tells of a dynamic disk.
+/// Parses the footer of a dynamic or differencing disk.
 fn parse_footer(bytes: &[u8; FOOTER_SIZE], offset: u64) -> Result<RawFooter, DynamicError> {
     let raw: RawFooter = zerocopy::transmute!(*bytes);
     if raw.cookie != COOKIE {
@@ -116,23 +117,23 @@ fn parse_footer(bytes: &[u8; FOOTER_SIZE], offset: u64) -> Result<RawFooter, Dyn
     }
     match raw.disk_type.get() {
         TYPE_DYNAMIC | TYPE_DIFFERENCING => Ok(raw),
-        _ => Err(DynamicError::Unsupported("a kind of disk that is neither fixed nor dynamic")),
+        _ => Err(DynamicError::Unsupported("a disk type that is neither fixed nor dynamic")),
     }
 }
 
-/// Bytes of the disk as machines see it.
+/// Size of the disk as a machine sees it, in bytes.
 fn disk_bytes(footer: &RawFooter) -> Result<u64, DynamicError> {
-    let told = footer.current_size.get();
-    if told == 0 || told > MAX_DISK_BYTES || !told.is_multiple_of(SECTOR) {
+    let recorded = footer.current_size.get();
+    if recorded == 0 || recorded > MAX_DISK_BYTES || !recorded.is_multiple_of(SECTOR) {
         return Err(corrupt("a size that no vhd can have", 48));
     }
     let (heads, sectors) = (u64::from(footer.heads), u64::from(footer.sectors_per_track));
     let geometry = u64::from(footer.cylinders.get()) * heads * sectors;
     let by_geometry = BY_GEOMETRY.contains(&footer.creator_application);
-    if by_geometry && geometry != 0 && geometry != MAX_GEOMETRY_SECTORS && geometry * SECTOR <= told {
+    if by_geometry && geometry != 0 && geometry != MAX_GEOMETRY_SECTORS && geometry * SECTOR <= recorded {
         return Ok(geometry * SECTOR);
     }
-    Ok(told)
+    Ok(recorded)
 }
 
 /// A dynamic VHD opened for reading: the virtual disk behind [`ReadAt`].
@@ -150,10 +151,11 @@ pub struct DynamicVhd<D> {
 }
 
 impl<D: ReadAt> DynamicVhd<D> {
-    /// Opens a file that begins with a footer. A copy that is damaged is taken from the end of the file.
+    /// Opens a file that begins with a copy of its footer. If that copy is damaged, the footer at the end is used.
     ///
     /// # Errors
-    /// [`DynamicError`]
+    /// [`DynamicError::Corrupt`], [`DynamicError::Unsupported`] and [`DynamicError::Differencing`] for what the file holds;
+    /// [`DynamicError::Io`] if it cannot be read.
     pub fn open(disk: D) -> Result<Self, DynamicError> {
         let size = disk.size().map_err(DynamicError::Io)?;
         let footer = match parse_footer(&read(&disk, 0)?, 0) {
@@ -168,7 +170,7 @@ impl<D: ReadAt> DynamicVhd<D> {
         };
         let at = footer.data_offset.get();
         if at == NO_OFFSET || at < FOOTER_SIZE as u64 || !at.is_multiple_of(SECTOR) {
-            return Err(corrupt("the dynamic header is nowhere", 16));
+            return Err(corrupt("the offset of the dynamic header is invalid", 16));
         }
         let header: RawHeader = zerocopy::transmute!(read::<HEADER_SIZE, _>(&disk, at)?);
         if header.cookie != HEADER_COOKIE {
@@ -188,7 +190,7 @@ impl<D: ReadAt> DynamicVhd<D> {
         }
         let block = header.block_size.get();
         if !block.is_power_of_two() || u64::from(block) < SECTOR {
-            return Err(corrupt("a block size that is no power of two, or less than a sector", at));
+            return Err(corrupt("a block size that is not a power of two, or less than a sector", at));
         }
         if block > MAX_BLOCK_BYTES {
             return Err(DynamicError::Unsupported("blocks of more than 256 MiB"));
@@ -223,7 +225,7 @@ impl<D: ReadAt> DynamicVhd<D> {
         Ok(opened)
     }
 
-    /// Checks that the blocks lie in the file, apart from what is `taken` and from each other.
+    /// Checks that the blocks lie in the file and overlap neither `taken` nor each other.
     fn check(&self, taken: [Range<u64>; 3], size: u64) -> Result<(), DynamicError> {
         let mut places = Vec::from(taken);
         for (block, start) in self.present() {
@@ -241,18 +243,18 @@ impl<D: ReadAt> DynamicVhd<D> {
         }
     }
 
-    /// The blocks that have room in the file, and where it begins, in bytes.
+    /// The blocks that have space in the file, with its offset in bytes.
     fn present(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let entries = self.table.iter().enumerate().filter(|(_, sector)| **sector != UNUSED);
         entries.map(|(block, sector)| (block as u64, u64::from(*sector) * SECTOR))
     }
 
-    /// Bytes of a block.
+    /// Size of a block in bytes.
     pub fn block_bytes(&self) -> u64 {
         self.block_bytes
     }
 
-    /// Unique id.
+    /// Unique id of the disk.
     pub fn uuid(&self) -> [u8; 16] {
         self.uuid
     }
@@ -262,7 +264,7 @@ impl<D: ReadAt> DynamicVhd<D> {
         self.timestamp
     }
 
-    /// Ranges of the virtual disk that have room in the file, in order, in bytes; all others read as zeros.
+    /// Byte ranges of the virtual disk that have space in the file, ascending; all others read as zeros.
     pub fn allocated(&self) -> Vec<Range<u64>> {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for (block, _) in self.present() {
@@ -276,8 +278,8 @@ impl<D: ReadAt> DynamicVhd<D> {
         ranges
     }
 
-    /// Reads `into` from byte `inside` of the block that begins at `start` in the file. Sectors that the block's bitmap
-    /// does not name were never written, whatever lies there.
+    /// Reads `into` from byte `inside` of the block that begins at `start` in the file. Sectors that are not set in the
+    /// block's bitmap were never written and read as zeros, whatever the file holds there.
     fn read_block(&self, into: &mut [u8], start: u64, inside: u64) -> io::Result<()> {
         self.disk.read_exact_at(into, start + self.bitmap_bytes + inside)?;
         let (first, last) = (inside / SECTOR, (inside + into.len() as u64 - 1) / SECTOR);
@@ -330,7 +332,7 @@ mod tests {
     const TABLE: u64 = 1536;
     const DATA: u64 = 2048;
 
-    /// A disk of five blocks, of which the third and the first have room; sector 1 of the third was never written.
+    /// A disk of five blocks, of which the third and the first are present; sector 1 of the third was never written.
     struct Sample {
         footer: RawFooter,
         header: RawHeader,
@@ -415,34 +417,36 @@ mod tests {
     }
 
     #[test]
-    fn what_contradicts_itself_is_refused() {
-        let said = |change: &dyn Fn(&mut Sample)| {
+    fn contradictions_are_refused() {
+        let refusal = |change: &dyn Fn(&mut Sample)| {
             let mut sample = Sample::new();
             change(&mut sample);
             sample.open().map(|_| ()).unwrap_err().to_string()
         };
-        assert!(said(&|s| s.table[1] = s.table[0]).contains("overlap"));
-        assert!(said(&|s| s.table[1] = s.table[0] + 1).contains("overlap"));
-        assert!(said(&|s| s.table[1] = 1).contains("overlap"));
-        assert!(said(&|s| s.table[1] = 0).contains("overlap"));
-        assert!(said(&|s| s.table[1] = 100).contains("beyond the end"));
-        assert!(said(&|s| s.table[1] = UNUSED - 1).contains("beyond the end"));
-        assert!(said(&|s| s.header.block_size = U32::new(4097)).contains("power of two"));
-        assert!(said(&|s| s.header.block_size = U32::new(256)).contains("power of two"));
-        assert!(said(&|s| s.header.block_size = U32::ZERO).contains("power of two"));
-        assert!(said(&|s| s.header.block_size = U32::new(1 << 31)).contains("256 MiB"));
-        assert!(said(&|s| s.header.max_table_entries = U32::new(4)).contains("too small"));
-        assert!(said(&|s| s.header.table_offset = U64::new(u64::MAX - 3)).contains("outside"));
-        assert!(said(&|s| s.header.table_offset = U64::new(0)).contains("outside"));
-        assert!(said(&|s| s.header.cookie = *b"cxsparsf").contains("no dynamic header"));
-        assert!(said(&|s| s.footer.data_offset = U64::new(NO_OFFSET)).contains("nowhere"));
-        assert!(said(&|s| s.footer.data_offset = U64::new(1 << 40)).contains("ends too early"));
+        assert!(refusal(&|s| s.table[1] = s.table[0]).contains("overlap"));
+        assert!(refusal(&|s| s.table[1] = s.table[0] + 1).contains("overlap"));
+        assert!(refusal(&|s| s.table[1] = 1).contains("overlap"));
+        assert!(refusal(&|s| s.table[1] = 0).contains("overlap"));
+        assert!(refusal(&|s| s.table[1] = 100).contains("beyond the end"));
+        assert!(refusal(&|s| s.table[1] = UNUSED - 1).contains("beyond the end"));
+        assert!(refusal(&|s| s.header.block_size = U32::new(4097)).contains("power of two"));
+        assert!(refusal(&|s| s.header.block_size = U32::new(256)).contains("power of two"));
+        assert!(refusal(&|s| s.header.block_size = U32::ZERO).contains("power of two"));
+        assert!(refusal(&|s| s.header.block_size = U32::new(1 << 31)).contains("256 MiB"));
+        assert!(refusal(&|s| s.header.max_table_entries = U32::new(4)).contains("too small"));
+        assert!(refusal(&|s| s.header.table_offset = U64::new(u64::MAX - 3)).contains("outside"));
+        assert!(refusal(&|s| s.header.table_offset = U64::new(0)).contains("outside"));
+        assert!(refusal(&|s| s.header.cookie = *b"cxsparsf").contains("no dynamic header"));
         assert!(
-            said(&|s| s.footer.current_size = U64::new(MAX_DISK_BYTES + 512)).contains("no vhd can have")
+            refusal(&|s| s.footer.data_offset = U64::new(NO_OFFSET)).contains("offset of the dynamic header")
         );
-        assert!(said(&|s| s.footer.disk_type = U32::new(5)).contains("neither fixed nor dynamic"));
+        assert!(refusal(&|s| s.footer.data_offset = U64::new(1 << 40)).contains("ends too early"));
+        assert!(
+            refusal(&|s| s.footer.current_size = U64::new(MAX_DISK_BYTES + 512)).contains("no vhd can have")
+        );
+        assert!(refusal(&|s| s.footer.disk_type = U32::new(5)).contains("neither fixed nor dynamic"));
         let parent = "C:\\base.vhd".encode_utf16().map(U16::new);
-        let differencing = said(&|s| {
+        let differencing = refusal(&|s| {
             s.footer.disk_type = U32::new(TYPE_DIFFERENCING);
             for (n, unit) in parent.clone().enumerate() {
                 s.header.parent_name[n] = unit;
@@ -467,10 +471,10 @@ mod tests {
                 (U16::new(geometry.0), geometry.1, geometry.2);
             sample.open().unwrap().size().unwrap()
         };
-        let told = 4 * BLOCK + 1024;
+        let recorded = 4 * BLOCK + 1024;
         assert_eq!(size(b"vpc ", (1, 4, 8)), 32 * 512);
-        assert_eq!(size(b"win ", (1, 4, 8)), told);
-        assert_eq!(size(b"vpc ", (0, 4, 8)), told);
-        assert_eq!(size(b"vpc ", (1000, 4, 8)), told, "a geometry beyond the size is not believed");
+        assert_eq!(size(b"win ", (1, 4, 8)), recorded);
+        assert_eq!(size(b"vpc ", (0, 4, 8)), recorded);
+        assert_eq!(size(b"vpc ", (1000, 4, 8)), recorded, "a geometry beyond the size is ignored");
     }
 }

@@ -1,13 +1,13 @@
-//! Fixed VHD: the raw disk followed by a 512-byte footer. Dynamic ones are read, by [`dynamic`].
+//! Fixed VHD: the raw disk followed by a 512-byte footer. Dynamic VHDs can be read ([`dynamic`]).
 //!
 //! ```text
 //!   0 ──────────── disk, byte for byte ────────────┬─ footer (512, big-endian) ─┐
 //!   size rules: disk a multiple of 512 bytes, at most 2040 GiB (the format's own limit)
 //! ```
 //!
-//! Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0 (2006). Invariants: `Footer::to_bytes` gives the
-//! right checksum; `Footer::parse` refuses what it would not write, save fields that do not matter. No I/O here. Called by
-//! `agent`, `diff::apply`, `driver` and `store`.
+//! Source: Microsoft, "Virtual Hard Disk Image Format Specification" 1.0 (2006). Invariants: `Footer::to_bytes` writes the
+//! correct checksum; `Footer::parse` accepts the footers of all creators but checks every field that affects the size of
+//! the disk or its kind. No I/O.
 
 pub mod dynamic;
 
@@ -30,7 +30,7 @@ const COOKIE: [u8; 8] = *b"conectix";
 const FEATURES: u32 = 2;
 const VERSION: u32 = 0x0001_0000;
 const NO_OFFSET: u64 = u64::MAX;
-/// QEMU and Hyper-V take the exact size from the footer, and not the geometry, for this creator.
+/// For this creator, QEMU and Hyper-V take the exact size from the footer instead of the geometry.
 const CREATOR_APP: [u8; 4] = *b"win ";
 const CREATOR_VERSION: u32 = 0x000A_0000;
 const CREATOR_OS: [u8; 4] = *b"Wi2k";
@@ -43,11 +43,11 @@ pub enum VhdError {
     /// Not 512 bytes, no cookie, a wrong checksum, or fields that contradict each other.
     #[error("corrupt vhd footer: {0}")]
     Corrupt(&'static str),
-    /// A valid footer of a kind that is not read here.
+    /// A valid footer of a kind that this module does not read.
     #[error("unsupported vhd: {0}")]
     Unsupported(&'static str),
     /// A size that no fixed VHD can have.
-    #[error("a vhd of {0} bytes cannot be: sizes are multiples of 512 bytes from 512 up to 2040 GiB")]
+    #[error("a vhd cannot have {0} bytes: sizes are multiples of 512 bytes from 512 bytes to 2040 GiB")]
     Size(u64),
 }
 
@@ -75,14 +75,14 @@ struct RawFooter {
 }
 const _: () = assert!(size_of::<RawFooter>() == FOOTER_SIZE);
 
-/// What a footer says.
+/// The fields of a footer that matter for a fixed disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Footer {
     /// Size of the disk before the footer, in bytes.
     pub disk_bytes: u64,
     /// Creation time in seconds since 2000 ([`EPOCH`]).
     pub timestamp: u32,
-    /// Unique id.
+    /// Unique id of the disk.
     pub uuid: [u8; 16],
 }
 
@@ -90,7 +90,7 @@ impl Footer {
     /// A footer for a disk of `disk_bytes`.
     ///
     /// # Errors
-    /// [`VhdError::Size`] for 0, beyond 2040 GiB, or no multiple of 512.
+    /// [`VhdError::Size`] for 0, more than 2040 GiB, or a size that is not a multiple of 512.
     pub fn new(disk_bytes: u64, timestamp: u32, uuid: [u8; 16]) -> Result<Self, VhdError> {
         if disk_bytes == 0 || disk_bytes > MAX_DISK_BYTES || !disk_bytes.is_multiple_of(SECTOR) {
             return Err(VhdError::Size(disk_bytes));
@@ -98,7 +98,7 @@ impl Footer {
         Ok(Self { disk_bytes, timestamp, uuid })
     }
 
-    /// The 512 bytes that stand after the disk.
+    /// The 512 bytes that follow the disk.
     pub fn to_bytes(&self) -> [u8; FOOTER_SIZE] {
         let (cylinders, heads, sectors_per_track) = geometry(self.disk_bytes / SECTOR);
         let mut raw = RawFooter {
@@ -125,8 +125,8 @@ impl Footer {
         zerocopy::transmute!(raw)
     }
 
-    /// The footer as hcsshim's `tar2ext4` writes it: creator and geometry are zero, and so is the time. QEMU takes the
-    /// size from it all the same.
+    /// The footer as hcsshim's `tar2ext4` writes it: creator, geometry and time are zero. QEMU takes the size from it
+    /// nevertheless.
     pub fn to_bytes_hcsshim(&self) -> [u8; FOOTER_SIZE] {
         let bytes = self.to_bytes();
         let Ok(mut raw) = RawFooter::read_from_bytes(&bytes) else { return bytes };
@@ -139,10 +139,11 @@ impl Footer {
         zerocopy::transmute!(raw)
     }
 
-    /// Reads the last 512 bytes of a fixed VHD of any creator.
+    /// Parses the last 512 bytes of a fixed VHD, whoever created it.
     ///
     /// # Errors
-    /// [`VhdError::Corrupt`] or, for dynamic and differencing disks and other versions, [`VhdError::Unsupported`].
+    /// [`VhdError::Corrupt`] for a missing cookie, a wrong checksum or contradicting fields; [`VhdError::Unsupported`] for
+    /// dynamic and differencing disks and other versions of the format; [`VhdError::Size`].
     pub fn parse(bytes: &[u8]) -> Result<Self, VhdError> {
         let raw = RawFooter::read_from_bytes(bytes).map_err(|_| VhdError::Corrupt("not 512 bytes"))?;
         if raw.cookie != COOKIE {
@@ -166,8 +167,8 @@ impl Footer {
     }
 }
 
-/// The id of a layer's disk: that of its file system or, where the profile gives it none, a UUID (version 8) of the first
-/// bytes of its tar's digest.
+/// The id of a layer's disk: the UUID of its file system or, if that is zero, a UUID (version 8) made from the first bytes
+/// of the SHA-256 digest of its tar.
 pub fn layer_id(file_system: [u8; 16], tar_digest: &[u8; 32]) -> [u8; 16] {
     if file_system != [0; 16] {
         return file_system;
@@ -179,12 +180,12 @@ pub fn layer_id(file_system: [u8; 16], tar_digest: &[u8; 32]) -> [u8; 16] {
     id
 }
 
-/// Ones' complement of the sum of all bytes; the checksum field is zero in it.
+/// Ones' complement of the sum of all bytes, computed with a checksum field of zero.
 fn checksum(bytes: &[u8]) -> u32 {
     !bytes.iter().map(|&b| u32::from(b)).sum::<u32>()
 }
 
-/// Cylinders, heads and sectors per track, by the appendix of the specification.
+/// Cylinders, heads and sectors per track, as in the appendix of the specification.
 fn geometry(sectors: u64) -> (u16, u8, u8) {
     const MAX_SECTORS: u64 = 65_535 * 16 * 255;
     let total = sectors.min(MAX_SECTORS);
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_cannot_be() {
+    fn impossible_sizes_are_refused() {
         for bad in [0, 511, 513, MAX_DISK_BYTES + 512, u64::MAX] {
             assert_eq!(Footer::new(bad, 0, [0; 16]), Err(VhdError::Size(bad)));
         }

@@ -1,13 +1,13 @@
-//! Making dynamic disks.
+//! Creates dynamic disks.
 //!
 //! ```text
 //!   0     64K    128K   192K    256K         1M     2M         3M    3M+b
 //!   │ id │ head │ head │ regi │ regi │ …    │ log  │ metadata │ BAT │ block │ block │ …
 //! ```
 //!
-//! The content that is known at creation goes in at once, with the BAT in its final form: nothing is synced, no header
-//! is written twice, and blocks that are written in part only stay sparse. The identifier at 0 is written last, so that
-//! a file that was cut while it was made is no VHDX. Called by `agent`, `cli` and tests.
+//! Content that is known at creation is written at once, with the BAT in its final form: nothing is synced, no header is
+//! written twice, and blocks that are written only in part stay sparse. The identifier at 0 is written last, so a file
+//! whose creation was interrupted is not a VHDX.
 
 use super::{
     Geometry, VhdxError,
@@ -30,39 +30,38 @@ const LOG_BYTES: u64 = MIB;
 const METADATA_OFFSET: u64 = LOG_OFFSET + LOG_BYTES;
 const METADATA_BYTES: u64 = MIB;
 const BAT_OFFSET: u64 = METADATA_OFFSET + METADATA_BYTES;
-/// `Creator` of the file identifier, for people only.
+/// `Creator` of the file identifier: informational, and part of the bytes that stay the same.
 const CREATOR: &str = "lcow-graphdriver";
 
-/// What disk to make.
+/// Properties of the disk to create.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CreateOptions {
     /// Size of the virtual disk in bytes: a multiple of the logical sector, up to 64 TiB.
     pub disk_bytes: u64,
     /// Size of a payload block in bytes: a power of two from 1 MiB to 256 MiB.
     pub block_size: u32,
-    /// 512 or 4096.
+    /// Logical sector size: 512 or 4096 bytes.
     pub logical_sector: u32,
-    /// 512 or 4096.
+    /// Physical sector size: 512 or 4096 bytes.
     pub physical_sector: u32,
-    /// Identity of the disk in SCSI page 83; the first write ids of the file are made from it. The same id gives the
-    /// same bytes.
+    /// Identity of the disk in SCSI page 83, and the initial write ids of the file. Equal ids yield equal bytes.
     pub disk_id: uuid::Uuid,
 }
 
 impl CreateOptions {
-    /// A disk of `disk_bytes` in blocks of 1 MiB, logical sectors of 512 and physical ones of 4096 bytes: what Hyper-V
-    /// makes for LCOW's sandboxes.
+    /// A disk of `disk_bytes` with blocks of 1 MiB, logical sectors of 512 and physical sectors of 4096 bytes, as Hyper-V
+    /// creates for sandboxes of Linux containers on Windows.
     pub fn new(disk_bytes: u64, disk_id: uuid::Uuid) -> Self {
         Self { disk_bytes, block_size: 1 << 20, logical_sector: 512, physical_sector: 4096, disk_id }
     }
 }
 
-/// Makes a dynamic disk in `out`, which loses what it held, with `content` at the given offsets and zeros elsewhere.
+/// Creates a dynamic disk in `out`, replacing its content, with `content` at the given offsets and zeros elsewhere.
 ///
 /// Returns the length of the file in bytes. Nothing is synced.
 ///
 /// # Errors
-/// [`VhdxError::Usage`] for options that no VHDX can have or content beyond the disk; [`VhdxError::Io`].
+/// [`VhdxError::Usage`] for options that no VHDX can have, or for content beyond the end of the disk; [`VhdxError::Io`].
 pub fn create<W: WriteAt>(
     out: W,
     options: &CreateOptions,
@@ -82,7 +81,7 @@ pub fn create<W: WriteAt>(
     let bat_bytes = bat_entries(geometry.blocks(), ratio) * 8;
     if bat_bytes > MAX_BAT_BYTES {
         return Err(VhdxError::Usage(format!(
-            "{} blocks of {block_size} bytes: larger blocks are needed",
+            "{} blocks of {block_size} bytes; use larger blocks",
             geometry.blocks()
         )));
     }
@@ -109,7 +108,7 @@ pub fn create<W: WriteAt>(
         }
     }
     let write = |bytes: &[u8], at| out.write_all_at(bytes, at).map_err(VhdxError::io("write"));
-    out.set_len(0).and_then(|()| out.set_len(end)).map_err(VhdxError::io("make room for"))?;
+    out.set_len(0).and_then(|()| out.set_len(end)).map_err(VhdxError::io("allocate space for"))?;
     for (at, bytes) in pieces {
         write(bytes, at)?;
     }
@@ -141,7 +140,7 @@ pub fn create<W: WriteAt>(
     Ok(end)
 }
 
-/// The entries of the blocks that are there, neighbours together, and where they go; the rest of the BAT is zeros.
+/// The BAT entries of the present blocks, adjacent ones joined, with their file offsets; the rest of the BAT is zeros.
 fn bat_runs(places: &BTreeMap<u64, u64>, ratio: u64) -> Vec<(Vec<u8>, u64)> {
     let mut runs: Vec<(Vec<u8>, u64)> = Vec::new();
     for (&block, &place) in places {

@@ -1,11 +1,11 @@
-//! What can go wrong with a VHDX, and whose fault it is.
+//! Errors of the VHDX reader and writer, one variant per cause.
 //!
-//! [`VhdxError::Corrupt`] is a broken or hostile file, [`VhdxError::Unsupported`] a valid one beyond what is done here,
-//! [`VhdxError::Io`] the disk below, [`VhdxError::Usage`] the caller. Used by all of [`crate::vhdx`].
+//! [`VhdxError::Corrupt`]: a broken or hostile file. [`VhdxError::Unsupported`]: a valid file with a feature that is not
+//! implemented. [`VhdxError::Io`]: the underlying disk. [`VhdxError::Usage`]: the caller.
 
 use std::io;
 
-/// An error of the VHDX room.
+/// Why a VHDX could not be created, opened or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VhdxError {
@@ -17,19 +17,19 @@ pub enum VhdxError {
         /// Where in the file, in bytes.
         offset: u64,
     },
-    /// Valid, but a feature or size that is not handled here.
+    /// Valid, but with a feature or size that is not implemented.
     #[error("unsupported vhdx: {0}")]
     Unsupported(&'static str),
-    /// The disk below failed.
+    /// The underlying disk failed.
     #[error("cannot {action} the vhdx")]
     Io {
-        /// `read`, `write`, …
+        /// What was attempted: `read`, `write`, …
         action: &'static str,
-        /// Why.
+        /// The error of the disk.
         #[source]
         source: io::Error,
     },
-    /// Options or offsets that cannot be.
+    /// Options or offsets that no VHDX can have.
     #[error("a vhdx cannot have {0}")]
     Usage(String),
 }
@@ -39,7 +39,7 @@ impl VhdxError {
         Self::Corrupt { what, offset }
     }
 
-    /// For `map_err`.
+    /// A closure for `map_err`.
     pub(super) fn io(action: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Io { action, source }
     }

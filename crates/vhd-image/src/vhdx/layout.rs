@@ -1,6 +1,6 @@
 //! Structures of a VHDX as they lie in the file: little-endian, checksums CRC-32C (Castagnoli).
 //!
-//! Source: \[MS-VHDX\] v20180912, sections 2.2 to 2.6. Field names are the specification's. No I/O, no decisions.
+//! Source: \[MS-VHDX\] v20180912, sections 2.2 to 2.6. Field names are those of the specification. No I/O, no checks.
 
 use uuid::Uuid;
 use zerocopy::{
@@ -172,7 +172,7 @@ pub(super) struct LogDataSector {
 }
 const _: () = assert!(size_of::<LogDataSector>() == LOG_SECTOR);
 
-/// CRC-32C of `bytes` with the four bytes at 4 taken as zeros: where every checksum of the format lies.
+/// CRC-32C of `bytes` with zeros for the four bytes at offset 4, the place of every checksum of the format.
 pub(super) fn checksum(bytes: &[u8]) -> u32 {
     let (head, rest) = bytes.split_at(4);
     crc32c::crc32c_append(crc32c::crc32c_append(crc32c::crc32c(head), &[0; 4]), &rest[4..])
@@ -200,10 +200,10 @@ impl BatEntry {
         Self(offset | FULLY_PRESENT)
     }
 
-    /// The state; `None` for values that a disk without parent never has.
+    /// The state; `None` for values that a disk without a parent never has.
     pub(super) fn state(self) -> Option<BlockState> {
         match self.0 & 7 {
-            // 5 was "unmapped" in version 0.95 of the specification, and QEMU still takes it so.
+            // 5 was "unmapped" in version 0.95 of the specification, and QEMU still accepts it.
             0..=3 | 5 => Some(BlockState::Absent),
             FULLY_PRESENT => Some(BlockState::Present),
             _ => None,
@@ -225,7 +225,7 @@ pub(super) fn chunk_ratio(logical_sector: u32, block_size: u32) -> u64 {
     SECTORS_PER_CHUNK * u64::from(logical_sector) / u64::from(block_size)
 }
 
-/// Entries of the BAT of a disk without parent: its last one is that of the last payload block.
+/// Number of BAT entries of a disk without a parent: the last entry is that of the last payload block.
 pub(super) fn bat_entries(blocks: u64, chunk_ratio: u64) -> u64 {
     blocks + blocks.saturating_sub(1) / chunk_ratio
 }

@@ -1,14 +1,14 @@
-//! The log: which updates of the file were promised, and are perhaps not yet made.
+//! The log: updates of the file that are committed but perhaps not yet written to their places.
 //!
 //! ```text
 //!   log (a ring)   … │ entry n-1 │ entry n (tail) │ entry n+1 │ entry n+2 (head; its Tail points to n) │ stale …
 //!   entry          header 64 │ descriptors 32 each │ pad to 4096 │ data sector 4096 │ …
 //! ```
 //!
-//! [`active`] finds the newest complete sequence (2.3.3) and folds it into an [`Overlay`]: what the file says once all
-//! is replayed. A reader looks through it, a writer puts it into the file first. No I/O. Bounded: the log is taken into
-//! memory up to [`MAX_LOG`], each byte of it is summed [`MAX_PASSES`] times at most, and as many entries are walked over
-//! as that many passes would meet.
+//! [`active`] finds the newest complete sequence (2.3.3) and folds it into an [`Overlay`]: the content of the file after a
+//! replay. A reader looks through it; a writer first writes it into the file. No I/O. Bounded: the log is read into memory
+//! up to [`MAX_LOG`], each of its bytes is checksummed at most [`MAX_PASSES`] times, and the number of entries visited is
+//! what that many passes over the log would visit.
 
 use super::{
     VhdxError,
@@ -20,21 +20,21 @@ use super::{
 use std::{collections::BTreeMap, ops::Range};
 use zerocopy::FromBytes;
 
-/// Largest log that is replayed; every known writer makes logs of 1 MiB.
+/// Largest log that is replayed; all known writers create logs of 1 MiB.
 pub(super) const MAX_LOG: u64 = 64 << 20;
-/// How often the log may be summed as a whole: entries that overlap each other cost more than they hold.
+/// How often the whole log may be checksummed: overlapping entries cost more than they hold.
 const MAX_PASSES: u64 = 16;
-/// No offset in a log goes beyond this: a disk of 64 TiB with all its tables.
+/// Upper bound of all offsets in a log: a disk of 64 TiB with all its tables.
 const MAX_FILE: u64 = 128 << 40;
 
 const SECTOR: u64 = LOG_SECTOR as u64;
 
-/// What the log adds to the file.
+/// The content that the log adds to the file.
 #[derive(Debug, Default)]
 pub(super) struct Overlay {
     /// Sectors of 4096 bytes by their file offset; they win over `zeros`.
     sectors: BTreeMap<u64, Box<[u8; LOG_SECTOR]>>,
-    /// Zeroed ranges, apart from each other: start to end.
+    /// Disjoint zeroed ranges: start to end.
     zeros: BTreeMap<u64, u64>,
     /// The file is at least this long.
     pub(super) file_end: u64,
@@ -58,7 +58,7 @@ impl Overlay {
         self.zeros.insert(start, end);
     }
 
-    /// Lays the updates over `buf`, which was read from the file at `offset`.
+    /// Applies the updates to `buf`, which was read from the file at `offset`.
     pub(super) fn cover(&self, buf: &mut [u8], offset: u64) {
         let end = offset.saturating_add(buf.len() as u64);
         let part = |range: Range<u64>| {
@@ -76,18 +76,18 @@ impl Overlay {
         }
     }
 
-    /// Zeroed ranges in order.
+    /// Zeroed ranges, ascending.
     pub(super) fn zeros(&self) -> impl Iterator<Item = Range<u64>> {
         self.zeros.iter().map(|(&start, &end)| start..end)
     }
 
-    /// Sectors in order; to be written after the zeros.
+    /// Sectors, ascending; to be written after the zeros.
     pub(super) fn sectors(&self) -> impl Iterator<Item = (u64, &[u8; LOG_SECTOR])> {
         self.sectors.iter().map(|(&at, sector)| (at, &**sector))
     }
 }
 
-/// An entry that is valid in itself.
+/// An entry that is valid by itself.
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     offset: u64,
@@ -99,7 +99,7 @@ struct Entry {
     last: u64,
 }
 
-/// What is known of a sector of the log.
+/// The result of parsing an entry at a sector of the log.
 #[derive(Debug, Clone, Copy)]
 enum Seen {
     NotYet,
@@ -107,14 +107,14 @@ enum Seen {
     Entry(Entry),
 }
 
-/// The ring and what may still be spent on it.
+/// The log as a ring, and the remaining budget for it.
 struct Ring<'a> {
     log: &'a [u8],
     guid: Guid,
     budget: u64,
-    /// Entries that may still be walked over.
+    /// Entries that may still be visited.
     steps: u64,
-    /// What was found at each sector: a scan comes by many times.
+    /// The result for each sector, since scans visit a sector many times.
     seen: Vec<Seen>,
 }
 
@@ -123,13 +123,13 @@ impl Ring<'_> {
         self.log.len() as u64
     }
 
-    /// The `n`th sector from `offset` on, around the end. Sizes are multiples of 4096, so no sector is torn.
+    /// The `n`th sector after `offset`, wrapping around. Sizes are multiples of 4096, so no sector is split.
     fn sector(&self, offset: u64, n: u64) -> &[u8] {
         let at = ((offset + n * SECTOR) % self.len()) as usize;
         &self.log[at..at + LOG_SECTOR]
     }
 
-    /// Descriptor `n` of the entry at `offset`: they follow its header and are never torn, as both sizes divide 4096.
+    /// Descriptor `n` of the entry at `offset`. Descriptors follow the header and are never split: both sizes divide 4096.
     fn descriptor(&self, offset: u64, n: u64) -> LogDescriptor {
         let at = size_of::<LogEntryHeader>() as u64 + n * size_of::<LogDescriptor>() as u64;
         let sector = self.sector(offset, at / SECTOR);
@@ -137,13 +137,13 @@ impl Ring<'_> {
         LogDescriptor::read_from_bytes(bytes).expect("32 bytes")
     }
 
-    /// Sectors that header and descriptors take.
+    /// Number of sectors that header and descriptors occupy.
     fn head_sectors(descriptors: u64) -> u64 {
         (size_of::<LogEntryHeader>() as u64 + descriptors * size_of::<LogDescriptor>() as u64)
             .div_ceil(SECTOR)
     }
 
-    /// The entry at `offset`, if all of it is right.
+    /// The entry at `offset`, if all of it is valid.
     fn entry(&mut self, offset: u64) -> Result<Option<Entry>, VhdxError> {
         let index = (offset / SECTOR) as usize;
         match self.seen[index] {
@@ -216,8 +216,8 @@ impl Ring<'_> {
         Ok(Some(entry))
     }
 
-    /// Longest run of entries from `tail` on, and whether its head's tail lies in it. With it, whether the run ended
-    /// because the next entry does not follow, and not because the ring was full.
+    /// The longest run of entries from `tail`; whether it contains the tail of its head; and whether it ended because the
+    /// next entry does not follow (rather than because the ring was full).
     fn sequence(&mut self, tail: u64) -> Result<(Vec<Entry>, bool, bool), VhdxError> {
         let mut entries: Vec<Entry> = Vec::new();
         let (mut taken, mut ended) = (0, false);
@@ -244,20 +244,20 @@ impl Ring<'_> {
         }
         let start = entries.last().and_then(|head| entries.iter().position(|e| e.offset == head.tail));
         let valid = start.is_some();
-        // What lies before the tail has reached its place.
+        // Entries before the tail have already reached their places.
         entries.drain(..start.unwrap_or(0));
         Ok((entries, valid, ended))
     }
 }
 
-/// The active sequence of `log`, folded; `file_bytes` is the size of the file and `log_offset` only for messages.
+/// The active sequence of `log`, folded. `file_bytes` is the size of the file; `log_offset` appears only in messages.
 ///
 /// # Errors
-/// [`VhdxError::Corrupt`] if there is none (the header says that there is), or the file was truncated.
+/// [`VhdxError::Corrupt`] if there is no such sequence although the header claims a log, or if the file was truncated.
 pub(super) fn active(log: &[u8], log_offset: u64, guid: Guid, file_bytes: u64) -> Result<Overlay, VhdxError> {
     let corrupt = |what| VhdxError::corrupt(what, log_offset);
     if log.is_empty() || !log.len().is_multiple_of(LOG_SECTOR) {
-        return Err(corrupt("a log without room"));
+        return Err(corrupt("an empty log, or one that is not a multiple of 4096 bytes"));
     }
     let seen = vec![Seen::NotYet; log.len() / LOG_SECTOR];
     let steps = seen.len() as u64 * MAX_PASSES;
@@ -283,8 +283,8 @@ pub(super) fn active(log: &[u8], log_offset: u64, guid: Guid, file_bytes: u64) -
                 tail = (head.offset + head.length) % ring.len();
             }
             _ => {
-                // The head's tail is not in this run, and so in none that begins later in it and has the same head. A log
-                // of stale entries would be walked over once for each of them.
+                // The head's tail is not in this run, hence in no later run with the same head. Without this mark, a log of
+                // stale entries would be scanned once for each of them.
                 if ended {
                     for entry in &entries {
                         dead[(entry.offset / SECTOR) as usize] = true;
@@ -299,7 +299,7 @@ pub(super) fn active(log: &[u8], log_offset: u64, guid: Guid, file_bytes: u64) -
     }
     let Some(head) = best.last() else { return Err(corrupt("no complete sequence in a log in use")) };
     if file_bytes < head.flushed {
-        return Err(corrupt("the file was cut off"));
+        return Err(corrupt("the file was truncated"));
     }
     let mut overlay = Overlay { file_end: file_bytes.max(head.last), ..Overlay::default() };
     if head.last > MAX_FILE {

@@ -1,4 +1,4 @@
-//! VHDX: a virtual disk in a file that grows with what is written; dynamic and fixed, without parents.
+//! VHDX: a virtual disk in a file that grows as it is written; dynamic and fixed, without parents.
 //!
 //! ```text
 //!   file    │ id │ head 1 │ head 2 │ regi 1 │ regi 2 │ … 1 MiB │ log │ metadata │ BAT │ block │ block │ …
@@ -7,9 +7,9 @@
 //!   disk    offset / block size ─► entry: present ─► bytes in the file, else zeros
 //! ```
 //!
-//! Source: \[MS-VHDX\] v20180912. Invariants: hostile files give typed errors and bounded memory; [`Vhdx`] never writes,
-//! and sees a file with a log in use as if it were replayed; what [`VhdxWriter`] synced survives a cut at any byte; a
-//! file of ours never has a log in use. No path, no runtime. Called by `agent`, `driver` and `cli`.
+//! Source: \[MS-VHDX\] v20180912. Invariants: hostile files yield typed errors and need bounded memory; [`Vhdx`] never
+//! writes, and shows a file whose log is in use as if the log had been replayed; what [`VhdxWriter`] has synced survives a
+//! crash that cuts a write at any byte; files written by this module never have a log in use.
 
 mod create;
 mod error;

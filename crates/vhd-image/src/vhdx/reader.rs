@@ -1,4 +1,4 @@
-//! Opening and reading.
+//! Opens and reads a VHDX.
 //!
 //! ```text
 //!   headers ─► newer one ─► log in use? ─► Overlay ─┐
@@ -6,8 +6,8 @@
 //!   read(offset) ─► block = offset / block size ─► BAT entry ─► View, or zeros
 //! ```
 //!
-//! Invariants: nothing is written; every block of the BAT lies in the file, behind the header section, and overlaps no
-//! region and no other block; the BAT takes [`MAX_BAT_BYTES`] of memory at most.
+//! Invariants: nothing is written; every block of the BAT lies in the file, after the header section, and overlaps no region
+//! and no other block; the BAT takes at most [`MAX_BAT_BYTES`] of memory.
 
 use super::{
     Geometry, VhdxError,
@@ -21,20 +21,20 @@ use super::{
 use disk_io::ReadAt;
 use std::{io, ops::Range};
 
-/// Most bytes of BAT that are taken into memory: enough for 8 TiB in blocks of 1 MiB, or 64 TiB in blocks of 8 MiB.
+/// Largest BAT that is read into memory, in bytes: enough for 8 TiB in blocks of 1 MiB, or 64 TiB in blocks of 8 MiB.
 pub const MAX_BAT_BYTES: u64 = 64 << 20;
 
-/// The file as it is once its log is replayed.
+/// The file as it is after a replay of its log.
 #[derive(Debug)]
 pub(super) struct View<D> {
     pub(super) disk: D,
     pub(super) overlay: Option<Overlay>,
-    /// Size in bytes, what the log adds included.
+    /// Size in bytes, including what the log adds.
     pub(super) size: u64,
 }
 
 impl<D: ReadAt> View<D> {
-    /// Reads `buf` at `offset`; what lies between the end of the file and `size` is zeros.
+    /// Reads `buf` at `offset`; bytes between the end of the file and `size` are zeros.
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let Some(overlay) = &self.overlay else { return self.disk.read_exact_at(buf, offset) };
         let mut done = 0;
@@ -55,7 +55,7 @@ impl<D: ReadAt> View<D> {
     }
 }
 
-/// What opening found.
+/// A parsed file.
 #[derive(Debug)]
 pub(super) struct Opened<D> {
     pub(super) view: View<D>,
@@ -63,11 +63,11 @@ pub(super) struct Opened<D> {
     pub(super) header_index: usize,
     pub(super) header: Header,
     pub(super) geometry: Geometry,
-    /// Where the BAT lies in the file.
+    /// Offset of the BAT in the file.
     pub(super) bat_offset: u64,
     /// Entries of the payload blocks, in order.
     pub(super) bat: Vec<BatEntry>,
-    /// End of all that the file holds, a multiple of a MiB: free from there on.
+    /// End of everything that the file holds, a multiple of 1 MiB; the rest is free.
     pub(super) used_end: u64,
 }
 
@@ -154,7 +154,7 @@ impl<D: ReadAt> Opened<D> {
         Ok(Self { view, header_index, header, geometry, bat_offset: bat_region.start, bat, used_end })
     }
 
-    /// Bytes `range` of the disk as pieces that each lie in one block: block, offset in it, length.
+    /// A range of the disk as pieces that each lie in one block: block, offset in it, length.
     pub(super) fn pieces(&self, offset: u64, len: usize) -> Vec<(usize, u64, usize)> {
         let size = u64::from(self.geometry.block_size);
         let end = offset.saturating_add(len as u64).min(self.geometry.disk_bytes);
@@ -198,7 +198,7 @@ impl<D: ReadAt> Opened<D> {
     }
 }
 
-/// The header section, the log and the regions, in order, if they are apart from each other.
+/// The header section, the log and the regions, ascending, if they do not overlap.
 fn taken(regions: &Regions, log: Range<u64>) -> Result<Vec<Range<u64>>, VhdxError> {
     let mut taken = regions.all.clone();
     taken.push(0..MIB);
@@ -212,7 +212,7 @@ fn taken(regions: &Regions, log: Range<u64>) -> Result<Vec<Range<u64>>, VhdxErro
     }
 }
 
-/// Checks where the blocks lie; the end of everything.
+/// Checks the places of all blocks; returns the end of everything in use.
 fn check_blocks(
     bat: &[BatEntry],
     geometry: &Geometry,
@@ -227,8 +227,8 @@ fn check_blocks(
     for (block, entry) in bat.iter().enumerate() {
         let corrupt = |what| VhdxError::corrupt(what, bat_offset + bat_index(block as u64, ratio) * 8);
         match entry.state() {
-            None => return Err(corrupt("a block in a state that its disk cannot have")),
-            // Its offset may still say where it once was, but nothing depends on it.
+            None => return Err(corrupt("a block in a state that a disk without a parent cannot have")),
+            // The offset may be a leftover of an earlier allocation; nothing depends on it.
             Some(BlockState::Absent) => {}
             Some(BlockState::Present) => {
                 let start = entry.offset();
@@ -262,8 +262,8 @@ impl<D: ReadAt> Vhdx<D> {
     /// Opens a dynamic or fixed VHDX.
     ///
     /// # Errors
-    /// [`VhdxError::Corrupt`]; [`VhdxError::Unsupported`] for differencing disks, required regions or items that are
-    /// not known, and tables beyond [`MAX_BAT_BYTES`]; [`VhdxError::Io`].
+    /// [`VhdxError::Corrupt`]; [`VhdxError::Unsupported`] for differencing disks, unknown required regions or metadata
+    /// items, and tables beyond [`MAX_BAT_BYTES`]; [`VhdxError::Io`].
     pub fn open(disk: D) -> Result<Self, VhdxError> {
         Ok(Self { opened: Opened::open(disk)? })
     }
@@ -273,12 +273,12 @@ impl<D: ReadAt> Vhdx<D> {
         &self.opened.geometry
     }
 
-    /// The log is in use: the last writer did not close the file.
+    /// Whether the log is in use: the last writer did not close the file.
     pub fn is_dirty(&self) -> bool {
         self.opened.view.overlay.is_some()
     }
 
-    /// Ranges of the virtual disk that have room in the file, in order, in bytes; all others read as zeros.
+    /// Byte ranges of the virtual disk that have space in the file, ascending; all others read as zeros.
     pub fn allocated(&self) -> Vec<Range<u64>> {
         self.opened.allocated(&self.opened.bat)
     }

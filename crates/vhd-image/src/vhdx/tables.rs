@@ -1,6 +1,6 @@
-//! Headers, region tables and metadata: bytes in, facts out, and the reverse. No I/O.
+//! Parses and serializes headers, region tables and metadata. No I/O.
 //!
-//! Hostile bytes are the normal case: every count, offset and length is checked before it is used.
+//! Input is untrusted: every count, offset and length is checked before it is used.
 
 use super::{
     VhdxError,
@@ -19,25 +19,25 @@ use zerocopy::{
     little_endian::{U16, U32, U64},
 };
 
-/// What a disk is, apart from its content.
+/// The properties of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
     /// Size of the virtual disk in bytes.
     pub disk_bytes: u64,
     /// Size of a payload block in bytes.
     pub block_size: u32,
-    /// 512 or 4096 bytes.
+    /// Logical sector size: 512 or 4096 bytes.
     pub logical_sector: u32,
-    /// 512 or 4096 bytes.
+    /// Physical sector size: 512 or 4096 bytes.
     pub physical_sector: u32,
-    /// What the guest sees in SCSI page 83.
+    /// Identity of the disk, which a guest sees in SCSI page 83.
     pub disk_id: uuid::Uuid,
-    /// All blocks stay allocated: a fixed disk.
+    /// A fixed disk: all blocks stay allocated.
     pub fixed: bool,
 }
 
 impl Geometry {
-    /// Whether the format allows it; the reason if not.
+    /// Checks the limits of the format; the error is the reason.
     pub(super) fn check(&self) -> Result<(), &'static str> {
         if !(MIN_BLOCK..=MAX_BLOCK).contains(&self.block_size) || !self.block_size.is_power_of_two() {
             return Err("a block size that is not a power of two from 1 MiB to 256 MiB");
@@ -54,13 +54,13 @@ impl Geometry {
         Ok(())
     }
 
-    /// Payload blocks.
+    /// Number of payload blocks.
     pub(super) fn blocks(&self) -> u64 {
         self.disk_bytes.div_ceil(u64::from(self.block_size))
     }
 }
 
-/// Takes the newer valid one of the two headers: its index and content.
+/// The newer valid one of the two headers, with its index.
 pub(super) fn choose_header(copies: [&[u8]; 2]) -> Result<(usize, Header), VhdxError> {
     let parse = |bytes: &[u8]| {
         let (header, _) = Header::read_from_prefix(bytes).ok()?;
@@ -77,7 +77,7 @@ pub(super) fn choose_header(copies: [&[u8]; 2]) -> Result<(usize, Header), VhdxE
         [Some(one), Some(two)] => match one.sequence_number.get().cmp(&two.sequence_number.get()) {
             std::cmp::Ordering::Greater => (0, one),
             std::cmp::Ordering::Less => (1, two),
-            // Some creators write the same header twice; then there is nothing to choose.
+            // Some creators write the same header twice.
             std::cmp::Ordering::Equal if one.as_bytes() == two.as_bytes() => (0, one),
             std::cmp::Ordering::Equal => {
                 return Err(VhdxError::corrupt("two different headers are equally new", at));
@@ -97,12 +97,15 @@ pub(super) fn choose_header(copies: [&[u8]; 2]) -> Result<(usize, Header), VhdxE
         || (length > 0 && offset < MIB)
         || offset.checked_add(length).is_none()
     {
-        return Err(VhdxError::corrupt("the log lies where it cannot", at));
+        return Err(VhdxError::corrupt(
+            "the log is not aligned to 1 MiB, or overlaps the header section",
+            at,
+        ));
     }
     Ok((index, header))
 }
 
-/// The 4096 bytes of a header, summed.
+/// The 4096 bytes of a header, with its checksum.
 pub(super) fn header_bytes(mut header: Header) -> Vec<u8> {
     let mut bytes = vec![0; HEADER_SIZE];
     header.checksum = U32::ZERO;
@@ -112,7 +115,7 @@ pub(super) fn header_bytes(mut header: Header) -> Vec<u8> {
     bytes
 }
 
-/// Where the two regions are that every file has, and all regions for the sake of overlaps.
+/// The two regions that every file has, and all regions for the check of overlaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Regions {
     pub(super) bat: Range<u64>,
@@ -120,7 +123,7 @@ pub(super) struct Regions {
     pub(super) all: Vec<Range<u64>>,
 }
 
-/// Takes the first valid one of the two region tables.
+/// Parses the first valid one of the two region tables.
 pub(super) fn choose_regions(copies: [&[u8]; 2]) -> Result<Regions, VhdxError> {
     let valid = |bytes: &&[u8]| {
         RegionTableHeader::read_from_prefix(bytes).is_ok_and(|(header, _)| {
@@ -147,7 +150,7 @@ pub(super) fn choose_regions(copies: [&[u8]; 2]) -> Result<Regions, VhdxError> {
         let (Some(end), true) =
             (end, start >= MIB && start.is_multiple_of(MIB) && length.is_multiple_of(MIB) && length > 0)
         else {
-            return Err(corrupt("a region lies where it cannot"));
+            return Err(corrupt("a region is not aligned to 1 MiB, or overlaps the header section"));
         };
         let known = match entry.guid {
             REGION_BAT => &mut bat,
@@ -156,7 +159,7 @@ pub(super) fn choose_regions(copies: [&[u8]; 2]) -> Result<Regions, VhdxError> {
             _ => &mut None,
         };
         if known.replace(start..end).is_some() {
-            return Err(corrupt("a region stands there twice"));
+            return Err(corrupt("a region is listed twice"));
         }
         all.push(start..end);
     }
@@ -166,7 +169,7 @@ pub(super) fn choose_regions(copies: [&[u8]; 2]) -> Result<Regions, VhdxError> {
     Ok(Regions { bat, metadata, all })
 }
 
-/// The 64 KiB of a region table, summed.
+/// The 64 KiB of a region table, with its checksum.
 pub(super) fn region_table_bytes(entries: &[(Guid, Range<u64>)]) -> Vec<u8> {
     let mut bytes = vec![0; TABLE_SIZE];
     let header = RegionTableHeader {
@@ -190,9 +193,8 @@ pub(super) fn region_table_bytes(entries: &[(Guid, Range<u64>)]) -> Vec<u8> {
     bytes
 }
 
-/// Reads the metadata table; `item` reads that many bytes at an offset into the region.
-///
-/// `at` is where the region lies in the file, `length` its size.
+/// Parses the metadata table. `item` reads a buffer from an offset in the region; `at` is the region's offset in the file,
+/// `length` its size.
 pub(super) fn parse_metadata(
     table: &[u8],
     at: u64,
@@ -229,7 +231,7 @@ pub(super) fn parse_metadata(
                 let mut bytes = [0; $n];
                 read(&mut bytes)?;
                 if $slot.replace(bytes).is_some() {
-                    return Err(corrupt("a metadata item stands there twice"));
+                    return Err(corrupt("a metadata item is listed twice"));
                 }
             }};
         }
@@ -267,7 +269,7 @@ pub(super) fn parse_metadata(
     Ok(geometry)
 }
 
-/// The metadata region of a disk: table and items, as far as it is not zeros.
+/// The metadata region of a disk, table and items, up to the last byte that is not zero.
 pub(super) fn metadata_bytes(geometry: &Geometry) -> Vec<u8> {
     let mut parameters = geometry.block_size.to_le_bytes().to_vec();
     let flags = if geometry.fixed { LEAVE_BLOCKS_ALLOCATED } else { 0 };

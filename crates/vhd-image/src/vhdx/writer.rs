@@ -1,16 +1,16 @@
-//! Opening for writing.
+//! Opens and writes a VHDX.
 //!
 //! ```text
 //!   open   log in use ─► write zeros and sectors ─► sync ─► header without log ─► sync
 //!   write  1st: new write ids in the older header ─► sync
-//!          block has room: write it there.  It has none: file grows ─► write data ─► entry waits in memory
-//!   sync   sync data ─► write the waiting BAT entries ─► sync
+//!          present block: write in place.  Absent block: file grows ─► write data ─► entry stays pending in memory
+//!   sync   sync data ─► write the pending BAT entries ─► sync
 //! ```
 //!
-//! Written data is as safe as on a disk with a write cache: what was synced stays, what was not may be lost, and the
-//! file opens whatever happens, at any byte where a write was cut. No log is needed for that: new BAT entries touch
-//! only entries of absent blocks, and each is written twice, first its offset and then its state, so that a torn one is
-//! an absent block. Dropping a writer writes the waiting entries without a sync, as closing a file would.
+//! Written data is as safe as on a disk with a write cache: synced data survives, other data may be lost, and the file
+//! can be opened after a crash that cut a write at any byte. This needs no log: new BAT entries replace only entries of
+//! absent blocks, and each is written twice, first its offset and then its state, so a torn entry is an absent block.
+//! Dropping a writer writes the pending entries without a sync, as closing a file would.
 
 use super::{
     Geometry, VhdxError,
@@ -24,7 +24,7 @@ use parking_lot::RwLock;
 use std::{collections::BTreeSet, io, ops::Range};
 use zerocopy::little_endian::U64;
 
-/// Most bytes that a log may zero in the file before it is taken for hostile.
+/// Most bytes that a log may zero in the file; a log that zeroes more is considered hostile.
 const MAX_ZEROED: u64 = 16 << 30;
 
 /// A VHDX opened for writing: the virtual disk behind [`WriteAt`]. Its size is fixed.
@@ -37,17 +37,17 @@ pub struct VhdxWriter<D: WriteAt> {
 #[derive(Debug)]
 struct State {
     bat: Vec<BatEntry>,
-    /// Blocks whose entries are only in `bat`, not yet in the file.
-    waiting: BTreeSet<usize>,
-    /// Where the next block goes; the file ends there.
+    /// Blocks whose entries are in `bat` but not yet in the file.
+    pending: BTreeSet<usize>,
+    /// Place of the next block, and end of the file.
     end: u64,
-    /// The write ids are new.
+    /// New write ids are in the header.
     begun: bool,
 }
 
 impl<D: WriteAt> VhdxWriter<D> {
-    /// Opens a dynamic or fixed VHDX. A log in use is replayed into the file; otherwise the first write is what
-    /// changes it.
+    /// Opens a dynamic or fixed VHDX. A log in use is replayed into the file; otherwise the file does not change before
+    /// the first write.
     ///
     /// # Errors
     /// As [`super::Vhdx::open`].
@@ -65,7 +65,7 @@ impl<D: WriteAt> VhdxWriter<D> {
         } else {
             opened.used_end
         };
-        let state = State { bat, waiting: BTreeSet::new(), end, begun: false };
+        let state = State { bat, pending: BTreeSet::new(), end, begun: false };
         Ok(Self { opened, state: RwLock::new(state) })
     }
 
@@ -74,7 +74,7 @@ impl<D: WriteAt> VhdxWriter<D> {
         &self.opened.geometry
     }
 
-    /// Ranges of the virtual disk that have room in the file, in order, in bytes; all others read as zeros.
+    /// Byte ranges of the virtual disk that have space in the file, ascending; all others read as zeros.
     pub fn allocated(&self) -> Vec<Range<u64>> {
         self.opened.allocated(&self.state.read().bat)
     }
@@ -95,7 +95,7 @@ impl<D: WriteAt> VhdxWriter<D> {
         header.sequence_number = U64::new(header.sequence_number.get().wrapping_add(1));
         disk.write_all_at(&header_bytes(header), HEADER_OFFSETS[1 - self.opened.header_index])
             .and_then(|()| disk.sync())
-            // What a writer left behind that was cut is of no use, and new blocks begin as zeros.
+            // Remains of an interrupted writer are useless, and new blocks must begin as zeros.
             .and_then(|()| disk.set_len(state.end))
             .map_err(VhdxError::io("write"))?;
         state.begun = true;
@@ -121,7 +121,7 @@ impl<D: WriteAt> VhdxWriter<D> {
         let end = place + u64::from(self.opened.geometry.block_size);
         disk.set_len(end)?;
         if let Err(error) = disk.write_all_at(data, place + inside) {
-            // The half-written room must not become another block's: cut it off, or leave it unused.
+            // The half-written space must not become another block: truncate it, or leave it unused.
             if disk.set_len(place).is_err() {
                 state.end = end;
             }
@@ -129,17 +129,17 @@ impl<D: WriteAt> VhdxWriter<D> {
         }
         state.end = end;
         state.bat[block] = BatEntry::present(place);
-        state.waiting.insert(block);
+        state.pending.insert(block);
         Ok(())
     }
 
-    /// Writes the waiting BAT entries; they are in the file afterwards, but not synced.
-    fn write_waiting(&self, state: &mut State) -> io::Result<()> {
+    /// Writes the pending BAT entries to the file, without a sync.
+    fn write_pending(&self, state: &mut State) -> io::Result<()> {
         let geometry = &self.opened.geometry;
         let ratio = chunk_ratio(geometry.logical_sector, geometry.block_size);
         for mask in [!7, !0] {
             let mut run: (u64, Vec<u8>) = (0, Vec::new());
-            for &block in &state.waiting {
+            for &block in &state.pending {
                 let at = self.opened.bat_offset + bat_index(block as u64, ratio) * 8;
                 if at != run.0 + run.1.len() as u64 {
                     self.opened.view.disk.write_all_at(&run.1, run.0)?;
@@ -149,7 +149,7 @@ impl<D: WriteAt> VhdxWriter<D> {
             }
             self.opened.view.disk.write_all_at(&run.1, run.0)?;
         }
-        state.waiting.clear();
+        state.pending.clear();
         Ok(())
     }
 }
@@ -189,10 +189,10 @@ impl<D: WriteAt> WriteAt for VhdxWriter<D> {
     fn sync(&self) -> io::Result<()> {
         let mut state = self.state.write();
         self.opened.view.disk.sync()?;
-        if state.waiting.is_empty() {
+        if state.pending.is_empty() {
             return Ok(());
         }
-        self.write_waiting(&mut state)?;
+        self.write_pending(&mut state)?;
         self.opened.view.disk.sync()
     }
 }
@@ -201,19 +201,19 @@ impl<D: WriteAt> Drop for VhdxWriter<D> {
     fn drop(&mut self) {
         let mut state = std::mem::replace(
             self.state.get_mut(),
-            State { bat: Vec::new(), waiting: BTreeSet::new(), end: 0, begun: true },
+            State { bat: Vec::new(), pending: BTreeSet::new(), end: 0, begun: true },
         );
-        if !state.waiting.is_empty() {
-            // Nobody is left to hear of an error; who must know calls `sync`.
-            let _ = self.write_waiting(&mut state);
+        if !state.pending.is_empty() {
+            // Drop cannot report an error; a caller that needs to know calls `sync`.
+            let _ = self.write_pending(&mut state);
         }
     }
 }
 
-/// Puts what the log says into the file, durably.
+/// Writes the content of the log to the file, durably.
 fn replay<D: WriteAt>(disk: &D, overlay: &Overlay, file_end: u64) -> Result<(), VhdxError> {
     let size = disk.size().map_err(VhdxError::io("measure"))?;
-    // What lies behind the end comes as zeros with the new length.
+    // Bytes after the end become zeros with the new length.
     let zeros: Vec<Range<u64>> =
         overlay.zeros().map(|z| z.start..z.end.min(size)).filter(|z| !z.is_empty()).collect();
     if zeros.iter().map(|z| z.end - z.start).sum::<u64>() > MAX_ZEROED {
@@ -238,7 +238,7 @@ fn replay<D: WriteAt>(disk: &D, overlay: &Overlay, file_end: u64) -> Result<(), 
     write().map_err(VhdxError::io("replay the log of"))
 }
 
-/// Writes the header in place of the older one, durably; it is the newer one then.
+/// Writes the header in place of the older one, durably, which makes it the newer one.
 fn write_header<D: WriteAt>(opened: &mut Opened<D>) -> Result<(), VhdxError> {
     let header = &mut opened.header;
     header.sequence_number = U64::new(header.sequence_number.get().wrapping_add(1));

@@ -1,23 +1,29 @@
-//! Named pipes: servers for tokio with an access list, a blocking client, and pairs for a worker.
+//! Named pipes: a blocking client with time-outs and, with the feature `tokio`, servers with an access list and pairs for a
+//! worker.
 //!
 //! ```text
-//!   create_server ──► NamedPipeServer (tokio)        \\.\pipe\NAME ◄── PipeStream::connect (blocking, time-outs)
-//!   pair ──► NamedPipeServer  ═══  OwnedHandle for another process (PipeStream::from_handle there)
+//!   server::create_server ──► NamedPipeServer (tokio)      \\.\pipe\NAME ◄── PipeStream::connect (blocking, time-outs)
+//!   server::pair ──► NamedPipeServer  ═══  OwnedHandle for another process (PipeStream::from_handle there)
 //! ```
 //!
-//! Every handle is opened for overlapped I/O: a plain handle would serialise its calls, and a thread that reads would
-//! keep another from writing. Remote clients are always rejected. Called by `listen`, `cli`, `svm`, `agent` and tests.
+//! Every handle is opened for overlapped I/O: calls on a plain handle are serialized, so a reading thread would block a
+//! writing one. Called by `listen`, `cli`, `svm`, `svm-agent` and tests.
 
-use super::{check, security::SecurityDescriptor, tried, wide};
+#[cfg(feature = "tokio")]
+mod server;
+
+#[cfg(feature = "tokio")]
+pub use server::{Instance, create_server, pair};
+
+use super::{check, tried, wide};
 use parking_lot::Mutex;
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsStr,
     io::{self, Read, Write},
     os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle, RawHandle},
     ptr,
     time::{Duration, Instant},
 };
-use tokio::net::windows::named_pipe::{NamedPipeServer, PipeMode, ServerOptions};
 use windows_sys::Win32::{
     Foundation::{
         ERROR_BROKEN_PIPE, ERROR_FILE_NOT_FOUND, ERROR_IO_PENDING, ERROR_NO_DATA, ERROR_OPERATION_ABORTED,
@@ -35,57 +41,9 @@ use windows_sys::Win32::{
     },
 };
 
-/// Kernel buffer of a pipe, each way; bytes.
-const BUFFER: u32 = 256 << 10;
-/// Whom a worker's pipes are open to: their maker's account and the system.
-const PRIVATE: &str = "D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GA;;;OW)";
-
-/// How a pipe's next instance is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Instance {
-    /// Fails if the name exists already: nobody can have squatted on it.
-    First,
-    /// Another one of a name that this process owns.
-    Next,
-}
-
-/// Makes an instance of the pipe `name`, byte mode, both directions, local clients only. Must be called within a
-/// runtime.
-///
-/// # Errors
-/// `PermissionDenied` if the first instance exists already; what the system says.
-pub fn create_server(
-    name: &OsStr,
-    instance: Instance,
-    descriptor: &SecurityDescriptor,
-) -> io::Result<NamedPipeServer> {
-    let mut attributes = descriptor.attributes(false);
-    let mut options = ServerOptions::new();
-    options
-        .pipe_mode(PipeMode::Byte)
-        .reject_remote_clients(true)
-        .first_pipe_instance(instance == Instance::First)
-        .in_buffer_size(BUFFER)
-        .out_buffer_size(BUFFER);
-    // SAFETY: the attributes and the descriptor that they point to outlive the call.
-    unsafe { options.create_with_security_attributes_raw(name, (&raw mut attributes).cast()) }
-}
-
-/// A connected pair: our end on the runtime, and a handle that can be given to another process. `overlapped` says how
-/// that process will use it; standard streams must not be overlapped.
-///
-/// # Errors
-/// What the system says.
-pub fn pair(overlapped: bool) -> io::Result<(NamedPipeServer, OwnedHandle)> {
-    let name = OsString::from(format!(r"\\.\pipe\lcow-{}", uuid::Uuid::new_v4().simple()));
-    let server = create_server(&name, Instance::First, &SecurityDescriptor::parse(PRIVATE)?)?;
-    let client = open(&name, if overlapped { FILE_FLAG_OVERLAPPED } else { 0 })?;
-    Ok((server, client))
-}
-
 fn open(name: &OsStr, flags: u32) -> io::Result<OwnedHandle> {
     let name = wide(name)?;
-    // Identification only: the server may learn who we are, and not act as us.
+    // Identification only: the server may learn the client's identity, and not impersonate it.
     let flags = flags | SECURITY_SQOS_PRESENT | SECURITY_IDENTIFICATION;
     // SAFETY: the name ends with a NUL; the other pointers may be null.
     let handle = unsafe {
@@ -102,7 +60,7 @@ fn open(name: &OsStr, flags: u32) -> io::Result<OwnedHandle> {
     if handle == INVALID_HANDLE_VALUE {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded, so the handle is open and ours alone.
+    // SAFETY: the call succeeded, so the handle is open and nothing else owns it.
     Ok(unsafe { OwnedHandle::from_raw_handle(handle as RawHandle) })
 }
 
@@ -112,33 +70,33 @@ struct Event(OwnedHandle);
 
 impl Event {
     fn new() -> io::Result<Self> {
-        // SAFETY: no pointer but null ones is given.
+        // SAFETY: both pointers may be null.
         let handle = unsafe { CreateEventW(ptr::null(), 1, 0, ptr::null()) };
         if handle.is_null() {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the call succeeded, so the handle is open and ours alone.
+        // SAFETY: the call succeeded, so the handle is open and nothing else owns it.
         Ok(Self(unsafe { OwnedHandle::from_raw_handle(handle as RawHandle) }))
     }
 }
 
-/// A blocking end of a pipe. Reading, writing and looking can go on at the same time from different threads.
+/// A blocking end of a pipe. Different threads can read, write and query it at the same time.
 #[derive(Debug)]
 pub struct PipeStream {
     handle: OwnedHandle,
     reading: Mutex<Event>,
     writing: Mutex<Event>,
-    /// Longest wait of one read or write.
+    /// Time-out of one read or write.
     timeout: Mutex<Option<Duration>>,
 }
 
 impl PipeStream {
-    /// Connects to the pipe `name`, waiting up to `patience` while all its instances are taken.
+    /// Connects to the pipe `name`, and waits up to `patience` while all its instances are in use.
     ///
     /// # Errors
-    /// `NotFound` if there is no such pipe; `TimedOut`; what the system says.
+    /// `NotFound` if there is no such pipe; `TimedOut`; `PermissionDenied`.
     pub fn connect(name: &OsStr, patience: Duration) -> io::Result<Self> {
-        /// Longest wait of one turn; another client may be faster after it.
+        /// Longest wait of one attempt; another client may take the instance after it.
         const TURN: Duration = Duration::from_millis(50);
         let begin = Instant::now();
         let units = wide(name)?;
@@ -149,10 +107,10 @@ impl PipeStream {
                     if begin.elapsed() >= patience {
                         return Err(io::Error::new(
                             io::ErrorKind::TimedOut,
-                            "all instances of the pipe are taken",
+                            "all instances of the pipe are in use",
                         ));
                     }
-                    // SAFETY: the name ends with a NUL. What the wait says is of no interest: the next turn opens.
+                    // SAFETY: the name ends with a NUL. The result does not matter: the next attempt opens the pipe.
                     unsafe { WaitNamedPipeW(units.as_ptr(), TURN.as_millis() as u32) };
                 }
                 Err(e) if e.raw_os_error() == Some(ERROR_FILE_NOT_FOUND as i32) => {
@@ -163,10 +121,10 @@ impl PipeStream {
         }
     }
 
-    /// Takes a handle that was opened for overlapped I/O ([`pair`]).
+    /// A stream over a handle that was opened for overlapped I/O.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system cannot create an event.
     pub fn from_handle(handle: OwnedHandle) -> io::Result<Self> {
         Ok(Self {
             handle,
@@ -176,12 +134,12 @@ impl PipeStream {
         })
     }
 
-    /// Longest wait of one read or write from now on.
+    /// Sets the time-out of each later read and write.
     pub fn set_timeout(&self, timeout: Option<Duration>) {
         *self.timeout.lock() = timeout;
     }
 
-    /// Whether the other end is closed and everything it sent was read.
+    /// Whether the other end is closed and everything that it sent has been read.
     pub fn peer_gone(&self) -> bool {
         let mut available = 0;
         // SAFETY: one integer is written; the other pointers may be null.
@@ -198,7 +156,7 @@ impl PipeStream {
         looked.is_err()
     }
 
-    /// Runs one overlapped call to its end; 0 bytes when the other end is closed.
+    /// Runs one overlapped call to its end and returns the number of bytes.
     fn transfer(
         &self,
         event: &Event,
@@ -222,13 +180,13 @@ impl PipeStream {
                 WAIT_OBJECT_0 => {}
                 other => {
                     timed_out = other == WAIT_TIMEOUT;
-                    // SAFETY: the call that `overlapped` describes is awaited below, cancelled or not.
+                    // SAFETY: the call that `overlapped` describes is awaited below, canceled or not.
                     unsafe { CancelIoEx(handle.cast(), &raw const overlapped) };
                 }
             }
         }
         let mut bytes = 0;
-        // Waits: when this returns, the system no longer touches the buffer or `overlapped`.
+        // Waits: when this returns, the system no longer accesses the buffer or `overlapped`.
         // SAFETY: both structures live until the call returns.
         let ended =
             check(unsafe { GetOverlappedResult(handle.cast(), &raw const overlapped, &raw mut bytes, 1) });
@@ -242,7 +200,7 @@ impl PipeStream {
     }
 }
 
-/// Whether an error says that the other end is closed.
+/// Whether an error means that the other end is closed.
 fn is_end(error: &io::Error) -> bool {
     let ends = [ERROR_BROKEN_PIPE, ERROR_NO_DATA, ERROR_PIPE_NOT_CONNECTED];
     error.raw_os_error().is_some_and(|code| ends.contains(&(code as u32)))
@@ -306,51 +264,10 @@ impl Write for PipeStream {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_pair_carries_bytes_both_ways_at_once_and_ends() {
-        let (mut server, client) = pair(true).unwrap();
-        server.connect().await.unwrap();
-        let client = std::sync::Arc::new(PipeStream::from_handle(client).unwrap());
-        let reader = client.clone();
-        // The reader waits before anything is written: a plain handle would hold up the writer below.
-        let read = std::thread::spawn(move || {
-            let mut all = Vec::new();
-            (&*reader).read_to_end(&mut all).unwrap();
-            all
-        });
-        std::thread::sleep(Duration::from_millis(50));
-        let big = vec![7; 3 << 20];
-        let (ours, writer) = (big.clone(), client.clone());
-        let write = std::thread::spawn(move || (&*writer).write_all(&ours).unwrap());
-        let mut back = vec![0; big.len()];
-        server.read_exact(&mut back).await.unwrap();
-        assert!(back == big && !client.peer_gone());
-        write.join().unwrap();
-        server.write_all(b"answer").await.unwrap();
-        drop(server);
-        assert_eq!(read.join().unwrap(), b"answer");
-        assert!(client.peer_gone());
-        assert_eq!((&*client).write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
-    }
-
-    #[tokio::test]
-    async fn a_read_ends_at_its_time_out_and_the_pipe_lives_on() {
-        let (mut server, client) = pair(true).unwrap();
-        server.connect().await.unwrap();
-        let client = PipeStream::from_handle(client).unwrap();
-        client.set_timeout(Some(Duration::from_millis(60)));
-        assert_eq!((&client).read(&mut [0; 4]).unwrap_err().kind(), io::ErrorKind::TimedOut);
-        server.write_all(b"late").await.unwrap();
-        let mut bytes = [0; 4];
-        (&client).read_exact(&mut bytes).unwrap();
-        assert_eq!(&bytes, b"late");
-    }
 
     #[test]
     fn a_missing_pipe_is_not_found() {
-        let error = PipeStream::connect(OsStr::new(r"\\.\pipe\lcow-nobody"), Duration::ZERO).unwrap_err();
+        let error = PipeStream::connect(OsStr::new(r"\\.\pipe\lcow-missing"), Duration::ZERO).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 }
