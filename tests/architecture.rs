@@ -48,7 +48,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "vhd-image",
         ],
     ),
-    ("api", &["driver", "store", "telemetry"]),
+    ("api", &["driver", "layer-codec", "store", "telemetry"]),
     ("listen", &["lcow-sys"]),
     ("migrate", &["config", "driver", "store", "svm", "vhd-image"]),
     (
@@ -65,10 +65,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "vhd-image",
         ],
     ),
-    ("store", &["lcow-sys"]),
+    ("store", &["layer-codec", "lcow-sys"]),
     // Hyper-V attaches no raw files: what it lends is wrapped, and what came back is unwrapped (svm/hcs/disks.rs).
     ("svm", &["disk-io", "lcow-sys", "svm-protocol", "vhd-image"]),
-    ("config", &[]),
+    ("config", &["layer-codec"]),
     ("telemetry", &[]),
 ];
 

@@ -11,7 +11,7 @@ use ext4_image::{
     check::{CheckLimits, check},
     hcsshim::LCOW_MAX_DISK,
 };
-use layer_codec::{DiffError, apply::Profile};
+use layer_codec::{DiffError, apply::ApplyOptions};
 
 /// What a tar of this kind is good for in the default profile.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -80,7 +80,7 @@ fn wrong_images_and_refused_tars_are_refused_with_entry_and_reason() {
             Err(e) => panic!("{reason}: {}", text(&e)),
             Ok(()) => panic!("{reason}: not refused"),
         }
-        match (make(&tar, Profile::Default), default) {
+        match (make(&tar, ApplyOptions::default()), default) {
             (Ok(image), Applied) => assert_eq!(image.e2fsck(), Vec::<String>::new(), "{reason}"),
             (Err(_), Refused) => {}
             (Ok(_), Refused) => panic!("{reason}: the default profile takes it"),

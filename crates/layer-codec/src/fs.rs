@@ -11,7 +11,7 @@
 //! *corrupt*), the sandbox is not in use, and the caller gave a [`Mounter`]. What it answers is as little trusted as a disk.
 //! Called by [`super::view`], [`super::export`] and [`super::stream`].
 
-use super::{DiffError, stream::Range};
+use super::DiffError;
 use disk_io::ReadAt;
 use ext4_image::{Ext4, Ext4Error, FileKind, Inode, Xattr};
 use std::{fmt, fs::File, sync::Arc};
@@ -57,6 +57,14 @@ pub enum Foreign<R> {
     Refused(&'static str),
     /// Have it mounted.
     Mounted(Arc<dyn Mounter<R>>),
+}
+
+/// Bytes of a file on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Range {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) disk: u64,
 }
 
 /// The file system of a layer; `D` is its disk.

@@ -20,6 +20,7 @@
 pub mod apply;
 pub mod canonical;
 mod changes;
+mod details;
 pub mod digest;
 mod error;
 mod export;
@@ -29,6 +30,7 @@ mod ids;
 pub mod limits;
 mod live;
 pub mod record;
+mod root_hash;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -40,8 +42,9 @@ pub use digest::{DigestKind, TarDigest};
 pub use error::DiffError;
 pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};
 pub use fs::{Foreign, ForeignFs, Mounter, VisitName};
-pub use ids::{IdMap, IdMaps};
+pub use ids::{IdMaps, IdRange};
 pub use live::{Copies, LiveFile};
+pub use root_hash::{NoRootHash, RootHash};
 pub use view::{LayerKind, LayerSource};
 
 /// A layer of a parent's stack.
@@ -58,8 +61,6 @@ pub enum ParentLayer<R> {
 pub enum ParentSpec<'a, R> {
     /// The target's own parent: what stands in `target[0]` is the diff.
     Own,
-    /// The stack that begins at `target[n]`, n ≥ 1 (1 is [`ParentSpec::Own`]).
-    Ancestor(usize),
     /// Any other stack, nearest layer first.
     Layers(&'a [ParentLayer<R>]),
 }

@@ -6,14 +6,14 @@
 //!  parent ──► sorted names ┘                       └ Pending (the bytes must be compared)
 //! ```
 //!
-//! Two ways to compare. [`Mode::Own`]: the target is one layer and its parent the stack below it, so all that stands in
-//! the layer is the difference. [`Mode::Merged`]: both are merged views; equal stacks are skipped without descending.
+//! Two ways to compare. [`CompareMode::Own`]: the target is one layer and its parent the stack below it, so all that stands in
+//! the layer is the difference. [`CompareMode::Merged`]: both are merged views; equal stacks are skipped without descending.
 //! Memory is one [`Item`] and the name for each reported path; a folder met twice (a loop in a hostile image) is
 //! corruption. No file data are read here. Called by [`super::export`] and [`super::changes`].
 
 use super::{
     DiffError,
-    view::{Listing, Node, Stack, Table},
+    view::{LayerInode, Listing, Stack, Table},
 };
 use disk_io::ReadAt;
 use ext4_image::{FileKind, Inode};
@@ -38,7 +38,7 @@ pub(super) enum Status {
     /// A folder without a difference of its own.
     Same,
     /// Alike but for the bytes, which must be compared with those of this inode.
-    Pending(Node),
+    Pending(LayerInode),
 }
 
 /// A reported path.
@@ -53,7 +53,7 @@ pub(super) struct Item {
     pub(super) opaque: bool,
     pub(super) kind: FileKind,
     /// The inode in the target; meaningless for a deletion.
-    pub(super) node: Node,
+    pub(super) node: LayerInode,
     /// What the detailer gave for it.
     pub(super) detail: u32,
     /// Bytes of a regular file.
@@ -124,7 +124,7 @@ impl Items {
 
 /// How to compare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(super) enum CompareMode {
     /// The target is one layer, the parent what lies below it.
     Own,
     /// Both are merged views.
@@ -134,14 +134,14 @@ pub(super) enum Mode {
 /// Takes what the caller needs of an inode while it is at hand.
 pub(super) trait Detailer<R> {
     /// Gives a number that is kept in [`Item::detail`].
-    fn detail(&mut self, table: &Table<'_, R>, node: Node, inode: &Inode) -> Result<u32, DiffError>;
+    fn detail(&mut self, table: &Table<'_, R>, node: LayerInode, inode: &Inode) -> Result<u32, DiffError>;
 }
 
 /// For callers that need nothing.
 pub(super) struct NoDetail;
 
 impl<R> Detailer<R> for NoDetail {
-    fn detail(&mut self, _: &Table<'_, R>, _: Node, _: &Inode) -> Result<u32, DiffError> {
+    fn detail(&mut self, _: &Table<'_, R>, _: LayerInode, _: &Inode) -> Result<u32, DiffError> {
         Ok(0)
     }
 }
@@ -160,25 +160,25 @@ struct Frame {
 
 struct Walk<'t, 'a, R> {
     table: &'t Table<'a, R>,
-    mode: Mode,
+    mode: CompareMode,
     detailer: &'t mut dyn Detailer<R>,
     out: Items,
-    seen: HashSet<(bool, Node)>,
+    seen: HashSet<(bool, LayerInode)>,
 }
 
 /// Compares two folders. An empty parent stack: everything is added.
 pub(super) fn walk<R: ReadAt>(
     table: &Table<'_, R>,
-    mode: Mode,
-    target: &[Node],
-    parent: &[Node],
+    mode: CompareMode,
+    target: &[LayerInode],
+    parent: &[LayerInode],
     detailer: &mut dyn Detailer<R>,
 ) -> Result<Items, DiffError> {
     let mut walk = Walk { table, mode, detailer, out: Items::default(), seen: HashSet::new() };
-    if mode == Mode::Merged && target == parent {
+    if mode == CompareMode::Merged && target == parent {
         return Ok(walk.out);
     }
-    let opaque = mode == Mode::Own && target.first().is_some_and(|node| table.hides_all(node.layer));
+    let opaque = mode == CompareMode::Own && target.first().is_some_and(|node| table.hides_all(node.layer));
     walk.out.hides_all = opaque;
     let mut frames = vec![walk.frame(ROOT, 0, opaque, target, parent)?];
     while let Some(frame) = frames.last_mut() {
@@ -199,8 +199,8 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         item: u32,
         path_len: usize,
         opaque: bool,
-        target: &[Node],
-        parent: &[Node],
+        target: &[LayerInode],
+        parent: &[LayerInode],
     ) -> Result<Frame, DiffError> {
         for (side, node) in target.iter().map(|n| (true, *n)).chain(parent.iter().map(|n| (false, *n))) {
             if !self.seen.insert((side, node)) {
@@ -215,7 +215,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
             item,
             path_len,
             opaque,
-            target: self.table.list(target, self.mode == Mode::Own)?,
+            target: self.table.list(target, self.mode == CompareMode::Own)?,
             parent: self.table.list(parent, false)?,
             next_target: 0,
             next_parent: 0,
@@ -237,7 +237,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         let parent = parent.filter(|_| order != Ordering::Less);
         let Some((name, child)) = target.filter(|_| order != Ordering::Greater) else {
             if let Some((name, gone)) = parent
-                && (self.mode == Mode::Merged || frame.opaque)
+                && (self.mode == CompareMode::Merged || frame.opaque)
             {
                 self.deleted(frame.item, name, gone.node)?;
             }
@@ -252,17 +252,17 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         }
         let was = parent.map(|(_, child)| child);
         let inode = self.table.inode(child.node)?;
-        let mut below: &[Node] = &[];
+        let mut below: &[LayerInode] = &[];
         let status = match (was, self.mode) {
             (None, _) => Status::Added,
             (Some(was), mode) => {
                 if let (Some(stack), Some(old)) = (&child.stack, &was.stack) {
-                    if mode == Mode::Merged && stack == old {
+                    if mode == CompareMode::Merged && stack == old {
                         return Ok(None);
                     }
                     below = old;
                 }
-                if mode == Mode::Own {
+                if mode == CompareMode::Own {
                     Status::Modified
                 } else if child.node == was.node {
                     if child.stack.is_none() {
@@ -277,7 +277,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
                 }
             }
         };
-        let opaque = self.mode == Mode::Own
+        let opaque = self.mode == CompareMode::Own
             && inode.kind == FileKind::Directory
             && self.table.is_opaque(child.node, &inode)?;
         let detail = self.detailer.detail(self.table, child.node, &inode)?;
@@ -302,7 +302,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         parent: u32,
         name: &[u8],
         status: Status,
-        node: Node,
+        node: LayerInode,
         kind: FileKind,
     ) -> Result<u32, DiffError> {
         let too_many = |_| super::unsupported("layer", "more than 4 billion paths or bytes of names");
@@ -325,12 +325,12 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         Ok(number)
     }
 
-    fn deleted(&mut self, parent: u32, name: &[u8], node: Node) -> Result<(), DiffError> {
+    fn deleted(&mut self, parent: u32, name: &[u8], node: LayerInode) -> Result<(), DiffError> {
         self.push(parent, name, Status::Deleted, node, FileKind::CharDevice).map(|_| ())
     }
 
     /// Compares the metadata of two different inodes that have the same path.
-    fn compare(&self, node: Node, inode: &Inode, was: Node) -> Result<Status, DiffError> {
+    fn compare(&self, node: LayerInode, inode: &Inode, was: LayerInode) -> Result<Status, DiffError> {
         let old = self.table.inode(was)?;
         let same = inode.mode == old.mode
             && inode.mtime == old.mtime

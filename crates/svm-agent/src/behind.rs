@@ -7,7 +7,7 @@
 //! An emulated processor that waits for its device does nothing else, so an operation that waits for each megabyte
 //! takes the sum of both times. Dropped with a job under way, it waits for that. Called by `block`.
 
-use super::block::Piece;
+use super::piece::Piece;
 use disk_io::WriteAt;
 use std::{
     fs::File,

@@ -12,7 +12,10 @@
 //! read first. Belongs to one operation, so nothing is remembered from one to the next. An error of a gathered write
 //! shows at a later call, at the latest at [`Unbuffered::flush`]. Called by `disk`.
 
-use super::behind::Behind;
+use super::{
+    behind::Behind,
+    piece::{PIECE, Piece},
+};
 use disk_io::{ReadAt, WriteAt};
 use std::{
     fs::File,
@@ -21,8 +24,6 @@ use std::{
 };
 use svm_protocol::{ALIGN, Aligned};
 
-/// Bytes of a piece of memory.
-const PIECE: usize = 1 << 20;
 /// Reads ahead begin with this; bytes.
 const FIRST_AHEAD: usize = 128 << 10;
 /// Reads from here on are large: the page cache would only be in the way; bytes.
@@ -46,24 +47,6 @@ struct State {
     ahead: usize,
     /// End of the last read.
     last: u64,
-}
-
-/// Bytes of the device from an aligned place on.
-#[derive(Debug, Default)]
-pub(super) struct Piece {
-    memory: Option<Aligned>,
-    pub(super) start: u64,
-    pub(super) len: usize,
-}
-
-impl Piece {
-    pub(super) fn memory(&mut self) -> &mut [u8] {
-        self.memory.get_or_insert_with(|| Aligned::new(PIECE)).bytes_mut()
-    }
-
-    fn end(&self) -> u64 {
-        self.start + self.len as u64
-    }
 }
 
 impl Unbuffered {
@@ -158,8 +141,9 @@ impl Unbuffered {
         }
         let Some(behind) = &mut state.behind else { return self.send(state) };
         let full = std::mem::take(&mut state.pending);
-        if let Some(piece) = behind.wait()? {
-            state.pending = Piece { len: 0, ..piece };
+        if let Some(mut piece) = behind.wait()? {
+            piece.len = 0;
+            state.pending = piece;
         }
         behind.write(full)
     }

@@ -12,14 +12,17 @@
 
 mod behind;
 mod block;
+pub mod channel;
 pub mod codec;
 pub mod disk;
+mod frames;
 #[cfg(target_os = "linux")]
 pub mod guest;
 pub mod link;
 #[cfg(target_os = "linux")]
 pub mod mount;
 pub mod operation;
+mod piece;
 mod real;
 pub mod serve;
 pub mod worker;

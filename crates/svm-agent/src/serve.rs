@@ -8,9 +8,10 @@
 //! worker process, a serial port and device serial numbers in a virtual machine. Called by `worker`.
 
 use super::{
+    channel::AgentChannel,
     codec::Codec,
     disk::Disk,
-    operation::{AgentChannel, DiskTable, serve_channel},
+    operation::{DiskTable, serve_channel},
 };
 use std::{
     collections::HashMap,

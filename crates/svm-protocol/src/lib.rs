@@ -26,7 +26,6 @@ pub mod frame;
 pub mod link;
 pub mod meter;
 mod operation;
-mod root_hash;
 pub mod slots;
 pub mod worker;
 
@@ -37,14 +36,15 @@ pub use frame::{
     DATA_PAYLOAD, FrameError, FrameType, HEADER_LEN, MAX_PAYLOAD, header, parse_header, read_frame,
     write_frame, write_json,
 };
-pub use layer_codec::{Change, ChangeKind, DigestKind, LiveFile, TarDigest};
+pub use layer_codec::{
+    BlankRoot, Change, ChangeKind, DigestKind, IdMaps, IdRange, LayerKind, LiveFile, RootHash, TarDigest,
+    apply::{ApplyLimits, ApplyOptions, ApplySummary, Profile},
+};
 pub use lcow_sys::jail::JailReport;
 pub use operation::{
-    ApplyOptions, ApplySummary, BlankRoot, CheckSummary, CopyJob, DiskFormat, DiskId, Event, ExportSummary,
-    IdMaps, IdRange, LargerDisks, LayerKind, LayerRef, Operation, ParentRef, Profile, decode_change,
-    encode_change,
+    CheckSummary, CopyJob, DiskFormat, DiskId, Event, ExportSummary, LargerDisks, LayerRef, Operation,
+    ParentRef, decode_change, encode_change,
 };
-pub use root_hash::RootHash;
 
 /// Version of frames and messages; both sides of a pair must agree.
 pub const PROTOCOL_VERSION: u32 = 4;

@@ -1,7 +1,9 @@
 //! What a data channel carries: the operation that is asked for, the events on its way, and what it gives.
 
-use crate::RootHash;
-use layer_codec::{Change, ChangeKind, LiveFile, TarDigest};
+use layer_codec::{
+    BlankRoot, Change, ChangeKind, IdMaps, LayerKind, LiveFile, RootHash, TarDigest,
+    apply::{ApplyOptions, Profile},
+};
 use serde::{Deserialize, Serialize};
 
 /// A disk of a VM, by the number under which it was attached.
@@ -17,16 +19,6 @@ pub enum DiskFormat {
     Raw,
     /// In the blocks of a VHDX, which is read only. A VM to which the host attaches the VHDX sees a raw disk.
     Vhdx,
-}
-
-/// How a layer's files lie in its image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LayerKind {
-    /// Made by ApplyDiff: the layer's root is `/`.
-    Applied,
-    /// Written through a mount: the layer's root is `/upper`.
-    Sandbox,
 }
 
 /// A layer as an operation sees it: an attached disk and what is on it.
@@ -53,82 +45,13 @@ pub enum ParentRef {
     Chain(Vec<LayerRef>),
 }
 
-/// One range of a user-namespace map.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IdRange {
-    /// First id inside.
-    pub container_id: u32,
-    /// First id on the host.
-    pub host_id: u32,
-    /// How many.
-    pub size: u32,
-}
-
-/// User-namespace maps; empty means ids are as they are.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IdMaps {
-    /// User ids.
-    pub uids: Vec<IdRange>,
-    /// Group ids.
-    pub gids: Vec<IdRange>,
-}
-
-/// Layout of the image to write.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Profile {
-    /// Ours.
-    #[default]
-    Default,
-    /// Byte for byte what hcsshim's tar2ext4 writes.
-    Hcsshim,
-}
-
-/// How a tar becomes an image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ApplyOptions {
-    /// Layout.
-    pub profile: Profile,
-    /// Block size of the default profile: 1024, 2048 or 4096 bytes.
-    pub block_size: u32,
-    /// dm-verity tree behind the file system.
-    pub verity: bool,
-    /// The image may not grow beyond this; bytes.
-    pub max_image_bytes: u64,
-    /// With userns-remap: an entry whose owner is outside of these is refused. Ids stay as the tar has them.
-    pub id_maps: IdMaps,
-}
-
-impl Default for ApplyOptions {
-    fn default() -> Self {
-        Self {
-            profile: Profile::Default,
-            block_size: 1024,
-            verity: false,
-            max_image_bytes: 1 << 40,
-            id_maps: IdMaps::default(),
-        }
-    }
-}
-
-/// The root folder of a sandbox that was only made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlankRoot {
-    /// Permission bits.
-    pub permissions: u16,
-    /// Owner, as a host id.
-    pub uid: u32,
-    /// Group, as a host id.
-    pub gid: u32,
-}
-
 /// What one data channel is to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Operation {
     /// Nothing; answers `null`.
     Ping,
-    /// Tar in (Data frames, End); image and record out on disks. Answers [`ApplySummary`].
+    /// Tar in (Data frames, End); image and record out on disks. Answers [`ApplySummary`](crate::ApplySummary).
     Apply {
         /// Writable, empty.
         image: DiskId,
@@ -266,29 +189,6 @@ pub struct LargerDisks {
     pub image: DiskId,
     /// For the exact-diff record.
     pub record: DiskId,
-}
-
-/// What applying a tar gave.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ApplySummary {
-    /// Bytes of the ext4 file system.
-    pub image_bytes: u64,
-    /// Bytes of the file: ext4, verity tree, VHD footer.
-    pub file_bytes: u64,
-    /// Sum of regular-file bytes, a hard-linked inode once.
-    pub diff_size: u64,
-    /// Bytes of the tar stream, all of it.
-    pub tar_bytes: u64,
-    /// Digest of the tar stream.
-    pub tar_digest: TarDigest,
-    /// Bytes of the record.
-    pub record_bytes: u64,
-    /// UUID of the file system.
-    pub uuid: uuid::Uuid,
-    /// Entries of the tar.
-    pub entries: u64,
-    /// Root hash of the verity tree, if the image has one.
-    pub verity_root: Option<RootHash>,
 }
 
 /// What a check found (an image that fails it is an error of kind [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt)).

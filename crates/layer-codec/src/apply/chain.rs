@@ -10,7 +10,7 @@
 //! decides how many links go into one folder of a hundred thousand names, and each may cost what it is long, not what
 //! the folder is. Called by `agent`.
 
-use super::{LowerLayers, LowerNode};
+use super::{LowerLayers, LowerNode, context::OVERLAY_OPAQUE};
 use crate::{DiffError, LayerKind, LayerSource};
 use disk_io::ReadAt;
 use ext4_image::{
@@ -21,8 +21,6 @@ use std::collections::HashMap;
 
 /// The folder of a sandbox that holds the layer.
 const SANDBOX_ROOT: &[u8] = b"upper";
-/// Marks a folder that hides what lies below it.
-const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
 /// Most bytes of names that are kept; all are forgotten when a further folder does not fit.
 const MAX_KEPT: usize = 512 << 20;
@@ -157,7 +155,7 @@ fn is_opaque<R: ReadAt>(fs: &Ext4<R>, inode: &Inode) -> Result<bool, Ext4Error> 
     if inode.kind != FileKind::Directory {
         return Ok(false);
     }
-    Ok(fs.xattrs(inode)?.iter().any(|x| x.name == OPAQUE && x.value == b"y"))
+    Ok(fs.xattrs(inode)?.iter().any(|x| x.name == OVERLAY_OPAQUE && x.value == b"y"))
 }
 
 fn node_kind<R: ReadAt>(fs: &Ext4<R>, inode: &Inode) -> Result<NodeKind, Ext4Error> {
@@ -221,7 +219,6 @@ mod tests {
     use super::*;
     use crate::apply::{ApplyOptions, NoLowers, apply};
     use disk_io::{MemDisk, steps};
-    use ext4_image::writer::WriterOptions;
 
     /// One entry of a tar; `link` makes a hard link.
     fn entry(name: &str, link: Option<&str>, data: &[u8]) -> Vec<u8> {
@@ -249,7 +246,7 @@ mod tests {
 
     fn apply_on(lower: Option<&MemDisk>, tar: &[u8]) -> MemDisk {
         let image = MemDisk::new();
-        let options = ApplyOptions::new(WriterOptions::default());
+        let options = ApplyOptions::default();
         let done = match lower {
             None => apply(tar, &image, MemDisk::new(), &mut NoLowers, &options),
             Some(lower) => {

@@ -15,7 +15,7 @@ use rustix::{
     process::{Pid, Signal, WaitOptions},
 };
 use std::{
-    fmt::Write as _,
+    fmt::{Display, Write as _},
     fs::File,
     io,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
@@ -24,18 +24,6 @@ use std::{
 
 /// `MOUNT_ATTR_IDMAP`, `include/uapi/linux/mount.h`.
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
-
-/// One range of an id map, as in `/proc/<pid>/uid_map`. For an idmapped mount, `inside` is the id on disk and
-/// `outside` the id that the mount shows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IdMapping {
-    /// First id inside the namespace (on disk).
-    pub inside: u32,
-    /// First id outside (shown).
-    pub outside: u32,
-    /// How many.
-    pub count: u32,
-}
 
 /// `struct mount_attr`.
 #[repr(C)]
@@ -46,11 +34,13 @@ struct MountAttr {
     userns_fd: u64,
 }
 
-/// A user namespace with these maps, as a descriptor. Without a range of one sort, those ids are left as they are.
+/// A user namespace with these maps, as a descriptor. Each range displays as a line of `/proc/<pid>/uid_map`:
+/// `INSIDE OUTSIDE COUNT`. For an idmapped mount, `INSIDE` is the first id on disk and `OUTSIDE` the first id that the mount
+/// shows. Without a range of one sort, those ids are left as they are.
 ///
 /// # Errors
 /// [`SysError::Os`] if namespaces are not permitted or the kernel refuses the maps.
-pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, SysError> {
+pub fn user_namespace<R: Display>(uids: &[R], gids: &[R]) -> Result<OwnedFd, SysError> {
     let subject = Path::new("user namespace");
     let mut pipe = [-1; 2];
     // SAFETY: `pipe` has room for the two descriptors that pipe2 writes.
@@ -99,15 +89,18 @@ pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd,
     made
 }
 
-fn fill_namespace(pid: Pid, uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, SysError> {
+fn fill_namespace<R: Display>(pid: Pid, uids: &[R], gids: &[R]) -> Result<OwnedFd, SysError> {
     let folder = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
     for (name, map) in [("uid_map", uids), ("gid_map", gids)] {
         let path = folder.join(name);
         let mut text = String::new();
-        // A namespace with an unset map is none that a mount takes.
-        let same = [IdMapping { inside: 0, outside: 0, count: u32::MAX }];
-        for m in if map.is_empty() { &same } else { map } {
-            let _ = writeln!(text, "{} {} {}", m.inside, m.outside, m.count);
+        for range in map {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{range}");
+        }
+        if map.is_empty() {
+            // A mount does not accept a namespace with an unset map.
+            let _ = writeln!(text, "0 0 {}", u32::MAX);
         }
         std::fs::write(&path, text).context("write", &path)?;
     }

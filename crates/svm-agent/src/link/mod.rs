@@ -36,9 +36,10 @@
 //! Behind a link the daemon digests the tars that pass ([`AgentChannel::daemon_digests`]): it moves their bytes anyhow, on
 //! a real processor, and its own digest is one that a machine which was taken over can't lie about.
 //!
-//! [`AgentChannel::daemon_digests`]: super::operation::AgentChannel::daemon_digests
+//! [`AgentChannel::daemon_digests`]: super::channel::AgentChannel::daemon_digests
 //! [`svm_protocol::link`] is what both ends share, [`session`] the guest's end ([`serve`]); the daemon's end is `svm::remote`.
 
+mod inbox;
 pub mod session;
 
 pub use session::{Platform, serve, serve_counted};

@@ -9,17 +9,18 @@
 //! The reader never waits for a channel: an inbox holds what its credit paid for. An operation whose session is over
 //! finds its channel dead at its next byte, and its disks at their next access. Called by the agent's program.
 
+use super::inbox::{Arrived, Inbox, lock};
 use crate::{
+    channel::AgentChannel,
     codec::Codec,
-    operation::AgentChannel,
     serve::{self, ControlTransport},
 };
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     fs::File,
     io::{self, IoSlice, Read, Write},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -31,8 +32,8 @@ use svm_protocol::{
         self, CREDIT_STEP, HEADER_LEN, Header, Kind, MAX_INLINE, MIN_STORED, Parsed, SYNC, WINDOW, invalid,
         number,
     },
-    meter::{JOINED_BELOW, Meter, cost},
-    slots::{Side, Slots, Taken},
+    meter::Meter,
+    slots::{Side, Slots},
 };
 
 /// Largest control message; bytes.
@@ -63,10 +64,6 @@ pub trait Platform: Send + Sync + 'static {
     fn witness(&self) -> Option<Witness> {
         None
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Serves sessions until `input` ends. Control messages are answered one by one, operations run on threads.
@@ -132,117 +129,6 @@ struct Session {
     channels: Mutex<HashMap<u32, Arc<Inbox>>>,
     control: Arc<Inbox>,
     meter: Arc<Meter>,
-}
-
-/// What came in on a channel and what may go out.
-struct Inbox {
-    state: Mutex<InboxState>,
-    changed: Condvar,
-    meter: Arc<Meter>,
-}
-
-#[derive(Default)]
-struct InboxState {
-    pieces: VecDeque<Piece>,
-    /// Bytes that the peer may still send.
-    credit: usize,
-    /// Bytes taken since credit was last given back.
-    taken: usize,
-    /// Bytes that we may still send.
-    window: usize,
-    /// The peer has let go, or the session is over.
-    closed: bool,
-    /// The operation has let go: nobody will read any more.
-    left: bool,
-}
-
-enum Piece {
-    Bytes(Vec<u8>, usize),
-    /// Taken out of its slot; read up to there.
-    Taken(Taken, usize),
-    Stored {
-        slot: u32,
-        len: usize,
-    },
-}
-
-impl Piece {
-    /// What it is counted as.
-    fn cost(&self) -> usize {
-        match self {
-            Self::Bytes(bytes, _) => cost(bytes.capacity()),
-            Self::Taken(..) | Self::Stored { .. } => cost(0),
-        }
-    }
-}
-
-impl Drop for Inbox {
-    fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        self.meter.take_away(state.pieces.iter().map(Piece::cost).sum());
-    }
-}
-
-impl Inbox {
-    fn new(meter: &Arc<Meter>) -> Arc<Self> {
-        let state = InboxState { credit: WINDOW, window: WINDOW, ..InboxState::default() };
-        Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), meter: meter.clone() })
-    }
-
-    /// False if nobody will read it.
-    fn put(&self, piece: Piece, len: usize) -> io::Result<bool> {
-        let mut state = lock(&self.state);
-        state.credit =
-            state.credit.checked_sub(len).ok_or_else(|| invalid("more bytes than were asked for"))?;
-        if state.left {
-            return Ok(false);
-        }
-        self.join(&mut state.pieces, piece);
-        self.changed.notify_all();
-        Ok(true)
-    }
-
-    /// Appends a piece. Small ones share a buffer: a frame of one byte must not hold the memory of hundreds.
-    fn join(&self, pieces: &mut VecDeque<Piece>, piece: Piece) {
-        let piece = match piece {
-            Piece::Bytes(bytes, 0) if bytes.len() < JOINED_BELOW => {
-                if let Some(Piece::Bytes(last, _)) = pieces.back_mut()
-                    && last.capacity() - last.len() >= bytes.len()
-                {
-                    last.extend_from_slice(&bytes);
-                    return;
-                }
-                let mut shared = Vec::with_capacity(JOINED_BELOW);
-                shared.extend_from_slice(&bytes);
-                Piece::Bytes(shared, 0)
-            }
-            other => other,
-        };
-        self.meter.add(piece.cost());
-        pieces.push_back(piece);
-    }
-
-    /// Takes the first piece out.
-    fn pop(&self, state: &mut InboxState) -> Option<Piece> {
-        let piece = state.pieces.pop_front()?;
-        self.meter.take_away(piece.cost());
-        Some(piece)
-    }
-
-    /// Puts what is left of a piece back.
-    fn put_first(&self, state: &mut InboxState, piece: Piece) {
-        self.meter.add(piece.cost());
-        state.pieces.push_front(piece);
-    }
-
-    fn close(&self) {
-        lock(&self.state).closed = true;
-        self.changed.notify_all();
-    }
-
-    fn wait<'a>(&self, state: MutexGuard<'a, InboxState>) -> MutexGuard<'a, InboxState> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Session {
@@ -372,13 +258,13 @@ impl Session {
         match kind {
             Kind::Data => {
                 let len = payload.len();
-                inbox.put(Piece::Bytes(payload, 0), len).map(drop)
+                inbox.put(Arrived::Bytes(payload, 0), len).map(drop)
             }
             Kind::Stored => {
                 let (slot, len) = link::stored(&payload)?;
                 self.slots()?.claim(slot, len)?;
                 // The operation may have ended since its channel was looked up: then its slot goes back from here.
-                if inbox.put(Piece::Stored { slot, len }, len)? { Ok(()) } else { self.free(slot) }
+                if inbox.put(Arrived::Stored { slot, len }, len)? { Ok(()) } else { self.free(slot) }
             }
             Kind::Credit => {
                 let mut state = lock(&inbox.state);
@@ -424,7 +310,7 @@ impl Drop for Channel {
         let mut state = lock(&self.inbox.state);
         state.left = true;
         while let Some(piece) = self.inbox.pop(&mut state) {
-            if let Piece::Stored { slot, .. } = piece {
+            if let Arrived::Stored { slot, .. } = piece {
                 let _ = self.session.free(slot);
             }
         }
@@ -435,18 +321,18 @@ impl Drop for Channel {
 
 impl Channel {
     /// The next piece, taken out of its slot if it lies in one.
-    fn piece(&self) -> io::Result<Option<Piece>> {
+    fn piece(&self) -> io::Result<Option<Arrived>> {
         let mut state = lock(&self.inbox.state);
         loop {
             if self.session.over.load(Ordering::Relaxed) {
                 return Err(io::ErrorKind::ConnectionAborted.into());
             }
             match self.inbox.pop(&mut state) {
-                Some(Piece::Stored { slot, len }) => {
+                Some(Arrived::Stored { slot, len }) => {
                     drop(state);
                     let taken = self.session.slots()?.load(slot, len)?;
                     self.session.free(slot)?;
-                    return Ok(Some(Piece::Taken(taken, 0)));
+                    return Ok(Some(Arrived::Taken(taken, 0)));
                 }
                 Some(piece) => return Ok(Some(piece)),
                 None if state.closed => return Ok(None),
@@ -463,9 +349,9 @@ impl AgentChannel for Channel {
         }
         let Some(mut piece) = self.piece()? else { return Ok(0) };
         let (bytes, at) = match &mut piece {
-            Piece::Bytes(bytes, at) => (bytes.as_slice(), at),
-            Piece::Taken(taken, at) => (taken.bytes(), at),
-            Piece::Stored { .. } => return Err(invalid("a piece that was not taken out of its slot")),
+            Arrived::Bytes(bytes, at) => (bytes.as_slice(), at),
+            Arrived::Taken(taken, at) => (taken.bytes(), at),
+            Arrived::Stored { .. } => return Err(invalid("a piece that was not taken out of its slot")),
         };
         let n = buf.len().min(bytes.len() - *at);
         buf[..n].copy_from_slice(&bytes[*at..*at + n]);
@@ -474,7 +360,7 @@ impl AgentChannel for Channel {
         let mut state = lock(&self.inbox.state);
         if more {
             self.inbox.put_first(&mut state, piece);
-        } else if let (Piece::Taken(taken, _), Some(slots)) = (piece, self.session.slots.get()) {
+        } else if let (Arrived::Taken(taken, _), Some(slots)) = (piece, self.session.slots.get()) {
             slots.put_back(taken);
         }
         state.taken += n;

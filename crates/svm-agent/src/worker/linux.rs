@@ -10,8 +10,8 @@
 //! prints what came of it.
 
 use crate::{
+    channel::AgentChannel,
     codec::Codec,
-    operation::AgentChannel,
     serve::{self, ControlTransport},
 };
 use lcow_sys::{

@@ -9,8 +9,8 @@
 //! this process before it tells its number.
 
 use crate::{
+    channel::AgentChannel,
     codec::Codec,
-    operation::AgentChannel,
     serve::{self, ControlTransport},
 };
 use lcow_sys::windows::{
