@@ -18,7 +18,7 @@ use svm_protocol::{
 
 /// A layer to read.
 #[derive(Clone)]
-pub struct Layer {
+pub struct AttachedLayer {
     /// Its file system.
     pub disk: OpDisk,
     /// How its files lie there.
@@ -43,7 +43,7 @@ pub trait Lowers {
     ///
     /// # Errors
     /// The daemon could not lend it, or gave up.
-    fn next(&mut self) -> Result<Layer, WireError>;
+    fn next(&mut self) -> Result<AttachedLayer, WireError>;
 }
 
 /// The daemon's part in an apply that goes on in larger blocks.
@@ -73,7 +73,7 @@ pub enum Parent {
     /// The rest of its own chain.
     Own,
     /// Another chain, nearest first.
-    Chain(Vec<Layer>),
+    Chain(Vec<AttachedLayer>),
 }
 
 /// The daemon's part in reading a live sandbox.
@@ -140,7 +140,7 @@ pub trait Codec: Send + Sync + 'static {
     /// difference → canonical tar. `live` is given for a sandbox in use.
     fn export_canonical(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         format: u32,
         id_maps: &IdMaps,
@@ -151,7 +151,7 @@ pub trait Codec: Send + Sync + 'static {
     /// Paths that differ.
     fn changes(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         live: Option<&mut dyn Live>,
         sink: ChangeSink<'_>,
@@ -160,7 +160,7 @@ pub trait Codec: Send + Sync + 'static {
     /// Whether anything was ever written into the nearest layer, a sandbox.
     fn written(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         blank: BlankRoot,
         live: Option<&mut dyn Live>,
     ) -> Result<bool, WireError>;
@@ -168,7 +168,7 @@ pub trait Codec: Send + Sync + 'static {
     /// Regular-file bytes of the difference.
     fn diff_size(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         live: Option<&mut dyn Live>,
     ) -> Result<u64, WireError>;

@@ -21,7 +21,8 @@ use std::{
     time::Duration,
 };
 use svm_protocol::{
-    DATA_PAYLOAD, ErrorKind, Event, FrameType, HEADER_LEN, WireError, read_frame, write_frame, write_json,
+    DATA_PAYLOAD, ErrorKind, FrameType, HEADER_LEN, OperationEvent, WireError, read_frame, write_frame,
+    write_json,
 };
 
 /// Most bytes of a digest's text.
@@ -63,7 +64,7 @@ impl<'a> TarFrames<'a> {
     }
 
     /// Asks the daemon something in mid-stream: what its Resume says. Data that come before it are kept.
-    pub(super) fn ask(&mut self, event: Event) -> Result<Vec<u8>, WireError> {
+    pub(super) fn ask(&mut self, event: OperationEvent) -> Result<Vec<u8>, WireError> {
         write_json(&mut Conn(self.channel), FrameType::Event, &event).map_err(|e| sending(&e))?;
         // What a channel holds is taken only when the daemon had time to see the question.
         std::thread::sleep(PATIENCE);

@@ -139,14 +139,14 @@ fn wait_for<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T
 
 /// Where a disk is, as the backends name it.
 #[derive(Debug, PartialEq, Eq)]
-enum Place<'a> {
+enum DiskAddress<'a> {
     /// `lun:C:N`: unit N of the C-th SCSI host (QEMU).
     Lun { controller: usize, unit: u32 },
     /// `GUID:N`: unit N of the controller with this GUID on the VMBus (Hyper-V).
     Vmbus { controller: &'a str, unit: u32 },
 }
 
-impl<'a> Place<'a> {
+impl<'a> DiskAddress<'a> {
     fn parse(serial: &'a str) -> Option<Self> {
         if let Some(rest) = serial.strip_prefix("lun:") {
             let (controller, unit) = rest.split_once(':')?;
@@ -202,17 +202,17 @@ impl System {
         None
     }
 
-    /// The host of a place's controller, and how Linux writes the unit there.
-    fn address(&self, place: &Place<'_>) -> Option<(u32, u32)> {
+    /// The SCSI host of the controller, and how Linux writes the unit there.
+    fn address(&self, place: &DiskAddress<'_>) -> Option<(u32, u32)> {
         let number = |name: String| -> Option<u32> { name.strip_prefix("host")?.parse().ok() };
         Some(match *place {
-            Place::Lun { controller, unit } => {
+            DiskAddress::Lun { controller, unit } => {
                 let mut hosts: Vec<u32> = self.entries("sys/class/scsi_host")?.filter_map(number).collect();
                 hosts.sort_unstable();
                 // Beyond 255 Linux counts units by their address on the wire, whose upper bits say "flat" (SAM-5, 4.7.7.4).
                 (*hosts.get(controller)?, if unit < 256 { unit } else { unit | 0x4000 })
             }
-            Place::Vmbus { controller, unit } => {
+            DiskAddress::Vmbus { controller, unit } => {
                 let folder = format!("sys/bus/vmbus/devices/{}", controller.to_ascii_lowercase());
                 (self.entries(&folder)?.find_map(number)?, unit)
             }
@@ -220,7 +220,7 @@ impl System {
     }
 
     /// Lets the kernel look for one unit, whatever it has heard of it.
-    fn scan(&self, place: &Place<'_>) {
+    fn scan(&self, place: &DiskAddress<'_>) {
         if let Some((host, unit)) = self.address(place) {
             // A kernel that refuses has its own events still.
             let scan = self.root.join(format!("sys/class/scsi_host/host{host}/scan"));
@@ -229,14 +229,14 @@ impl System {
     }
 
     /// The SCSI device of a place, if the kernel has found it: a folder of sysfs.
-    fn scsi_device(&self, place: &Place<'_>) -> Option<PathBuf> {
+    fn scsi_device(&self, place: &DiskAddress<'_>) -> Option<PathBuf> {
         let (host, unit) = self.address(place)?;
         let device = self.root.join(format!("sys/class/scsi_device/{host}:0:0:{unit}/device"));
         device.exists().then_some(device)
     }
 
     /// The block device of a place, if the kernel has found it.
-    fn block_device(&self, place: &Place<'_>) -> Option<PathBuf> {
+    fn block_device(&self, place: &DiskAddress<'_>) -> Option<PathBuf> {
         let name = fs::read_dir(self.scsi_device(place)?.join("block")).ok()?.flatten().next()?.file_name();
         Some(self.root.join("dev").join(name))
     }
@@ -248,7 +248,7 @@ struct Guest {
 
 impl Guest {
     fn open(&self, serial: &str, writable: bool, flags: i32) -> Result<File, WireError> {
-        let place = Place::parse(serial).ok_or_else(|| {
+        let place = DiskAddress::parse(serial).ok_or_else(|| {
             WireError::new(ErrorKind::Usage, format!("disk {serial}: neither of the form lun:C:N nor GUID:N"))
         })?;
         // The device is listed before it can be opened.
@@ -282,7 +282,7 @@ impl Platform for Guest {
     /// On Hyper-V the kernel is told before the host takes the disk away: the next disk in this place must not be taken
     /// for this one, whose device would stay for a moment. QEMU's removal waits for the kernel by itself.
     fn forget_disk(&self, serial: &str) {
-        let Some(place @ Place::Vmbus { .. }) = Place::parse(serial) else { return };
+        let Some(place @ DiskAddress::Vmbus { .. }) = DiskAddress::parse(serial) else { return };
         let Some(device) = self.system.scsi_device(&place) else { return };
         if let Err(e) = fs::write(device.join("delete"), "1") {
             eprintln!("agent: letting go of disk {serial}: {e}");
@@ -312,13 +312,13 @@ mod tests {
 
     #[test]
     fn serials_name_controller_and_unit() {
-        assert_eq!(Place::parse("lun:0:7"), Some(Place::Lun { controller: 0, unit: 7 }));
-        assert_eq!(Place::parse("lun:3:63"), Some(Place::Lun { controller: 3, unit: 63 }));
+        assert_eq!(DiskAddress::parse("lun:0:7"), Some(DiskAddress::Lun { controller: 0, unit: 7 }));
+        assert_eq!(DiskAddress::parse("lun:3:63"), Some(DiskAddress::Lun { controller: 3, unit: 63 }));
         let vmbus = format!("{GUID}:63");
-        assert_eq!(Place::parse(&vmbus), Some(Place::Vmbus { controller: GUID, unit: 63 }));
+        assert_eq!(DiskAddress::parse(&vmbus), Some(DiskAddress::Vmbus { controller: GUID, unit: 63 }));
         let outside = format!("../{}:1", &GUID[3..]);
         for bad in ["", "lun", "lun:1", "lun:x:1", "lun:1:", "7", "lun:1:2:3", GUID, "a:1", &outside] {
-            assert_eq!(Place::parse(bad), None, "{bad}");
+            assert_eq!(DiskAddress::parse(bad), None, "{bad}");
         }
     }
 
@@ -386,7 +386,7 @@ mod tests {
             fake.file(&format!("sys/class/scsi_device/{address}/device/delete"), "");
             fake.file(&format!("dev/{name}"), name);
         }
-        let find = |serial: &str| fake.system().block_device(&Place::parse(serial).unwrap());
+        let find = |serial: &str| fake.system().block_device(&DiskAddress::parse(serial).unwrap());
         let upper = GUID.to_ascii_uppercase();
         for (serial, name) in [
             (format!("{GUID}:3"), "sdb"),

@@ -9,7 +9,7 @@
 
 use super::{
     channel::{AgentChannel, Conn, sending},
-    codec::{Codec, Copies, Growing, Layer, Live, Lowers, Parent, TarInput},
+    codec::{AttachedLayer, Codec, Copies, Growing, Live, Lowers, Parent, TarInput},
     disk::{Cancel, Disk, OpDisk},
     frames::{FrameInput, FrameOutput, TarFrames},
 };
@@ -21,8 +21,8 @@ use std::{
     time::{Duration, Instant},
 };
 use svm_protocol::{
-    Change, CopyJob, DiskId, ErrorKind, Event, FrameError, FrameType, LargerDisks, LayerKind, LayerRef,
-    Operation, ParentRef, WireError, read_frame, write_frame, write_json,
+    Change, CopyJob, DiskId, ErrorKind, FrameError, FrameType, LargerDisks, LayerKind, LayerRef, Operation,
+    OperationEvent, ParentRef, WireError, read_frame, write_frame, write_json,
 };
 
 /// Finds attached disks.
@@ -192,10 +192,10 @@ impl Run<'_> {
         })
     }
 
-    fn layers(&self, layers: &[LayerRef]) -> Result<Vec<Layer>, WireError> {
+    fn layers(&self, layers: &[LayerRef]) -> Result<Vec<AttachedLayer>, WireError> {
         layers
             .iter()
-            .map(|l| Ok(Layer { disk: self.disk(l.disk)?, kind: l.kind, guest_mount: l.guest_mount }))
+            .map(|l| Ok(AttachedLayer { disk: self.disk(l.disk)?, kind: l.kind, guest_mount: l.guest_mount }))
             .collect()
     }
 
@@ -232,14 +232,14 @@ impl Lowers for Lent<'_> {
         self.kinds.len()
     }
 
-    fn next(&mut self) -> Result<Layer, WireError> {
+    fn next(&mut self) -> Result<AttachedLayer, WireError> {
         let kind = self.kinds.get(self.asked).copied();
         let kind = kind.ok_or_else(|| WireError::new(ErrorKind::Internal, "more lowers than there are"))?;
         self.asked += 1;
-        let answer = Handshake::new(self.run.channel).exchange(Event::Lower)?;
+        let answer = Handshake::new(self.run.channel).exchange(OperationEvent::Lower)?;
         let disk: DiskId = serde_json::from_slice(&answer)
             .map_err(|e| WireError::new(ErrorKind::Usage, format!("malformed Resume: {e}")))?;
-        Ok(Layer { disk: self.run.disk(disk)?, kind, guest_mount: false })
+        Ok(AttachedLayer { disk: self.run.disk(disk)?, kind, guest_mount: false })
     }
 }
 
@@ -256,7 +256,7 @@ struct Grown<'r, 'f, 'a> {
 const TELL_EVERY: Duration = Duration::from_millis(250);
 
 impl Grown<'_, '_, '_> {
-    fn tell(&self, event: Event) -> Result<(), WireError> {
+    fn tell(&self, event: OperationEvent) -> Result<(), WireError> {
         write_json(&mut Conn(self.run.channel), FrameType::Event, &event).map_err(|e| sending(&e))
     }
 }
@@ -266,7 +266,7 @@ impl Growing for Grown<'_, '_, '_> {
         if self.disks.is_some() {
             return Err(WireError::new(ErrorKind::Internal, "more than one second pair of disks"));
         }
-        let answer = self.frames.borrow_mut().ask(Event::LargerBlocks)?;
+        let answer = self.frames.borrow_mut().ask(OperationEvent::LargerBlocks)?;
         let lent: LargerDisks = serde_json::from_slice(&answer)
             .map_err(|e| WireError::new(ErrorKind::Usage, format!("malformed Resume: {e}")))?;
         let (image, record) = (self.run.writable(lent.image)?, self.run.writable(lent.record)?);
@@ -279,11 +279,11 @@ impl Growing for Grown<'_, '_, '_> {
             return Ok(());
         }
         self.told = Instant::now();
-        self.tell(Event::Replaying { bytes })
+        self.tell(OperationEvent::Replaying { bytes })
     }
 
     fn replayed(&mut self) -> Result<(), WireError> {
-        self.tell(Event::Replayed)
+        self.tell(OperationEvent::Replayed)
     }
 }
 
@@ -293,8 +293,8 @@ impl<'a> Handshake<'a> {
     }
 
     /// Knows the sandboxes among some layers, so that they are seen as they are.
-    fn watch(&mut self, target: &[Layer], parent: &Parent) -> Result<(), WireError> {
-        let below: &[Layer] = match parent {
+    fn watch(&mut self, target: &[AttachedLayer], parent: &Parent) -> Result<(), WireError> {
+        let below: &[AttachedLayer] = match parent {
             Parent::Chain(layers) => layers,
             Parent::None | Parent::Own => &[],
         };
@@ -309,7 +309,7 @@ impl<'a> Handshake<'a> {
         self.written.iter().try_for_each(|disk| disk.forget().map_err(io))
     }
 
-    fn exchange(&mut self, event: Event) -> Result<Vec<u8>, WireError> {
+    fn exchange(&mut self, event: OperationEvent) -> Result<Vec<u8>, WireError> {
         let mut conn = Conn(self.channel);
         write_json(&mut conn, FrameType::Event, &event).map_err(|e| sending(&e))?;
         let mut buffer = Vec::new();
@@ -329,11 +329,11 @@ impl Live for Handshake<'_> {
     }
 
     fn metadata_read(&mut self) -> Result<(), WireError> {
-        self.exchange(Event::MetadataRead).map(drop)
+        self.exchange(OperationEvent::MetadataRead).map(drop)
     }
 
     fn before_recheck(&mut self) -> Result<(), WireError> {
-        self.exchange(Event::BeforeRecheck)?;
+        self.exchange(OperationEvent::BeforeRecheck)?;
         self.forget()
     }
 }

@@ -3,7 +3,7 @@
 //! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
 
 use super::{
-    codec::{ChangeSink, Codec, Copies, Growing, Layer, Live, Lowers, Parent, TarInput},
+    codec::{AttachedLayer, ChangeSink, Codec, Copies, Growing, Live, Lowers, Parent, TarInput},
     disk::OpDisk,
 };
 use disk_io::{ReadAt, StreamOut, WriteAt};
@@ -45,7 +45,7 @@ impl RealCodec {
         Self { mounter: Some(mounter) }
     }
 
-    fn foreign(&self, layer: &Layer) -> Foreign<OpDisk> {
+    fn foreign(&self, layer: &AttachedLayer) -> Foreign<OpDisk> {
         match &self.mounter {
             _ if !layer.guest_mount => Foreign::Refused(ALLOW_MOUNT),
             None => Foreign::Refused(NO_GUEST),
@@ -53,7 +53,7 @@ impl RealCodec {
         }
     }
 
-    fn source(&self, layer: &Layer, live: bool) -> LayerSource<OpDisk> {
+    fn source(&self, layer: &AttachedLayer, live: bool) -> LayerSource<OpDisk> {
         let sandbox = layer.kind == LayerKind::Sandbox;
         LayerSource {
             disk: layer.disk.clone(),
@@ -65,12 +65,17 @@ impl RealCodec {
         }
     }
 
-    fn sources(&self, layers: &[Layer], live: bool) -> Vec<LayerSource<OpDisk>> {
+    fn sources(&self, layers: &[AttachedLayer], live: bool) -> Vec<LayerSource<OpDisk>> {
         layers.iter().map(|layer| self.source(layer, live)).collect()
     }
 
     /// The parent's stack in terms of the target's where they share layers.
-    fn parent_layers(&self, target: &[Layer], parent: &Parent, live: bool) -> Vec<ParentLayer<OpDisk>> {
+    fn parent_layers(
+        &self,
+        target: &[AttachedLayer],
+        parent: &Parent,
+        live: bool,
+    ) -> Vec<ParentLayer<OpDisk>> {
         let Parent::Chain(layers) = parent else { return Vec::new() };
         layers
             .iter()
@@ -271,7 +276,7 @@ impl Codec for RealCodec {
 
     fn export_canonical(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         format: u32,
         id_maps: &IdMaps,
@@ -299,7 +304,7 @@ impl Codec for RealCodec {
 
     fn changes(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         live: Option<&mut dyn Live>,
         sink: ChangeSink<'_>,
@@ -313,7 +318,7 @@ impl Codec for RealCodec {
 
     fn written(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         blank: BlankRoot,
         live: Option<&mut dyn Live>,
     ) -> Result<bool, WireError> {
@@ -325,7 +330,7 @@ impl Codec for RealCodec {
 
     fn diff_size(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         live: Option<&mut dyn Live>,
     ) -> Result<u64, WireError> {

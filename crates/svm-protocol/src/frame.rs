@@ -37,7 +37,7 @@ pub enum FrameType {
     Data = 3,
     /// daemon: the stream is complete. Behind a [`link`](crate::link) with the text of its digest.
     End = 4,
-    /// agent: something the daemon must do before the agent goes on ([`Event`](crate::Event)).
+    /// agent: something the daemon must do before the agent goes on ([`OperationEvent`](crate::OperationEvent)).
     Event = 5,
     /// daemon: done, go on (answers one `Event`).
     Resume = 6,

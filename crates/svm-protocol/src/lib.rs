@@ -42,8 +42,8 @@ pub use layer_codec::{
 };
 pub use lcow_sys::jail::JailReport;
 pub use operation::{
-    CheckSummary, CopyJob, DiskFormat, DiskId, Event, ExportSummary, LargerDisks, LayerRef, Operation,
-    ParentRef, decode_change, encode_change,
+    CheckSummary, CopyJob, DiskFormat, DiskId, ExportSummary, LargerDisks, LayerRef, Operation,
+    OperationEvent, ParentRef, decode_change, encode_change,
 };
 
 /// Version of frames and messages; both sides of a pair must agree.

@@ -59,7 +59,7 @@ pub enum Operation {
         record: DiskId,
         /// Writable, empty, of no use afterwards: the leaves of a large hash tree go there.
         scratch: Option<DiskId>,
-        /// The parents, nearest first, for hard links into them: lent one after the other by [`Event::Lower`].
+        /// The parents, nearest first, for hard links into them: lent one after the other by [`OperationEvent::Lower`].
         lowers: Vec<LayerKind>,
         /// Options.
         options: ApplyOptions,
@@ -128,7 +128,7 @@ pub enum Operation {
     },
 }
 
-/// What an export copies of live sandboxes before [`Event::MetadataRead`], and reads from there afterwards.
+/// What an export copies of live sandboxes before [`OperationEvent::MetadataRead`], and reads from there afterwards.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CopyJob {
     /// Writable, empty, of no use afterwards.
@@ -162,7 +162,7 @@ impl Operation {
 /// Something the daemon must do before an operation goes on. Resume answers, with the [`DiskId`] of a lent layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Event {
+pub enum OperationEvent {
     /// All metadata are in memory: the file system may be thawed.
     MetadataRead,
     /// Files are about to be looked at again: freeze once more.
