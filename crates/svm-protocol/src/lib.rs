@@ -7,7 +7,7 @@
 //!
 //! [`frame`] is the form of everything that is sent, [`Control`] what a VM's control channel asks for, [`Operation`] what a
 //! data channel does, [`link`] and [`slots`] what both ends of a link share. Both sides treat the other as hostile.
-//! Nothing here opens, waits or starts anything. Called by `svm` of the daemon and by `svm-agent`.
+//! Nothing here opens, waits or starts anything; ids, digests, options and summaries are `layer-codec`'s. Called by `svm` of the daemon and by `svm-agent`.
 //!
 //! # Versions
 //! Both sides of a pair must have the same [`PROTOCOL_VERSION`]; a guest's image is built together with its daemon.
@@ -18,6 +18,8 @@
 //! | 2 | links: a machine's agent greets with the nonce of its `Wake`, and bulk bytes go through slots |
 //! | 3 | an apply's lowers are lent one after the other, when a hard link asks for them |
 //! | 4 | larger blocks in the middle of a tar, copies of live files, a check by the writer's version and with owners |
+
+#![forbid(unsafe_code)]
 
 mod aligned;
 mod control;
