@@ -43,7 +43,7 @@ use std::borrow::Cow;
 /// The version of the format that a layer gets at its first Diff.
 pub const VERSION: u32 = 2;
 /// The version that layers without a note have which are older than version 2.
-pub const OLDEST_VERSION: u32 = 1;
+const OLDEST_VERSION: u32 = 1;
 
 /// The version with this number, if there is one.
 pub fn version(number: u32) -> Option<Version> {

@@ -28,12 +28,12 @@ pub struct IdRange {
 
 impl IdRange {
     /// Whether the container has this id.
-    pub fn has_container_id(&self, id: u32) -> bool {
+    pub(crate) fn has_container_id(self, id: u32) -> bool {
         id.checked_sub(self.container_id).is_some_and(|place| place < self.size)
     }
 
     /// The container's id for one of the host.
-    pub fn to_container(&self, host: u32) -> Option<u32> {
+    fn to_container(self, host: u32) -> Option<u32> {
         let place = host.checked_sub(self.host_id).filter(|place| *place < self.size)?;
         self.container_id.checked_add(place)
     }

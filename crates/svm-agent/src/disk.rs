@@ -28,21 +28,21 @@ use vhd_image::vhdx::Vhdx;
 
 /// An attached disk: a window of an open file or device.
 #[derive(Debug, Clone)]
-pub struct Disk {
+pub(crate) struct Disk {
     /// The open file.
-    pub file: Arc<File>,
+    pub(crate) file: Arc<File>,
     /// Writes are allowed.
-    pub writable: bool,
+    pub(crate) writable: bool,
     /// First byte of the window.
-    pub offset: u64,
+    pub(crate) offset: u64,
     /// Bytes of the window; `None` = to the end, growing.
-    pub len: Option<u64>,
+    pub(crate) len: Option<u64>,
     /// The disk within the file, where it is not the file itself.
-    pub inner: Option<Arc<Vhdx<Arc<File>>>>,
+    pub(crate) inner: Option<Arc<Vhdx<Arc<File>>>>,
     /// Set for a device of fixed size that stands for a growing file: the file's length.
-    pub length: Option<Arc<AtomicU64>>,
+    pub(crate) length: Option<Arc<AtomicU64>>,
     /// A device once more, open for access past the page cache.
-    pub unbuffered: Option<Arc<File>>,
+    pub(crate) unbuffered: Option<Arc<File>>,
 }
 
 impl Disk {
@@ -50,7 +50,7 @@ impl Disk {
     ///
     /// # Errors
     /// A file that is not of the format; a writable VHDX; what the system says.
-    pub fn open(
+    pub(crate) fn open(
         file: File,
         format: DiskFormat,
         writable: bool,
@@ -115,7 +115,7 @@ fn is_block_device(kind: std::fs::FileType) -> bool {
 
 /// Says whether an operation's caller has gone. Cheap to clone.
 #[derive(Clone)]
-pub struct Cancel(Arc<CancelState>);
+pub(crate) struct Cancel(Arc<CancelState>);
 
 struct CancelState {
     gone: AtomicBool,
@@ -128,7 +128,7 @@ const CALLS_PER_LOOK: u32 = 64;
 
 impl Cancel {
     /// `ask` looks at the channel.
-    pub fn new(ask: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(ask: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         Self(Arc::new(CancelState {
             gone: AtomicBool::new(false),
             calls: AtomicU32::new(0),
@@ -137,7 +137,7 @@ impl Cancel {
     }
 
     /// Whether the caller has gone, as of the last look.
-    pub fn is_cancelled(&self) -> bool {
+    pub(crate) fn is_cancelled(&self) -> bool {
         self.0.gone.load(Ordering::Relaxed)
     }
 
@@ -164,13 +164,13 @@ pub struct OpDisk {
 
 impl OpDisk {
     /// `disk` as long as `cancel` allows.
-    pub fn new(disk: Disk, cancel: Cancel) -> Self {
+    pub(crate) fn new(disk: Disk, cancel: Cancel) -> Self {
         let bulk = disk.unbuffered.clone().map(|device| Arc::new(Unbuffered::new(device)));
         Self { disk, cancel, writeback: Arc::default(), bulk }
     }
 
     /// Whether both are the same window of the same attached file.
-    pub fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.disk.file, &other.disk.file) && self.disk.offset == other.disk.offset
     }
 
@@ -179,7 +179,7 @@ impl OpDisk {
     ///
     /// # Errors
     /// What the device says.
-    pub fn reach_host(&self) -> io::Result<()> {
+    pub(crate) fn reach_host(&self) -> io::Result<()> {
         if let Some(bulk) = &self.bulk {
             bulk.flush()?;
         }
@@ -191,7 +191,7 @@ impl OpDisk {
     ///
     /// # Errors
     /// What the system says.
-    pub fn forget(&self) -> io::Result<()> {
+    pub(crate) fn forget(&self) -> io::Result<()> {
         if let Some(bulk) = &self.bulk {
             bulk.forget();
         }

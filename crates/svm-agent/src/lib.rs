@@ -20,11 +20,11 @@ mod frames;
 pub mod guest;
 pub mod link;
 #[cfg(target_os = "linux")]
-pub mod mount;
-pub mod operation;
+mod mount;
+mod operation;
 mod piece;
 mod real;
-pub mod serve;
+mod serve;
 pub mod worker;
 
 pub use real::RealCodec;

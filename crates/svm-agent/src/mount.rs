@@ -65,7 +65,7 @@ fn unsupported(reason: String) -> DiffError {
 
 /// Mounts with the kernel of this guest.
 #[derive(Debug)]
-pub struct GuestMounter {
+pub(crate) struct GuestMounter {
     /// Folder with the module of the devices, loaded before the first.
     modules: PathBuf,
     loaded: Mutex<bool>,
@@ -104,7 +104,7 @@ impl Drop for Number {
 
 impl GuestMounter {
     /// `modules`: a folder with the modules to load before the first mount.
-    pub fn new(modules: PathBuf) -> Self {
+    pub(crate) fn new(modules: PathBuf) -> Self {
         let room = Arc::new(AtomicU64::new(guest::memory_bytes() / MEMORY_SHARE));
         Self { modules, loaded: Mutex::new(false), devices: Arc::default(), room }
     }

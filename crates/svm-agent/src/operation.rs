@@ -26,13 +26,13 @@ use svm_protocol::{
 };
 
 /// Finds attached disks.
-pub trait DiskTable: Send + Sync {
+pub(crate) trait DiskTable: Send + Sync {
     /// The disk of this number.
     fn disk(&self, id: DiskId) -> Option<Disk>;
 }
 
 /// Serves one channel to its end.
-pub fn serve_channel(channel: &Arc<dyn AgentChannel>, disks: &dyn DiskTable, codec: &dyn Codec) {
+pub(crate) fn serve_channel(channel: &Arc<dyn AgentChannel>, disks: &dyn DiskTable, codec: &dyn Codec) {
     let mut buffer = Vec::new();
     let operation = match read_frame(&mut Conn(&**channel), &mut buffer) {
         Ok(FrameType::Request) => serde_json::from_slice::<Operation>(&buffer)

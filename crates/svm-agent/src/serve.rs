@@ -28,7 +28,7 @@ use svm_protocol::{
 };
 
 /// A control channel. `Beside` is what travels with a message (a descriptor, or nothing).
-pub trait ControlTransport {
+pub(crate) trait ControlTransport {
     /// What travels beside a message.
     type Beside;
     /// The next request; `None` at the end of the channel.
@@ -63,7 +63,7 @@ pub trait ControlTransport {
 
 /// Attached disks by number.
 #[derive(Debug, Default)]
-pub struct Disks(Mutex<HashMap<DiskId, Disk>>);
+pub(crate) struct Disks(Mutex<HashMap<DiskId, Disk>>);
 
 impl DiskTable for Disks {
     fn disk(&self, id: DiskId) -> Option<Disk> {
@@ -75,7 +75,7 @@ impl DiskTable for Disks {
 ///
 /// # Errors
 /// The control channel failed or brought garbage: the agent must end, the daemon no longer speaks to it.
-pub fn serve<T: ControlTransport>(transport: &mut T, codec: &Arc<dyn Codec>) -> io::Result<()> {
+pub(crate) fn serve<T: ControlTransport>(transport: &mut T, codec: &Arc<dyn Codec>) -> io::Result<()> {
     let disks = Arc::new(Disks::default());
     let running = Arc::new(AtomicUsize::new(0));
     while let Some((request, beside)) = transport.receive()? {

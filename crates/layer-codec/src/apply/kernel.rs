@@ -22,9 +22,9 @@ use ext4_image::{Xattr, writer::NodeKind};
 /// Longest name of an attribute, name space included (`XATTR_NAME_MAX`).
 pub const NAME_MAX: usize = 255;
 /// Longest value of an attribute (`XATTR_SIZE_MAX`).
-pub const VALUE_MAX: usize = 64 << 10;
+pub(super) const VALUE_MAX: usize = 64 << 10;
 /// The id that chown(2) takes for "leave as it is", and that no file can have.
-pub const NO_ID: u32 = u32::MAX;
+pub(super) const NO_ID: u32 = u32::MAX;
 
 /// What a system call answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,9 +104,9 @@ struct Rule {
 /// Overlayfs' own attributes.
 pub const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
 /// The ACL of a node.
-pub const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
+pub(super) const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
 /// The ACL that new nodes in a folder get.
-pub const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
+pub(super) const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 /// File capabilities.
 pub const CAPABILITY: &[u8] = b"security.capability";
 /// Name spaces whose attributes have names of their own.
@@ -242,7 +242,7 @@ fn is_capability(value: &[u8]) -> bool {
 }
 
 /// The user id of the namespace whose root a capability of revision 3 is for.
-pub fn capability_root(name: &[u8], value: &[u8]) -> Option<u32> {
+pub(super) fn capability_root(name: &[u8], value: &[u8]) -> Option<u32> {
     (name == CAPABILITY && value.len() == 24).then(|| u32_at(value, 20)).flatten()
 }
 
@@ -317,7 +317,7 @@ fn is_extended_acl(value: &[u8]) -> bool {
 }
 
 /// The named users (`true`) and groups (`false`) of an ACL.
-pub fn acl_ids(name: &[u8], value: &[u8]) -> Vec<(bool, u32)> {
+pub(super) fn acl_ids(name: &[u8], value: &[u8]) -> Vec<(bool, u32)> {
     if name != ACL_ACCESS && name != ACL_DEFAULT {
         return Vec::new();
     }
