@@ -361,5 +361,5 @@ fn a_disk_that_lost_what_was_written_is_found_out() {
     let error =
         apply_growing(&tar[..], first, Disk::default(), &mut NoLowers, &small, &scratch(), &mut Honest)
             .unwrap_err();
-    assert!(report(&error).contains("reads back otherwise"), "{}", report(&error));
+    assert!(report(&error).contains("differs from what was written"), "{}", report(&error));
 }

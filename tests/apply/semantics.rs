@@ -356,10 +356,10 @@ fn refused_entries_are_named() {
         ("link escape", t().link("a", "../b"), None, "leaves the layer's root"),
         ("dangling link", t().link("a", "b"), None, "hard link to \"b\""),
         ("dangling link to a whiteout", t().file(".wh.b", b"").link("a", "b"), None, "hard link to \"b\""),
-        ("circle", t().link("a", "b").link("b", "a"), None, "circle"),
-        ("link to a folder", t().dir("d", 0o755).link("a", "d"), None, "folder \"d\""),
-        ("later folder", t().link("a", "d").dir("d", 0o755), None, "folder \"d\""),
-        ("file as parent", t().file("f", b"").file("f/g", b""), None, "parent is not a folder"),
+        ("circle", t().link("a", "b").link("b", "a"), None, "leads back to itself"),
+        ("link to a folder", t().dir("d", 0o755).link("a", "d"), None, "directory \"d\""),
+        ("later folder", t().link("a", "d").dir("d", 0o755), None, "directory \"d\""),
+        ("file as parent", t().file("f", b"").file("f/g", b""), None, "parent is not a directory"),
         ("whiteout as folder", t().file(".wh.a/b", b""), None, "whiteout's name"),
         ("whiteout of nothing", t().file("d/.wh.", b""), None, "whiteout without a name"),
         ("whiteout of ..", t().file("d/.wh...", b""), None, "whiteout without a name"),
@@ -478,7 +478,7 @@ fn links_to_layers_below() {
     assert_eq!(applied.summary.diff_size, (1 << 20) + 1 + 1);
 
     for (tar, text) in [
-        (Tar::new().link("a", "etc"), "folder \"etc\""),
+        (Tar::new().link("a", "etc"), "directory \"etc\""),
         (Tar::new().file("etc/.wh.f", b"").link("a", "etc/f"), "neither in this layer"),
         (Tar::new().file("etc/.wh..wh..opq", b"").link("a", "etc/f"), "neither in this layer"),
         (Tar::new().file(".wh.etc", b"").link("a", "etc/f"), "neither in this layer"),

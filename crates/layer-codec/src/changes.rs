@@ -1,13 +1,13 @@
 //! What a layer changes, as a list of paths and as a size, from metadata.
 //!
 //! ```text
-//!  own parent:  in the layer and in the parent ─► modified    whiteout, or gone from an opaque folder ─► deleted
+//!  own parent:  in the layer and in the parent ─► modified    whiteout, or gone from an opaque directory ─► deleted
 //!               in the layer only              ─► added
 //!  any other:   merged views compared; bytes are read only for pairs of equal metadata in different inodes
 //! ```
 //!
-//! Paths begin with `/` and are sorted as the canonical tar is; `/` itself is never listed. A folder that became
-//! something else lists none of its former names; a folder on the way to a change is modified. What changed while it was
+//! Paths begin with `/` and are sorted as the canonical tar is; `/` itself is never listed. A directory that became
+//! something else lists none of its former names; a directory on the way to a change is modified. What changed while it was
 //! compared counts as modified. Called by `agent`.
 
 use super::{
@@ -110,7 +110,7 @@ pub fn changes<R: ReadAt>(
     Ok(out)
 }
 
-/// Whether the nearest layer of `target`, a sandbox, holds anything: a change against its own parent, or a root folder
+/// Whether the nearest layer of `target`, a sandbox, holds anything: a change against its own parent, or a root directory
 /// other than a blank one's. Times of the root and overlayfs' own attributes on it do not count: one mount leaves both.
 ///
 /// # Errors

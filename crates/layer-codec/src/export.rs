@@ -90,7 +90,7 @@ pub(super) fn compare<'a, R: ReadAt>(
     detailer: &mut dyn Detailer<R>,
 ) -> Result<Items, DiffError> {
     if target.is_empty() {
-        return Err(DiffError::Usage("a diff of no layers".to_owned()));
+        return Err(DiffError::Usage("a diff needs at least one layer".to_owned()));
     }
     let own = matches!(parent, Some(ParentSpec::Own));
     let opened = if own && !needs_parent { target.get(..1).unwrap_or(target) } else { target };

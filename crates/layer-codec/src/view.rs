@@ -1,15 +1,15 @@
 //! A stack of layers seen as overlayfs shows it.
 //!
 //! ```text
-//!  nearest  ┌ sandbox: /upper ┐   name found in layer 0?  whiteout ─► the name is gone
-//!           │ applied: /      │                           file     ─► it hides all below
-//!  farthest └ applied: /      ┘                           folder   ─► joined with folders below,
-//!                                                                     down to an opaque one
+//!  nearest  ┌ sandbox: /upper ┐   name found in layer 0?  whiteout  ─► the name is gone
+//!           │ applied: /      │                           file      ─► it hides all below
+//!  farthest └ applied: /      ┘                           directory ─► joined with directories below,
+//!                                                                      down to an opaque one
 //! ```
 //!
-//! A whiteout is a character device 0/0; a folder is opaque if `trusted.overlay.opaque` is `y` (`user.overlay.*` means
-//! nothing: the mounts are made by root). A folder node is the list of its (layer, inode) pairs, nearest first; equal
-//! lists mean equal subtrees. Overlayfs joins the root folders of all layers whatever they say; where an applied one is
+//! A whiteout is a character device 0/0; a directory is opaque if `trusted.overlay.opaque` is `y` (`user.overlay.*` means
+//! nothing: the mounts are made by root). A directory node is the list of its (layer, inode) pairs, nearest first; equal
+//! lists mean equal subtrees. Overlayfs joins the root directories of all layers whatever they say; where an applied one is
 //! marked as opaque the stack ends with it, here ([`Table::root`]) as in the mounts of `driver`. Redirects and
 //! metacopies are not followed (`redirect_dir=nofollow,metacopy=off`). Called by [`super::walk`].
 
@@ -66,7 +66,7 @@ pub(super) struct LayerInode {
     pub(super) ino: u32,
 }
 
-/// A folder: its inodes, nearest first.
+/// A directory: its inodes, nearest first.
 pub(super) type Stack = Vec<LayerInode>;
 
 struct OpenLayer<'a, R> {
@@ -87,7 +87,7 @@ pub(super) struct Table<'a, R> {
     ids: Ids<'a>,
 }
 
-/// One name of a listed folder.
+/// One name of a listed directory.
 #[derive(Debug, Clone, Copy)]
 struct ListedName {
     at: u32,
@@ -97,20 +97,20 @@ struct ListedName {
     node: LayerInode,
 }
 
-/// A name of a merged folder.
+/// A name of a merged directory.
 #[derive(Debug)]
 pub(super) struct Child {
     at: u32,
     len: u8,
     /// The inode that shows.
     pub(super) node: LayerInode,
-    /// All inodes, if it is a folder.
+    /// All inodes, if it is a directory.
     pub(super) stack: Option<Stack>,
     /// It is a whiteout (only in lists that keep them).
     pub(super) whiteout: bool,
 }
 
-/// The names of a folder in bytewise order.
+/// The names of a directory in bytewise order.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
     names: Vec<u8>,
@@ -145,7 +145,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
                 let top = fs.inode(fs.root())?;
                 let root = fs.lookup(&top, b"upper")?.ok_or_else(|| DiffError::Unsupported {
                     what: "sandbox image",
-                    reason: "it has no folder `upper`".to_owned(),
+                    reason: "it has no directory `upper`".to_owned(),
                 })?;
                 (fs, root)
             }
@@ -181,7 +181,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
         self.layer(number).is_ok_and(|layer| layer.live)
     }
 
-    /// The root folder of a stack of layers, which ends with the first whose root is opaque.
+    /// The root directory of a stack of layers, which ends with the first whose root is opaque.
     pub(super) fn root(&self, layers: &[u16]) -> Result<Stack, DiffError> {
         let mut stack = Stack::new();
         for number in layers {
@@ -230,7 +230,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
         opaque(self.fs(node.layer)?, inode)
     }
 
-    /// Lists a folder. `keep_whiteouts`: of a single layer, with its whiteouts.
+    /// Lists a directory. `keep_whiteouts`: of a single layer, with its whiteouts.
     pub(super) fn list(&self, stack: &[LayerInode], keep_whiteouts: bool) -> Result<Listing, DiffError> {
         let mut names = Vec::new();
         let mut found: Vec<ListedName> = Vec::new();
@@ -239,7 +239,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
             let inode = fs.inode(node.ino)?;
             fs.visit_dir(&inode, |name, ino, kind| {
                 let at = u32::try_from(names.len())
-                    .map_err(|_| super::unsupported("folder", "its names take more than 4 GiB"))?;
+                    .map_err(|_| super::unsupported("directory", "its names take more than 4 GiB"))?;
                 names.extend_from_slice(name);
                 found.push(ListedName {
                     at,
@@ -258,7 +258,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
         for group in found.chunk_by(|a, b| name(a) == name(b)) {
             if group.windows(2).any(|pair| matches!(pair, [a, b] if a.order == b.order)) {
                 return Err(DiffError::Corrupt {
-                    what: "folder of a layer",
+                    what: "directory of a layer",
                     offset: 0,
                     reason: format!(
                         "it holds the name {:?} twice",

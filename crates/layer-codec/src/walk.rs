@@ -2,13 +2,13 @@
 //!
 //! ```text
 //!  target ──► sorted names ┐                       ┌ Added, Modified, Deleted
-//!                          ├─► same? descend, skip ┤ Same (a folder on the way)
+//!                          ├─► same? descend, skip ┤ Same (a directory on the way)
 //!  parent ──► sorted names ┘                       └ Pending (the bytes must be compared)
 //! ```
 //!
 //! Two ways to compare. [`CompareMode::Own`]: the target is one layer and its parent the stack below it, so all that stands in
 //! the layer is the difference. [`CompareMode::Merged`]: both are merged views; equal stacks are skipped without descending.
-//! Memory is one [`Item`] and the name for each reported path; a folder met twice (a loop in a hostile image) is
+//! Memory is one [`Item`] and the name for each reported path; a directory met twice (a loop in a hostile image) is
 //! corruption. No file data are read here. Called by [`super::export`] and [`super::changes`].
 
 use super::{
@@ -21,7 +21,7 @@ use std::{cmp::Ordering, collections::HashSet};
 
 /// The longest path, in bytes: more than any tar reader or system call takes.
 const MAX_PATH: usize = 65535;
-/// Stands for the root folder as a parent.
+/// Stands for the root directory as a parent.
 pub(super) const ROOT: u32 = u32::MAX;
 
 /// How a path differs.
@@ -35,7 +35,7 @@ pub(super) enum Status {
     Deleted,
     /// A whiteout in the layer of something that the parent does not have.
     Whiteout,
-    /// A folder without a difference of its own.
+    /// A directory without a difference of its own.
     Same,
     /// Alike but for the bytes, which must be compared with those of this inode.
     Pending(LayerInode),
@@ -44,12 +44,12 @@ pub(super) enum Status {
 /// A reported path.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Item {
-    /// The item of the folder it is in, or [`ROOT`].
+    /// The item of the directory it is in, or [`ROOT`].
     pub(super) parent: u32,
     name_at: u32,
     name_len: u8,
     pub(super) status: Status,
-    /// The folder hides what the parent has in its place.
+    /// The directory hides what the parent has in its place.
     pub(super) opaque: bool,
     pub(super) kind: FileKind,
     /// The inode in the target; meaningless for a deletion.
@@ -104,7 +104,7 @@ impl Items {
         out
     }
 
-    /// Drops folders that neither differ nor hold a difference; gives what is kept. Pending items count as unchanged.
+    /// Drops directories that neither differ nor hold a difference; gives what is kept. Pending items count as unchanged.
     pub(super) fn kept(&self) -> Vec<bool> {
         let mut keep: Vec<bool> = self
             .items
@@ -146,11 +146,11 @@ impl<R> Detailer<R> for NoDetail {
     }
 }
 
-/// A folder being walked.
+/// A directory being walked.
 struct Frame {
     item: u32,
     path_len: usize,
-    /// The target's folder does not show the parent's (own mode): what is missing is deleted.
+    /// The target's directory does not show the parent's (own mode): what is missing is deleted.
     opaque: bool,
     target: Listing,
     parent: Listing,
@@ -166,7 +166,7 @@ struct Walk<'t, 'a, R> {
     seen: HashSet<(bool, LayerInode)>,
 }
 
-/// Compares two folders. An empty parent stack: everything is added.
+/// Compares two directories. An empty parent stack: everything is added.
 pub(super) fn walk<R: ReadAt>(
     table: &Table<'_, R>,
     mode: CompareMode,
@@ -207,7 +207,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
                 return Err(DiffError::Corrupt {
                     what: "layer",
                     offset: 0,
-                    reason: format!("the folder of inode {} can be reached twice", node.ino),
+                    reason: format!("the directory of inode {} can be reached twice", node.ino),
                 });
             }
         }
@@ -222,7 +222,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         })
     }
 
-    /// Handles the next name of a folder; gives the folder to descend into.
+    /// Handles the next name of a directory; gives the directory to descend into.
     fn step(&mut self, frame: &mut Frame) -> Result<Option<Frame>, DiffError> {
         let target = frame.target.get(frame.next_target);
         let parent = frame.parent.get(frame.next_parent);

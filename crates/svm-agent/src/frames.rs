@@ -86,10 +86,12 @@ impl<'a> TarFrames<'a> {
                     self.take_digest(&payload)?;
                     self.end = true;
                 }
-                other => return Err(io::Error::other(format!("{other:?} frame where a Resume was due"))),
+                other => {
+                    return Err(io::Error::other(format!("{other:?} frame where a Resume was expected")));
+                }
             }
             if self.kept.len() > MAX_KEPT {
-                return Err(io::Error::other("the tar goes on where a Resume was due"));
+                return Err(io::Error::other("the tar continues where a Resume was expected"));
             }
             if self.kept.len() > KEPT_AT_ONCE {
                 std::thread::sleep(PATIENCE);
@@ -114,7 +116,7 @@ impl<'a> TarFrames<'a> {
         let mut head = [0; HEADER_LEN];
         Conn(self.channel).read_exact(&mut head)?;
         match svm_protocol::parse_header(head).map_err(io::Error::other)? {
-            (FrameType::Data, 0) => return Err(io::Error::other("a data frame without a byte")),
+            (FrameType::Data, 0) => return Err(io::Error::other("a data frame with 0 bytes")),
             (FrameType::Data, len) => self.left = len,
             (FrameType::End, len) if len <= MAX_DIGEST_TEXT => {
                 let mut text = vec![0; len];
@@ -132,9 +134,10 @@ impl<'a> TarFrames<'a> {
         let bad = |reason: &str| io::Error::new(io::ErrorKind::InvalidData, reason.to_owned());
         match &self.told {
             None if text.is_empty() => Ok(()),
-            None => Err(bad("a digest that nobody asked for at the tar's end")),
+            None => Err(bad("an unexpected digest at the tar's end")),
             Some(told) => {
-                let text = std::str::from_utf8(text).map_err(|_| bad("no digest at the tar's end"))?;
+                let text =
+                    std::str::from_utf8(text).map_err(|_| bad("the tar's end carries no valid digest"))?;
                 let digest = text.parse().map_err(|e| bad(&format!("the tar's end: {e}")))?;
                 // Read once: End is the last frame.
                 told.set(digest).map_err(|_| bad("a second end of the tar"))

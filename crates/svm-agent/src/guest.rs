@@ -118,10 +118,10 @@ enum Way {
     Vsock,
 }
 
-/// Loads what every machine needs; a kernel that has it all built in needs no folder.
+/// Loads what every machine needs; a kernel that has it all built in needs no directory.
 fn load_modules() -> io::Result<()> {
-    let folder = Path::new(MODULES);
-    if folder.exists() { guest::load_modules(folder, c"").map_err(io::Error::other) } else { Ok(()) }
+    let directory = Path::new(MODULES);
+    if directory.exists() { guest::load_modules(directory, c"").map_err(io::Error::other) } else { Ok(()) }
 }
 
 fn wait_for<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
@@ -160,7 +160,7 @@ impl<'a> DiskAddress<'a> {
     }
 }
 
-/// The kernel's file systems, below a folder: `/`, or a test's own.
+/// The kernel's file systems, below a directory: `/`, or a test's own.
 #[derive(Debug, Clone)]
 struct System {
     root: PathBuf,
@@ -171,8 +171,8 @@ impl System {
         Self { root: root.into() }
     }
 
-    fn entries(&self, folder: &str) -> Option<impl Iterator<Item = String> + use<>> {
-        let entries = fs::read_dir(self.root.join(folder)).ok()?;
+    fn entries(&self, directory: &str) -> Option<impl Iterator<Item = String> + use<>> {
+        let entries = fs::read_dir(self.root.join(directory)).ok()?;
         Some(entries.flatten().filter_map(|e| e.file_name().into_string().ok()))
     }
 
@@ -213,8 +213,8 @@ impl System {
                 (*hosts.get(controller)?, if unit < 256 { unit } else { unit | 0x4000 })
             }
             DiskAddress::Vmbus { controller, unit } => {
-                let folder = format!("sys/bus/vmbus/devices/{}", controller.to_ascii_lowercase());
-                (self.entries(&folder)?.find_map(number)?, unit)
+                let directory = format!("sys/bus/vmbus/devices/{}", controller.to_ascii_lowercase());
+                (self.entries(&directory)?.find_map(number)?, unit)
             }
         })
     }
@@ -228,7 +228,7 @@ impl System {
         }
     }
 
-    /// The SCSI device of a place, if the kernel has found it: a folder of sysfs.
+    /// The SCSI device of a place, if the kernel has found it: a directory of sysfs.
     fn scsi_device(&self, place: &DiskAddress<'_>) -> Option<PathBuf> {
         let (host, unit) = self.address(place)?;
         let device = self.root.join(format!("sys/class/scsi_device/{host}:0:0:{unit}/device"));
@@ -264,7 +264,7 @@ impl Guest {
         opened.ok_or_else(|| {
             WireError::new(
                 ErrorKind::Io,
-                format!("disk {serial} has not come up within {}s", DISK_WAIT.as_secs()),
+                format!("disk {serial} did not appear within {}s", DISK_WAIT.as_secs()),
             )
         })
     }
@@ -285,7 +285,7 @@ impl Platform for Guest {
         let Some(place @ DiskAddress::Vmbus { .. }) = DiskAddress::parse(serial) else { return };
         let Some(device) = self.system.scsi_device(&place) else { return };
         if let Err(e) = fs::write(device.join("delete"), "1") {
-            eprintln!("agent: letting go of disk {serial}: {e}");
+            eprintln!("agent: releasing disk {serial}: {e}");
         }
     }
 

@@ -60,13 +60,13 @@ fn corrupt(what: String) -> DiffError {
 }
 
 fn unsupported(reason: String) -> DiffError {
-    DiffError::Unsupported { what: "a sandbox's file system that is not of our making", reason }
+    DiffError::Unsupported { what: "a sandbox file system that this driver did not create", reason }
 }
 
 /// Mounts with the kernel of this guest.
 #[derive(Debug)]
 pub(crate) struct GuestMounter {
-    /// Folder with the module of the devices, loaded before the first.
+    /// Directory with the module of the devices, loaded before the first.
     modules: PathBuf,
     loaded: Mutex<bool>,
     devices: Arc<Devices>,
@@ -103,7 +103,7 @@ impl Drop for Number {
 }
 
 impl GuestMounter {
-    /// `modules`: a folder with the modules to load before the first mount.
+    /// `modules`: a directory with the modules to load before the first mount.
     pub(crate) fn new(modules: PathBuf) -> Self {
         let room = Arc::new(AtomicU64::new(guest::memory_bytes() / MEMORY_SHARE));
         Self { modules, loaded: Mutex::new(false), devices: Arc::default(), room }
@@ -130,7 +130,7 @@ fn chain(error: &SysError) -> String {
 
 impl Mounter<OpDisk> for GuestMounter {
     fn mount(&self, disk: &OpDisk) -> Result<Box<dyn ForeignFs>, DiffError> {
-        eprintln!("agent: a sandbox that our reader does not know is mounted by this kernel");
+        eprintln!("agent: mounting a sandbox whose file system the reader does not support");
         self.load()?;
         let number = self.devices.take().ok_or_else(|| {
             unsupported(format!("{} sandboxes are mounted already in this machine", nbd::DEVICES))
@@ -161,7 +161,7 @@ impl Mounter<OpDisk> for GuestMounter {
             }
             Err(e) => {
                 return Err(says(
-                    "mounting it with the guest's kernel (lcow-graphdriver svm console shows its words)",
+                    "mounting it with the guest's kernel (lcow-graphdriver svm console shows its messages)",
                 )(e));
             }
         };
@@ -318,7 +318,7 @@ fn inode(tree: &Tree, ino: u32) -> Result<Inode, DiffError> {
     Ok(inode)
 }
 
-/// What stops the reading of a folder.
+/// What stops the reading of a directory.
 enum Stop {
     Kernel(io::Error),
     Caller(DiffError),
@@ -336,7 +336,7 @@ fn visit_dir(tree: &Tree, ino: u32, visit: VisitName<'_>) -> Result<(), DiffErro
         visit(name.name, number, kind(name.kind)).map_err(Stop::Caller)
     });
     done.map_err(|stop| match stop {
-        Stop::Kernel(e) => failed("reading a folder", e),
+        Stop::Kernel(e) => failed("reading a directory", e),
         Stop::Caller(e) => e,
     })
 }

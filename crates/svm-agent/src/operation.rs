@@ -40,7 +40,7 @@ pub(crate) fn serve_channel(channel: &Arc<dyn AgentChannel>, disks: &dyn DiskTab
         // Opened and closed again: nobody wants an answer.
         Err(FrameError::Closed) => return,
         Ok(other) => {
-            Err(WireError::new(ErrorKind::Usage, format!("{other:?} frame where a Request was due")))
+            Err(WireError::new(ErrorKind::Usage, format!("{other:?} frame where a Request was expected")))
         }
         Err(e) => Err(WireError::new(ErrorKind::Usage, format!("unreadable request: {e}"))),
     };
@@ -316,7 +316,7 @@ impl<'a> Handshake<'a> {
         match read_frame(&mut conn, &mut buffer) {
             Ok(FrameType::Resume) => Ok(buffer),
             Ok(other) => {
-                Err(WireError::new(ErrorKind::Usage, format!("{other:?} frame where a Resume was due")))
+                Err(WireError::new(ErrorKind::Usage, format!("{other:?} frame where a Resume was expected")))
             }
             Err(e) => Err(WireError::new(ErrorKind::Cancelled, format!("waiting for Resume: {e}"))),
         }

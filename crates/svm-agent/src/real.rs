@@ -173,7 +173,7 @@ fn check_tree(disk: &OpDisk) -> Result<RootHash, WireError> {
     let fs = Ext4::open(disk.clone())?;
     let fs_bytes = fs.geometry().blocks_count.saturating_mul(u64::from(fs.geometry().block_size));
     let superblock = verity_tree::find(disk, fs_bytes)?
-        .ok_or_else(|| WireError::new(ErrorKind::Corrupt, "no hash tree stands behind the file system"))?;
+        .ok_or_else(|| WireError::new(ErrorKind::Corrupt, "no hash tree follows the file system"))?;
     let report = verity_tree::check(disk, &superblock, &mut |_| {})?;
     if report.is_sound() {
         return Ok(RootHash(report.root));
@@ -201,7 +201,7 @@ pub fn damage<R: ReadAt>(fs: &Ext4<R>, report: &verity_tree::CheckReport) -> Str
             }
         }
         Err(e) => {
-            let _ = write!(text, "; whose they are can't be told: {e}");
+            let _ = write!(text, "; the affected files could not be determined: {e}");
         }
     }
     text

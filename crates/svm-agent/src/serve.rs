@@ -57,7 +57,7 @@ pub(crate) trait ControlTransport {
     /// # Errors
     /// What could not be done; an agent that has the daemon's clock is never asked.
     fn wake(&mut self, _entropy: &[u8], _unix_time: Duration) -> Result<Option<Witness>, WireError> {
-        Err(WireError::new(ErrorKind::Usage, "this agent has the daemon's own clock"))
+        Err(WireError::new(ErrorKind::Usage, "this agent shares the daemon's clock"))
     }
 }
 

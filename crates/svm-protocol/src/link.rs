@@ -74,7 +74,7 @@ pub fn parse(bytes: [u8; HEADER_LEN]) -> io::Result<Parsed> {
     }
     // It would cost no credit, so that nothing bounded how many are taken; and who reads it would see an end.
     if kind == Kind::Data && len == 0 {
-        return Err(invalid("link frame without a byte"));
+        return Err(invalid("link frame with 0 bytes"));
     }
     Ok(Parsed::Frame(Header { len, channel, kind }))
 }
@@ -112,7 +112,7 @@ pub fn number(payload: &[u8], n: usize) -> io::Result<u32> {
 /// `InvalidData` for one that is cut off, or without a byte (see [`parse`]).
 pub fn stored(payload: &[u8]) -> io::Result<(u32, usize)> {
     match (number(payload, 0)?, number(payload, 1)?) {
-        (_, 0) => Err(invalid("a slot without a byte")),
+        (_, 0) => Err(invalid("a slot with 0 bytes")),
         (slot, len) => Ok((slot, len as usize)),
     }
 }
@@ -123,7 +123,7 @@ pub fn stored(payload: &[u8]) -> io::Result<(u32, usize)> {
 /// `InvalidData` for one that is cut off or gives nothing.
 pub fn credit(payload: &[u8]) -> io::Result<usize> {
     match number(payload, 0)? {
-        0 => Err(invalid("credit of nothing")),
+        0 => Err(invalid("a credit of 0 bytes")),
         bytes => Ok(bytes as usize),
     }
 }

@@ -121,7 +121,7 @@ pub enum Operation {
     Written {
         /// The sandbox and its ancestors, nearest first.
         target: Vec<LayerRef>,
-        /// A blank sandbox's root folder.
+        /// A blank sandbox's root directory.
         blank: BlankRoot,
         /// Sandboxes among them may be in use: Events are sent.
         live: bool,

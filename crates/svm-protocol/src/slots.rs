@@ -183,7 +183,7 @@ impl Slots {
     pub fn free(&self, slot: u32) -> io::Result<()> {
         let mut free = lock(&self.free);
         if !self.is_ours(slot) || free.contains(&slot) {
-            return Err(invalid("a slot given back that was not given away"));
+            return Err(invalid("a slot was returned that was not lent"));
         }
         free.push(slot);
         Ok(())

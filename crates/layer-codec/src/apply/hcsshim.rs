@@ -88,7 +88,7 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
         Ok(parts)
     }
 
-    /// The folder that these components lead to; missing ones are made.
+    /// The directory that these components lead to; missing ones are made.
     fn make_parents(&mut self, parents: &[&[u8]]) -> Result<NodeId, DiffError> {
         let mut dir = self.writer.root();
         for name in parents {
@@ -134,7 +134,9 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
             }
             let Some(target) = target else {
                 let link = link.escape_ascii();
-                return Err(self.refuse(format!("hard link to \"{link}\", which is not there before it")));
+                return Err(
+                    self.refuse(format!("hard link to \"{link}\", which does not precede it in the tar"))
+                );
             };
             self.writer.link(dir, name, target).map_err(|e| self.context.image(e))?;
             return Ok(Placement::Nothing);

@@ -82,7 +82,7 @@ impl Asked<'_> {
         matches!(self.kind, NodeKind::File)
     }
 
-    fn is_folder(&self) -> bool {
+    fn is_directory(&self) -> bool {
         matches!(self.kind, NodeKind::Directory)
     }
 
@@ -105,7 +105,7 @@ struct Rule {
 pub const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
 /// The ACL of a node.
 pub(super) const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
-/// The ACL that new nodes in a folder get.
+/// The ACL that new nodes in a directory get.
 pub(super) const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 /// File capabilities.
 pub const CAPABILITY: &[u8] = b"security.capability";
@@ -134,15 +134,15 @@ static XATTRS: &[Rule] = &[
     },
     Rule {
         fits: |a| a.name == CAPABILITY && !is_capability(a.value),
-        ruling: Ruling::Refuse(Errno::Inval, "it is no file capability (of revision 2 or 3)"),
+        ruling: Ruling::Refuse(Errno::Inval, "not a file capability (revision 2 or 3)"),
     },
     Rule {
-        fits: |a| a.name.starts_with(b"user.") && !a.is_file() && !a.is_folder(),
-        ruling: Ruling::Drop("EPERM: only files and folders have attributes of users"),
+        fits: |a| a.name.starts_with(b"user.") && !a.is_file() && !a.is_directory(),
+        ruling: Ruling::Drop("EPERM: only files and directories have attributes of users"),
     },
     Rule {
         fits: |a| SPACES.contains(&a.name),
-        ruling: Ruling::Refuse(Errno::Inval, "nothing stands behind its name space"),
+        ruling: Ruling::Refuse(Errno::Inval, "its name ends after the name space"),
     },
     Rule {
         fits: |a| a.is_acl() && acl_version(a.value).is_some_and(|version| version != ACL_VERSION),
@@ -150,7 +150,7 @@ static XATTRS: &[Rule] = &[
     },
     Rule {
         fits: |a| a.is_acl() && !a.value.is_empty() && acl_entries(a.value).is_none(),
-        ruling: Ruling::Refuse(Errno::Inval, "it is no ACL"),
+        ruling: Ruling::Refuse(Errno::Inval, "not an ACL"),
     },
     Rule {
         fits: |a| a.is_acl() && a.is_symlink(),
@@ -158,15 +158,15 @@ static XATTRS: &[Rule] = &[
     },
     Rule {
         fits: |a| a.is_acl() && acl_entries(a.value).is_none_or(|mut entries| entries.next().is_none()),
-        ruling: Ruling::Remove("an ACL without entries is none"),
+        ruling: Ruling::Remove("an ACL without entries removes it"),
     },
     Rule {
-        fits: |a| a.name == ACL_DEFAULT && !a.is_folder(),
-        ruling: Ruling::Refuse(Errno::Acces, "only folders have a default ACL"),
+        fits: |a| a.name == ACL_DEFAULT && !a.is_directory(),
+        ruling: Ruling::Refuse(Errno::Acces, "only directories have a default ACL"),
     },
     Rule {
         fits: |a| a.is_acl() && !is_valid_acl(a.value),
-        ruling: Ruling::Refuse(Errno::Inval, "its entries are no valid ACL"),
+        ruling: Ruling::Refuse(Errno::Inval, "its entries are not a valid ACL"),
     },
     Rule {
         fits: |a| a.name == ACL_ACCESS && !is_extended_acl(a.value),
@@ -217,7 +217,7 @@ pub fn chmod(kind: &NodeKind, permissions: u16, xattrs: &mut [Xattr]) {
     }
 }
 
-/// Takes away what a chown(2) of a node that is there takes away: the capabilities of what is no folder.
+/// Takes away what a chown(2) of a node that is there takes away: the capabilities of what is no directory.
 pub fn chown(kind: &NodeKind, xattrs: &mut Vec<Xattr>) {
     if !matches!(kind, NodeKind::Directory) {
         xattrs.retain(|x| x.name != CAPABILITY);

@@ -57,7 +57,7 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
             return Ok(Placement::Nothing);
         }
         if parents.iter().any(|p| p.starts_with(name::WHITEOUT_PREFIX)) {
-            return Err(self.tree.context.refuse("a whiteout's name is used as a folder"));
+            return Err(self.tree.context.refuse("a whiteout's name is used as a directory"));
         }
         if name::meaning(last) == Meaning::Meta {
             return Ok(Placement::Nothing);
@@ -71,14 +71,14 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
 
     fn root_entry(&mut self, entry: &mut Entry) -> Result<Placement, DiffError> {
         if entry.kind != EntryKind::Directory {
-            return Err(self.tree.context.refuse("the root of a layer can only be a folder"));
+            return Err(self.tree.context.refuse("the root of a layer can only be a directory"));
         }
         let root = self.tree.writer.root();
         self.update_directory(root, entry)?;
         Ok(Placement::Nothing)
     }
 
-    /// A file of AUFS's link folder: kept under that name, which no other entry can have, until the end.
+    /// A file of AUFS's link directory: kept under that name, which no other entry can have, until the end.
     fn aufs_linked_file(&mut self, last: &[u8], entry: &mut Entry) -> Result<Placement, DiffError> {
         let root = self.tree.writer.root();
         let dir = match self.tree.writer.lookup(root, name::LINK_DIR) {
@@ -125,13 +125,13 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
             EntryKind::File => NodeKind::File,
             EntryKind::Directory => NodeKind::Directory,
             EntryKind::Symlink if entry.link.is_empty() => {
-                return Err(self.tree.context.refuse("symlink to nothing"));
+                return Err(self.tree.context.refuse("symlink with an empty target"));
             }
             EntryKind::Symlink => NodeKind::Symlink { target: std::mem::take(&mut entry.link) },
             EntryKind::CharDevice => NodeKind::CharDevice { major: entry.major, minor: entry.minor },
             EntryKind::BlockDevice => NodeKind::BlockDevice { major: entry.major, minor: entry.minor },
             EntryKind::Fifo => NodeKind::Fifo,
-            EntryKind::HardLink => return Err(self.tree.context.refuse("hard link where none can be")),
+            EntryKind::HardLink => return Err(self.tree.context.refuse("a hard link is not possible here")),
         };
         let mut over_whiteout = false;
         if let Some(known) = self.tree.writer.lookup(dir, last) {
@@ -156,7 +156,7 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
         Ok(if entry.size > 0 { Placement::Data(node) } else { Placement::Nothing })
     }
 
-    /// A folder's second entry: its xattrs come to those that are there, as setxattr(2) adds them.
+    /// A directory's second entry: its xattrs come to those that are there, as setxattr(2) adds them.
     fn update_directory(&mut self, node: NodeId, entry: &mut Entry) -> Result<(), DiffError> {
         let attributes = attributes(entry, &self.tree.writer.attributes(node));
         let known = self.tree.writer.xattrs(node);
@@ -187,7 +187,7 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
         self.tree.writer.set_xattrs(dir, xattrs).map_err(|e| self.tree.context.image(e))
     }
 
-    /// What a new node in a folder has before chown and chmod: root's, but for the group in a set-group-id folder.
+    /// What a new node in a directory has before chown and chmod: root's, but for the group in a set-group-id directory.
     fn born(&self, dir: NodeId) -> Attributes {
         /// `S_ISGID`.
         const SET_GROUP_ID: u16 = 0o2000;

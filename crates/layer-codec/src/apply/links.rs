@@ -46,7 +46,7 @@ pub(super) fn hard_link<W: WriteAt>(
     split_target(tree, &target, &mut parts)?;
     match tree.find(&parts) {
         Lookup::Node(node) if tree.is_directory(node) => {
-            Err(tree.context.refuse(format!("hard link to the folder \"{}\"", target.escape_ascii())))
+            Err(tree.context.refuse(format!("hard link to the directory \"{}\"", target.escape_ascii())))
         }
         Lookup::Node(node) if !tree.links.is_pending(node) => {
             if tree.writer.lookup(dir, last) != Some(node) {
@@ -61,7 +61,7 @@ pub(super) fn hard_link<W: WriteAt>(
     }
 }
 
-/// Splits a link's target; names inside of AUFS's link folder are left as they are.
+/// Splits a link's target; names inside of AUFS's link directory are left as they are.
 fn split_target<'t, W: WriteAt>(
     tree: &LayerTree<'_, W>,
     target: &'t [u8],
@@ -152,10 +152,9 @@ pub(super) fn settle<W: WriteAt>(
                 && node != placeholder
             {
                 if chain.len() > tree.links.len() {
-                    return Err(tree.context.refuse(format!(
-                        "hard link to \"{}\" goes round in a circle",
-                        target.escape_ascii()
-                    )));
+                    return Err(tree
+                        .context
+                        .refuse(format!("hard link to \"{}\" leads back to itself", target.escape_ascii())));
                 }
                 chain.push(node);
                 continue;
@@ -165,7 +164,7 @@ pub(super) fn settle<W: WriteAt>(
                 Lookup::Node(node) if node != placeholder => {
                     if tree.is_directory(node) {
                         let target = target.escape_ascii();
-                        return Err(tree.context.refuse(format!("hard link to the folder \"{target}\"")));
+                        return Err(tree.context.refuse(format!("hard link to the directory \"{target}\"")));
                     }
                     place_link(tree, pending.dir, &pending.name, node)?;
                 }
@@ -182,7 +181,7 @@ pub(super) fn settle<W: WriteAt>(
 
 fn dangling<W: WriteAt>(tree: &LayerTree<'_, W>, target: &[u8]) -> DiffError {
     tree.context.refuse(format!(
-        "hard link to \"{}\", which is neither in this layer nor in one below",
+        "hard link to \"{}\", which is neither in this layer nor in a lower one",
         target.escape_ascii()
     ))
 }
@@ -207,7 +206,7 @@ fn link_below<W: WriteAt>(
             let target = pending.target.escape_ascii();
             return Err(tree
                 .context
-                .refuse(format!("hard link to the folder \"{target}\" of a layer below")));
+                .refuse(format!("hard link to the directory \"{target}\" of a lower layer")));
         }
         NodeKind::CharDevice { major: 0, minor: 0 } => return Err(dangling(tree, &pending.target)),
         _ => {}
@@ -226,7 +225,7 @@ fn link_below<W: WriteAt>(
     Ok(node)
 }
 
-/// Gives the copy of a target the target's own name too, in folders like those below: a link to a lower file makes
+/// Gives the copy of a target the target's own name too, in directories like those below: a link to a lower file makes
 /// one inode of both names, as it does through a mounted overlay. Where this layer leads elsewhere on the way, the
 /// name below is another file's already.
 fn copy_up<W: WriteAt>(
@@ -274,7 +273,7 @@ fn copy_data<W: WriteAt>(
             let want = usize::try_from(end - at).map_or(COPY_BYTES, |n| n.min(COPY_BYTES));
             let n = lowers.read(below, at, &mut buffer[..want])?.min(want);
             if n == 0 {
-                return Err(tree.context.refuse("the target's data in a layer below end early"));
+                return Err(tree.context.refuse("the target's data in a lower layer end early"));
             }
             tree.write_data(at, &buffer[..n], &mut |_| {})?;
             at += n as u64;

@@ -21,15 +21,15 @@
 //!
 //! | the tar has | and the layer already has | then |
 //! |---|---|---|
-//! | a parent that is missing | – | folder 0755 root:root, time 0; a later entry of that name sets its attributes |
-//! | a parent that is a symlink | – | followed inside the layer's root (`..` stops there), at most 40 hops, missing targets made as folders: as dockerd's unpack does in its chroot |
-//! | a parent that is a whiteout | – | an opaque folder replaces it |
+//! | a parent that is missing | – | directory 0755 root:root, time 0; a later entry of that name sets its attributes |
+//! | a parent that is a symlink | – | followed inside the layer's root (`..` stops there), at most 40 hops, missing targets made as directories: as dockerd's unpack does in its chroot |
+//! | a parent that is a whiteout | – | an opaque directory replaces it |
 //! | a parent that is anything else | – | error |
-//! | a folder | a folder | merged: attributes of the new one, xattrs of both, the new one's before the old one's |
-//! | a folder | a whiteout | an opaque folder: what the whiteout hid stays hidden |
+//! | a directory | a directory | merged: attributes of the new one, xattrs of both, the new one's before the old one's |
+//! | a directory | a whiteout | an opaque directory: what the whiteout hid stays hidden |
 //! | anything | anything else | replaced |
 //! | `.wh.NAME` or device 0/0 `NAME` | anything | `NAME` is removed and a whiteout left |
-//! | `.wh..wh..opq` | – | its folder gets `trusted.overlay.opaque=y`, before or after other entries |
+//! | `.wh..wh..opq` | – | its directory gets `trusted.overlay.opaque=y`, before or after other entries |
 //! | other `.wh..wh.*`, at any depth | – | AUFS's own: skipped; files of `/.wh..wh.plnk` can be link targets |
 //! | a hard link | its target | one more name (a symlink itself is linked, not what it points to); mode, owner, times and xattrs of the link's header hold for all names |
 //! | a hard link | no target yet | decided at the end: this layer first, then a copy from the layers below (which has the target's name too), else an error |
@@ -110,7 +110,7 @@ pub fn apply_growing<I: Read, W: WriteAt, S: WriteAt>(
 ) -> Result<ApplySummary, DiffError> {
     let block_size = BlockSize::from_bytes(options.block_size).ok_or_else(|| {
         let found = options.block_size;
-        DiffError::Usage(format!("blocks of {found} bytes: 1024, 2048 or 4096 are possible"))
+        DiffError::Usage(format!("blocks of {found} bytes: 1024, 2048 or 4096 "))
     })?;
     let smaller = match attempt(&mut input, &image, &record, lowers, options, resources, block_size) {
         Ok(summary) => return Ok(summary),

@@ -51,8 +51,8 @@ pub fn check_owners<R: ReadAt>(fs: &Ext4<R>, maps: &IdMaps) -> Result<(), DiffEr
     let root = fs.inode(fs.root())?;
     check_node(fs, &root, b"/", maps)?;
     let mut seen = HashSet::from([root.ino]);
-    let mut folders = vec![(root, Vec::new())];
-    while let Some((dir, path)) = folders.pop() {
+    let mut directories = vec![(root, Vec::new())];
+    while let Some((dir, path)) = directories.pop() {
         for entry in fs.read_dir(&dir)? {
             if !seen.insert(entry.ino) {
                 continue;
@@ -61,7 +61,7 @@ pub fn check_owners<R: ReadAt>(fs: &Ext4<R>, maps: &IdMaps) -> Result<(), DiffEr
             let path = [&path[..], b"/", &entry.name].concat();
             check_node(fs, &inode, &path, maps)?;
             if inode.kind == FileKind::Directory {
-                folders.push((inode, path));
+                directories.push((inode, path));
             }
         }
     }

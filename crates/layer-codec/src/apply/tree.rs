@@ -211,7 +211,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
         Ok(())
     }
 
-    /// The folder at `parts`, made if need be.
+    /// The directory at `parts`, made if need be.
     pub(super) fn make_parents(&mut self, parts: &[&[u8]]) -> Result<NodeId, DiffError> {
         let mut walk = Walk::new(self.writer.root(), parts);
         while let Some(part) = walk.next_part() {
@@ -234,7 +234,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
                         }
                         continue;
                     }
-                    _ => return Err(self.context.refuse("a parent is not a folder in this layer")),
+                    _ => return Err(self.context.refuse("a parent is not a directory in this layer")),
                 },
             };
             walk.down(next);
@@ -279,11 +279,11 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
     /// Sums up the sizes of the files and symlinks that are left, each once.
     pub(super) fn count_size(&self) -> u64 {
         let (mut sum, mut seen) = (0u64, HashSet::new());
-        let mut folders = vec![self.writer.root()];
-        while let Some(dir) = folders.pop() {
+        let mut directories = vec![self.writer.root()];
+        while let Some(dir) = directories.pop() {
             for (_, node) in self.writer.children(dir) {
                 match self.writer.kind(node) {
-                    NodeKind::Directory => folders.push(node),
+                    NodeKind::Directory => directories.push(node),
                     NodeKind::File if seen.insert(node) => {
                         sum = sum.saturating_add(self.writer.file_size(node));
                     }
@@ -313,7 +313,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
     }
 }
 
-/// Attributes of folders that no entry describes, and of whiteouts.
+/// Attributes of directories that no entry describes, and of whiteouts.
 pub(super) fn implied() -> Attributes {
     let time = Timestamp { secs: 0, nanos: 0 };
     Attributes { permissions: 0o755, uid: 0, gid: 0, mtime: time, atime: None, ctime: None }
@@ -332,7 +332,7 @@ pub(super) fn attributes(entry: &Entry, known: &Attributes) -> Attributes {
     }
 }
 
-/// A way through folders and symlinks.
+/// A way through directories and symlinks.
 struct Walk<'a> {
     stack: Vec<NodeId>,
     root: NodeId,

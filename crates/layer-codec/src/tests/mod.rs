@@ -71,7 +71,7 @@ impl Stack {
         self.path(&format!("{n}.img"))
     }
 
-    /// Makes a sandbox on top, runs `script` in the merged folder ($M), unmounts.
+    /// Makes a sandbox on top, runs `script` in the merged directory ($M), unmounts.
     fn layer(&mut self, script: &str) -> &mut Self {
         self.layer_with("-O inline_data,metadata_csum,64bit,ea_inode", script)
     }
@@ -223,7 +223,7 @@ fn a_whole_tree_comes_back_exactly_through_gnu_tar() {
         );
     }
     assert_eq!((summary.sockets, summary.hidden, summary.first_hidden), (0, 0, None));
-    // Sorted, parents first, folders with a slash, and both tools see the same names.
+    // Sorted, parents first, directories with a slash, and both tools see the same names.
     let gnu = names(&tar, "tar");
     assert_eq!(gnu.len(), names(&tar, "LC_ALL=C.UTF-8 bsdtar").len());
     assert_eq!(&gnu[..5], ["a/", "a/b/", "a/b/long", "a/b/short", "a/b/uni"]);
@@ -265,7 +265,7 @@ fn against_its_own_parent_a_layer_is_what_stands_in_it() {
                   keep/.wh.del keep/mod keep/newdir/ keep/newdir/.wh..wh..opq keep/newdir/f opaque/ opaque/.wh..wh..opq \
                   opaque/both opaque/new xdir/";
     let got = names(&tar, "tar");
-    // The kernel marks new folders opaque as it likes; the others are certain.
+    // The kernel marks new directories opaque as it likes; the others are certain.
     let certain = |names: Vec<String>| -> Vec<String> {
         names.into_iter().filter(|n| !n.ends_with(".wh..opq") || n.starts_with("opaque/")).collect()
     };

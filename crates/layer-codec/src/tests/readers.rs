@@ -17,7 +17,7 @@ fn sparse_files() -> Stack {
     stack
 }
 
-/// What a file of a merged folder holds.
+/// What a file of a merged directory holds.
 fn content(name: &str) -> Vec<u8> {
     let mut bytes = b"head".to_vec();
     assert_eq!(name, "app.db");

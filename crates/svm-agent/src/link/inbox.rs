@@ -83,7 +83,7 @@ impl Inbox {
     pub(super) fn put(&self, piece: Arrived, len: usize) -> io::Result<bool> {
         let mut state = lock(&self.state);
         state.credit =
-            state.credit.checked_sub(len).ok_or_else(|| invalid("more bytes than were asked for"))?;
+            state.credit.checked_sub(len).ok_or_else(|| invalid("more bytes than the credit allows"))?;
         if state.left {
             return Ok(false);
         }

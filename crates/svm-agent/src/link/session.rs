@@ -486,7 +486,7 @@ impl ControlTransport for LinkControl {
     fn receive(&mut self) -> io::Result<Option<(ControlRequest, ())>> {
         let Some((kind, payload)) = self.message()? else { return Ok(None) };
         if kind != FrameType::Control {
-            return Err(invalid("a message that is no Control"));
+            return Err(invalid("a message that is not a Control"));
         }
         let request: ControlRequest = serde_json::from_slice(&payload)?;
         match &request.control {

@@ -91,7 +91,7 @@ fn run_self_test(name: &str, report: &JailReport) -> i32 {
         Some(Outcome::Refused(errno)) => {
             format!("{name}: refused: {}\n", io::Error::from_raw_os_error(errno))
         }
-        None => format!("{name}: unknown; known are {}\n", probe::ATTEMPTS.join(" ")),
+        None => format!("{name}: unknown; expected one of {}\n", probe::ATTEMPTS.join(" ")),
     };
     let text = if report.notes.is_empty() { text } else { format!("{text}{}\n", report.notes.join("; ")) };
     i32::from(io::stdout().write_all(text.as_bytes()).is_err())
@@ -150,7 +150,7 @@ impl ControlTransport for Messages {
 
 fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, WireError> {
     let [fd]: [OwnedFd; 1] = fds.try_into().map_err(|v: Vec<_>| {
-        WireError::new(ErrorKind::Usage, format!("{} descriptors where one was due", v.len()))
+        WireError::new(ErrorKind::Usage, format!("{} descriptors where one was expected", v.len()))
     })?;
     Ok(fd)
 }

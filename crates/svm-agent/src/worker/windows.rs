@@ -94,7 +94,8 @@ impl ControlTransport for Frames {
 }
 
 fn taken(number: Option<u64>) -> Result<OwnedHandle, WireError> {
-    let number = number.ok_or_else(|| WireError::new(ErrorKind::Usage, "no handle where one was due"))?;
+    let number =
+        number.ok_or_else(|| WireError::new(ErrorKind::Usage, "no handle where one was expected"))?;
     take_given(number).map_err(|e| WireError::new(ErrorKind::Usage, format!("handle {number:#x}: {e}")))
 }
 
