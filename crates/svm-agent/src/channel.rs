@@ -1,4 +1,4 @@
-//! A data channel as the agent sees it, whatever its transport.
+//! A data channel as the agent sees it, independent of its transport.
 //!
 //! Implemented by the worker's sockets and pipes and by the channels of a link; called by `frames` and `operation`.
 
@@ -8,24 +8,24 @@ use std::{
 };
 use svm_protocol::{ErrorKind, WireError};
 
-/// A data channel as the agent sees it: both directions at once, and a look at whether the daemon is still there.
+/// A data channel as the agent sees it: both directions at once, and whether the daemon is still connected.
 pub trait AgentChannel: Send + Sync + 'static {
     /// Reads some bytes; 0 at the end.
     ///
     /// # Errors
-    /// What the transport says.
+    /// Errors of the transport.
     fn receive(&self, buf: &mut [u8]) -> io::Result<usize>;
     /// Writes some bytes.
     ///
     /// # Errors
-    /// What the transport says.
+    /// Errors of the transport.
     fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize>;
     /// Whether the daemon has closed its end.
     fn peer_gone(&self) -> bool;
     /// Writes up to `len` bytes of a file from `offset`; 0 if this transport, or the system, cannot.
     ///
     /// # Errors
-    /// What the transport says.
+    /// Errors of the transport.
     fn send_file(&self, _file: &File, _offset: u64, _len: u64) -> io::Result<u64> {
         Ok(0)
     }
@@ -33,8 +33,8 @@ pub trait AgentChannel: Send + Sync + 'static {
     fn sends_files(&self) -> bool {
         false
     }
-    /// Whether the daemon digests the tars that pass: it tells an applied one's digest at its End, and holds an exact
-    /// one against the digest of the summary. Hashing is what an emulated processor is worst at.
+    /// Whether the daemon digests the tars that pass: it sends the digest of an applied tar with its End, and compares
+    /// that of an exact tar with the summary. Emulated processors are especially slow at hashing.
     fn daemon_digests(&self) -> bool {
         false
     }

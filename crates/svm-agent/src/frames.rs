@@ -1,7 +1,7 @@
 //! The streams of an operation as frames: a tar that comes in, bytes that go out.
 //!
 //! ```text
-//!   channel ─► Data, Data, End ─► TarFrames ─► FrameInput ─► codec           a question in mid-stream (`ask`) keeps the
+//!   channel ─► Data, Data, End ─► TarFrames ─► FrameInput ─► codec           a request in mid-stream (`ask`) keeps the
 //!   channel ◄─ Data, Data ◄────── FrameOutput ◄──────────── codec           Data that come before its Resume
 //! ```
 //!
@@ -25,13 +25,13 @@ use svm_protocol::{
     write_json,
 };
 
-/// Most bytes of a digest's text.
+/// The most bytes of a digest's text.
 const MAX_DIGEST_TEXT: usize = 128;
 
-/// Most bytes of tar that are kept while a Resume is on its way. The daemon sends nothing once it has seen the question,
-/// so that this is what channels hold by themselves.
+/// The most bytes of tar that are kept while waiting for a Resume. The daemon stops sending once it has seen the event, so
+/// this bounds what is in transit.
 const MAX_KEPT: usize = 64 << 20;
-/// From here on the daemon is given time.
+/// With more bytes than this, the daemon is given time to see the event.
 const KEPT_AT_ONCE: usize = 4 << 20;
 /// That time, for each frame.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -39,7 +39,7 @@ const PATIENCE: Duration = Duration::from_millis(20);
 /// The stream that comes in: Data frames up to End.
 pub(super) struct TarFrames<'a> {
     channel: &'a dyn AgentChannel,
-    /// Filled from End where the daemon digests.
+    /// Present if the daemon digests; set from its End.
     pub(super) told: Option<ToldDigest>,
     left: usize,
     end: bool,
@@ -63,10 +63,10 @@ impl<'a> TarFrames<'a> {
         Self { channel, told, left: 0, end: false, broken: false, kept: VecDeque::new() }
     }
 
-    /// Asks the daemon something in mid-stream: what its Resume says. Data that come before it are kept.
+    /// Sends an event in mid-stream; gives the payload of its Resume. Data that precede it are kept.
     pub(super) fn ask(&mut self, event: OperationEvent) -> Result<Vec<u8>, WireError> {
         write_json(&mut Conn(self.channel), FrameType::Event, &event).map_err(|e| sending(&e))?;
-        // What a channel holds is taken only when the daemon had time to see the question.
+        // The daemon needs time to see the event before the channel is emptied.
         std::thread::sleep(PATIENCE);
         let answer = self.until_resume();
         self.broken |= answer.is_err();
@@ -99,7 +99,7 @@ impl<'a> TarFrames<'a> {
         }
     }
 
-    /// Keeps what is left of the frame under way.
+    /// Keeps the rest of the current frame.
     fn keep_frame(&mut self) -> io::Result<()> {
         let mut rest = vec![0; std::mem::take(&mut self.left)];
         Conn(self.channel).read_exact(&mut rest)?;
@@ -129,7 +129,7 @@ impl<'a> TarFrames<'a> {
         Ok(())
     }
 
-    /// Where the daemon digests, End carries what it found; elsewhere nothing.
+    /// If the daemon digests, End carries the digest; otherwise it is empty.
     fn take_digest(&self, text: &[u8]) -> io::Result<()> {
         let bad = |reason: &str| io::Error::new(io::ErrorKind::InvalidData, reason.to_owned());
         match &self.told {
@@ -205,7 +205,7 @@ impl<'a> FrameOutput<'a> {
 impl Write for FrameOutput<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         if self.buffer.is_empty() && buf.len() >= DATA_PAYLOAD {
-            // A whole frame's worth goes out from where it lies.
+            // A full frame is sent without a copy.
             write_frame(&mut Conn(self.channel), FrameType::Data, &buf[..DATA_PAYLOAD])?;
             return Ok(DATA_PAYLOAD);
         }
@@ -244,7 +244,7 @@ impl StreamOut for FrameOutput<'_> {
                 n => sent += n,
             }
         }
-        // The frame was promised: what the system did not take is read and written.
+        // The header announced a full frame: what could not be spliced is read and written.
         if sent < len {
             let mut rest = vec![0; (len - sent) as usize];
             file.read_exact_at(&mut rest, offset + sent)?;

@@ -37,7 +37,7 @@ pub(crate) fn serve_channel(channel: &Arc<dyn AgentChannel>, disks: &dyn DiskTab
     let operation = match read_frame(&mut Conn(&**channel), &mut buffer) {
         Ok(FrameType::Request) => serde_json::from_slice::<Operation>(&buffer)
             .map_err(|e| WireError::new(ErrorKind::Usage, format!("malformed request: {e}"))),
-        // Opened and closed again: nobody wants an answer.
+        // Opened and closed again: no answer is expected.
         Err(FrameError::Closed) => return,
         Ok(other) => {
             Err(WireError::new(ErrorKind::Usage, format!("{other:?} frame where a Request was expected")))
@@ -54,7 +54,7 @@ pub(crate) fn serve_channel(channel: &Arc<dyn AgentChannel>, disks: &dyn DiskTab
             Err(WireError::new(ErrorKind::Internal, format!("the agent panicked: {text}")))
         })
     });
-    // If these fail, the daemon is gone, and with it whoever would read a complaint.
+    // If these fail, the daemon is gone, and there is no one to report it to.
     let mut out = Conn(&**channel);
     let _ = match outcome {
         Ok(json) => write_frame(&mut out, FrameType::Result, &json),
@@ -65,7 +65,7 @@ pub(crate) fn serve_channel(channel: &Arc<dyn AgentChannel>, disks: &dyn DiskTab
     };
 }
 
-/// Most bytes of an error's text; names in it come from hostile tars.
+/// The most bytes of an error's message; names in it come from hostile tars.
 const MAX_MESSAGE: usize = 16 << 10;
 
 struct Run<'a> {
@@ -212,15 +212,15 @@ fn json<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
     serde_json::to_vec(value).map_err(|e| WireError::new(ErrorKind::Internal, format!("summary: {e}")))
 }
 
-/// Asks the daemon for something, and waits until it is done.
+/// Sends events to the daemon and waits for each Resume.
 struct Handshake<'a> {
     channel: &'a dyn AgentChannel,
     copies: Option<Copies>,
-    /// Disks that others write to.
+    /// Disks of mounted sandboxes.
     written: Vec<OpDisk>,
 }
 
-/// The lowers of an apply: each is lent when it is asked for.
+/// The lower layers of an apply, attached on demand.
 struct Lent<'a> {
     run: &'a Run<'a>,
     kinds: &'a [LayerKind],
@@ -248,11 +248,11 @@ struct Grown<'r, 'f, 'a> {
     run: &'r Run<'a>,
     frames: &'f RefCell<TarFrames<'a>>,
     disks: Option<[OpDisk; 2]>,
-    /// When the daemon was last told that the first pair is being read.
+    /// When the last `Replaying` was sent.
     told: Instant,
 }
 
-/// How often the daemon hears of a replay: far below any time-out, whose units are seconds.
+/// Interval of `Replaying` events: far below any time-out, whose units are seconds.
 const TELL_EVERY: Duration = Duration::from_millis(250);
 
 impl Grown<'_, '_, '_> {
@@ -292,7 +292,7 @@ impl<'a> Handshake<'a> {
         Self { channel, copies: None, written: Vec::new() }
     }
 
-    /// Knows the sandboxes among some layers, so that they are seen as they are.
+    /// Remembers the sandboxes among these layers, and discards cached data of them.
     fn watch(&mut self, target: &[AttachedLayer], parent: &Parent) -> Result<(), WireError> {
         let below: &[AttachedLayer] = match parent {
             Parent::Chain(layers) => layers,
@@ -303,7 +303,7 @@ impl<'a> Handshake<'a> {
         self.forget()
     }
 
-    /// What was read of the sandboxes before is not what they are now.
+    /// Discards cached data of the sandboxes: they may have changed.
     fn forget(&self) -> Result<(), WireError> {
         let io = |e: io::Error| WireError::new(ErrorKind::Io, format!("a disk that others write to: {e}"));
         self.written.iter().try_for_each(|disk| disk.forget().map_err(io))

@@ -1,6 +1,11 @@
-//! The real codec: the wire's terms to those of `diff` and `ext4`, and their errors back.
+//! The codec of the agent: calls `layer-codec` and `ext4-image`, and turns their errors into [`WireError`]s.
 //!
-//! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
+//! ```text
+//!   operation ─► Codec ─► RealCodec ─► apply, record, export, changes, check
+//!   daemon   ◄─ Live, Lowers, Growing ◄─ LiveHooks, LayerChain, Growth          an error of the daemon comes back unchanged
+//! ```
+//!
+//! Holds no policy: limits and layout are in the options. Called by `operation` through [`Codec`].
 
 use super::{
     codec::{AttachedLayer, ChangeSink, Codec, Copies, Growing, Live, Lowers, Parent, TarInput},
@@ -22,25 +27,25 @@ use svm_protocol::{
     RootHash, WireError,
 };
 
-/// Files that a message names.
+/// The most files that a message names.
 const MAX_TOLD: usize = 8;
 
-/// The codec of this program.
+/// The codec of the agent.
 #[derive(Debug, Default)]
 pub struct RealCodec {
-    /// What mounts sandboxes that our reader does not know; none where the kernel is the host's.
+    /// Mounts sandboxes whose file system the reader does not support; `None` where the kernel is the host's.
     mounter: Option<Arc<dyn Mounter<OpDisk>>>,
 }
 
-/// Where it was not allowed.
+/// Advice if the option is off.
 const ALLOW_MOUNT: &str =
     "lcow.guestmount=true and a virtual machine, lcow.svm=qemu or hcs, would let the guest's kernel read it";
-/// Where it was, but nobody can.
+/// Advice if the option is on but the kernel is the host's.
 const NO_GUEST: &str =
     "lcow.guestmount=true lets only the kernel of a virtual machine read it: lcow.svm=qemu or hcs";
 
 impl RealCodec {
-    /// One in a guest, with what mounts there.
+    /// The codec in a guest, where `mounter` may mount.
     pub fn mounting(mounter: Arc<dyn Mounter<OpDisk>>) -> Self {
         Self { mounter: Some(mounter) }
     }
@@ -69,7 +74,7 @@ impl RealCodec {
         layers.iter().map(|layer| self.source(layer, live)).collect()
     }
 
-    /// The parent's stack in terms of the target's where they share layers.
+    /// The parent's stack, with layers that it shares with the target by their index there.
     fn parent_layers(
         &self,
         target: &[AttachedLayer],
@@ -95,13 +100,13 @@ fn parent_spec<'a>(parent: &Parent, layers: &'a [ParentLayer<OpDisk>]) -> Option
     }
 }
 
-/// The daemon's hooks as `diff` wants them; keeps the daemon's own error.
+/// The daemon's hooks as [`LiveHooks`]; keeps the daemon's own error.
 struct Hooks<'a> {
     live: &'a mut dyn Live,
     refused: Option<WireError>,
 }
 
-/// Keeps the daemon's own error, which comes back instead of the one that is made of it here.
+/// Keeps the daemon's own error, which is returned instead of the [`DiffError`] that is made of it here.
 fn keep(refused: &mut Option<WireError>, error: WireError) -> DiffError {
     let made = DiffError::Usage(error.message.clone());
     *refused = Some(error);
@@ -130,7 +135,7 @@ impl LiveHooks for Hooks<'_> {
     }
 }
 
-/// The daemon's second pair of disks as `diff` wants it.
+/// The daemon's second pair of disks as [`apply::Growth`].
 struct Grown<'a> {
     growing: &'a mut dyn Growing,
     refused: &'a mut Option<WireError>,
@@ -146,7 +151,7 @@ impl apply::Growth<OpDisk, OpDisk> for Grown<'_> {
     }
 
     fn replayed(&mut self, image: OpDisk, record: OpDisk) -> Result<(), DiffError> {
-        // The host's room is needed; a device keeps its length, and the daemon takes it away.
+        // Frees the host's space; a device keeps its length, and the daemon detaches it.
         for disk in [&image, &record] {
             if let Err(source) = disk.set_len(0)
                 && source.kind() != io::ErrorKind::Unsupported
@@ -168,7 +173,7 @@ fn hooked<T>(
     run(&mut hooks).map_err(|error| hooks.refused.unwrap_or_else(|| error.into()))
 }
 
-/// Holds an image against the hash tree behind it, block by block.
+/// Checks an image against the hash tree that follows it, block by block.
 fn check_tree(disk: &OpDisk) -> Result<RootHash, WireError> {
     let fs = Ext4::open(disk.clone())?;
     let fs_bytes = fs.geometry().blocks_count.saturating_mul(u64::from(fs.geometry().block_size));
@@ -181,7 +186,7 @@ fn check_tree(disk: &OpDisk) -> Result<RootHash, WireError> {
     Err(WireError::new(ErrorKind::Corrupt, damage(&fs, &report)))
 }
 
-/// What a damaged image has lost, for people: the files by name where the tree of names can still be read.
+/// The damage of an image in one line: the affected files by name, if the directories can still be read.
 pub fn damage<R: ReadAt>(fs: &Ext4<R>, report: &verity_tree::CheckReport) -> String {
     if report.damaged.is_empty() {
         return format!("{} ranges of the hash tree are damaged", report.damaged_tree.len());

@@ -1,23 +1,23 @@
-//! The language that a daemon and its service VMs speak: frames, messages, links and slots.
+//! The protocol between the daemon and its service VMs: frames, messages, links and slots.
 //!
 //! ```text
 //!   daemon (svm) ── channel: frames ─────────────────────────────────── agent in a worker process
 //!                └─ link: many channels over one stream, bulk in slots ─ agent in a virtual machine
 //! ```
 //!
-//! [`frame`] is the form of everything that is sent, [`Control`] what a VM's control channel asks for, [`Operation`] what a
-//! data channel does, [`link`] and [`slots`] what both ends of a link share. Both sides treat the other as hostile.
+//! [`frame`] defines the framing, [`Control`] the requests on a VM's control channel, [`Operation`] the request on a data
+//! channel, [`link`] and [`slots`] what both ends of a link share. Each side treats the other as hostile.
 //! Nothing here opens, waits or starts anything; ids, digests, options and summaries are `layer-codec`'s. Called by `svm` of the daemon and by `svm-agent`.
 //!
 //! # Versions
-//! Both sides of a pair must have the same [`PROTOCOL_VERSION`]; a guest's image is built together with its daemon.
+//! Both sides of a pair must have the same [`PROTOCOL_VERSION`]; a guest image is built together with its daemon.
 //!
 //! | version | why |
 //! |---|---|
 //! | 1 | the first release: channels, disks, apply, check, export, changes |
-//! | 2 | links: a machine's agent greets with the nonce of its `Wake`, and bulk bytes go through slots |
-//! | 3 | an apply's lowers are lent one after the other, when a hard link asks for them |
-//! | 4 | larger blocks in the middle of a tar, copies of live files, a check by the writer's version and with owners |
+//! | 2 | links: an agent in a VM repeats the nonce of its `Wake` in its `Hello`, and bulk bytes go through slots |
+//! | 3 | the lower layers of an apply are attached one after the other, when a hard link needs them |
+//! | 4 | restart with larger blocks in the middle of a tar, copies of live files, checks by writer version and of owners |
 
 #![forbid(unsafe_code)]
 
@@ -50,11 +50,11 @@ pub use operation::{
 
 /// Version of frames and messages; both sides of a pair must agree.
 pub const PROTOCOL_VERSION: u32 = 4;
-/// The port that an agent dials on its host where there is no serial port (vsock, Hyper-V sockets): "LCOW".
+/// The port that an agent connects to on its host where there is no serial port (vsock, Hyper-V sockets): "LCOW".
 pub const VSOCK_PORT: u32 = 0x4c43_4f57;
 /// Name of the virtio-serial port that leads to the daemon.
 pub const PORT_NAME: &str = "lcow.agent";
-/// Most operations at a time in one agent.
+/// The maximum number of concurrent operations of one agent.
 pub const MAX_OPERATIONS: usize = 1024;
-/// Most disks attached at a time in one agent.
+/// The maximum number of disks attached to one agent.
 pub const MAX_DISKS: usize = 2048;

@@ -23,7 +23,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What came in on a channel and what may go out.
+/// Received pieces of a channel, and the credit of both directions.
 pub(super) struct Inbox {
     pub(super) state: Mutex<InboxState>,
     pub(super) changed: Condvar,
@@ -35,20 +35,20 @@ pub(super) struct InboxState {
     pieces: VecDeque<Arrived>,
     /// Bytes that the peer may still send.
     pub(super) credit: usize,
-    /// Bytes taken since credit was last given back.
+    /// Bytes consumed since credit was last returned.
     pub(super) taken: usize,
-    /// Bytes that we may still send.
+    /// Bytes that this side may still send.
     pub(super) window: usize,
-    /// The peer has let go, or the session is over.
+    /// The peer has closed the channel, or the session is over.
     pub(super) closed: bool,
-    /// The operation has let go: nobody will read any more.
+    /// The operation has ended: nothing will be read any more.
     pub(super) left: bool,
 }
 
 /// Bytes of a channel that have arrived.
 pub(super) enum Arrived {
     Bytes(Vec<u8>, usize),
-    /// Taken out of its slot; read up to there.
+    /// Copied out of its slot; the offset of the next byte to read.
     Taken(Taken, usize),
     Stored {
         slot: u32,
@@ -57,7 +57,7 @@ pub(super) enum Arrived {
 }
 
 impl Arrived {
-    /// What it is counted as.
+    /// Its cost in the meter.
     fn cost(&self) -> usize {
         match self {
             Self::Bytes(bytes, _) => cost(bytes.capacity()),
@@ -79,7 +79,7 @@ impl Inbox {
         Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), meter: meter.clone() })
     }
 
-    /// False if nobody will read it.
+    /// Appends a piece; false if the operation has ended.
     pub(super) fn put(&self, piece: Arrived, len: usize) -> io::Result<bool> {
         let mut state = lock(&self.state);
         state.credit =
@@ -92,7 +92,7 @@ impl Inbox {
         Ok(true)
     }
 
-    /// Appends a piece. Small ones share a buffer: a frame of one byte must not hold the memory of hundreds.
+    /// Appends a piece. Small ones share a buffer: a frame of one byte must not occupy the memory of hundreds.
     fn join(&self, pieces: &mut VecDeque<Arrived>, piece: Arrived) {
         let piece = match piece {
             Arrived::Bytes(bytes, 0) if bytes.len() < JOINED_BELOW => {
@@ -112,7 +112,7 @@ impl Inbox {
         pieces.push_back(piece);
     }
 
-    /// Takes the first piece out.
+    /// Removes the first piece.
     pub(super) fn pop(&self, state: &mut InboxState) -> Option<Arrived> {
         let piece = state.pieces.pop_front()?;
         self.meter.take_away(piece.cost());

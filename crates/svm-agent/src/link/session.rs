@@ -36,10 +36,10 @@ use svm_protocol::{
     slots::{Side, Slots},
 };
 
-/// Largest control message; bytes.
+/// The largest control message; bytes.
 const MAX_CONTROL: usize = 64 << 10;
 
-/// What the agent's surroundings do for it.
+/// What the agent needs from the VM it runs in.
 pub trait Platform: Send + Sync + 'static {
     /// Opens the disk with this serial number, as soon as it is there.
     ///
@@ -53,14 +53,14 @@ pub trait Platform: Send + Sync + 'static {
     /// As [`Platform::open_disk`].
     fn open_transfer(&self, serial: &str) -> Result<File, WireError>;
 
-    /// A disk is about to be taken away; nothing of it is in use any more.
+    /// A disk is about to be detached; it is no longer in use.
     fn forget_disk(&self, serial: &str);
 
-    /// The machine was started, woken from a saved state, or goes on after a pause: its random numbers may be known to
-    /// its siblings and its clock stood still since then. Gives notes for people on what could not be done.
+    /// The VM was started, restored from a saved state or resumed after a pause: other VMs may have the same random numbers,
+    /// and its clock was stopped. Gives a note for each thing that could not be done.
     fn wake(&self, entropy: &[u8], unix_time: Duration) -> Vec<String>;
 
-    /// Clock and random numbers after [`Platform::wake`], where they are the machine's own.
+    /// Clock and random numbers after [`Platform::wake`], if they are the VM's own.
     fn witness(&self) -> Option<Witness> {
         None
     }
@@ -69,7 +69,7 @@ pub trait Platform: Send + Sync + 'static {
 /// Serves sessions until `input` ends. Control messages are answered one by one, operations run on threads.
 ///
 /// # Errors
-/// What the stream says. A broken protocol is no error: the next SYNC begins anew.
+/// Errors of the stream. A violation of the protocol is not an error: the next SYNC starts a new session.
 pub fn serve(
     input: impl Read,
     output: impl Write + Send + 'static,
@@ -118,7 +118,7 @@ type Output = Arc<Mutex<Box<dyn Write + Send>>>;
 enum Ended {
     /// The stream is over.
     Stream,
-    /// The daemon begins anew.
+    /// The daemon starts a new session.
     Sync,
 }
 
@@ -161,7 +161,7 @@ impl Session {
             {
                 eprintln!("agent: control channel: {e}");
             }
-            // The daemon sees it on channel 0; its next word can only be a new SYNC.
+            // The daemon sees the close of channel 0; it can only continue with a new SYNC.
             let _ = link.session.send(&link::header(0, Kind::Close, 0), &[]);
         })?;
         Ok(session)
@@ -170,7 +170,7 @@ impl Session {
     /// Sends one frame, whole.
     fn send(&self, head: &[u8], parts: &[&[u8]]) -> io::Result<()> {
         let mut output = lock(&self.output);
-        // Looked at under the lock, so that no word of an old session follows the greeting of a new one.
+        // Checked under the lock, so that no frame of an old session follows the greeting of a new one.
         if self.over.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
@@ -192,9 +192,9 @@ impl Session {
         self.slots.get().ok_or_else(|| invalid("a slot without a transfer disk"))
     }
 
-    /// Tells the daemon that a slot of its is empty.
+    /// Returns an emptied slot to the daemon.
     fn free(&self, slot: u32) -> io::Result<()> {
-        // Before it is told: it may fill the slot again at once.
+        // Before the message: the daemon may fill the slot again at once.
         self.slots()?.give_back_slot(slot);
         self.send(&link::numbers(0, Kind::Free, &[slot]), &[])
     }
@@ -247,7 +247,7 @@ impl Session {
             lock(&self.channels).get(&channel).cloned()
         };
         let Some(inbox) = inbox else {
-            // Sent before the daemon knew that the operation has ended. A slot goes back all the same.
+            // Sent before the daemon saw the end of the operation. A slot is returned nevertheless.
             if kind == Kind::Stored {
                 let (slot, len) = link::stored(&payload)?;
                 self.slots()?.claim(slot, len)?;
@@ -263,7 +263,7 @@ impl Session {
             Kind::Stored => {
                 let (slot, len) = link::stored(&payload)?;
                 self.slots()?.claim(slot, len)?;
-                // The operation may have ended since its channel was looked up: then its slot goes back from here.
+                // The operation may have ended since its channel was looked up: then its slot is returned here.
                 if inbox.put(Arrived::Stored { slot, len }, len)? { Ok(()) } else { self.free(slot) }
             }
             Kind::Credit => {
@@ -293,7 +293,7 @@ fn fill(input: &mut dyn Read, buf: &mut [u8]) -> io::Result<bool> {
     }
 }
 
-/// One channel, as an operation sees it. Dropping it lets go of it.
+/// One channel, as an operation sees it. Dropping it closes the channel.
 struct Channel {
     session: Arc<Session>,
     id: u32,
@@ -306,7 +306,7 @@ impl Drop for Channel {
             return;
         }
         lock(&self.session.channels).remove(&self.id);
-        // Slots that nobody will read any more go back.
+        // Slots that will not be read any more are returned.
         let mut state = lock(&self.inbox.state);
         state.left = true;
         while let Some(piece) = self.inbox.pop(&mut state) {
@@ -320,7 +320,7 @@ impl Drop for Channel {
 }
 
 impl Channel {
-    /// The next piece, taken out of its slot if it lies in one.
+    /// The next piece, copied out of its slot if it is in one.
     fn piece(&self) -> io::Result<Option<Arrived>> {
         let mut state = lock(&self.inbox.state);
         loop {
@@ -403,7 +403,7 @@ impl AgentChannel for Channel {
             self.session.send(&link::numbers(self.id, Kind::Stored, &[slot, n as u32]), &[])?;
             return Ok(n);
         }
-        // Inline, in frames that hold nobody up for long.
+        // Inline, in frames that do not delay other channels for long.
         let all = parts.concat();
         for chunk in all.chunks(MAX_INLINE) {
             self.session.send(&link::header(self.id, Kind::Data, chunk.len()), &[chunk])?;
@@ -440,7 +440,7 @@ struct LinkControl {
     session: Arc<Session>,
     channel: Channel,
     platform: Arc<dyn Platform>,
-    /// Serial numbers of attached disks, to forget them by.
+    /// Serial numbers of attached disks, for [`Platform::forget_disk`].
     serials: HashMap<svm_protocol::DiskId, String>,
     /// Highest channel opened so far: numbers are not used twice in a session.
     last: u32,

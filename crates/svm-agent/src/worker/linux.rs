@@ -1,13 +1,13 @@
 //! The worker process: the agent behind the jail, on Linux.
 //!
 //! ```text
-//!   descriptor 0  control socket (messages with descriptors)      2  what it says, kept by the daemon
+//!   descriptor 0  control socket (messages with descriptors)      2  its messages, kept by the daemon
 //!   worker ─ jail ─ Hello ─ serve … end of control ─ exit, whatever still runs
 //! ```
 //!
-//! Started by `svm::embedded` as `lcow-graphdriver worker`; not meant for people, except for
-//! `worker --self-test NAME [--without-seccomp]`, which locks itself in, attempts one forbidden thing from inside and
-//! prints what came of it.
+//! Started by `svm::embedded` as `lcow-graphdriver worker`; not meant for interactive use, except for
+//! `worker --self-test NAME [--without-seccomp]`, which enters the jail, attempts one forbidden action and prints
+//! the result.
 
 use crate::{
     channel::AgentChannel,
@@ -39,9 +39,9 @@ use svm_protocol::{
     },
 };
 
-/// Address space where the variable is missing.
+/// Address space if the variable is unset; bytes.
 const DEFAULT_MEMORY: u64 = 8 << 30;
-/// Descriptors of a worker: disks and channels, see [`MAX_DISKS`](svm_protocol::MAX_DISKS) and [`MAX_OPERATIONS`](svm_protocol::MAX_OPERATIONS).
+/// The maximum number of descriptors of a worker: disks and channels, see [`MAX_DISKS`](svm_protocol::MAX_DISKS) and [`MAX_OPERATIONS`](svm_protocol::MAX_OPERATIONS).
 const DESCRIPTORS: u64 = 4096;
 
 /// Runs a worker to its end; the process's exit status. `args` is what follows `worker`.

@@ -1,12 +1,12 @@
 //! The worker process: the agent behind the jail, on Windows.
 //!
 //! ```text
-//!   standard input  control pipe (frames; a handle's number beside)      2  what it says, kept by the daemon
+//!   standard input  control pipe (frames; a handle's number beside)      2  its messages, kept by the daemon
 //!   worker ─ jail ─ Hello ─ serve … end of control ─ exit, whatever still runs
 //! ```
 //!
-//! Started by `svm::embedded` as `lcow-graphdriver worker`; not meant for people. The daemon has put every handle into
-//! this process before it tells its number.
+//! Started by `svm::embedded` as `lcow-graphdriver worker`; not meant for interactive use. The daemon duplicates every
+//! handle into this process before it sends its number.
 
 use crate::{
     channel::AgentChannel,
