@@ -12,7 +12,6 @@ use disk_io::{MemDisk, SubDisk};
 use ext4_image::{
     check::{CheckLimits, check},
     format::{BlankOptions, blank},
-    writer::WriterOptions,
 };
 use layer_codec::{
     apply::{ApplyOptions, NoLowers, apply},
@@ -60,7 +59,7 @@ fn tar() -> Vec<u8> {
 
 fn codec(c: &mut Criterion) {
     let tar = tar();
-    let options = ApplyOptions::new(WriterOptions::default());
+    let options = ApplyOptions::default();
     let (image, exact) = (MemDisk::new(), MemDisk::new());
     let summary =
         apply(tar.as_slice(), &image, &exact, &mut NoLowers, &options).expect("the tar can be applied");

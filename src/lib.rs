@@ -33,13 +33,13 @@
 //! ```text
 //! main         │ cli
 //! cli          │ api config disk-io driver ext4-image layer-codec lcow-sys listen migrate store svm svm-agent svm-protocol telemetry verity-tree vhd-image
-//! api          │ driver store telemetry
+//! api          │ driver layer-codec store telemetry
 //! migrate      │ config driver store svm vhd-image
 //! driver       │ config disk-io ext4-image lcow-sys store svm telemetry verity-tree vhd-image
-//! store        │ lcow-sys
+//! store        │ layer-codec lcow-sys
 //! svm          │ disk-io lcow-sys svm-protocol vhd-image
 //! listen       │ lcow-sys
-//! config       │
+//! config       │ layer-codec
 //! telemetry    │
 //! svm-agent    │ disk-io ext4-image layer-codec lcow-sys svm-protocol verity-tree vhd-image
 //! svm-protocol │ disk-io ext4-image layer-codec layer-tar lcow-sys verity-tree

@@ -3,8 +3,7 @@
 
 use lcow_sys::linux::{
     byhandle::{self, Name, Tree},
-    freeze,
-    idmap::{self, IdMapping},
+    freeze, idmap,
     loopdev::{self, LoopDevice, LoopSpec},
     mount::{self, Ext4Options},
     mountinfo,
@@ -313,7 +312,7 @@ fn an_idmapped_view_shows_shifted_ids() {
     let source = scene.mount_image(&image, "source", Ext4Options::default());
     fs::write(source.join("file"), "x").unwrap();
     std::os::unix::fs::chown(source.join("file"), Some(33), Some(44)).unwrap();
-    let map = [IdMapping { inside: 0, outside: 500_000, count: 65_536 }];
+    let map = ["0 500000 65536"];
     let namespace = idmap::user_namespace(&map, &map).unwrap();
     let target = scene.dir("mapped");
     idmap::mount_idmapped(&source, &target, &namespace, true).unwrap();
@@ -336,5 +335,5 @@ fn an_idmapped_view_shows_shifted_ids() {
     overlay::mount_overlay(&spec, OverlayMethod::Auto).unwrap();
     scene.mounts.push(merged.clone());
     assert_eq!(fs::metadata(merged.join("file")).unwrap().uid(), 500_033);
-    assert!(idmap::user_namespace(&[IdMapping { inside: 0, outside: 0, count: 0 }], &map).is_err());
+    assert!(idmap::user_namespace(&["0 0 0"], &map).is_err());
 }

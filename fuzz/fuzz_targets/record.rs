@@ -7,7 +7,6 @@
 
 use bound::{Counted, Limit};
 use disk_io::MemDisk;
-use ext4_image::writer::WriterOptions;
 use layer_codec::{
     apply::{ApplyOptions, NoLowers, apply},
     record,
@@ -32,7 +31,7 @@ static SAMPLE: LazyLock<Sample> = LazyLock::new(|| {
     // Made by GNU tar: folders, files, a link, a long name, an xattr.
     let tar = include_bytes!("../corpus/tar_apply/gnu.tar").to_vec();
     let (image, exact) = (MemDisk::new(), MemDisk::new());
-    let options = ApplyOptions::new(WriterOptions::default());
+    let options = ApplyOptions::default();
     apply(tar.as_slice(), &image, &exact, &mut NoLowers, &options).expect("a sound tar");
     Sample { tar, image, record: exact.to_vec() }
 });

@@ -3,10 +3,10 @@
 
 use bound::{Counted, Limit};
 use disk_io::{MemDisk, SubDisk};
-use ext4_image::{check, writer::WriterOptions};
+use ext4_image::check;
 use layer_codec::{
     LayerKind, LayerSource, NoHooks,
-    apply::{ApplyOptions, NoLowers, Verity, apply},
+    apply::{ApplyOptions, NoLowers, apply},
     export, record,
 };
 use libfuzzer_sys::fuzz_target;
@@ -30,11 +30,11 @@ fuzz_target!(|tar: &[u8]| LIMIT.hold(tar.len(), || one(tar)));
 fn one(tar: &[u8]) {
     let image = Counted(MemDisk::new());
     let exact = Counted(MemDisk::new());
-    let mut options =
-        ApplyOptions::new(WriterOptions { max_image_bytes: MAX_IMAGE, ..WriterOptions::default() });
-    if tar.len().is_multiple_of(2) {
-        options.verity = Verity::Tree { scratch: None };
-    }
+    let options = ApplyOptions {
+        max_image_bytes: MAX_IMAGE,
+        verity: tar.len().is_multiple_of(2),
+        ..ApplyOptions::default()
+    };
     let Ok(summary) = apply(tar, &image, &exact, &mut NoLowers, &options) else { return };
     assert_eq!(summary.tar_bytes, tar.len() as u64);
     let mut back = Vec::new();

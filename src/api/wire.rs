@@ -2,7 +2,7 @@
 //!
 //! Unknown fields are ignored, missing ones are empty: Go leaves zero values out (`omitempty`).
 
-use crate::store::IdRange;
+use layer_codec::IdRange;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 

@@ -17,6 +17,7 @@ use figment::{
     Figment,
     providers::{Env, Format, Toml},
 };
+use layer_codec::apply::Profile;
 use std::{
     collections::BTreeMap,
     fmt,
@@ -227,14 +228,7 @@ pub const SPECS: &[OptionSpec] = &[
         default: "default",
         accepts: "default or hcsshim",
         help: "Layout of applied layers: this project's, or byte for byte what hcsshim's tar2ext4 writes for LCOW.",
-        set: |o, v| {
-            o.profile = match v {
-                "default" => LayoutProfile::Default,
-                "hcsshim" => LayoutProfile::Hcsshim,
-                _ => return None,
-            };
-            Some(())
-        },
+        set: |o, v| v.parse().ok().map(|v| o.profile = v),
         show: |o| o.profile.to_string(),
     },
     OptionSpec {
@@ -367,15 +361,6 @@ pub enum OverlayApi {
     Legacy,
 }
 
-/// `lcow.profile`
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LayoutProfile {
-    /// Clean for e2fsck, with checksums and small images.
-    Default,
-    /// As hcsshim's `tar2ext4` for a maximum disk of 128 GiB; what that tool refuses is refused.
-    Hcsshim,
-}
-
 macro_rules! show_as {
     ($kind:ty: $($variant:ident = $text:literal),*) => {
         impl fmt::Display for $kind {
@@ -394,7 +379,6 @@ show_as!(SvmKind: Embedded = "embedded");
 show_as!(JailKind: Auto = "auto", Strict = "strict", BestEffort = "best-effort");
 show_as!(Acceleration: Auto = "auto", Kvm = "kvm", Tcg = "tcg");
 show_as!(MountKind: Overlay = "overlay", None = "none");
-show_as!(LayoutProfile: Default = "default", Hcsshim = "hcsshim");
 show_as!(OverlayApi: Auto = "auto", New = "new", Legacy = "legacy");
 
 /// The values of all options.
@@ -429,7 +413,7 @@ pub struct Options {
     /// `lcow.xino`
     pub xino: bool,
     /// `lcow.profile`
-    pub profile: LayoutProfile,
+    pub profile: Profile,
     /// `lcow.blocksize`, bytes
     pub block_size: u32,
     /// `lcow.timeout`
@@ -465,7 +449,7 @@ impl Default for Options {
             mount: MountKind::None,
             overlay_api: OverlayApi::Auto,
             xino: false,
-            profile: LayoutProfile::Default,
+            profile: Profile::Default,
             block_size: 0,
             idle_timeout: Duration::ZERO,
             pool_spares: 0,

@@ -5,7 +5,7 @@ use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered, pr
 use crate::store::guard;
 use crate::{
     config::Options,
-    store::{DiskThread, IdRange, InitRecord, Layer, Store},
+    store::{DiskThread, InitRecord, Layer, Store},
     svm::{self, Mode, Pool, PoolConfig},
 };
 use std::{path::Path, sync::Arc};
@@ -225,12 +225,7 @@ impl Home {
 
     /// The maps in the form of service VMs.
     pub(super) fn id_maps(&self) -> svm::IdMaps {
-        let convert = |maps: &[IdRange]| {
-            maps.iter()
-                .map(|m| svm::IdRange { container_id: m.container_id, host_id: m.host_id, size: m.size })
-                .collect()
-        };
-        svm::IdMaps { uids: convert(&self.init.uid_maps), gids: convert(&self.init.gid_maps) }
+        svm::IdMaps { uids: self.init.uid_maps.clone(), gids: self.init.gid_maps.clone() }
     }
 
     /// Closes the home and the layers' folders to everybody but their owner; with userns-remap the mapped root's group
@@ -266,20 +261,13 @@ pub(super) fn options_of(init: &InitRecord, config: &DriverConfig) -> Result<Opt
 
 #[cfg(target_os = "linux")]
 fn remap(init: &InitRecord) -> Result<Option<Arc<std::os::fd::OwnedFd>>, DriverError> {
-    use lcow_sys::linux::idmap::{IdMapping, user_namespace};
+    use lcow_sys::linux::idmap::user_namespace;
     if init.uid_maps.is_empty() && init.gid_maps.is_empty() {
         return Ok(None);
     }
-    let convert = |maps: &[IdRange]| -> Vec<IdMapping> {
-        maps.iter().map(|m| IdMapping { inside: m.container_id, outside: m.host_id, count: m.size }).collect()
-    };
-    user_namespace(&convert(&init.uid_maps), &convert(&init.gid_maps)).map(|fd| Some(Arc::new(fd))).map_err(
-        |source| DriverError::Mount {
-            id: "-".into(),
-            action: "make the user namespace of Init's maps",
-            source,
-        },
-    )
+    user_namespace(&init.uid_maps, &init.gid_maps).map(|fd| Some(Arc::new(fd))).map_err(|source| {
+        DriverError::Mount { id: "-".into(), action: "make the user namespace of Init's maps", source }
+    })
 }
 
 #[cfg(target_os = "linux")]

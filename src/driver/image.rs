@@ -11,7 +11,7 @@
 
 use super::DriverError;
 use crate::{
-    config::{LayoutProfile, Options},
+    config::Options,
     store::{AppliedMeta, StoreError},
     svm::{ApplySummary, CheckSummary, DiskSource, Profile},
 };
@@ -58,14 +58,7 @@ pub(super) struct Asked {
 
 impl Asked {
     pub(super) fn of(options: &Options) -> Self {
-        Self {
-            profile: match options.profile {
-                LayoutProfile::Default => Profile::Default,
-                LayoutProfile::Hcsshim => Profile::Hcsshim,
-            },
-            verity: options.verity,
-            max_image_bytes: options.max_layer_bytes,
-        }
+        Self { profile: options.profile, verity: options.verity, max_image_bytes: options.max_layer_bytes }
     }
 
     /// Holds what a VM says it has made against what was asked for and what its file is, and writes the footer. `image`

@@ -32,8 +32,8 @@ use crate::{
         durable, layout, owners_note,
     },
     svm::{
-        ApplyJob, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary,
-        LayerDisk, LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
+        ApplyJob, ApplyLimits, ApplyOptions, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind,
+        ExportSummary, LayerDisk, LayerKind, LiveControl, ParentDisks, Purpose, SvmError, TarStream,
     },
     telemetry::{Phase, PhaseTimer, Phases, Transfer},
 };
@@ -76,6 +76,13 @@ pub(super) struct Comparison {
 /// What makes the sandboxes of a comparison stand still, for a lease.
 fn control(live: Option<Arc<Stillness>>) -> Option<Arc<dyn LiveControl>> {
     live.map(|live| live as Arc<dyn LiveControl>)
+}
+
+/// What a tar may hold whose image has at most so many bytes: twice as many bytes, since data may be sparse or removed
+/// again, and headers take room.
+fn tar_limits(max_layer_bytes: u64) -> ApplyLimits {
+    let limits = ApplyLimits::default();
+    ApplyLimits { tar_bytes: limits.tar_bytes.min(max_layer_bytes.saturating_mul(2)), ..limits }
 }
 
 impl Driver {
@@ -529,11 +536,13 @@ impl Home {
             lowers,
             larger: Some(Arc::new(files.clone())),
             options: ApplyOptions {
-                profile: Asked::of(&self.options).profile,
+                profile: self.options.profile,
                 block_size: self.options.block_size,
                 max_image_bytes: self.options.max_layer_bytes,
                 verity: self.options.verity,
                 id_maps: self.id_maps(),
+                limits: tar_limits(self.options.max_layer_bytes),
+                ..ApplyOptions::default()
             },
         };
         let waiting = phases.begin(Transfer::Apply, Phase::Wait);

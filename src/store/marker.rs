@@ -1,6 +1,7 @@
 //! The store marker and what Init said.
 
 use super::{StoreError, durable, layout};
+use layer_codec::IdRange;
 use serde::{Deserialize, Serialize};
 use std::{
     path::Path,
@@ -9,17 +10,6 @@ use std::{
 
 /// The store format that this program writes.
 pub const STORE_FORMAT: u32 = 1;
-
-/// One range of a user-namespace map, as dockerd sends it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IdRange {
-    /// First id inside the container.
-    pub container_id: u32,
-    /// First id on the host.
-    pub host_id: u32,
-    /// Number of ids.
-    pub size: u32,
-}
 
 /// What the last Init for this home said. The engine does not repeat it after a crash of the plugin.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

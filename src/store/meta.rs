@@ -1,6 +1,6 @@
 //! `layer.json`: the state of a layer and the facts about its files.
 
-use super::marker::IdRange;
+use layer_codec::IdRange;
 use serde::{Deserialize, Serialize};
 
 /// State of a layer. Every change is one atomic rename of `layer.json`.

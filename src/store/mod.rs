@@ -47,7 +47,7 @@ pub use error::StoreError;
 pub use id::{LayerId, MAX_ID_BYTES, REMOVING_SUFFIX};
 pub use layout::Layout;
 pub use lock::{OwnerLock, holder};
-pub use marker::{IdRange, InitRecord, Marker, STORE_FORMAT};
+pub use marker::{InitRecord, Marker, STORE_FORMAT};
 pub use meta::{AppliedMeta, LayerMeta, LayerState, LayerWishes, owners_note};
 pub use repair::{Debris, GcReport};
 pub use thread::DiskThread;

@@ -1,6 +1,7 @@
 //! Tests of the store: states, crash points, removal.
 
 use super::*;
+use layer_codec::IdRange;
 use std::{fs, path::Path};
 
 /// Tests wait where they stand.

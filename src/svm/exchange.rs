@@ -48,7 +48,7 @@ const COPIED_BELOW: usize = 4 << 10;
 /// What the agent sent.
 pub(super) enum Incoming {
     Data(Bytes),
-    Event(svm_protocol::Event),
+    Event(svm_protocol::OperationEvent),
     Result(Bytes),
 }
 
@@ -569,7 +569,7 @@ mod tests {
     }
 
     fn replaying(bytes: u64) -> Vec<u8> {
-        serde_json::to_vec(&svm_protocol::Event::Replaying { bytes }).unwrap()
+        serde_json::to_vec(&svm_protocol::OperationEvent::Replaying { bytes }).unwrap()
     }
 
     #[tokio::test]
@@ -619,7 +619,7 @@ mod tests {
                     let (back, word) = receiver.next_owned().await;
                     receiver = back;
                     match word {
-                        Ok(Incoming::Event(svm_protocol::Event::Replaying { .. })) => {
+                        Ok(Incoming::Event(svm_protocol::OperationEvent::Replaying { .. })) => {
                             receiver.excuse();
                             heard += 1;
                         }

@@ -37,8 +37,8 @@ pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
 pub use replays::within as replayed_within;
 pub use stream::TarStream;
 pub use svm_protocol::{
-    ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId, ErrorKind,
-    ExportSummary, IdMaps, IdRange, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
+    ApplyLimits, ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId,
+    ErrorKind, ExportSummary, IdMaps, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
 };
 
 use futures_util::future::BoxFuture;
@@ -254,7 +254,7 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
     fn console(&self) -> String;
 
     /// Whether the daemon digests the tars that pass, and not the agent
-    /// ([`AgentChannel::daemon_digests`](svm_agent::operation::AgentChannel::daemon_digests)).
+    /// ([`AgentChannel::daemon_digests`](svm_agent::channel::AgentChannel::daemon_digests)).
     fn daemon_digests(&self) -> bool {
         false
     }

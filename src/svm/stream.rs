@@ -18,7 +18,7 @@ use std::{
     task::{Context, Poll},
     time::Duration,
 };
-use svm_protocol::{Event, FrameType};
+use svm_protocol::{FrameType, OperationEvent};
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},
@@ -178,8 +178,8 @@ impl Freeze {
                 }
                 Incoming::Event(event) => {
                     match (event, self.is_frozen()) {
-                        (Event::MetadataRead, true) => self.thaw().await?,
-                        (Event::BeforeRecheck, false) if self.left > 0 => self.freeze().await?,
+                        (OperationEvent::MetadataRead, true) => self.thaw().await?,
+                        (OperationEvent::BeforeRecheck, false) if self.left > 0 => self.freeze().await?,
                         _ => return Err(receiver.protocol(format!("unexpected event {event:?}"))),
                     }
                     if let Err(e) = self.within(sender.frame(FrameType::Resume, &[])).await? {

@@ -68,7 +68,11 @@ fn odd_but_legal_streams_come_back() {
     for (what, tar) in cases {
         let applied = apply_ok(&tar);
         let (image, kept) = (applied.image().expect("an image"), applied.record().expect("a record"));
-        assert_eq!(record::verify(&image, &kept).expect(what).tar_bytes, tar.len() as u64, "{what}");
+        assert_eq!(
+            record::replay(&image, &kept, std::io::sink()).expect(what).tar_bytes,
+            tar.len() as u64,
+            "{what}"
+        );
     }
 }
 

@@ -8,12 +8,13 @@ use crate::{
 use disk_io::{MemDisk, ReadAt};
 use ext4_image::{
     BlockSize, Timestamp, Xattr,
-    writer::{Attributes, NodeKind, WriterOptions},
+    writer::{Attributes, NodeKind},
 };
 use layer_codec::{
     DiffError,
     apply::{
-        ApplyOptions, ApplySummary, Growth, LowerLayers, LowerNode, NoLowers, Verity, apply, apply_growing,
+        ApplyOptions, ApplyResources, ApplySummary, Growth, LowerLayers, LowerNode, NoLowers, apply,
+        apply_growing,
     },
     record,
 };
@@ -136,11 +137,12 @@ fn attributes(tar: Tar) -> Tar {
 }
 
 fn options(block_size: BlockSize, verity: bool) -> ApplyOptions {
-    let mut options = ApplyOptions::new(WriterOptions { block_size, ..WriterOptions::default() });
-    if verity {
-        options.verity = Verity::Tree { scratch: Some(Arc::new(MemDisk::new())) };
-    }
-    options
+    ApplyOptions { block_size: block_size.bytes(), verity, ..ApplyOptions::default() }
+}
+
+/// A scratch disk for hash trees.
+fn scratch() -> ApplyResources {
+    ApplyResources { scratch: Some(Arc::new(MemDisk::new())), told_digest: None }
 }
 
 /// Applies from the start in 4 KiB blocks: image, record, and what is said of them.
@@ -161,6 +163,7 @@ fn check(what: &str, tar: &[u8], grows: bool) {
             record.clone(),
             &mut Below,
             &options(start, verity),
+            &scratch(),
             &mut second,
         )
         .unwrap_or_else(|e| panic!("{what}: {}", report(&e)));
@@ -228,7 +231,8 @@ fn a_file_beyond_the_smaller_blocks_reach_is_taken() {
     let mut second = Second::default();
     let (first, record) = (Disk::default(), Disk::default());
     let small = options(BlockSize::B1024, false);
-    let summary = apply_growing(&tar[..], first, record, &mut NoLowers, &small, &mut second).unwrap();
+    let summary =
+        apply_growing(&tar[..], first, record, &mut NoLowers, &small, &scratch(), &mut second).unwrap();
     let (image, record) = second.pair.expect("larger blocks");
     let (expected_image, expected_record, expected) =
         from_the_start(&tar, &options(BlockSize::LARGEST, false));
@@ -241,15 +245,29 @@ fn what_no_block_holds_is_refused_and_so_is_what_nobody_has_disks_for() {
     let too_long = long_link(ordinary(Tar::new()), 4096).end();
     let mut second = Second::default();
     let small = options(BlockSize::B1024, false);
-    let refused =
-        apply_growing(&too_long[..], Disk::default(), Disk::default(), &mut NoLowers, &small, &mut second);
+    let refused = apply_growing(
+        &too_long[..],
+        Disk::default(),
+        Disk::default(),
+        &mut NoLowers,
+        &small,
+        &scratch(),
+        &mut second,
+    );
     let text = report(&refused.unwrap_err());
     assert!(text.contains("long") && text.contains("4096 bytes"), "{text}");
     assert!(second.pair.is_none(), "larger blocks would not have helped");
     // The second need is one too many.
     let twice = long_link(long_link(ordinary(Tar::new()), 3000), 4096).end();
-    let refused =
-        apply_growing(&twice[..], Disk::default(), Disk::default(), &mut NoLowers, &small, &mut second);
+    let refused = apply_growing(
+        &twice[..],
+        Disk::default(),
+        Disk::default(),
+        &mut NoLowers,
+        &small,
+        &scratch(),
+        &mut second,
+    );
     assert!(report(&refused.unwrap_err()).contains("4095"));
     assert!(second.dropped);
     let tar = long_link(Tar::new(), 1024).end();
@@ -263,10 +281,10 @@ fn limits_are_those_of_the_final_image() {
     let (.., whole) = from_the_start(&tar, &options(BlockSize::LARGEST, false));
     let limited = |limit| {
         let mut small = options(BlockSize::B1024, false);
-        small.writer.max_image_bytes = limit;
-        small.max_tar_bytes = tar.len() as u64;
+        small.max_image_bytes = limit;
+        small.limits.tar_bytes = tar.len() as u64;
         let (first, record) = (Disk::default(), Disk::default());
-        apply_growing(&tar[..], first, record, &mut NoLowers, &small, &mut Second::default())
+        apply_growing(&tar[..], first, record, &mut NoLowers, &small, &scratch(), &mut Second::default())
     };
     assert_eq!(limited(whole.image_bytes).unwrap(), whole);
     let error = limited(whole.image_bytes - 4096).unwrap_err();
@@ -278,7 +296,8 @@ fn a_grown_image_is_sound_for_e2fsck() {
     let tar = attributes(long_link(ordinary(Tar::new()), 3000)).file("many", b"x").end();
     let mut second = Second::default();
     let small = options(BlockSize::B1024, false);
-    apply_growing(&tar[..], Disk::default(), Disk::default(), &mut NoLowers, &small, &mut second).unwrap();
+    apply_growing(&tar[..], Disk::default(), Disk::default(), &mut NoLowers, &small, &scratch(), &mut second)
+        .unwrap();
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), second.pair.unwrap().0.to_vec()).unwrap();
     run(Command::new("e2fsck").arg("-fn").arg(file.path()));
@@ -340,6 +359,7 @@ fn a_disk_that_lost_what_was_written_is_found_out() {
     let small = options(BlockSize::B1024, false);
     let first = Forgetful(Disk::default());
     let error =
-        apply_growing(&tar[..], first, Disk::default(), &mut NoLowers, &small, &mut Honest).unwrap_err();
-    assert!(report(&error).contains("reads back otherwise"), "{}", report(&error));
+        apply_growing(&tar[..], first, Disk::default(), &mut NoLowers, &small, &scratch(), &mut Honest)
+            .unwrap_err();
+    assert!(report(&error).contains("differs from what was written"), "{}", report(&error));
 }

@@ -1,7 +1,7 @@
 //! Applying a tar, with all checks that hold for every layer.
 
 use crate::tree::{Tree, snapshot};
-use ext4_image::{testing::loop_mount, writer::WriterOptions};
+use ext4_image::testing::loop_mount;
 use layer_codec::{
     DiffError, DigestKind, TarDigest,
     apply::{ApplyOptions, ApplySummary, LowerLayers, NoLowers, apply},
@@ -91,7 +91,7 @@ pub(crate) fn run(command: &mut Command) -> Vec<u8> {
 }
 
 pub(crate) fn options() -> ApplyOptions {
-    ApplyOptions::new(WriterOptions::default())
+    ApplyOptions::default()
 }
 
 fn create(path: &Path) -> File {

@@ -11,8 +11,8 @@ use ext4_image::{
     writer::{Attributes, NodeKind},
 };
 use layer_codec::{
-    DiffError,
-    apply::{ApplyOptions, IdMap, LowerLayers, LowerNode, NoLowers},
+    DiffError, IdMaps, IdRange,
+    apply::{ApplyLimits, ApplyOptions, LowerLayers, LowerNode, NoLowers},
 };
 
 /// A tree in short: name, kind, and what matters of it.
@@ -291,8 +291,8 @@ fn xattrs() {
 
 #[test]
 fn owners_outside_of_the_engines_map_are_refused_with_entry_id_and_range() {
-    let map = vec![IdMap { container: 0, host: 100_000, len: 2000 }];
-    let mapped = ApplyOptions { uid_map: map.clone(), gid_map: map, ..options() };
+    let map = vec![IdRange { container_id: 0, host_id: 100_000, size: 2000 }];
+    let mapped = ApplyOptions { id_maps: IdMaps { uids: map.clone(), gids: map }, ..options() };
     // The host's id of the containers' root is root, by moby's rule.
     let tar = Tar::new()
         .file("d/f", b"1")
@@ -338,15 +338,17 @@ fn owners_outside_of_the_engines_map_are_refused_with_entry_id_and_range() {
 fn refused_entries_are_named() {
     let t = Tar::new;
     let limited = ApplyOptions {
-        max_entries: 3,
-        max_path_bytes: 50,
-        max_depth: 4,
-        max_xattr_bytes: 20,
-        max_trailing_bytes: 100,
-        max_tar_bytes: 1 << 20,
+        limits: ApplyLimits {
+            entries: 3,
+            path_bytes: 50,
+            depth: 4,
+            xattr_bytes: 20,
+            trailing_bytes: 100,
+            tar_bytes: 1 << 20,
+        },
         ..options()
     };
-    let deep = ApplyOptions { max_entries: 99, ..limited.clone() };
+    let deep = ApplyOptions { limits: ApplyLimits { entries: 99, ..limited.limits }, ..options() };
     let loops = (0..50).fold(t(), |t, i| t.symlink(&format!("l{i}"), &format!("l{}", i + 1)));
     let with_tail = |n: usize| Tar([t().end(), vec![1; n]].concat());
     let cases: Vec<(&str, Tar, Option<&ApplyOptions>, &str)> = vec![
@@ -354,10 +356,10 @@ fn refused_entries_are_named() {
         ("link escape", t().link("a", "../b"), None, "leaves the layer's root"),
         ("dangling link", t().link("a", "b"), None, "hard link to \"b\""),
         ("dangling link to a whiteout", t().file(".wh.b", b"").link("a", "b"), None, "hard link to \"b\""),
-        ("circle", t().link("a", "b").link("b", "a"), None, "circle"),
-        ("link to a folder", t().dir("d", 0o755).link("a", "d"), None, "folder \"d\""),
-        ("later folder", t().link("a", "d").dir("d", 0o755), None, "folder \"d\""),
-        ("file as parent", t().file("f", b"").file("f/g", b""), None, "parent is not a folder"),
+        ("circle", t().link("a", "b").link("b", "a"), None, "leads back to itself"),
+        ("link to a folder", t().dir("d", 0o755).link("a", "d"), None, "directory \"d\""),
+        ("later folder", t().link("a", "d").dir("d", 0o755), None, "directory \"d\""),
+        ("file as parent", t().file("f", b"").file("f/g", b""), None, "parent is not a directory"),
         ("whiteout as folder", t().file(".wh.a/b", b""), None, "whiteout's name"),
         ("whiteout of nothing", t().file("d/.wh.", b""), None, "whiteout without a name"),
         ("whiteout of ..", t().file("d/.wh...", b""), None, "whiteout without a name"),
@@ -476,7 +478,7 @@ fn links_to_layers_below() {
     assert_eq!(applied.summary.diff_size, (1 << 20) + 1 + 1);
 
     for (tar, text) in [
-        (Tar::new().link("a", "etc"), "folder \"etc\""),
+        (Tar::new().link("a", "etc"), "directory \"etc\""),
         (Tar::new().file("etc/.wh.f", b"").link("a", "etc/f"), "neither in this layer"),
         (Tar::new().file("etc/.wh..wh..opq", b"").link("a", "etc/f"), "neither in this layer"),
         (Tar::new().file(".wh.etc", b"").link("a", "etc/f"), "neither in this layer"),

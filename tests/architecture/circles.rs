@@ -11,7 +11,10 @@
 //! looked at: they may use what they test and more.
 //! Called by the test of the same name in `main`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+};
 
 /// A module's path below its crate.
 type Module = Vec<String>;
@@ -44,7 +47,8 @@ pub(crate) fn circles(sources: &[Source]) -> Vec<String> {
         let mut text = String::from("circle:");
         for ((from, to), names) in arrows.iter().filter(|((a, b), _)| set.contains(a) && set.contains(b)) {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            text += &format!("\n  {} -> {}: {}", sources[*from].name, sources[*to].name, names.join(", "));
+            let (from, to) = (&sources[*from].name, &sources[*to].name);
+            let _ = write!(text, "\n  {from} -> {to}: {}", names.join(", "));
         }
         found.push(text);
     }

@@ -1,13 +1,13 @@
 //! Every fault of that tool, and what the default profile makes of the same tar: one test a fault.
 
 use crate::{
-    image::{Image, hcsshim, make, make_from, text},
+    image::{Image, hcsshim, in_hcsshim, make, make_from, text},
     kernel::{Mounted, mount, tree},
     profile,
     tars::{Meta, Tar},
 };
-use ext4_image::{BlockSize, Ext4, hcsshim::LCOW_MAX_DISK, writer::WriterOptions};
-use layer_codec::apply::Profile;
+use ext4_image::{Ext4, hcsshim::LCOW_MAX_DISK};
+use layer_codec::apply::ApplyOptions;
 use std::{
     fs,
     io::{self, Read},
@@ -18,7 +18,7 @@ use std::{
 
 /// An image of the default profile, for which `e2fsck -fn` says nothing and gives 0.
 fn default(tar: &[u8]) -> Image {
-    let image = make(tar, Profile::Default).unwrap_or_else(|e| panic!("{}", text(&e)));
+    let image = make(tar, ApplyOptions::default()).unwrap_or_else(|e| panic!("{}", text(&e)));
     assert_clean(&image);
     image
 }
@@ -64,14 +64,14 @@ fn e2fsck_finds_nothing_where_it_finds_fault_with_the_tools_images() {
         let tar = (case.tar)();
         // Names that begin above the root and attributes that Linux refuses are errors in this profile; everything else of
         // the corpus is taken.
-        match make(&tar, Profile::Default) {
+        match make(&tar, ApplyOptions::default()) {
             Ok(image) => assert_clean(&image),
             Err(e) => {
                 let e = text(&e);
                 if e.contains("a symbolic link's target has") {
                     // As long as a block: larger blocks take it.
-                    let writer = WriterOptions { block_size: BlockSize::B4096, ..WriterOptions::default() };
-                    let image = make_from(tar.as_slice(), Profile::Default, writer, |_, _| {});
+                    let options = ApplyOptions { block_size: 4096, ..ApplyOptions::default() };
+                    let image = make_from(tar.as_slice(), options, |_, _| {});
                     assert_clean(&image.unwrap_or_else(|e| panic!("{}: {}", case.name, text(&e))));
                     continue;
                 }
@@ -163,8 +163,8 @@ fn what_the_tool_refuses_is_applied() {
 #[test]
 fn the_same_tar_gives_the_same_file() {
     let tar = crate::tars::random(4, 80, crate::tars::Wildness::Inside);
-    for profile in [Profile::Default, Profile::Hcsshim(profile(LCOW_MAX_DISK, true, true))] {
-        let [a, b] = [(); 2].map(|()| make(&tar, profile).unwrap_or_else(|e| panic!("{}", text(&e))));
+    for options in [ApplyOptions::default(), in_hcsshim(profile(LCOW_MAX_DISK, true, true))] {
+        let [a, b] = [(); 2].map(|()| make(&tar, options.clone()).unwrap_or_else(|e| panic!("{}", text(&e))));
         // UUIDs, tree and footer included.
         assert!(fs::read(a.path()).expect("an image") == fs::read(b.path()).expect("an image"));
     }
@@ -176,8 +176,7 @@ fn many_small_files_stay_small() {
     let tar = made(300_000, |i| {
         Tar::default().file(&format!("d{:03}/file-{i}", i / 1000), &[i as u8 | 1; 200]).bytes()
     });
-    let image = make_from(tar, Profile::Default, WriterOptions::default(), |_, _| {})
-        .unwrap_or_else(|e| panic!("{}", text(&e)));
+    let image = make_from(tar, ApplyOptions::default(), |_, _| {}).unwrap_or_else(|e| panic!("{}", text(&e)));
     assert!(image.summary.image_bytes <= 175_000_000, "{} bytes", image.summary.image_bytes);
     assert_clean(&image);
 }
@@ -195,8 +194,7 @@ fn a_layer_like_node_modules_is_at_most_a_fifth_larger_than_its_tar() {
             )
             .bytes()
     });
-    let image = make_from(tar, Profile::Default, WriterOptions::default(), |_, _| {})
-        .unwrap_or_else(|e| panic!("{}", text(&e)));
+    let image = make_from(tar, ApplyOptions::default(), |_, _| {}).unwrap_or_else(|e| panic!("{}", text(&e)));
     let summary = &image.summary;
     println!("{} bytes of image for {} of tar", summary.image_bytes, summary.tar_bytes);
     assert!(
@@ -232,8 +230,7 @@ fn name(i: u64) -> String {
 fn lookups_in_a_folder_of_100_000_are_as_fast_as_in_a_folder_of_the_kernels() {
     const COUNT: u64 = 100_000;
     let tar = made(COUNT, |i| Tar::default().file(&format!("many/{}", name(i)), b"").bytes());
-    let image = make_from(tar, Profile::Default, WriterOptions::default(), |_, _| {})
-        .unwrap_or_else(|e| panic!("{}", text(&e)));
+    let image = make_from(tar, ApplyOptions::default(), |_, _| {}).unwrap_or_else(|e| panic!("{}", text(&e)));
     assert_clean(&image);
     let dir = tempfile::tempdir().expect("a folder");
     let disk = dir.path().join("mkfs.img");
@@ -266,7 +263,7 @@ fn lookups_in_a_folder_of_100_000_are_as_fast_as_in_a_folder_of_the_kernels() {
 #[test]
 fn a_disk_that_no_vhd_can_be_is_refused_before_its_data_come() {
     let tar = Tar::default().claims("huge", 2041 << 30);
-    let e = make(&tar, Profile::Default).map(|_| ()).expect_err("2041 GiB are refused");
+    let e = make(&tar, ApplyOptions::default()).map(|_| ()).expect_err("2041 GiB are refused");
     assert!(text(&e).contains("\"huge\"") && text(&e).contains("at most 2040 GiB"), "{}", text(&e));
     // In profile hcsshim holes take blocks.
     let tar = ["a", "b", "c", "d"]

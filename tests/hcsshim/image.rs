@@ -1,9 +1,8 @@
 //! This project's images, and what others say of them.
 
-use ext4_image::writer::WriterOptions;
 use layer_codec::{
     DiffError,
-    apply::{ApplyOptions, ApplySummary, HcsshimProfile, NoLowers, Profile, Verity, apply},
+    apply::{ApplyOptions, ApplySummary, HcsshimProfile, NoLowers, Profile, apply},
     record,
 };
 use sha2::{Digest, Sha256};
@@ -31,9 +30,9 @@ pub(crate) fn text(e: &DiffError) -> String {
 }
 
 /// Applies a tar, and has the record give it back.
-pub(crate) fn make(tar: &[u8], profile: Profile) -> Result<Image, DiffError> {
+pub(crate) fn make(tar: &[u8], options: ApplyOptions) -> Result<Image, DiffError> {
     let mut back = Vec::with_capacity(tar.len());
-    let image = make_from(tar, profile, WriterOptions::default(), |image, record| {
+    let image = make_from(tar, options, |image, record| {
         record::replay(image, record, &mut back).expect("the tar comes back");
     })?;
     assert!(back == tar, "another tar comes back");
@@ -43,8 +42,7 @@ pub(crate) fn make(tar: &[u8], profile: Profile) -> Result<Image, DiffError> {
 /// Applies a tar from anywhere; `look` gets image and record.
 pub(crate) fn make_from(
     tar: impl Read,
-    profile: Profile,
-    writer: WriterOptions,
+    options: ApplyOptions,
     look: impl FnOnce(&File, &File),
 ) -> Result<Image, DiffError> {
     let dir = tempfile::tempdir().expect("a folder");
@@ -52,15 +50,19 @@ pub(crate) fn make_from(
         File::options().read(true).write(true).create_new(true).open(dir.path().join(name)).expect("a file")
     };
     let (file, record_file) = (create("image"), create("record"));
-    let verity = Verity::Tree { scratch: None };
-    let options = ApplyOptions { profile, verity, ..ApplyOptions::new(writer) };
+    let options = ApplyOptions { verity: true, ..options };
     let summary = apply(tar, &file, &record_file, &mut NoLowers, &options)?;
     look(&file, &record_file);
     Ok(Image { dir, file, summary })
 }
 
 pub(crate) fn hcsshim(tar: &[u8], profile: HcsshimProfile) -> Result<Image, DiffError> {
-    make(tar, Profile::Hcsshim(profile))
+    make(tar, in_hcsshim(profile))
+}
+
+/// The options of a layer in profile `hcsshim`.
+pub(crate) fn in_hcsshim(hcsshim: HcsshimProfile) -> ApplyOptions {
+    ApplyOptions { profile: Profile::Hcsshim, hcsshim, ..ApplyOptions::default() }
 }
 
 pub(crate) fn hex(bytes: &[u8]) -> String {

@@ -1,13 +1,13 @@
 //! Images of both profiles as the kernel mounts them: the same tree, but for `lost+found`.
 
 use crate::{
-    image::{Image, make, text},
+    image::{Image, in_hcsshim, make, text},
     profile,
     tars::{Wildness, random},
     tree::{Tree, assert_same, snapshot},
 };
 use ext4_image::{hcsshim::LCOW_MAX_DISK, testing::loop_mount};
-use layer_codec::apply::Profile;
+use layer_codec::apply::ApplyOptions;
 use std::{
     collections::HashSet,
     fs,
@@ -55,8 +55,8 @@ fn the_kernel_finds_what_it_finds_in_a_default_image() {
     for (seed, inline) in [(4, false), (6, true), (8, false)] {
         let tar = random(seed, 80, Wildness::Inside);
         let made = |p| make(&tar, p).unwrap_or_else(|e| panic!("seed {seed}: {}", text(&e)));
-        let hcsshim = made(Profile::Hcsshim(profile(LCOW_MAX_DISK, true, inline)));
-        let default = made(Profile::Default);
+        let hcsshim = made(in_hcsshim(profile(LCOW_MAX_DISK, true, inline)));
+        let default = made(ApplyOptions::default());
         let mut found = tree(&hcsshim);
         assert!(found.remove("lost+found").is_some(), "hcsshim's images have one");
         // That tool also keeps a symlink's set-id and sticky bits, which mean nothing.

@@ -14,14 +14,15 @@ mod tool;
 use corpus::CASES;
 use ext4_image::{
     check::{CheckLimits, check},
-    hcsshim::{DEFAULT_MAX_DISK, HcsshimOptions, LCOW_MAX_DISK},
+    hcsshim::{DEFAULT_MAX_DISK, LCOW_MAX_DISK},
 };
-use image::{hcsshim, hex, text};
+use image::{hcsshim, text};
 use layer_codec::apply::HcsshimProfile;
 
 fn profile(max_disk: u64, overlay: bool, inline: bool) -> HcsshimProfile {
     HcsshimProfile {
-        image: HcsshimOptions { inline_data: inline, ..HcsshimOptions::new(max_disk) },
+        max_disk_bytes: max_disk,
+        inline_data: inline,
         convert_whiteouts: overlay,
         convert_backslashes: false,
     }
@@ -39,7 +40,7 @@ fn images_and_root_hashes_are_those_of_the_tool() {
             let found = image.digests();
             let found = (found.image.as_str(), found.root.as_str(), found.rest.as_str());
             assert_eq!(found, golden, "{}, {max_disk}", case.name);
-            assert_eq!(image.summary.verity_root.map(|root| hex(&root)).as_deref(), Some(golden.1));
+            assert_eq!(image.summary.verity_root.map(|root| root.to_string()).as_deref(), Some(golden.1));
         }
     }
 }

@@ -11,7 +11,7 @@ use ext4_image::{
     check::{CheckLimits, check},
     hcsshim::LCOW_MAX_DISK,
 };
-use layer_codec::{DiffError, apply::Profile};
+use layer_codec::{DiffError, apply::ApplyOptions};
 
 /// What a tar of this kind is good for in the default profile.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -59,8 +59,8 @@ fn wrong_images_and_refused_tars_are_refused_with_entry_and_reason() {
         (Tar::default().file("x", b"1").file(".wh.x", b""), "has data on the disk", Applied),
         (Tar::default().dir("x").file("x", b"1"), "a directory is there already", Applied),
         (Tar::default().file("x", b"1").dir("x"), "something that is no directory", Applied),
-        (Tar::default().link("x", "y").file("y", b"1"), "not there before it", Applied),
-        (Tar::default().link("x", "below"), "not there before it", Refused),
+        (Tar::default().link("x", "y").file("y", b"1"), "does not precede it", Applied),
+        (Tar::default().link("x", "below"), "does not precede it", Refused),
         (Tar::default().file("x", b"1").file("y", b"2").link("x", "y"), "hard link in the place", Applied),
         (Tar::default().symlink("x", "y").file("x/in", b"1"), "no directory", Applied),
         (Tar::default().file(".wh.", b""), "whiteout without a name", Refused),
@@ -80,7 +80,7 @@ fn wrong_images_and_refused_tars_are_refused_with_entry_and_reason() {
             Err(e) => panic!("{reason}: {}", text(&e)),
             Ok(()) => panic!("{reason}: not refused"),
         }
-        match (make(&tar, Profile::Default), default) {
+        match (make(&tar, ApplyOptions::default()), default) {
             (Ok(image), Applied) => assert_eq!(image.e2fsck(), Vec::<String>::new(), "{reason}"),
             (Err(_), Refused) => {}
             (Ok(_), Refused) => panic!("{reason}: the default profile takes it"),

@@ -2,19 +2,15 @@
 
 use crate::{
     corpus::{CASES, Case},
-    image::{Image, digests, hcsshim, hide_ids, make_from, text},
+    image::{Image, digests, hcsshim, hide_ids, in_hcsshim, make_from, text},
     profile,
     tars::{Wildness, random},
 };
 use ext4_image::{
     Ext4Error,
     hcsshim::{DEFAULT_MAX_DISK, LCOW_MAX_DISK},
-    writer::WriterOptions,
 };
-use layer_codec::{
-    DiffError,
-    apply::{HcsshimProfile, Profile},
-};
+use layer_codec::{DiffError, apply::HcsshimProfile};
 use std::{collections::BTreeMap, env, fs, fs::File, io::Read, path::Path, process::Command};
 
 /// A number from the environment.
@@ -26,10 +22,10 @@ fn number(name: &str, default: u64) -> u64 {
 fn run(tar: &Path, image: &Path, profile: &HcsshimProfile) -> Result<(), String> {
     let mut command = Command::new(env::var_os("LCOW_TAR2EXT4").expect("LCOW_TAR2EXT4 names the tool"));
     command.arg("-i").arg(tar).arg("-o").arg(image).args(["-verity", "-vhd"]);
-    command.arg("-max").arg(profile.image.max_disk_bytes.to_string());
+    command.arg("-max").arg(profile.max_disk_bytes.to_string());
     for (set, flag) in [
         (profile.convert_whiteouts, "-overlay"),
-        (profile.image.inline_data, "-inline"),
+        (profile.inline_data, "-inline"),
         (profile.convert_backslashes, "-convert-slash"),
     ] {
         command.args(set.then_some(flag));
@@ -155,12 +151,7 @@ fn tars_of_a_folder_give_the_tools_bytes() {
         }
         for profile in profiles() {
             let case = format!("{}, {profile:?}", tar.display());
-            let ours = make_from(
-                File::open(&tar).expect("a tar"),
-                Profile::Hcsshim(profile),
-                WriterOptions::default(),
-                |_, _| {},
-            );
+            let ours = make_from(File::open(&tar).expect("a tar"), in_hcsshim(profile), |_, _| {});
             match (run(&tar, &image_path, &profile), ours) {
                 (Ok(()), Ok(image)) => {
                     assert_same_bytes(&image, &image_path, &case);

@@ -4,10 +4,10 @@ use super::build::Tar;
 use disk_io::MemDisk;
 use ext4_image::{
     BlockSize, Timestamp, Xattr,
-    hcsshim::HcsshimOptions,
+    hcsshim::DEFAULT_MAX_DISK,
     writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
 };
-use layer_codec::apply::{self, ApplyOptions, HcsshimProfile, Profile, Verity};
+use layer_codec::apply::{self, ApplyOptions, HcsshimProfile, Profile};
 use std::process::Command;
 
 /// A kind of image.
@@ -165,15 +165,11 @@ pub(crate) fn mke2fs(options: &[&str]) -> Vec<u8> {
 /// Every kind. The first ones are small, for many mutations; the last one is not.
 pub(crate) fn all() -> Vec<Base> {
     let hcsshim = |inline_data| {
-        let mut options = ApplyOptions::new(WriterOptions::default());
-        options.profile = Profile::Hcsshim(HcsshimProfile::new(HcsshimOptions {
-            inline_data,
-            ..HcsshimOptions::default()
-        }));
-        options
+        let hcsshim =
+            HcsshimProfile { max_disk_bytes: DEFAULT_MAX_DISK, inline_data, ..HcsshimProfile::default() };
+        ApplyOptions { profile: Profile::Hcsshim, hcsshim, ..ApplyOptions::default() }
     };
-    let mut verity = ApplyOptions::new(WriterOptions::default());
-    verity.verity = Verity::Tree { scratch: None };
+    let verity = ApplyOptions { verity: true, ..ApplyOptions::default() };
     let base = |name, bytes| Base { name, bytes };
     vec![
         base("1 KiB", written(BlockSize::B1024, true, 40, 0)),

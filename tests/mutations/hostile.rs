@@ -14,7 +14,7 @@ use disk_io::MemDisk;
 use ext4_image::{
     BlockSize, Ext4,
     check::{CheckLimits, check},
-    hcsshim::HcsshimOptions,
+    hcsshim::DEFAULT_MAX_DISK,
     writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
 };
 use layer_codec::{
@@ -49,13 +49,13 @@ fn shared() -> &'static Path {
 }
 
 fn default(block_size: BlockSize, inline_data: bool) -> ApplyOptions {
-    ApplyOptions::new(WriterOptions { block_size, inline_data, ..WriterOptions::default() })
+    ApplyOptions { block_size: block_size.bytes(), inline_data, ..ApplyOptions::default() }
 }
 
 fn hcsshim() -> ApplyOptions {
-    let image = HcsshimOptions { inline_data: true, ..HcsshimOptions::default() };
-    let profile = Profile::Hcsshim(HcsshimProfile::new(image));
-    ApplyOptions { profile, ..ApplyOptions::new(WriterOptions::default()) }
+    let hcsshim =
+        HcsshimProfile { max_disk_bytes: DEFAULT_MAX_DISK, inline_data: true, ..HcsshimProfile::default() };
+    ApplyOptions { profile: Profile::Hcsshim, hcsshim, ..ApplyOptions::default() }
 }
 
 /// 60 bytes or fewer that look like the root of an extent tree.

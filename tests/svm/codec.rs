@@ -3,7 +3,7 @@
 use disk_io::{ReadAt, StreamOut, WriteAt};
 use std::io;
 use svm_agent::{
-    codec::{ChangeSink, Codec, Growing, Layer, Live, Lowers, Parent, TarInput},
+    codec::{AttachedLayer, ChangeSink, Codec, Growing, Live, Lowers, Parent, TarInput},
     disk::OpDisk,
 };
 use svm_protocol::{
@@ -110,7 +110,7 @@ impl Codec for TestCodec {
 
     fn export_canonical(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         _: Parent,
         _: u32,
         _: &IdMaps,
@@ -135,7 +135,12 @@ impl Codec for TestCodec {
         }
     }
 
-    fn written(&self, _: Vec<Layer>, _: BlankRoot, live: Option<&mut dyn Live>) -> Result<bool, WireError> {
+    fn written(
+        &self,
+        _: Vec<AttachedLayer>,
+        _: BlankRoot,
+        live: Option<&mut dyn Live>,
+    ) -> Result<bool, WireError> {
         if let Some(live) = live {
             live.metadata_read()?;
         }
@@ -144,7 +149,7 @@ impl Codec for TestCodec {
 
     fn changes(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         _: Parent,
         live: Option<&mut dyn Live>,
         sink: ChangeSink<'_>,
@@ -160,7 +165,7 @@ impl Codec for TestCodec {
 
     fn diff_size(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         _: Parent,
         live: Option<&mut dyn Live>,
     ) -> Result<u64, WireError> {

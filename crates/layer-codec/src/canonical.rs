@@ -5,16 +5,16 @@
 //! is that of layers which a store of release 1 had; ApplyDiff takes both.
 //!
 //! # Entries
-//! 1. Depth first, a folder before what is in it, names of a folder in bytewise order; a whiteout is sorted by the name
-//!    that it hides. Paths have no leading `./` or `/`; folders end with `/`. The root folder has no entry.
+//! 1. Depth first, a directory before what is in it, names of a directory in bytewise order; a whiteout is sorted by the name
+//!    that it hides. Paths have no leading `./` or `/`; directories end with `/`. The root directory has no entry.
 //! 2. A name that is missing in the target but present in the parent is an empty regular file `.wh.NAME` (mode 0600,
 //!    ids 0, time 0). Against a layer's own parent that is each whiteout in the layer.
-//! 3. An opaque folder is followed at once by the empty regular file `FOLDER/.wh..wh..opq` with the same metadata. Only
+//! 3. An opaque directory is followed at once by the empty regular file `DIRECTORY/.wh..wh..opq` with the same metadata. Only
 //!    diffs against the own parent have such entries; other diffs list what is missing. In version 2 the tar of a layer
 //!    whose root is opaque begins with `.wh..wh..opq`.
-//! 4. Each folder on the way to an entry has an entry.
+//! 4. Each directory on the way to an entry has an entry.
 //! 5. Of several names of one inode the first in order carries the data; the others are hard links to it, with the
-//!    same metadata and no data. (Folders have one name.)
+//!    same metadata and no data. (Directories have one name.)
 //! 6. Sockets are left out, and so are names that begin with `.wh.`, which a tar of layers can't express: a reader
 //!    would take them for whiteouts.
 //! 7. Xattrs are sorted by name, without `trusted.overlay.*`. ACLs are in the form of `getxattr`.
@@ -43,7 +43,7 @@ use std::borrow::Cow;
 /// The version of the format that a layer gets at its first Diff.
 pub const VERSION: u32 = 2;
 /// The version that layers without a note have which are older than version 2.
-pub const OLDEST_VERSION: u32 = 1;
+const OLDEST_VERSION: u32 = 1;
 
 /// The version with this number, if there is one.
 pub fn version(number: u32) -> Option<Version> {
@@ -56,7 +56,7 @@ pub fn version(number: u32) -> Option<Version> {
 
 /// Prefix of names that hide other names.
 pub(super) const WHITEOUT: &[u8] = b".wh.";
-/// Name of the marker in an opaque folder.
+/// Name of the marker in an opaque directory.
 pub(super) const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Bytes of zeros at the end.
 pub(super) const END_LEN: usize = 1024;

@@ -1,18 +1,19 @@
 //! What a layer changes, as a list of paths and as a size, from metadata.
 //!
 //! ```text
-//!  own parent:  in the layer and in the parent ─► modified    whiteout, or gone from an opaque folder ─► deleted
+//!  own parent:  in the layer and in the parent ─► modified    whiteout, or gone from an opaque directory ─► deleted
 //!               in the layer only              ─► added
 //!  any other:   merged views compared; bytes are read only for pairs of equal metadata in different inodes
 //! ```
 //!
-//! Paths begin with `/` and are sorted as the canonical tar is; `/` itself is never listed. A folder that became
-//! something else lists none of its former names; a folder on the way to a change is modified. What changed while it was
+//! Paths begin with `/` and are sorted as the canonical tar is; `/` itself is never listed. A directory that became
+//! something else lists none of its former names; a directory on the way to a change is modified. What changed while it was
 //! compared counts as modified. Called by `agent`.
 
 use super::{
-    DiffError, ExportOptions, LiveHooks, ParentSpec,
-    export::{Details, compare_only, settle},
+    DiffError, ExportOptions, IdMaps, LiveHooks, ParentSpec,
+    details::Details,
+    export::{compare_only, settle},
     live::Read,
     view::{LayerSource, Table},
     walk::{Items, Status},
@@ -33,8 +34,9 @@ pub enum ChangeKind {
     Deleted = 2,
 }
 
-/// The root folder of a sandbox that was only made.
+/// The root directory of a sandbox as it was formatted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct BlankRoot {
     /// Permission bits.
     pub permissions: u16,
@@ -88,7 +90,7 @@ pub fn changes<R: ReadAt>(
     options: &ExportOptions,
     hooks: &mut dyn LiveHooks,
 ) -> Result<Vec<Change>, DiffError> {
-    let mut table = Table::new(options.ids.as_ref());
+    let mut table = Table::new(&options.id_maps);
     let items = settled(&mut table, target, parent, true, hooks)?;
     let kept = items.kept();
     let mut out = Vec::new();
@@ -108,7 +110,7 @@ pub fn changes<R: ReadAt>(
     Ok(out)
 }
 
-/// Whether the nearest layer of `target`, a sandbox, holds anything: a change against its own parent, or a root folder
+/// Whether the nearest layer of `target`, a sandbox, holds anything: a change against its own parent, or a root directory
 /// other than a blank one's. Times of the root and overlayfs' own attributes on it do not count: one mount leaves both.
 ///
 /// # Errors
@@ -121,7 +123,8 @@ pub fn written<R: ReadAt>(
     /// Permission bits of `i_mode`.
     const PERMISSIONS: u16 = 0o7777;
     let Some(nearest) = target.first() else { return Ok(false) };
-    let mut table = Table::new(None);
+    let id_maps = IdMaps::default();
+    let mut table = Table::new(&id_maps);
     let layer = table.open(nearest)?;
     for root in table.root(&[layer])? {
         let inode = table.inode(root)?;
@@ -145,7 +148,7 @@ pub fn diff_size<R: ReadAt>(
     options: &ExportOptions,
     hooks: &mut dyn LiveHooks,
 ) -> Result<u64, DiffError> {
-    let mut table = Table::new(options.ids.as_ref());
+    let mut table = Table::new(&options.id_maps);
     let items = settled(&mut table, target, parent, false, hooks)?;
     let mut seen = HashSet::new();
     let mut sum = 0u64;

@@ -27,7 +27,7 @@ pub enum DiffError {
         reason: String,
     },
     /// The image refuses an entry.
-    #[error("tar entry {entry:?} at byte {offset} does not go into the image")]
+    #[error("tar entry {entry:?} at byte {offset} cannot be stored in the image")]
     Image {
         /// Name in the tar, printable.
         entry: String,
@@ -38,10 +38,10 @@ pub enum DiffError {
         source: Ext4Error,
     },
     /// The image as a whole fails.
-    #[error("the ext4 image fails")]
+    #[error("ext4 image error")]
     Ext4(#[from] Ext4Error),
     /// A sandbox's file system is beyond our reader, and no kernel was asked to read it.
-    #[error("a sandbox's file system is not of our making ({advice})")]
+    #[error("a sandbox file system that this driver did not create ({advice})")]
     Foreign {
         /// What the operator can do.
         advice: &'static str,
@@ -50,10 +50,10 @@ pub enum DiffError {
         source: Ext4Error,
     },
     /// The hash tree behind the image fails.
-    #[error("the image's hash tree fails")]
+    #[error("hash tree error")]
     Verity(#[from] VerityError),
     /// The image cannot be a VHD.
-    #[error("the image does not make a vhd")]
+    #[error("the image cannot be made a vhd")]
     Vhd(#[from] VhdError),
     /// More than the options allow.
     #[error("limit of {limit} {what} is exceeded (entry {entry:?} at byte {offset})")]
@@ -68,7 +68,7 @@ pub enum DiffError {
         limit: u64,
     },
     /// A layer holds more than a tar of layers can.
-    #[error("{path:?}: {found} {what}, and a layer has {limit} at most; {advice}")]
+    #[error("{path:?}: {found} {what}, but a layer has at most {limit}; {advice}")]
     Beyond {
         /// Where, printable.
         path: String,

@@ -15,24 +15,24 @@
 use super::{
     DiffError, ParentLayer, ParentSpec,
     canonical::{self, Version},
-    fs::Fs,
+    details::{Details, slice},
     ids::IdMaps,
     limits,
-    live::{Copies, Read, Stamp},
-    stream::{FileBytes, Out, Range, same_bytes},
-    view::{LayerSource, Node, Table},
-    walk::{Detailer, Item, Items, Mode, NoDetail, Status, walk},
+    live::{Copies, Read},
+    stream::{FileBytes, Out, same_bytes},
+    view::{LayerInode, LayerSource, Table},
+    walk::{CompareMode, Detailer, Item, Items, NoDetail, Status, walk},
 };
-use disk_io::{ReadAt, StreamOut, WriteAt};
-use ext4_image::{FileKind, Inode, Timestamp};
+use disk_io::{ReadAt, StreamOut};
+use ext4_image::FileKind;
 use layer_tar::writer::{Header, Kind};
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
 /// Settings of an export.
 #[derive(Debug, Clone, Default)]
 pub struct ExportOptions {
-    /// Maps for the layers with [`LayerSource::host_ids`].
-    pub ids: Option<IdMaps>,
+    /// Maps for the layers with [`LayerSource::host_ids`]; without any, ids stay as they are.
+    pub id_maps: IdMaps,
     /// Version of the canonical tar.
     pub version: Version,
 }
@@ -81,114 +81,6 @@ impl LiveHooks for NoHooks {
     }
 }
 
-/// Where something stands in an arena.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Span {
-    pub(super) at: usize,
-    pub(super) len: usize,
-}
-
-/// An inode's metadata as the tar needs them.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Detail {
-    mode: u16,
-    uid: u32,
-    gid: u32,
-    mtime: Timestamp,
-    rdev: (u32, u32),
-    /// In `Details::xattrs`.
-    xattrs: Span,
-    /// In `Details::ranges`.
-    pub(super) ranges: Span,
-    /// In `Details::bytes`: the target of a symbolic link, or inline data.
-    bytes: Option<Span>,
-    /// In `Details::stamps`, for files of a live layer.
-    pub(super) stamp: u32,
-    /// The ranges are places in `Details::scratch`.
-    pub(super) copied: bool,
-}
-
-/// Details of all items, in arenas.
-#[derive(Default)]
-pub(super) struct Details {
-    pub(super) list: Vec<Detail>,
-    pub(super) ranges: Vec<Range>,
-    bytes: Vec<u8>,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    pub(super) stamps: Vec<Stamp>,
-    /// Live files that are compared by their bytes, in `list`.
-    pub(super) captured: HashMap<Node, u32>,
-    /// Copies of files of live layers.
-    pub(super) scratch: Option<Arc<dyn WriteAt>>,
-}
-
-fn slice<T>(arena: &[T], span: Span) -> &[T] {
-    arena.get(span.at..span.at + span.len).unwrap_or(&[])
-}
-
-impl Details {
-    fn put(&mut self, bytes: &[u8]) -> Span {
-        let span = Span { at: self.bytes.len(), len: bytes.len() };
-        self.bytes.extend_from_slice(bytes);
-        span
-    }
-}
-
-impl<R: ReadAt> Detailer<R> for Details {
-    fn detail(&mut self, table: &Table<'_, R>, node: Node, inode: &Inode) -> Result<u32, DiffError> {
-        self.note(table, node, inode)
-    }
-}
-
-impl Details {
-    /// Keeps what is needed of an inode; gives its number in `list`.
-    pub(super) fn note<R: ReadAt>(
-        &mut self,
-        table: &Table<'_, R>,
-        node: Node,
-        inode: &Inode,
-    ) -> Result<u32, DiffError> {
-        let fs = table.fs(node.layer)?;
-        let (uid, gid) = table.owner(node, inode);
-        let at = self.xattrs.len();
-        self.xattrs.extend(table.xattrs(node, inode)?.into_iter().map(|x| (x.name, x.value)));
-        let xattrs = Span { at, len: self.xattrs.len() - at };
-        let mut ranges = Span { at: self.ranges.len(), len: 0 };
-        let mut bytes = None;
-        match inode.kind {
-            FileKind::Symlink => bytes = Some(self.put(&fs.symlink_target(inode)?)),
-            FileKind::File => {
-                if let Some(inline) = fs.inline_bytes(inode)? {
-                    bytes = Some(self.put(&inline));
-                } else {
-                    fs.ranges(inode, &mut self.ranges)?;
-                    ranges.len = self.ranges.len() - ranges.at;
-                }
-            }
-            _ => {}
-        }
-        let mut stamp = u32::MAX;
-        if inode.kind == FileKind::File && table.is_live(node.layer) {
-            stamp = self.stamps.len() as u32;
-            self.stamps.push(Stamp::of(inode));
-        }
-        let number = u32::try_from(self.list.len()).unwrap_or(u32::MAX);
-        self.list.push(Detail {
-            mode: inode.mode & 0o7777,
-            uid,
-            gid,
-            mtime: inode.mtime,
-            rdev: inode.rdev,
-            xattrs,
-            ranges,
-            bytes,
-            stamp,
-            copied: false,
-        });
-        Ok(number)
-    }
-}
-
 /// Opens what is needed and walks; shared with [`super::changes`].
 pub(super) fn compare<'a, R: ReadAt>(
     table: &mut Table<'a, R>,
@@ -198,9 +90,9 @@ pub(super) fn compare<'a, R: ReadAt>(
     detailer: &mut dyn Detailer<R>,
 ) -> Result<Items, DiffError> {
     if target.is_empty() {
-        return Err(DiffError::Usage("a diff of no layers".to_owned()));
+        return Err(DiffError::Usage("a diff needs at least one layer".to_owned()));
     }
-    let own = matches!(parent, Some(ParentSpec::Own | ParentSpec::Ancestor(1)));
+    let own = matches!(parent, Some(ParentSpec::Own));
     let opened = if own && !needs_parent { target.get(..1).unwrap_or(target) } else { target };
     let mut all = Vec::with_capacity(opened.len());
     for layer in opened {
@@ -210,11 +102,6 @@ pub(super) fn compare<'a, R: ReadAt>(
     match parent {
         None => {}
         Some(ParentSpec::Own) => other.extend_from_slice(all.get(1..).unwrap_or(&[])),
-        Some(ParentSpec::Ancestor(n)) if own && !needs_parent && n == 1 => {}
-        Some(ParentSpec::Ancestor(n)) => match all.get(n..) {
-            Some(rest) if n > 0 => other.extend_from_slice(rest),
-            _ => return Err(DiffError::Usage(format!("no ancestor {n} in a stack of {}", all.len()))),
-        },
         Some(ParentSpec::Layers(layers)) => {
             for layer in layers {
                 other.push(match layer {
@@ -228,9 +115,9 @@ pub(super) fn compare<'a, R: ReadAt>(
     }
     let parent = table.root(&other)?;
     if own {
-        return walk(table, Mode::Own, &table.root(all.get(..1).unwrap_or(&[]))?, &parent, detailer);
+        return walk(table, CompareMode::Own, &table.root(all.get(..1).unwrap_or(&[]))?, &parent, detailer);
     }
-    walk(table, Mode::Merged, &table.root(&all)?, &parent, detailer)
+    walk(table, CompareMode::Merged, &table.root(&all)?, &parent, detailer)
 }
 
 /// Decides the pairs that only their bytes tell apart. Of live layers nothing is read but what `details` captured;
@@ -243,7 +130,7 @@ pub(super) fn settle<R: ReadAt>(
 ) -> Result<(), DiffError> {
     for item in &mut items.items {
         let Status::Pending(was) = item.status else { continue };
-        let open = |node: Node, known: Option<u32>| {
+        let open = |node: LayerInode, known: Option<u32>| {
             let fs = table.fs(node.layer)?;
             let known = known.or_else(|| details.captured.get(&node).copied());
             match known.and_then(|n| details.list.get(n as usize)) {
@@ -270,7 +157,7 @@ pub fn export<R: ReadAt>(
     hooks: &mut dyn LiveHooks,
     out: &mut dyn StreamOut,
 ) -> Result<ExportSummary, DiffError> {
-    let mut table = Table::new(options.ids.as_ref());
+    let mut table = Table::new(&options.id_maps);
     let mut details = Details::default();
     let mut items = compare(&mut table, target, parent, false, &mut details)?;
     details.capture(&table, &items, true)?;
@@ -287,7 +174,7 @@ pub fn export<R: ReadAt>(
     let compared: Vec<Read> = details.reads(&items, |_| false).collect();
     settle(&table, &mut items, &details, true)?;
     let kept = match parent {
-        Some(ParentSpec::Own | ParentSpec::Ancestor(1)) => vec![true; items.items.len()],
+        Some(ParentSpec::Own) => vec![true; items.items.len()],
         _ => items.kept(),
     };
     let mut export = Export {
@@ -334,23 +221,6 @@ pub fn export<R: ReadAt>(
     Ok(summary)
 }
 
-impl Details {
-    fn file<'d, R: ReadAt>(
-        &'d self,
-        fs: &'d Fs<R>,
-        ino: u32,
-        size: u64,
-        detail: &Detail,
-    ) -> FileBytes<'d, R> {
-        let ranges = slice(&self.ranges, detail.ranges);
-        match (detail.bytes, &self.scratch) {
-            (Some(span), _) => FileBytes::inline(fs, slice(&self.bytes, span)),
-            (None, Some(scratch)) if detail.copied => FileBytes::copied(fs, &**scratch, size, ranges),
-            _ => FileBytes::new(fs, ino, size, ranges),
-        }
-    }
-}
-
 struct Export<'e, 'a, R> {
     table: &'e Table<'a, R>,
     details: &'e Details,
@@ -358,7 +228,7 @@ struct Export<'e, 'a, R> {
     out: Out<'e>,
     summary: ExportSummary,
     /// First paths of inodes with several names.
-    first: HashMap<Node, Vec<u8>>,
+    first: HashMap<LayerInode, Vec<u8>>,
     path: Vec<u8>,
 }
 

@@ -11,12 +11,12 @@
 //! *corrupt*), the sandbox is not in use, and the caller gave a [`Mounter`]. What it answers is as little trusted as a disk.
 //! Called by [`super::view`], [`super::export`] and [`super::stream`].
 
-use super::{DiffError, stream::Range};
+use super::DiffError;
 use disk_io::ReadAt;
 use ext4_image::{Ext4, Ext4Error, FileKind, Inode, Xattr};
 use std::{fmt, fs::File, sync::Arc};
 
-/// Takes a name of a folder: name, inode, and what it is, where the folder tells.
+/// Takes a name of a directory: name, inode, and what it is, where the directory tells.
 pub type VisitName<'a> = &'a mut dyn FnMut(&[u8], u32, Option<FileKind>) -> Result<(), DiffError>;
 
 /// A file system that somebody else reads; inodes go by their numbers. Dropping it unmounts it.
@@ -25,11 +25,11 @@ pub type VisitName<'a> = &'a mut dyn FnMut(&[u8], u32, Option<FileKind>) -> Resu
     reason = "all fail alike: `Corrupt`, `Unsupported` or `Io`, as the one who reads it says"
 )]
 pub trait ForeignFs: fmt::Debug {
-    /// The root folder's inode.
+    /// The root directory's inode.
     fn root(&self) -> u32;
     /// An inode's metadata; made by [`Inode::told`].
     fn inode(&self, ino: u32) -> Result<Inode, DiffError>;
-    /// All names of a folder but `.` and `..`, in any order.
+    /// All names of a directory but `.` and `..`, in any order.
     fn visit_dir(&self, ino: u32, visit: VisitName<'_>) -> Result<(), DiffError>;
     /// All extended attributes, in any order, ACLs in the form of `getxattr`.
     fn xattrs(&self, ino: u32) -> Result<Vec<Xattr>, DiffError>;
@@ -59,6 +59,14 @@ pub enum Foreign<R> {
     Mounted(Arc<dyn Mounter<R>>),
 }
 
+/// Bytes of a file on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Range {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) disk: u64,
+}
+
 /// The file system of a layer; `D` is its disk.
 #[derive(Debug)]
 pub(super) enum Fs<D> {
@@ -78,7 +86,7 @@ impl<'a, R: ReadAt> Fs<&'a R> {
             Foreign::Refused(advice) => Err(DiffError::Foreign { advice, source: refused }),
             // Its journal and what its own kernel has not written yet would be read as if it stood still.
             Foreign::Mounted(_) if live => Err(DiffError::Foreign {
-                advice: "while it is in use, it can't be mounted a second time; stop its container first",
+                advice: "it cannot be mounted a second time while it is in use; stop its container first",
                 source: refused,
             }),
             Foreign::Mounted(mounter) => mounter.mount(disk).map(Self::Foreign),

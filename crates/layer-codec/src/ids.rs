@@ -1,56 +1,90 @@
-//! Host ids back to container ids, for layers that were written with a user namespace (userns-remap).
+//! Ranges of ids of a user namespace (userns-remap), and host ids back to container ids.
 //!
-//! Ids stand in owner and group, in POSIX ACLs and in `security.capability` version 3. An id outside the maps becomes
-//! 65534, which is what the container itself sees. Called by [`super::view`].
+//! ```text
+//!   applied layer   container ids, as the tar has them          apply::owner checks that containers can have them
+//!   sandbox         host ids, written through a mapped mount    Ids maps them back for export and changes
+//! ```
+//!
+//! Ids occur as owner and group, in POSIX ACLs and in `security.capability` version 3. A host id outside the maps becomes
+//! 65534, which is what the container itself sees. Called by [`super::view`] and by `apply::owner`.
 
 use ext4_image::Xattr;
+use std::fmt;
 
-/// What the kernel shows for an id that has no place in a namespace.
+/// What the kernel shows for an id without a counterpart in a namespace.
 const OVERFLOW: u32 = 65534;
 
-/// One range of ids.
+/// One range of a user-namespace map. Its text is a line of `/proc/<pid>/uid_map`: `CONTAINER HOST SIZE`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IdMap {
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct IdRange {
     /// First id inside the container.
-    pub container: u32,
+    pub container_id: u32,
     /// First id on the host.
-    pub host: u32,
-    /// How many.
-    pub len: u32,
+    pub host_id: u32,
+    /// Number of ids.
+    pub size: u32,
 }
 
-/// The ranges of users and groups.
+impl IdRange {
+    /// Whether the container has this id.
+    pub(crate) fn has_container_id(self, id: u32) -> bool {
+        id.checked_sub(self.container_id).is_some_and(|place| place < self.size)
+    }
+
+    /// The container's id for one of the host.
+    fn to_container(self, host: u32) -> Option<u32> {
+        let place = host.checked_sub(self.host_id).filter(|place| *place < self.size)?;
+        self.container_id.checked_add(place)
+    }
+}
+
+impl fmt::Display for IdRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.container_id, self.host_id, self.size)
+    }
+}
+
+/// The maps of a user namespace. Without ranges of either sort, ids stay as they are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct IdMaps {
-    /// Users.
-    pub uid: Vec<IdMap>,
-    /// Groups.
-    pub gid: Vec<IdMap>,
+    /// User ids.
+    pub uids: Vec<IdRange>,
+    /// Group ids.
+    pub gids: Vec<IdRange>,
 }
 
-fn map(maps: &[IdMap], host: u32) -> Option<u32> {
-    maps.iter().find_map(|m| {
-        let within = host.checked_sub(m.host).filter(|n| *n < m.len)?;
-        m.container.checked_add(within)
-    })
+impl IdMaps {
+    /// Whether there is no range at all: no userns-remap.
+    pub fn is_empty(&self) -> bool {
+        self.uids.is_empty() && self.gids.is_empty()
+    }
 }
 
-/// Maps that may be absent.
+/// Maps host ids to container ids; without maps ids stay as they are.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Ids<'a>(pub(super) Option<&'a IdMaps>);
+pub(super) struct Ids<'a>(pub(super) &'a IdMaps);
 
 impl Ids<'_> {
+    fn map(self, ranges: &[IdRange], host: u32) -> u32 {
+        if self.0.is_empty() {
+            return host;
+        }
+        ranges.iter().find_map(|range| range.to_container(host)).unwrap_or(OVERFLOW)
+    }
+
     pub(super) fn uid(self, host: u32) -> u32 {
-        self.0.map_or(host, |m| map(&m.uid, host).unwrap_or(OVERFLOW))
+        self.map(&self.0.uids, host)
     }
 
     pub(super) fn gid(self, host: u32) -> u32 {
-        self.0.map_or(host, |m| map(&m.gid, host).unwrap_or(OVERFLOW))
+        self.map(&self.0.gids, host)
     }
 
     /// Maps the ids inside an xattr's value.
     pub(super) fn xattr(self, xattr: &mut Xattr) {
-        if self.0.is_none() {
+        if self.0.is_empty() {
             return;
         }
         match &xattr.name[..] {
@@ -70,8 +104,8 @@ impl Ids<'_> {
         }
     }
 
-    /// `struct vfs_ns_cap_data`: version 3 names the root of the namespace it is for. For the container's own root it
-    /// becomes version 2, which is what the container sees (`cap_inode_getsecurity`).
+    /// `struct vfs_ns_cap_data`: version 3 names the root of the namespace that it is for. For the container's own root
+    /// it becomes version 2, which is what the container sees (`cap_inode_getsecurity`).
     fn capability(self, value: &mut Vec<u8>) {
         const REVISION_2: u8 = 2;
         const REVISION_3: u8 = 3;
@@ -95,19 +129,19 @@ mod tests {
     use super::*;
 
     fn maps() -> IdMaps {
-        let maps = vec![IdMap { container: 0, host: 500_000, len: 65536 }];
-        IdMaps { uid: maps.clone(), gid: maps }
+        let ranges = vec![IdRange { container_id: 0, host_id: 500_000, size: 65536 }];
+        IdMaps { uids: ranges.clone(), gids: ranges }
     }
 
     #[test]
     fn ids_inside_are_mapped_and_others_become_nobody() {
         let maps = maps();
-        let ids = Ids(Some(&maps));
+        let ids = Ids(&maps);
         assert_eq!(
             [ids.uid(500_000), ids.gid(565_535), ids.uid(565_536), ids.uid(0)],
             [0, 65535, 65534, 65534]
         );
-        assert_eq!(Ids(None).uid(7), 7);
+        assert_eq!(Ids(&IdMaps::default()).uid(7), 7);
     }
 
     #[test]
@@ -117,7 +151,7 @@ mod tests {
         value[3] = 3;
         value[20..].copy_from_slice(&500_000u32.to_le_bytes());
         let mut xattr = Xattr { name: b"security.capability".to_vec(), value };
-        Ids(Some(&maps)).xattr(&mut xattr);
+        Ids(&maps).xattr(&mut xattr);
         assert_eq!((xattr.value.len(), xattr.value[3]), (20, 2));
     }
 
@@ -127,7 +161,7 @@ mod tests {
         let mut value = vec![2, 0, 0, 0, 2, 0, 7, 0];
         value.extend_from_slice(&500_042u32.to_le_bytes());
         let mut xattr = Xattr { name: b"system.posix_acl_access".to_vec(), value };
-        Ids(Some(&maps)).xattr(&mut xattr);
+        Ids(&maps).xattr(&mut xattr);
         assert_eq!(xattr.value[8..], 42u32.to_le_bytes());
     }
 }

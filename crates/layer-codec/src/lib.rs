@@ -1,10 +1,10 @@
 //! Layers as differences: tar stream ⇄ ext4 image.
 //!
 //! ```text
-//!                     ┌───────────── apply ─────────────┐
-//!   tar stream ──► tar::TarReader ──► tree, whiteouts ──► ext4::writer ──► VHD footer     = layer.vhd
-//!                     │                                      │ where the bytes went
-//!                     └── all other bytes ──► record::RecordWriter ◄──┘                   = exact record
+//!                 ┌──────────────── apply ────────────────┐
+//!   tar stream ─► TarReader ─► tree, whiteouts ─► ImageWriter ─► hash tree, VHD footer      = layer.vhd
+//!                 │                                       │ where the bytes went
+//!                 └── all other bytes ─► RecordWriter ◄───┘                                 = exact record
 //!
 //!   layer.vhd + exact record ──► record::replay ──► the very tar stream
 //!
@@ -14,13 +14,16 @@
 //! ```
 //!
 //! Everything here works on [`ReadAt`](disk_io::ReadAt), [`WriteAt`](disk_io::WriteAt), `Read` and `Write`, and
-//! takes every byte it reads for hostile: images and tars alike. Memory is bounded by the number of entries, never by
-//! their data. Called by `agent`, inside the jail.
+//! treats every byte it reads as hostile: images and tars alike. Memory is bounded by the number of entries, never by
+//! their data. Called by `svm-agent`, inside the jail, and by the `layer` commands. What the formats promise: `CHANGELOG.md`.
+
+#![forbid(unsafe_code)]
 
 pub mod apply;
 pub mod canonical;
 mod changes;
-pub mod digest;
+mod details;
+mod digest;
 mod error;
 mod export;
 mod fs;
@@ -29,6 +32,7 @@ mod ids;
 pub mod limits;
 mod live;
 pub mod record;
+mod root_hash;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -36,12 +40,13 @@ mod view;
 mod walk;
 
 pub use changes::{BlankRoot, Change, ChangeKind, changes, diff_size, written};
-pub use digest::{DigestKind, TarDigest};
+pub use digest::{DigestKind, Hasher, NoDigest, TarDigest};
 pub use error::DiffError;
 pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};
 pub use fs::{Foreign, ForeignFs, Mounter, VisitName};
-pub use ids::{IdMap, IdMaps};
+pub use ids::{IdMaps, IdRange};
 pub use live::{Copies, LiveFile};
+pub use root_hash::{NoRootHash, RootHash};
 pub use view::{LayerKind, LayerSource};
 
 /// A layer of a parent's stack.
@@ -58,8 +63,6 @@ pub enum ParentLayer<R> {
 pub enum ParentSpec<'a, R> {
     /// The target's own parent: what stands in `target[0]` is the diff.
     Own,
-    /// The stack that begins at `target[n]`, n ≥ 1 (1 is [`ParentSpec::Own`]).
-    Ancestor(usize),
     /// Any other stack, nearest layer first.
     Layers(&'a [ParentLayer<R>]),
 }
@@ -76,3 +79,7 @@ impl<R> Copy for ParentSpec<'_, R> {}
 fn unsupported(what: &'static str, reason: &str) -> DiffError {
     DiffError::Unsupported { what, reason: reason.to_owned() }
 }
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

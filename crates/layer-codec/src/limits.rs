@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | names in a layer | 8,388,608 | about a gigabyte of a worker's memory | Diff, ApplyDiff |
 //! | bytes of a path | 4,096 | Linux' `PATH_MAX` | Diff, ApplyDiff |
-//! | folders in each other | 2,048 | what a path of 4,096 bytes can name | ApplyDiff; Diff by its paths |
+//! | nested directories | 2,048 | what a path of 4,096 bytes can name | ApplyDiff; Diff by its paths |
 //! | bytes of a symbolic link's target | 4,095 | Linux, and ext4 in blocks of 4 KiB | both by the file system |
 //! | extended attributes of an entry | 1,024 | more than any ext4 block has names for | Diff, ApplyDiff |
 //! | bytes of an entry's extended attributes | 131,072 | two of Linux' largest | Diff, ApplyDiff |
@@ -23,7 +23,7 @@
 use super::{DiffError, canonical, walk::Items};
 use layer_tar;
 
-/// The most names in a layer, folders that are only implied and whiteouts included.
+/// The most names in a layer, directories that are only implied and whiteouts included.
 pub const NAMES: u64 = 8 << 20;
 /// The most bytes of a path, of a hard link's target, and of a symbolic link's as the tar's reader takes it.
 pub const PATH_BYTES: usize = 4096;
@@ -68,13 +68,13 @@ pub(super) fn hold(items: &Items, left_out: impl Fn(usize) -> bool, names: u64) 
             continue;
         }
         written += 1;
-        // A folder ends with a slash; markers stand beside a name or in a folder.
+        // A directory ends with a slash; markers stand beside a name or in a directory.
         let longest =
             length + 1 + if item.opaque { canonical::OPAQUE.len() } else { canonical::WHITEOUT.len() };
         if longest > PATH_BYTES {
             let mut path = Vec::new();
             items.path(item, &mut path);
-            let advice = "rename or remove folders on its way in the container";
+            let advice = "rename or remove directories on its way in the container";
             return Err(beyond(&path, "bytes of a path", longest as u64, PATH_BYTES as u64, advice));
         }
     }
@@ -123,7 +123,7 @@ mod tests {
         let holds: Vec<(&str, u64)> = vec![
             ("names in a layer", NAMES),
             ("bytes of a path", PATH_BYTES as u64),
-            ("folders in each other", DEPTH as u64),
+            ("nested directories", DEPTH as u64),
             ("bytes of a symbolic link's target", u64::from(blocks) - 1),
             ("extended attributes of an entry", XATTRS as u64),
             ("bytes of an entry's extended attributes", XATTR_BYTES as u64),

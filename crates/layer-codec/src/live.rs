@@ -13,13 +13,13 @@
 
 use super::{
     DiffError,
-    export::{Detail, Details},
-    stream::Range,
-    view::{Node, Table},
+    details::{Detail, Details, Stamp},
+    fs::Range,
+    view::{LayerInode, Table},
     walk::{Items, Status},
 };
 use disk_io::{ReadAt, WriteAt};
-use ext4_image::{FileKind, Inode, Timestamp};
+use ext4_image::FileKind;
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
     sync::Arc,
@@ -62,34 +62,10 @@ impl std::fmt::Debug for Copies {
     }
 }
 
-/// What must not change between the first and the last look.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Stamp {
-    size: u64,
-    mtime: Timestamp,
-    ctime: Timestamp,
-    version: u64,
-    generation: u32,
-    links_gone: bool,
-}
-
-impl Stamp {
-    pub(super) fn of(inode: &Inode) -> Self {
-        Self {
-            size: inode.size,
-            mtime: inode.mtime,
-            ctime: inode.ctime,
-            version: inode.version,
-            generation: inode.generation,
-            links_gone: inode.links == 0,
-        }
-    }
-}
-
 /// A file whose bytes are, or were, read while writers went on.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Read {
-    pub(super) node: Node,
+    pub(super) node: LayerInode,
     /// In [`Details::list`].
     pub(super) detail: u32,
     /// The item that it was read for, in [`Items::items`].
@@ -156,7 +132,7 @@ impl Details {
         let begun = Instant::now();
         let changed: HashSet<LiveFile> = copies.changed.into_iter().collect();
         // A file with several names is several details of one place.
-        let mut files: HashMap<Node, (bool, u64, Vec<u32>)> = HashMap::new();
+        let mut files: HashMap<LayerInode, (bool, u64, Vec<u32>)> = HashMap::new();
         for read in reads {
             let Some(detail) = self.list.get(read.detail as usize) else { continue };
             let Some(stamp) = self.stamps.get(detail.stamp as usize) else { continue };
@@ -196,7 +172,7 @@ impl Details {
     fn copy_file<R: ReadAt>(
         &mut self,
         table: &Table<'_, R>,
-        node: Node,
+        node: LayerInode,
         details: &[u32],
         scratch: &dyn WriteAt,
         at: u64,

@@ -7,7 +7,10 @@
 //!
 //! Called by [`super::export`].
 
-use super::{DiffError, fs::Fs};
+use super::{
+    DiffError,
+    fs::{Fs, Range},
+};
 use disk_io::{ReadAt, StreamOut, WriteAt};
 use ext4_image::Inode;
 use layer_tar::writer::{Header, Version, append};
@@ -19,14 +22,6 @@ const BUFFER: usize = 512 << 10;
 const SPLICE_BYTES: u64 = 64 << 10;
 /// Bytes compared at once.
 const COMPARE: usize = 256 << 10;
-
-/// Bytes of a file on the disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Range {
-    pub(super) offset: u64,
-    pub(super) len: u64,
-    pub(super) disk: u64,
-}
 
 /// A file to be read from front to back.
 pub(super) struct FileBytes<'a, R> {

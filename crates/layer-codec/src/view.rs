@@ -1,15 +1,15 @@
 //! A stack of layers seen as overlayfs shows it.
 //!
 //! ```text
-//!  nearest  ┌ sandbox: /upper ┐   name found in layer 0?  whiteout ─► the name is gone
-//!           │ applied: /      │                           file     ─► it hides all below
-//!  farthest └ applied: /      ┘                           folder   ─► joined with folders below,
-//!                                                                     down to an opaque one
+//!  nearest  ┌ sandbox: /upper ┐   name found in layer 0?  whiteout  ─► the name is gone
+//!           │ applied: /      │                           file      ─► it hides all below
+//!  farthest └ applied: /      ┘                           directory ─► joined with directories below,
+//!                                                                      down to an opaque one
 //! ```
 //!
-//! A whiteout is a character device 0/0; a folder is opaque if `trusted.overlay.opaque` is `y` (`user.overlay.*` means
-//! nothing: the mounts are made by root). A folder node is the list of its (layer, inode) pairs, nearest first; equal
-//! lists mean equal subtrees. Overlayfs joins the root folders of all layers whatever they say; where an applied one is
+//! A whiteout is a character device 0/0; a directory is opaque if `trusted.overlay.opaque` is `y` (`user.overlay.*` means
+//! nothing: the mounts are made by root). A directory node is the list of its (layer, inode) pairs, nearest first; equal
+//! lists mean equal subtrees. Overlayfs joins the root directories of all layers whatever they say; where an applied one is
 //! marked as opaque the stack ends with it, here ([`Table::root`]) as in the mounts of `driver`. Redirects and
 //! metacopies are not followed (`redirect_dir=nofollow,metacopy=off`). Called by [`super::walk`].
 
@@ -23,6 +23,8 @@ use ext4_image::{Ext4, FileKind, Inode, Xattr};
 
 /// What kind of image a layer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum LayerKind {
     /// Made by apply: the layer's root is `/` of the image.
     Applied,
@@ -39,7 +41,7 @@ pub struct LayerSource<R> {
     pub kind: LayerKind,
     /// It is mounted read-write somewhere: see [`super::export`].
     pub live: bool,
-    /// Its ids are host ids, to be mapped back by [`super::ExportOptions::ids`].
+    /// Its ids are host ids, to be mapped back by [`super::ExportOptions::id_maps`].
     pub host_ids: bool,
     /// What may be done if it is a sandbox with a file system that our reader does not know.
     pub foreign: Foreign<R>,
@@ -59,15 +61,15 @@ const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
 /// An inode of one layer of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Node {
+pub(super) struct LayerInode {
     pub(super) layer: u16,
     pub(super) ino: u32,
 }
 
-/// A folder: its inodes, nearest first.
-pub(super) type Stack = Vec<Node>;
+/// A directory: its inodes, nearest first.
+pub(super) type Stack = Vec<LayerInode>;
 
-struct Layer<'a, R> {
+struct OpenLayer<'a, R> {
     source: &'a LayerSource<R>,
     fs: Fs<&'a R>,
     root: u32,
@@ -81,34 +83,34 @@ struct Layer<'a, R> {
 
 /// All opened layers of one operation.
 pub(super) struct Table<'a, R> {
-    layers: Vec<Layer<'a, R>>,
+    layers: Vec<OpenLayer<'a, R>>,
     ids: Ids<'a>,
 }
 
-/// One name of a listed folder.
+/// One name of a listed directory.
 #[derive(Debug, Clone, Copy)]
-struct Found {
+struct ListedName {
     at: u32,
     len: u8,
     order: u16,
     kind: Option<FileKind>,
-    node: Node,
+    node: LayerInode,
 }
 
-/// A name of a merged folder.
+/// A name of a merged directory.
 #[derive(Debug)]
 pub(super) struct Child {
     at: u32,
     len: u8,
     /// The inode that shows.
-    pub(super) node: Node,
-    /// All inodes, if it is a folder.
+    pub(super) node: LayerInode,
+    /// All inodes, if it is a directory.
     pub(super) stack: Option<Stack>,
     /// It is a whiteout (only in lists that keep them).
     pub(super) whiteout: bool,
 }
 
-/// The names of a folder in bytewise order.
+/// The names of a directory in bytewise order.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
     names: Vec<u8>,
@@ -123,7 +125,7 @@ impl Listing {
 }
 
 impl<'a, R: ReadAt> Table<'a, R> {
-    pub(super) fn new(ids: Option<&'a IdMaps>) -> Self {
+    pub(super) fn new(ids: &'a IdMaps) -> Self {
         Self { layers: Vec::new(), ids: Ids(ids) }
     }
 
@@ -143,7 +145,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
                 let top = fs.inode(fs.root())?;
                 let root = fs.lookup(&top, b"upper")?.ok_or_else(|| DiffError::Unsupported {
                     what: "sandbox image",
-                    reason: "it has no folder `upper`".to_owned(),
+                    reason: "it has no directory `upper`".to_owned(),
                 })?;
                 (fs, root)
             }
@@ -152,11 +154,11 @@ impl<'a, R: ReadAt> Table<'a, R> {
         // A mark in a sandbox is nobody's: a container cannot set one.
         let last = applied && opaque(&fs, &fs.inode(root)?)?;
         let (live, host_ids, fixed) = (source.live, source.host_ids, applied && !source.live);
-        self.layers.push(Layer { source, fs, root, live, host_ids, fixed, last });
+        self.layers.push(OpenLayer { source, fs, root, live, host_ids, fixed, last });
         Ok(number)
     }
 
-    fn layer(&self, number: u16) -> Result<&Layer<'a, R>, DiffError> {
+    fn layer(&self, number: u16) -> Result<&OpenLayer<'a, R>, DiffError> {
         self.layers.get(usize::from(number)).ok_or_else(|| DiffError::Usage(format!("no layer {number}")))
     }
 
@@ -179,12 +181,12 @@ impl<'a, R: ReadAt> Table<'a, R> {
         self.layer(number).is_ok_and(|layer| layer.live)
     }
 
-    /// The root folder of a stack of layers, which ends with the first whose root is opaque.
+    /// The root directory of a stack of layers, which ends with the first whose root is opaque.
     pub(super) fn root(&self, layers: &[u16]) -> Result<Stack, DiffError> {
         let mut stack = Stack::new();
         for number in layers {
             let layer = self.layer(*number)?;
-            stack.push(Node { layer: *number, ino: layer.root });
+            stack.push(LayerInode { layer: *number, ino: layer.root });
             if layer.last {
                 break;
             }
@@ -197,12 +199,12 @@ impl<'a, R: ReadAt> Table<'a, R> {
         self.layer(number).is_ok_and(|layer| layer.last)
     }
 
-    pub(super) fn inode(&self, node: Node) -> Result<Inode, DiffError> {
+    pub(super) fn inode(&self, node: LayerInode) -> Result<Inode, DiffError> {
         self.fs(node.layer)?.inode(node.ino)
     }
 
     /// Owner and group as the container sees them.
-    pub(super) fn owner(&self, node: Node, inode: &Inode) -> (u32, u32) {
+    pub(super) fn owner(&self, node: LayerInode, inode: &Inode) -> (u32, u32) {
         if self.layer(node.layer).is_ok_and(|layer| layer.host_ids) {
             (self.ids.uid(inode.uid), self.ids.gid(inode.gid))
         } else {
@@ -211,7 +213,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
     }
 
     /// The xattrs that belong to the layer's content: sorted, without overlayfs' own, ids mapped.
-    pub(super) fn xattrs(&self, node: Node, inode: &Inode) -> Result<Vec<Xattr>, DiffError> {
+    pub(super) fn xattrs(&self, node: LayerInode, inode: &Inode) -> Result<Vec<Xattr>, DiffError> {
         let layer = self.layer(node.layer)?;
         let mut found = layer.fs.xattrs(inode)?;
         found.retain(|x| !x.name.starts_with(OVERLAY_PREFIX));
@@ -224,38 +226,39 @@ impl<'a, R: ReadAt> Table<'a, R> {
         Ok(found)
     }
 
-    pub(super) fn is_opaque(&self, node: Node, inode: &Inode) -> Result<bool, DiffError> {
+    pub(super) fn is_opaque(&self, node: LayerInode, inode: &Inode) -> Result<bool, DiffError> {
         opaque(self.fs(node.layer)?, inode)
     }
 
-    /// Lists a folder. `keep_whiteouts`: of a single layer, with its whiteouts.
-    pub(super) fn list(&self, stack: &[Node], keep_whiteouts: bool) -> Result<Listing, DiffError> {
+    /// Lists a directory. `keep_whiteouts`: of a single layer, with its whiteouts.
+    pub(super) fn list(&self, stack: &[LayerInode], keep_whiteouts: bool) -> Result<Listing, DiffError> {
         let mut names = Vec::new();
-        let mut found: Vec<Found> = Vec::new();
+        let mut found: Vec<ListedName> = Vec::new();
         for (order, node) in stack.iter().enumerate() {
             let fs = self.fs(node.layer)?;
             let inode = fs.inode(node.ino)?;
             fs.visit_dir(&inode, |name, ino, kind| {
                 let at = u32::try_from(names.len())
-                    .map_err(|_| super::unsupported("folder", "its names take more than 4 GiB"))?;
+                    .map_err(|_| super::unsupported("directory", "its names take more than 4 GiB"))?;
                 names.extend_from_slice(name);
-                found.push(Found {
+                found.push(ListedName {
                     at,
                     len: name.len().min(255) as u8,
                     order: order.min(usize::from(u16::MAX)) as u16,
                     kind,
-                    node: Node { layer: node.layer, ino },
+                    node: LayerInode { layer: node.layer, ino },
                 });
                 Ok(())
             })?;
         }
-        let name = |f: &Found| names.get(f.at as usize..f.at as usize + usize::from(f.len)).unwrap_or(&[]);
+        let name =
+            |f: &ListedName| names.get(f.at as usize..f.at as usize + usize::from(f.len)).unwrap_or(&[]);
         found.sort_unstable_by(|a, b| name(a).cmp(name(b)).then(a.order.cmp(&b.order)));
         let mut children = Vec::with_capacity(found.len());
         for group in found.chunk_by(|a, b| name(a) == name(b)) {
             if group.windows(2).any(|pair| matches!(pair, [a, b] if a.order == b.order)) {
                 return Err(DiffError::Corrupt {
-                    what: "folder of a layer",
+                    what: "directory of a layer",
                     offset: 0,
                     reason: format!(
                         "it holds the name {:?} twice",
@@ -271,7 +274,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
     }
 
     /// What one name of several layers shows.
-    fn merge(&self, group: &[Found], keep_whiteouts: bool) -> Result<Option<Child>, DiffError> {
+    fn merge(&self, group: &[ListedName], keep_whiteouts: bool) -> Result<Option<Child>, DiffError> {
         let Some(top) = group.first() else { return Ok(None) };
         let child = |stack, whiteout| Child { at: top.at, len: top.len, node: top.node, stack, whiteout };
         match self.kind(top)? {
@@ -294,7 +297,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
     }
 
     /// The kind of a name, and whether it is a whiteout. Reads the inode only where the name does not tell.
-    fn kind(&self, found: &Found) -> Result<(FileKind, bool), DiffError> {
+    fn kind(&self, found: &ListedName) -> Result<(FileKind, bool), DiffError> {
         match found.kind {
             None | Some(FileKind::CharDevice) => {
                 let inode = self.inode(found.node)?;

@@ -2,18 +2,18 @@
 //!
 //! ```text
 //!  target ──► sorted names ┐                       ┌ Added, Modified, Deleted
-//!                          ├─► same? descend, skip ┤ Same (a folder on the way)
+//!                          ├─► same? descend, skip ┤ Same (a directory on the way)
 //!  parent ──► sorted names ┘                       └ Pending (the bytes must be compared)
 //! ```
 //!
-//! Two ways to compare. [`Mode::Own`]: the target is one layer and its parent the stack below it, so all that stands in
-//! the layer is the difference. [`Mode::Merged`]: both are merged views; equal stacks are skipped without descending.
-//! Memory is one [`Item`] and the name for each reported path; a folder met twice (a loop in a hostile image) is
+//! Two ways to compare. [`CompareMode::Own`]: the target is one layer and its parent the stack below it, so all that stands in
+//! the layer is the difference. [`CompareMode::Merged`]: both are merged views; equal stacks are skipped without descending.
+//! Memory is one [`Item`] and the name for each reported path; a directory met twice (a loop in a hostile image) is
 //! corruption. No file data are read here. Called by [`super::export`] and [`super::changes`].
 
 use super::{
     DiffError,
-    view::{Listing, Node, Stack, Table},
+    view::{LayerInode, Listing, Stack, Table},
 };
 use disk_io::ReadAt;
 use ext4_image::{FileKind, Inode};
@@ -21,7 +21,7 @@ use std::{cmp::Ordering, collections::HashSet};
 
 /// The longest path, in bytes: more than any tar reader or system call takes.
 const MAX_PATH: usize = 65535;
-/// Stands for the root folder as a parent.
+/// Stands for the root directory as a parent.
 pub(super) const ROOT: u32 = u32::MAX;
 
 /// How a path differs.
@@ -35,25 +35,25 @@ pub(super) enum Status {
     Deleted,
     /// A whiteout in the layer of something that the parent does not have.
     Whiteout,
-    /// A folder without a difference of its own.
+    /// A directory without a difference of its own.
     Same,
     /// Alike but for the bytes, which must be compared with those of this inode.
-    Pending(Node),
+    Pending(LayerInode),
 }
 
 /// A reported path.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Item {
-    /// The item of the folder it is in, or [`ROOT`].
+    /// The item of the directory it is in, or [`ROOT`].
     pub(super) parent: u32,
     name_at: u32,
     name_len: u8,
     pub(super) status: Status,
-    /// The folder hides what the parent has in its place.
+    /// The directory hides what the parent has in its place.
     pub(super) opaque: bool,
     pub(super) kind: FileKind,
     /// The inode in the target; meaningless for a deletion.
-    pub(super) node: Node,
+    pub(super) node: LayerInode,
     /// What the detailer gave for it.
     pub(super) detail: u32,
     /// Bytes of a regular file.
@@ -104,7 +104,7 @@ impl Items {
         out
     }
 
-    /// Drops folders that neither differ nor hold a difference; gives what is kept. Pending items count as unchanged.
+    /// Drops directories that neither differ nor hold a difference; gives what is kept. Pending items count as unchanged.
     pub(super) fn kept(&self) -> Vec<bool> {
         let mut keep: Vec<bool> = self
             .items
@@ -124,7 +124,7 @@ impl Items {
 
 /// How to compare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(super) enum CompareMode {
     /// The target is one layer, the parent what lies below it.
     Own,
     /// Both are merged views.
@@ -134,23 +134,23 @@ pub(super) enum Mode {
 /// Takes what the caller needs of an inode while it is at hand.
 pub(super) trait Detailer<R> {
     /// Gives a number that is kept in [`Item::detail`].
-    fn detail(&mut self, table: &Table<'_, R>, node: Node, inode: &Inode) -> Result<u32, DiffError>;
+    fn detail(&mut self, table: &Table<'_, R>, node: LayerInode, inode: &Inode) -> Result<u32, DiffError>;
 }
 
 /// For callers that need nothing.
 pub(super) struct NoDetail;
 
 impl<R> Detailer<R> for NoDetail {
-    fn detail(&mut self, _: &Table<'_, R>, _: Node, _: &Inode) -> Result<u32, DiffError> {
+    fn detail(&mut self, _: &Table<'_, R>, _: LayerInode, _: &Inode) -> Result<u32, DiffError> {
         Ok(0)
     }
 }
 
-/// A folder being walked.
+/// A directory being walked.
 struct Frame {
     item: u32,
     path_len: usize,
-    /// The target's folder does not show the parent's (own mode): what is missing is deleted.
+    /// The target's directory does not show the parent's (own mode): what is missing is deleted.
     opaque: bool,
     target: Listing,
     parent: Listing,
@@ -160,25 +160,25 @@ struct Frame {
 
 struct Walk<'t, 'a, R> {
     table: &'t Table<'a, R>,
-    mode: Mode,
+    mode: CompareMode,
     detailer: &'t mut dyn Detailer<R>,
     out: Items,
-    seen: HashSet<(bool, Node)>,
+    seen: HashSet<(bool, LayerInode)>,
 }
 
-/// Compares two folders. An empty parent stack: everything is added.
+/// Compares two directories. An empty parent stack: everything is added.
 pub(super) fn walk<R: ReadAt>(
     table: &Table<'_, R>,
-    mode: Mode,
-    target: &[Node],
-    parent: &[Node],
+    mode: CompareMode,
+    target: &[LayerInode],
+    parent: &[LayerInode],
     detailer: &mut dyn Detailer<R>,
 ) -> Result<Items, DiffError> {
     let mut walk = Walk { table, mode, detailer, out: Items::default(), seen: HashSet::new() };
-    if mode == Mode::Merged && target == parent {
+    if mode == CompareMode::Merged && target == parent {
         return Ok(walk.out);
     }
-    let opaque = mode == Mode::Own && target.first().is_some_and(|node| table.hides_all(node.layer));
+    let opaque = mode == CompareMode::Own && target.first().is_some_and(|node| table.hides_all(node.layer));
     walk.out.hides_all = opaque;
     let mut frames = vec![walk.frame(ROOT, 0, opaque, target, parent)?];
     while let Some(frame) = frames.last_mut() {
@@ -199,15 +199,15 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         item: u32,
         path_len: usize,
         opaque: bool,
-        target: &[Node],
-        parent: &[Node],
+        target: &[LayerInode],
+        parent: &[LayerInode],
     ) -> Result<Frame, DiffError> {
         for (side, node) in target.iter().map(|n| (true, *n)).chain(parent.iter().map(|n| (false, *n))) {
             if !self.seen.insert((side, node)) {
                 return Err(DiffError::Corrupt {
                     what: "layer",
                     offset: 0,
-                    reason: format!("the folder of inode {} can be reached twice", node.ino),
+                    reason: format!("the directory of inode {} can be reached twice", node.ino),
                 });
             }
         }
@@ -215,14 +215,14 @@ impl<R: ReadAt> Walk<'_, '_, R> {
             item,
             path_len,
             opaque,
-            target: self.table.list(target, self.mode == Mode::Own)?,
+            target: self.table.list(target, self.mode == CompareMode::Own)?,
             parent: self.table.list(parent, false)?,
             next_target: 0,
             next_parent: 0,
         })
     }
 
-    /// Handles the next name of a folder; gives the folder to descend into.
+    /// Handles the next name of a directory; gives the directory to descend into.
     fn step(&mut self, frame: &mut Frame) -> Result<Option<Frame>, DiffError> {
         let target = frame.target.get(frame.next_target);
         let parent = frame.parent.get(frame.next_parent);
@@ -237,7 +237,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         let parent = parent.filter(|_| order != Ordering::Less);
         let Some((name, child)) = target.filter(|_| order != Ordering::Greater) else {
             if let Some((name, gone)) = parent
-                && (self.mode == Mode::Merged || frame.opaque)
+                && (self.mode == CompareMode::Merged || frame.opaque)
             {
                 self.deleted(frame.item, name, gone.node)?;
             }
@@ -252,17 +252,17 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         }
         let was = parent.map(|(_, child)| child);
         let inode = self.table.inode(child.node)?;
-        let mut below: &[Node] = &[];
+        let mut below: &[LayerInode] = &[];
         let status = match (was, self.mode) {
             (None, _) => Status::Added,
             (Some(was), mode) => {
                 if let (Some(stack), Some(old)) = (&child.stack, &was.stack) {
-                    if mode == Mode::Merged && stack == old {
+                    if mode == CompareMode::Merged && stack == old {
                         return Ok(None);
                     }
                     below = old;
                 }
-                if mode == Mode::Own {
+                if mode == CompareMode::Own {
                     Status::Modified
                 } else if child.node == was.node {
                     if child.stack.is_none() {
@@ -277,7 +277,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
                 }
             }
         };
-        let opaque = self.mode == Mode::Own
+        let opaque = self.mode == CompareMode::Own
             && inode.kind == FileKind::Directory
             && self.table.is_opaque(child.node, &inode)?;
         let detail = self.detailer.detail(self.table, child.node, &inode)?;
@@ -302,7 +302,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         parent: u32,
         name: &[u8],
         status: Status,
-        node: Node,
+        node: LayerInode,
         kind: FileKind,
     ) -> Result<u32, DiffError> {
         let too_many = |_| super::unsupported("layer", "more than 4 billion paths or bytes of names");
@@ -325,12 +325,12 @@ impl<R: ReadAt> Walk<'_, '_, R> {
         Ok(number)
     }
 
-    fn deleted(&mut self, parent: u32, name: &[u8], node: Node) -> Result<(), DiffError> {
+    fn deleted(&mut self, parent: u32, name: &[u8], node: LayerInode) -> Result<(), DiffError> {
         self.push(parent, name, Status::Deleted, node, FileKind::CharDevice).map(|_| ())
     }
 
     /// Compares the metadata of two different inodes that have the same path.
-    fn compare(&self, node: Node, inode: &Inode, was: Node) -> Result<Status, DiffError> {
+    fn compare(&self, node: LayerInode, inode: &Inode, was: LayerInode) -> Result<Status, DiffError> {
         let old = self.table.inode(was)?;
         let same = inode.mode == old.mode
             && inode.mtime == old.mtime

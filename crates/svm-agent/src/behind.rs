@@ -5,9 +5,9 @@
 //! ```
 //!
 //! An emulated processor that waits for its device does nothing else, so an operation that waits for each megabyte
-//! takes the sum of both times. Dropped with a job under way, it waits for that. Called by `block`.
+//! takes the sum of both times. Dropping it waits for the job in progress. Called by `block`.
 
-use super::block::Piece;
+use super::piece::Piece;
 use disk_io::WriteAt;
 use std::{
     fs::File,
@@ -22,7 +22,7 @@ use std::{
 /// One device's thread.
 #[derive(Debug)]
 pub(super) struct Behind {
-    /// Taken at the end.
+    /// `None` once it is being dropped.
     jobs: Option<SyncSender<Piece>>,
     done: Receiver<(Piece, io::Result<()>)>,
     busy: bool,
@@ -33,7 +33,7 @@ impl Behind {
     /// A thread that writes to `device`.
     ///
     /// # Errors
-    /// The system has no thread for us.
+    /// The thread cannot be started.
     pub(super) fn start(device: Arc<File>) -> io::Result<Self> {
         let (jobs, orders) = sync_channel::<Piece>(1);
         let (tell, done) = sync_channel(1);
@@ -49,10 +49,10 @@ impl Behind {
         Ok(Self { jobs: Some(jobs), done, busy: false, thread: Some(thread) })
     }
 
-    /// Waits for the job under way: its piece, to be used again.
+    /// Waits for the job in progress; gives its piece for reuse.
     ///
     /// # Errors
-    /// What the device said to it.
+    /// The device's error.
     pub(super) fn wait(&mut self) -> io::Result<Option<Piece>> {
         if !std::mem::take(&mut self.busy) {
             return Ok(None);
@@ -61,10 +61,10 @@ impl Behind {
         outcome.map(|()| Some(piece))
     }
 
-    /// Writes a piece of whole blocks. Nothing may be under way.
+    /// Writes a piece of whole blocks. No job may be in progress.
     ///
     /// # Errors
-    /// The thread is gone.
+    /// The thread has ended.
     pub(super) fn write(&mut self, piece: Piece) -> io::Result<()> {
         debug_assert!(!self.busy);
         let jobs = self.jobs.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
@@ -78,7 +78,7 @@ impl Drop for Behind {
     fn drop(&mut self) {
         self.jobs = None;
         if let Some(thread) = self.thread.take() {
-            // A panic in there has been told on its own.
+            // A panic of the thread has already been reported.
             let _ = thread.join();
         }
     }

@@ -1,4 +1,4 @@
-//! A guest's block device past the page cache: writes gathered, reads ahead, both in one aligned piece of memory.
+//! A guest's block device past the page cache: gathered writes and read-ahead, each in one aligned piece of memory.
 //!
 //! ```text
 //!   write_at … write_at ─► pending, 1 MiB ─► device        a gap, a read or the end sends on what is pending; a full
@@ -7,12 +7,15 @@
 //!                                                           the others are left to the caller and the page cache
 //! ```
 //!
-//! Why: for each page that passes its cache a kernel runs thousands of instructions, and an emulated processor runs each
-//! of them some ten times slower; the device itself copies a megabyte by the host's processor. Blocks that are written in part are
-//! read first. Belongs to one operation, so nothing is remembered from one to the next. An error of a gathered write
-//! shows at a later call, at the latest at [`Unbuffered::flush`]. Called by `disk`.
+//! Why: a kernel runs thousands of instructions for each page that passes its cache, and an emulated processor runs each
+//! about ten times slower, while the device copies a megabyte with the host's processor. Blocks that are written in part
+//! are read first. Each operation has its own, so no data are kept from one operation to the next. An error of a gathered
+//! write is returned by a later call, at the latest by [`Unbuffered::flush`]. Called by `disk`.
 
-use super::behind::Behind;
+use super::{
+    behind::Behind,
+    piece::{PIECE, Piece},
+};
 use disk_io::{ReadAt, WriteAt};
 use std::{
     fs::File,
@@ -21,16 +24,14 @@ use std::{
 };
 use svm_protocol::{ALIGN, Aligned};
 
-/// Bytes of a piece of memory.
-const PIECE: usize = 1 << 20;
-/// Reads ahead begin with this; bytes.
+/// First size of the read-ahead window; bytes.
 const FIRST_AHEAD: usize = 128 << 10;
-/// Reads from here on are large: the page cache would only be in the way; bytes.
+/// Reads of at least this size bypass the page cache; bytes.
 const LARGE: usize = 64 << 10;
-/// A read this near behind the last one follows it; bytes.
+/// A read that starts at most this far behind the previous one counts as sequential; bytes.
 const NEAR: u64 = 64 << 10;
 
-/// One operation's way to a device that is open for unbuffered access.
+/// One operation's access to a device that is open for unbuffered I/O.
 #[derive(Debug)]
 pub(super) struct Unbuffered {
     device: Arc<File>,
@@ -40,7 +41,7 @@ pub(super) struct Unbuffered {
 #[derive(Debug, Default)]
 struct State {
     pending: Piece,
-    /// Writes full pieces, once there was one.
+    /// Writes full pieces; started with the first.
     behind: Option<Behind>,
     window: Piece,
     ahead: usize,
@@ -48,26 +49,8 @@ struct State {
     last: u64,
 }
 
-/// Bytes of the device from an aligned place on.
-#[derive(Debug, Default)]
-pub(super) struct Piece {
-    memory: Option<Aligned>,
-    pub(super) start: u64,
-    pub(super) len: usize,
-}
-
-impl Piece {
-    pub(super) fn memory(&mut self) -> &mut [u8] {
-        self.memory.get_or_insert_with(|| Aligned::new(PIECE)).bytes_mut()
-    }
-
-    fn end(&self) -> u64 {
-        self.start + self.len as u64
-    }
-}
-
 impl Unbuffered {
-    /// A way to `device`.
+    /// Access to `device`.
     pub(super) fn new(device: Arc<File>) -> Self {
         Self { device, state: Mutex::default() }
     }
@@ -125,12 +108,12 @@ impl Unbuffered {
         Ok(Some(n))
     }
 
-    /// What was read is forgotten.
+    /// Discards what was read ahead.
     pub(super) fn forget(&self) {
         self.lock().window.len = 0;
     }
 
-    /// Everything written is on the device.
+    /// Writes everything that is pending to the device.
     pub(super) fn flush(&self) -> io::Result<()> {
         self.send(&mut self.lock())
     }
@@ -141,7 +124,7 @@ impl Unbuffered {
         let before = (at % ALIGN as u64) as usize;
         pending.start = at - before as u64;
         if before > 0 {
-            // What is under way may be of the same block.
+            // The write in progress may touch the same block.
             settle(&mut state.behind)?;
             let start = pending.start;
             let n = self.fill(&mut pending.memory()[..ALIGN], start)?;
@@ -151,23 +134,24 @@ impl Unbuffered {
         Ok(())
     }
 
-    /// Sends on a full piece while the next one is filled.
+    /// Starts writing a full piece while the next one is filled.
     fn send_full(&self, state: &mut State) -> io::Result<()> {
         if state.behind.is_none() {
             state.behind = Behind::start(self.device.clone()).ok();
         }
         let Some(behind) = &mut state.behind else { return self.send(state) };
         let full = std::mem::take(&mut state.pending);
-        if let Some(piece) = behind.wait()? {
-            state.pending = Piece { len: 0, ..piece };
+        if let Some(mut piece) = behind.wait()? {
+            piece.len = 0;
+            state.pending = piece;
         }
         behind.write(full)
     }
 
-    /// Sends on what is pending, whole blocks, and waits until all is written.
+    /// Writes what is pending, in whole blocks, and waits for all writes.
     fn send(&self, state: &mut State) -> io::Result<()> {
         let State { pending, behind, .. } = state;
-        // Both before anything is said of them: after a failure nothing is tried again, the operation fails.
+        // Both are written before either error is returned: after a failure nothing is retried, the operation fails.
         let under_way = settle(behind);
         let len = std::mem::take(&mut pending.len);
         under_way?;
@@ -193,7 +177,7 @@ impl Unbuffered {
                 0 => break,
                 n => have += n,
             }
-            // Only the end of a device leaves a rest that is no block.
+            // Only at the end of a device is the rest shorter than a block.
             if have % ALIGN != 0 {
                 break;
             }
@@ -202,7 +186,7 @@ impl Unbuffered {
     }
 }
 
-/// Waits for a write that is under way; its memory is not needed again.
+/// Waits for the write in progress and frees its memory.
 fn settle(behind: &mut Option<Behind>) -> io::Result<()> {
     behind.as_mut().map_or(Ok(()), |behind| behind.wait().map(drop))
 }

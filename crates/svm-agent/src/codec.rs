@@ -1,10 +1,10 @@
-//! What an agent needs of the codec.
+//! The codec as a trait: everything that interprets layer bytes.
 //!
 //! ```text
-//!   operation ──► Codec ──► real::RealCodec ──► diff::{apply, record, export, changes}, ext4::check
+//!   operation ──► Codec ──► real::RealCodec ──► layer_codec::{apply, record, export, changes}, ext4_image::check
 //! ```
 //!
-//! The trait exists so that channels, pool and jail are tested without a codec. Called by `operation`.
+//! The trait exists so that channels, pool and jail can be tested with a double. Called by `operation`.
 
 pub use super::real::{RealCodec, damage};
 pub use layer_codec::{Copies, apply::ToldDigest};
@@ -18,10 +18,10 @@ use svm_protocol::{
 
 /// A layer to read.
 #[derive(Clone)]
-pub struct Layer {
+pub struct AttachedLayer {
     /// Its file system.
     pub disk: OpDisk,
-    /// How its files lie there.
+    /// Where the layer is in it.
     pub kind: LayerKind,
     /// It may be mounted with the guest's kernel: [`LayerRef::guest_mount`](svm_protocol::LayerRef).
     pub guest_mount: bool,
@@ -31,37 +31,37 @@ pub struct Layer {
 pub struct TarInput<'a> {
     /// Its bytes.
     pub bytes: &'a mut dyn Read,
-    /// Where the daemon digests the tar: filled at the end of the bytes.
+    /// Present if the daemon digests the tar: set at the end of the bytes.
     pub told: Option<ToldDigest>,
 }
 
-/// The layers below an applied one, nearest first. Their disks are lent as they are asked for.
+/// The layers below an applied one, nearest first. The daemon attaches their disks on demand.
 pub trait Lowers {
-    /// How many there are.
+    /// The number of layers.
     fn count(&self) -> usize;
-    /// The next of them; asked at most [`Lowers::count`] times, and only when the tar was read to its end.
+    /// The next layer; called at most [`Lowers::count`] times, and only after the tar was read to its end.
     ///
     /// # Errors
-    /// The daemon could not lend it, or gave up.
-    fn next(&mut self) -> Result<Layer, WireError>;
+    /// The daemon could not provide it, or closed the channel.
+    fn next(&mut self) -> Result<AttachedLayer, WireError>;
 }
 
-/// The daemon's part in an apply that goes on in larger blocks.
+/// The daemon's part in an apply that starts again with larger blocks.
 pub trait Growing {
-    /// A second pair of disks, for image and record; asked at most once.
+    /// A second pair of disks, for image and record; called at most once.
     ///
     /// # Errors
-    /// The daemon could not lend it, or gave up.
+    /// The daemon could not provide it, or closed the channel.
     fn disks(&mut self) -> Result<(OpDisk, OpDisk), WireError>;
-    /// The first pair is being read and no tar is: called often, with the number of bytes read so far.
+    /// The first pair is being read back, and the tar is not read: called often, with the number of bytes read so far.
     ///
     /// # Errors
-    /// The daemon gave up.
+    /// The daemon closed the channel.
     fn replaying(&mut self, bytes: u64) -> Result<(), WireError>;
-    /// The first pair is of no more use.
+    /// The first pair is no longer needed.
     ///
     /// # Errors
-    /// The daemon gave up.
+    /// The daemon closed the channel.
     fn replayed(&mut self) -> Result<(), WireError>;
 }
 
@@ -73,7 +73,7 @@ pub enum Parent {
     /// The rest of its own chain.
     Own,
     /// Another chain, nearest first.
-    Chain(Vec<Layer>),
+    Chain(Vec<AttachedLayer>),
 }
 
 /// The daemon's part in reading a live sandbox.
@@ -82,15 +82,15 @@ pub trait Live {
     fn copies(&mut self) -> Option<Copies> {
         None
     }
-    /// All metadata are in memory: writers may go on.
+    /// All metadata are in memory: the file system may be thawed.
     ///
     /// # Errors
-    /// The daemon gave up.
+    /// The daemon closed the channel.
     fn metadata_read(&mut self) -> Result<(), WireError>;
-    /// Metadata are about to be read again: writers must stop.
+    /// Metadata are about to be read again: the file system must be frozen.
     ///
     /// # Errors
-    /// The daemon gave up.
+    /// The daemon closed the channel.
     fn before_recheck(&mut self) -> Result<(), WireError>;
 }
 
@@ -105,7 +105,7 @@ pub type ChangeSink<'a> = &'a mut dyn FnMut(&Change) -> Result<(), WireError>;
 )]
 pub trait Codec: Send + Sync + 'static {
     /// tar → image and record. Must read `input` to its end. The result is on the disks that `growing` gave, if it was
-    /// asked for some.
+    /// called.
     fn apply(
         &self,
         input: TarInput<'_>,
@@ -117,8 +117,8 @@ pub trait Codec: Send + Sync + 'static {
         options: &ApplyOptions,
     ) -> Result<ApplySummary, WireError>;
 
-    /// Strict check of metadata, by the rules of that version of the writer; with `tree` of all bytes against the hash tree
-    /// too; with `owners` of whom they are.
+    /// Strict check of metadata, by the rules of that version of the writer; with `tree` also of all bytes against the hash
+    /// tree; with `owners` also of all owners.
     fn check(
         &self,
         image: OpDisk,
@@ -127,8 +127,8 @@ pub trait Codec: Send + Sync + 'static {
         owners: &IdMaps,
     ) -> Result<CheckSummary, WireError>;
 
-    /// image and record → the applied tar. With `digested` the daemon holds it against the digest of the summary, and
-    /// need not be spared bytes that do not match it.
+    /// image and record → the applied tar. With `digested` the daemon compares it with the digest of the summary, so that
+    /// bytes may be sent before they are verified here.
     fn export_exact(
         &self,
         image: OpDisk,
@@ -140,7 +140,7 @@ pub trait Codec: Send + Sync + 'static {
     /// difference → canonical tar. `live` is given for a sandbox in use.
     fn export_canonical(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         format: u32,
         id_maps: &IdMaps,
@@ -151,7 +151,7 @@ pub trait Codec: Send + Sync + 'static {
     /// Paths that differ.
     fn changes(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         live: Option<&mut dyn Live>,
         sink: ChangeSink<'_>,
@@ -160,7 +160,7 @@ pub trait Codec: Send + Sync + 'static {
     /// Whether anything was ever written into the nearest layer, a sandbox.
     fn written(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         blank: BlankRoot,
         live: Option<&mut dyn Live>,
     ) -> Result<bool, WireError>;
@@ -168,7 +168,7 @@ pub trait Codec: Send + Sync + 'static {
     /// Regular-file bytes of the difference.
     fn diff_size(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         live: Option<&mut dyn Live>,
     ) -> Result<u64, WireError>;

@@ -1,16 +1,16 @@
 //! The disks of an agent, as operations see them.
 //!
 //! ```text
-//!   OpDisk ─ window ─► file │ block device           every access asks now and then: is the caller still there?
+//!   OpDisk ─ window ─► file │ block device           some accesses check whether the caller is still there
 //! ```
 //!
-//! A block device can't grow: a writable disk without a given length is a device that is large enough, and has the
-//! length that was set or written, as a file would; the daemon cuts the file behind it to what the operation says.
-//! Bulk bytes of devices go past the guest's page cache (`block`); what lies in either is no use to anybody, so
-//! [`OpDisk::reach_host`] sends it on.
+//! A block device cannot grow: a writable disk without a given length is a device that is large enough, and has the
+//! length that was set or written, as a file would; the daemon truncates the file behind it to the operation's result.
+//! Bulk bytes of devices go past the guest's page cache (`block`). [`OpDisk::reach_host`] flushes both, so that the daemon
+//! sees all bytes.
 //!
 //! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
-//! the disk fails when the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
+//! the disk fails once the caller is gone. Called by `operation` and, through `ReadAt`/`WriteAt`, by codecs.
 
 use super::block::Unbuffered;
 use disk_io::{ReadAt, WriteAt};
@@ -28,29 +28,29 @@ use vhd_image::vhdx::Vhdx;
 
 /// An attached disk: a window of an open file or device.
 #[derive(Debug, Clone)]
-pub struct Disk {
+pub(crate) struct Disk {
     /// The open file.
-    pub file: Arc<File>,
+    pub(crate) file: Arc<File>,
     /// Writes are allowed.
-    pub writable: bool,
+    pub(crate) writable: bool,
     /// First byte of the window.
-    pub offset: u64,
-    /// Bytes of the window; `None` = to the end, growing.
-    pub len: Option<u64>,
-    /// The disk within the file, where it is not the file itself.
-    pub inner: Option<Arc<Vhdx<Arc<File>>>>,
-    /// Set for a device of fixed size that stands for a growing file: the file's length.
-    pub length: Option<Arc<AtomicU64>>,
-    /// A device once more, open for access past the page cache.
-    pub unbuffered: Option<Arc<File>>,
+    pub(crate) offset: u64,
+    /// Bytes of the window; `None` means to the end, which may grow.
+    pub(crate) len: Option<u64>,
+    /// The disk inside a VHDX; `None` if the file is the disk.
+    pub(crate) inner: Option<Arc<Vhdx<Arc<File>>>>,
+    /// The length of the file, for a device of fixed size that represents a growing file.
+    pub(crate) length: Option<Arc<AtomicU64>>,
+    /// The device opened a second time, for access past the page cache.
+    pub(crate) unbuffered: Option<Arc<File>>,
 }
 
 impl Disk {
     /// A window of a file or device, or of the disk that the file holds.
     ///
     /// # Errors
-    /// A file that is not of the format; a writable VHDX; what the system says.
-    pub fn open(
+    /// A file of another format; a writable VHDX; errors of the system.
+    pub(crate) fn open(
         file: File,
         format: DiskFormat,
         writable: bool,
@@ -60,7 +60,7 @@ impl Disk {
             file.metadata().map_err(|e| WireError::new(ErrorKind::Io, format!("a disk: {e}")))?.file_type();
         let device = is_block_device(kind);
         let length = (writable && len.is_none() && device).then(Arc::default);
-        // A writable device that does not grow is left alone: nobody would send on what was gathered.
+        // Not for a writable device of fixed size: its operations do not flush gathered writes.
         let bulk = device && format == DiskFormat::Raw && (!writable || length.is_some());
         let unbuffered = bulk.then(|| unbuffered(&file, writable)).flatten().map(Arc::new);
         let file = Arc::new(file);
@@ -92,7 +92,7 @@ impl Disk {
     }
 }
 
-/// The device once more, for access past the page cache; `None` where it can't be had, which costs speed alone.
+/// Opens the device a second time, for access past the page cache; `None` if that fails, which costs only speed.
 fn unbuffered(file: &File, writable: bool) -> Option<File> {
     #[cfg(target_os = "linux")]
     return lcow_sys::linux::guest::reopen_unbuffered(file, writable).ok();
@@ -113,9 +113,9 @@ fn is_block_device(kind: std::fs::FileType) -> bool {
     }
 }
 
-/// Says whether an operation's caller has gone. Cheap to clone.
+/// Whether an operation's caller is gone. Cheap to clone.
 #[derive(Clone)]
-pub struct Cancel(Arc<CancelState>);
+pub(crate) struct Cancel(Arc<CancelState>);
 
 struct CancelState {
     gone: AtomicBool,
@@ -123,12 +123,12 @@ struct CancelState {
     ask: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
-/// Disk accesses between two looks at the channel (a look is a system call).
+/// Disk accesses between two checks of the channel (each is a system call).
 const CALLS_PER_LOOK: u32 = 64;
 
 impl Cancel {
-    /// `ask` looks at the channel.
-    pub fn new(ask: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+    /// `ask` checks the channel.
+    pub(crate) fn new(ask: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         Self(Arc::new(CancelState {
             gone: AtomicBool::new(false),
             calls: AtomicU32::new(0),
@@ -136,8 +136,8 @@ impl Cancel {
         }))
     }
 
-    /// Whether the caller has gone, as of the last look.
-    pub fn is_cancelled(&self) -> bool {
+    /// Whether the caller was gone at the last check.
+    pub(crate) fn is_cancelled(&self) -> bool {
         self.0.gone.load(Ordering::Relaxed)
     }
 
@@ -158,40 +158,40 @@ pub struct OpDisk {
     disk: Disk,
     cancel: Cancel,
     writeback: Arc<Writeback>,
-    /// For bulk bytes of a device.
+    /// Takes the bulk bytes of a device.
     bulk: Option<Arc<Unbuffered>>,
 }
 
 impl OpDisk {
-    /// `disk` as long as `cancel` allows.
-    pub fn new(disk: Disk, cancel: Cancel) -> Self {
+    /// `disk`, which fails once `cancel` reports that the caller is gone.
+    pub(crate) fn new(disk: Disk, cancel: Cancel) -> Self {
         let bulk = disk.unbuffered.clone().map(|device| Arc::new(Unbuffered::new(device)));
         Self { disk, cancel, writeback: Arc::default(), bulk }
     }
 
     /// Whether both are the same window of the same attached file.
-    pub fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.disk.file, &other.disk.file) && self.disk.offset == other.disk.offset
     }
 
-    /// What was written leaves the guest's page cache, so that the daemon finds it in the file behind the device. Files
-    /// are the daemon's own: nothing to do.
+    /// Flushes what was written from the guest's page cache, so that the daemon finds it in the file behind the device.
+    /// Files are the daemon's own: nothing to do.
     ///
     /// # Errors
-    /// What the device says.
-    pub fn reach_host(&self) -> io::Result<()> {
+    /// Errors of the device.
+    pub(crate) fn reach_host(&self) -> io::Result<()> {
         if let Some(bulk) = &self.bulk {
             bulk.flush()?;
         }
         if self.disk.length.is_some() { self.disk.file.sync_data() } else { Ok(()) }
     }
 
-    /// Nothing that was read of a device is believed any more: others write to the disk behind it, and neither the guest's
-    /// page cache nor this operation hears of that. Files are the daemon's own: nothing to do.
+    /// Discards what was read from a device: the disk behind it is written by others, which neither the guest's page cache
+    /// nor this operation can see. Files are the daemon's own: nothing to do.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn forget(&self) -> io::Result<()> {
+    /// Errors of the system.
+    pub(crate) fn forget(&self) -> io::Result<()> {
         if let Some(bulk) = &self.bulk {
             bulk.forget();
         }
@@ -202,7 +202,7 @@ impl OpDisk {
         Ok(())
     }
 
-    /// How many of `len` bytes at `offset` lie in the window, and where they are in the file.
+    /// The number of the `len` bytes at `offset` that are in the window, and their offset in the file.
     fn place(&self, offset: u64, len: usize) -> io::Result<(u64, usize)> {
         let at = self.disk.offset.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
         let room = self.disk.len.map_or(u64::MAX, |size| size.saturating_sub(offset));
@@ -214,7 +214,7 @@ impl ReadAt for OpDisk {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.cancel.check()?;
         let (at, len) = self.place(offset, buf.len())?;
-        // The kernel calls offsets beyond i64 an error; here they are just past the end.
+        // The kernel rejects offsets beyond i64; here they are past the end.
         if len == 0 || i64::try_from(at).is_err() {
             return Ok(0);
         }
@@ -243,7 +243,7 @@ impl ReadAt for OpDisk {
 
     fn in_file(&self, offset: u64, len: u64) -> Option<(&File, u64)> {
         let inside = self.disk.len.is_none_or(|size| offset.checked_add(len).is_some_and(|end| end <= size));
-        // What may still be written is not taken by reference; see `StreamOut`.
+        // Bytes that may still change are not spliced; see `StreamOut`.
         if !inside || self.disk.writable || self.disk.inner.is_some() {
             return None;
         }
@@ -284,7 +284,7 @@ impl WriteAt for OpDisk {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "disk is attached read-only"));
         }
         if let Some(length) = &self.disk.length {
-            // What is cut off would show up again if the disk grew; nobody of ours does either.
+            // Truncated bytes would reappear if the disk grew again; no caller grows a disk.
             if len < length.load(Ordering::Acquire) {
                 return Err(io::Error::new(io::ErrorKind::Unsupported, "a device can't be cut shorter"));
             }

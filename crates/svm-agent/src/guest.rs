@@ -7,9 +7,9 @@
 //!   serial "GUID:N"  ─► the same                                                       H = that of the VMBus device
 //! ```
 //!
-//! Which way leads to the daemon is what the guest finds, unless the kernel's command line says it (`lcow.agent=port`
-//! or `vsock`). A machine whose daemon does not come back to the phone ends. The only part of the agent that is Linux: it finds ports and disks, and wakes the machine. Everything that is
-//! worth telling goes to the console. Called by the program `lcow-agent`.
+//! The guest uses the first transport that it finds, unless the kernel command line names one (`lcow.agent=port` or
+//! `vsock`). A VM whose daemon does not answer ends. This is the Linux-specific part of the agent: it finds ports and
+//! disks, and sets clock and random numbers. Messages go to the console. Called by the program `lcow-agent`.
 
 use super::{
     codec::{Codec, RealCodec},
@@ -29,20 +29,20 @@ use svm_protocol::{ErrorKind, PORT_NAME, VSOCK_PORT, WireError, Witness};
 
 /// Modules of the initramfs, loaded in the order of their names.
 const MODULES: &str = "/modules";
-/// Modules that are loaded when a sandbox is to be mounted, and not before.
+/// Modules that are loaded before the first mount of a sandbox.
 const MOUNT_MODULES: &str = "/modules-mount";
-/// How long a disk that the daemon has attached may take to be seen.
+/// How long to wait for a disk that the daemon has attached.
 const DISK_WAIT: Duration = Duration::from_mins(1);
-/// How long the kernel may take to see a disk by itself, before it is told where to look: a controller drops events when
-/// more disks come and go at one time than the guest has room for (virtio 1.2, 5.6.6.3), and on a full machine a disk
-/// was not seen within 20 s while two hundred others went.
+/// How long to wait for the kernel to find a disk by itself before scanning for it: a controller drops events if more
+/// disks come and go at one time than the guest has buffers for (virtio 1.2, 5.6.6.3). On a full VM a disk was not found
+/// within 20 s while two hundred others were detached.
 const SCAN_AFTER: Duration = Duration::from_secs(2);
-/// How often a look is taken.
+/// Interval of polling.
 const LOOK: Duration = Duration::from_millis(1);
-/// Pause while nobody is at the other end of the port.
+/// Pause while the other end of the port is closed.
 const ALONE: Duration = Duration::from_millis(5);
 
-/// Runs the agent for the life of the machine.
+/// Runs the agent until the VM ends.
 pub fn main() -> ! {
     if let Err(e) = run() {
         eprintln!("lcow-agent: {e}");
@@ -61,7 +61,7 @@ fn run() -> io::Result<()> {
     let way = wait_for(DISK_WAIT, || system.way(wanted))
         .ok_or_else(|| io::Error::other(format!("no port {PORT_NAME}, and no VMBus of Hyper-V")))?;
     loop {
-        // Opened anew each time: that drops what a former daemon left in the port.
+        // Opened again each time: that discards what an earlier daemon left in the port.
         let stream = match &way {
             Way::Port(path) => File::options().read(true).write(true).open(path)?,
             Way::Vsock => dial()?,
@@ -71,7 +71,7 @@ fn run() -> io::Result<()> {
     }
 }
 
-/// Calls the daemon. It listens before the machine starts; the sockets' driver may still be coming up.
+/// Connects to the daemon. It listens before the VM starts, but the driver of the sockets may not be ready yet.
 fn dial() -> io::Result<File> {
     let mut last = None;
     let stream = wait_for(DISK_WAIT, || match vsock::connect(vsock::HOST, VSOCK_PORT) {
@@ -88,10 +88,10 @@ fn dial() -> io::Result<File> {
     })
 }
 
-/// What the kernel's command line says of the way to the daemon: `lcow.agent=port|vsock`.
+/// The transport that the kernel command line names: `lcow.agent=port|vsock`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wanted {
-    /// Nothing: whichever there is.
+    /// None: the first that is found.
     Any,
     Port,
     Vsock,
@@ -109,7 +109,7 @@ impl Wanted {
     }
 }
 
-/// The way to the daemon.
+/// A transport to the daemon.
 #[derive(Debug, PartialEq, Eq)]
 enum Way {
     /// A virtio-serial port.
@@ -118,10 +118,10 @@ enum Way {
     Vsock,
 }
 
-/// Loads what every machine needs; a kernel that has it all built in needs no folder.
+/// Loads the modules that every VM needs; with a kernel that has them built in there is no directory.
 fn load_modules() -> io::Result<()> {
-    let folder = Path::new(MODULES);
-    if folder.exists() { guest::load_modules(folder, c"").map_err(io::Error::other) } else { Ok(()) }
+    let directory = Path::new(MODULES);
+    if directory.exists() { guest::load_modules(directory, c"").map_err(io::Error::other) } else { Ok(()) }
 }
 
 fn wait_for<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
@@ -137,16 +137,16 @@ fn wait_for<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T
     }
 }
 
-/// Where a disk is, as the backends name it.
+/// Address of a disk, as the backends name it.
 #[derive(Debug, PartialEq, Eq)]
-enum Place<'a> {
+enum DiskAddress<'a> {
     /// `lun:C:N`: unit N of the C-th SCSI host (QEMU).
     Lun { controller: usize, unit: u32 },
     /// `GUID:N`: unit N of the controller with this GUID on the VMBus (Hyper-V).
     Vmbus { controller: &'a str, unit: u32 },
 }
 
-impl<'a> Place<'a> {
+impl<'a> DiskAddress<'a> {
     fn parse(serial: &'a str) -> Option<Self> {
         if let Some(rest) = serial.strip_prefix("lun:") {
             let (controller, unit) = rest.split_once(':')?;
@@ -160,7 +160,7 @@ impl<'a> Place<'a> {
     }
 }
 
-/// The kernel's file systems, below a folder: `/`, or a test's own.
+/// The kernel's file systems, below a directory: `/`, or a test's own.
 #[derive(Debug, Clone)]
 struct System {
     root: PathBuf,
@@ -171,15 +171,15 @@ impl System {
         Self { root: root.into() }
     }
 
-    fn entries(&self, folder: &str) -> Option<impl Iterator<Item = String> + use<>> {
-        let entries = fs::read_dir(self.root.join(folder)).ok()?;
+    fn entries(&self, directory: &str) -> Option<impl Iterator<Item = String> + use<>> {
+        let entries = fs::read_dir(self.root.join(directory)).ok()?;
         Some(entries.flatten().filter_map(|e| e.file_name().into_string().ok()))
     }
 
-    /// The way to the daemon, as soon as there is one.
+    /// The transport to the daemon, as soon as there is one.
     fn way(&self, wanted: Wanted) -> Option<Way> {
         let port = || self.port().map(Way::Port);
-        // Only Hyper-V has that bus, and there are no virtio ports on it: what is found is not a matter of time.
+        // Only Hyper-V has that bus, and it has no virtio ports: the result does not depend on the order of detection.
         let vsock = || self.entries("sys/bus/vmbus/devices")?.next().map(|_| Way::Vsock);
         match wanted {
             Wanted::Any => port().or_else(vsock),
@@ -202,41 +202,41 @@ impl System {
         None
     }
 
-    /// The host of a place's controller, and how Linux writes the unit there.
-    fn address(&self, place: &Place<'_>) -> Option<(u32, u32)> {
+    /// The SCSI host of the controller, and how Linux writes the unit there.
+    fn address(&self, place: &DiskAddress<'_>) -> Option<(u32, u32)> {
         let number = |name: String| -> Option<u32> { name.strip_prefix("host")?.parse().ok() };
         Some(match *place {
-            Place::Lun { controller, unit } => {
+            DiskAddress::Lun { controller, unit } => {
                 let mut hosts: Vec<u32> = self.entries("sys/class/scsi_host")?.filter_map(number).collect();
                 hosts.sort_unstable();
                 // Beyond 255 Linux counts units by their address on the wire, whose upper bits say "flat" (SAM-5, 4.7.7.4).
                 (*hosts.get(controller)?, if unit < 256 { unit } else { unit | 0x4000 })
             }
-            Place::Vmbus { controller, unit } => {
-                let folder = format!("sys/bus/vmbus/devices/{}", controller.to_ascii_lowercase());
-                (self.entries(&folder)?.find_map(number)?, unit)
+            DiskAddress::Vmbus { controller, unit } => {
+                let directory = format!("sys/bus/vmbus/devices/{}", controller.to_ascii_lowercase());
+                (self.entries(&directory)?.find_map(number)?, unit)
             }
         })
     }
 
-    /// Lets the kernel look for one unit, whatever it has heard of it.
-    fn scan(&self, place: &Place<'_>) {
+    /// Makes the kernel scan for one unit, independent of events.
+    fn scan(&self, place: &DiskAddress<'_>) {
         if let Some((host, unit)) = self.address(place) {
-            // A kernel that refuses has its own events still.
+            // If the kernel refuses, its own events remain.
             let scan = self.root.join(format!("sys/class/scsi_host/host{host}/scan"));
             let _ = fs::write(scan, format!("0 0 {unit}"));
         }
     }
 
-    /// The SCSI device of a place, if the kernel has found it: a folder of sysfs.
-    fn scsi_device(&self, place: &Place<'_>) -> Option<PathBuf> {
+    /// The SCSI device at an address, if the kernel has found it: a directory in sysfs.
+    fn scsi_device(&self, place: &DiskAddress<'_>) -> Option<PathBuf> {
         let (host, unit) = self.address(place)?;
         let device = self.root.join(format!("sys/class/scsi_device/{host}:0:0:{unit}/device"));
         device.exists().then_some(device)
     }
 
-    /// The block device of a place, if the kernel has found it.
-    fn block_device(&self, place: &Place<'_>) -> Option<PathBuf> {
+    /// The block device at an address, if the kernel has found it.
+    fn block_device(&self, place: &DiskAddress<'_>) -> Option<PathBuf> {
         let name = fs::read_dir(self.scsi_device(place)?.join("block")).ok()?.flatten().next()?.file_name();
         Some(self.root.join("dev").join(name))
     }
@@ -248,7 +248,7 @@ struct Guest {
 
 impl Guest {
     fn open(&self, serial: &str, writable: bool, flags: i32) -> Result<File, WireError> {
-        let place = Place::parse(serial).ok_or_else(|| {
+        let place = DiskAddress::parse(serial).ok_or_else(|| {
             WireError::new(ErrorKind::Usage, format!("disk {serial}: neither of the form lun:C:N nor GUID:N"))
         })?;
         // The device is listed before it can be opened.
@@ -264,7 +264,7 @@ impl Guest {
         opened.ok_or_else(|| {
             WireError::new(
                 ErrorKind::Io,
-                format!("disk {serial} has not come up within {}s", DISK_WAIT.as_secs()),
+                format!("disk {serial} did not appear within {}s", DISK_WAIT.as_secs()),
             )
         })
     }
@@ -279,13 +279,13 @@ impl Platform for Guest {
         self.open(serial, true, libc::O_DIRECT)
     }
 
-    /// On Hyper-V the kernel is told before the host takes the disk away: the next disk in this place must not be taken
-    /// for this one, whose device would stay for a moment. QEMU's removal waits for the kernel by itself.
+    /// On Hyper-V the device is removed before the host detaches the disk: it would otherwise exist for a moment longer, and
+    /// the next disk at this address could be mistaken for it. QEMU waits for the kernel by itself.
     fn forget_disk(&self, serial: &str) {
-        let Some(place @ Place::Vmbus { .. }) = Place::parse(serial) else { return };
+        let Some(place @ DiskAddress::Vmbus { .. }) = DiskAddress::parse(serial) else { return };
         let Some(device) = self.system.scsi_device(&place) else { return };
         if let Err(e) = fs::write(device.join("delete"), "1") {
-            eprintln!("agent: letting go of disk {serial}: {e}");
+            eprintln!("agent: releasing disk {serial}: {e}");
         }
     }
 
@@ -312,13 +312,13 @@ mod tests {
 
     #[test]
     fn serials_name_controller_and_unit() {
-        assert_eq!(Place::parse("lun:0:7"), Some(Place::Lun { controller: 0, unit: 7 }));
-        assert_eq!(Place::parse("lun:3:63"), Some(Place::Lun { controller: 3, unit: 63 }));
+        assert_eq!(DiskAddress::parse("lun:0:7"), Some(DiskAddress::Lun { controller: 0, unit: 7 }));
+        assert_eq!(DiskAddress::parse("lun:3:63"), Some(DiskAddress::Lun { controller: 3, unit: 63 }));
         let vmbus = format!("{GUID}:63");
-        assert_eq!(Place::parse(&vmbus), Some(Place::Vmbus { controller: GUID, unit: 63 }));
+        assert_eq!(DiskAddress::parse(&vmbus), Some(DiskAddress::Vmbus { controller: GUID, unit: 63 }));
         let outside = format!("../{}:1", &GUID[3..]);
         for bad in ["", "lun", "lun:1", "lun:x:1", "lun:1:", "7", "lun:1:2:3", GUID, "a:1", &outside] {
-            assert_eq!(Place::parse(bad), None, "{bad}");
+            assert_eq!(DiskAddress::parse(bad), None, "{bad}");
         }
     }
 
@@ -386,7 +386,7 @@ mod tests {
             fake.file(&format!("sys/class/scsi_device/{address}/device/delete"), "");
             fake.file(&format!("dev/{name}"), name);
         }
-        let find = |serial: &str| fake.system().block_device(&Place::parse(serial).unwrap());
+        let find = |serial: &str| fake.system().block_device(&DiskAddress::parse(serial).unwrap());
         let upper = GUID.to_ascii_uppercase();
         for (serial, name) in [
             (format!("{GUID}:3"), "sdb"),

@@ -1,4 +1,4 @@
-//! The guest side of the service VM's protocol: what runs where untrusted layer bytes are interpreted.
+//! The agent of a service VM: the process in which untrusted layer bytes are interpreted.
 //!
 //! ```text
 //!   control channel ─► serve: disks (attach, detach), one thread per data channel
@@ -6,22 +6,25 @@
 //! ```
 //!
 //! Synchronous, without runtime, paths or configuration: descriptors and frames only. The same code runs in a jailed
-//! worker process ([`worker`]) and, behind a [`link`], in a virtual machine ([`guest`]). An operation that panics is
-//! answered as an error; a channel that closes cancels its operation at the next byte that it reads or writes.
-//! Called by `svm` (the wire types) and `main` (the worker).
+//! worker process ([`worker`]) and, over a [`link`], in a virtual machine ([`guest`]). An operation that panics is
+//! answered with an error; a channel that closes cancels its operation at the next byte that it reads or writes.
+//! Called by `cli` (the worker), by `lcow-agent` (the guest) and by the `layer` commands for [`codec::damage`].
 
 mod behind;
 mod block;
+pub mod channel;
 pub mod codec;
 pub mod disk;
+mod frames;
 #[cfg(target_os = "linux")]
 pub mod guest;
 pub mod link;
 #[cfg(target_os = "linux")]
-pub mod mount;
-pub mod operation;
+mod mount;
+mod operation;
+mod piece;
 mod real;
-pub mod serve;
+mod serve;
 pub mod worker;
 
 pub use real::RealCodec;

@@ -1,14 +1,14 @@
-//! Sandboxes that our reader does not know, read by the guest's kernel.
+//! Sandboxes whose file system `ext4-image` does not support, read by the guest's kernel.
 //!
 //! ```text
 //!   attached disk (read-only) ◄─ Overlay (writes stay in memory) ◄─ /dev/nbdN ◄─ ext4, read-only mount ◄─ Kernel ◄─ diff
 //! ```
 //!
-//! The kernel is shown a device of the agent's own making: so the journal can be replayed while the disk stays as it is, a
-//! VHDX is a disk like any other, and the attached device is never mounted, so that taking it away waits for nobody. A
-//! mount lasts for one operation and has no place in the tree of names. Only `guest` makes a [`GuestMounter`]: a worker
-//! shares the host's kernel, has no capability and never mounts. A file system that takes the guest's kernel down takes
-//! this machine with it, and nothing else. Called by `diff` through [`Mounter`].
+//! The kernel mounts a network block device that the agent serves. So the journal can be replayed while the disk stays
+//! unchanged, a VHDX is like any other disk, and the attached device is never mounted and can be detached at once. A mount
+//! lasts for one operation and is not visible in the directory tree. Only `guest` makes a [`GuestMounter`]: a worker shares
+//! the host's kernel, has no capabilities and never mounts. A file system that crashes the guest's kernel ends this VM and
+//! nothing else. Called by `layer-codec` through [`Mounter`].
 
 use super::disk::OpDisk;
 use disk_io::ReadAt;
@@ -34,17 +34,17 @@ use std::{
 
 /// `EXT4_ROOT_INO`.
 const ROOT_INO: u32 = 2;
-/// Bytes of a piece that was written.
+/// Bytes of a written piece.
 const PIECE: usize = 4096;
-/// What part of the guest's memory may hold what was written: one in this many.
+/// Written pieces may take one part in this many of the guest's memory.
 const MEMORY_SHARE: u64 = 4;
-/// Most ranges of one file, as our own reader has it.
+/// The most ranges of one file, as in `ext4-image`.
 const MAX_RANGES: usize = 4 << 20;
-/// Most bytes of all xattrs of an inode, as our own reader has it.
+/// The most bytes of all xattrs of an inode, as in `ext4-image`.
 const MAX_XATTRS: usize = 16 << 20;
-/// Numbers of errors that ext4 gives for what is damaged: `EUCLEAN`, `EBADMSG`, and `ESTALE` for a name without an inode.
+/// Error numbers by which ext4 reports damage: `EUCLEAN`, `EBADMSG`, and `ESTALE` for a name without an inode.
 const DAMAGED: [i32; 3] = [libc::EUCLEAN, libc::EBADMSG, libc::ESTALE];
-/// Numbers of errors for what the kernel will not do.
+/// Error numbers by which the kernel refuses a file system or an operation.
 const REFUSED: [i32; 4] = [libc::EINVAL, libc::EOPNOTSUPP, libc::ENOKEY, libc::E2BIG];
 
 fn failed(what: &'static str, error: io::Error) -> DiffError {
@@ -60,25 +60,25 @@ fn corrupt(what: String) -> DiffError {
 }
 
 fn unsupported(reason: String) -> DiffError {
-    DiffError::Unsupported { what: "a sandbox's file system that is not of our making", reason }
+    DiffError::Unsupported { what: "a sandbox file system that this driver did not create", reason }
 }
 
 /// Mounts with the kernel of this guest.
 #[derive(Debug)]
-pub struct GuestMounter {
-    /// Folder with the module of the devices, loaded before the first.
+pub(crate) struct GuestMounter {
+    /// Directory with the modules that are loaded before the first mount.
     modules: PathBuf,
     loaded: Mutex<bool>,
     devices: Arc<Devices>,
-    /// Bytes of memory that what is written may still take.
+    /// Bytes of memory that written pieces may still take.
     room: Arc<AtomicU64>,
 }
 
-/// Which devices are taken.
+/// The devices in use.
 #[derive(Debug, Default)]
 struct Devices(Mutex<[bool; nbd::DEVICES as usize]>);
 
-/// A device's number while it is used.
+/// A device in use; released on drop.
 #[derive(Debug)]
 struct Number {
     devices: Arc<Devices>,
@@ -103,8 +103,8 @@ impl Drop for Number {
 }
 
 impl GuestMounter {
-    /// `modules`: a folder with the modules to load before the first mount.
-    pub fn new(modules: PathBuf) -> Self {
+    /// `modules`: a directory with the modules to load before the first mount.
+    pub(crate) fn new(modules: PathBuf) -> Self {
         let room = Arc::new(AtomicU64::new(guest::memory_bytes() / MEMORY_SHARE));
         Self { modules, loaded: Mutex::new(false), devices: Arc::default(), room }
     }
@@ -130,7 +130,7 @@ fn chain(error: &SysError) -> String {
 
 impl Mounter<OpDisk> for GuestMounter {
     fn mount(&self, disk: &OpDisk) -> Result<Box<dyn ForeignFs>, DiffError> {
-        eprintln!("agent: a sandbox that our reader does not know is mounted by this kernel");
+        eprintln!("agent: mounting a sandbox whose file system the reader does not support");
         self.load()?;
         let number = self.devices.take().ok_or_else(|| {
             unsupported(format!("{} sandboxes are mounted already in this machine", nbd::DEVICES))
@@ -161,7 +161,7 @@ impl Mounter<OpDisk> for GuestMounter {
             }
             Err(e) => {
                 return Err(says(
-                    "mounting it with the guest's kernel (lcow-graphdriver svm console shows its words)",
+                    "mounting it with the guest's kernel (lcow-graphdriver svm console shows its messages)",
                 )(e));
             }
         };
@@ -169,7 +169,7 @@ impl Mounter<OpDisk> for GuestMounter {
     }
 }
 
-/// A disk with what was written to it, in memory.
+/// A disk with the pieces that were written to it, in memory.
 struct Overlay {
     disk: OpDisk,
     bytes: u64,
@@ -250,10 +250,10 @@ impl Drop for Overlay {
     }
 }
 
-/// A mounted file system; its parts go in this order.
+/// A mounted file system; fields are dropped in this order.
 #[derive(Debug)]
 struct Kernel {
-    /// The file that was read last: they are read from front to back.
+    /// The file that was read last: files are read sequentially.
     last: Mutex<Option<(u32, File)>>,
     tree: Tree,
     _device: Device,
@@ -305,7 +305,7 @@ impl ForeignFs for Kernel {
 
 fn inode(tree: &Tree, ino: u32) -> Result<Inode, DiffError> {
     let stat = tree.stat(ino).map_err(|e| failed("reading an inode", e))?;
-    // Without its key the kernel shows other names and refuses the bytes.
+    // Without the key the kernel shows encrypted names and refuses the data.
     if stat.encrypted {
         return Err(unsupported(format!("inode {ino} is encrypted")));
     }
@@ -318,7 +318,7 @@ fn inode(tree: &Tree, ino: u32) -> Result<Inode, DiffError> {
     Ok(inode)
 }
 
-/// What stops the reading of a folder.
+/// What stops the reading of a directory.
 enum Stop {
     Kernel(io::Error),
     Caller(DiffError),
@@ -336,7 +336,7 @@ fn visit_dir(tree: &Tree, ino: u32, visit: VisitName<'_>) -> Result<(), DiffErro
         visit(name.name, number, kind(name.kind)).map_err(Stop::Caller)
     });
     done.map_err(|stop| match stop {
-        Stop::Kernel(e) => failed("reading a folder", e),
+        Stop::Kernel(e) => failed("reading a directory", e),
         Stop::Caller(e) => e,
     })
 }

@@ -1,50 +1,56 @@
-//! The real codec: the wire's terms to those of `diff` and `ext4`, and their errors back.
+//! The codec of the agent: calls `layer-codec` and `ext4-image`, and turns their errors into [`WireError`]s.
 //!
-//! Nothing is decided here; each operation is one call. Called by `operation` through [`Codec`].
+//! ```text
+//!   operation ─► Codec ─► RealCodec ─► apply, record, export, changes, check
+//!   daemon   ◄─ Live, Lowers, Growing ◄─ LiveHooks, LayerChain, Growth          an error of the daemon comes back unchanged
+//! ```
+//!
+//! Holds no policy: limits and layout are in the options. Called by `operation` through [`Codec`].
 
 use super::{
-    codec::{ChangeSink, Codec, Copies, Growing, Layer, Live, Lowers, Parent, TarInput},
+    codec::{AttachedLayer, ChangeSink, Codec, Copies, Growing, Live, Lowers, Parent, TarInput},
     disk::OpDisk,
 };
 use disk_io::{ReadAt, StreamOut, WriteAt};
 use ext4_image::{
-    BlockSize, Ext4,
-    hcsshim::{HcsshimOptions, LCOW_MAX_DISK},
-    writer::WriterOptions,
+    Ext4,
+    check::{CheckLimits, check},
 };
 use layer_codec::{
-    self, DiffError, ExportOptions, Foreign, IdMap, LayerSource, LiveHooks, Mounter, NoHooks, ParentLayer,
-    ParentSpec,
-    apply::{self, HcsshimProfile, LayerChain},
+    DiffError, ExportOptions, Foreign, LayerSource, LiveHooks, Mounter, NoHooks, ParentLayer, ParentSpec,
+    apply::{self, ApplyResources, LayerChain},
     canonical, record,
 };
 use std::{fmt::Write as _, io, sync::Arc};
-use svm_protocol::{ErrorKind, WireError};
+use svm_protocol::{
+    ApplyOptions, ApplySummary, BlankRoot, CheckSummary, ErrorKind, ExportSummary, IdMaps, LayerKind,
+    RootHash, WireError,
+};
 
-/// Files that a message names.
+/// The most files that a message names.
 const MAX_TOLD: usize = 8;
 
-/// The codec of this program.
+/// The codec of the agent.
 #[derive(Debug, Default)]
 pub struct RealCodec {
-    /// What mounts sandboxes that our reader does not know; none where the kernel is the host's.
+    /// Mounts sandboxes whose file system the reader does not support; `None` where the kernel is the host's.
     mounter: Option<Arc<dyn Mounter<OpDisk>>>,
 }
 
-/// Where it was not allowed.
+/// Advice if the option is off.
 const ALLOW_MOUNT: &str =
     "lcow.guestmount=true and a virtual machine, lcow.svm=qemu or hcs, would let the guest's kernel read it";
-/// Where it was, but nobody can.
+/// Advice if the option is on but the kernel is the host's.
 const NO_GUEST: &str =
     "lcow.guestmount=true lets only the kernel of a virtual machine read it: lcow.svm=qemu or hcs";
 
 impl RealCodec {
-    /// One in a guest, with what mounts there.
+    /// The codec in a guest, where `mounter` may mount.
     pub fn mounting(mounter: Arc<dyn Mounter<OpDisk>>) -> Self {
         Self { mounter: Some(mounter) }
     }
 
-    fn foreign(&self, layer: &Layer) -> Foreign<OpDisk> {
+    fn foreign(&self, layer: &AttachedLayer) -> Foreign<OpDisk> {
         match &self.mounter {
             _ if !layer.guest_mount => Foreign::Refused(ALLOW_MOUNT),
             None => Foreign::Refused(NO_GUEST),
@@ -52,11 +58,11 @@ impl RealCodec {
         }
     }
 
-    fn source(&self, layer: &Layer, live: bool) -> LayerSource<OpDisk> {
-        let sandbox = layer.kind == svm_protocol::LayerKind::Sandbox;
+    fn source(&self, layer: &AttachedLayer, live: bool) -> LayerSource<OpDisk> {
+        let sandbox = layer.kind == LayerKind::Sandbox;
         LayerSource {
             disk: layer.disk.clone(),
-            kind: if sandbox { layer_codec::LayerKind::Sandbox } else { layer_codec::LayerKind::Applied },
+            kind: layer.kind,
             live: live && sandbox,
             // With userns-remap, what was written through a mount has host ids; applied layers have the tar's.
             host_ids: sandbox,
@@ -64,12 +70,17 @@ impl RealCodec {
         }
     }
 
-    fn sources(&self, layers: &[Layer], live: bool) -> Vec<LayerSource<OpDisk>> {
+    fn sources(&self, layers: &[AttachedLayer], live: bool) -> Vec<LayerSource<OpDisk>> {
         layers.iter().map(|layer| self.source(layer, live)).collect()
     }
 
-    /// The parent's stack in terms of the target's where they share layers.
-    fn parent_layers(&self, target: &[Layer], parent: &Parent, live: bool) -> Vec<ParentLayer<OpDisk>> {
+    /// The parent's stack, with layers that it shares with the target by their index there.
+    fn parent_layers(
+        &self,
+        target: &[AttachedLayer],
+        parent: &Parent,
+        live: bool,
+    ) -> Vec<ParentLayer<OpDisk>> {
         let Parent::Chain(layers) = parent else { return Vec::new() };
         layers
             .iter()
@@ -89,35 +100,13 @@ fn parent_spec<'a>(parent: &Parent, layers: &'a [ParentLayer<OpDisk>]) -> Option
     }
 }
 
-/// The containers' ids, for the check of owners.
-fn containers(maps: &svm_protocol::IdMaps) -> (Vec<apply::IdMap>, Vec<apply::IdMap>) {
-    let convert = |ranges: &[svm_protocol::IdRange]| {
-        ranges
-            .iter()
-            .map(|r| apply::IdMap { container: r.container_id, host: r.host_id, len: r.size })
-            .collect()
-    };
-    (convert(&maps.uids), convert(&maps.gids))
-}
-
-fn export_options(maps: &svm_protocol::IdMaps, version: canonical::Version) -> ExportOptions {
-    let convert = |ranges: &[svm_protocol::IdRange]| {
-        ranges.iter().map(|r| IdMap { container: r.container_id, host: r.host_id, len: r.size }).collect()
-    };
-    let none = maps.uids.is_empty() && maps.gids.is_empty();
-    ExportOptions {
-        ids: (!none).then(|| layer_codec::IdMaps { uid: convert(&maps.uids), gid: convert(&maps.gids) }),
-        version,
-    }
-}
-
-/// The daemon's hooks as `diff` wants them; keeps the daemon's own error.
+/// The daemon's hooks as [`LiveHooks`]; keeps the daemon's own error.
 struct Hooks<'a> {
     live: &'a mut dyn Live,
     refused: Option<WireError>,
 }
 
-/// Keeps the daemon's own error, which comes back instead of the one that is made of it here.
+/// Keeps the daemon's own error, which is returned instead of the [`DiffError`] that is made of it here.
 fn keep(refused: &mut Option<WireError>, error: WireError) -> DiffError {
     let made = DiffError::Usage(error.message.clone());
     *refused = Some(error);
@@ -146,7 +135,7 @@ impl LiveHooks for Hooks<'_> {
     }
 }
 
-/// The daemon's second pair of disks as `diff` wants it.
+/// The daemon's second pair of disks as [`apply::Growth`].
 struct Grown<'a> {
     growing: &'a mut dyn Growing,
     refused: &'a mut Option<WireError>,
@@ -162,7 +151,7 @@ impl apply::Growth<OpDisk, OpDisk> for Grown<'_> {
     }
 
     fn replayed(&mut self, image: OpDisk, record: OpDisk) -> Result<(), DiffError> {
-        // The host's room is needed; a device keeps its length, and the daemon takes it away.
+        // Frees the host's space; a device keeps its length, and the daemon detaches it.
         for disk in [&image, &record] {
             if let Err(source) = disk.set_len(0)
                 && source.kind() != io::ErrorKind::Unsupported
@@ -184,20 +173,20 @@ fn hooked<T>(
     run(&mut hooks).map_err(|error| hooks.refused.unwrap_or_else(|| error.into()))
 }
 
-/// Holds an image against the hash tree behind it, block by block.
-fn check_tree(disk: &OpDisk) -> Result<svm_protocol::RootHash, WireError> {
+/// Checks an image against the hash tree that follows it, block by block.
+fn check_tree(disk: &OpDisk) -> Result<RootHash, WireError> {
     let fs = Ext4::open(disk.clone())?;
     let fs_bytes = fs.geometry().blocks_count.saturating_mul(u64::from(fs.geometry().block_size));
     let superblock = verity_tree::find(disk, fs_bytes)?
-        .ok_or_else(|| WireError::new(ErrorKind::Corrupt, "no hash tree stands behind the file system"))?;
+        .ok_or_else(|| WireError::new(ErrorKind::Corrupt, "no hash tree follows the file system"))?;
     let report = verity_tree::check(disk, &superblock, &mut |_| {})?;
     if report.is_sound() {
-        return Ok(svm_protocol::RootHash(report.root));
+        return Ok(RootHash(report.root));
     }
     Err(WireError::new(ErrorKind::Corrupt, damage(&fs, &report)))
 }
 
-/// What a damaged image has lost, for people: the files by name where the tree of names can still be read.
+/// The damage of an image in one line: the affected files by name, if the directories can still be read.
 pub fn damage<R: ReadAt>(fs: &Ext4<R>, report: &verity_tree::CheckReport) -> String {
     if report.damaged.is_empty() {
         return format!("{} ranges of the hash tree are damaged", report.damaged_tree.len());
@@ -217,7 +206,7 @@ pub fn damage<R: ReadAt>(fs: &Ext4<R>, report: &verity_tree::CheckReport) -> Str
             }
         }
         Err(e) => {
-            let _ = write!(text, "; whose they are can't be told: {e}");
+            let _ = write!(text, "; the affected files could not be determined: {e}");
         }
     }
     text
@@ -232,49 +221,21 @@ impl Codec for RealCodec {
         scratch: Option<OpDisk>,
         lowers: &mut dyn Lowers,
         growing: &mut dyn Growing,
-        options: &svm_protocol::ApplyOptions,
-    ) -> Result<svm_protocol::ApplySummary, WireError> {
-        let block_size = BlockSize::from_bytes(options.block_size).ok_or_else(|| {
-            let message = format!("blocks of {} bytes: 1024, 2048 or 4096 are possible", options.block_size);
-            WireError::new(ErrorKind::Usage, message)
-        })?;
-        let mut settings = apply::ApplyOptions::new(WriterOptions {
-            max_image_bytes: options.max_image_bytes,
-            block_size,
-            ..WriterOptions::default()
-        });
-        if options.profile == svm_protocol::Profile::Hcsshim {
-            settings.profile = apply::Profile::Hcsshim(HcsshimProfile::new(HcsshimOptions {
-                max_image_bytes: options.max_image_bytes,
-                ..HcsshimOptions::new(LCOW_MAX_DISK)
-            }));
-        }
-        settings.told_digest = input.told;
-        settings.max_tar_bytes = settings.max_tar_bytes.min(options.max_image_bytes.saturating_mul(2));
-        (settings.uid_map, settings.gid_map) = containers(&options.id_maps);
-        if options.verity {
-            let scratch = scratch.map(|disk| Arc::new(disk) as Arc<dyn WriteAt>);
-            settings.verity = apply::Verity::Tree { scratch };
-        }
+        options: &ApplyOptions,
+    ) -> Result<ApplySummary, WireError> {
+        let resources = ApplyResources {
+            scratch: scratch.map(|disk| Arc::new(disk) as Arc<dyn WriteAt>),
+            told_digest: input.told,
+        };
         let (mut refused, mut no_disks) = (None, None);
         let mut chain = LayerChain::new(lowers.count(), || match lowers.next() {
             Ok(layer) => Ok(self.source(&layer, false)),
             Err(e) => Err(keep(&mut refused, e)),
         });
         let mut grown = Grown { growing, refused: &mut no_disks };
-        let applied = apply::apply_growing(input.bytes, image, record, &mut chain, &settings, &mut grown);
-        let summary = applied.map_err(|error| refused.or(no_disks).unwrap_or_else(|| error.into()))?;
-        Ok(svm_protocol::ApplySummary {
-            image_bytes: summary.image_bytes,
-            file_bytes: summary.file_bytes,
-            diff_size: summary.diff_size,
-            tar_bytes: summary.tar_bytes,
-            tar_digest: summary.tar_digest,
-            record_bytes: summary.record_bytes,
-            uuid: uuid::Uuid::from_bytes(summary.uuid),
-            entries: summary.entries,
-            verity_root: summary.verity_root.map(svm_protocol::RootHash),
-        })
+        let applied =
+            apply::apply_growing(input.bytes, image, record, &mut chain, options, &resources, &mut grown);
+        applied.map_err(|error| refused.or(no_disks).unwrap_or_else(|| error.into()))
     }
 
     fn check(
@@ -282,20 +243,16 @@ impl Codec for RealCodec {
         image: OpDisk,
         tree: bool,
         writer: u32,
-        owners: &svm_protocol::IdMaps,
-    ) -> Result<svm_protocol::CheckSummary, WireError> {
+        owners: &IdMaps,
+    ) -> Result<CheckSummary, WireError> {
         let verity = if tree { Some(check_tree(&image)?) } else { None };
-        let limits = ext4_image::check::CheckLimits { writer, ..ext4_image::check::CheckLimits::default() };
-        let report = ext4_image::check::check(image.clone(), limits)?;
+        let limits = CheckLimits { writer, ..CheckLimits::default() };
+        let report = check(image.clone(), limits)?;
         verity_tree::check_around(&image, report.image_bytes, tree)?;
-        let (uids, gids) = containers(owners);
-        apply::owner::check_image(&Ext4::open(image)?, &uids, &gids)?;
-        Ok(svm_protocol::CheckSummary {
+        apply::check_owners(&Ext4::open(image)?, owners)?;
+        Ok(CheckSummary {
             image_bytes: report.image_bytes,
-            profile: match report.layout {
-                ext4_image::check::Layout::Default => svm_protocol::Profile::Default,
-                ext4_image::check::Layout::Hcsshim => svm_protocol::Profile::Hcsshim,
-            },
+            profile: report.layout.into(),
             inodes: report.inodes,
             blocks: report.blocks_used,
             uuid: uuid::Uuid::from_bytes(report.uuid),
@@ -309,28 +266,28 @@ impl Codec for RealCodec {
         record: OpDisk,
         digested: bool,
         out: &mut dyn StreamOut,
-    ) -> Result<svm_protocol::ExportSummary, WireError> {
+    ) -> Result<ExportSummary, WireError> {
         let summary = if digested {
             record::replay_for_digesting_reader(image, record, out)?
         } else {
             record::replay(image, record, out)?
         };
-        Ok(svm_protocol::ExportSummary {
+        Ok(ExportSummary {
             tar_bytes: summary.tar_bytes,
             tar_digest: Some(summary.tar_digest),
-            ..svm_protocol::ExportSummary::default()
+            ..ExportSummary::default()
         })
     }
 
     fn export_canonical(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         format: u32,
-        id_maps: &svm_protocol::IdMaps,
+        id_maps: &IdMaps,
         live: Option<&mut dyn Live>,
         out: &mut dyn StreamOut,
-    ) -> Result<svm_protocol::ExportSummary, WireError> {
+    ) -> Result<ExportSummary, WireError> {
         let version = canonical::version(format).ok_or_else(|| {
             WireError::new(
                 ErrorKind::Unsupported,
@@ -339,9 +296,10 @@ impl Codec for RealCodec {
         })?;
         let is_live = live.is_some();
         let (stack, below) = (self.sources(&target, is_live), self.parent_layers(&target, &parent, is_live));
-        let (spec, options) = (parent_spec(&parent, &below), export_options(id_maps, version));
+        let spec = parent_spec(&parent, &below);
+        let options = ExportOptions { id_maps: id_maps.clone(), version };
         let summary = hooked(live, |hooks| layer_codec::export(&stack, spec, &options, hooks, out))?;
-        Ok(svm_protocol::ExportSummary {
+        Ok(ExportSummary {
             tar_bytes: summary.tar_bytes,
             tar_digest: None,
             hidden: summary.hidden,
@@ -351,7 +309,7 @@ impl Codec for RealCodec {
 
     fn changes(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         live: Option<&mut dyn Live>,
         sink: ChangeSink<'_>,
@@ -365,19 +323,19 @@ impl Codec for RealCodec {
 
     fn written(
         &self,
-        target: Vec<Layer>,
-        blank: svm_protocol::BlankRoot,
+        target: Vec<AttachedLayer>,
+        blank: BlankRoot,
         live: Option<&mut dyn Live>,
     ) -> Result<bool, WireError> {
         let stack = self.sources(&target, live.is_some());
-        let svm_protocol::BlankRoot { permissions, uid, gid } = blank;
+        let BlankRoot { permissions, uid, gid } = blank;
         let blank = layer_codec::BlankRoot { permissions, uid, gid };
         hooked(live, |hooks| layer_codec::written(&stack, blank, hooks))
     }
 
     fn diff_size(
         &self,
-        target: Vec<Layer>,
+        target: Vec<AttachedLayer>,
         parent: Parent,
         live: Option<&mut dyn Live>,
     ) -> Result<u64, WireError> {

@@ -4,13 +4,14 @@
 //!   Hello ─►     ◄─ Attach, Detach, Open, Wake, Ping     Reply ─►       end of the channel = end of the agent
 //! ```
 //!
-//! Transport and the way to find a disk are a trait ([`ControlTransport`]): messages with descriptors in a
+//! Transport and lookup of disks are a trait ([`ControlTransport`]): messages with descriptors in a
 //! worker process, a serial port and device serial numbers in a virtual machine. Called by `worker`.
 
 use super::{
+    channel::AgentChannel,
     codec::Codec,
     disk::Disk,
-    operation::{AgentChannel, DiskTable, serve_channel},
+    operation::{DiskTable, serve_channel},
 };
 use std::{
     collections::HashMap,
@@ -27,42 +28,42 @@ use svm_protocol::{
 };
 
 /// A control channel. `Beside` is what travels with a message (a descriptor, or nothing).
-pub trait ControlTransport {
+pub(crate) trait ControlTransport {
     /// What travels beside a message.
     type Beside;
     /// The next request; `None` at the end of the channel.
     ///
     /// # Errors
-    /// What the transport says; a malformed request.
+    /// Errors of the transport; a malformed request.
     fn receive(&mut self) -> io::Result<Option<(ControlRequest, Self::Beside)>>;
-    /// Answers one.
+    /// Answers a request.
     ///
     /// # Errors
-    /// What the transport says.
+    /// Errors of the transport.
     fn reply(&mut self, reply: &ControlReply) -> io::Result<()>;
     /// The device of an Attach.
     ///
     /// # Errors
-    /// Why there is none.
+    /// The reason, if there is none.
     fn disk(&mut self, beside: Self::Beside, serial: Option<&str>, writable: bool)
     -> Result<File, WireError>;
     /// The channel of an Open; `id` is its number on a link.
     ///
     /// # Errors
-    /// Why there is none.
+    /// The reason, if there is none.
     fn channel(&mut self, beside: Self::Beside, id: u32) -> Result<Arc<dyn AgentChannel>, WireError>;
-    /// Sets the clock and reseeds the random numbers of a machine that stood still.
+    /// Sets the clock and reseeds the random numbers of a VM that was stopped.
     ///
     /// # Errors
-    /// What could not be done; an agent that has the daemon's clock is never asked.
+    /// What could not be done. Not called for an agent that shares the daemon's clock.
     fn wake(&mut self, _entropy: &[u8], _unix_time: Duration) -> Result<Option<Witness>, WireError> {
-        Err(WireError::new(ErrorKind::Usage, "this agent has the daemon's own clock"))
+        Err(WireError::new(ErrorKind::Usage, "this agent shares the daemon's clock"))
     }
 }
 
 /// Attached disks by number.
 #[derive(Debug, Default)]
-pub struct Disks(Mutex<HashMap<DiskId, Disk>>);
+pub(crate) struct Disks(Mutex<HashMap<DiskId, Disk>>);
 
 impl DiskTable for Disks {
     fn disk(&self, id: DiskId) -> Option<Disk> {
@@ -73,8 +74,8 @@ impl DiskTable for Disks {
 /// Serves until the control channel ends.
 ///
 /// # Errors
-/// The control channel failed or brought garbage: the agent must end, the daemon no longer speaks to it.
-pub fn serve<T: ControlTransport>(transport: &mut T, codec: &Arc<dyn Codec>) -> io::Result<()> {
+/// The control channel failed or its data were malformed: the agent must end, since the daemon can no longer reach it.
+pub(crate) fn serve<T: ControlTransport>(transport: &mut T, codec: &Arc<dyn Codec>) -> io::Result<()> {
     let disks = Arc::new(Disks::default());
     let running = Arc::new(AtomicUsize::new(0));
     while let Some((request, beside)) = transport.receive()? {
@@ -114,7 +115,7 @@ fn attach(disks: &Disks, id: DiskId, disk: Disk) -> Result<(), WireError> {
     Ok(())
 }
 
-/// Counts a running operation, also out when its thread ends by panic.
+/// Counts a running operation until it is dropped, also by a panic of its thread.
 struct Running(Arc<AtomicUsize>);
 
 impl Drop for Running {

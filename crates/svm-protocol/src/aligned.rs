@@ -1,9 +1,9 @@
-//! Memory that a disk can be read into and written from past the page cache.
+//! Memory for reading and writing a disk past the page cache. Called by [`slots`](crate::slots) and the agent's `block`.
 
 /// Alignment that unbuffered disk access needs, of offsets, lengths and memory; bytes.
 pub const ALIGN: usize = 4096;
 
-/// Memory whose start is aligned. Called by `link::slots` and `block`.
+/// Memory whose start is aligned to [`ALIGN`].
 #[derive(Debug)]
 pub struct Aligned {
     memory: Vec<u8>,

@@ -1,4 +1,10 @@
-//! What the control channel of a service VM carries: its greeting, disks, channels.
+//! Messages on the control channel of a service VM: greeting, disks, channels.
+//!
+//! ```text
+//!   agent ─► Hello        daemon ─► Wake (link only), ControlRequest ─► agent ─► ControlReply, same number
+//! ```
+//!
+//! Called by `svm` of the daemon and by the agent's `serve`.
 
 use crate::{DiskFormat, DiskId, JailReport, WireError};
 use serde::{Deserialize, Serialize};
@@ -8,26 +14,26 @@ use serde::{Deserialize, Serialize};
 pub struct Hello {
     /// [`PROTOCOL_VERSION`](crate::PROTOCOL_VERSION) of the agent.
     pub version: u32,
-    /// What the agent did to lock itself in; names of the parts that took hold.
+    /// The sandbox layers that are in force in the agent.
     pub jail: JailReport,
-    /// On a link: what the [`Wake`] said, so that no greeting is taken for another session's.
+    /// On a link: the nonce of the [`Wake`], which ties the greeting to this session.
     #[serde(default)]
     pub nonce: u64,
     /// On a link: the transfer disk is in use.
     #[serde(default)]
     pub transfer: bool,
-    /// What shows that the machine woke well; none from agents that share the daemon's kernel.
+    /// Evidence that the VM resumed correctly; absent from agents that share the daemon's kernel.
     #[serde(default)]
     pub witness: Option<Witness>,
 }
 
-/// A machine's clock and random numbers right after its [`Wake`] or [`Control::Wake`].
+/// A VM's clock and random numbers right after its [`Wake`] or [`Control::Wake`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Witness {
-    /// The machine's clock: nanoseconds since 1970, UTC.
+    /// The VM's clock: nanoseconds since 1970, UTC.
     pub unix_nanos: u64,
-    /// Bytes of its random numbers, drawn for this answer and used for nothing else. Machines that are restored from
-    /// one saved state would all draw the same, had the reseeding failed.
+    /// Random bytes, drawn for this answer and used for nothing else. VMs that are restored from one saved state would
+    /// all draw the same bytes if reseeding had failed.
     pub random: [u8; 16],
 }
 
@@ -36,13 +42,13 @@ pub struct Witness {
 pub struct Wake {
     /// [`PROTOCOL_VERSION`](crate::PROTOCOL_VERSION) of the daemon.
     pub version: u32,
-    /// To be repeated in [`Hello`].
+    /// The agent repeats it in its [`Hello`].
     pub nonce: u64,
-    /// Fresh random bytes, since machines restored from one saved state know each other's.
+    /// Fresh random bytes: VMs restored from one saved state would otherwise have the same random numbers.
     pub entropy: Vec<u8>,
     /// Nanoseconds since 1970, UTC.
     pub unix_nanos: u64,
-    /// A disk for bulk bytes.
+    /// A disk for bulk bytes, if there is one.
     pub transfer: Option<crate::slots::TransferDisk>,
 }
 
@@ -50,36 +56,36 @@ pub struct Wake {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Control {
-    /// Is anybody there?
+    /// Answered at once: shows that the agent is alive.
     Ping,
-    /// A disk: its descriptor travels beside (embedded), or it is found by serial number (VMs).
+    /// Attaches a disk. Its descriptor travels beside the message (embedded), or it is found by serial number (VMs).
     Attach {
-        /// Its number from now on.
+        /// The number by which operations refer to it.
         disk: DiskId,
         /// Writes are allowed.
         writable: bool,
-        /// First byte of the window.
+        /// First byte of the window in the file.
         offset: u64,
-        /// Bytes of the window; `None` = to the end, and writable disks may grow.
+        /// Bytes of the window; `None` means to the end of the file, and then writable disks may grow.
         len: Option<u64>,
         /// How a VM finds the device.
         serial: Option<String>,
-        /// How the disk's bytes lie in the file.
+        /// Format of the file.
         #[serde(default)]
         format: DiskFormat,
     },
-    /// Forget a disk.
+    /// Detaches a disk.
     Detach {
-        /// Which.
+        /// Its number.
         disk: DiskId,
     },
-    /// A data channel: its descriptor travels beside (embedded), or it is a channel of the link (VMs).
+    /// Opens a data channel. Its descriptor travels beside the message (embedded), or it is a channel of the link (VMs).
     Open {
-        /// Number on the link; higher than all before.
+        /// Number on the link; higher than all earlier ones. 0 without a link.
         #[serde(default)]
         channel: u32,
     },
-    /// The machine stood still since its [`Wake`], and its clock with it. The reply has a [`Witness`].
+    /// The VM and its clock were stopped since its [`Wake`]. The reply has a [`Witness`].
     Wake {
         /// Fresh random bytes.
         entropy: Vec<u8>,
@@ -91,9 +97,9 @@ pub enum Control {
 /// A numbered control request; the reply carries the same number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlRequest {
-    /// Number.
+    /// Number, repeated in the reply.
     pub seq: u64,
-    /// What.
+    /// The request.
     pub control: Control,
 }
 
@@ -102,9 +108,9 @@ pub struct ControlRequest {
 pub struct ControlReply {
     /// Number of the request.
     pub seq: u64,
-    /// Why it failed.
+    /// Why it failed; `None` if it succeeded.
     pub error: Option<WireError>,
-    /// After a [`Control::Wake`]: what shows that the machine woke well.
+    /// After a [`Control::Wake`]: evidence that the VM resumed correctly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub witness: Option<Witness>,
 }

@@ -1,4 +1,6 @@
-//! Errors of an operation: the codec's errors as a kind that the daemon acts upon, and a text for people.
+//! Errors of an operation: a kind that the daemon acts on and a message for people, made from the codec's errors.
+//!
+//! Called by the agent, which sends them, and by `svm`, which reads them.
 
 use ext4_image::Ext4Error;
 use layer_codec::{DiffError, LiveFile};
@@ -13,7 +15,7 @@ use verity_tree::VerityError;
 pub enum ErrorKind {
     /// The tar or image breaks its format.
     Corrupt,
-    /// Well-formed, but more than we do.
+    /// Well-formed, but not supported.
     Unsupported,
     /// A size or number beyond a limit.
     Limit,
@@ -21,13 +23,13 @@ pub enum ErrorKind {
     NoSpace,
     /// Reading or writing failed.
     Io,
-    /// The request makes no sense (unknown disk, …).
+    /// The request is invalid (unknown disk, …).
     Usage,
     /// The file changed while it was read (live sandboxes).
     Changed,
-    /// The daemon gave up.
+    /// The daemon closed the channel.
     Cancelled,
-    /// A fault of ours (panic).
+    /// A bug of the agent (panic).
     Internal,
 }
 
@@ -35,11 +37,11 @@ pub enum ErrorKind {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct WireError {
-    /// What sort of failure.
+    /// What the daemon can do about it.
     pub kind: ErrorKind,
-    /// For people: names entry and offset where there are any.
+    /// For people; names the entry and its offset if there are any.
     pub message: String,
-    /// Of [`ErrorKind::Changed`]: the files that changed.
+    /// With [`ErrorKind::Changed`]: the files that changed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changed: Vec<LiveFile>,
 }

@@ -1,4 +1,4 @@
-//! Frames: how messages and bytes follow each other on a channel.
+//! Frames: the form of messages and bytes on a channel.
 //!
 //! ```text
 //!   ┌────────────┬──────┬──────────────────┐
@@ -11,21 +11,21 @@
 //! ```
 //!
 //! A stream without its explicit `Result` or `Error` was cut and is an error, whatever came before. Both ends treat
-//! the other as hostile: lengths are checked before memory is taken, unknown types end the channel. This module does
-//! no I/O but through `Read`/`Write`; `svm` reads the same frames asynchronously with [`parse_header`].
+//! the other as hostile: lengths are checked before memory is allocated, unknown types end the channel. This module does
+//! I/O through `Read` and `Write` only; `svm` reads the same frames asynchronously with [`parse_header`].
 
 use serde::Serialize;
 use std::io::{self, IoSlice, Read, Write};
 
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 5;
-/// Most payload bytes of any frame.
+/// The most payload bytes of any frame.
 pub const MAX_PAYLOAD: usize = 1 << 20;
-/// Payload bytes of the data frames that we send: large enough that a frame's fixed cost vanishes, small enough that
+/// Payload bytes of the data frames that both sides send: large enough that a frame's fixed cost vanishes, small enough that
 /// hundreds of streams fit in memory.
 pub const DATA_PAYLOAD: usize = 256 << 10;
 
-/// What a frame is.
+/// Type of a frame; the number is its byte on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum FrameType {
@@ -35,11 +35,11 @@ pub enum FrameType {
     Request = 2,
     /// either: bytes of the stream.
     Data = 3,
-    /// daemon: the stream is complete. Behind a [`link`](crate::link) with the text of its digest.
+    /// daemon: the stream is complete. Over a [`link`](crate::link) it carries the text of its digest.
     End = 4,
-    /// agent: something the daemon must do before the agent goes on ([`Event`](crate::Event)).
+    /// agent: a request during the operation ([`OperationEvent`](crate::OperationEvent)).
     Event = 5,
-    /// daemon: done, go on (answers one `Event`).
+    /// daemon: answers one `Event`; the operation continues.
     Resume = 6,
     /// agent: the operation failed ([`WireError`](crate::WireError)); last frame.
     Error = 7,
@@ -81,13 +81,13 @@ pub enum FrameError {
     /// The channel ended between frames.
     #[error("channel closed")]
     Closed,
-    /// A type that does not exist, or is not allowed here.
+    /// An unknown type, or one that is not allowed here.
     #[error("unexpected frame type {0}")]
     Type(u8),
     /// A length beyond [`MAX_PAYLOAD`].
     #[error("frame of {0} bytes exceeds the limit of {MAX_PAYLOAD}")]
     TooLong(u32),
-    /// The JSON of a frame is not what its type says.
+    /// The JSON of a frame does not match its type.
     #[error("malformed message: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -139,7 +139,7 @@ pub fn read_frame(input: &mut dyn Read, buffer: &mut Vec<u8>) -> Result<FrameTyp
 /// Writes one frame, header and payload in one system call where the channel allows it.
 ///
 /// # Errors
-/// What the channel says; `InvalidInput` for a payload beyond [`MAX_PAYLOAD`].
+/// Errors of the channel; `InvalidInput` for a payload beyond [`MAX_PAYLOAD`].
 pub fn write_frame(output: &mut dyn Write, kind: FrameType, payload: &[u8]) -> io::Result<()> {
     if payload.len() > MAX_PAYLOAD {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "frame payload beyond the limit"));
@@ -160,7 +160,7 @@ pub fn write_frame(output: &mut dyn Write, kind: FrameType, payload: &[u8]) -> i
 /// Writes `message` as JSON in one frame.
 ///
 /// # Errors
-/// As [`write_frame`]; `InvalidData` if it can't be put in JSON.
+/// As [`write_frame`]; `InvalidData` if it cannot be represented in JSON.
 pub fn write_json<T: Serialize>(output: &mut dyn Write, kind: FrameType, message: &T) -> io::Result<()> {
     write_frame(output, kind, &serde_json::to_vec(message)?)
 }

@@ -1,29 +1,29 @@
-//! Link frames: bytes and limits.
+//! Link frames: layout and limits. Called by both ends of a link.
 
 use std::io::{self, Read};
 
-/// What a session begins with; also recognised where a frame is due. Its first nine bytes are no valid header.
+/// The start of a session; also recognized in place of a frame. Its first nine bytes are not a valid header.
 pub const SYNC: [u8; 16] = *b"\xff\xffLCOW\xff\xff\xff SYNC\r\n";
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 9;
-/// Most bytes of a channel, each way, that are sent and not yet taken; bytes. Four frames of the upper protocol.
+/// The most bytes of a channel, each way, that are sent and not yet consumed; four data frames of the upper protocol.
 pub const WINDOW: usize = 1 << 20;
 /// Credit is given back in steps of this; bytes.
 pub const CREDIT_STEP: usize = WINDOW / 4;
-/// Most payload bytes of one frame: a long frame would hold up the other channels.
+/// The most payload bytes of one frame: a long frame would delay the other channels.
 pub const MAX_INLINE: usize = 64 << 10;
 /// Fewer bytes than this are not worth a request to the transfer disk.
 pub const MIN_STORED: usize = 16 << 10;
 
-/// What a frame is.
+/// Kind of a link frame; the number is its byte on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
     /// Bytes.
     Data = 1,
-    /// The sender has let go of the channel.
+    /// The sender has closed the channel.
     Close = 2,
-    /// u32: so many bytes were taken.
+    /// u32: number of bytes that the receiver has consumed.
     Credit = 3,
     /// u32 slot, u32 length: bytes that lie in a slot of the transfer disk.
     Stored = 4,
@@ -38,23 +38,23 @@ pub struct Header {
     pub len: usize,
     /// Channel.
     pub channel: u32,
-    /// What it is.
+    /// Kind of the frame.
     pub kind: Kind,
 }
 
-/// What stands where a frame is due.
+/// What a header announces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parsed {
     /// A frame.
     Frame(Header),
-    /// The first bytes of [`SYNC`]: the peer begins anew.
+    /// The first bytes of [`SYNC`]: the peer starts a new session.
     Sync,
 }
 
 /// Reads a header.
 ///
 /// # Errors
-/// `InvalidData` for what is neither a frame nor a new beginning.
+/// `InvalidData` if it is neither a valid header nor the start of [`SYNC`].
 pub fn parse(bytes: [u8; HEADER_LEN]) -> io::Result<Parsed> {
     if bytes == SYNC[..HEADER_LEN] {
         return Ok(Parsed::Sync);
@@ -72,9 +72,9 @@ pub fn parse(bytes: [u8; HEADER_LEN]) -> io::Result<Parsed> {
     if wanted.is_some_and(|w| w != len) || len > MAX_INLINE {
         return Err(invalid("link frame of a wrong length"));
     }
-    // It would cost no credit, so that nothing bounded how many are taken; and who reads it would see an end.
+    // An empty frame costs no credit, so their number would be unbounded, and its reader would see an end of file.
     if kind == Kind::Data && len == 0 {
-        return Err(invalid("link frame without a byte"));
+        return Err(invalid("link frame with 0 bytes"));
     }
     Ok(Parsed::Frame(Header { len, channel, kind }))
 }
@@ -88,7 +88,7 @@ pub fn header(channel: u32, kind: Kind, len: usize) -> [u8; HEADER_LEN] {
     bytes
 }
 
-/// A whole frame of numbers.
+/// A whole frame whose payload is numbers.
 pub fn numbers(channel: u32, kind: Kind, values: &[u32]) -> Vec<u8> {
     let mut bytes = header(channel, kind, values.len() * 4).to_vec();
     for value in values {
@@ -109,10 +109,10 @@ pub fn number(payload: &[u8], n: usize) -> io::Result<u32> {
 /// Slot and length of a Stored frame.
 ///
 /// # Errors
-/// `InvalidData` for one that is cut off, or without a byte (see [`parse`]).
+/// `InvalidData` if it is cut off or its length is 0 (see [`parse`]).
 pub fn stored(payload: &[u8]) -> io::Result<(u32, usize)> {
     match (number(payload, 0)?, number(payload, 1)?) {
-        (_, 0) => Err(invalid("a slot without a byte")),
+        (_, 0) => Err(invalid("a slot with 0 bytes")),
         (slot, len) => Ok((slot, len as usize)),
     }
 }
@@ -120,20 +120,20 @@ pub fn stored(payload: &[u8]) -> io::Result<(u32, usize)> {
 /// Bytes of a Credit frame.
 ///
 /// # Errors
-/// `InvalidData` for one that is cut off or gives nothing.
+/// `InvalidData` if it is cut off or its credit is 0.
 pub fn credit(payload: &[u8]) -> io::Result<usize> {
     match number(payload, 0)? {
-        0 => Err(invalid("credit of nothing")),
+        0 => Err(invalid("a credit of 0 bytes")),
         bytes => Ok(bytes as usize),
     }
 }
 
-/// The peer broke the protocol.
+/// The error for a peer that broke the protocol.
 pub fn invalid(reason: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason.to_owned())
 }
 
-/// Finds [`SYNC`] in a stream, byte by byte; `seen` is what was read of it so far.
+/// Finds [`SYNC`] in a stream, byte by byte.
 #[derive(Debug, Default)]
 pub struct Hunt {
     tail: Vec<u8>,
@@ -153,7 +153,7 @@ impl Hunt {
 /// Reads up to and including the next SYNC; false if the stream ends first.
 ///
 /// # Errors
-/// What the stream says.
+/// Errors of the stream.
 pub fn hunt(input: &mut dyn Read) -> io::Result<bool> {
     let (mut hunt, mut byte) = (Hunt::default(), [0]);
     loop {

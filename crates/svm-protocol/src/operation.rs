@@ -1,32 +1,31 @@
-//! What a data channel carries: the operation that is asked for, the events on its way, and what it gives.
+//! Messages on a data channel: the operation, its events and its summary.
+//!
+//! ```text
+//!   daemon ─► Operation ─► agent ─► OperationEvent ◄► Resume … ─► summary, or WireError
+//! ```
+//!
+//! Options and summary of an apply, id ranges and digests are the types of `layer-codec`. Called by `svm` of the daemon
+//! and by the agent's `operation`.
 
-use crate::RootHash;
-use layer_codec::{Change, ChangeKind, LiveFile, TarDigest};
+use layer_codec::{
+    BlankRoot, Change, ChangeKind, IdMaps, LayerKind, LiveFile, RootHash, TarDigest,
+    apply::{ApplyOptions, Profile},
+};
 use serde::{Deserialize, Serialize};
 
 /// A disk of a VM, by the number under which it was attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct DiskId(pub u32);
 
-/// How a disk's bytes lie in its file.
+/// Format of a disk's file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskFormat {
-    /// One after the other.
+    /// The bytes of the disk in their order.
     #[default]
     Raw,
-    /// In the blocks of a VHDX, which is read only. A VM to which the host attaches the VHDX sees a raw disk.
+    /// A VHDX, which is only read. A VM to which the host attaches the VHDX sees a raw disk.
     Vhdx,
-}
-
-/// How a layer's files lie in its image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LayerKind {
-    /// Made by ApplyDiff: the layer's root is `/`.
-    Applied,
-    /// Written through a mount: the layer's root is `/upper`.
-    Sandbox,
 }
 
 /// A layer as an operation sees it: an attached disk and what is on it.
@@ -34,9 +33,10 @@ pub enum LayerKind {
 pub struct LayerRef {
     /// The attached disk.
     pub disk: DiskId,
-    /// What lies on it.
+    /// Where the layer is on it.
     pub kind: LayerKind,
-    /// A sandbox that the agent's reader does not know may be mounted with the guest's kernel (`lcow.guestmount`).
+    /// A sandbox whose file system the agent's reader does not support may be mounted with the guest's kernel
+    /// (`lcow.guestmount`).
     #[serde(default)]
     pub guest_mount: bool,
 }
@@ -45,115 +45,47 @@ pub struct LayerRef {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ParentRef {
-    /// Nothing: all of the target's merged view is new.
+    /// Nothing: the whole merged view of the target is new.
     None,
-    /// `target[1..]`: what lies in `target[0]` is the diff.
+    /// `target[1..]`: the contents of `target[0]` are the diff.
     Own,
     /// Another chain, nearest first; merged views are compared by content.
     Chain(Vec<LayerRef>),
-}
-
-/// One range of a user-namespace map.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IdRange {
-    /// First id inside.
-    pub container_id: u32,
-    /// First id on the host.
-    pub host_id: u32,
-    /// How many.
-    pub size: u32,
-}
-
-/// User-namespace maps; empty means ids are as they are.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IdMaps {
-    /// User ids.
-    pub uids: Vec<IdRange>,
-    /// Group ids.
-    pub gids: Vec<IdRange>,
-}
-
-/// Layout of the image to write.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Profile {
-    /// Ours.
-    #[default]
-    Default,
-    /// Byte for byte what hcsshim's tar2ext4 writes.
-    Hcsshim,
-}
-
-/// How a tar becomes an image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ApplyOptions {
-    /// Layout.
-    pub profile: Profile,
-    /// Block size of the default profile: 1024, 2048 or 4096 bytes.
-    pub block_size: u32,
-    /// dm-verity tree behind the file system.
-    pub verity: bool,
-    /// The image may not grow beyond this; bytes.
-    pub max_image_bytes: u64,
-    /// With userns-remap: an entry whose owner is outside of these is refused. Ids stay as the tar has them.
-    pub id_maps: IdMaps,
-}
-
-impl Default for ApplyOptions {
-    fn default() -> Self {
-        Self {
-            profile: Profile::Default,
-            block_size: 1024,
-            verity: false,
-            max_image_bytes: 1 << 40,
-            id_maps: IdMaps::default(),
-        }
-    }
-}
-
-/// The root folder of a sandbox that was only made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlankRoot {
-    /// Permission bits.
-    pub permissions: u16,
-    /// Owner, as a host id.
-    pub uid: u32,
-    /// Group, as a host id.
-    pub gid: u32,
 }
 
 /// What one data channel is to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Operation {
-    /// Nothing; answers `null`.
+    /// Does nothing; answers `null`.
     Ping,
-    /// Tar in (Data frames, End); image and record out on disks. Answers [`ApplySummary`].
+    /// Tar in (Data frames, End); image and record out on disks. Answers [`ApplySummary`](crate::ApplySummary).
     Apply {
         /// Writable, empty.
         image: DiskId,
         /// Writable, empty: the exact-diff record.
         record: DiskId,
-        /// Writable, empty, of no use afterwards: the leaves of a large hash tree go there.
+        /// Writable, empty: takes the leaves of a large hash tree; useless afterwards.
         scratch: Option<DiskId>,
-        /// The parents, nearest first, for hard links into them: lent one after the other by [`Event::Lower`].
+        /// The parents, nearest first, for hard links into them: attached one after the other by
+        /// [`OperationEvent::Lower`].
         lowers: Vec<LayerKind>,
-        /// Options.
+        /// Layout, block size, limits and owners.
         options: ApplyOptions,
     },
     /// Strict check of an image's metadata. Answers [`CheckSummary`].
     Check {
         /// The image.
         image: DiskId,
-        /// The disk goes on behind the file system with a hash tree: every block is held against it.
+        /// A hash tree follows the file system on the disk: every block is checked against it.
         tree: bool,
         /// The version of the writer that made it (`ext4::check::CheckLimits::writer`).
         writer: u32,
-        /// With userns-remap: an owner outside of these fails the check, too. Empty: all are fine.
+        /// With userns-remap: an owner outside of these also fails the check. Empty: every owner is accepted.
         #[serde(default)]
         owners: IdMaps,
     },
-    /// The very tar that was applied (Data frames). Answers [`ExportSummary`].
+    /// The bytes of the tar that was applied (Data frames). Answers [`ExportSummary`].
     ExportExact {
         /// The image.
         image: DiskId,
@@ -172,7 +104,7 @@ pub enum Operation {
         id_maps: IdMaps,
         /// Sandboxes among the layers are mounted and in use: Events are sent.
         live: bool,
-        /// What of them is copied while they stand still.
+        /// What of them is copied while they are frozen.
         #[serde(default)]
         copies: Option<CopyJob>,
     },
@@ -185,7 +117,7 @@ pub enum Operation {
         /// Sandboxes among the layers are mounted and in use: Events are sent.
         live: bool,
     },
-    /// Sum of the regular-file bytes of a difference. Answers `u64`.
+    /// Sum of the regular-file sizes of a difference, in bytes. Answers `u64`.
     DiffSize {
         /// The layer and its ancestors, nearest first.
         target: Vec<LayerRef>,
@@ -198,25 +130,25 @@ pub enum Operation {
     Written {
         /// The sandbox and its ancestors, nearest first.
         target: Vec<LayerRef>,
-        /// A blank sandbox's root folder.
+        /// The root directory of a blank sandbox.
         blank: BlankRoot,
         /// Sandboxes among them may be in use: Events are sent.
         live: bool,
     },
 }
 
-/// What an export copies of live sandboxes before [`Event::MetadataRead`], and reads from there afterwards.
+/// What an export copies of live sandboxes before [`OperationEvent::MetadataRead`], and reads from there afterwards.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CopyJob {
-    /// Writable, empty, of no use afterwards.
+    /// Writable, empty; useless afterwards.
     pub scratch: DiskId,
-    /// Files that changed since (ctime), seconds since 1970 by the clock of the kernel that has them mounted;
+    /// Files whose ctime is at or after this are copied: seconds since 1970 by the clock of the kernel that has them mounted.
     pub since: i64,
-    /// and these, by which a former attempt failed.
+    /// These are copied too: an earlier attempt failed because they changed.
     pub changed: Vec<LiveFile>,
-    /// Most bytes in all. Smaller files come first.
+    /// The most bytes in total. Smaller files are copied first.
     pub most_bytes: u64,
-    /// Most milliseconds in all.
+    /// The most milliseconds in total.
     pub most_millis: u64,
 }
 
@@ -236,67 +168,44 @@ impl Operation {
     }
 }
 
-/// Something the daemon must do before an operation goes on. Resume answers, with the [`DiskId`] of a lent layer.
+/// A request of the agent during an operation. Unless stated otherwise, the operation waits for a Resume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Event {
+pub enum OperationEvent {
     /// All metadata are in memory: the file system may be thawed.
     MetadataRead,
-    /// Files are about to be looked at again: freeze once more.
+    /// Files are about to be checked for changes: freeze the file system again.
     BeforeRecheck,
-    /// An apply has read its tar and looks for a link's target in the next of its lowers, which is to be lent now.
-    /// Few tars ever ask, and a machine takes long for each disk.
+    /// An apply has read its tar and looks for a link's target in its next lower layer: attach it and send its [`DiskId`]
+    /// in the Resume. Few tars need this, and attaching a disk to a VM is slow.
     Lower,
-    /// An apply met something that needs larger blocks and begins anew on a second pair of disks, [`LargerDisks`] in the
-    /// Resume. It may be asked while the tar is being sent, once; Data that are under way are kept for later.
+    /// An apply has an entry that needs larger blocks and starts again on a second pair of disks, [`LargerDisks`] in the
+    /// Resume. Sent at most once, possibly while the tar is being sent; Data frames that are in transit are kept.
     LargerBlocks,
-    /// An apply reads what it wrote and will take no Data for a while. Nobody answers.
+    /// An apply reads back what it wrote and takes no Data for a while. There is no Resume.
     Replaying {
-        /// Bytes of the tar that it has read so far: more than it said before, and no more than were sent.
+        /// Bytes of the tar that it has read back: more than in the previous event, and no more than were sent.
         bytes: u64,
     },
-    /// An apply no longer needs its first pair of disks. Nobody answers.
+    /// An apply no longer needs its first pair of disks. There is no Resume.
     Replayed,
 }
 
 /// The second pair of disks of an apply: both writable and empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LargerDisks {
-    /// For the image.
+    /// Takes the image.
     pub image: DiskId,
-    /// For the exact-diff record.
+    /// Takes the exact record.
     pub record: DiskId,
 }
 
-/// What applying a tar gave.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ApplySummary {
-    /// Bytes of the ext4 file system.
-    pub image_bytes: u64,
-    /// Bytes of the file: ext4, verity tree, VHD footer.
-    pub file_bytes: u64,
-    /// Sum of regular-file bytes, a hard-linked inode once.
-    pub diff_size: u64,
-    /// Bytes of the tar stream, all of it.
-    pub tar_bytes: u64,
-    /// Digest of the tar stream.
-    pub tar_digest: TarDigest,
-    /// Bytes of the record.
-    pub record_bytes: u64,
-    /// UUID of the file system.
-    pub uuid: uuid::Uuid,
-    /// Entries of the tar.
-    pub entries: u64,
-    /// Root hash of the verity tree, if the image has one.
-    pub verity_root: Option<RootHash>,
-}
-
-/// What a check found (an image that fails it is an error of kind [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt)).
+/// The result of a check (an image that fails it is an error of kind [`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt)).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckSummary {
     /// Bytes of the file system.
     pub image_bytes: u64,
-    /// Whose layout it has.
+    /// Its layout.
     pub profile: Profile,
     /// Inodes in use.
     pub inodes: u64,
@@ -304,18 +213,18 @@ pub struct CheckSummary {
     pub blocks: u64,
     /// UUID of the file system.
     pub uuid: uuid::Uuid,
-    /// Root hash of the tree that every block was held against, where that was asked for.
+    /// Root hash of the tree that every block was checked against, if that was requested.
     pub verity: Option<RootHash>,
 }
 
-/// What an export gave.
+/// The result of an export.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExportSummary {
-    /// Bytes of tar sent.
+    /// Bytes of tar that were sent.
     pub tar_bytes: u64,
-    /// Their digest, where it is known: of an exact tar.
+    /// Their digest, for an exact tar.
     pub tar_digest: Option<TarDigest>,
-    /// Names that begin with `.wh.`, and what lies below them, that a canonical tar left out.
+    /// Number of names that begin with `.wh.`, or are below such a name, which a canonical tar leaves out.
     #[serde(default)]
     pub hidden: u64,
     /// The first of them, printable.
@@ -333,7 +242,7 @@ pub fn encode_change(out: &mut Vec<u8>, change: &Change) {
 /// Takes the next change off `bytes`; `None` at their end.
 ///
 /// # Errors
-/// A reason, if the bytes are not what [`encode_change`] writes.
+/// A reason if [`encode_change`] does not write such bytes.
 pub fn decode_change(bytes: &mut &[u8]) -> Result<Option<Change>, &'static str> {
     let Some((kind, rest)) = bytes.split_first() else { return Ok(None) };
     let kind = match kind {

@@ -1,4 +1,4 @@
-//! The transfer disk: pieces of a stream that take the short way through shared memory.
+//! The transfer disk: pieces of a stream that pass through shared memory instead of the stream.
 //!
 //! ```text
 //!   ┌──────┬──────┬─ … ─┬──────┬──────┬─ … ─┐     slots 0…n-1 belong to the daemon, n…2n-1 to the agent
@@ -6,8 +6,8 @@
 //!   └──────┴──────┴─ … ─┴──────┴──────┴─ … ─┘     the other empties it and gives it back (Free)
 //! ```
 //!
-//! The daemon holds a memory file, the guest sees it as a disk, read and written past its page cache. Whatever the
-//! other side writes there are untrusted bytes of a stream: they are copied out once, before anybody looks at them.
+//! The daemon holds a memory file, the guest sees it as a disk, read and written past its page cache. What the
+//! other side writes there are untrusted bytes of a stream: they are copied once before they are used.
 
 use crate::aligned::{ALIGN, Aligned};
 use crate::link::{WINDOW, invalid};
@@ -17,15 +17,15 @@ use std::{collections::HashSet, fs::File, io, sync::Mutex};
 
 /// Bytes of a slot: one data frame of the upper protocol.
 pub const SLOT_BYTES: usize = 256 << 10;
-/// Slots each way: some channels at full speed; the others go inline.
+/// Slots each way: enough for eight channels at full speed; other bytes go inline.
 pub const SLOTS: u32 = 8 * (WINDOW / SLOT_BYTES) as u32;
 /// Bytes of the transfer disk.
 pub const TRANSFER_BYTES: u64 = SLOTS as u64 * 2 * SLOT_BYTES as u64;
 
-/// Where a transfer disk is and how it is cut, as the daemon tells the agent.
+/// Identity and layout of a transfer disk, sent by the daemon to the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransferDisk {
-    /// How the guest finds it.
+    /// Serial number by which the guest finds it.
     pub serial: String,
     /// Bytes of a slot, a multiple of [`ALIGN`].
     pub slot_bytes: u32,
@@ -34,13 +34,13 @@ pub struct TransferDisk {
 }
 
 impl TransferDisk {
-    /// The usual cut.
+    /// The default layout.
     pub fn new(serial: impl Into<String>) -> Self {
         Self { serial: serial.into(), slot_bytes: SLOT_BYTES as u32, slots: SLOTS }
     }
 }
 
-/// Which end of the link.
+/// An end of the link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     /// Owns the lower slots.
@@ -54,9 +54,9 @@ pub enum Side {
 pub struct Slots {
     file: File,
     slot_bytes: usize,
-    /// How many each side has.
+    /// Number of slots of each side.
     per_side: u32,
-    /// First slot that is ours.
+    /// First slot of this side.
     first: u32,
     free: Mutex<Vec<u32>>,
     /// Slots of the peer that are full and were not given back yet.
@@ -83,7 +83,7 @@ impl Slots {
     /// One end of `disk`, which is open as `file`.
     ///
     /// # Errors
-    /// `InvalidInput` for a cut that makes no sense.
+    /// `InvalidInput` for an invalid layout.
     pub fn new(file: File, disk: &TransferDisk, side: Side) -> io::Result<Self> {
         let slot_bytes = disk.slot_bytes as usize;
         if slot_bytes == 0 || !slot_bytes.is_multiple_of(ALIGN) || slot_bytes > WINDOW || disk.slots > 1 << 16
@@ -102,10 +102,11 @@ impl Slots {
         self.slot_bytes
     }
 
-    /// Puts as many of `parts` as fit into a free slot: its number and how many. `None` if no slot is free.
+    /// Puts as many bytes of `parts` as fit into a free slot; gives its number and the number of bytes. `None` if no slot is
+    /// free.
     ///
     /// # Errors
-    /// What the disk says.
+    /// Errors of the disk.
     pub fn store(&self, parts: &[&[u8]]) -> io::Result<Option<(u32, usize)>> {
         let Some(slot) = lock(&self.free).pop() else { return Ok(None) };
         let mut buffer = self.buffer();
@@ -127,8 +128,8 @@ impl Slots {
         }
     }
 
-    /// The peer has filled a slot of its own: until [`Slots::give_back_slot`] it may not name it again, so no more wait
-    /// than there are slots.
+    /// The peer has filled one of its slots: it may not name it again before [`Slots::give_back_slot`], so at most as many
+    /// pieces wait as there are slots.
     ///
     /// # Errors
     /// `InvalidData` for a slot that is not the peer's, or is full already; for more bytes than a slot has.
@@ -140,7 +141,7 @@ impl Slots {
         Ok(())
     }
 
-    /// The peer is about to be told that its slot is empty.
+    /// Must precede the message to the peer that its slot is empty.
     pub fn give_back_slot(&self, slot: u32) {
         lock(&self.full).remove(&slot);
     }
@@ -155,7 +156,7 @@ impl Slots {
     /// Takes `len` bytes out of the peer's `slot`.
     ///
     /// # Errors
-    /// `InvalidData` for a slot that is not the peer's; what the disk says.
+    /// `InvalidData` for a slot that is not the peer's; errors of the disk.
     pub fn load(&self, slot: u32, len: usize) -> io::Result<Taken> {
         self.check_foreign(slot, len)?;
         let mut memory = self.buffer();
@@ -171,19 +172,19 @@ impl Slots {
         }
     }
 
-    /// Memory that was taken is used again.
+    /// Returns the memory of a piece for reuse.
     pub fn put_back(&self, taken: Taken) {
         self.give_back(taken.memory);
     }
 
-    /// The peer has emptied a slot of ours.
+    /// The peer has emptied a slot of this side.
     ///
     /// # Errors
     /// `InvalidData` for a slot that was not full.
     pub fn free(&self, slot: u32) -> io::Result<()> {
         let mut free = lock(&self.free);
         if !self.is_ours(slot) || free.contains(&slot) {
-            return Err(invalid("a slot given back that was not given away"));
+            return Err(invalid("a slot was returned that was not lent"));
         }
         free.push(slot);
         Ok(())

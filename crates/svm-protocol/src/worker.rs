@@ -1,4 +1,4 @@
-//! What a daemon and its worker processes agree upon: environment variables and the control channel's own form.
+//! What the daemon and its worker processes share: environment variables and the form of the control channel.
 //!
 //! ```text
 //!   Linux    a message socket: one datagram, one frame, descriptors beside it
@@ -11,15 +11,15 @@ use crate::{ControlRequest, FrameError, FrameType, HEADER_LEN, parse_header};
 use serde::{Deserialize, Serialize};
 use std::io;
 
-/// Environment variable with the address space that a worker may use; bytes.
+/// Environment variable: the address space that a worker may use; bytes.
 pub const MEMORY_VARIABLE: &str = "LCOW_WORKER_MEMORY";
-/// Environment variable with the size that no file which a worker writes may exceed; bytes.
+/// Environment variable: the largest file that a worker may write; bytes.
 pub const FILE_SIZE_VARIABLE: &str = "LCOW_WORKER_FILE_SIZE";
-/// Environment variable with the user that a worker becomes, where it may choose.
+/// Environment variable: the user that a worker becomes if it has the right to change its user.
 pub const USER_VARIABLE: &str = "LCOW_WORKER_USER";
-/// Environment variable: `strict`, or anything else (none) for what kernel and rights allow.
+/// Environment variable: `strict`, or anything else (or unset) for the sandbox layers that the kernel and the rights allow.
 pub const JAIL_VARIABLE: &str = "LCOW_WORKER_JAIL";
-/// The value of [`JAIL_VARIABLE`] that makes every missing wall an error.
+/// The value of [`JAIL_VARIABLE`] that makes every missing sandbox layer an error.
 pub const STRICT: &str = "strict";
 /// Largest control message; bytes.
 pub const MAX_CONTROL: usize = 64 << 10;
@@ -27,16 +27,16 @@ pub const MAX_CONTROL: usize = 64 << 10;
 /// A control request with the number of the handle that goes with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GivenRequest {
-    /// A handle of the worker's, put there by the daemon: a disk or a channel.
+    /// A handle in the worker, duplicated into it by the daemon: a disk or a channel.
     pub handle: Option<u64>,
-    /// What is asked.
+    /// The request.
     pub request: ControlRequest,
 }
 
 /// Splits a datagram into frame type and payload.
 ///
 /// # Errors
-/// A reason, if it is not exactly one frame.
+/// A reason unless it is exactly one frame.
 pub fn parse_message(message: &[u8]) -> Result<(FrameType, &[u8]), FrameError> {
     let cut = || FrameError::Io(io::ErrorKind::UnexpectedEof.into());
     let (head, payload) = message.split_first_chunk::<HEADER_LEN>().ok_or_else(cut)?;

@@ -26,14 +26,17 @@ mod verify;
 
 use super::CliError;
 use bytesize::ByteSize;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{
+    Args, Subcommand, ValueEnum,
+    builder::{PossibleValue, PossibleValuesParser, TypedValueParser},
+};
 use ext4_image::{BlockSize, hcsshim};
+use layer_codec::{RootHash, apply::Profile};
 use serde::Serialize;
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
 };
-use svm_protocol::RootHash;
 
 /// The exit status of a program that was ended because nobody reads its output any more, as shells tell it.
 const CLOSED_PIPE: u8 = 141;
@@ -62,19 +65,22 @@ pub(super) enum LayerCommand {
     Diff(DiffArgs),
 }
 
-/// How an image is laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Profile {
-    /// Clean for e2fsck, 1 KiB blocks, small files inside their inodes, metadata checksums.
-    Default,
-    /// Byte for byte the ext4 that hcsshim's tar2ext4 makes, for hosts that know layers by its root hashes.
-    Hcsshim,
+/// Reads a profile; help and completions list the names.
+fn profile() -> impl TypedValueParser<Value = Profile> {
+    PossibleValuesParser::new([
+        PossibleValue::new(Profile::Default.name())
+            .help("Clean for e2fsck, 1 KiB blocks, small files inside their inodes, metadata checksums"),
+        PossibleValue::new(Profile::Hcsshim.name()).help(
+            "Byte for byte the ext4 that hcsshim's tar2ext4 makes, for hosts that know layers by its root hashes",
+        ),
+    ])
+    .try_map(|name| name.parse())
 }
 
 #[derive(Debug, Args)]
 pub(super) struct PackArgs {
     /// The layout of the image.
-    #[arg(long, value_enum, default_value = "default")]
+    #[arg(long, value_parser = profile(), default_value_t = Profile::Default)]
     profile: Profile,
     /// Profile hcsshim: the maximum disk size, for which room is reserved and on which the root hash depends. 16GiB is
     /// what tar2ext4 takes, 128GiB what LCOW gives.
@@ -250,7 +256,7 @@ pub(super) struct VerifyArgs {
     #[arg(long, value_name = "RECORD")]
     record: Option<PathBuf>,
     /// The root hash that the image's hash tree must have (64 hexadecimal digits).
-    #[arg(long, value_name = "HASH", value_parser = root_hash)]
+    #[arg(long, value_name = "HASH", value_parser = str::parse::<RootHash>)]
     root_hash: Option<RootHash>,
     /// Prints JSON.
     #[arg(long)]
@@ -288,8 +294,4 @@ pub(super) fn run(command: LayerCommand) -> Result<ExitCode, CliError> {
         Err(e) if failure::is_closed_pipe(&*e) => Ok(ExitCode::from(CLOSED_PIPE)),
         other => other,
     }
-}
-
-fn root_hash(text: &str) -> Result<RootHash, &'static str> {
-    text.to_owned().try_into()
 }

@@ -1,7 +1,7 @@
 //! `layer pack`: tar to image and record.
 
 use super::{
-    PackArgs, Profile,
+    PackArgs,
     failure::{failed, shown},
     input::{self, Packing},
     output::{NewDisk, NewFile, print, print_json},
@@ -9,18 +9,13 @@ use super::{
 use crate::cli::CliError;
 use bytesize::ByteSize;
 use disk_io::{ReadAt, WriteAt};
-use ext4_image::{
-    BlockSize,
-    hcsshim::{self, HcsshimOptions},
-    writer::WriterOptions,
-};
+use ext4_image::{BlockSize, hcsshim};
 use layer_codec::{
-    DiffError, TarDigest,
-    apply::{self, ApplyOptions, ApplySummary, Growth, HcsshimProfile, NoLowers, Verity},
+    DiffError, RootHash, TarDigest,
+    apply::{self, ApplyOptions, ApplyResources, ApplySummary, Growth, HcsshimProfile, NoLowers, Profile},
 };
 use serde::Serialize;
 use std::{fmt::Write as _, io, process::ExitCode, sync::Arc};
-use svm_protocol::RootHash;
 use verity_tree;
 use vhd_image::vhd;
 
@@ -82,23 +77,25 @@ struct Verified {
 
 pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     let max_image_bytes = max_image_bytes(args)?;
-    let profile = profile(args, max_image_bytes)?;
+    let hcsshim = hcsshim_profile(args)?;
     if args.record.as_ref() == Some(&args.output) {
         return Err("image and record cannot be one file: name two".into());
     }
     let mut input = input::open(&args.input)?;
     let image = NewFile::create(&args.output)?;
     let record = args.record.as_deref().map(NewFile::create).transpose()?;
-    let mut options = ApplyOptions::new(WriterOptions {
+    let options = ApplyOptions {
+        profile: args.profile,
+        block_size: args.block_size.bytes(),
+        verity: args.verity,
         max_image_bytes,
-        block_size: args.block_size,
-        ..WriterOptions::default()
-    });
-    options.profile = profile;
-    options.footer = !args.raw;
+        footer: !args.raw,
+        hcsshim,
+        ..ApplyOptions::default()
+    };
+    let mut resources = ApplyResources::default();
     if args.verity {
-        let scratch = Arc::new(image.scratch()?) as Arc<dyn WriteAt>;
-        options.verity = Verity::Tree { scratch: Some(scratch) };
+        resources.scratch = Some(Arc::new(image.scratch()?));
     }
     let mut larger = Larger { args, pair: None };
     let result = apply::apply_growing(
@@ -107,6 +104,7 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
         record_disk(args, &image, record.as_ref())?,
         &mut NoLowers,
         &options,
+        &resources,
         &mut larger,
     );
     input.bar.finish_and_clear();
@@ -188,7 +186,7 @@ fn max_image_bytes(args: &PackArgs) -> Result<u64, CliError> {
 }
 
 /// The profile with its options; those of another one are an error.
-fn profile(args: &PackArgs, max_image_bytes: u64) -> Result<apply::Profile, CliError> {
+fn hcsshim_profile(args: &PackArgs) -> Result<HcsshimProfile, CliError> {
     if args.profile == Profile::Default {
         let max_disk = args.max_disk.as_u64() != hcsshim::DEFAULT_MAX_DISK;
         for (given, option) in [
@@ -201,28 +199,24 @@ fn profile(args: &PackArgs, max_image_bytes: u64) -> Result<apply::Profile, CliE
                 return Err(format!("{option} is for --profile hcsshim").into());
             }
         }
-        return Ok(apply::Profile::Default);
+        return Ok(HcsshimProfile::default());
     }
     if args.block_size != BlockSize::default() {
         return Err("--block-size is for --profile default: hcsshim's images have blocks of 4 KiB".into());
     }
-    Ok(apply::Profile::Hcsshim(HcsshimProfile {
-        image: HcsshimOptions {
-            max_image_bytes,
-            inline_data: args.inline,
-            ..HcsshimOptions::new(args.max_disk.as_u64())
-        },
+    Ok(HcsshimProfile {
+        max_disk_bytes: args.max_disk.as_u64(),
+        inline_data: args.inline,
         convert_whiteouts: !args.keep_whiteouts,
         convert_backslashes: args.convert_slash,
-    }))
+    })
 }
 
 fn report(args: &PackArgs, packing: Packing, done: &ApplySummary) -> Result<(), CliError> {
-    let uuid = uuid::Uuid::from_bytes(done.uuid);
-    let verity = done.verity_root.map(|root| Verified {
-        root_hash: RootHash(root),
-        hash_offset: verity_tree::hash_offset(done.image_bytes),
-    });
+    let uuid = done.uuid;
+    let verity = done
+        .verity_root
+        .map(|root| Verified { root_hash: root, hash_offset: verity_tree::hash_offset(done.image_bytes) });
     if args.json {
         return print_json(&Summary {
             input: args.input.to_string_lossy().into_owned(),

@@ -10,7 +10,7 @@ use crate::cli::CliError;
 use bytesize::ByteSize;
 use ext4_image::{Ext4, Ext4Error, FileKind, Inode, Timestamp};
 use layer_codec::{
-    LayerKind, TarDigest,
+    LayerKind, RootHash, TarDigest,
     record::{self, RecordInfo},
 };
 use serde::Serialize;
@@ -21,7 +21,6 @@ use std::{
     path::Path,
     process::ExitCode,
 };
-use svm_protocol::RootHash;
 use uuid::Uuid;
 use verity_tree;
 use vhd_image::vhd::Footer;

@@ -298,7 +298,7 @@ impl Lease {
         loop {
             match word {
                 Incoming::Result(json) => return receiver.decode(&json),
-                Incoming::Event(svm_protocol::Event::Lower) => {
+                Incoming::Event(svm_protocol::OperationEvent::Lower) => {
                     let lower = lowers.next();
                     let lower = lower
                         .ok_or_else(|| receiver.protocol("asked for more lowers than there are".into()))?;
@@ -482,7 +482,7 @@ impl Growing<'_> {
     /// Does what an event asks for; what the Resume says, where one is due.
     async fn answer(
         &mut self,
-        event: svm_protocol::Event,
+        event: svm_protocol::OperationEvent,
         attached: &mut Attached,
         sent: u64,
     ) -> Result<Option<Vec<u8>>, SvmError> {
@@ -490,7 +490,7 @@ impl Growing<'_> {
         let protocol = |reason: String| SvmError::Protocol { vm: name.clone(), reason };
         match (event, &self.job.larger) {
             // It must come to its end some time: who only says so is not waited for.
-            (svm_protocol::Event::Replaying { bytes }, _)
+            (svm_protocol::OperationEvent::Replaying { bytes }, _)
                 if self.second.is_some()
                     && bytes <= sent
                     && self.least.is_some_and(|least| bytes >= least) =>
@@ -499,7 +499,7 @@ impl Growing<'_> {
                 replays::touch();
                 Ok(None)
             }
-            (svm_protocol::Event::LargerBlocks, Some(larger)) if self.second.is_none() => {
+            (svm_protocol::OperationEvent::LargerBlocks, Some(larger)) if self.second.is_none() => {
                 let (image, record) = larger.make().await.map_err(|e| SvmError::SecondPair(e.to_string()))?;
                 let disks = svm_protocol::LargerDisks {
                     image: self.lease.attach(attached, &image).await?,
@@ -509,10 +509,12 @@ impl Growing<'_> {
                 self.second = Some((image, record));
                 Ok(Some(answer))
             }
-            (svm_protocol::Event::LargerBlocks, None) => {
+            (svm_protocol::OperationEvent::LargerBlocks, None) => {
                 Err(SvmError::SecondPair("nobody gives a second pair of disks here".into()))
             }
-            (svm_protocol::Event::Replayed, _) if self.second.is_some() && self.least.take().is_some() => {
+            (svm_protocol::OperationEvent::Replayed, _)
+                if self.second.is_some() && self.least.take().is_some() =>
+            {
                 for (id, disk) in self.first.iter().zip([&self.job.image, &self.job.record]) {
                     attached.release(*id);
                     // What is left there is garbage; its room is wanted.

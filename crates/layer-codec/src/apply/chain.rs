@@ -1,16 +1,16 @@
 //! The layers below as images: where a hard link of a tar may find its target.
 //!
 //! ```text
-//!   path ─► layer 0 (nearest) ─ not there ─► layer 1 ─ …          a whiteout, an opaque folder or a non-folder on
+//!   path ─► layer 0 (nearest) ─ not there ─► layer 1 ─ …          a whiteout, an opaque directory or a non-directory on
 //!                 └ found ─► LowerNode                            the way ends the search
 //! ```
 //!
 //! Layers are asked for, and their images opened, when a look-up comes to them: most tars have no link into a lower
-//! layer. A folder that was looked into is kept by its names, and a file's map of data as long as it is copied: a tar
-//! decides how many links go into one folder of a hundred thousand names, and each may cost what it is long, not what
-//! the folder is. Called by `agent`.
+//! layer. A directory that was looked into is kept by its names, and a file's map of data as long as it is copied: a tar
+//! decides how many links go into one directory of a hundred thousand names, and each may cost what it is long, not what
+//! the directory is. Called by `agent`.
 
-use super::{LowerLayers, LowerNode};
+use super::{LowerLayers, LowerNode, context::OVERLAY_OPAQUE};
 use crate::{DiffError, LayerKind, LayerSource};
 use disk_io::ReadAt;
 use ext4_image::{
@@ -19,12 +19,10 @@ use ext4_image::{
 };
 use std::collections::HashMap;
 
-/// The folder of a sandbox that holds the layer.
+/// The directory of a sandbox that holds the layer.
 const SANDBOX_ROOT: &[u8] = b"upper";
-/// Marks a folder that hides what lies below it.
-const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
-/// Most bytes of names that are kept; all are forgotten when a further folder does not fit.
+/// Most bytes of names that are kept; all are forgotten when a further directory does not fit.
 const MAX_KEPT: usize = 512 << 20;
 /// What a kept name costs besides its bytes.
 const NAME_COST: usize = 64;
@@ -40,8 +38,8 @@ pub struct LayerChain<R, F> {
 struct Opened<R> {
     fs: Ext4<R>,
     kind: LayerKind,
-    /// Folders that were looked into: inode, then names.
-    folders: HashMap<u32, HashMap<Box<[u8]>, u32>>,
+    /// Directories that were looked into: inode, then names.
+    directories: HashMap<u32, HashMap<Box<[u8]>, u32>>,
     /// What the names cost.
     kept: usize,
     /// The file that is being copied, and where its data are.
@@ -50,23 +48,23 @@ struct Opened<R> {
 
 impl<R: ReadAt> Opened<R> {
     fn find(&mut self, dir: &Inode, name: &[u8]) -> Result<Option<u32>, Ext4Error> {
-        if let Some(folder) = self.folders.get(&dir.ino) {
-            return Ok(folder.get(name).copied());
+        if let Some(directory) = self.directories.get(&dir.ino) {
+            return Ok(directory.get(name).copied());
         }
-        let mut folder = HashMap::new();
+        let mut directory = HashMap::new();
         let mut cost = NAME_COST;
         self.fs.visit_dir(dir, |name, ino, _| {
             cost += name.len() + NAME_COST;
-            folder.insert(name.into(), ino);
+            directory.insert(name.into(), ino);
             Ok::<(), Ext4Error>(())
         })?;
         if self.kept + cost > MAX_KEPT {
-            self.folders.clear();
+            self.directories.clear();
             self.kept = 0;
         }
         self.kept += cost;
-        let found = folder.get(name).copied();
-        self.folders.insert(dir.ino, folder);
+        let found = directory.get(name).copied();
+        self.directories.insert(dir.ino, directory);
         Ok(found)
     }
 
@@ -119,7 +117,7 @@ impl<R: ReadAt, F: FnMut() -> Result<LayerSource<R>, DiffError>> LayerChain<R, F
             self.opened.push(Opened {
                 fs: Ext4::open(source.disk)?,
                 kind: source.kind,
-                folders: HashMap::new(),
+                directories: HashMap::new(),
                 kept: 0,
                 copied: None,
             });
@@ -157,7 +155,7 @@ fn is_opaque<R: ReadAt>(fs: &Ext4<R>, inode: &Inode) -> Result<bool, Ext4Error> 
     if inode.kind != FileKind::Directory {
         return Ok(false);
     }
-    Ok(fs.xattrs(inode)?.iter().any(|x| x.name == OPAQUE && x.value == b"y"))
+    Ok(fs.xattrs(inode)?.iter().any(|x| x.name == OVERLAY_OPAQUE && x.value == b"y"))
 }
 
 fn node_kind<R: ReadAt>(fs: &Ext4<R>, inode: &Inode) -> Result<NodeKind, Ext4Error> {
@@ -221,7 +219,6 @@ mod tests {
     use super::*;
     use crate::apply::{ApplyOptions, NoLowers, apply};
     use disk_io::{MemDisk, steps};
-    use ext4_image::writer::WriterOptions;
 
     /// One entry of a tar; `link` makes a hard link.
     fn entry(name: &str, link: Option<&str>, data: &[u8]) -> Vec<u8> {
@@ -249,7 +246,7 @@ mod tests {
 
     fn apply_on(lower: Option<&MemDisk>, tar: &[u8]) -> MemDisk {
         let image = MemDisk::new();
-        let options = ApplyOptions::new(WriterOptions::default());
+        let options = ApplyOptions::default();
         let done = match lower {
             None => apply(tar, &image, MemDisk::new(), &mut NoLowers, &options),
             Some(lower) => {
@@ -265,11 +262,11 @@ mod tests {
         vec![0; 1024]
     }
 
-    /// Read for each link, a folder of many names would make the work the product of both.
+    /// Read for each link, a directory of many names would make the work the product of both.
     #[test]
     fn many_links_into_a_large_folder_cost_what_both_are_long() {
         const MANY: usize = 3000;
-        let names: Vec<String> = (0..MANY).map(|n| format!("folder/{n}")).collect();
+        let names: Vec<String> = (0..MANY).map(|n| format!("directory/{n}")).collect();
         let files: Vec<u8> = names.iter().flat_map(|n| entry(n, None, b"")).chain(end()).collect();
         let links = names.iter().enumerate().flat_map(|(n, to)| entry(&format!("l{n}"), Some(to), b""));
         let links: Vec<u8> = links.chain(end()).collect();

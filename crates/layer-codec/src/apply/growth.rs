@@ -158,7 +158,7 @@ impl<W: WriteAt, S: WriteAt> Read for Resumed<'_, W, S> {
         if let Some((hasher, digest)) = self.digest.take()
             && hasher.finish() != digest
         {
-            return Err(io::Error::other("what was written of the tar reads back otherwise"));
+            return Err(io::Error::other("the tar that was read back differs from what was written"));
         }
         self.input.read(buf)
     }

@@ -12,9 +12,9 @@
 
 use super::{
     ApplyOptions, LowerLayers,
-    layer::{Context, Placement},
+    context::{Context, opaque},
     owner,
-    target::Target,
+    target::{Placement, Target},
 };
 use crate::DiffError;
 use disk_io::WriteAt;
@@ -28,28 +28,9 @@ use layer_tar::{Entry, EntryKind, Time};
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-/// What hcsshim's `tar2ext4` has flags for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HcsshimProfile {
-    /// Maximum disk size, and data in inodes (`-inline`).
-    pub image: HcsshimOptions,
-    /// `.wh.` names become overlayfs' whiteouts (`-overlay`); else they are names like others.
-    pub convert_whiteouts: bool,
-    /// Backslashes in names and targets become slashes (`-convert-slash`).
-    pub convert_backslashes: bool,
-}
-
-impl HcsshimProfile {
-    /// Whiteouts are converted, backslashes are not.
-    pub fn new(image: HcsshimOptions) -> Self {
-        Self { image, convert_whiteouts: true, convert_backslashes: false }
-    }
-}
-
 /// The layer being made.
 pub(super) struct HcsshimLayer<'o, W> {
     writer: HcsshimWriter<W>,
-    profile: HcsshimProfile,
     options: &'o ApplyOptions,
     context: Context,
     names: u64,
@@ -71,13 +52,14 @@ fn clean(path: &[u8]) -> Vec<&[u8]> {
 }
 
 impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
-    pub(super) fn new(
-        image: W,
-        profile: HcsshimProfile,
-        options: &'o ApplyOptions,
-    ) -> Result<Self, DiffError> {
-        let writer = HcsshimWriter::new(image, profile.image)?;
-        Ok(Self { writer, profile, options, context: Context::default(), names: 0 })
+    pub(super) fn new(image: W, options: &'o ApplyOptions) -> Result<Self, DiffError> {
+        let image_options = HcsshimOptions {
+            max_disk_bytes: options.hcsshim.max_disk_bytes,
+            max_image_bytes: options.max_image_bytes,
+            inline_data: options.hcsshim.inline_data,
+        };
+        let writer = HcsshimWriter::new(image, image_options)?;
+        Ok(Self { writer, options, context: Context::default(), names: 0 })
     }
 
     fn refuse(&self, what: impl Into<String>) -> DiffError {
@@ -87,8 +69,8 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
 
     fn count_name(&mut self) -> Result<(), DiffError> {
         self.names += 1;
-        if self.names > self.options.max_entries {
-            return Err(self.context.limit("names in a layer", self.options.max_entries));
+        if self.names > self.options.limits.entries {
+            return Err(self.context.limit("names in a layer", self.options.limits.entries));
         }
         Ok(())
     }
@@ -100,13 +82,13 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
     /// The components of a name; checks its depth.
     fn split<'a>(&self, path: &'a [u8]) -> Result<Vec<&'a [u8]>, DiffError> {
         let parts = clean(path);
-        if parts.len() > self.options.max_depth {
-            return Err(self.context.limit("path components", self.options.max_depth as u64));
+        if parts.len() > self.options.limits.depth {
+            return Err(self.context.limit("path components", self.options.limits.depth as u64));
         }
         Ok(parts)
     }
 
-    /// The folder that these components lead to; missing ones are made.
+    /// The directory that these components lead to; missing ones are made.
     fn make_parents(&mut self, parents: &[&[u8]]) -> Result<NodeId, DiffError> {
         let mut dir = self.writer.root();
         for name in parents {
@@ -130,7 +112,7 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
             parts.split_last().map_or((&b""[..], &[][..]), |(name, parents)| (*name, parents));
         let dir = self.make_parents(parents)?;
         let last = path.rsplit(|&b| b == b'/').next().unwrap_or(path);
-        if self.profile.convert_whiteouts
+        if self.options.hcsshim.convert_whiteouts
             && let Some(hidden) = last.strip_prefix(WHITEOUT_PREFIX)
         {
             if last == OPAQUE {
@@ -152,7 +134,9 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
             }
             let Some(target) = target else {
                 let link = link.escape_ascii();
-                return Err(self.refuse(format!("hard link to \"{link}\", which is not there before it")));
+                return Err(
+                    self.refuse(format!("hard link to \"{link}\", which does not precede it in the tar"))
+                );
             };
             self.writer.link(dir, name, target).map_err(|e| self.context.image(e))?;
             return Ok(Placement::Nothing);
@@ -190,12 +174,11 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
         for part in parents {
             parent = self.writer.lookup(parent, part).unwrap_or(parent);
         }
-        let xattr = Xattr { name: b"trusted.overlay.opaque".to_vec(), value: b"y".to_vec() };
-        self.writer.add_xattr(parent, name, dir, xattr).map_err(|e| self.context.image(e))
+        self.writer.add_xattr(parent, name, dir, opaque()).map_err(|e| self.context.image(e))
     }
 
     fn convert(&self, mut path: Vec<u8>) -> Vec<u8> {
-        if self.profile.convert_backslashes {
+        if self.options.hcsshim.convert_backslashes {
             for byte in &mut path {
                 if *byte == b'\\' {
                     *byte = b'/';
@@ -207,8 +190,8 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
 
     fn xattrs(&self, entry: &mut Entry) -> Result<Vec<Xattr>, DiffError> {
         let bytes: usize = entry.xattrs.iter().map(|x| x.name.len() + x.value.len()).sum();
-        if bytes > self.options.max_xattr_bytes {
-            return Err(self.context.limit("bytes of xattrs", self.options.max_xattr_bytes as u64));
+        if bytes > self.options.limits.xattr_bytes {
+            return Err(self.context.limit("bytes of xattrs", self.options.limits.xattr_bytes as u64));
         }
         Ok(entry.xattrs.drain(..).map(|x| Xattr { name: x.name, value: x.value }).collect())
     }
@@ -220,13 +203,14 @@ impl<W: WriteAt> Target for HcsshimLayer<'_, W> {
         self.context.offset = entry.offset;
         self.check_differs(entry.go_differs)?;
         let longest = entry.path.len().max(entry.link.len());
-        if longest > self.options.max_path_bytes {
-            return Err(self.context.limit("bytes of a name", self.options.max_path_bytes as u64));
+        if longest > self.options.limits.path_bytes {
+            return Err(self.context.limit("bytes of a name", self.options.limits.path_bytes as u64));
         }
         // The bytes are the tool's: no id is mapped, the host's root included.
-        for (what, maps, id) in
-            [("owner", &self.options.uid_map, entry.uid), ("group", &self.options.gid_map, entry.gid)]
-        {
+        for (what, maps, id) in [
+            ("owner", &self.options.id_maps.uids, entry.uid),
+            ("group", &self.options.id_maps.gids, entry.gid),
+        ] {
             if !owner::is_inside(maps, id) {
                 return Err(self.context.refuse(format!("{what} {id} {}", owner::outside(maps))));
             }

@@ -34,10 +34,7 @@ impl<R: Read> HashedChunks<R> {
     /// Digest of the bytes so far, or, at the end of the stream, what was told of them.
     pub(super) fn finish(self) -> io::Result<TarDigest> {
         let told = self.told.as_ref().and_then(|told| told.get().copied());
-        self.pipe
-            .finish()?
-            .or(told)
-            .ok_or_else(|| io::Error::other("the sender of the tar did not tell its digest"))
+        self.pipe.finish()?.or(told).ok_or_else(|| io::Error::other("the sender of the tar sent no digest"))
     }
 }
 

@@ -22,9 +22,9 @@ use ext4_image::{Xattr, writer::NodeKind};
 /// Longest name of an attribute, name space included (`XATTR_NAME_MAX`).
 pub const NAME_MAX: usize = 255;
 /// Longest value of an attribute (`XATTR_SIZE_MAX`).
-pub const VALUE_MAX: usize = 64 << 10;
+pub(super) const VALUE_MAX: usize = 64 << 10;
 /// The id that chown(2) takes for "leave as it is", and that no file can have.
-pub const NO_ID: u32 = u32::MAX;
+pub(super) const NO_ID: u32 = u32::MAX;
 
 /// What a system call answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +82,7 @@ impl Asked<'_> {
         matches!(self.kind, NodeKind::File)
     }
 
-    fn is_folder(&self) -> bool {
+    fn is_directory(&self) -> bool {
         matches!(self.kind, NodeKind::Directory)
     }
 
@@ -104,9 +104,9 @@ struct Rule {
 /// Overlayfs' own attributes.
 pub const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
 /// The ACL of a node.
-pub const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
-/// The ACL that new nodes in a folder get.
-pub const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
+pub(super) const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
+/// The ACL that new nodes in a directory get.
+pub(super) const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
 /// File capabilities.
 pub const CAPABILITY: &[u8] = b"security.capability";
 /// Name spaces whose attributes have names of their own.
@@ -134,15 +134,15 @@ static XATTRS: &[Rule] = &[
     },
     Rule {
         fits: |a| a.name == CAPABILITY && !is_capability(a.value),
-        ruling: Ruling::Refuse(Errno::Inval, "it is no file capability (of revision 2 or 3)"),
+        ruling: Ruling::Refuse(Errno::Inval, "not a file capability (revision 2 or 3)"),
     },
     Rule {
-        fits: |a| a.name.starts_with(b"user.") && !a.is_file() && !a.is_folder(),
-        ruling: Ruling::Drop("EPERM: only files and folders have attributes of users"),
+        fits: |a| a.name.starts_with(b"user.") && !a.is_file() && !a.is_directory(),
+        ruling: Ruling::Drop("EPERM: only files and directories have attributes of users"),
     },
     Rule {
         fits: |a| SPACES.contains(&a.name),
-        ruling: Ruling::Refuse(Errno::Inval, "nothing stands behind its name space"),
+        ruling: Ruling::Refuse(Errno::Inval, "its name ends after the name space"),
     },
     Rule {
         fits: |a| a.is_acl() && acl_version(a.value).is_some_and(|version| version != ACL_VERSION),
@@ -150,7 +150,7 @@ static XATTRS: &[Rule] = &[
     },
     Rule {
         fits: |a| a.is_acl() && !a.value.is_empty() && acl_entries(a.value).is_none(),
-        ruling: Ruling::Refuse(Errno::Inval, "it is no ACL"),
+        ruling: Ruling::Refuse(Errno::Inval, "not an ACL"),
     },
     Rule {
         fits: |a| a.is_acl() && a.is_symlink(),
@@ -158,15 +158,15 @@ static XATTRS: &[Rule] = &[
     },
     Rule {
         fits: |a| a.is_acl() && acl_entries(a.value).is_none_or(|mut entries| entries.next().is_none()),
-        ruling: Ruling::Remove("an ACL without entries is none"),
+        ruling: Ruling::Remove("an ACL without entries removes it"),
     },
     Rule {
-        fits: |a| a.name == ACL_DEFAULT && !a.is_folder(),
-        ruling: Ruling::Refuse(Errno::Acces, "only folders have a default ACL"),
+        fits: |a| a.name == ACL_DEFAULT && !a.is_directory(),
+        ruling: Ruling::Refuse(Errno::Acces, "only directories have a default ACL"),
     },
     Rule {
         fits: |a| a.is_acl() && !is_valid_acl(a.value),
-        ruling: Ruling::Refuse(Errno::Inval, "its entries are no valid ACL"),
+        ruling: Ruling::Refuse(Errno::Inval, "its entries are not a valid ACL"),
     },
     Rule {
         fits: |a| a.name == ACL_ACCESS && !is_extended_acl(a.value),
@@ -217,7 +217,7 @@ pub fn chmod(kind: &NodeKind, permissions: u16, xattrs: &mut [Xattr]) {
     }
 }
 
-/// Takes away what a chown(2) of a node that is there takes away: the capabilities of what is no folder.
+/// Takes away what a chown(2) of a node that is there takes away: the capabilities of what is no directory.
 pub fn chown(kind: &NodeKind, xattrs: &mut Vec<Xattr>) {
     if !matches!(kind, NodeKind::Directory) {
         xattrs.retain(|x| x.name != CAPABILITY);
@@ -242,7 +242,7 @@ fn is_capability(value: &[u8]) -> bool {
 }
 
 /// The user id of the namespace whose root a capability of revision 3 is for.
-pub fn capability_root(name: &[u8], value: &[u8]) -> Option<u32> {
+pub(super) fn capability_root(name: &[u8], value: &[u8]) -> Option<u32> {
     (name == CAPABILITY && value.len() == 24).then(|| u32_at(value, 20)).flatten()
 }
 
@@ -317,7 +317,7 @@ fn is_extended_acl(value: &[u8]) -> bool {
 }
 
 /// The named users (`true`) and groups (`false`) of an ACL.
-pub fn acl_ids(name: &[u8], value: &[u8]) -> Vec<(bool, u32)> {
+pub(super) fn acl_ids(name: &[u8], value: &[u8]) -> Vec<(bool, u32)> {
     if name != ACL_ACCESS && name != ACL_DEFAULT {
         return Vec::new();
     }

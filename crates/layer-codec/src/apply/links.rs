@@ -16,15 +16,15 @@
 use super::{
     LowerLayers, LowerNode,
     kernel::{self, Ruling},
-    layer::{Context, Found, Layer},
     name,
-    target::Target,
+    pending::PendingLink,
+    tree::{LayerTree, Lookup},
 };
 use crate::DiffError;
 use disk_io::WriteAt;
 use ext4_image::{
     Timestamp, Xattr,
-    writer::{Attributes, ImageWriter, NodeId, NodeKind},
+    writer::{Attributes, NodeId, NodeKind},
 };
 use layer_tar::Entry;
 use std::collections::HashMap;
@@ -34,269 +34,252 @@ const COPY_BYTES: usize = 256 << 10;
 /// A name that no entry can have: a node is kept alive under it while its other names change.
 const HOLD: &[u8] = b".wh..wh.hold";
 
-/// A link that waits.
-struct Pending {
+/// A hard link entry.
+pub(super) fn hard_link<W: WriteAt>(
+    tree: &mut LayerTree<'_, W>,
     dir: NodeId,
-    name: Vec<u8>,
-    target: Vec<u8>,
-    context: Context,
-    /// The header, without its names.
-    header: Entry,
-}
-
-/// Links that wait, by their placeholder.
-#[derive(Default)]
-pub(super) struct Links {
-    waiting: HashMap<NodeId, Pending>,
-    /// Placeholders in the order of the stream, forgotten ones included.
-    order: Vec<NodeId>,
-}
-
-impl Links {
-    pub(super) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
-    /// Forgets the placeholders at and below a node that is about to be removed.
-    pub(super) fn forget_below<W: WriteAt>(&mut self, writer: &ImageWriter<W>, node: NodeId) {
-        let mut nodes = vec![node];
-        while let Some(node) = nodes.pop() {
-            self.waiting.remove(&node);
-            if matches!(writer.kind(node), NodeKind::Directory) {
-                nodes.extend(writer.children(node).into_iter().map(|(_, child)| child));
-            }
+    last: &[u8],
+    entry: &mut Entry,
+) -> Result<(), DiffError> {
+    let target = std::mem::take(&mut entry.link);
+    let mut parts = Vec::new();
+    split_target(tree, &target, &mut parts)?;
+    match tree.find(&parts) {
+        Lookup::Node(node) if tree.is_directory(node) => {
+            Err(tree.context.refuse(format!("hard link to the directory \"{}\"", target.escape_ascii())))
         }
+        Lookup::Node(node) if !tree.links.is_pending(node) => {
+            if tree.writer.lookup(dir, last) != Some(node) {
+                place_link(tree, dir, last, node)?;
+            }
+            tree.update_linked(node, entry)
+        }
+        // A link that waits, named by itself.
+        Lookup::Node(node) if tree.writer.lookup(dir, last) == Some(node) => Ok(()),
+        // The target may come later, also where something of this layer hides it now.
+        Lookup::Node(_) | Lookup::Missing | Lookup::Hidden => postpone(tree, dir, last, &target, entry),
     }
 }
 
-impl<W: WriteAt> Layer<'_, W> {
-    /// A hard link entry.
-    pub(super) fn hard_link(&mut self, dir: NodeId, last: &[u8], entry: &mut Entry) -> Result<(), DiffError> {
-        let target = std::mem::take(&mut entry.link);
-        let mut parts = Vec::new();
-        self.split_target(&target, &mut parts)?;
-        match self.find(&parts) {
-            Found::Node(node) if self.is_directory(node) => {
-                Err(self.context.refuse(format!("hard link to the folder \"{}\"", target.escape_ascii())))
-            }
-            Found::Node(node) if !self.links.waiting.contains_key(&node) => {
-                if self.writer.lookup(dir, last) != Some(node) {
-                    self.place_link(dir, last, node)?;
-                }
-                self.update_linked(node, entry)
-            }
-            // A link that waits, named by itself.
-            Found::Node(node) if self.writer.lookup(dir, last) == Some(node) => Ok(()),
-            // The target may come later, also where something of this layer hides it now.
-            Found::Node(_) | Found::Missing | Found::Hidden => self.postpone(dir, last, &target, entry),
+/// Splits a link's target; names inside of AUFS's link directory are left as they are.
+fn split_target<'t, W: WriteAt>(
+    tree: &LayerTree<'_, W>,
+    target: &'t [u8],
+    parts: &mut Vec<&'t [u8]>,
+) -> Result<(), DiffError> {
+    let max_depth = tree.options.limits.depth;
+    name::split(target, max_depth, parts).map_err(|e| match e {
+        name::NameError::Escapes => {
+            tree.context.refuse(format!("hard link to \"{}\" leaves the layer's root", target.escape_ascii()))
         }
-    }
+        other => tree.context.name_error(other, max_depth),
+    })
+}
 
-    /// Splits a link's target; names inside of AUFS's link folder are left as they are.
-    fn split_target<'t>(&self, target: &'t [u8], parts: &mut Vec<&'t [u8]>) -> Result<(), DiffError> {
-        let max_depth = self.options.max_depth;
-        name::split(target, max_depth, parts).map_err(|e| match e {
-            name::NameError::Escapes => self
-                .context
-                .refuse(format!("hard link to \"{}\" leaves the layer's root", target.escape_ascii())),
-            other => self.context.name_error(other, max_depth),
-        })
+/// Makes `last` a name of `node`, whatever it was before.
+fn place_link<W: WriteAt>(
+    tree: &mut LayerTree<'_, W>,
+    dir: NodeId,
+    last: &[u8],
+    node: NodeId,
+) -> Result<(), DiffError> {
+    let root = tree.writer.root();
+    let known = tree.writer.lookup(dir, last);
+    if let Some(known) = known {
+        // The target may live below what is replaced.
+        link(tree, root, HOLD, node)?;
+        tree.remove(dir, last, known)?;
     }
-
-    /// Makes `last` a name of `node`, whatever it was before.
-    fn place_link(&mut self, dir: NodeId, last: &[u8], node: NodeId) -> Result<(), DiffError> {
-        let root = self.writer.root();
-        let known = self.writer.lookup(dir, last);
-        if let Some(known) = known {
-            // The target may live below what is replaced.
-            self.link(root, HOLD, node)?;
-            self.remove(dir, last, known)?;
-        }
-        self.count_name()?;
-        self.link(dir, last, node)?;
-        if known.is_some() {
-            self.writer.unlink(root, HOLD).map_err(|e| self.context.image(e))?;
-        }
-        Ok(())
+    tree.count_name()?;
+    link(tree, dir, last, node)?;
+    if known.is_some() {
+        tree.writer.unlink(root, HOLD).map_err(|e| tree.context.image(e))?;
     }
+    Ok(())
+}
 
-    fn link(&mut self, dir: NodeId, name: &[u8], node: NodeId) -> Result<(), DiffError> {
-        self.writer.link(dir, name, node).map_err(|e| self.context.image(e))
+fn link<W: WriteAt>(
+    tree: &mut LayerTree<'_, W>,
+    dir: NodeId,
+    name: &[u8],
+    node: NodeId,
+) -> Result<(), DiffError> {
+    tree.writer.link(dir, name, node).map_err(|e| tree.context.image(e))
+}
+
+fn postpone<W: WriteAt>(
+    tree: &mut LayerTree<'_, W>,
+    dir: NodeId,
+    last: &[u8],
+    target: &[u8],
+    entry: &mut Entry,
+) -> Result<(), DiffError> {
+    if let Some(known) = tree.writer.lookup(dir, last) {
+        tree.remove(dir, last, known)?;
     }
+    let time = Timestamp { secs: 0, nanos: 0 };
+    let attributes = Attributes { permissions: 0, uid: 0, gid: 0, mtime: time, atime: None, ctime: None };
+    let node = tree.create(dir, last, NodeKind::File, attributes, Vec::new())?;
+    let (name, target, context) = (last.to_vec(), target.to_vec(), tree.context.clone());
+    let header = Entry { xattrs: std::mem::take(&mut entry.xattrs), ..entry.clone() };
+    tree.links.insert(node, PendingLink { dir, name, target, context, header });
+    Ok(())
+}
 
-    fn postpone(
-        &mut self,
-        dir: NodeId,
-        last: &[u8],
-        target: &[u8],
-        entry: &mut Entry,
-    ) -> Result<(), DiffError> {
-        if let Some(known) = self.writer.lookup(dir, last) {
-            self.remove(dir, last, known)?;
-        }
-        let time = Timestamp { secs: 0, nanos: 0 };
-        let attributes = Attributes { permissions: 0, uid: 0, gid: 0, mtime: time, atime: None, ctime: None };
-        let node = self.create(dir, last, NodeKind::File, attributes, Vec::new())?;
-        let (name, target, context) = (last.to_vec(), target.to_vec(), self.context.clone());
-        let header = Entry { xattrs: std::mem::take(&mut entry.xattrs), ..entry.clone() };
-        self.links.waiting.insert(node, Pending { dir, name, target, context, header });
-        self.links.order.push(node);
-        Ok(())
-    }
-
-    /// Settles all links that wait.
-    pub(super) fn settle_links(&mut self, lowers: &mut dyn LowerLayers) -> Result<(), DiffError> {
-        let mut copies = HashMap::new();
-        let order = std::mem::take(&mut self.links.order);
-        for first in order {
-            // Links to links are settled from the far end of their chain.
-            let mut chain = vec![first];
-            while let Some(&placeholder) = chain.last() {
-                let Some(pending) = self.links.waiting.get(&placeholder) else {
-                    chain.pop();
-                    continue;
-                };
-                self.context = pending.context.clone();
-                let target = pending.target.clone();
-                let mut parts = Vec::new();
-                self.split_target(&target, &mut parts)?;
-                let found = self.find(&parts);
-                if let Found::Node(node) = found
-                    && self.links.waiting.contains_key(&node)
-                    // A link to its own name means the file of that name below.
-                    && node != placeholder
-                {
-                    if chain.len() > self.links.waiting.len() {
-                        return Err(self.context.refuse(format!(
-                            "hard link to \"{}\" goes round in a circle",
-                            target.escape_ascii()
-                        )));
-                    }
-                    chain.push(node);
-                    continue;
-                }
-                let Some(mut pending) = self.links.waiting.remove(&placeholder) else { break };
-                match found {
-                    Found::Node(node) if node != placeholder => {
-                        if self.is_directory(node) {
-                            let target = target.escape_ascii();
-                            return Err(self.context.refuse(format!("hard link to the folder \"{target}\"")));
-                        }
-                        self.place_link(pending.dir, &pending.name, node)?;
-                    }
-                    Found::Hidden => return Err(self.dangling(&target)),
-                    Found::Node(_) | Found::Missing => {
-                        let copy = self.link_below(&pending, &parts, &mut copies, lowers)?;
-                        self.update_linked(copy, &mut pending.header)?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn dangling(&self, target: &[u8]) -> DiffError {
-        self.context.refuse(format!(
-            "hard link to \"{}\", which is neither in this layer nor in one below",
-            target.escape_ascii()
-        ))
-    }
-
-    /// Makes a link's name one of the target's copy from a layer below.
-    fn link_below(
-        &mut self,
-        pending: &Pending,
-        parts: &[&[u8]],
-        copies: &mut HashMap<(usize, u32), NodeId>,
-        lowers: &mut dyn LowerLayers,
-    ) -> Result<NodeId, DiffError> {
-        let Some(below) = lowers.lookup(parts)? else { return Err(self.dangling(&pending.target)) };
-        let identity = (below.layer, below.inode);
-        if let Some(&copy) = copies.get(&identity) {
-            self.place_link(pending.dir, &pending.name, copy)?;
-            self.copy_up(parts, copy, lowers)?;
-            return Ok(copy);
-        }
-        match &below.kind {
-            NodeKind::Directory => {
-                let target = pending.target.escape_ascii();
-                return Err(self
-                    .context
-                    .refuse(format!("hard link to the folder \"{target}\" of a layer below")));
-            }
-            NodeKind::CharDevice { major: 0, minor: 0 } => return Err(self.dangling(&pending.target)),
-            _ => {}
-        }
-        if let Some(known) = self.writer.lookup(pending.dir, &pending.name) {
-            self.remove(pending.dir, &pending.name, known)?;
-        }
-        let (attributes, xattrs) = as_copied(&below);
-        let node = self.create(pending.dir, &pending.name, below.kind.clone(), attributes, xattrs)?;
-        copies.insert(identity, node);
-        if matches!(below.kind, NodeKind::File) {
-            self.count_bytes(below.size);
-            self.copy_data(node, &below, lowers)?;
-        }
-        self.copy_up(parts, node, lowers)?;
-        Ok(node)
-    }
-
-    /// Gives the copy of a target the target's own name too, in folders like those below: a link to a lower file makes
-    /// one inode of both names, as it does through a mounted overlay. Where this layer leads elsewhere on the way, the
-    /// name below is another file's already.
-    fn copy_up(
-        &mut self,
-        parts: &[&[u8]],
-        copy: NodeId,
-        lowers: &mut dyn LowerLayers,
-    ) -> Result<(), DiffError> {
-        let Some((last, parents)) = parts.split_last() else { return Ok(()) };
-        let mut dir = self.writer.root();
-        for (depth, name) in parents.iter().enumerate() {
-            dir = match self.writer.lookup(dir, name) {
-                Some(known) if self.is_directory(known) => known,
-                Some(_) => return Ok(()),
-                None => {
-                    let path = parts.get(..=depth).unwrap_or(parts);
-                    let below = lowers.lookup(path)?.filter(|b| matches!(b.kind, NodeKind::Directory));
-                    let Some(below) = below else { return Ok(()) };
-                    let (attributes, xattrs) = as_copied(&below);
-                    self.create(dir, name, NodeKind::Directory, attributes, xattrs)?
-                }
+/// Settles all links that wait.
+pub(super) fn settle<W: WriteAt>(
+    tree: &mut LayerTree<'_, W>,
+    lowers: &mut dyn LowerLayers,
+) -> Result<(), DiffError> {
+    let mut copies = HashMap::new();
+    let order = tree.links.take_order();
+    for first in order {
+        // Links to links are settled from the far end of their chain.
+        let mut chain = vec![first];
+        while let Some(&placeholder) = chain.last() {
+            let Some(pending) = tree.links.get(placeholder) else {
+                chain.pop();
+                continue;
             };
-        }
-        match self.writer.lookup(dir, last) {
-            None => self.place_link(dir, last, copy),
-            Some(_) => Ok(()),
-        }
-    }
-
-    fn copy_data(
-        &mut self,
-        node: NodeId,
-        below: &LowerNode,
-        lowers: &mut dyn LowerLayers,
-    ) -> Result<(), DiffError> {
-        if below.size == 0 {
-            return Ok(());
-        }
-        self.begin_file(node, below.size)?;
-        let mut buffer = vec![0; COPY_BYTES];
-        for &(start, len) in &below.data {
-            let mut at = start;
-            let end = start.saturating_add(len).min(below.size);
-            while at < end {
-                let want = usize::try_from(end - at).map_or(COPY_BYTES, |n| n.min(COPY_BYTES));
-                let n = lowers.read(below, at, &mut buffer[..want])?.min(want);
-                if n == 0 {
-                    return Err(self.context.refuse("the target's data in a layer below end early"));
+            tree.context = pending.context.clone();
+            let target = pending.target.clone();
+            let mut parts = Vec::new();
+            split_target(tree, &target, &mut parts)?;
+            let found = tree.find(&parts);
+            if let Lookup::Node(node) = found
+                && tree.links.is_pending(node)
+                // A link to its own name means the file of that name below.
+                && node != placeholder
+            {
+                if chain.len() > tree.links.len() {
+                    return Err(tree
+                        .context
+                        .refuse(format!("hard link to \"{}\" leads back to itself", target.escape_ascii())));
                 }
-                self.write_data(at, &buffer[..n], &mut |_| {})?;
-                at += n as u64;
+                chain.push(node);
+                continue;
+            }
+            let Some(mut pending) = tree.links.remove(placeholder) else { break };
+            match found {
+                Lookup::Node(node) if node != placeholder => {
+                    if tree.is_directory(node) {
+                        let target = target.escape_ascii();
+                        return Err(tree.context.refuse(format!("hard link to the directory \"{target}\"")));
+                    }
+                    place_link(tree, pending.dir, &pending.name, node)?;
+                }
+                Lookup::Hidden => return Err(dangling(tree, &target)),
+                Lookup::Node(_) | Lookup::Missing => {
+                    let copy = link_below(tree, &pending, &parts, &mut copies, lowers)?;
+                    tree.update_linked(copy, &mut pending.header)?;
+                }
             }
         }
-        self.end_file()
     }
+    Ok(())
+}
+
+fn dangling<W: WriteAt>(tree: &LayerTree<'_, W>, target: &[u8]) -> DiffError {
+    tree.context.refuse(format!(
+        "hard link to \"{}\", which is neither in this layer nor in a lower one",
+        target.escape_ascii()
+    ))
+}
+
+/// Makes a link's name one of the target's copy from a layer below.
+fn link_below<W: WriteAt>(
+    tree: &mut LayerTree<'_, W>,
+    pending: &PendingLink,
+    parts: &[&[u8]],
+    copies: &mut HashMap<(usize, u32), NodeId>,
+    lowers: &mut dyn LowerLayers,
+) -> Result<NodeId, DiffError> {
+    let Some(below) = lowers.lookup(parts)? else { return Err(dangling(tree, &pending.target)) };
+    let identity = (below.layer, below.inode);
+    if let Some(&copy) = copies.get(&identity) {
+        place_link(tree, pending.dir, &pending.name, copy)?;
+        copy_up(tree, parts, copy, lowers)?;
+        return Ok(copy);
+    }
+    match &below.kind {
+        NodeKind::Directory => {
+            let target = pending.target.escape_ascii();
+            return Err(tree
+                .context
+                .refuse(format!("hard link to the directory \"{target}\" of a lower layer")));
+        }
+        NodeKind::CharDevice { major: 0, minor: 0 } => return Err(dangling(tree, &pending.target)),
+        _ => {}
+    }
+    if let Some(known) = tree.writer.lookup(pending.dir, &pending.name) {
+        tree.remove(pending.dir, &pending.name, known)?;
+    }
+    let (attributes, xattrs) = as_copied(&below);
+    let node = tree.create(pending.dir, &pending.name, below.kind.clone(), attributes, xattrs)?;
+    copies.insert(identity, node);
+    if matches!(below.kind, NodeKind::File) {
+        tree.count_bytes(below.size);
+        copy_data(tree, node, &below, lowers)?;
+    }
+    copy_up(tree, parts, node, lowers)?;
+    Ok(node)
+}
+
+/// Gives the copy of a target the target's own name too, in directories like those below: a link to a lower file makes
+/// one inode of both names, as it does through a mounted overlay. Where this layer leads elsewhere on the way, the
+/// name below is another file's already.
+fn copy_up<W: WriteAt>(
+    tree: &mut LayerTree<'_, W>,
+    parts: &[&[u8]],
+    copy: NodeId,
+    lowers: &mut dyn LowerLayers,
+) -> Result<(), DiffError> {
+    let Some((last, parents)) = parts.split_last() else { return Ok(()) };
+    let mut dir = tree.writer.root();
+    for (depth, name) in parents.iter().enumerate() {
+        dir = match tree.writer.lookup(dir, name) {
+            Some(known) if tree.is_directory(known) => known,
+            Some(_) => return Ok(()),
+            None => {
+                let path = parts.get(..=depth).unwrap_or(parts);
+                let below = lowers.lookup(path)?.filter(|b| matches!(b.kind, NodeKind::Directory));
+                let Some(below) = below else { return Ok(()) };
+                let (attributes, xattrs) = as_copied(&below);
+                tree.create(dir, name, NodeKind::Directory, attributes, xattrs)?
+            }
+        };
+    }
+    match tree.writer.lookup(dir, last) {
+        None => place_link(tree, dir, last, copy),
+        Some(_) => Ok(()),
+    }
+}
+
+fn copy_data<W: WriteAt>(
+    tree: &mut LayerTree<'_, W>,
+    node: NodeId,
+    below: &LowerNode,
+    lowers: &mut dyn LowerLayers,
+) -> Result<(), DiffError> {
+    if below.size == 0 {
+        return Ok(());
+    }
+    tree.begin_file(node, below.size)?;
+    let mut buffer = vec![0; COPY_BYTES];
+    for &(start, len) in &below.data {
+        let mut at = start;
+        let end = start.saturating_add(len).min(below.size);
+        while at < end {
+            let want = usize::try_from(end - at).map_or(COPY_BYTES, |n| n.min(COPY_BYTES));
+            let n = lowers.read(below, at, &mut buffer[..want])?.min(want);
+            if n == 0 {
+                return Err(tree.context.refuse("the target's data in a lower layer end early"));
+            }
+            tree.write_data(at, &buffer[..n], &mut |_| {})?;
+            at += n as u64;
+        }
+    }
+    tree.end_file()
 }
 
 /// What a copy-up takes over of a node: what the kernel lets be set.

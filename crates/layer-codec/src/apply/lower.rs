@@ -27,7 +27,7 @@ pub struct LowerNode {
 
 /// The merged view of the layers below, nearest first.
 pub trait LowerLayers {
-    /// The node at `path` (components from the root, symlinks not followed), whiteouts and opaque folders honoured.
+    /// The node at `path` (components from the root, symlinks not followed), whiteouts and opaque directories honoured.
     ///
     /// # Errors
     /// If a layer can't be read.

@@ -21,15 +21,15 @@
 //!
 //! | the tar has | and the layer already has | then |
 //! |---|---|---|
-//! | a parent that is missing | – | folder 0755 root:root, time 0; a later entry of that name sets its attributes |
-//! | a parent that is a symlink | – | followed inside the layer's root (`..` stops there), at most 40 hops, missing targets made as folders: as dockerd's unpack does in its chroot |
-//! | a parent that is a whiteout | – | an opaque folder replaces it |
+//! | a parent that is missing | – | directory 0755 root:root, time 0; a later entry of that name sets its attributes |
+//! | a parent that is a symlink | – | followed inside the layer's root (`..` stops there), at most 40 hops, missing targets made as directories: as dockerd's unpack does in its chroot |
+//! | a parent that is a whiteout | – | an opaque directory replaces it |
 //! | a parent that is anything else | – | error |
-//! | a folder | a folder | merged: attributes of the new one, xattrs of both, the new one's before the old one's |
-//! | a folder | a whiteout | an opaque folder: what the whiteout hid stays hidden |
+//! | a directory | a directory | merged: attributes of the new one, xattrs of both, the new one's before the old one's |
+//! | a directory | a whiteout | an opaque directory: what the whiteout hid stays hidden |
 //! | anything | anything else | replaced |
 //! | `.wh.NAME` or device 0/0 `NAME` | anything | `NAME` is removed and a whiteout left |
-//! | `.wh..wh..opq` | – | its folder gets `trusted.overlay.opaque=y`, before or after other entries |
+//! | `.wh..wh..opq` | – | its directory gets `trusted.overlay.opaque=y`, before or after other entries |
 //! | other `.wh..wh.*`, at any depth | – | AUFS's own: skipped; files of `/.wh..wh.plnk` can be link targets |
 //! | a hard link | its target | one more name (a symlink itself is linked, not what it points to); mode, owner, times and xattrs of the link's header hold for all names |
 //! | a hard link | no target yet | decided at the end: this layer first, then a copy from the layers below (which has the target's name too), else an error |
@@ -38,6 +38,7 @@
 //! read the same tar: `docs/tar-rules.md`. Called by `agent`; the trait [`LowerLayers`] is implemented over `ext4::reader`.
 
 mod chain;
+mod context;
 mod growth;
 mod hcsshim;
 mod input;
@@ -46,16 +47,22 @@ mod layer;
 mod links;
 mod lower;
 mod name;
-pub mod owner;
+mod options;
+mod owner;
+mod pending;
 mod target;
+mod tree;
 
 pub use chain::LayerChain;
 pub use growth::{Growth, NoGrowth};
-pub use hcsshim::HcsshimProfile;
 pub use lower::{LowerLayers, LowerNode, NoLowers};
-pub use owner::IdMap;
+pub use options::{
+    ApplyLimits, ApplyOptions, ApplyResources, ApplySummary, HcsshimProfile, MAX_RAW_BYTES, Profile,
+    ToldDigest, UnknownProfile,
+};
+pub use owner::check_owners;
 
-use crate::{DiffError, TarDigest, limits, record::RecordWriter};
+use crate::{DiffError, RootHash, record::RecordWriter};
 use disk_io::WriteAt;
 use ext4_image::{
     BlockSize,
@@ -64,131 +71,13 @@ use ext4_image::{
 use growth::{Resumed, Stopped, TooSmall};
 use hcsshim::HcsshimLayer;
 use input::HashedChunks;
-use layer::{Layer, Placement};
+use layer::DefaultLayer;
 use layer_tar::{Event, TarReader};
-use std::{
-    io::Read,
-    sync::{Arc, OnceLock},
-};
-use target::Target;
+use std::io::Read;
+use target::{Placement, Target};
+use uuid::Uuid;
 use verity_tree::{self, TreeDisk};
 use vhd_image::vhd::{self, Footer};
-
-/// How the image is laid out, and what the entries of a tar mean.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Profile {
-    /// This project's own; [`ApplyOptions::writer`] says more.
-    #[default]
-    Default,
-    /// What hcsshim's `tar2ext4` makes, byte for byte.
-    Hcsshim(HcsshimProfile),
-}
-
-/// The largest image without a VHD footer: 16 TiB.
-pub const MAX_RAW_BYTES: u64 = 16 << 40;
-
-/// How to apply, and what to refuse.
-#[derive(Debug, Clone)]
-pub struct ApplyOptions {
-    /// The layout.
-    pub profile: Profile,
-    /// A VHD footer follows the image. Without one an image may be larger than a VHD.
-    pub footer: bool,
-    /// Block size, size limit and UUID of the image, in the default profile.
-    pub writer: WriterOptions,
-    /// The most names in the layer, folders that are only implied and whiteouts included.
-    pub max_entries: u64,
-    /// The most bytes of an entry's name and of a link's target.
-    pub max_path_bytes: usize,
-    /// The most components of a path.
-    pub max_depth: usize,
-    /// The most bytes of one entry's xattrs, names and values together.
-    pub max_xattr_bytes: usize,
-    /// The most bytes of tar.
-    pub max_tar_bytes: u64,
-    /// The most bytes behind the end-of-archive blocks.
-    pub max_trailing_bytes: u64,
-    /// The users that containers have, with userns-remap: an entry of any other is refused. Empty: all.
-    pub uid_map: Vec<IdMap>,
-    /// The same for groups.
-    pub gid_map: Vec<IdMap>,
-    /// Whether a dm-verity tree stands behind the file system.
-    pub verity: Verity,
-    /// Set if the sender of the tar digests it: nothing is hashed here.
-    pub told_digest: Option<ToldDigest>,
-}
-
-/// The digest of a tar that its sender computes: filled when the stream has ended. Who sends the bytes knows best what
-/// they are, so a digest that is not theirs harms nobody else.
-pub type ToldDigest = Arc<OnceLock<TarDigest>>;
-
-/// Whether an image gets a hash tree.
-#[derive(Clone, Default)]
-pub enum Verity {
-    /// No.
-    #[default]
-    None,
-    /// Yes. The scratch disk takes the leaves of images over 256 MiB; without one they stay in memory.
-    Tree {
-        /// Empty; of no use afterwards.
-        scratch: Option<Arc<dyn WriteAt>>,
-    },
-}
-
-impl std::fmt::Debug for Verity {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::None => "None",
-            Self::Tree { scratch: None } => "Tree",
-            Self::Tree { scratch: Some(_) } => "Tree with a scratch disk",
-        })
-    }
-}
-
-impl ApplyOptions {
-    /// The usual limits around the given writer options.
-    pub fn new(writer: WriterOptions) -> Self {
-        Self {
-            profile: Profile::Default,
-            footer: true,
-            writer,
-            max_entries: limits::NAMES,
-            max_path_bytes: limits::PATH_BYTES,
-            max_depth: limits::DEPTH,
-            max_xattr_bytes: limits::XATTR_BYTES,
-            max_tar_bytes: 16 << 40,
-            max_trailing_bytes: 1 << 30,
-            uid_map: Vec::new(),
-            gid_map: Vec::new(),
-            verity: Verity::None,
-            told_digest: None,
-        }
-    }
-}
-
-/// What was applied.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ApplySummary {
-    /// Size of the ext4 file system.
-    pub image_bytes: u64,
-    /// Size of the file: the image, its hash tree if it has one, and the VHD footer.
-    pub file_bytes: u64,
-    /// Sum of the sizes of regular files and of the lengths of symlinks' targets, a hard-linked inode once, whiteouts 0:
-    /// the layer's size as engines count.
-    pub diff_size: u64,
-    /// Length of the tar.
-    pub tar_bytes: u64,
-    /// Digest of the tar, all bytes.
-    pub tar_digest: TarDigest,
-    /// Size of the exact record.
-    pub record_bytes: u64,
-    /// UUID of the file system.
-    pub uuid: [u8; 16],
-    /// Entries of the tar, extended headers not counted.
-    pub entries: u64,
-    /// Root of the dm-verity tree, if there is one.
-    pub verity_root: Option<verity_tree::Hash>,
-}
 
 /// Applies `input` to an empty `image` and an empty `record`, in blocks of the size that is asked for and no other.
 ///
@@ -203,7 +92,7 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
 ) -> Result<ApplySummary, DiffError> {
-    apply_growing(input, image, record, lowers, options, &mut NoGrowth)
+    apply_growing(input, image, record, lowers, options, &ApplyResources::default(), &mut NoGrowth)
 }
 
 /// As [`apply`], but goes on in larger blocks, on the disks that `growth` gives, when an entry needs them: see [`Growth`].
@@ -216,16 +105,21 @@ pub fn apply_growing<I: Read, W: WriteAt, S: WriteAt>(
     record: S,
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
+    resources: &ApplyResources,
     growth: &mut dyn Growth<W, S>,
 ) -> Result<ApplySummary, DiffError> {
-    let smaller = match attempt(&mut input, &image, &record, lowers, options, options.writer.block_size) {
+    let block_size = BlockSize::from_bytes(options.block_size).ok_or_else(|| {
+        let found = options.block_size;
+        DiffError::Usage(format!("blocks of {found} bytes: 1024, 2048 or 4096 "))
+    })?;
+    let smaller = match attempt(&mut input, &image, &record, lowers, options, resources, block_size) {
         Ok(summary) => return Ok(summary),
         Err(Stopped::Failed(error)) => return Err(error),
         Err(Stopped::TooSmall(stopped)) => stopped,
     };
     let Some((larger, larger_record)) = growth.disks()? else { return Err(smaller.error) };
     let mut tar = Resumed::new(image, record, *smaller, &mut input, growth)?;
-    match attempt(&mut tar, &larger, &larger_record, lowers, options, BlockSize::LARGEST) {
+    match attempt(&mut tar, &larger, &larger_record, lowers, options, resources, BlockSize::LARGEST) {
         Ok(summary) => Ok(summary),
         Err(Stopped::Failed(error)) => Err(error),
         Err(Stopped::TooSmall(stopped)) => Err(stopped.error),
@@ -239,28 +133,30 @@ fn attempt<W: WriteAt, S: WriteAt>(
     record: &S,
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
+    resources: &ApplyResources,
     block_size: BlockSize,
 ) -> Result<ApplySummary, Stopped> {
-    let image = match &options.verity {
-        Verity::None => TreeDisk::plain(image),
-        Verity::Tree { scratch } => {
-            TreeDisk::hashing(image, scratch.clone()).map_err(DiffError::io("starting the hashing thread"))?
-        }
+    let image = if options.verity {
+        TreeDisk::hashing(image, resources.scratch.clone())
+            .map_err(DiffError::io("starting the hashing thread"))?
+    } else {
+        TreeDisk::plain(image)
     };
+    let input = HashedChunks::new(input, resources.told_digest.clone());
     let done = match options.profile {
         Profile::Default => {
-            let mut settings = options.writer;
-            settings.block_size = block_size;
-            settings.max_image_bytes = settings.max_image_bytes.min(largest_image(options));
-            if settings.uuid == UuidSource::FromContent {
+            let settings = WriterOptions {
+                block_size,
+                max_image_bytes: options.max_image_bytes.min(largest_image(options)),
                 // The tar's digest stands for the data: they need not be summed a second time.
-                settings.uuid = UuidSource::FromSource;
-            }
-            let layer = Layer::new(ImageWriter::new(&image, settings)?, options);
+                uuid: UuidSource::FromSource,
+                inline_data: options.inline_data,
+            };
+            let layer = DefaultLayer::new(ImageWriter::new(&image, settings)?, options);
             run(input, &image, record, layer, lowers, options)
         }
-        Profile::Hcsshim(profile) => {
-            let layer = HcsshimLayer::new(&image, profile, options)?;
+        Profile::Hcsshim => {
+            let layer = HcsshimLayer::new(&image, options)?;
             run(input, &image, record, layer, lowers, options)
         }
     };
@@ -273,19 +169,19 @@ fn attempt<W: WriteAt, S: WriteAt>(
 /// The most bytes that the file system can have so that its tree and footer find room behind it.
 fn largest_image(options: &ApplyOptions) -> u64 {
     let max_disk = if options.footer { vhd::MAX_DISK_BYTES } else { MAX_RAW_BYTES };
-    let tree = if matches!(options.verity, Verity::None) { 0 } else { verity_tree::tree_bytes(max_disk) };
+    let tree = if options.verity { verity_tree::tree_bytes(max_disk) } else { 0 };
     max_disk - tree
 }
 
 fn run<W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
-    input: &mut dyn Read,
+    input: HashedChunks<&mut dyn Read>,
     image: &TreeDisk<W, V>,
     record: S,
     mut layer: T,
     lowers: &mut dyn LowerLayers,
     options: &ApplyOptions,
 ) -> Result<ApplySummary, Stopped> {
-    let mut reader = TarReader::from_source(HashedChunks::new(input, options.told_digest.clone()));
+    let mut reader = TarReader::from_source(input);
     let mut record = RecordWriter::new(record)?;
     let read = read_all(&mut reader, &mut record, &mut layer, options)
         .and_then(|entries| Ok((entries, layer.settle(lowers)?)));
@@ -315,9 +211,9 @@ fn run<W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
         tar_bytes,
         tar_digest,
         record_bytes,
-        uuid: summary.uuid,
+        uuid: Uuid::from_bytes(summary.uuid),
         entries,
-        verity_root,
+        verity_root: verity_root.map(RootHash),
     })
 }
 
@@ -346,7 +242,7 @@ fn read_all<R: Read, S: WriteAt, T: Target>(
                     Placement::Nothing => false,
                 };
                 record.check()?;
-                let limit = options.max_tar_bytes;
+                let limit = options.limits.tar_bytes;
                 if entry.offset > limit || entry.stored > limit {
                     return Err(layer.limit("bytes of tar", limit));
                 }
@@ -380,9 +276,9 @@ fn read_all<R: Read, S: WriteAt, T: Target>(
             Event::End => break,
         }
         if let Some(n) = reader.trailing_bytes()
-            && n > options.max_trailing_bytes
+            && n > options.limits.trailing_bytes
         {
-            return Err(layer.limit("bytes behind the end of the archive", options.max_trailing_bytes));
+            return Err(layer.limit("bytes behind the end of the archive", options.limits.trailing_bytes));
         }
     }
     if open {
@@ -424,7 +320,7 @@ fn append_footer<W: WriteAt>(
     let footer = Footer::new(disk_bytes, 0, uuid)?;
     let bytes = match profile {
         Profile::Default => footer.to_bytes(),
-        Profile::Hcsshim(_) => footer.to_bytes_hcsshim(),
+        Profile::Hcsshim => footer.to_bytes_hcsshim(),
     };
     let file_bytes = disk_bytes + vhd::FOOTER_SIZE as u64;
     image

@@ -4,9 +4,9 @@
 pub(super) const WHITEOUT_PREFIX: &[u8] = b".wh.";
 /// Prefix of AUFS's own entries.
 pub(super) const META_PREFIX: &[u8] = b".wh..wh.";
-/// Marks its folder as opaque.
+/// Marks its directory as opaque.
 pub(super) const OPAQUE: &[u8] = b".wh..wh..opq";
-/// The folder at the root in which AUFS kept hard-linked files.
+/// The directory at the root in which AUFS kept hard-linked files.
 pub(super) const LINK_DIR: &[u8] = b".wh..wh.plnk";
 
 /// Why a name is refused.
@@ -56,9 +56,9 @@ pub(super) fn shown(name: &[u8]) -> String {
 pub(super) enum Meaning<'a> {
     /// Nothing special.
     Plain,
-    /// Hide this name of the same folder.
+    /// Hide this name of the same directory.
     Whiteout(&'a [u8]),
-    /// Make the folder opaque.
+    /// Make the directory opaque.
     Opaque,
     /// AUFS's own.
     Meta,

@@ -1,47 +1,37 @@
 //! Owners with userns-remap: which ids of a tar the containers can have.
 //!
-//! Applied layers hold the container's own ids, and their mounts are mapped. An id that the map does not have would show
-//! as an owner whom nobody, the container's root included, can change (`EOVERFLOW`, `EACCES`): such a layer is refused
-//! at the door, as moby refuses it. Called by `layer` and, for layers that are there already, by the check of an image.
+//! Applied layers hold the container's own ids, and their mounts are mapped. An id without a counterpart in the map would
+//! show as an owner that no process in a container, root included, can change (`EOVERFLOW`, `EACCES`). Such a layer is
+//! refused when it is applied, as moby refuses it. Called by `layer` and `hcsshim` and, for layers that were applied
+//! before, by the check of an image.
 
 use super::kernel;
-use crate::DiffError;
+use crate::{DiffError, IdMaps, IdRange};
 use disk_io::ReadAt;
 use ext4_image::{Ext4, FileKind, Inode};
 use std::collections::HashSet;
 
-/// A range of ids that containers have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IdMap {
-    /// First id in the container.
-    pub container: u32,
-    /// First id on the host.
-    pub host: u32,
-    /// Length of the range.
-    pub len: u32,
-}
-
 /// Whether the containers have this id; without a map they have all.
-pub fn is_inside(maps: &[IdMap], id: u32) -> bool {
-    maps.is_empty() || maps.iter().any(|m| id.checked_sub(m.container).is_some_and(|place| place < m.len))
+pub(super) fn is_inside(ranges: &[IdRange], id: u32) -> bool {
+    ranges.is_empty() || ranges.iter().any(|range| range.has_container_id(id))
 }
 
 /// The container's id for one of a tar; `None` if it has none. By moby's rule the host's id of the container's root is
 /// that root.
-pub(super) fn inside(maps: &[IdMap], id: u32) -> Option<u32> {
-    let root = maps.iter().find(|m| m.container == 0 && m.len > 0).map(|m| m.host);
+pub(super) fn inside(ranges: &[IdRange], id: u32) -> Option<u32> {
+    let root = ranges.iter().find(|r| r.container_id == 0 && r.size > 0).map(|r| r.host_id);
     if root == Some(id) {
         return Some(0);
     }
-    is_inside(maps, id).then_some(id)
+    is_inside(ranges, id).then_some(id)
 }
 
 /// Why an id is refused: the ids that there are.
-pub fn outside(maps: &[IdMap]) -> String {
-    let ranges: Vec<String> = maps
+pub(super) fn outside(ranges: &[IdRange]) -> String {
+    let ranges: Vec<String> = ranges
         .iter()
-        .filter(|m| m.len > 0)
-        .map(|m| format!("{} to {}", m.container, u64::from(m.container) + u64::from(m.len) - 1))
+        .filter(|r| r.size > 0)
+        .map(|r| format!("{} to {}", r.container_id, u64::from(r.container_id) + u64::from(r.size) - 1))
         .collect();
     format!(
         "is outside of the ids of this engine's user namespace ({}): no container could change or delete the file; \
@@ -50,53 +40,48 @@ pub fn outside(maps: &[IdMap]) -> String {
     )
 }
 
-/// Looks at all owners of a layer that is there already, those inside of xattrs included.
+/// Checks all owners of an applied layer, those inside of xattrs included.
 ///
 /// # Errors
 /// [`DiffError::Unsupported`] names the first path, its id and the ranges.
-pub fn check_image<R: ReadAt>(fs: &Ext4<R>, uids: &[IdMap], gids: &[IdMap]) -> Result<(), DiffError> {
-    if uids.is_empty() && gids.is_empty() {
+pub fn check_owners<R: ReadAt>(fs: &Ext4<R>, maps: &IdMaps) -> Result<(), DiffError> {
+    if maps.is_empty() {
         return Ok(());
     }
     let root = fs.inode(fs.root())?;
-    check_node(fs, &root, b"/", uids, gids)?;
+    check_node(fs, &root, b"/", maps)?;
     let mut seen = HashSet::from([root.ino]);
-    let mut folders = vec![(root, Vec::new())];
-    while let Some((dir, path)) = folders.pop() {
+    let mut directories = vec![(root, Vec::new())];
+    while let Some((dir, path)) = directories.pop() {
         for entry in fs.read_dir(&dir)? {
             if !seen.insert(entry.ino) {
                 continue;
             }
             let inode = fs.inode(entry.ino)?;
             let path = [&path[..], b"/", &entry.name].concat();
-            check_node(fs, &inode, &path, uids, gids)?;
+            check_node(fs, &inode, &path, maps)?;
             if inode.kind == FileKind::Directory {
-                folders.push((inode, path));
+                directories.push((inode, path));
             }
         }
     }
     Ok(())
 }
 
-fn check_node<R: ReadAt>(
-    fs: &Ext4<R>,
-    inode: &Inode,
-    path: &[u8],
-    uids: &[IdMap],
-    gids: &[IdMap],
-) -> Result<(), DiffError> {
+fn check_node<R: ReadAt>(fs: &Ext4<R>, inode: &Inode, path: &[u8], maps: &IdMaps) -> Result<(), DiffError> {
+    let (uids, gids) = (&maps.uids[..], &maps.gids[..]);
     let mut ids = vec![("owner", uids, inode.uid), ("group", gids, inode.gid)];
     for x in fs.xattrs(inode)? {
         let named = kernel::acl_ids(&x.name, &x.value).into_iter();
         let named = named.chain(kernel::capability_root(&x.name, &x.value).map(|id| (true, id)));
         ids.extend(named.map(|(user, id)| if user { ("user", uids, id) } else { ("group", gids, id) }));
     }
-    for (what, maps, id) in ids {
-        if !is_inside(maps, id) {
+    for (what, ranges, id) in ids {
+        if !is_inside(ranges, id) {
             let path = super::name::shown(path);
             return Err(DiffError::Unsupported {
                 what: "a layer under userns-remap",
-                reason: format!("\"{path}\": {what} {id} {}", outside(maps)),
+                reason: format!("\"{path}\": {what} {id} {}", outside(ranges)),
             });
         }
     }
@@ -110,8 +95,8 @@ mod tests {
     #[test]
     fn ids_outside_of_the_map_are_refused_and_the_hosts_root_is_root() {
         let maps = [
-            IdMap { container: 0, host: 100_000, len: 1000 },
-            IdMap { container: 5000, host: 200_000, len: 10 },
+            IdRange { container_id: 0, host_id: 100_000, size: 1000 },
+            IdRange { container_id: 5000, host_id: 200_000, size: 10 },
         ];
         let cases = [
             (0, Some(0)),

@@ -1,9 +1,18 @@
 //! What the entries of a tar go into: one for each profile.
 
-use super::{LowerLayers, layer::Placement};
+use super::LowerLayers;
 use crate::DiffError;
 use ext4_image::writer::{ImageSummary, NodeId, Placed};
 use layer_tar::Entry;
+
+/// Where the data of an entry go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Placement {
+    /// Into this file.
+    Data(NodeId),
+    /// There are none, or they are not kept in the image.
+    Nothing,
+}
 
 /// Takes entries and their data, in the order of the stream.
 pub(super) trait Target {

@@ -25,27 +25,27 @@
 //!
 //! Invariants:
 //! * Concatenating the ops gives exactly `tar bytes` bytes with that digest.
-//! * A frame has at most [`MAX_FRAME_OPS`] + [`MAX_FRAME_LITERALS`] unpacked bytes: reader and writer need one such
+//! * A frame has at most `MAX_FRAME_OPS` (128 KiB) + `MAX_FRAME_LITERALS` (512 KiB) unpacked bytes: reader and writer need one such
 //!   buffer whatever the layer's size. No op is empty; the literals of a frame are used up by its ops.
 //! * `record bytes` is the size of the record: nothing follows the trailer.
 //!
-//! A record that was broken off ([`RecordWriter::break_off`]) has no trailer; [`PartialTar`] reads it by what its writer
+//! A record that was broken off (`RecordWriter::break_off`) has no trailer; `PartialTar` reads it by what its writer
 //! remembers.
 //!
-//! [`RecordWriter`] is driven by `apply`; [`replay`] by `agent` for Diff, [`verify`] for scrub, [`inspect`] for tables.
+//! `RecordWriter` is called by `apply`; [`replay`] and [`inspect`] by whoever has a layer and its record.
 
 mod partial;
 mod replay;
 mod writer;
 
-pub use partial::PartialTar;
-pub use replay::{RecordInfo, ReplaySummary, inspect, replay, replay_for_digesting_reader, verify};
-pub use writer::{Broken, RecordWriter};
+pub(crate) use partial::PartialTar;
+pub use replay::{RecordInfo, ReplaySummary, inspect, replay, replay_for_digesting_reader};
+pub(crate) use writer::{Broken, RecordWriter};
 
 /// The most unpacked op bytes of a frame.
-pub const MAX_FRAME_OPS: usize = 128 << 10;
+const MAX_FRAME_OPS: usize = 128 << 10;
 /// The most literal bytes of a frame.
-pub const MAX_FRAME_LITERALS: usize = 512 << 10;
+const MAX_FRAME_LITERALS: usize = 512 << 10;
 
 const MAGIC: [u8; 8] = *b"LCOWDIFF";
 const VERSION: u32 = 1;

@@ -19,7 +19,7 @@ use disk_io::ReadAt;
 use std::io::{self, Read};
 
 /// The tar that a broken-off record and its image hold.
-pub struct PartialTar<R, S> {
+pub(crate) struct PartialTar<R, S> {
     image: R,
     record: S,
     broken: Broken,
@@ -51,7 +51,7 @@ impl<R: ReadAt, S: ReadAt> PartialTar<R, S> {
     ///
     /// # Errors
     /// `Io` if the record can't be read.
-    pub fn new(image: R, record: S, broken: Broken) -> Result<Self, DiffError> {
+    pub(crate) fn new(image: R, record: S, broken: Broken) -> Result<Self, DiffError> {
         let header: RawHeader = read_struct(&record, 0)?;
         let unpacker = zstd::bulk::Decompressor::new().map_err(DiffError::io("starting the decompressor"))?;
         Ok(Self {
@@ -73,7 +73,7 @@ impl<R: ReadAt, S: ReadAt> PartialTar<R, S> {
     }
 
     /// Image and record.
-    pub fn into_disks(self) -> (R, S) {
+    pub(crate) fn into_disks(self) -> (R, S) {
         (self.image, self.record)
     }
 

@@ -21,14 +21,14 @@ enum Op {
 
 /// What the writer of a record that was broken off knows of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Broken {
+pub(crate) struct Broken {
     /// End of the last frame.
     pub(super) end: u64,
     pub(super) frames: u64,
     /// The last frame's checksum, which is over all before it.
     pub(super) crc: u32,
     /// Bytes of tar recorded.
-    pub tar_bytes: u64,
+    pub(crate) tar_bytes: u64,
 }
 
 /// Streams a record out, one frame in memory.
@@ -36,7 +36,7 @@ pub struct Broken {
 /// The calls follow the tar's bytes in order; neighbours that can be one op become one. Errors of [`Self::literal`] and
 /// [`Self::image`] are kept and reported by [`Self::finish`] (and [`Self::check`]), so that they can be called from
 /// within a callback.
-pub struct RecordWriter<S> {
+pub(crate) struct RecordWriter<S> {
     out: S,
     /// End of what was written.
     at: u64,
@@ -61,7 +61,7 @@ impl<S: WriteAt> RecordWriter<S> {
     ///
     /// # Errors
     /// If the header can't be written.
-    pub fn new(out: S) -> Result<Self, DiffError> {
+    pub(crate) fn new(out: S) -> Result<Self, DiffError> {
         let header = RawHeader { magic: MAGIC, version: VERSION.into(), flags: 0.into() };
         out.write_all_at(header.as_bytes(), 0).map_err(DiffError::io("writing the exact record"))?;
         let compressor =
@@ -85,12 +85,12 @@ impl<S: WriteAt> RecordWriter<S> {
     }
 
     /// Bytes of tar recorded.
-    pub fn tar_bytes(&self) -> u64 {
+    pub(crate) fn tar_bytes(&self) -> u64 {
         self.tar_bytes
     }
 
     /// The tar goes on with these bytes, which the image does not hold.
-    pub fn literal(&mut self, mut bytes: &[u8]) {
+    pub(crate) fn literal(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let room = MAX_FRAME_LITERALS - self.literals;
             if room == 0 {
@@ -112,7 +112,7 @@ impl<S: WriteAt> RecordWriter<S> {
     }
 
     /// The tar goes on with `len` bytes that the image holds at `offset`.
-    pub fn image(&mut self, offset: u64, len: u64) {
+    pub(crate) fn image(&mut self, offset: u64, len: u64) {
         if len == 0 {
             return;
         }
@@ -127,7 +127,7 @@ impl<S: WriteAt> RecordWriter<S> {
     ///
     /// # Errors
     /// That error; only once.
-    pub fn check(&mut self) -> Result<(), DiffError> {
+    pub(crate) fn check(&mut self) -> Result<(), DiffError> {
         self.failed.take().map_or(Ok(()), Err)
     }
 
@@ -136,7 +136,7 @@ impl<S: WriteAt> RecordWriter<S> {
     ///
     /// # Errors
     /// If anything could not be written.
-    pub fn break_off(mut self) -> Result<Broken, DiffError> {
+    pub(crate) fn break_off(mut self) -> Result<Broken, DiffError> {
         self.flush();
         self.check()?;
         Ok(Broken { end: self.at, frames: self.frames, crc: self.crc, tar_bytes: self.tar_bytes })
@@ -146,7 +146,7 @@ impl<S: WriteAt> RecordWriter<S> {
     ///
     /// # Errors
     /// If anything could not be written.
-    pub fn finish(mut self, digest: TarDigest, image_bytes: u64) -> Result<u64, DiffError> {
+    pub(crate) fn finish(mut self, digest: TarDigest, image_bytes: u64) -> Result<u64, DiffError> {
         self.flush();
         self.check()?;
         let mut trailer = RawTrailer {

@@ -3,7 +3,7 @@
 use super::*;
 use crate::apply::{ApplyOptions, NoLowers, apply};
 use disk_io::MemDisk;
-use ext4_image::{Ext4, writer::WriterOptions};
+use ext4_image::Ext4;
 use std::io::Read;
 
 /// A sandbox with what readers stumble over.
@@ -17,7 +17,7 @@ fn sparse_files() -> Stack {
     stack
 }
 
-/// What a file of a merged folder holds.
+/// What a file of a merged directory holds.
 fn content(name: &str) -> Vec<u8> {
     let mut bytes = b"head".to_vec();
     assert_eq!(name, "app.db");
@@ -71,7 +71,7 @@ fn a_file_with_a_hole_comes_out_right_from_readers_that_know_no_sparse_files() {
 /// Applies a tar; what the image holds of `name`.
 fn applied(tar: &[u8], name: &[u8]) -> (Vec<ext4_image::Xattr>, u64) {
     let (image, record) = (MemDisk::new(), MemDisk::new());
-    let options = ApplyOptions::new(WriterOptions::default());
+    let options = ApplyOptions::default();
     apply(tar, &image, &record, &mut NoLowers, &options).unwrap();
     let fs = Ext4::open(&image).unwrap();
     let ino = fs.lookup(&fs.inode(fs.root()).unwrap(), name).unwrap().unwrap();
@@ -128,7 +128,7 @@ fn an_opaque_root_ends_the_stack_in_every_diff() {
             tar.append_data(&mut header, name, *data).unwrap();
         }
         let (image, record) = (MemDisk::new(), MemDisk::new());
-        let options = ApplyOptions { footer: false, ..ApplyOptions::new(WriterOptions::default()) };
+        let options = ApplyOptions { footer: false, ..ApplyOptions::default() };
         apply(&tar.into_inner().unwrap()[..], &image, &record, &mut NoLowers, &options).unwrap();
         LayerSource::new(image, LayerKind::Applied)
     };
@@ -155,7 +155,7 @@ fn an_opaque_root_ends_the_stack_in_every_diff() {
     // Squashed, and against a distant ancestor.
     assert_eq!(export_of(&stack, None), ["d/", "d/new", "f", "top"]);
     assert_eq!(
-        export_of(&stack, Some(ParentSpec::Ancestor(2))),
+        export_of(&stack, Some(ParentSpec::Layers(&[ParentLayer::OfTarget(2)]))),
         ["d/", "d/new", "d/.wh.old", ".wh.gone", "top"]
     );
     assert_eq!(diff_size(&stack, None, &ExportOptions::default(), &mut NoHooks).unwrap(), 4);

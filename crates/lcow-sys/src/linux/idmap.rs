@@ -15,7 +15,7 @@ use rustix::{
     process::{Pid, Signal, WaitOptions},
 };
 use std::{
-    fmt::Write as _,
+    fmt::{Display, Write as _},
     fs::File,
     io,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
@@ -24,18 +24,6 @@ use std::{
 
 /// `MOUNT_ATTR_IDMAP`, `include/uapi/linux/mount.h`.
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
-
-/// One range of an id map, as in `/proc/<pid>/uid_map`. For an idmapped mount, `inside` is the id on disk and
-/// `outside` the id that the mount shows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IdMapping {
-    /// First id inside the namespace: on disk.
-    pub inside: u32,
-    /// First id outside: shown by the mount.
-    pub outside: u32,
-    /// Number of ids.
-    pub count: u32,
-}
 
 /// `struct mount_attr`.
 #[repr(C)]
@@ -47,11 +35,13 @@ struct MountAttr {
 }
 const _: () = assert!(size_of::<MountAttr>() == 32); // MOUNT_ATTR_SIZE_VER0
 
-/// Creates a user namespace with these maps and returns its descriptor. An empty list of ranges leaves ids unchanged.
+/// Creates a user namespace with these maps and returns its descriptor. Each range displays as a line of `/proc/<pid>/uid_map`:
+/// `INSIDE OUTSIDE COUNT`. For an idmapped mount, `INSIDE` is the first id on disk and `OUTSIDE` the first id that the mount
+/// shows. Without a range of one sort, those ids are left as they are.
 ///
 /// # Errors
 /// [`SysError::Os`] if namespaces are not permitted or the kernel refuses the maps.
-pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, SysError> {
+pub fn user_namespace<R: Display>(uids: &[R], gids: &[R]) -> Result<OwnedFd, SysError> {
     let subject = Path::new("user namespace");
     let mut pipe = [-1; 2];
     // SAFETY: `pipe` has space for the two descriptors that pipe2 writes.
@@ -100,15 +90,18 @@ pub fn user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd,
     made
 }
 
-fn fill_namespace(pid: Pid, uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, SysError> {
+fn fill_namespace<R: Display>(pid: Pid, uids: &[R], gids: &[R]) -> Result<OwnedFd, SysError> {
     let directory = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
     for (name, map) in [("uid_map", uids), ("gid_map", gids)] {
         let path = directory.join(name);
         let mut text = String::new();
-        // mount_setattr refuses a namespace whose map is not set.
-        let same = [IdMapping { inside: 0, outside: 0, count: u32::MAX }];
-        for m in if map.is_empty() { &same } else { map } {
-            let _ = writeln!(text, "{} {} {}", m.inside, m.outside, m.count);
+        for range in map {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{range}");
+        }
+        if map.is_empty() {
+            // A mount does not accept a namespace with an unset map.
+            let _ = writeln!(text, "0 0 {}", u32::MAX);
         }
         std::fs::write(&path, text).context("write", &path)?;
     }

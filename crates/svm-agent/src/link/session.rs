@@ -9,17 +9,18 @@
 //! The reader never waits for a channel: an inbox holds what its credit paid for. An operation whose session is over
 //! finds its channel dead at its next byte, and its disks at their next access. Called by the agent's program.
 
+use super::inbox::{Arrived, Inbox, lock};
 use crate::{
+    channel::AgentChannel,
     codec::Codec,
-    operation::AgentChannel,
     serve::{self, ControlTransport},
 };
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     fs::File,
     io::{self, IoSlice, Read, Write},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -31,14 +32,14 @@ use svm_protocol::{
         self, CREDIT_STEP, HEADER_LEN, Header, Kind, MAX_INLINE, MIN_STORED, Parsed, SYNC, WINDOW, invalid,
         number,
     },
-    meter::{JOINED_BELOW, Meter, cost},
-    slots::{Side, Slots, Taken},
+    meter::Meter,
+    slots::{Side, Slots},
 };
 
-/// Largest control message; bytes.
+/// The largest control message; bytes.
 const MAX_CONTROL: usize = 64 << 10;
 
-/// What the agent's surroundings do for it.
+/// What the agent needs from the VM it runs in.
 pub trait Platform: Send + Sync + 'static {
     /// Opens the disk with this serial number, as soon as it is there.
     ///
@@ -52,27 +53,23 @@ pub trait Platform: Send + Sync + 'static {
     /// As [`Platform::open_disk`].
     fn open_transfer(&self, serial: &str) -> Result<File, WireError>;
 
-    /// A disk is about to be taken away; nothing of it is in use any more.
+    /// A disk is about to be detached; it is no longer in use.
     fn forget_disk(&self, serial: &str);
 
-    /// The machine was started, woken from a saved state, or goes on after a pause: its random numbers may be known to
-    /// its siblings and its clock stood still since then. Gives notes for people on what could not be done.
+    /// The VM was started, restored from a saved state or resumed after a pause: other VMs may have the same random numbers,
+    /// and its clock was stopped. Gives a note for each thing that could not be done.
     fn wake(&self, entropy: &[u8], unix_time: Duration) -> Vec<String>;
 
-    /// Clock and random numbers after [`Platform::wake`], where they are the machine's own.
+    /// Clock and random numbers after [`Platform::wake`], if they are the VM's own.
     fn witness(&self) -> Option<Witness> {
         None
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Serves sessions until `input` ends. Control messages are answered one by one, operations run on threads.
 ///
 /// # Errors
-/// What the stream says. A broken protocol is no error: the next SYNC begins anew.
+/// Errors of the stream. A violation of the protocol is not an error: the next SYNC starts a new session.
 pub fn serve(
     input: impl Read,
     output: impl Write + Send + 'static,
@@ -121,7 +118,7 @@ type Output = Arc<Mutex<Box<dyn Write + Send>>>;
 enum Ended {
     /// The stream is over.
     Stream,
-    /// The daemon begins anew.
+    /// The daemon starts a new session.
     Sync,
 }
 
@@ -132,117 +129,6 @@ struct Session {
     channels: Mutex<HashMap<u32, Arc<Inbox>>>,
     control: Arc<Inbox>,
     meter: Arc<Meter>,
-}
-
-/// What came in on a channel and what may go out.
-struct Inbox {
-    state: Mutex<InboxState>,
-    changed: Condvar,
-    meter: Arc<Meter>,
-}
-
-#[derive(Default)]
-struct InboxState {
-    pieces: VecDeque<Piece>,
-    /// Bytes that the peer may still send.
-    credit: usize,
-    /// Bytes taken since credit was last given back.
-    taken: usize,
-    /// Bytes that we may still send.
-    window: usize,
-    /// The peer has let go, or the session is over.
-    closed: bool,
-    /// The operation has let go: nobody will read any more.
-    left: bool,
-}
-
-enum Piece {
-    Bytes(Vec<u8>, usize),
-    /// Taken out of its slot; read up to there.
-    Taken(Taken, usize),
-    Stored {
-        slot: u32,
-        len: usize,
-    },
-}
-
-impl Piece {
-    /// What it is counted as.
-    fn cost(&self) -> usize {
-        match self {
-            Self::Bytes(bytes, _) => cost(bytes.capacity()),
-            Self::Taken(..) | Self::Stored { .. } => cost(0),
-        }
-    }
-}
-
-impl Drop for Inbox {
-    fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        self.meter.take_away(state.pieces.iter().map(Piece::cost).sum());
-    }
-}
-
-impl Inbox {
-    fn new(meter: &Arc<Meter>) -> Arc<Self> {
-        let state = InboxState { credit: WINDOW, window: WINDOW, ..InboxState::default() };
-        Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), meter: meter.clone() })
-    }
-
-    /// False if nobody will read it.
-    fn put(&self, piece: Piece, len: usize) -> io::Result<bool> {
-        let mut state = lock(&self.state);
-        state.credit =
-            state.credit.checked_sub(len).ok_or_else(|| invalid("more bytes than were asked for"))?;
-        if state.left {
-            return Ok(false);
-        }
-        self.join(&mut state.pieces, piece);
-        self.changed.notify_all();
-        Ok(true)
-    }
-
-    /// Appends a piece. Small ones share a buffer: a frame of one byte must not hold the memory of hundreds.
-    fn join(&self, pieces: &mut VecDeque<Piece>, piece: Piece) {
-        let piece = match piece {
-            Piece::Bytes(bytes, 0) if bytes.len() < JOINED_BELOW => {
-                if let Some(Piece::Bytes(last, _)) = pieces.back_mut()
-                    && last.capacity() - last.len() >= bytes.len()
-                {
-                    last.extend_from_slice(&bytes);
-                    return;
-                }
-                let mut shared = Vec::with_capacity(JOINED_BELOW);
-                shared.extend_from_slice(&bytes);
-                Piece::Bytes(shared, 0)
-            }
-            other => other,
-        };
-        self.meter.add(piece.cost());
-        pieces.push_back(piece);
-    }
-
-    /// Takes the first piece out.
-    fn pop(&self, state: &mut InboxState) -> Option<Piece> {
-        let piece = state.pieces.pop_front()?;
-        self.meter.take_away(piece.cost());
-        Some(piece)
-    }
-
-    /// Puts what is left of a piece back.
-    fn put_first(&self, state: &mut InboxState, piece: Piece) {
-        self.meter.add(piece.cost());
-        state.pieces.push_front(piece);
-    }
-
-    fn close(&self) {
-        lock(&self.state).closed = true;
-        self.changed.notify_all();
-    }
-
-    fn wait<'a>(&self, state: MutexGuard<'a, InboxState>) -> MutexGuard<'a, InboxState> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Session {
@@ -275,7 +161,7 @@ impl Session {
             {
                 eprintln!("agent: control channel: {e}");
             }
-            // The daemon sees it on channel 0; its next word can only be a new SYNC.
+            // The daemon sees the close of channel 0; it can only continue with a new SYNC.
             let _ = link.session.send(&link::header(0, Kind::Close, 0), &[]);
         })?;
         Ok(session)
@@ -284,7 +170,7 @@ impl Session {
     /// Sends one frame, whole.
     fn send(&self, head: &[u8], parts: &[&[u8]]) -> io::Result<()> {
         let mut output = lock(&self.output);
-        // Looked at under the lock, so that no word of an old session follows the greeting of a new one.
+        // Checked under the lock, so that no frame of an old session follows the greeting of a new one.
         if self.over.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
@@ -306,9 +192,9 @@ impl Session {
         self.slots.get().ok_or_else(|| invalid("a slot without a transfer disk"))
     }
 
-    /// Tells the daemon that a slot of its is empty.
+    /// Returns an emptied slot to the daemon.
     fn free(&self, slot: u32) -> io::Result<()> {
-        // Before it is told: it may fill the slot again at once.
+        // Before the message: the daemon may fill the slot again at once.
         self.slots()?.give_back_slot(slot);
         self.send(&link::numbers(0, Kind::Free, &[slot]), &[])
     }
@@ -361,7 +247,7 @@ impl Session {
             lock(&self.channels).get(&channel).cloned()
         };
         let Some(inbox) = inbox else {
-            // Sent before the daemon knew that the operation has ended. A slot goes back all the same.
+            // Sent before the daemon saw the end of the operation. A slot is returned nevertheless.
             if kind == Kind::Stored {
                 let (slot, len) = link::stored(&payload)?;
                 self.slots()?.claim(slot, len)?;
@@ -372,13 +258,13 @@ impl Session {
         match kind {
             Kind::Data => {
                 let len = payload.len();
-                inbox.put(Piece::Bytes(payload, 0), len).map(drop)
+                inbox.put(Arrived::Bytes(payload, 0), len).map(drop)
             }
             Kind::Stored => {
                 let (slot, len) = link::stored(&payload)?;
                 self.slots()?.claim(slot, len)?;
-                // The operation may have ended since its channel was looked up: then its slot goes back from here.
-                if inbox.put(Piece::Stored { slot, len }, len)? { Ok(()) } else { self.free(slot) }
+                // The operation may have ended since its channel was looked up: then its slot is returned here.
+                if inbox.put(Arrived::Stored { slot, len }, len)? { Ok(()) } else { self.free(slot) }
             }
             Kind::Credit => {
                 let mut state = lock(&inbox.state);
@@ -407,7 +293,7 @@ fn fill(input: &mut dyn Read, buf: &mut [u8]) -> io::Result<bool> {
     }
 }
 
-/// One channel, as an operation sees it. Dropping it lets go of it.
+/// One channel, as an operation sees it. Dropping it closes the channel.
 struct Channel {
     session: Arc<Session>,
     id: u32,
@@ -420,11 +306,11 @@ impl Drop for Channel {
             return;
         }
         lock(&self.session.channels).remove(&self.id);
-        // Slots that nobody will read any more go back.
+        // Slots that will not be read any more are returned.
         let mut state = lock(&self.inbox.state);
         state.left = true;
         while let Some(piece) = self.inbox.pop(&mut state) {
-            if let Piece::Stored { slot, .. } = piece {
+            if let Arrived::Stored { slot, .. } = piece {
                 let _ = self.session.free(slot);
             }
         }
@@ -434,19 +320,19 @@ impl Drop for Channel {
 }
 
 impl Channel {
-    /// The next piece, taken out of its slot if it lies in one.
-    fn piece(&self) -> io::Result<Option<Piece>> {
+    /// The next piece, copied out of its slot if it is in one.
+    fn piece(&self) -> io::Result<Option<Arrived>> {
         let mut state = lock(&self.inbox.state);
         loop {
             if self.session.over.load(Ordering::Relaxed) {
                 return Err(io::ErrorKind::ConnectionAborted.into());
             }
             match self.inbox.pop(&mut state) {
-                Some(Piece::Stored { slot, len }) => {
+                Some(Arrived::Stored { slot, len }) => {
                     drop(state);
                     let taken = self.session.slots()?.load(slot, len)?;
                     self.session.free(slot)?;
-                    return Ok(Some(Piece::Taken(taken, 0)));
+                    return Ok(Some(Arrived::Taken(taken, 0)));
                 }
                 Some(piece) => return Ok(Some(piece)),
                 None if state.closed => return Ok(None),
@@ -463,9 +349,9 @@ impl AgentChannel for Channel {
         }
         let Some(mut piece) = self.piece()? else { return Ok(0) };
         let (bytes, at) = match &mut piece {
-            Piece::Bytes(bytes, at) => (bytes.as_slice(), at),
-            Piece::Taken(taken, at) => (taken.bytes(), at),
-            Piece::Stored { .. } => return Err(invalid("a piece that was not taken out of its slot")),
+            Arrived::Bytes(bytes, at) => (bytes.as_slice(), at),
+            Arrived::Taken(taken, at) => (taken.bytes(), at),
+            Arrived::Stored { .. } => return Err(invalid("a piece that was not taken out of its slot")),
         };
         let n = buf.len().min(bytes.len() - *at);
         buf[..n].copy_from_slice(&bytes[*at..*at + n]);
@@ -474,7 +360,7 @@ impl AgentChannel for Channel {
         let mut state = lock(&self.inbox.state);
         if more {
             self.inbox.put_first(&mut state, piece);
-        } else if let (Piece::Taken(taken, _), Some(slots)) = (piece, self.session.slots.get()) {
+        } else if let (Arrived::Taken(taken, _), Some(slots)) = (piece, self.session.slots.get()) {
             slots.put_back(taken);
         }
         state.taken += n;
@@ -517,7 +403,7 @@ impl AgentChannel for Channel {
             self.session.send(&link::numbers(self.id, Kind::Stored, &[slot, n as u32]), &[])?;
             return Ok(n);
         }
-        // Inline, in frames that hold nobody up for long.
+        // Inline, in frames that do not delay other channels for long.
         let all = parts.concat();
         for chunk in all.chunks(MAX_INLINE) {
             self.session.send(&link::header(self.id, Kind::Data, chunk.len()), &[chunk])?;
@@ -554,7 +440,7 @@ struct LinkControl {
     session: Arc<Session>,
     channel: Channel,
     platform: Arc<dyn Platform>,
-    /// Serial numbers of attached disks, to forget them by.
+    /// Serial numbers of attached disks, for [`Platform::forget_disk`].
     serials: HashMap<svm_protocol::DiskId, String>,
     /// Highest channel opened so far: numbers are not used twice in a session.
     last: u32,
@@ -600,7 +486,7 @@ impl ControlTransport for LinkControl {
     fn receive(&mut self) -> io::Result<Option<(ControlRequest, ())>> {
         let Some((kind, payload)) = self.message()? else { return Ok(None) };
         if kind != FrameType::Control {
-            return Err(invalid("a message that is no Control"));
+            return Err(invalid("a message that is not a Control"));
         }
         let request: ControlRequest = serde_json::from_slice(&payload)?;
         match &request.control {

@@ -1,17 +1,17 @@
 //! The worker process: the agent behind the jail, on Linux.
 //!
 //! ```text
-//!   descriptor 0  control socket (messages with descriptors)      2  what it says, kept by the daemon
+//!   descriptor 0  control socket (messages with descriptors)      2  its messages, kept by the daemon
 //!   worker ─ jail ─ Hello ─ serve … end of control ─ exit, whatever still runs
 //! ```
 //!
-//! Started by `svm::embedded` as `lcow-graphdriver worker`; not meant for people, except for
-//! `worker --self-test NAME [--without-seccomp]`, which locks itself in, attempts one forbidden thing from inside and
-//! prints what came of it.
+//! Started by `svm::embedded` as `lcow-graphdriver worker`; not meant for interactive use, except for
+//! `worker --self-test NAME [--without-seccomp]`, which enters the jail, attempts one forbidden action and prints
+//! the result.
 
 use crate::{
+    channel::AgentChannel,
     codec::Codec,
-    operation::AgentChannel,
     serve::{self, ControlTransport},
 };
 use lcow_sys::{
@@ -39,9 +39,9 @@ use svm_protocol::{
     },
 };
 
-/// Address space where the variable is missing.
+/// Address space if the variable is unset; bytes.
 const DEFAULT_MEMORY: u64 = 8 << 30;
-/// Descriptors of a worker: disks and channels, see [`MAX_DISKS`](svm_protocol::MAX_DISKS) and [`MAX_OPERATIONS`](svm_protocol::MAX_OPERATIONS).
+/// The maximum number of descriptors of a worker: disks and channels, see [`MAX_DISKS`](svm_protocol::MAX_DISKS) and [`MAX_OPERATIONS`](svm_protocol::MAX_OPERATIONS).
 const DESCRIPTORS: u64 = 4096;
 
 /// Runs a worker to its end; the process's exit status. `args` is what follows `worker`.
@@ -91,7 +91,7 @@ fn run_self_test(name: &str, report: &JailReport) -> i32 {
         Some(Outcome::Refused(errno)) => {
             format!("{name}: refused: {}\n", io::Error::from_raw_os_error(errno))
         }
-        None => format!("{name}: unknown; known are {}\n", probe::ATTEMPTS.join(" ")),
+        None => format!("{name}: unknown; expected one of {}\n", probe::ATTEMPTS.join(" ")),
     };
     let text = if report.notes.is_empty() { text } else { format!("{text}{}\n", report.notes.join("; ")) };
     i32::from(io::stdout().write_all(text.as_bytes()).is_err())
@@ -150,7 +150,7 @@ impl ControlTransport for Messages {
 
 fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, WireError> {
     let [fd]: [OwnedFd; 1] = fds.try_into().map_err(|v: Vec<_>| {
-        WireError::new(ErrorKind::Usage, format!("{} descriptors where one was due", v.len()))
+        WireError::new(ErrorKind::Usage, format!("{} descriptors where one was expected", v.len()))
     })?;
     Ok(fd)
 }

@@ -1,6 +1,6 @@
 //! The worker process: the agent behind the jail.
 //!
-//! Each system has its own way to start it and to lock it in; both serve the same protocol. Started by
+//! Start and jail differ by system; the protocol is the same. Started by
 //! `svm::embedded` of the daemon as `lcow-graphdriver worker`.
 
 #[cfg(target_os = "linux")]

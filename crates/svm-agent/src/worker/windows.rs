@@ -1,16 +1,16 @@
 //! The worker process: the agent behind the jail, on Windows.
 //!
 //! ```text
-//!   standard input  control pipe (frames; a handle's number beside)      2  what it says, kept by the daemon
+//!   standard input  control pipe (frames; a handle's number beside)      2  its messages, kept by the daemon
 //!   worker ─ jail ─ Hello ─ serve … end of control ─ exit, whatever still runs
 //! ```
 //!
-//! Started by `svm::embedded` as `lcow-graphdriver worker`; not meant for people. The daemon has put every handle into
-//! this process before it tells its number.
+//! Started by `svm::embedded` as `lcow-graphdriver worker`; not meant for interactive use. The daemon duplicates every
+//! handle into this process before it sends its number.
 
 use crate::{
+    channel::AgentChannel,
     codec::Codec,
-    operation::AgentChannel,
     serve::{self, ControlTransport},
 };
 use lcow_sys::windows::{
@@ -94,7 +94,8 @@ impl ControlTransport for Frames {
 }
 
 fn taken(number: Option<u64>) -> Result<OwnedHandle, WireError> {
-    let number = number.ok_or_else(|| WireError::new(ErrorKind::Usage, "no handle where one was due"))?;
+    let number =
+        number.ok_or_else(|| WireError::new(ErrorKind::Usage, "no handle where one was expected"))?;
     take_given(number).map_err(|e| WireError::new(ErrorKind::Usage, format!("handle {number:#x}: {e}")))
 }
 
