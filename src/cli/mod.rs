@@ -7,6 +7,7 @@
 //!                    call     one request to a running plugin     HTTP client on its socket or pipe
 //!                    svm      service VMs: list, console, bench   the same client; svm for bench
 //!                    service  install, start, stop (Windows)      the service manager
+//!                    config   check, dump, template             config
 //!                    completions, man   for shells and manuals   clap
 //!                    worker   (hidden) the embedded service VM    agent
 //! ```
@@ -15,6 +16,7 @@
 //! error; the exit status is 0 for success, 1 for a failure, 2 for a wrong command line. Called by `main` alone.
 
 mod call;
+mod config;
 mod generate;
 #[cfg(target_os = "linux")]
 mod import;
@@ -27,7 +29,7 @@ mod service;
 mod store;
 mod svm;
 
-use crate::{config, telemetry::LogFormat};
+use crate::{config as options, telemetry::LogFormat};
 use clap::{Args, Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 use svm_agent::codec::{Codec, RealCodec};
@@ -77,6 +79,9 @@ enum Command {
     #[cfg(windows)]
     #[command(subcommand)]
     Service(service::ServiceCommand),
+    /// Shows and checks the options of `serve`, and prints a commented configuration file.
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
     /// Prints the completions of a shell, for its start-up file.
     Completions(generate::CompletionsArgs),
     /// Writes the manual pages into a folder.
@@ -146,14 +151,14 @@ fn options_help() -> String {
     use std::fmt::Write as _;
     let mut text =
         String::from("Options for --storage-opt (also by environment and file; docs/options.md):\n");
-    for spec in config::SPECS {
+    for spec in options::SPECS {
         // Writing to a String cannot fail.
         let _ = writeln!(
             text,
             "  {} (default {}, environment {})\n      {}\n      Accepts {}.",
             spec.name,
             spec.default,
-            config::env_name(spec.name),
+            options::env_name(spec.name),
             spec.help,
             spec.accepts
         );
@@ -177,6 +182,7 @@ pub fn run() -> ExitCode {
         Command::Svm(command) => svm::run(command),
         #[cfg(windows)]
         Command::Service(command) => service::run(command),
+        Command::Config(command) => config::run(command),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::Worker { args } => {
@@ -218,8 +224,8 @@ mod tests {
     fn the_command_line_is_consistent_and_its_help_names_every_option() {
         Cli::command().debug_assert();
         let help = options_help();
-        for spec in config::SPECS {
-            assert!(help.contains(spec.name) && help.contains(&config::env_name(spec.name)));
+        for spec in options::SPECS {
+            assert!(help.contains(spec.name) && help.contains(&options::env_name(spec.name)));
         }
     }
 

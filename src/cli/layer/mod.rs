@@ -36,7 +36,7 @@ use std::{
 use svm_protocol::RootHash;
 
 /// The exit status of a program that was ended because nobody reads its output any more, as shells tell it.
-const CLOSED_PIPE: u8 = 141;
+pub(super) const CLOSED_PIPE: u8 = 141;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum LayerCommand {
