@@ -29,7 +29,7 @@ const PACKAGED_FILE: Option<&str> = Some("/etc/lcow/config.toml");
 #[cfg(windows)]
 const PACKAGED_FILE: Option<&str> = None;
 
-/// What to do with the configuration.
+/// The commands of `config`.
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
     /// Checks all sources of options; exits with 1 if an option is unknown or a value is not accepted.
@@ -46,7 +46,7 @@ pub(super) struct SourceArgs {
     /// The TOML file with options; by default the Debian package's /etc/lcow/config.toml, if it exists.
     #[arg(long, env = "LCOW_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// An option as it is given to `serve`; can be given several times.
+    /// Sets an option, as for `serve`; can be repeated.
     #[arg(long = "storage-opt", value_name = "NAME=VALUE")]
     storage_opt: Vec<String>,
     #[command(flatten)]

@@ -133,7 +133,7 @@ fn data_root(driver: Driver) {
     let saved: Vec<_> =
         names.iter().map(|n| archive::read(&engine.docker_bytes(&["save", n])).remove(0)).collect();
     let (run, _) = import(&engine, &[]);
-    assert!(run.expect_failure().contains("an engine runs on"));
+    assert!(run.expect_failure().contains("an engine is running on"));
     engine.stop_dockerd();
 
     let root = engine.data_root();

@@ -35,14 +35,14 @@ impl Scanner<'_> {
             let byte = self.code.ends_with('b') && !self.code.trim_end_matches('b').ends_with(is_name);
             self.skip(1);
             let text = self.string();
-            self.take(text, byte);
+            self.take(&text, byte);
         } else if let Some((prefix, hashes)) = raw_string(self.rest)
             && !self.code.ends_with(is_name)
         {
             let end = format!("\"{}", "#".repeat(hashes));
             self.skip(prefix + hashes + 1);
             let at = self.rest.find(&end).unwrap_or(self.rest.len());
-            let text = self.rest[..at].to_owned();
+            let text = &self.rest[..at];
             self.skip((at + end.len()).min(self.rest.len()));
             self.take(text, prefix == 2);
         } else if c == '\'' {
@@ -106,7 +106,7 @@ impl Scanner<'_> {
         text
     }
 
-    fn take(&mut self, text: String, byte: bool) {
+    fn take(&mut self, text: &str, byte: bool) {
         self.code.push('"');
         // Names of variables and texts of placeholders alone say nothing.
         let says = text.split('{').any(|part| {
@@ -150,7 +150,7 @@ fn character(rest: &str) -> usize {
 
 #[test]
 fn messages_are_told_from_other_text() {
-    let source = r####"
+    let source = r##"
         //! Not "this one at all".
         #[error("bad: {0}")]
         fn f<'a>(c: char) -> &'a str {
@@ -163,7 +163,7 @@ fn messages_are_told_from_other_text() {
         }
         #[cfg(test)]
 mod tests { "none of these words" }
-    "####;
+    "##;
     let expected = ["bad: {0}", "x", "lost", "three words here", "a \"raw\" one of them", "a\\nb c d"];
     assert_eq!(messages(source), expected);
 }

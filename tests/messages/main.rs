@@ -84,7 +84,9 @@ fn all_messages_stand_in_one_file() {
         if !messages.is_empty() {
             let name = path.strip_prefix(root).expect("below the root").display();
             let _ = write!(text, "\n## {name}\n\n");
-            messages.iter().for_each(|message| text.extend([message.as_str(), "\n"]));
+            for message in messages {
+                text.extend([message.as_str(), "\n"]);
+            }
         }
     }
     add_help(&[], &mut text);
