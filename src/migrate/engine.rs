@@ -384,7 +384,7 @@ mod tests {
         fs::write(place.join("diff"), digest(3).to_string()).unwrap();
         assert!(to.layer(upper.chain).unwrap_err().to_string().contains("damaged"));
         fs::write(place.join("diff"), "../../etc").unwrap();
-        assert!(to.layer(upper.chain).unwrap_err().to_string().contains("no digest"));
+        assert!(to.layer(upper.chain).unwrap_err().to_string().contains("not a digest"));
         fs::write(to.layer_folder(base.chain).join("cache-id"), "../x").unwrap();
         assert!(to.layer(base.chain).unwrap_err().to_string().contains("cache-id"));
     }
