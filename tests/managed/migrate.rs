@@ -272,7 +272,7 @@ fn what_cannot_be_made_again_is_told_and_the_rest_comes_over() {
     engine.scrub();
     let usage =
         engine.run(&[PROGRAM, "store", "import", "data-root", "/", "--driver", "../x"]).expect_failure();
-    assert!(usage.contains("is no data root"), "{usage}");
+    assert!(usage.contains("is not the data root"), "{usage}");
 }
 
 /// An engine on vfs with three images: `base`, `other` on it, and `large` with a layer that a store of layers of at most
