@@ -1,7 +1,7 @@
 //! Logs and metrics.
 //!
-//! Called by `main` (set-up) and `api` (counting). Metrics are those an operator asks for: which request, how often,
-//! with what outcome, how long, how many bytes; and what the driver holds (layers, mounts, service VMs).
+//! Called by `cli` (set-up), `api` and `driver` (counting). Metrics answer an operator's questions: which request, how
+//! often, with what outcome, how long, how many bytes; and what the driver holds (layers, mounts, service VMs).
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -15,16 +15,16 @@ use prometheus_client::{
 };
 use std::time::{Duration, Instant};
 
-/// Form of log lines.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Text for people.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Starts logging to standard error; `RUST_LOG` chooses what is logged, `info` if it is not set.
+/// Starts logging to standard error; `RUST_LOG` selects what is logged; the default is `info`.
 pub fn start_logging(format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
@@ -37,11 +37,11 @@ pub fn start_logging(format: LogFormat) {
     }
 }
 
-/// Starts logging to a file, for a service that has no standard error. A file beyond 16 MiB is put aside as `*.old`
-/// first, replacing the one before.
+/// Starts logging to a file, for a service that has no standard error. A file larger than 16 MiB is
+/// renamed to `*.old` first, replacing an earlier one.
 ///
 /// # Errors
-/// The file cannot be opened or put aside.
+/// The file cannot be opened or renamed.
 #[cfg(windows)]
 pub fn log_to_file(format: LogFormat, path: &std::path::Path) -> std::io::Result<()> {
     const MAX_BYTES: u64 = 16 << 20;
@@ -157,14 +157,14 @@ impl Drop for PhaseTimer {
     }
 }
 
-/// What became of a request.
+/// The outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// It was done.
+    /// It succeeded.
     Done,
     /// It was refused or failed.
     Failed,
-    /// It failed because something of the store or of a layer is damaged.
+    /// It failed because the store or a layer is damaged.
     Corrupt,
 }
 
@@ -195,7 +195,7 @@ pub struct Gauges {
     pub free_bytes: u64,
 }
 
-/// Picks one number.
+/// Reads one number of them.
 type ReadGauge = fn(&Gauges) -> u64;
 
 /// The program's metrics.
@@ -230,7 +230,7 @@ impl Metrics {
         );
         registry.register_with_unit(
             "transfer_phase",
-            "Time of the phases of transfers, whatever became of them",
+            "Time of the phases of transfers, including failed ones",
             Unit::Seconds,
             phases.0.clone(),
         );
@@ -253,8 +253,8 @@ impl Metrics {
             ("disks", "Mounted images and sandboxes", |g| g.disks),
             ("service_vms", "Running service VMs, spares included", |g| g.service_vms),
             ("service_vm_spares", "Spare service VMs", |g| g.spares),
-            ("service_vm_boots", "Service VMs started since the program's start, however", |g| g.boots),
-            ("service_vm_cold_boots", "Guests booted to save a template of", |g| g.cold_boots),
+            ("service_vm_boots", "Service VMs started since the program's start, in any way", |g| g.boots),
+            ("service_vm_cold_boots", "Guests booted to save a template", |g| g.cold_boots),
             ("service_vm_restores", "Service VMs restored from a template", |g| g.restores),
             ("service_vm_lease_waits", "Leases that waited for a service VM", |g| g.lease_waits),
             ("service_vm_failures", "Service VMs that failed since the program's start", |g| g.vm_failures),

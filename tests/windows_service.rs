@@ -89,7 +89,7 @@ fn a_service_is_installed_started_stopped_and_uninstalled() {
     }
     let log = fs::read_to_string(Path::new(root).join("lcow.log")).unwrap();
     assert_eq!(log.matches("ready").count(), 2, "{log}");
-    assert!(log.contains("stopping: running requests end first"), "{log}");
+    assert!(log.contains("stopping after running requests have finished"), "{log}");
     // Uninstalling a running service stops it first.
     ok(&["service", "start"]);
     ok(&["service", "uninstall"]);

@@ -1,8 +1,8 @@
-//! One request as people meet it: its number, its line in the log, its place in the metrics.
+//! One request as operators see it: its number, its line in the log, its place in the metrics.
 //!
 //! ```text
 //!   head ─► Called (number, endpoint) ─► handler names the layer ─► reply ─► finished: counted, logged at debug
-//!                                                     │ failed, cut, or nobody waits for it any more
+//!                                                     │ failed, cut, or the client hung up
 //!                                                     └──► one line at warn: request, endpoint, layer, seconds, error
 //! ```
 //!
@@ -19,24 +19,25 @@ use std::{
     time::Instant,
 };
 
-/// Header of every reply that tells the request's number.
+/// Header of every reply that carries the request's number.
 pub(super) const HEADER: &str = "x-request-id";
 /// Hexadecimal digits of a request's number.
 const DIGITS: usize = 12;
 
-/// A number for a request, to be found in the log.
+/// A new number for a request, by which it is found in the log.
 pub(super) fn number() -> String {
     let mut text = uuid::Uuid::new_v4().simple().to_string();
     text.truncate(DIGITS);
     text
 }
 
-/// What became of a request, for the metrics.
+/// The outcome of a failed request, for the metrics.
 pub(super) fn outcome_of(error: &DriverError) -> Outcome {
     if error.is_corrupt() { Outcome::Corrupt } else { Outcome::Failed }
 }
 
-/// A request that is being answered. Clones are the same request; the last one to go says that nobody waited.
+/// A request that is being answered. Clones are the same request; if the last one is
+/// dropped without an outcome, the client hung up.
 #[derive(Debug, Clone)]
 pub(super) struct Called(Arc<Inner>);
 
@@ -62,7 +63,7 @@ impl Called {
         }))
     }
 
-    /// The layer that it is about.
+    /// Records the layer that the request is about.
     pub(super) fn names(&self, layer: &str) {
         let _ = self.0.layer.set(layer.to_owned());
     }
@@ -76,7 +77,7 @@ impl Called {
         HeaderValue::from_str(&self.0.number).unwrap_or_else(|_| HeaderValue::from_static(""))
     }
 
-    /// It succeeded.
+    /// Records success.
     pub(super) fn finished(&self, status: StatusCode) {
         if self.0.tell(Outcome::Done) {
             tracing::debug!(
@@ -90,12 +91,12 @@ impl Called {
         }
     }
 
-    /// It was refused, failed, or was cut.
+    /// Records that the request was refused, failed, or was cut.
     pub(super) fn failed(&self, status: Option<StatusCode>, outcome: Outcome, error: &str) {
         self.0.failed(status, outcome, error);
     }
 
-    /// An operation that runs to its end failed when its client was gone.
+    /// Logs that an operation failed after its client had hung up.
     pub(super) fn failed_alone(&self, error: &str) {
         tracing::warn!(
             request = self.0.number,
@@ -103,7 +104,7 @@ impl Called {
             layer = self.0.layer(),
             seconds = self.0.begin.elapsed().as_secs_f32(),
             error,
-            "the operation of a client that hung up failed"
+            "the operation failed after its client had hung up"
         );
     }
 }
@@ -113,7 +114,7 @@ impl Inner {
         self.layer.get().map_or("-", String::as_str)
     }
 
-    /// Counts it once; false if it was.
+    /// Counts the request once; false if it was counted before.
     fn tell(&self, outcome: Outcome) -> bool {
         if std::mem::replace(&mut *self.told.lock(), true) {
             return false;

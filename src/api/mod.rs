@@ -1,4 +1,4 @@
-//! The HTTP face: `/Plugin.Activate`, `/GraphDriver.*`, `/healthz`, `/metrics`, `/svm`.
+//! The HTTP endpoints: `/Plugin.Activate`, `/GraphDriver.*`, `/healthz`, `/metrics`, `/svm`.
 //!
 //! ```text
 //!   POST /GraphDriver.X ─► router ─► extractor (ignores Content-Type, bounds the body)
@@ -6,11 +6,11 @@
 //!   ApplyDiff: query + chunked tar in          Diff: chunked tar out, cut without its last chunk on a late error
 //! ```
 //!
-//! Invariants: what is not a well-formed request never reaches the driver; operations that change state run to their
-//! end even if the client hangs up (only the two transfers are cancelled by it); nothing here limits a whole transfer;
-//! an answer goes out at once, whatever of the request is still to come, and reaches its client (`serve`); each request
-//! that fails is one line in the log (`called`). Called by `cli` with the listeners of `listen`. The protocol's source is moby's `daemon/graphdriver/proxy.go` and
-//! `pkg/plugins/client.go`, and what real daemons were seen to send.
+//! Invariants: only well-formed requests reach the driver; operations that change state run to their end even if the
+//! client hangs up (only the two transfers are cancelled by it); nothing here limits a whole transfer; a reply is sent
+//! at once, even if the rest of the request is still arriving, and reaches its client (`serve`); each request that
+//! fails is one line in the log (`called`). Called by `cli` with the listeners of `listen`. The protocol's source is
+//! moby's `daemon/graphdriver/proxy.go` and `pkg/plugins/client.go`, and what real daemons were seen to send.
 
 mod called;
 mod reply;
@@ -102,7 +102,7 @@ async fn observe(State(context): State<Context>, mut request: Request, next: Nex
     response
 }
 
-/// Marks a reply whose body says itself what becomes of the request.
+/// Marks a reply whose body reports the outcome of the request itself.
 #[derive(Clone)]
 struct Streams;
 
@@ -121,8 +121,8 @@ async fn to_the_end<T: Send + 'static, E: Into<Failure> + Send + 'static>(
     if let Ok(result) = receiver.await {
         return result;
     }
-    let why = task.await.err().map_or_else(|| "it gave no result".to_owned(), |e| e.to_string());
-    Err(Failure::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the operation did not end properly: {why}")))
+    let why = task.await.err().map_or_else(|| "it returned no result".to_owned(), |e| e.to_string());
+    Err(Failure::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the operation ended unexpectedly: {why}")))
 }
 
 async fn activate(_: Ignored) -> Reply<wire::Activated> {
@@ -243,7 +243,7 @@ async fn diff(
         Some(Ok(bytes)) => bytes,
         Some(Err(e)) => return Err(e.into()),
         None => {
-            return Err(Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "the service VM sent no tar at all"));
+            return Err(Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "the service VM sent no tar"));
         }
     };
     let stream = futures_util::stream::once(async move { Ok(first) }).chain(tar);
@@ -273,7 +273,7 @@ async fn apply_diff(
     headers: HeaderMap,
     body: Body,
 ) -> Answer<wire::SizeReply> {
-    let Query(query) = query.map_err(|e| Failure::bad_request(format!("the query is wrong: {e}")))?;
+    let Query(query) = query.map_err(|e| Failure::bad_request(format!("invalid query: {e}")))?;
     called.names(&query.id);
     // What dockerd's client sends when it repeats a request whose connection broke: never a layer, and known to be
     // empty before anything is read, so the layer stays as it was.
@@ -298,7 +298,7 @@ async fn healthz(State(context): State<Context>) -> Response {
     }
 }
 
-/// The running service VMs and the last lines that they said; for `lcow-graphdriver svm`, never asked by dockerd.
+/// The running service VMs and the end of their console output; for `lcow-graphdriver svm`, not for dockerd.
 async fn service_vms(State(context): State<Context>) -> Response {
     let vms = context.driver.service_vms().into_iter();
     let shown = vms.map(|vm| wire::ServiceVm {
@@ -336,6 +336,6 @@ async fn wrong_method(method: Method, request: Request) -> Failure {
 
 /// The panic itself was written to the log by the program's hook.
 fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
-    Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "the driver met an internal fault; its log tells more")
+    Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "internal error; see the log of the driver")
         .into_response()
 }

@@ -1,4 +1,4 @@
-//! Replies and request bodies, by dockerd's rules instead of the web's.
+//! Replies and request bodies, by the rules of dockerd rather than of HTTP.
 
 use super::{
     called::{Called, HEADER, outcome_of},
@@ -147,13 +147,12 @@ impl<S: Send + Sync, T: DeserializeOwned + Named> FromRequest<S> for Json<T> {
         if body.is_empty() {
             // What a daemon's client sends when it repeats a request whose connection broke.
             return Err(Failure::bad_request(
-                "the request has no body, where a JSON object is expected; docker sends this when the plugin went away \
-                 during a request: try the command again",
+                "the request has no body, but a JSON object is expected; docker sends such a request if the plugin was \
+                 restarted during the first one: repeat the command",
             ));
         }
-        let request: T = serde_json::from_slice(&body).map_err(|e| {
-            Failure::bad_request(format!("the request is not the JSON object that is expected: {e}"))
-        })?;
+        let request: T = serde_json::from_slice(&body)
+            .map_err(|e| Failure::bad_request(format!("the request is not the expected JSON object: {e}")))?;
         if let Some(called) = called {
             called.names(request.name());
         }
@@ -188,7 +187,7 @@ async fn read_small(request: Request) -> Result<Bytes, Failure> {
     let Some(read) = patience.wait(whole).await else {
         return Err(Failure::new(
             StatusCode::REQUEST_TIMEOUT,
-            "the rest of the request did not come in time",
+            "the rest of the request did not arrive in time",
         ));
     };
     match read {
@@ -197,7 +196,7 @@ async fn read_small(request: Request) -> Result<Bytes, Failure> {
             StatusCode::PAYLOAD_TOO_LARGE,
             format!("the request has more than {MAX_REQUEST_BYTES} bytes"),
         )),
-        Err(e) => Err(Failure::bad_request(format!("the request broke off: {e}"))),
+        Err(e) => Err(Failure::bad_request(format!("the request was cut: {e}"))),
     }
 }
 

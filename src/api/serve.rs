@@ -61,7 +61,7 @@ const LINE_TOLD: usize = 120;
 /// Bytes that are read and dropped at a time.
 const DROPPED: usize = 16 << 10;
 
-/// Answers what comes in until `stop` resolves. Running requests get `limit` to end then; what is left is cut.
+/// Serves requests until `stop` resolves. Running requests get `limit` to end then; what is left is cut.
 pub async fn serve<L>(
     mut listener: L,
     context: Context,
@@ -89,14 +89,14 @@ pub async fn serve<L>(
         tracing::warn!(
             connections = tasks.len(),
             seconds = limit.as_secs(),
-            "requests that did not end in time are cut"
+            "cutting requests that did not finish in time"
         );
         cut.cancel();
         tasks.wait().await;
     }
 }
 
-/// What a connection is told.
+/// What a connection is to do.
 #[derive(Debug, Clone)]
 struct Signals {
     stopping: CancellationToken,
@@ -271,7 +271,7 @@ impl State {
             endpoint = %line.escape_ascii(),
             layer,
             seconds,
-            error = if late { "the head of the request did not come in time" } else { "it broke off, or is not HTTP" },
+            error = if late { "the head of the request did not arrive in time" } else { "it was cut, or is not HTTP" },
             "request failed in its head"
         );
         self.context.metrics.request("unknown", Outcome::Failed, Duration::from_secs_f32(seconds));

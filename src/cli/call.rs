@@ -19,24 +19,24 @@ const CHUNK: usize = 256 << 10;
 pub(super) struct CallArgs {
     /// The method and, for ApplyDiff, its query: `GraphDriver.Status`, `GraphDriver.ApplyDiff?id=a&parent=`.
     method: String,
-    /// The JSON of the request.
+    /// The request's JSON.
     #[arg(default_value = "{}")]
     json: String,
-    /// Sends this file (`-` is standard input) as the body instead: the tar of an ApplyDiff.
+    /// Sends a file as the body instead, such as the tar of an ApplyDiff; `-` is standard input.
     #[arg(long, short = 'i', value_name = "FILE")]
     input: Option<PathBuf>,
     #[command(flatten)]
     endpoint: Endpoint,
 }
 
-/// Where a running plugin listens.
+/// The endpoint of a running plugin.
 #[derive(Debug, Args)]
 pub(super) struct Endpoint {
-    /// The plugin's socket.
+    /// Socket of the plugin.
     #[cfg(unix)]
     #[arg(long, env = "LCOW_SOCKET", default_value = super::DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// The plugin's named pipe.
+    /// Named pipe of the plugin.
     #[cfg(windows)]
     #[arg(long, env = "LCOW_PIPE", default_value = super::DEFAULT_PIPE)]
     pipe: std::ffi::OsString,
@@ -50,13 +50,13 @@ async fn connect(args: &Endpoint) -> Result<tokio::net::UnixStream, CliError> {
         .map_err(|e| format!("cannot connect to '{}': {e}; is the plugin running?", args.socket.display()))?)
 }
 
-/// Connects to the plugin's pipe, waiting for a moment while all its instances are taken.
+/// Connects to the plugin's pipe, and waits for a moment while all its instances are in use.
 #[cfg(windows)]
 async fn connect(args: &Endpoint) -> Result<tokio::net::windows::named_pipe::NamedPipeClient, CliError> {
     use std::time::Duration;
-    /// `ERROR_PIPE_BUSY`: every instance has a client, and the next is not made yet.
+    /// `ERROR_PIPE_BUSY`: every instance has a client, and the next one does not exist yet.
     const BUSY: i32 = 231;
-    /// Turns of 20 ms: ten seconds.
+    /// Attempts, 20 ms apart: ten seconds.
     const TURNS: usize = 500;
     let mut turns = 0;
     loop {
@@ -137,10 +137,10 @@ pub(super) async fn get(endpoint: &Endpoint, path: &str) -> Result<Bytes, CliErr
     let body = response.into_body().collect().await?.to_bytes();
     driven.abort();
     if !status.is_success() {
-        return Err(format!("the plugin answers {status}: {}", String::from_utf8_lossy(&body)).into());
+        return Err(format!("the plugin replied {status}: {}", String::from_utf8_lossy(&body)).into());
     }
     Ok(body)
 }
 
-/// Bytes of a reply that are looked at for an `Err`.
+/// Bytes of a reply that are searched for an `Err`.
 const ERROR_HEAD: usize = 64 << 10;

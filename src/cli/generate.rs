@@ -1,4 +1,6 @@
-//! `completions` and `man`: made from the command line's own description, so they cannot go stale.
+//! `completions` and `man`: generated from the definition of the command line, so that they are never out of date.
+//!
+//! Called by `cli`; `scripts/package` installs the results.
 
 use super::{Cli, CliError};
 use clap::{Args, CommandFactory};
@@ -19,7 +21,7 @@ pub(super) struct CompletionsArgs {
 /// Arguments of `man`.
 #[derive(Debug, Args)]
 pub(super) struct ManArgs {
-    /// The folder for the pages; made if it is missing.
+    /// The directory for the pages; created if it does not exist.
     dir: PathBuf,
 }
 

@@ -7,6 +7,7 @@
 //!                    call     one request to a running plugin     HTTP client on its socket or pipe
 //!                    svm      service VMs: list, console, bench   the same client; svm for bench
 //!                    service  install, start, stop (Windows)      the service manager
+//!                    config   check, dump, template             config
 //!                    completions, man   for shells and manuals   clap
 //!                    worker   (hidden) the embedded service VM    agent
 //! ```
@@ -15,6 +16,7 @@
 //! error; the exit status is 0 for success, 1 for a failure, 2 for a wrong command line. Called by `main` alone.
 
 mod call;
+mod config;
 mod generate;
 #[cfg(target_os = "linux")]
 mod import;
@@ -27,15 +29,15 @@ mod service;
 mod store;
 mod svm;
 
-use crate::{config, telemetry::LogFormat};
+use crate::{config as options, telemetry::LogFormat};
 use clap::{Args, Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 use svm_agent::codec::{Codec, RealCodec};
 
-/// Where the service keeps its own state unless told otherwise.
+/// Default directory of the service's own state.
 #[cfg(unix)]
 pub const DEFAULT_ROOT: &str = "/var/lib/lcow";
-/// Where the service keeps its own state unless told otherwise.
+/// Default directory of the service's own state.
 #[cfg(windows)]
 pub const DEFAULT_ROOT: &str = r"C:\ProgramData\lcow";
 /// Where dockerd looks for a plugin of the name `lcow`.
@@ -45,7 +47,7 @@ pub const DEFAULT_SOCKET: &str = "/run/docker/plugins/lcow.sock";
 #[cfg(windows)]
 pub const DEFAULT_PIPE: &str = r"\\.\pipe\lcow";
 
-/// An error for people: printed with its causes.
+/// An error that ends a command; it is printed with its causes.
 pub(crate) type CliError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Docker graphdriver plugin that keeps every layer as one ext4 file system in a VHD and handles untrusted bytes only
@@ -62,33 +64,36 @@ enum Command {
     /// Answers dockerd's graphdriver requests on a unix socket (Windows: a named pipe).
     #[command(after_help = options_help())]
     Serve(ServeArgs),
-    /// Looks at a layer store, checks it and clears it up.
+    /// Lists, checks and repairs a layer store, and imports images into it.
     #[command(subcommand)]
     Store(store::StoreCommand),
-    /// Converts one layer between tar and image, on files.
+    /// Converts single layers between tars and images, as files.
     #[command(subcommand)]
     Layer(layer::LayerCommand),
     /// Sends one request to a running plugin and prints its reply.
     Call(call::CallArgs),
-    /// Shows the service VMs of a running plugin, and measures what each kind of them costs.
+    /// Shows the service VMs of a running plugin, and benchmarks each kind.
     #[command(subcommand)]
     Svm(svm::SvmCommand),
     /// Installs, starts and stops the plugin as a Windows service.
     #[cfg(windows)]
     #[command(subcommand)]
     Service(service::ServiceCommand),
-    /// Prints the completions of a shell, for its start-up file.
+    /// Shows and checks the options of `serve`, and prints a commented configuration file.
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
+    /// Prints shell completions.
     Completions(generate::CompletionsArgs),
-    /// Writes the manual pages into a folder.
+    /// Writes the manual pages into a directory.
     Man(generate::ManArgs),
-    /// The embedded service VM; started by `serve`, never by hand.
+    /// The embedded service VM; started by `serve` only.
     #[command(hide = true)]
     Worker {
-        /// What the parent tells the worker.
+        /// The arguments that the parent passes.
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         args: Vec<String>,
     },
-    /// Confines itself and becomes a virtual machine's process; started by `serve`, never by hand.
+    /// Confines itself and executes a virtual machine's program; started by `serve` only.
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
     Launch,
@@ -97,46 +102,46 @@ enum Command {
 /// Arguments of `serve`.
 #[derive(Debug, Args)]
 struct ServeArgs {
-    /// Folder of the service's own state; the layer store until dockerd's Init names another.
+    /// Directory of the service's own state, and of the layer store until dockerd's Init names another.
     #[arg(long, env = "LCOW_ROOT", default_value = DEFAULT_ROOT)]
     root: PathBuf,
-    /// The socket. A socket that systemd hands over is used instead.
+    /// The socket to listen on; ignored if systemd passes a socket.
     #[cfg(unix)]
     #[arg(long, env = "LCOW_SOCKET", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// The named pipe.
+    /// The named pipe to listen on.
     #[cfg(windows)]
     #[arg(long, env = "LCOW_PIPE", default_value = DEFAULT_PIPE)]
     pipe: std::ffi::OsString,
-    /// Who may connect to the pipe, as SDDL; the system and administrators by default.
+    /// Security descriptor of the pipe, in SDDL; by default, the system and administrators may connect.
     #[cfg(windows)]
     #[arg(long, env = "LCOW_PIPE_SECURITY", value_name = "SDDL", default_value = crate::listen::pipe::DEFAULT_SECURITY)]
     pipe_security: String,
-    /// Seconds after which a client that does not read its reply is cut off.
+    /// Seconds after which a client that does not read its reply is disconnected.
     #[cfg(windows)]
     #[arg(long, env = "LCOW_PIPE_WRITE_TIMEOUT", value_name = "SECONDS", default_value_t = crate::listen::pipe::WRITE_TIMEOUT.as_secs())]
     pipe_write_timeout: u64,
-    /// A TOML file with options, as `[lcow]` `sandboxsize = "30GB"`.
+    /// A TOML file with options; `config template` prints one.
     #[arg(long, env = "LCOW_CONFIG")]
     config: Option<PathBuf>,
-    /// An option, as `lcow.sandboxsize=30`; can be given several times. The options are listed below.
+    /// Sets an option, for example `lcow.sandboxsize=30`; can be repeated. The options are listed below.
     #[arg(long = "storage-opt", value_name = "NAME=VALUE")]
     storage_opt: Vec<String>,
-    /// Seconds that running requests get to end when the program is told to stop; then they are cut.
+    /// Seconds that running requests may take to finish after a request to stop; then they are cut.
     #[arg(long, env = "LCOW_STOP_TIMEOUT", value_name = "SECONDS", default_value_t = 90)]
     stop_timeout: u64,
-    /// Form of the log lines on standard error; RUST_LOG chooses what is logged.
+    /// Format of log lines on standard error; RUST_LOG selects what is logged.
     #[arg(long, env = "LCOW_LOG_FORMAT", value_enum, default_value = "text")]
     log_format: LogFormat,
 }
 
-/// Which store a command means.
+/// The store that a command works on.
 #[derive(Debug, Args)]
 struct HomeArgs {
-    /// The store's folder; by default the one that the last Init named to the service at --root.
+    /// Directory of the store; by default, the one that the last Init named to the service of --root.
     #[arg(long)]
     home: Option<PathBuf>,
-    /// Folder of the service's own state.
+    /// Directory of the service's own state.
     #[arg(long, env = "LCOW_ROOT", default_value = DEFAULT_ROOT)]
     root: PathBuf,
 }
@@ -144,16 +149,17 @@ struct HomeArgs {
 /// The table of options for `serve --help`.
 fn options_help() -> String {
     use std::fmt::Write as _;
-    let mut text =
-        String::from("Options for --storage-opt (also by environment and file; docs/options.md):\n");
-    for spec in config::SPECS {
+    let mut text = String::from(
+        "Options for --storage-opt, the environment and the configuration file (docs/options.md):\n",
+    );
+    for spec in options::SPECS {
         // Writing to a String cannot fail.
         let _ = writeln!(
             text,
             "  {} (default {}, environment {})\n      {}\n      Accepts {}.",
             spec.name,
             spec.default,
-            config::env_name(spec.name),
+            options::env_name(spec.name),
             spec.help,
             spec.accepts
         );
@@ -177,6 +183,7 @@ pub fn run() -> ExitCode {
         Command::Svm(command) => svm::run(command),
         #[cfg(windows)]
         Command::Service(command) => service::run(command),
+        Command::Config(command) => config::run(command),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::Worker { args } => {
@@ -194,7 +201,7 @@ pub fn run() -> ExitCode {
     }
 }
 
-/// Says on standard error what went wrong, and the causes of it.
+/// Prints an error and its causes on standard error.
 fn report(what: &str, mut cause: Option<&(dyn std::error::Error + 'static)>) {
     eprint!("lcow-graphdriver: {what}");
     while let Some(inner) = cause {
@@ -218,8 +225,8 @@ mod tests {
     fn the_command_line_is_consistent_and_its_help_names_every_option() {
         Cli::command().debug_assert();
         let help = options_help();
-        for spec in config::SPECS {
-            assert!(help.contains(spec.name) && help.contains(&config::env_name(spec.name)));
+        for spec in options::SPECS {
+            assert!(help.contains(spec.name) && help.contains(&options::env_name(spec.name)));
         }
     }
 

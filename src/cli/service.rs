@@ -43,21 +43,21 @@ const SPEC: &str = "lcow.spec";
 const LOG: &str = "lcow.log";
 /// Longest wait for a service to start or stop. A stop lets running requests end.
 const PATIENCE: Duration = Duration::from_mins(1);
-/// What the manager is told to wait for each step.
+/// The wait hint that the manager gets for each step.
 const STEP: Duration = Duration::from_secs(30);
 
-/// What to do with the service.
+/// The commands of `service`.
 #[derive(Debug, Subcommand)]
 pub(super) enum ServiceCommand {
-    /// Installs the service; what is given here is given to it at each start.
+    /// Installs the service; the arguments given here are used at every start.
     Install(ServeArgs),
-    /// Starts the service and waits until it answers.
+    /// Starts the service and waits until it is ready.
     Start,
-    /// Stops the service; running requests end first.
+    /// Stops the service after running requests have finished.
     Stop,
-    /// Stops the service and takes it out of the system. Layers stay.
+    /// Stops and uninstalls the service; layers are kept.
     Uninstall,
-    /// Says what the service does now.
+    /// Shows the state of the service.
     Status,
     /// The service itself; started by the service manager.
     #[command(hide = true)]
@@ -80,13 +80,13 @@ pub(super) fn run(command: ServiceCommand) -> Result<ExitCode, CliError> {
         ServiceCommand::Run { discovery, args } => {
             let _ = ARGUMENTS.set(Mutex::new(Some((args, discovery))));
             service_dispatcher::start(NAME, ffi_service_main)
-                .map_err(|e| told("this command is for the service manager; by hand use 'serve'", &e))?;
+                .map_err(|e| told("this command is for the service manager; use 'serve' instead", &e))?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// An error of the service manager with what it means here.
+/// An error of the service manager with a hint.
 fn told(what: &str, error: &windows_service::Error) -> CliError {
     match error {
         windows_service::Error::Winapi(e) => format!("{what}: {e}").into(),
@@ -125,7 +125,7 @@ fn launch_arguments(args: &ServeArgs, discovery: PathBuf) -> Vec<OsString> {
 }
 
 fn install(args: &ServeArgs) -> Result<(), CliError> {
-    // A wrong option is told now, and not in a log at the next start.
+    // A wrong option is reported now, not in a log at the next start.
     Options::load(args.config.as_deref(), &args.storage_opt)?;
     let info = ServiceInfo {
         name: NAME.into(),
@@ -155,13 +155,12 @@ fn install(args: &ServeArgs) -> Result<(), CliError> {
 fn wait_for(service: &windows_service::service::Service, wanted: ServiceState) -> Result<(), CliError> {
     let begin = Instant::now();
     loop {
-        let status = service.query_status().map_err(|e| told("cannot ask the service", &e))?;
+        let status = service.query_status().map_err(|e| told("cannot query the service", &e))?;
         if status.current_state == wanted {
             return Ok(());
         }
         if status.current_state == ServiceState::Stopped {
-            let reason =
-                format!("the service ended ({:?}); its log says why: <root>\\{LOG}", status.exit_code);
+            let reason = format!("the service stopped ({:?}); see its log: <root>\\{LOG}", status.exit_code);
             return Err(reason.into());
         }
         if begin.elapsed() > PATIENCE {
@@ -183,7 +182,7 @@ fn start() -> Result<(), CliError> {
 
 fn stop() -> Result<(), CliError> {
     let service = opened(ServiceAccess::STOP | ServiceAccess::QUERY_STATUS)?;
-    let state = service.query_status().map_err(|e| told("cannot ask the service", &e))?.current_state;
+    let state = service.query_status().map_err(|e| told("cannot query the service", &e))?.current_state;
     if state != ServiceState::Stopped {
         service.stop().map_err(|e| told("cannot stop the service", &e))?;
         wait_for(&service, ServiceState::Stopped)?;
@@ -198,18 +197,18 @@ fn uninstall() -> Result<(), CliError> {
     service.delete().map_err(|e| told("cannot uninstall the service", &e))?;
     // A service that was killed could not remove it itself.
     remove_discovery(&discovery_path()?)?;
-    println!("uninstalled {NAME}; layers and logs stay where they are");
+    println!("uninstalled {NAME}; layers and logs are kept");
     Ok(())
 }
 
 fn status() -> Result<String, CliError> {
     let service = opened(ServiceAccess::QUERY_STATUS)?;
-    let status = service.query_status().map_err(|e| told("cannot ask the service", &e))?;
+    let status = service.query_status().map_err(|e| told("cannot query the service", &e))?;
     Ok(format!("{NAME}: {:?}", status.current_state))
 }
 
 fn discovery_path() -> Result<PathBuf, CliError> {
-    let data = std::env::var_os("ProgramData").ok_or("the environment has no ProgramData")?;
+    let data = std::env::var_os("ProgramData").ok_or("the environment variable ProgramData is not set")?;
     Ok(PathBuf::from(data).join(PLUGINS).join(SPEC))
 }
 
@@ -232,7 +231,7 @@ fn remove_discovery(path: &Path) -> io::Result<()> {
     }
 }
 
-/// What `service run` was given, for the thread that the manager starts.
+/// The arguments of `service run`, for the thread that the manager starts.
 static ARGUMENTS: OnceLock<Mutex<Option<(ServeArgs, PathBuf)>>> = OnceLock::new();
 
 define_windows_service!(ffi_service_main, service_main);
@@ -247,7 +246,7 @@ fn service_main(_: Vec<OsString>) {
     let handler = move |event| match event {
         ServiceControl::Stop | ServiceControl::Shutdown => {
             if let Some(stop) = stop.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                // Nobody listens any more if the service is on its way out by itself.
+                // The receiver is gone if the service is ending already.
                 let _ = stop.send(());
             }
             ServiceControlHandlerResult::NoError
@@ -279,14 +278,14 @@ fn serve_as_service(
     let pipe = args.pipe.to_string_lossy().into_owned();
     let ready = || {
         if let Err(error) = write_discovery(discovery, &pipe) {
-            tracing::error!(path = %discovery.display(), %error, "cannot write the discovery file: Docker will not find the plugin");
+            tracing::error!(path = %discovery.display(), %error, "cannot write the discovery file; Docker will not find the plugin");
         }
         tell(handle, ServiceState::Running, 0);
     };
     let stop = async move {
-        // An error means that the handler is gone: then nobody can ask to stop.
+        // An error means that the handler is gone, so no request to stop can arrive.
         let _ = stopped.await;
-        tracing::info!("stopping: running requests end first");
+        tracing::info!("stopping after running requests have finished");
         tell(handle, ServiceState::StopPending, 0);
     };
     let served = runtime()?.block_on(serve::windows::serve(args, options, ready, stop));
@@ -312,7 +311,7 @@ fn tell(handle: ServiceStatusHandle, state: ServiceState, code: u32) {
         process_id: None,
     };
     if let Err(error) = handle.set_service_status(status) {
-        tracing::warn!(%error, "cannot tell the service manager");
+        tracing::warn!(%error, "cannot report to the service manager");
     }
 }
 

@@ -1,12 +1,12 @@
-//! Where requests come in: a unix socket, a socket handed over by systemd, a Windows named pipe.
+//! Listeners: a unix socket, a socket passed by systemd, a Windows named pipe.
 //!
 //! ```text
 //!   Endpoint ──bind──► Incoming (axum::serve::Listener) ──► one hyper connection a client ──► api::router
 //! ```
 //!
 //! Invariants: a live socket of another process is never taken over; a stale one is replaced; the socket has mode 0600
-//! from the first instant (it is made under a private name and renamed into place, so nobody can connect earlier); it
-//! is removed at a graceful stop if it is still ours. A pipe has no file: its security descriptor guards it, and it is
+//! from the first instant (it is made under a private name and renamed into place, so no client can connect earlier); it
+//! is removed at a graceful stop if it is still this process's. A pipe has no file: its security descriptor guards it, and it is
 //! gone with its last handle. Called by `cli`.
 
 #[cfg(windows)]
@@ -21,11 +21,11 @@ pub use unix::UnixIncoming;
 
 use std::{io, path::PathBuf};
 
-/// What can go wrong with a listener.
+/// A listener that cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// Somebody answers on the socket.
-    #[error("'{}' is in use: another process answers on it; stop that one or choose another name", path.display())]
+    /// Another process answers on the socket.
+    #[error("'{}' is in use: another process answers on it; stop that process or choose another name", path.display())]
     InUse {
         /// The socket.
         path: PathBuf,
@@ -42,14 +42,14 @@ pub enum ListenError {
         /// The name.
         path: PathBuf,
     },
-    /// The system refused.
+    /// The system refused an operation.
     #[error("cannot {action} the socket or pipe '{}'", path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         action: &'static str,
         /// The socket.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },

@@ -5,7 +5,7 @@
 //!   Connection ── writes that do not end for WRITE_TIMEOUT ──► TimedOut: a client that never reads holds nothing
 //! ```
 //!
-//! The first instance is made with the first-instance flag, so nobody can have squatted on the name; all have the
+//! The first instance is made with the first-instance flag, so no other process can have taken the name before; all have the
 //! given security descriptor; remote clients are rejected by the system.
 
 use super::ListenError;
@@ -28,11 +28,11 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-/// Who may connect unless told otherwise: the system and administrators.
+/// Default security descriptor: the system and administrators may connect.
 pub const DEFAULT_SECURITY: &str = "D:P(A;;GA;;;SY)(A;;GA;;;BA)";
-/// What every pipe's name begins with.
+/// Prefix of every pipe's name.
 pub const PREFIX: &str = r"\\.\pipe\";
-/// Longest wait for a client to take bytes of a reply, unless told otherwise.
+/// Default limit for a client to read bytes of a reply.
 pub const WRITE_TIMEOUT: Duration = Duration::from_mins(5);
 /// Pause after an accept that failed, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -51,7 +51,7 @@ impl PipeIncoming {
     /// Listens on the pipe `name`, open to those that `sddl` admits. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// A name that is no local pipe's, SDDL that is none, a pipe that another process has.
+    /// A name that is not that of a local pipe, invalid SDDL, or a pipe of another process.
     pub fn bind(name: &OsStr, sddl: &str, write_timeout: Duration) -> Result<Self, ListenError> {
         let path = || PathBuf::from(name);
         let text = name.to_string_lossy();
@@ -93,7 +93,7 @@ impl PipeIncoming {
         match next {
             Ok(next) => self.waiting = Some(next),
             // The client that is here is served all the same; the next turn tries again.
-            Err(e) => tracing::warn!(error = %e, "cannot make the pipe's next instance yet"),
+            Err(e) => tracing::warn!(error = %e, "cannot create the next instance of the pipe; retrying"),
         }
         connected.ok_or_else(|| io::Error::other("no instance was waiting"))
     }
@@ -134,7 +134,7 @@ impl PipeConnection {
         Self { pipe, limit, timer: None }
     }
 
-    /// Passes on what a write said; one that waits for too long is an error.
+    /// Passes on the result of a write; one that waits for too long is an error.
     fn timed<T>(&mut self, context: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
             self.timer = None;

@@ -27,7 +27,7 @@ impl UnixIncoming {
     /// Listens on a new socket at `path`, mode 0600. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// A live socket is refused; what is no socket is refused; a stale socket is replaced.
+    /// A socket on which a process answers, or a path that is no socket. A stale socket is replaced.
     pub fn bind(path: &Path) -> Result<Self, ListenError> {
         let io = |action| move |source| ListenError::Io { action, path: path.to_owned(), source };
         match fs::symlink_metadata(path) {
@@ -40,7 +40,7 @@ impl UnixIncoming {
             Ok(_) => tracing::info!(path = %path.display(), "replacing a stale socket"),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 if let Some(folder) = path.parent() {
-                    fs::create_dir_all(folder).map_err(io("create the folder of"))?;
+                    fs::create_dir_all(folder).map_err(io("create the directory of"))?;
                 }
             }
             Err(e) => return Err(io("look at")(e)),
@@ -59,7 +59,7 @@ impl UnixIncoming {
             }
             Err(e) => {
                 let _ = fs::remove_file(&private);
-                Err(io("put in place")(e))
+                Err(io("rename")(e))
             }
         }
     }

@@ -148,20 +148,20 @@ pub fn look(data_root: &Path, driver: Option<&str>) -> Result<Found, MigrateErro
     let driver = match (driver, known.as_slice()) {
         (Some(wanted), _) => *known.iter().find(|n| **n == wanted).ok_or_else(|| {
             MigrateError::Usage(format!(
-                "'{}' holds no layers of '{wanted}' that can be read; {all} can, others by `store import engine`",
+                "'{}' holds no readable layers of '{wanted}'; {all} can be imported, others with `store import engine`",
                 data_root.display()
             ))
         })?,
         (None, [only]) => *only,
         (None, []) => {
             return Err(MigrateError::Usage(format!(
-                "'{}' is no data root of an engine on {all}; for other storage drivers, use `store import engine`",
+                "'{}' is not the data root of an engine on {all}; for other storage drivers, use `store import engine`",
                 data_root.display()
             )));
         }
         (None, several) => {
             return Err(MigrateError::Usage(format!(
-                "'{}' holds layers of several storage drivers: say --from-driver {}",
+                "'{}' holds layers of several storage drivers; choose one with --from-driver {}",
                 data_root.display(),
                 several.join(" or ")
             )));
@@ -211,7 +211,7 @@ fn stopped(data_root: &Path) -> Result<Option<File>, MigrateError> {
     match file.try_lock_shared() {
         Ok(()) => Ok(Some(file)),
         Err(TryLockError::WouldBlock) => Err(MigrateError::Usage(format!(
-            "an engine runs on '{}': stop it first, or use `store import engine`",
+            "an engine is running on '{}'; stop it first, or use `store import engine`",
             data_root.display()
         ))),
         Err(TryLockError::Error(e)) => Err(MigrateError::io("lock", &path)(e)),
@@ -276,7 +276,7 @@ pub async fn import(
         Err(error) => report.failed.push(format!("the names of images: {}", with_causes(&error))),
     }
     if let Err(error) = target.copy_distribution(&found.db) {
-        report.failed.push(format!("what is known of registries: {}", with_causes(&error)));
+        report.failed.push(format!("the digests known to registries: {}", with_causes(&error)));
     }
     Ok(report)
 }
@@ -505,7 +505,7 @@ impl Write for Chunks {
         self.hash.update(&chunk);
         let n = chunk.len() as u64;
         let sent = self.sender.blocking_send(Ok(chunk.into()));
-        sent.map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "the store takes no more"))?;
+        sent.map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "the store accepts no more data"))?;
         (self.watch)(Event::Bytes(n));
         Ok(())
     }

@@ -10,9 +10,9 @@ const PREFIX: &str = "sha256:";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 
-/// What was given is no digest.
+/// A text that is not a digest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{}' is no digest: it must be sha256: and 64 hexadecimal digits in lower case", .0.escape_debug())]
+#[error("'{}' is not a digest: expected sha256: and 64 lower-case hexadecimal digits", .0.escape_debug())]
 pub struct ParseDigestError(String);
 
 impl Digest {
@@ -21,7 +21,7 @@ impl Digest {
         Self(Sha256::digest(bytes).into())
     }
 
-    /// What a hash has come to.
+    /// The result of a hash.
     pub(super) fn from_hash(hash: Sha256) -> Self {
         Self(hash.finalize().into())
     }
@@ -49,7 +49,7 @@ impl FromStr for Digest {
     type Err = ParseDigestError;
 
     fn from_str(text: &str) -> Result<Self, ParseDigestError> {
-        /// Of a wrong text, what an error shows.
+        /// Characters of a wrong text that an error shows.
         const SHOWN: usize = 80;
         let wrong = || ParseDigestError(text.chars().take(SHOWN).collect());
         let hex = text.strip_prefix(PREFIX).ok_or_else(wrong)?;

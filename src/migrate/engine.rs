@@ -112,7 +112,7 @@ impl EngineDb {
         if Digest::chain(parent, diff) != chain {
             return Err(MigrateError::corrupt(
                 &folder,
-                "its name is not the digest of its parent and its tar",
+                "its name differs from the digest of its parent and its tar",
             ));
         }
         let cache_id = folder.join("cache-id");
@@ -126,7 +126,7 @@ impl EngineDb {
         }))
     }
 
-    /// All images, by id: or why one is none (its digest is not its name, say).
+    /// All images, by id: or why one is none (its digest differs from its name, say).
     pub fn images(&self) -> Result<Vec<Result<ImageNote, MigrateError>>, MigrateError> {
         let folder = self.root.join("imagedb/content/sha256");
         Ok(names(&folder)?.iter().map(|name| read_image(&folder.join(name), name)).collect())
@@ -279,7 +279,7 @@ fn read_image(path: &Path, name: &str) -> Result<ImageNote, MigrateError> {
     let id: Digest = format!("sha256:{name}").parse().map_err(|e| MigrateError::corrupt(path, e))?;
     let bytes = bytes(path, MAX_JSON)?;
     if Digest::of(&bytes) != id {
-        return Err(MigrateError::corrupt(path, "its digest is not its name"));
+        return Err(MigrateError::corrupt(path, "its digest differs from its name"));
     }
     let config: Config = serde_json::from_slice(&bytes).map_err(|e| MigrateError::corrupt(path, e))?;
     let mut layers: Vec<Digest> = Vec::new();
@@ -384,7 +384,7 @@ mod tests {
         fs::write(place.join("diff"), digest(3).to_string()).unwrap();
         assert!(to.layer(upper.chain).unwrap_err().to_string().contains("damaged"));
         fs::write(place.join("diff"), "../../etc").unwrap();
-        assert!(to.layer(upper.chain).unwrap_err().to_string().contains("no digest"));
+        assert!(to.layer(upper.chain).unwrap_err().to_string().contains("not a digest"));
         fs::write(to.layer_folder(base.chain).join("cache-id"), "../x").unwrap();
         assert!(to.layer(base.chain).unwrap_err().to_string().contains("cache-id"));
     }
@@ -429,6 +429,6 @@ mod tests {
 
         fs::write(from.root.join("imagedb/content/sha256").join(id.hex()), "{}").unwrap();
         let fault = from.images().unwrap().remove(0).unwrap_err().to_string();
-        assert!(fault.contains("its digest is not its name"), "{fault}");
+        assert!(fault.contains("its digest differs from its name"), "{fault}");
     }
 }

@@ -1,4 +1,4 @@
-//! Brings what another storage driver keeps over into a layer store, so that the engine finds its images again.
+//! Imports the layers of another storage driver into a layer store, so that the engine finds its images again.
 //!
 //! ```text
 //!   <data-root>/                                            <data-root>/  (the same one, or another)
@@ -11,14 +11,14 @@
 //! Invariants:
 //! * The source is read only: no file of it is opened for writing, renamed or touched.
 //! * A layer is committed only if the rebuilt tar has the digest that the engine knows it by (its diff id).
-//! * A layer or image that is refused is left out with its reason, and the images on it; everything else comes over. What
-//!   would meet every layer (a full disk, a store that does not work) ends the run, after the images that are whole were
-//!   told to the engine.
+//! * A layer or image that is refused is skipped with its reason, and so are the images built on it; everything else is
+//!   imported. A condition that would affect every layer (a full disk, a store that does not work) ends the run, after
+//!   the complete images have been registered with the engine.
 //! * An image appears in the engine's database after all of its layers; a layer after its parent. So a run that was
-//!   killed at any moment leaves a working engine, and the next run goes on where it stopped.
+//!   killed at any moment leaves a working engine, and the next run continues where it stopped.
 //! * The files of a layer are untrusted: names are resolved inside its folder only, and the rebuilt tar is interpreted
 //!   nowhere but in a service VM.
-//! * Containers are not brought over; how many there are is told.
+//! * Containers are not imported; their number is reported.
 //!
 //! Formats: moby's `layer/filestore.go`, `image/fs.go`, `reference/store.go`; vbatts/tar-split `tar/storage`. Called by
 //! `cli` (`store import`).
@@ -42,7 +42,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Why something could not be brought over.
+/// Why a layer, an image or a whole source could not be imported.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
     /// Wrong use.
@@ -56,8 +56,8 @@ pub enum MigrateError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A layer's tar cannot be made again.
-    #[error("layer {layer} cannot be made again")]
+    /// A layer's tar cannot be reassembled.
+    #[error("layer {layer} cannot be reassembled")]
     Rebuild {
         /// Its cache id: the name of its folder.
         layer: String,
@@ -65,8 +65,8 @@ pub enum MigrateError {
         #[source]
         source: SplitError,
     },
-    /// A layer's tar was made again, but is another than the engine knows.
-    #[error("layer {layer} cannot be made again: its tar would be {found}, the engine knows {wanted}")]
+    /// A layer's tar was reassembled, but has another digest than the engine recorded.
+    #[error("layer {layer} cannot be reassembled: tar digest mismatch: expected {wanted}, found {found}")]
     Differs {
         /// Its cache id.
         layer: String,
@@ -76,7 +76,9 @@ pub enum MigrateError {
         wanted: Digest,
     },
     /// The store has another layer under a layer's id.
-    #[error("the store has another layer of the id {layer}; import into an empty store, or remove it there")]
+    #[error(
+        "the store has a different layer with the id {layer}; import into an empty store, or remove that layer"
+    )]
     Taken {
         /// The id.
         layer: String,
@@ -96,14 +98,14 @@ pub enum MigrateError {
         #[source]
         source: SvmError,
     },
-    /// The system refused a file operation.
+    /// A file operation failed.
     #[error("cannot {action} '{}'", path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         action: &'static str,
-        /// On which file.
+        /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },

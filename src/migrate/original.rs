@@ -122,7 +122,7 @@ fn list(home: &Path) -> Result<(Vec<Original>, OriginalReport), MigrateError> {
     }
     if layers.is_empty() && report.failed.is_empty() {
         return Err(MigrateError::Usage(format!(
-            "'{}' is no LCOW home: no folder in it has a {}",
+            "'{}' is not an LCOW home: none of its directories has a {}",
             home.display(),
             layout::LAYER_FILE
         )));
@@ -176,7 +176,7 @@ async fn write_out(
             }
             Some(Err(error)) => break Err(svm(error)),
             None if tar.complete() => break Ok(()),
-            None => break Err(MigrateError::corrupt(&part, "the service VM's tar has no proper end")),
+            None => break Err(MigrateError::corrupt(&part, "the service VM's tar ended early")),
         }
     };
     if let Err(error) = outcome {
@@ -216,7 +216,7 @@ fn disk(path: &Path) -> Result<LayerDisk, MigrateError> {
     file.read_exact_at(&mut bytes, at).map_err(|e| corrupt(&e))?;
     let footer = vhd::Footer::parse(&bytes).map_err(|e| corrupt(&e))?;
     if footer.disk_bytes > at {
-        return Err(corrupt(&"its VHD footer tells of more than the file has: it is cut"));
+        return Err(corrupt(&"the file is shorter than its VHD footer says; it was truncated"));
     }
     let disk = DiskSource::read_only(Arc::new(file), path).window(0, footer.disk_bytes);
     Ok(LayerDisk { disk, kind: LayerKind::Applied })

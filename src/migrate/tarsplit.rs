@@ -1,4 +1,4 @@
-//! A layer's tar, made again from what the engine kept of it beside the files.
+//! Reassembles a layer's tar from its files and from what the engine kept of the tar.
 //!
 //! ```text
 //!   tar-split.json.gz, one object a line           the tar
@@ -8,14 +8,14 @@
 //! ```
 //!
 //! Source: vbatts/tar-split, `tar/storage/entry.go` and `tar/asm/assemble.go`. Names that are no UTF-8 come as
-//! `name_raw` in base64. Memory: one line and one buffer. No path is opened here: [`rebuild`] is given the way to files.
+//! `name_raw` in base64. Memory: one line and one buffer. No path is opened here: the caller of [`rebuild`] opens files.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Deserialize;
 use std::io::{self, BufRead, BufReader, Read, Write};
 
 /// Longest line. A segment holds what stands between two files' data: headers with their extended attributes, or
-/// whatever somebody put behind a tar's end.
+/// any data after a tar's end.
 const MAX_LINE: u64 = 96 << 20;
 /// Bytes of a file copied at a time.
 const BUFFER: usize = 256 << 10;
@@ -26,7 +26,7 @@ const FILE: u32 = 1;
 /// Bytes of the tar itself.
 const SEGMENT: u32 = 2;
 
-/// Why a tar cannot be made again.
+/// A tar that cannot be reassembled.
 #[derive(Debug, thiserror::Error)]
 pub enum SplitError {
     /// The tar data are damaged.
@@ -52,8 +52,8 @@ pub enum SplitError {
         /// The name in the tar.
         name: String,
     },
-    /// Nobody takes the tar any more.
-    #[error("its tar cannot be passed on")]
+    /// The reader of the tar is gone.
+    #[error("cannot pass on its tar")]
     Output(#[source] io::Error),
 }
 
@@ -99,7 +99,7 @@ pub(super) fn rebuild<F: Read>(
         }
         let parsed: Entry = serde_json::from_slice(&line).map_err(|e| corrupt(e.to_string()))?;
         if parsed.position != entry {
-            return Err(corrupt(format!("it calls itself entry {}", parsed.position)));
+            return Err(corrupt(format!("its position is {}", parsed.position)));
         }
         let decode = |text: &str| STANDARD.decode(text).map_err(|e| corrupt(format!("base64: {e}")));
         let payload = decode(parsed.payload.as_deref().unwrap_or_default())?;
@@ -156,7 +156,7 @@ fn copy<F: Read>(
     Ok(sum.finalize())
 }
 
-/// A name for people.
+/// A name as it is shown in messages.
 fn shown(name: &[u8]) -> String {
     String::from_utf8_lossy(name).escape_debug().to_string()
 }

@@ -1,6 +1,6 @@
-//! A layer's folder below another storage driver: its files are opened by the names that its tar has.
+//! A layer's directory below another storage driver: files are opened by the names in the layer's tar.
 //!
-//! The names and the files are a stranger's. `openat2` with `RESOLVE_IN_ROOT` takes the folder for `/`, so that neither
+//! The names and the files are untrusted. `openat2` with `RESOLVE_IN_ROOT` takes the folder for `/`, so that neither
 //! `..` nor a symbolic link leads out of it, as in the engine's own unpacking; and what is no regular file (a device, a
 //! pipe) is refused before a byte of it is read.
 
@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// An open folder.
+/// An open directory.
 #[derive(Debug)]
 pub(super) struct Tree {
     folder: File,
@@ -38,7 +38,7 @@ impl Tree {
         if file.metadata()?.is_file() {
             Ok(file)
         } else {
-            Err(io::Error::new(io::ErrorKind::InvalidData, "it is no regular file any more"))
+            Err(io::Error::new(io::ErrorKind::InvalidData, "it is no longer a regular file"))
         }
     }
 }

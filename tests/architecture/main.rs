@@ -21,7 +21,7 @@ const PLAIN: &[&str] = &[
     "disk-io",
 ];
 /// Crates that plain modules must not use.
-const RUNTIME_CRATES: &[&str] = &["tokio", "axum", "hyper", "hyper_util", "tower_http", "figment", "clap"];
+const RUNTIME_CRATES: &[&str] = &["tokio", "axum", "hyper", "hyper_util", "tower_http", "toml_edit", "clap"];
 /// Lines of a file without its tests.
 const MAX_LINES: usize = 600;
 

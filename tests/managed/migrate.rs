@@ -133,7 +133,7 @@ fn data_root(driver: Driver) {
     let saved: Vec<_> =
         names.iter().map(|n| archive::read(&engine.docker_bytes(&["save", n])).remove(0)).collect();
     let (run, _) = import(&engine, &[]);
-    assert!(run.expect_failure().contains("an engine runs on"));
+    assert!(run.expect_failure().contains("an engine is running on"));
     engine.stop_dockerd();
 
     let root = engine.data_root();
@@ -272,7 +272,7 @@ fn what_cannot_be_made_again_is_told_and_the_rest_comes_over() {
     engine.scrub();
     let usage =
         engine.run(&[PROGRAM, "store", "import", "data-root", "/", "--driver", "../x"]).expect_failure();
-    assert!(usage.contains("is no data root"), "{usage}");
+    assert!(usage.contains("is not the data root"), "{usage}");
 }
 
 /// An engine on vfs with three images: `base`, `other` on it, and `large` with a layer that a store of layers of at most

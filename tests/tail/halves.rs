@@ -38,7 +38,7 @@ fn half_requests_end_in_time_and_idle_connections_never() {
     // The one is closed, the other is told.
     assert_eq!(half_head.read(&mut [0; 100]).unwrap(), 0);
     let reply = Reply::read(half_body).unwrap();
-    assert!(reply.status == 408 && reply.text().contains("did not come in time"), "{}", reply.text());
+    assert!(reply.status == 408 && reply.text().contains("did not arrive in time"), "{}", reply.text());
     // Three times the limit later the idle ones serve.
     thread::sleep(Duration::from_secs(3));
     for idle in [&mut used, &mut unused] {
@@ -84,7 +84,7 @@ fn a_stop_cuts_what_does_not_end_in_its_time() {
     let begin = Instant::now();
     assert_eq!(plugin.terminate(), Some(0));
     assert!(begin.elapsed() < LONG);
-    assert!(plugin.log().contains("did not end in time are cut"), "{}", plugin.log());
+    assert!(plugin.log().contains("cutting requests that did not finish in time"), "{}", plugin.log());
     plugin.start_again();
     assert!(plugin.apply("x", "", &tar[512 * 20..]).text().contains("create it anew"));
     drop(stream);

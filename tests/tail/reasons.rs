@@ -85,7 +85,7 @@ fn every_refusal_is_read_whatever_is_still_to_come() {
         (&plugin, "POST /GraphDriver.ApplyDiff?id=..&parent=", 400, "is not a layer id"),
         (&plugin, "POST /GraphDriver.ApplyDiff?id=applied&parent=", 400, "never changes"),
         (&plugin, "POST /GraphDriver.ApplyDiff?id=sandbox&parent=", 400, "is in use"),
-        (&plugin, "POST /GraphDriver.ApplyDiff?id=a&id=b", 400, "the query is wrong"),
+        (&plugin, "POST /GraphDriver.ApplyDiff?id=a&id=b", 400, "invalid query"),
         (&plugin, "POST /GraphDriver.NoSuch", 404, "there is no method"),
         (&plugin, "PUT /GraphDriver.ApplyDiff?id=x&parent=", 405, "send a POST"),
         (&plugin, "POST /GraphDriver.Create", 413, "more than 1048576 bytes"),

@@ -7,7 +7,7 @@
 //!   IMAGE ──convert──► raw, VHD, VHDX         IMAGE ──mount──► FOLDER        convert, mount
 //! ```
 //!
-//! All work is done in this process, with the rights of who called it: unlike the service, which hands it to a jailed
+//! All work is done in this process, with the rights of the caller: unlike the service, which hands it to a jailed
 //! worker. What is read is taken for hostile all the same. Files appear whole or not at all: they are written under a
 //! temporary name beside their place, synced, and renamed. Called by [`super::run`].
 
@@ -38,30 +38,30 @@ use std::{
     process::ExitCode,
 };
 
-/// The exit status of a program that was ended because nobody reads its output any more, as shells tell it.
-const CLOSED_PIPE: u8 = 141;
+/// Exit status of a program whose output pipe was closed, as shells report it (128 + SIGPIPE).
+pub(super) const CLOSED_PIPE: u8 = 141;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum LayerCommand {
-    /// Makes a layer image (ext4 in a fixed VHD) from a tar. Gzip and zstd are recognised by their content.
+    /// Packs a tar into a layer image (ext4 in a fixed VHD). Gzip and zstd are recognized by their content.
     Pack(PackArgs),
-    /// Gives a layer back as a tar: the very bytes that were packed with --exact, else the canonical tar.
+    /// Unpacks a layer image into a tar: with --exact the original bytes, otherwise the canonical tar.
     Unpack(UnpackArgs),
-    /// Shows what an image is: VHD footer, file system, counts.
+    /// Describes an image: VHD footer, file system, counts.
     Inspect(InspectArgs),
-    /// Writes the disk of an image as another kind of file: raw, fixed VHD or dynamic VHDX.
+    /// Converts an image into another disk format: raw, fixed VHD or dynamic VHDX.
     Convert(ConvertArgs),
-    /// Mounts an image on a folder, read-only (Linux, as root).
+    /// Mounts an image on a directory, read-only (Linux, as root).
     #[cfg(target_os = "linux")]
     Mount(MountArgs),
-    /// Lists a folder of an image, or one file.
+    /// Lists a directory of an image, or one file.
     Ls(LsArgs),
     /// Writes a file of an image to standard output.
     Cat(CatArgs),
     /// Checks an image's metadata as strictly as the service does before it mounts one, every block against its hash
     /// tree if it has one, and with a record all its data.
     Verify(VerifyArgs),
-    /// Writes what IMAGE has and the PARENTs have not as a canonical tar (deleted names as `.wh.` files).
+    /// Writes the changes from the PARENTs to IMAGE as a canonical tar (deleted names as `.wh.` files).
     Diff(DiffArgs),
 }
 
@@ -86,10 +86,10 @@ pub(super) struct PackArgs {
     /// what tar2ext4 takes, 128GiB what LCOW gives.
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(hcsshim::DEFAULT_MAX_DISK))]
     max_disk: ByteSize,
-    /// Profile hcsshim: files of up to 136 bytes lie in their inodes (tar2ext4 -inline).
+    /// Profile hcsshim: stores files of up to 136 bytes in their inodes (tar2ext4 -inline).
     #[arg(long)]
     inline: bool,
-    /// Profile hcsshim: `.wh.` names stay names instead of becoming whiteouts (tar2ext4 without -overlay).
+    /// Profile hcsshim: keeps `.wh.` names instead of turning them into whiteouts (tar2ext4 without -overlay).
     #[arg(long)]
     keep_whiteouts: bool,
     /// Blocks of the file system: 1KiB, 2KiB or 4KiB. Small ones waste least; a disk with sectors of 4096 bytes needs
@@ -98,19 +98,19 @@ pub(super) struct PackArgs {
     /// 4KiB.
     #[arg(long, value_name = "SIZE", default_value = "1KiB", value_parser = block_size)]
     block_size: BlockSize,
-    /// Profile hcsshim: backslashes in names become slashes (tar2ext4 -convert-slash).
+    /// Profile hcsshim: turns backslashes in names into slashes (tar2ext4 -convert-slash).
     #[arg(long)]
     convert_slash: bool,
     /// Leaves out the VHD footer: the image alone, which may then be larger than a VHD (tar2ext4 without -vhd).
     #[arg(long)]
     raw: bool,
-    /// Also writes the exact record here: with it, `unpack --exact` gives back the very bytes of the tar.
+    /// Also writes the exact record, from which `unpack --exact` reproduces the tar's original bytes.
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
-    /// Writes a dm-verity hash tree behind the file system and shows its root hash.
+    /// Appends a dm-verity hash tree to the file system and shows its root hash.
     #[arg(long)]
     verity: bool,
-    /// Refuses to make an image larger than this (`500MiB`, `20GB`).
+    /// Maximum size of the image (`500MiB`, `20GB`).
     /// At most 2040GiB, which is also the default; with --raw 16TiB.
     #[arg(long, value_name = "SIZE")]
     max_size: Option<ByteSize>,
@@ -120,7 +120,7 @@ pub(super) struct PackArgs {
     /// The tar; `-` is standard input.
     #[arg(value_name = "IN.tar")]
     input: PathBuf,
-    /// The image to be made; replaced if it exists.
+    /// The image to write; replaced if it exists.
     #[arg(value_name = "OUT.vhd")]
     output: PathBuf,
 }
@@ -141,7 +141,7 @@ pub(super) struct UnpackArgs {
     exact: Option<PathBuf>,
     /// The image.
     image: PathBuf,
-    /// The tar to be made; `-` is standard output.
+    /// The tar to write; `-` is standard output.
     #[arg(value_name = "OUT.tar", default_value = "-")]
     output: PathBuf,
 }
@@ -192,7 +192,7 @@ impl DiskFormat {
 
 #[derive(Debug, Args)]
 pub(super) struct ConvertArgs {
-    /// What OUT shall be; without it the ending of its name tells (.img, .raw, .vhd, .vhdx).
+    /// Format of OUT; by default, that of its extension (.img, .raw, .vhd, .vhdx).
     #[arg(long = "to", value_enum, value_name = "FORMAT")]
     format: Option<DiskFormat>,
     /// Size of a VHDX's blocks: a power of two from 1 MiB (the default) to 256 MiB.
@@ -204,10 +204,10 @@ pub(super) struct ConvertArgs {
     /// Prints the summary as JSON.
     #[arg(long)]
     json: bool,
-    /// The image: raw, VHD or VHDX, known by its content.
+    /// The image: raw, VHD or VHDX, recognized by its content.
     #[arg(value_name = "IN")]
     input: PathBuf,
-    /// The file to be made; replaced if it exists.
+    /// The file to write; replaced if it exists.
     #[arg(value_name = "OUT")]
     output: PathBuf,
 }
@@ -215,24 +215,24 @@ pub(super) struct ConvertArgs {
 #[cfg(target_os = "linux")]
 #[derive(Debug, Args)]
 pub(super) struct MountArgs {
-    /// Mounts a sandbox so that it can be written; its journal is replayed. Only its shape can be checked first.
+    /// Mounts a sandbox writable and replays its journal. Only its structure is checked first.
     #[arg(long)]
     write: bool,
-    /// Mounts a sandbox, read-only: only its shape can be checked first, and its journal must be clean.
+    /// Mounts a sandbox read-only. Only its structure is checked first, and its journal must be clean.
     #[arg(long)]
     sandbox: bool,
     /// The image.
     image: PathBuf,
-    /// The folder.
+    /// The directory to mount it on.
     folder: PathBuf,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct LsArgs {
-    /// Shows type, permissions, links, owner, size and time (UTC) too.
+    /// Also shows type, permissions, links, owner, size and time (UTC).
     #[arg(short = 'l', long)]
     long: bool,
-    /// Prints JSON, always with all that -l shows, and extended attributes.
+    /// Prints JSON, with everything that -l shows and extended attributes.
     #[arg(long)]
     json: bool,
     /// The image.
@@ -272,7 +272,7 @@ pub(super) struct DiffArgs {
     output: PathBuf,
     /// The image of a whole file system.
     image: PathBuf,
-    /// What it is compared with: layers that lie over each other, the topmost first.
+    /// The layers to compare it with, stacked on each other, the topmost first.
     #[arg(value_name = "PARENT", required = true)]
     parents: Vec<PathBuf>,
 }

@@ -4,7 +4,7 @@
 //!   Linux    as pid 1 (managed plugin, any container): /dev ─► supervise ─► serve again, as an ordinary process
 //!            otherwise: options ─► socket ─► driver ─► requests … SIGTERM
 //!   Windows  by hand: options ─► pipe ─► driver ─► requests … Ctrl+C
-//!            as a service: the same, told to stop by the service manager (`service`)
+//!            as a service: the same, stopped by the service manager (`service`)
 //! ```
 
 #[cfg(unix)]
@@ -26,7 +26,7 @@ use crate::{
 };
 use std::{fmt::Debug, future::Future, sync::Arc, time::Duration};
 
-/// Answers what comes in until `stop` resolves; running requests end first, or are cut when the stop's time is over.
+/// Serves requests until `stop` resolves; running requests finish first, or are cut when the time limit is over.
 /// `ready` is called once the store is open.
 async fn answer<L, S>(
     incoming: L,

@@ -22,7 +22,7 @@ pub(in crate::cli) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
 
 async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // The socket first: whoever waits for it may connect now and is answered as soon as the store is open.
+    // The socket first: clients that wait for it can connect now, and get a reply as soon as the store is open.
     let incoming = match listenfd::ListenFd::from_env().take_unix_listener(0)? {
         Some(listener) => UnixIncoming::adopt(listener)?,
         None => UnixIncoming::bind(&args.socket)?,
@@ -36,7 +36,7 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
             root = %args.root.display(),
             "ready"
         );
-        // Without systemd there is nobody to tell.
+        // Without systemd there is no one to notify.
         let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
     };
     let stop = async move {
@@ -44,7 +44,7 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        tracing::info!("stopping: running requests end first; a second signal stops at once");
+        tracing::info!("stopping after running requests have finished; a second signal stops at once");
         let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
         tokio::spawn(async move {
             tokio::select! {
@@ -61,15 +61,15 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
     answered.map(|()| ExitCode::SUCCESS)
 }
 
-/// No container may wait for a process that has ended.
+/// Thaws sandboxes, so that no container waits for a process that has ended.
 fn thaw_all() {
-    /// A freeze on its way first writes back what is dirty.
+    /// A freeze in progress first writes back dirty pages.
     #[cfg(target_os = "linux")]
     const LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
     #[cfg(target_os = "linux")]
     match lcow_sys::linux::freeze::thaw_all(LIMIT) {
         0 => {}
-        left => tracing::error!(left, "sandboxes stay frozen; the next start thaws them"),
+        left => tracing::error!(left, "some sandboxes are still frozen; the next start thaws them"),
     }
 }
 
@@ -82,17 +82,19 @@ fn watch_propagation(root: &std::path::Path) {
     let Some(canary) = lcow_sys::linux::init::Canary::find(root) else { return };
     std::thread::spawn(move || {
         if let Err(error) = canary.wait_until_gone() {
-            tracing::warn!(%error, "mounts are not watched");
+            tracing::warn!(%error, "cannot watch mounts");
             return;
         }
-        tracing::warn!("the engine unmounted the plugin's folder: ending, to be started with a new one");
+        tracing::warn!(
+            "the engine unmounted the plugin's directory; exiting, so that the engine starts the plugin with a new one"
+        );
         thaw_all();
         // EX_TEMPFAIL of sysexits.h.
         std::process::exit(75);
     });
 }
 
-/// What the first process of a container does: see to `/dev`, start the plugin, reap and forward.
+/// The first process of a container: prepares `/dev`, starts the plugin, reaps processes and forwards signals.
 #[cfg(target_os = "linux")]
 fn as_first_process(root: &std::path::Path) -> Result<ExitCode, CliError> {
     use lcow_sys::linux::init;
@@ -100,12 +102,12 @@ fn as_first_process(root: &std::path::Path) -> Result<ExitCode, CliError> {
     /// What a shell adds to the number of a signal.
     const BY_SIGNAL: i32 = 128;
     if let Err(error) = init::furnish_dev() {
-        // Converting layers works all the same; a Get would say what it lacks.
-        crate::cli::report(&format!("layers cannot be mounted here: {error}"), error.source());
+        // Layers can still be converted; a Get reports what is missing.
+        crate::cli::report(&format!("layers cannot be mounted on this system: {error}"), error.source());
     }
     // Only to notice what an engine does with a plugin that it leaves running: without it, all else works.
     if let Err(error) = init::Canary::set(root) {
-        crate::cli::report(&format!("mounts are not watched: {error}"), error.source());
+        crate::cli::report(&format!("cannot watch mounts: {error}"), error.source());
     }
     let mut again = std::process::Command::new("/proc/self/exe");
     again.args(std::env::args_os().skip(1));

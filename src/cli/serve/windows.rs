@@ -16,7 +16,7 @@ pub(in crate::cli) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
                 _ = interrupt.recv() => {}
                 _ = close.recv() => {}
             }
-            tracing::info!("stopping: running requests end first; a second Ctrl+C stops at once");
+            tracing::info!("stopping after running requests have finished; a second Ctrl+C stops at once");
             tokio::spawn(async move {
                 tokio::select! {
                     _ = interrupt.recv() => {}

@@ -36,10 +36,10 @@ const RUNS: usize = 3;
 pub(in crate::cli) struct BenchArgs {
     /// An uncompressed tar without whiteouts, such as a base image's layer.
     tar: PathBuf,
-    /// Folder of the guest's vmlinux and initrd (scripts/build-svm-image); without it, QEMU is not measured.
+    /// Directory of the guest's vmlinux and initrd (scripts/build-svm-image); without it, QEMU is not measured.
     #[arg(long, value_name = "FOLDER")]
     kirdpath: Option<PathBuf>,
-    /// Folder for what is written meanwhile; all of it is deleted.
+    /// Directory for temporary files; all of them are deleted.
     #[arg(long, value_name = "FOLDER", default_value = "/var/tmp")]
     work: PathBuf,
 }

@@ -1,11 +1,11 @@
-//! `svm`: what the service VMs of a running plugin do and said, and what each kind of them costs here.
+//! `svm`: the state and console output of a running plugin's service VMs, and a benchmark of each kind.
 //!
 //! ```text
 //!   ls, console   GET /svm on the plugin's socket ─► table, last lines
 //!   bench         a pool of its own for each backend ─► first lease, lease, apply, exact diff of one tar
 //! ```
 //!
-//! `bench` needs no plugin and leaves nothing but QEMU's template, if it is told where to keep it.
+//! `bench` needs no plugin and leaves nothing but QEMU's template, if a directory for it is given.
 
 use super::{
     CliError,
@@ -21,9 +21,9 @@ use std::process::ExitCode;
 pub(super) enum SvmCommand {
     /// Lists the service VMs of a running plugin.
     Ls(LsArgs),
-    /// Shows the last lines that the service VMs of a running plugin said.
+    /// Shows the last lines of console output of a running plugin's service VMs.
     Console(ConsoleArgs),
-    /// Measures each kind of service VM that this machine has, with a tar.
+    /// Benchmarks each kind of service VM that works on this machine, with a tar.
     #[cfg(target_os = "linux")]
     Bench(bench::BenchArgs),
 }
@@ -33,7 +33,7 @@ pub(super) enum SvmCommand {
 pub(super) struct LsArgs {
     #[command(flatten)]
     endpoint: Endpoint,
-    /// For programs.
+    /// Prints JSON.
     #[arg(long)]
     json: bool,
 }
@@ -41,13 +41,13 @@ pub(super) struct LsArgs {
 /// Arguments of `svm console`.
 #[derive(Debug, Args)]
 pub(super) struct ConsoleArgs {
-    /// Only the VM of this name, as `svm ls` shows it; all without.
+    /// Name of one service VM, as shown by `svm ls`; by default, all are shown.
     name: Option<String>,
     #[command(flatten)]
     endpoint: Endpoint,
 }
 
-/// A service VM as `GET /svm` tells of it.
+/// A service VM in the reply of `GET /svm`.
 #[derive(Debug, Deserialize)]
 struct Vm {
     name: String,
@@ -88,7 +88,9 @@ async fn console(args: &ConsoleArgs) -> Result<ExitCode, CliError> {
     let vms: Vec<Vm> = serde_json::from_value(fetch(&args.endpoint).await?)?;
     let mut found = vms.iter().filter(|vm| args.name.as_ref().is_none_or(|n| *n == vm.name)).peekable();
     if let (Some(name), None) = (&args.name, found.peek()) {
-        return Err(format!("no service VM of the name '{name}' now; see: lcow-graphdriver svm ls").into());
+        return Err(
+            format!("no service VM named '{name}' is running; `lcow-graphdriver svm ls` lists them").into()
+        );
     }
     for vm in found {
         println!("==> {} ({})", vm.name, vm.machine);
