@@ -1,28 +1,38 @@
-//! ext4: on-disk layout, a streaming writer, a blank formatter, a reader and a checker.
+#![doc = include_str!("../README.md")]
+//!
+//! # Modules
 //!
 //! ```text
-//!   diff::apply ──► writer ─┐                      ┌─► reader ──► diff::export
-//!   agent ────────► format ─┼─► layout (structs, ──┤
-//!                           │    checksums, hash)  └─► check  ──► agent (fresh worker)
-//!                           └────────► io::{ReadAt, WriteAt}
+//!   layer-codec ──► writer, hcsshim ─┐                      ┌─► reader ──► layer-codec, layer inspect
+//!   svm-agent ────► format ──────────┼─► layout (structs, ──┤
+//!                                    │   checksums, hash)   └─► check  ──► svm-agent (fresh worker), layer verify
+//!                                    └────────► disk_io::{ReadAt, WriteAt}
 //! ```
 //!
-//! Invariants: nothing here knows paths, tar, HTTP or runtimes; the writer and the formatter only produce what
-//! `e2fsck -fn` passes; the reader and the checker take every image for hostile.
+//! Invariants: nothing here knows paths, tar, HTTP or runtimes; the writers and the formatter only produce what
+//! `e2fsck -fn` passes; the reader and the checker treat every image as hostile.
+
+#![forbid(unsafe_code)]
 
 pub mod check;
 pub mod error;
 pub mod format;
+#[cfg(feature = "hcsshim")]
 pub mod hcsshim;
-pub mod layout;
-pub mod reader;
+pub(crate) mod layout;
+mod output;
+pub(crate) mod reader;
 #[cfg(all(any(test, feature = "testing"), unix))]
 pub mod testing;
 pub mod writer;
 
-pub use error::{Ext4Error, Place};
-pub use layout::{BlockSize, Timestamp};
-pub use reader::{DataRange, DirEntry, Ext4, Extent, FileKind, Inode, Owners};
+pub use error::{CorruptKind, Ext4Error, Ext4ErrorKind, Place};
+pub use layout::{
+    BlockSize, EXT4_LINK_MAX, Timestamp,
+    inode::InodeFlags,
+    superblock::{Compat, Incompat, RoCompat},
+};
+pub use reader::{DataRange, DirEntry, Ext4, Extent, FileKind, Geometry, Inode, MAX_NAMED, Owners};
 
 /// One extended attribute as the system call interface sees it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
