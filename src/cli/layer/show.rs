@@ -278,7 +278,7 @@ fn inspection_text(i: &Inspection) -> String {
     line(
         "holds",
         format!(
-            "{} names: {} folders, {} files of {}",
+            "{} names: {} directories, {} files of {}",
             c.names,
             c.directories,
             c.files,
@@ -288,13 +288,13 @@ fn inspection_text(i: &Inspection) -> String {
     line(
         "",
         [
-            ("further names of files", c.hard_links),
+            ("additional names of files", c.hard_links),
             ("symbolic links", c.symlinks),
             ("devices", c.devices),
             ("pipes", c.fifos),
             ("sockets", c.sockets),
             ("whiteouts", c.whiteouts),
-            ("opaque folders", c.opaque_directories),
+            ("opaque directories", c.opaque_directories),
             ("extended attributes", c.xattrs),
         ]
         .map(|(name, n)| format!("{n} {name}"))

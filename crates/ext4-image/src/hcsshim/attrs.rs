@@ -1,7 +1,7 @@
 //! Xattrs: which go into the inode and which into a block, and their bytes.
 //!
 //! In the order of their full names each goes into the inode if it fits there, else into the block, else the entry is
-//! refused. The inode keeps that order. The block is then sorted, with a comparison that is no order at all:
+//! refused. The inode keeps that order. The block is then sorted, with a comparison that is not an order:
 //! `index < or length < or name <`. Where that leaves the block in an order in which Linux does not find its attributes,
 //! the entry is refused.
 

@@ -386,10 +386,10 @@ impl<W: WriteAt> HcsshimWriter<W> {
             Some(known) => {
                 let known = &mut self.nodes[known as usize];
                 if known.has(InodeFlags::EXT4_EXTENTS_FL) {
-                    return Err(refuse("it is there already, and has data on the disk"));
+                    return Err(refuse("the name exists, and its file has data on the disk"));
                 }
                 if known.has(InodeFlags::EXT4_INLINE_DATA_FL) {
-                    return Err(refuse("it is there already, and has data in its inode"));
+                    return Err(refuse("the name exists, and its file has data in its inode"));
                 }
                 std::mem::take(known)
             }
