@@ -9,24 +9,24 @@
 //!
 //! All metadata of all groups is packed at the front (feature flex_bg), so that only the first few groups need a block
 //! bitmap on disk: the others are BLOCK_UNINIT and INODE_UNINIT. Every inode table is INODE_ZEROED, for a sparse file
-//! reads as zeros: the kernel's lazy initialisation finds nothing to do. Invariants: `e2fsck -fn` is clean; the kernel
-//! mounts it read-write; no reserved blocks, no lost+found, no backups of the super block (a blank is cheap to make
-//! anew, and a sandbox is thrown away when it is broken). Called by the agent (create_sandbox). The file behind must
+//! reads as zeros: the kernel's lazy initialization has nothing to do. Invariants: `e2fsck -fn` is clean; the kernel
+//! mounts it read-write; no reserved blocks, no lost+found, no backups of the super block (a blank is cheap to
+//! recreate, and a sandbox is thrown away when it is broken). Called by the agent (create_sandbox). The file behind must
 //! read as zeros where nothing is written.
 
 use super::{
     Ext4Error,
     layout::{
-        FIRST_INO, JOURNAL_INO, NAME_MAX, ROOT_INO, SECTOR,
+        EXT4_GOOD_OLD_FIRST_INO, EXT4_JOURNAL_INO, EXT4_NAME_LEN, EXT4_ROOT_INO, SECTOR,
         checksum::{crc32c, inode_seed},
-        dir::{DIR_TAIL_SIZE, FT_DIR, entry_size, put_entry, seal_leaf},
-        extent::{ENTRY_SIZE, EXTENT_MAX_LEN, ExtentHeader, ROOT_MAX, RawExtent},
+        dir::{DIR_TAIL_SIZE, EXT4_FT_DIR, entry_size, put_entry, seal_leaf},
+        extent::{ENTRY_SIZE, EXT_INIT_MAX_LEN, ExtentHeader, ROOT_MAX, RawExtent},
         group::{DESC_SIZE, GroupDesc, GroupFlags},
-        hash::HASH_HALF_MD4,
         inode::{I_BLOCK_SIZE, InodeFlags, RawInode, S_IFDIR, S_IFREG, seal_inode},
+        journal::{JBD2_SUPERBLOCK_V2, JournalHeader, JournalSuperblock},
         superblock::{
-            CHECKSUM_CRC32C, Compat, ERRORS_CONTINUE, FLAG_UNSIGNED_HASH, Incompat, MAGIC, REV_DYNAMIC,
-            RoCompat, STATE_VALID, SUPERBLOCK_OFFSET, Superblock,
+            self, Compat, EXT4_DEFM_ACL, EXT4_DEFM_XATTR_USER, Incompat, RoCompat, SUPERBLOCK_OFFSET,
+            Superblock,
         },
     },
     writer::Attributes,
@@ -46,19 +46,14 @@ const BYTES_PER_INODE: u64 = 16_384;
 /// Fewest blocks of a journal that the kernel takes (`JBD2_MIN_JOURNAL_BLOCKS`).
 const MIN_JOURNAL: u64 = 1024;
 /// Most blocks of a journal: what four extents hold.
-const MAX_JOURNAL: u64 = ROOT_MAX as u64 * EXTENT_MAX_LEN as u64;
+const MAX_JOURNAL: u64 = ROOT_MAX as u64 * EXT_INIT_MAX_LEN as u64;
 /// Smallest file system in bytes.
 pub const MIN_BYTES: u64 = 16 << 20;
 /// Largest file system in bytes.
 pub const MAX_BYTES: u64 = 16 << 40;
 const LOG_GROUPS_PER_FLEX: u8 = 4;
-/// `s_default_mount_opts`: user_xattr and acl.
-const DEFAULT_MOUNT_OPTS: u32 = 0x0C;
 /// `s_jnl_backup_type`: `s_jnl_blocks` holds the journal inode's `i_block` and size.
 const JOURNAL_BACKUP: u8 = 1;
-/// jbd2: magic and the type of a version 2 super block (include/linux/jbd2.h; big-endian).
-const JBD2_MAGIC: u32 = 0xC03B_3998;
-const JBD2_SUPERBLOCK_V2: u32 = 4;
 
 /// What a blank file system holds.
 #[derive(Debug, Clone, Default)]
@@ -131,7 +126,7 @@ impl Plan {
                 end * BLOCK
             )));
         }
-        if u64::from(FIRST_INO) + directories > inodes_per_group {
+        if u64::from(EXT4_GOOD_OLD_FIRST_INO) + directories > inodes_per_group {
             return Err(Ext4Error::usage(format!("{directories} directories in a blank file system")));
         }
         Ok(Self {
@@ -187,12 +182,12 @@ fn bitmap(used: u64, end: u64) -> Vec<u8> {
 
 /// `i_block` for adjacent blocks.
 fn extents(mut start: u64, blocks: u64) -> [u8; I_BLOCK_SIZE] {
-    let count = blocks.div_ceil(u64::from(EXTENT_MAX_LEN));
+    let count = blocks.div_ceil(u64::from(EXT_INIT_MAX_LEN));
     let mut out = [0; I_BLOCK_SIZE];
     out[..ENTRY_SIZE].copy_from_slice(ExtentHeader::new(count as u16, ROOT_MAX, 0).as_bytes());
     let (mut logical, mut left) = (0u32, blocks);
     for slot in out[ENTRY_SIZE..].chunks_exact_mut(ENTRY_SIZE).take(count as usize) {
-        let n = left.min(u64::from(EXTENT_MAX_LEN)) as u32;
+        let n = left.min(u64::from(EXT_INIT_MAX_LEN)) as u32;
         slot.copy_from_slice(RawExtent::new(logical, start, n).as_bytes());
         (logical, start, left) = (logical + n, start + u64::from(n), left - u64::from(n));
     }
@@ -207,7 +202,7 @@ fn inode(mode: u16, links: u32, a: &Attributes, start: u64, blocks: u64) -> RawI
     raw.i_links_count.set(links as u16);
     raw.set_size(size);
     raw.i_blocks_lo.set((size / SECTOR) as u32);
-    raw.i_flags.set(InodeFlags::EXTENTS.bits());
+    raw.i_flags.set(InodeFlags::EXT4_EXTENTS_FL.bits());
     raw.i_block = extents(start, blocks);
     raw.i_extra_isize.set(EXTRA_ISIZE);
     let time = |t: super::Timestamp| {
@@ -224,12 +219,12 @@ fn inode(mode: u16, links: u32, a: &Attributes, start: u64, blocks: u64) -> RawI
 fn directory_block(seed: u32, ino: u32, children: &[(u32, &[u8])]) -> Vec<u8> {
     let mut block = vec![0; BLOCK as usize];
     let end = block.len() - DIR_TAIL_SIZE;
-    let mut entries: Vec<(u32, &[u8])> = vec![(ino, b"."), (ROOT_INO, b"..")];
+    let mut entries: Vec<(u32, &[u8])> = vec![(ino, b"."), (EXT4_ROOT_INO, b"..")];
     entries.extend_from_slice(children);
     let mut at = 0;
     for (i, (child, name)) in entries.iter().enumerate() {
         let len = if i + 1 == entries.len() { end - at } else { entry_size(name.len()) };
-        put_entry(&mut block[at..], *child, len, name, FT_DIR);
+        put_entry(&mut block[at..], *child, len, name, EXT4_FT_DIR);
         at += len;
     }
     seal_leaf(inode_seed(seed, ino, 0), &mut block);
@@ -238,13 +233,15 @@ fn directory_block(seed: u32, ino: u32, children: &[(u32, &[u8])]) -> Vec<u8> {
 
 /// First block of an internal journal that holds nothing.
 fn journal_superblock(blocks: u64) -> Vec<u8> {
+    let mut sb = JournalSuperblock::new_zeroed();
+    sb.s_header = JournalHeader::new(JBD2_SUPERBLOCK_V2, 0);
+    sb.s_blocksize.set(BLOCK as u32);
+    sb.s_maxlen.set(blocks as u32);
+    sb.s_first.set(1);
+    sb.s_sequence.set(1);
+    sb.s_nr_users.set(1);
     let mut block = vec![0; BLOCK as usize];
-    // h_magic, h_blocktype, h_sequence, s_blocksize, s_maxlen, s_first, s_sequence, s_start; then s_nr_users.
-    let words = [JBD2_MAGIC, JBD2_SUPERBLOCK_V2, 0, BLOCK as u32, blocks as u32, 1, 1, 0];
-    for (slot, word) in block.chunks_exact_mut(4).zip(words) {
-        slot.copy_from_slice(&word.to_be_bytes());
-    }
-    block[0x40..0x44].copy_from_slice(&1u32.to_be_bytes());
+    block[..sb.as_bytes().len()].copy_from_slice(sb.as_bytes());
     block
 }
 
@@ -255,7 +252,7 @@ fn check_options(options: &BlankOptions) -> Result<(), Ext4Error> {
     let mut room = BLOCK as usize - DIR_TAIL_SIZE - 24;
     for (i, (name, _)) in options.directories.iter().enumerate() {
         let bad = name.is_empty()
-            || name.len() > NAME_MAX
+            || name.len() > EXT4_NAME_LEN
             || name == b"."
             || name == b".."
             || name.iter().any(|&b| b == b'/' || b == 0)
@@ -283,7 +280,7 @@ pub fn blank(size_bytes: u64, options: &BlankOptions) -> Result<Vec<(u64, Vec<u8
     let directories = options.directories.len() as u64;
     let plan = Plan::new(size_bytes, directories, options.journal_bytes)?;
     let seed = crc32c(!0, &options.uuid);
-    let used_inodes = u64::from(FIRST_INO) - 1 + directories;
+    let used_inodes = u64::from(EXT4_GOOD_OLD_FIRST_INO) - 1 + directories;
     let inode_bitmap = bitmap(used_inodes, plan.inodes_per_group);
 
     // Super block, descriptors and the first block bitmaps.
@@ -297,7 +294,7 @@ pub fn blank(size_bytes: u64, options: &BlankOptions) -> Result<Vec<(u64, Vec<u8
             plan.tables + group * plan.table_blocks,
         );
         desc.set_free_blocks((plan.group_blocks(group) - plan.used(group)) as u32);
-        let mut flags = GroupFlags::INODE_ZEROED;
+        let mut flags = GroupFlags::EXT4_BG_INODE_ZEROED;
         if plan.has_bitmap(group) {
             let bits = plan.block_bitmap(group);
             desc.set_block_bitmap_csum(crc32c(seed, &bits));
@@ -306,7 +303,7 @@ pub fn blank(size_bytes: u64, options: &BlankOptions) -> Result<Vec<(u64, Vec<u8
                 head[at..at + bits.len()].copy_from_slice(&bits);
             }
         } else {
-            flags |= GroupFlags::BLOCK_UNINIT;
+            flags |= GroupFlags::EXT4_BG_BLOCK_UNINIT;
         }
         if group == 0 {
             desc.set_free_inodes((plan.inodes_per_group - used_inodes) as u32);
@@ -314,7 +311,7 @@ pub fn blank(size_bytes: u64, options: &BlankOptions) -> Result<Vec<(u64, Vec<u8
             desc.set_used_dirs(1 + directories as u32);
             desc.set_inode_bitmap_csum(crc32c(seed, &inode_bitmap[..(plan.inodes_per_group / 8) as usize]));
         } else {
-            flags |= GroupFlags::INODE_UNINIT;
+            flags |= GroupFlags::EXT4_BG_INODE_UNINIT;
             desc.set_free_inodes(plan.inodes_per_group as u32);
             desc.set_itable_unused(plan.inodes_per_group as u32);
         }
@@ -325,12 +322,12 @@ pub fn blank(size_bytes: u64, options: &BlankOptions) -> Result<Vec<(u64, Vec<u8
     }
     debug_assert!(plan.block_bitmaps == 1 + plan.descriptor_blocks);
 
-    // Directories and the used part of the first inode table stand side by side.
+    // Directories and the used part of the first inode table are adjacent.
     let mut body = Vec::new();
-    let ino = |i: usize| FIRST_INO + i as u32;
+    let ino = |i: usize| EXT4_GOOD_OLD_FIRST_INO + i as u32;
     let children: Vec<(u32, &[u8])> =
         options.directories.iter().enumerate().map(|(i, (name, _))| (ino(i), name.as_slice())).collect();
-    body.extend(directory_block(seed, ROOT_INO, &children));
+    body.extend(directory_block(seed, EXT4_ROOT_INO, &children));
     for i in 0..options.directories.len() {
         body.extend(directory_block(seed, ino(i), &[]));
     }
@@ -343,7 +340,10 @@ pub fn blank(size_bytes: u64, options: &BlankOptions) -> Result<Vec<(u64, Vec<u8
         seal_inode(seed, number, slot);
     };
     let mode = |a: &Attributes| S_IFDIR | a.permissions & 0o7777;
-    put(ROOT_INO, &inode(mode(&options.root), 2 + directories as u32, &options.root, plan.directories, 1));
+    put(
+        EXT4_ROOT_INO,
+        &inode(mode(&options.root), 2 + directories as u32, &options.root, plan.directories, 1),
+    );
     for (i, (_, a)) in options.directories.iter().enumerate() {
         put(ino(i), &inode(mode(a), 2, a, plan.directories + 1 + i as u64, 1));
     }
@@ -352,7 +352,7 @@ pub fn blank(size_bytes: u64, options: &BlankOptions) -> Result<Vec<(u64, Vec<u8
         ..Attributes::default()
     };
     let journal = inode(S_IFREG | 0o600, 1, &born, plan.journal, plan.journal_blocks);
-    put(JOURNAL_INO, &journal);
+    put(EXT4_JOURNAL_INO, &journal);
 
     let sb = superblock(&plan, options, used_inodes, &journal);
     head[SUPERBLOCK_OFFSET as usize..SUPERBLOCK_OFFSET as usize + sb.as_bytes().len()]
@@ -369,57 +369,54 @@ pub fn blank(size_bytes: u64, options: &BlankOptions) -> Result<Vec<(u64, Vec<u8
 }
 
 fn superblock(plan: &Plan, options: &BlankOptions, used_inodes: u64, journal: &RawInode) -> Superblock {
-    let compat = Compat::HAS_JOURNAL | Compat::EXT_ATTR | Compat::DIR_INDEX | Compat::SPARSE_SUPER2;
-    let incompat = Incompat::FILETYPE | Incompat::EXTENTS | Incompat::BIT64 | Incompat::FLEX_BG;
-    let ro = RoCompat::LARGE_FILE
-        | RoCompat::HUGE_FILE
-        | RoCompat::DIR_NLINK
-        | RoCompat::EXTRA_ISIZE
-        | RoCompat::METADATA_CSUM;
+    let compat = Compat::EXT4_FEATURE_COMPAT_HAS_JOURNAL
+        | Compat::EXT4_FEATURE_COMPAT_EXT_ATTR
+        | Compat::EXT4_FEATURE_COMPAT_DIR_INDEX
+        | Compat::EXT4_FEATURE_COMPAT_SPARSE_SUPER2;
+    let incompat = Incompat::EXT4_FEATURE_INCOMPAT_FILETYPE
+        | Incompat::EXT4_FEATURE_INCOMPAT_EXTENTS
+        | Incompat::EXT4_FEATURE_INCOMPAT_64BIT
+        | Incompat::EXT4_FEATURE_INCOMPAT_FLEX_BG;
+    let ro = RoCompat::EXT4_FEATURE_RO_COMPAT_LARGE_FILE
+        | RoCompat::EXT4_FEATURE_RO_COMPAT_HUGE_FILE
+        | RoCompat::EXT4_FEATURE_RO_COMPAT_DIR_NLINK
+        | RoCompat::EXT4_FEATURE_RO_COMPAT_EXTRA_ISIZE
+        | RoCompat::EXT4_FEATURE_RO_COMPAT_METADATA_CSUM;
     let inodes = plan.groups * plan.inodes_per_group;
-    let mut sb = Superblock::new_zeroed();
-    sb.s_inodes_count.set(inodes as u32);
-    sb.set_blocks_count(plan.blocks);
-    sb.set_free_blocks_count(plan.blocks - plan.end);
-    sb.s_free_inodes_count.set((inodes - used_inodes) as u32);
-    sb.s_log_block_size.set(BLOCK.ilog2() - 10);
-    sb.s_log_cluster_size.set(BLOCK.ilog2() - 10);
-    sb.s_blocks_per_group.set(GROUP as u32);
-    sb.s_clusters_per_group.set(GROUP as u32);
-    sb.s_inodes_per_group.set(plan.inodes_per_group as u32);
-    sb.s_max_mnt_count.set(u16::MAX);
-    sb.s_magic.set(MAGIC);
-    sb.s_state.set(STATE_VALID);
-    sb.s_errors.set(ERRORS_CONTINUE);
-    sb.s_rev_level.set(REV_DYNAMIC);
-    sb.s_first_ino.set(FIRST_INO);
-    sb.s_inode_size.set(INODE_SIZE as u16);
-    sb.s_feature_compat.set(compat.bits());
-    sb.s_feature_incompat.set(incompat.bits());
-    sb.s_feature_ro_compat.set(ro.bits());
-    sb.s_uuid = options.uuid;
-    sb.s_volume_name[..options.label.len()].copy_from_slice(&options.label);
-    sb.s_journal_inum.set(JOURNAL_INO);
-    for (slot, word) in sb.s_hash_seed.iter_mut().zip(options.uuid.chunks_exact(4)) {
+    let mut hash_seed = [U32::ZERO; 4];
+    for (slot, word) in hash_seed.iter_mut().zip(options.uuid.chunks_exact(4)) {
         *slot = U32::from_bytes([word[0], word[1], word[2], word[3]]);
     }
-    sb.s_def_hash_version = HASH_HALF_MD4;
+    let mut sb = Superblock::new(&superblock::Shape {
+        blocks_count: plan.blocks,
+        free_blocks_count: plan.blocks - plan.end,
+        inodes_count: inodes as u32,
+        free_inodes_count: (inodes - used_inodes) as u32,
+        first_data_block: 0,
+        log_block_size: BLOCK.ilog2() - 10,
+        blocks_per_group: GROUP as u32,
+        inodes_per_group: plan.inodes_per_group as u32,
+        inode_size: INODE_SIZE as u16,
+        extra_isize: EXTRA_ISIZE,
+        compat,
+        incompat,
+        ro_compat: ro,
+    });
+    sb.set_checksums_and_hash(hash_seed);
+    sb.s_uuid = options.uuid;
+    sb.s_volume_name[..options.label.len()].copy_from_slice(&options.label);
+    sb.s_journal_inum.set(EXT4_JOURNAL_INO);
     sb.s_jnl_backup_type = JOURNAL_BACKUP;
     for (slot, word) in sb.s_jnl_blocks.iter_mut().zip(journal.i_block.chunks_exact(4)) {
         *slot = U32::from_bytes([word[0], word[1], word[2], word[3]]);
     }
     sb.s_jnl_blocks[15] = journal.i_size_high;
     sb.s_jnl_blocks[16] = journal.i_size_lo;
-    sb.s_desc_size.set(DESC_SIZE as u16);
-    sb.s_default_mount_opts.set(DEFAULT_MOUNT_OPTS);
+    sb.s_default_mount_opts.set(EXT4_DEFM_XATTR_USER | EXT4_DEFM_ACL);
     sb.s_mkfs_time.set(options.mkfs_time);
     sb.s_lastcheck.set(options.mkfs_time);
     sb.s_wtime.set(options.mkfs_time);
-    sb.s_min_extra_isize.set(EXTRA_ISIZE);
-    sb.s_want_extra_isize.set(EXTRA_ISIZE);
-    sb.s_flags.set(FLAG_UNSIGNED_HASH);
     sb.s_log_groups_per_flex = LOG_GROUPS_PER_FLEX;
-    sb.s_checksum_type = CHECKSUM_CRC32C;
     sb.seal();
     sb
 }

@@ -19,12 +19,12 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// Mounts `image` on a folder of its own.
+    /// Mounts `image` on a directory of its own.
     ///
     /// # Panics
     /// As [`loop_mount`].
     pub fn new(image: &Path, options: &str) -> Self {
-        let dir = tempfile::tempdir().expect("a temporary folder");
+        let dir = tempfile::tempdir().expect("a temporary directory");
         loop_mount(image, dir.path(), options, &[]);
         Self { dir }
     }
@@ -41,7 +41,7 @@ impl Drop for Mount {
     }
 }
 
-/// Panics with e2fsck's own words unless it finds nothing at all.
+/// Panics with e2fsck's output unless it finds nothing at all.
 ///
 /// # Panics
 /// Also where e2fsck is missing.
@@ -55,7 +55,7 @@ pub fn fsck(image: &Path) {
     );
 }
 
-/// Mounts the file system in `file` on the folder `point`, with mount's own options, and losetup's.
+/// Mounts the file system in `file` on the directory `point`, with mount's own options, and losetup's.
 ///
 /// # Panics
 /// Without root or loop devices, or where the kernel refuses the file system.
@@ -79,7 +79,7 @@ pub fn loop_mount(file: &Path, point: &Path, options: &str, losetup: &[&str]) {
     assert!(detached, "losetup --detach {device}: {said}");
 }
 
-/// The same as a function of bash: `loop_mount FILE FOLDER [OPTIONS]`.
+/// The same as a function of bash: `loop_mount FILE DIRECTORY [OPTIONS]`.
 pub const BASH: &str = r#"loop_mount() {
     local device status=0
     device=$(losetup --find --show "$1") || return

@@ -27,7 +27,7 @@ pub type VisitName<'a> = &'a mut dyn FnMut(&[u8], u32, Option<FileKind>) -> Resu
 pub trait ForeignFs: fmt::Debug {
     /// The root directory's inode.
     fn root(&self) -> u32;
-    /// An inode's metadata; made by [`Inode::told`].
+    /// An inode's metadata; made by [`Inode::reported`].
     fn inode(&self, ino: u32) -> Result<Inode, DiffError>;
     /// All names of a directory but `.` and `..`, in any order.
     fn visit_dir(&self, ino: u32, visit: VisitName<'_>) -> Result<(), DiffError>;

@@ -103,7 +103,7 @@ pub(super) fn hold_xattrs(path: &[u8], xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ext4_image::layout::LINK_MAX;
+    use ext4_image::EXT4_LINK_MAX;
 
     /// The rows of a table of this module's form: what, and how many.
     fn rows(text: &str, comment: &str) -> Vec<(String, u64)> {
@@ -132,7 +132,7 @@ mod tests {
             ("bytes of an extended header", layer_tar::MAX_PAX_BYTES),
             ("data ranges of a sparse file", layer_tar::MAX_SPARSE_SEGMENTS as u64),
             ("bytes of a file", u64::from(u32::MAX) * u64::from(blocks)),
-            ("names of one file", u64::from(LINK_MAX)),
+            ("names of one file", u64::from(EXT4_LINK_MAX)),
         ];
         let holds: Vec<_> = holds.into_iter().map(|(what, most)| (what.to_owned(), most)).collect();
         assert_eq!(rows(include_str!("limits.rs"), "//!"), holds, "the first screen of this file");

@@ -12,7 +12,10 @@
 
 use super::disk::OpDisk;
 use disk_io::ReadAt;
-use ext4_image::{Ext4Error, FileKind, Inode, Place, Timestamp, Xattr};
+use ext4_image::{
+    Ext4Error, FileKind, Inode, Place, Timestamp, Xattr,
+    error::{CorruptKind, InodeFault},
+};
 use layer_codec::{DiffError, ForeignFs, Mounter, VisitName};
 use lcow_sys::linux::{
     SysError,
@@ -56,7 +59,7 @@ fn failed(what: &'static str, error: io::Error) -> DiffError {
 }
 
 fn corrupt(what: String) -> DiffError {
-    Ext4Error::corrupt(what, Place::default()).into()
+    Ext4Error::corrupt(CorruptKind::Kernel(what), Place::default()).into()
 }
 
 fn unsupported(reason: String) -> DiffError {
@@ -310,7 +313,7 @@ fn inode(tree: &Tree, ino: u32) -> Result<Inode, DiffError> {
         return Err(unsupported(format!("inode {ino} is encrypted")));
     }
     let mut inode =
-        Inode::told(ino, stat.mode).ok_or_else(|| corrupt(format!("inode {ino}: unknown file type")))?;
+        Inode::reported(ino, stat.mode).ok_or(Ext4Error::corrupt(InodeFault::FileType, Place::inode(ino)))?;
     let time = |(secs, nanos): (i64, u32)| Timestamp { secs, nanos: nanos.min(999_999_999) };
     (inode.uid, inode.gid, inode.size, inode.rdev) = (stat.uid, stat.gid, stat.size, stat.rdev);
     (inode.mtime, inode.ctime) = (time(stat.mtime), time(stat.ctime));

@@ -2,7 +2,7 @@
 //!
 //! Called by the agent, which sends them, and by `svm`, which reads them.
 
-use ext4_image::Ext4Error;
+use ext4_image::{Ext4Error, Ext4ErrorKind};
 use layer_codec::{DiffError, LiveFile};
 use layer_tar::TarError;
 use serde::{Deserialize, Serialize};
@@ -75,16 +75,12 @@ fn io_kind(kind: io::ErrorKind) -> ErrorKind {
 }
 
 fn ext4_kind(error: &Ext4Error) -> ErrorKind {
-    match error {
-        Ext4Error::Corrupt { .. } => ErrorKind::Corrupt,
-        Ext4Error::Unsupported { .. }
-        | Ext4Error::LinkTarget { .. }
-        | Ext4Error::AttributeNames { .. }
-        | Ext4Error::FileSize { .. } => ErrorKind::Unsupported,
-        Ext4Error::Io { source, .. } => io_kind(source.kind()),
-        Ext4Error::Usage { .. } => ErrorKind::Usage,
-        Ext4Error::Full { .. } => ErrorKind::Limit,
-        _ => ErrorKind::Internal,
+    match error.kind() {
+        Ext4ErrorKind::Corrupt => ErrorKind::Corrupt,
+        Ext4ErrorKind::Unsupported => ErrorKind::Unsupported,
+        Ext4ErrorKind::Io => error.io_error().map_or(ErrorKind::Io, |source| io_kind(source.kind())),
+        Ext4ErrorKind::Usage => ErrorKind::Usage,
+        Ext4ErrorKind::Limit => ErrorKind::Limit,
     }
 }
 

@@ -26,8 +26,6 @@ use vhd_image::{
     vhdx::{Geometry, Vhdx},
 };
 
-/// `EXT4_FEATURE_COMPAT_HAS_JOURNAL`.
-const HAS_JOURNAL: u32 = 0x4;
 /// Folders of a sandbox.
 const SANDBOX_FOLDERS: [&[u8]; 2] = [b"upper", b"work"];
 /// Symbolic links followed in one path, as Linux has it (MAXSYMLINKS).
@@ -166,7 +164,7 @@ impl Image {
     #[cfg(target_os = "linux")]
     pub(super) fn has_no_journal(&self) -> Result<bool, CliError> {
         let fs = self.ext4()?;
-        Ok(fs.geometry().feature_compat & HAS_JOURNAL == 0)
+        Ok(!fs.geometry().has_journal())
     }
 
     /// The image as a layer.
@@ -236,7 +234,7 @@ fn footer(file: &File, file_bytes: u64) -> Result<Option<(Footer, [u8; vhd::FOOT
 
 /// Images of layers have no journal; one with a journal and a sandbox's two folders is a sandbox.
 pub(super) fn kind<R: ReadAt>(fs: &Ext4<R>) -> Result<LayerKind, Ext4Error> {
-    if fs.geometry().feature_compat & HAS_JOURNAL == 0 {
+    if !fs.geometry().has_journal() {
         return Ok(LayerKind::Applied);
     }
     let root = fs.inode(fs.root())?;

@@ -1,4 +1,4 @@
-//! `layer inspect` and `ls`: what an image holds.
+//! `layer inspect` and `layer ls`: the contents of an image. Called by `cli::layer`.
 
 use super::{
     InspectArgs, LsArgs,
@@ -25,53 +25,7 @@ use uuid::Uuid;
 use verity_tree;
 use vhd_image::vhd::Footer;
 
-/// Names of the feature bits, as `tune2fs` has them.
-const FEATURES: [&[(u32, &str)]; 3] = [
-    &[
-        (0x4, "has_journal"),
-        (0x8, "ext_attr"),
-        (0x10, "resize_inode"),
-        (0x20, "dir_index"),
-        (0x200, "sparse_super2"),
-        (0x400, "fast_commit"),
-        (0x1000, "orphan_file"),
-    ],
-    &[
-        (0x2, "filetype"),
-        (0x4, "needs_recovery"),
-        (0x10, "meta_bg"),
-        (0x40, "extents"),
-        (0x80, "64bit"),
-        (0x200, "flex_bg"),
-        (0x400, "ea_inode"),
-        (0x2000, "metadata_csum_seed"),
-        (0x4000, "large_dir"),
-        (0x8000, "inline_data"),
-    ],
-    &[
-        (0x1, "sparse_super"),
-        (0x2, "large_file"),
-        (0x8, "huge_file"),
-        (0x10, "uninit_bg"),
-        (0x20, "dir_nlink"),
-        (0x40, "extra_isize"),
-        (0x400, "metadata_csum"),
-        (0x1000, "read-only"),
-    ],
-];
-
-fn feature_names(words: [u32; 3]) -> Vec<String> {
-    let mut names = Vec::new();
-    for (word, known) in words.into_iter().zip(FEATURES) {
-        for bit in (0..32).map(|n| 1 << n).filter(|bit| word & bit != 0) {
-            let name = known.iter().find(|(b, _)| *b == bit);
-            names.push(name.map_or_else(|| format!("{bit:#x}"), |(_, name)| (*name).to_owned()));
-        }
-    }
-    names
-}
-
-/// What `inspect` tells; sizes in bytes.
+/// The output of `inspect`; sizes in bytes.
 #[derive(Debug, Serialize)]
 struct Inspection {
     file_bytes: u64,
@@ -91,7 +45,7 @@ struct Inspection {
 #[derive(Debug, Serialize)]
 struct VerityFacts {
     root_hash: RootHash,
-    /// Byte of the disk where its super block stands: `veritysetup --hash-offset`.
+    /// Byte of the disk where its super block is: `veritysetup --hash-offset`.
     hash_offset: u64,
     data_blocks: u64,
     uuid: Uuid,
@@ -260,11 +214,7 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<ExitCode, CliError> {
             groups: geometry.groups,
             inode_size: geometry.inode_size,
             inodes: geometry.inodes_count,
-            features: feature_names([
-                geometry.feature_compat,
-                geometry.feature_incompat,
-                geometry.feature_ro_compat,
-            ]),
+            features: geometry.feature_names(),
         },
         counts: count(&fs).map_err(about)?,
         verity: verity_facts(&image, &fs)?,
@@ -327,7 +277,7 @@ fn inspection_text(i: &Inspection) -> String {
     line(
         "holds",
         format!(
-            "{} names: {} folders, {} files of {}",
+            "{} names: {} directories, {} files of {}",
             c.names,
             c.directories,
             c.files,
@@ -337,13 +287,13 @@ fn inspection_text(i: &Inspection) -> String {
     line(
         "",
         [
-            ("further names of files", c.hard_links),
+            ("additional names of files", c.hard_links),
             ("symbolic links", c.symlinks),
             ("devices", c.devices),
             ("pipes", c.fifos),
             ("sockets", c.sockets),
             ("whiteouts", c.whiteouts),
-            ("opaque folders", c.opaque_directories),
+            ("opaque directories", c.opaque_directories),
             ("extended attributes", c.xattrs),
         ]
         .map(|(name, n)| format!("{n} {name}"))
@@ -359,7 +309,7 @@ fn inspection_text(i: &Inspection) -> String {
     text
 }
 
-/// A name as `ls` tells it.
+/// A name as `ls` lists it.
 #[derive(Debug, Serialize)]
 struct Listed {
     name: String,
@@ -383,7 +333,7 @@ struct Listed {
     xattrs: BTreeMap<String, String>,
 }
 
-/// A name or target as text: what is no printable UTF-8 is escaped.
+/// A name or target as text: anything but printable UTF-8 is escaped.
 fn escaped(bytes: &[u8]) -> String {
     match str::from_utf8(bytes) {
         Ok(text) if !text.chars().any(|c| c.is_control() || c == '\\') => text.to_owned(),
@@ -567,13 +517,5 @@ mod tests {
         ] {
             assert_eq!(permissions(mode), expected);
         }
-    }
-
-    #[test]
-    fn features_have_names_and_unknown_ones_their_bit() {
-        assert_eq!(
-            feature_names([0x4, 0x42, 0x8000_0000]),
-            ["has_journal", "filetype", "extents", "0x80000000"]
-        );
     }
 }

@@ -2,14 +2,18 @@
 //!
 //! Called by [`super::check`].
 
-use super::{Checker, FIRST_INO, Layout, ROOT_INO, kind};
+use super::{Checker, Layout, kind};
 use crate::{
-    Ext4Error,
-    layout::group::{GroupDesc, GroupFlags},
-    reader::{bytes::chksum, corrupt, superblock::incompat},
+    Ext4Error, Place,
+    error::{GroupFault, InodeFault},
+    layout::{
+        EXT4_GOOD_OLD_FIRST_INO, EXT4_ROOT_INO,
+        checksum::crc32c,
+        group::{DESC_SIZE, GroupDesc, GroupFlags},
+        superblock::Incompat,
+    },
 };
 use disk_io::ReadAt;
-use zerocopy::FromBytes;
 
 /// Bytes of inode tables read at once.
 const READ: usize = 256 << 10;
@@ -21,6 +25,11 @@ pub(super) struct Totals {
     pub(super) free_inodes: u64,
 }
 
+/// A broken rule about group `number`.
+fn bad(number: u32, fault: GroupFault) -> Ext4Error {
+    Ext4Error::corrupt(fault, Place::group(number))
+}
+
 /// A bitmap's bit.
 fn bit(bitmap: &[u8], at: u32) -> bool {
     bitmap.get((at / 8) as usize).is_some_and(|byte| byte >> (at % 8) & 1 == 1)
@@ -28,31 +37,30 @@ fn bit(bitmap: &[u8], at: u32) -> bool {
 
 impl<R: ReadAt> Checker<R> {
     fn descriptor(&self, number: u32) -> Result<GroupDesc, Ext4Error> {
-        let place = || format!("group {number}");
-        let (_, mut raw) = self.fs.raw_descriptor(number)?;
-        self.fs.group(number)?;
-        raw.resize(size_of::<GroupDesc>(), 0);
-        let desc =
-            GroupDesc::read_from_bytes(&raw).map_err(|_| corrupt(place(), "its descriptor is cut off"))?;
-        let mut known = GroupFlags::INODE_UNINIT | GroupFlags::BLOCK_UNINIT | GroupFlags::INODE_ZEROED;
-        if self.layout == Layout::Hcsshim {
-            // Without checksums nothing tells whether these are true.
-            known = GroupFlags::INODE_ZEROED;
-        }
+        let desc = self.fs.group(number)?;
+        let known = match self.layout {
+            Layout::Default => {
+                GroupFlags::EXT4_BG_INODE_UNINIT
+                    | GroupFlags::EXT4_BG_BLOCK_UNINIT
+                    | GroupFlags::EXT4_BG_INODE_ZEROED
+            }
+            // Without checksums nothing shows whether the others are true.
+            Layout::Hcsshim => GroupFlags::EXT4_BG_INODE_ZEROED,
+        };
         if !known.contains(desc.flags())
             || desc.bg_exclude_bitmap_lo.get() != 0
             || desc.bg_exclude_bitmap_hi.get() != 0
             || desc.bg_reserved.get() != 0
         {
-            return Err(corrupt(place(), "its descriptor has unknown flags"));
+            return Err(bad(number, GroupFault::Flags));
         }
         Ok(desc)
     }
 
-    /// What a descriptor holds for a bitmap; nothing without checksums.
+    /// The checksum that a descriptor should hold for a bitmap; 0 without checksums.
     fn bitmap_checksum(&self, covered: &[u8]) -> u32 {
         match self.layout {
-            Layout::Default => chksum(self.fs.geometry().checksum_seed, covered),
+            Layout::Default => crc32c(self.fs.geometry().checksum_seed, covered),
             Layout::Hcsshim => 0,
         }
     }
@@ -61,19 +69,19 @@ impl<R: ReadAt> Checker<R> {
     pub(super) fn claim_fixed(&mut self) -> Result<(), Ext4Error> {
         let geometry = self.fs.geometry().clone();
         if geometry.first_data_block == 1 {
-            // The block before the superblock belongs to nobody and stands in no bitmap.
-            self.blocks.claim(0, 1, &|| "boot block".to_owned())?;
+            // The block before the superblock belongs to no group and is in no bitmap.
+            self.blocks.claim(0, 1, Place::block(0))?;
             self.blocks.used -= 1;
         }
         let per_block = geometry.block_size / u32::from(geometry.desc_size);
-        let meta = geometry.has(incompat::META_BG);
+        let meta = geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_META_BG);
         let old_blocks = if meta {
             u64::from(geometry.first_meta_bg)
         } else {
             u64::from(geometry.groups.div_ceil(per_block))
         };
         for number in 0..geometry.groups {
-            let owner = || format!("group {number}");
+            let place = Place::group(number);
             let first = geometry.group_first_block(number);
             let blocks = u64::from(geometry.group_blocks(number));
             let has_super = geometry.group_has_super(number);
@@ -86,22 +94,22 @@ impl<R: ReadAt> Checker<R> {
                 fixed += old_blocks;
             }
             if fixed > blocks {
-                return Err(corrupt(owner(), "it is too small for its descriptors"));
+                return Err(bad(number, GroupFault::TooSmall));
             }
-            self.blocks.claim(first, fixed, &owner)?;
+            self.blocks.claim(first, fixed, place)?;
             let desc = self.descriptor(number)?;
             let table = u64::from(geometry.inode_table_blocks());
             for (start, count) in
                 [(desc.block_bitmap(), 1), (desc.inode_bitmap(), 1), (desc.inode_table(), table)]
             {
                 if !geometry.holds(start, count) {
-                    return Err(corrupt(owner(), "its bitmaps or table lie outside the file system"));
+                    return Err(bad(number, GroupFault::PlacesOutside));
                 }
                 let inside = start >= first && start + count <= first + blocks;
-                if !inside && !geometry.has(incompat::FLEX_BG) {
-                    return Err(corrupt(owner(), "its bitmaps or table lie in another group"));
+                if !inside && !geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_FLEX_BG) {
+                    return Err(bad(number, GroupFault::PlacesInOtherGroup));
                 }
-                self.blocks.claim(start, count, &owner)?;
+                self.blocks.claim(start, count, place)?;
             }
         }
         Ok(())
@@ -110,37 +118,30 @@ impl<R: ReadAt> Checker<R> {
     /// Checks the inodes of a group, and its inode bitmap.
     pub(super) fn inode_table(&mut self, number: u32, totals: &mut Totals) -> Result<(), Ext4Error> {
         let geometry = self.fs.geometry().clone();
-        let place = || format!("group {number}");
         let desc = self.descriptor(number)?;
         let per_group = geometry.inodes_per_group;
         let unused = desc.itable_unused();
         if unused > per_group {
-            return Err(corrupt(place(), "more unused inodes than inodes"));
+            return Err(bad(number, GroupFault::UnusedInodes));
         }
-        let uninit = desc.flags().contains(GroupFlags::INODE_UNINIT);
+        let uninit = desc.flags().contains(GroupFlags::EXT4_BG_INODE_UNINIT);
         if uninit && unused != per_group && unused != 0 {
-            return Err(corrupt(place(), "an uninitialised group with used inodes"));
+            return Err(bad(number, GroupFault::UninitInodes));
         }
         let mut bitmap = Vec::new();
         if !uninit {
             bitmap = self.fs.source.block(desc.inode_bitmap())?.to_vec();
             let covered = bitmap.get(..per_group as usize / 8).unwrap_or(&[]);
             let computed = self.bitmap_checksum(covered);
-            if !per_group.is_multiple_of(8)
-                || computed
-                    != desc_checksum(
-                        desc.bg_inode_bitmap_csum_lo.get(),
-                        desc.bg_inode_bitmap_csum_hi.get(),
-                        geometry.desc_size,
-                        computed,
-                    )
-            {
-                return Err(corrupt(place(), "checksum of its inode bitmap does not match"));
+            let stored = stored_checksum(desc.inode_bitmap_csum(), geometry.desc_size, computed);
+            let place = Place::group(number).at_block(desc.inode_bitmap());
+            if !per_group.is_multiple_of(8) || computed != stored {
+                return Err(Ext4Error::corrupt(GroupFault::InodeBitmapChecksum, place));
             }
-            // That tool leaves it clear, and neither the kernel nor the writer of a bitmap looks at it.
+            // hcsshim's tar2ext4 leaves it clear, and neither the kernel nor any writer of a bitmap reads it.
             let padding = self.layout == Layout::Default;
             if (per_group..geometry.block_size * 8).any(|i| bit(&bitmap, i) != padding) {
-                return Err(corrupt(place(), "the padding of its inode bitmap is not set"));
+                return Err(Ext4Error::corrupt(GroupFault::InodeBitmapPadding, place));
             }
         }
         let (mut free, mut dirs) = (per_group, 0);
@@ -153,7 +154,7 @@ impl<R: ReadAt> Checker<R> {
             let mut index = 0;
             while index < per_group {
                 let n = per_read.min((per_group - index) as usize);
-                // Behind the last used inode the table is not read at all.
+                // After the last used inode the table is not read at all.
                 if (index..index + n as u32).all(|i| !bit(&bitmap, i)) && index >= per_group - unused {
                     index += n as u32;
                     continue;
@@ -163,28 +164,29 @@ impl<R: ReadAt> Checker<R> {
                 let bytes = std::mem::take(&mut buf);
                 for raw in bytes.chunks_exact(size).take(n) {
                     let ino = first + index;
+                    let inode = |fault| Ext4Error::corrupt(fault, Place::inode(ino));
                     if bit(&bitmap, index) {
                         if index >= per_group - unused {
-                            return Err(corrupt(format!("inode {ino}"), "used, but counted as never used"));
+                            return Err(inode(InodeFault::CountedUnused));
                         }
                         free -= 1;
                         self.report.inodes += 1;
                         self.inode(ino, raw)?;
                         dirs += u32::from(self.node(ino).is_some_and(|n| n.kind == kind::DIRECTORY));
-                    } else if ino < FIRST_INO {
-                        return Err(corrupt(format!("inode {ino}"), "a reserved inode is marked free"));
+                    } else if ino < EXT4_GOOD_OLD_FIRST_INO {
+                        return Err(inode(InodeFault::ReservedFree));
                     } else if raw.iter().any(|b| *b != 0) {
-                        return Err(corrupt(format!("inode {ino}"), "a free inode is not empty"));
+                        return Err(inode(InodeFault::FreeNotEmpty));
                     }
                     index += 1;
                 }
                 buf = bytes;
             }
-        } else if number * per_group < ROOT_INO {
-            return Err(corrupt(place(), "the first group is uninitialised"));
+        } else if number * per_group < EXT4_ROOT_INO {
+            return Err(bad(number, GroupFault::FirstUninit));
         }
         if desc.free_inodes() != free || desc.used_dirs() != dirs {
-            return Err(corrupt(place(), "its counts of free inodes or directories are wrong"));
+            return Err(bad(number, GroupFault::InodeCounts));
         }
         self.report.directories += u64::from(dirs);
         totals.free_inodes += u64::from(free);
@@ -194,48 +196,39 @@ impl<R: ReadAt> Checker<R> {
     /// Compares a group's block bitmap with the blocks that were claimed.
     pub(super) fn block_bitmap(&mut self, number: u32, totals: &mut Totals) -> Result<(), Ext4Error> {
         let geometry = self.fs.geometry();
-        let place = || format!("group {number}");
         let desc = self.descriptor(number)?;
         let first = geometry.group_first_block(number);
         let blocks = geometry.group_blocks(number);
-        let uninit = desc.flags().contains(GroupFlags::BLOCK_UNINIT);
+        let uninit = desc.flags().contains(GroupFlags::EXT4_BG_BLOCK_UNINIT);
         let free = (0..blocks).filter(|i| !self.blocks.is_used(first + u64::from(*i))).count() as u32;
         if uninit && number + 1 == geometry.groups {
-            // Its end may lie inside the group, which only a bitmap can tell.
-            return Err(corrupt(place(), "the last group's bitmap is not initialised"));
+            // Its end may be inside the group, which only a bitmap can show.
+            return Err(bad(number, GroupFault::LastUninit));
         }
         if uninit {
             // The kernel builds the bitmap from the descriptor: only the group's own tables may be in use.
             let own = self.own_blocks(number, &desc);
             if blocks - free != own {
-                return Err(corrupt(place(), "an uninitialised group with used blocks"));
+                return Err(bad(number, GroupFault::UninitBlocks));
             }
         } else {
             let bitmap = self.fs.source.block(desc.block_bitmap())?;
             let covered = bitmap.get(..geometry.blocks_per_group as usize / 8).unwrap_or(&[]);
             let computed = self.bitmap_checksum(covered);
-            if computed
-                != desc_checksum(
-                    desc.bg_block_bitmap_csum_lo.get(),
-                    desc.bg_block_bitmap_csum_hi.get(),
-                    geometry.desc_size,
-                    computed,
-                )
-            {
-                return Err(corrupt(place(), "checksum of its block bitmap does not match"));
+            let place = Place::group(number);
+            if computed != stored_checksum(desc.block_bitmap_csum(), geometry.desc_size, computed) {
+                let place = place.at_block(desc.block_bitmap());
+                return Err(Ext4Error::corrupt(GroupFault::BlockBitmapChecksum, place));
             }
             for i in 0..geometry.block_size * 8 {
-                let want = i >= blocks || self.blocks.is_used(first + u64::from(i));
-                if bit(&bitmap, i) != want {
-                    return Err(corrupt(
-                        place(),
-                        format!("its bitmap is wrong about block {}", first + u64::from(i)),
-                    ));
+                let block = first + u64::from(i);
+                if bit(&bitmap, i) != (i >= blocks || self.blocks.is_used(block)) {
+                    return Err(Ext4Error::corrupt(GroupFault::BlockBitmap, place.at_block(block)));
                 }
             }
         }
         if desc.free_blocks() != free {
-            return Err(corrupt(place(), "its count of free blocks is wrong"));
+            return Err(bad(number, GroupFault::FreeBlocks));
         }
         totals.free_blocks += u64::from(free);
         Ok(())
@@ -247,13 +240,14 @@ impl<R: ReadAt> Checker<R> {
         let first = geometry.group_first_block(number);
         let end = first + u64::from(geometry.group_blocks(number));
         let per_block = geometry.block_size / u32::from(geometry.desc_size);
-        let meta = geometry.has(incompat::META_BG) && number / per_block >= geometry.first_meta_bg;
+        let meta = geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_META_BG)
+            && number / per_block >= geometry.first_meta_bg;
         let mut own = u64::from(geometry.group_has_super(number));
         if meta {
             let within = number % per_block;
             own += u64::from(within == 0 || within == 1 || within == per_block - 1);
         } else if own == 1 {
-            own += if geometry.has(incompat::META_BG) {
+            own += if geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_META_BG) {
                 u64::from(geometry.first_meta_bg)
             } else {
                 u64::from(geometry.groups.div_ceil(per_block))
@@ -272,7 +266,6 @@ impl<R: ReadAt> Checker<R> {
 }
 
 /// A stored bitmap checksum; where only its low half is stored, the high half of `computed` is taken for it.
-fn desc_checksum(low: u16, high: u16, desc_size: u16, computed: u32) -> u32 {
-    let high = if desc_size >= 64 { u32::from(high) } else { computed >> 16 };
-    u32::from(low) | high << 16
+fn stored_checksum(stored: u32, desc_size: u16, computed: u32) -> u32 {
+    if usize::from(desc_size) >= DESC_SIZE { stored } else { stored & 0xFFFF | computed & 0xFFFF_0000 }
 }

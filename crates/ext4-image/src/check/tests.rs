@@ -4,12 +4,20 @@
 
 use super::*;
 use crate::{
-    BlockSize, Xattr,
+    BlockSize, FileKind, Xattr,
+    layout::{
+        dir::{self, seal_dx, seal_leaf},
+        group::GroupDesc,
+        inode::{InodeFlags, seal_inode},
+        superblock::Superblock,
+        xattr::{XattrHeader, xattr_block_checksum},
+    },
     writer::{Attributes, ImageWriter, NodeKind, WriterOptions},
 };
 use disk_io::{MemDisk, WriteAt};
 use std::{fs, path::Path, process::Command, sync::Arc};
 use tempfile::TempDir;
+use zerocopy::{FromBytes, IntoBytes};
 
 fn sh(script: &str) -> String {
     let out = Command::new("bash")
@@ -90,17 +98,6 @@ impl Random {
     }
 }
 
-/// Makes the checksum of an inode right.
-fn seal(raw: &mut [u8], ino: u32, seed: u32) {
-    raw[124..126].fill(0);
-    raw[130..132].fill(0);
-    let generation = u32_at(raw, 100);
-    let crc = |s, b: &[u8]| crate::reader::bytes::chksum(s, b);
-    let sum = crc(crc(crc(seed, &ino.to_le_bytes()), &generation.to_le_bytes()), raw);
-    raw[124..126].copy_from_slice(&(sum as u16).to_le_bytes());
-    raw[130..132].copy_from_slice(&((sum >> 16) as u16).to_le_bytes());
-}
-
 #[test]
 #[cfg_attr(windows, ignore = "needs e2fsprogs and mounts of Linux, the oracles")]
 fn what_e2fsck_refuses_is_refused() {
@@ -136,32 +133,25 @@ fn blocks_of(extent: &crate::Extent) -> impl Iterator<Item = u64> + use<> {
 }
 
 fn reseal(part: &mut [u8], sealing: Seal, seed: u32) {
-    use crate::{
-        layout::{checksum, dir, group::GroupDesc},
-        reader::bytes::chksum,
-    };
-    use zerocopy::{FromBytes, IntoBytes};
     match sealing {
         Seal::None => {}
-        Seal::Superblock => {
-            let sum = chksum(!0, &part[..0x3FC]);
-            part[0x3FC..].copy_from_slice(&sum.to_le_bytes());
-        }
+        Seal::Superblock => Superblock::mut_from_bytes(part).unwrap().seal(),
         Seal::Descriptor => {
             let mut desc = GroupDesc::read_from_bytes(part).unwrap();
             desc.seal(seed, 0);
             part.copy_from_slice(desc.as_bytes());
         }
-        Seal::Inode(ino) => seal(part, ino, seed),
-        Seal::Leaf(seed) => dir::seal_leaf(seed, part),
+        Seal::Inode(ino) => {
+            seal_inode(seed, ino, part);
+        }
+        Seal::Leaf(seed) => seal_leaf(seed, part),
         Seal::Index(seed, at) => {
-            let count = usize::from(u16_at(part, at + 2)).min(dir::dx_limit(part.len(), at));
-            dir::seal_dx(seed, part, at, count);
+            let count = dir::dx_countlimit(part, at).unwrap().1.min(dir::dx_limit(part.len(), at));
+            seal_dx(seed, part, at, count);
         }
         Seal::Xattrs(block) => {
-            part[16..20].fill(0);
-            let sum = checksum::xattr_block(seed, block, part);
-            part[16..20].copy_from_slice(&sum.to_le_bytes());
+            let sum = xattr_block_checksum(seed, block, part);
+            XattrHeader::mut_from_prefix(part).unwrap().0.h_checksum.set(sum);
         }
     }
 }
@@ -173,14 +163,13 @@ fn mutate(path: &Path, rounds: u32) {
     let geometry = fs_good.geometry().clone();
     let directories = check(MemDisk::from(good.clone()), CheckLimits::default()).unwrap().directories;
     let (bs, size) = (u64::from(geometry.block_size), u64::from(geometry.inode_size));
-    let raw = fs_good.raw_descriptor(0).unwrap().1;
-    let place = |at| u64::from(u32_at(&raw, at)) * bs;
+    let desc = fs_good.group(0).unwrap();
     let descriptors = geometry.descriptor_place(0).0 * bs;
     let mut places = vec![
         (1024, 1024, Seal::Superblock),
         (descriptors, 64, Seal::Descriptor),
-        (place(0), bs, Seal::None),
-        (place(4), 256.min(bs), Seal::None),
+        (desc.block_bitmap() * bs, bs, Seal::None),
+        (desc.inode_bitmap() * bs, 256.min(bs), Seal::None),
     ];
     // Directory and xattr blocks of used inodes; inodes of every kind.
     let mut inos = Vec::new();
@@ -190,7 +179,7 @@ fn mutate(path: &Path, rounds: u32) {
             let seed = inode.seed(&geometry);
             for (i, block) in fs_good.extents(&inode).unwrap().iter().flat_map(blocks_of).enumerate() {
                 let bytes = fs_good.source.block(block).unwrap();
-                let indexed = inode.has(crate::reader::inode::flags::INDEX);
+                let indexed = inode.has(InodeFlags::EXT4_INDEX_FL);
                 let seal = match crate::reader::dir::index_at(&bytes, i == 0, indexed) {
                     Some(at) => Seal::Index(seed, at),
                     None => Seal::Leaf(seed),
@@ -206,7 +195,7 @@ fn mutate(path: &Path, rounds: u32) {
             inos.push(u64::from(ino));
         }
     }
-    let table = place(8);
+    let table = desc.inode_table() * bs;
     let mut random = Random(0x1234_5678_9ABC_DEF1);
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut missed = Vec::new();

@@ -3,32 +3,41 @@
 //! Called by [`super::Checker::inode`].
 
 use super::{Checker, Layout};
-pub(super) use crate::reader::xattr::MAX_VALUE;
 use crate::{
-    Ext4Error, FileKind, Inode,
-    layout::acl,
-    layout::xattr::{block_hash, entry_hash, value_words},
-    reader::{
-        bytes::{chksum, u32_at},
-        corrupt,
-        inode::flags,
-        xattr::{BLOCK_HEADER, INDEX_SYSTEM, MAGIC, RawXattr, entries, prefix},
+    Ext4Error, FileKind, Inode, Place,
+    error::XattrFault,
+    layout::{
+        SECTOR, acl,
+        inode::{InodeFlags, RawInode},
+        xattr::{
+            BLOCK_HEADER_SIZE, EXT4_XATTR_INDEX_POSIX_ACL_ACCESS, EXT4_XATTR_INDEX_POSIX_ACL_DEFAULT,
+            EXT4_XATTR_INDEX_SECURITY, EXT4_XATTR_INDEX_SYSTEM, EXT4_XATTR_INDEX_TRUSTED,
+            EXT4_XATTR_INDEX_USER, XATTR_SIZE_MAX, block_hash, ea_inode_hash, entry_hash, value_words,
+        },
     },
+    reader::xattr::{BrokenList, RawXattr, block_header, entries, in_block, in_inode, inode_area},
 };
 use disk_io::ReadAt;
+use zerocopy::IntoBytes;
 
+/// Most inodes that share an xattr block (`EXT4_XATTR_REFCOUNT_MAX`).
+const REFCOUNT_MAX: u32 = 1024;
 const OVERLAY: &[u8] = b"overlay.";
-const INDEX_TRUSTED: u8 = 4;
 
-/// Whether the bytes that fill a value up to whole words are zero: they count in its hash.
+/// Whether the bytes that pad a value to whole words are zero: they count in its hash.
 fn padded_with_zeros(base: &[u8], x: &RawXattr<'_>) -> bool {
     let len = x.value.len();
     let (end, padded) = (x.value_offset + len, x.value_offset + len.next_multiple_of(4));
     base.get(end..padded).is_some_and(|rest| rest.iter().all(|b| *b == 0))
 }
 
-/// Checks that values lie behind the entries and do not overlap.
-fn layout(found: &[RawXattr<'_>], entries_end: usize) -> Result<(), &'static str> {
+/// Whether `e_hash` of an entry whose offsets count from the start of `base` fits name and value.
+fn hash_matches(base: &[u8], x: &RawXattr<'_>) -> bool {
+    x.hash == entry_hash(x.name, value_words(x.value)) && padded_with_zeros(base, x)
+}
+
+/// Checks that values are after the entries and do not overlap.
+fn layout(found: &[RawXattr<'_>], entries_end: usize) -> Result<(), BrokenList> {
     let mut spans: Vec<(usize, usize)> = found
         .iter()
         .filter(|x| x.value_inum == 0 && x.value_size > 0)
@@ -38,7 +47,7 @@ fn layout(found: &[RawXattr<'_>], entries_end: usize) -> Result<(), &'static str
     let mut end = entries_end;
     for (from, to) in spans {
         if from < end || !from.is_multiple_of(4) {
-            return Err("values of xattrs overlap");
+            return Err((XattrFault::Overlap, from));
         }
         end = to;
     }
@@ -48,43 +57,43 @@ fn layout(found: &[RawXattr<'_>], entries_end: usize) -> Result<(), &'static str
 impl<R: ReadAt> Checker<R> {
     /// Checks all xattrs of an inode; gives the 512-byte sectors that they add to its count.
     pub(super) fn xattrs(&mut self, inode: &Inode) -> Result<u64, Ext4Error> {
-        let bad = |reason: &'static str| corrupt(format!("inode {}, xattrs", inode.ino), reason);
-        let geometry = self.fs.geometry().clone();
+        let bad = |fault| Ext4Error::corrupt(fault, Place::inode(inode.ino));
+        let block_size = u64::from(self.fs.geometry().block_size);
         let mut sectors = 0;
         let mut names: Vec<(u8, Vec<u8>)> = Vec::new();
         let mut inline = false;
-        let area = inode.xattr_area();
-        if area.len() >= 4 && u32_at(area, 0) == MAGIC {
-            let area = area.get(4..).unwrap_or(&[]);
-            let (found, end) = entries(area, 0).map_err(bad)?;
-            layout(&found, end).map_err(bad)?;
+        if let Some(area) = inode_area(inode) {
+            let broken = |broken| in_inode(inode, broken);
+            let (found, end) = entries(area, 0).map_err(broken)?;
+            layout(&found, end).map_err(broken)?;
             for x in &found {
-                inline |= x.index == INDEX_SYSTEM && x.name == b"data";
-                if x.value_inum == 0
-                    && x.hash != 0
-                    && (x.hash != entry_hash(x.name, value_words(x.value)) || !padded_with_zeros(area, x))
-                {
-                    return Err(bad("hash of an xattr does not match"));
+                inline |= x.is_inline_data();
+                if x.value_inum == 0 && x.hash != 0 && !hash_matches(area, x) {
+                    return Err(bad(XattrFault::Hash));
                 }
                 sectors += self.xattr(inode, x, true)?;
                 names.push((x.index, x.name.to_vec()));
             }
-        } else if area.iter().any(|b| *b != 0) {
-            return Err(bad("bytes behind the inode are not xattrs"));
+        } else if inode.xattr_area().iter().any(|b| *b != 0) {
+            return Err(bad(XattrFault::NotXattrs));
         }
-        if inline != inode.has(flags::INLINE_DATA) {
-            return Err(bad("inline data without its flag, or the reverse"));
+        if inline != inode.has(InodeFlags::EXT4_INLINE_DATA_FL) {
+            return Err(bad(XattrFault::InlineData));
         }
         if let Some(block) = self.fs.xattr_block(inode)? {
-            sectors += u64::from(geometry.block_size) / 512;
-            let (found, end) = entries(&block, BLOCK_HEADER).map_err(bad)?;
+            let place = Place::inode(inode.ino).at_block(inode.file_acl);
+            let bad = |fault| Ext4Error::corrupt(fault, place);
+            let broken = |broken| in_block(inode, broken);
+            sectors += block_size / SECTOR;
+            let (found, end) = entries(&block, BLOCK_HEADER_SIZE).map_err(broken)?;
             let first = !self.shared.contains_key(&inode.file_acl);
             if first {
-                layout(&found, end).map_err(bad)?;
-                self.blocks.claim(inode.file_acl, 1, &|| format!("inode {}, xattrs", inode.ino))?;
-                let count = u32_at(&block, 4);
-                if count == 0 || count > 1024 {
-                    return Err(bad("an xattr block with an impossible count of owners"));
+                layout(&found, end).map_err(broken)?;
+                self.blocks.claim(inode.file_acl, 1, place)?;
+                let header = block_header(&block).ok_or_else(|| bad(XattrFault::BlockHeader))?;
+                let count = header.h_refcount.get();
+                if count == 0 || count > REFCOUNT_MAX {
+                    return Err(bad(XattrFault::BlockOwners));
                 }
                 self.shared.insert(inode.file_acl, count);
                 let hash = match self.layout {
@@ -92,87 +101,86 @@ impl<R: ReadAt> Checker<R> {
                     // 0: never shared.
                     Layout::Hcsshim => 0,
                 };
-                if u32_at(&block, 12) != hash || block.get(20..32).is_none_or(|r| r.iter().any(|b| *b != 0)) {
-                    return Err(bad("hash of an xattr block does not match"));
+                if header.h_hash.get() != hash || header.h_reserved.as_bytes().iter().any(|b| *b != 0) {
+                    return Err(bad(XattrFault::BlockHash));
                 }
-                for pair in found.windows(2) {
-                    if let [a, b] = pair
-                        && (a.index, a.name.len(), a.name) >= (b.index, b.name.len(), b.name)
-                    {
-                        return Err(bad("the xattrs of a block are not sorted"));
-                    }
+                if !found
+                    .is_sorted_by(|a, b| (a.index, a.name.len(), a.name) < (b.index, b.name.len(), b.name))
+                {
+                    return Err(bad(XattrFault::Unsorted));
                 }
             }
             match self.shared.get_mut(&inode.file_acl) {
                 Some(left) if *left > 0 => *left -= 1,
-                _ => return Err(bad("an xattr block has more owners than it says")),
+                _ => return Err(bad(XattrFault::BlockShared)),
             }
             for x in &found {
-                if x.index == INDEX_SYSTEM {
-                    return Err(bad("inline data outside the inode"));
+                if x.index == EXT4_XATTR_INDEX_SYSTEM {
+                    return Err(bad(XattrFault::InlineDataInBlock));
                 }
-                if x.value_inum == 0
-                    && (x.hash != entry_hash(x.name, value_words(x.value)) || !padded_with_zeros(&block, x))
-                {
-                    return Err(bad("hash of an xattr does not match"));
+                if x.value_inum == 0 && !hash_matches(&block, x) {
+                    return Err(bad(XattrFault::Hash));
                 }
-                // A shared block is one user of the values that lie elsewhere.
+                // A shared block counts as one user of the values in inodes of their own.
                 sectors += self.xattr(inode, x, first)?;
                 names.push((x.index, x.name.to_vec()));
             }
         }
         names.sort_unstable();
         if names.windows(2).any(|pair| matches!(pair, [a, b] if a == b)) {
-            return Err(bad("an xattr is there twice"));
+            return Err(bad(XattrFault::Duplicate));
         }
         Ok(sectors)
     }
 
     /// Checks one entry; gives the sectors of a value in its own inode, whose users are counted if this is a new one.
     fn xattr(&mut self, inode: &Inode, x: &RawXattr<'_>, count: bool) -> Result<u64, Ext4Error> {
-        let bad = |reason: &'static str| corrupt(format!("inode {}, xattrs", inode.ino), reason);
+        let bad = |fault| Err(Ext4Error::corrupt(fault, Place::inode(inode.ino)));
         match x.index {
-            2 | 3 if x.name.is_empty() && x.value_inum == 0 => {
+            EXT4_XATTR_INDEX_POSIX_ACL_ACCESS | EXT4_XATTR_INDEX_POSIX_ACL_DEFAULT
+                if x.name.is_empty() && x.value_inum == 0 =>
+            {
                 if acl::from_disk(x.value).is_none() || inode.kind == FileKind::Symlink {
-                    return Err(bad("a POSIX ACL is malformed"));
+                    return bad(XattrFault::Acl);
                 }
             }
-            1 | INDEX_TRUSTED | 6 if !x.name.is_empty() && !x.name.contains(&0) => {}
-            INDEX_SYSTEM if x.name == b"data" && x.value_inum == 0 => {}
-            _ => return Err(bad("an xattr has an impossible name")),
+            EXT4_XATTR_INDEX_USER | EXT4_XATTR_INDEX_TRUSTED | EXT4_XATTR_INDEX_SECURITY
+                if !x.name.is_empty() && !x.name.contains(&0) => {}
+            _ if x.is_inline_data() && x.value_inum == 0 => {}
+            _ => return bad(XattrFault::Name),
         }
-        if prefix(x.index).is_none() || inode.has(flags::EA_INODE) {
-            return Err(bad("an xattr where none may be"));
+        if inode.has(InodeFlags::EXT4_EA_INODE_FL) {
+            return bad(XattrFault::Forbidden);
         }
-        if x.index == INDEX_TRUSTED
+        if x.index == EXT4_XATTR_INDEX_TRUSTED
             && x.name.starts_with(OVERLAY)
             && !(x.name == b"overlay.opaque" && x.value == b"y" && inode.kind == FileKind::Directory)
         {
-            return Err(bad("an xattr of overlayfs that our writer does not write"));
+            return bad(XattrFault::Overlayfs);
         }
         if x.value_inum == 0 {
             return Ok(0);
         }
-        let geometry = self.fs.geometry().clone();
         if x.value_offset != 0 || x.value_size == 0 {
-            return Err(bad("a value in an inode and outside it"));
+            return bad(XattrFault::ValuePlace);
         }
         let holder = self.fs.inode(x.value_inum)?;
         if holder.kind != FileKind::File
-            || !holder.has(flags::EA_INODE)
+            || !holder.has(InodeFlags::EXT4_EA_INODE_FL)
             || holder.size != u64::from(x.value_size)
         {
-            return Err(bad("a value's inode is not what the entry says"));
+            return bad(XattrFault::ValueInode);
         }
-        let mut value = vec![0; x.value_size.min(MAX_VALUE) as usize];
+        let mut value = vec![0; (x.value_size as usize).min(XATTR_SIZE_MAX)];
         self.fs.read_file_at(&holder, 0, &mut value)?;
-        let hash = chksum(geometry.checksum_seed, &value);
-        if u32_at(&holder.raw, 8) != hash || x.hash != entry_hash(x.name, [hash]) {
-            return Err(bad("hash of a value in an inode does not match"));
+        let hash = ea_inode_hash(self.fs.geometry().checksum_seed, &value);
+        // The kernel keeps the hash in the access time of the value's inode.
+        if RawInode::from_slot(&holder.raw).i_atime.get() != hash || x.hash != entry_hash(x.name, [hash]) {
+            return bad(XattrFault::ValueHash);
         }
-        let Some(node) = self.node(x.value_inum) else { return Err(bad("a value's inode does not exist")) };
+        let block_size = u64::from(self.fs.geometry().block_size);
+        let Some(node) = self.node(x.value_inum) else { return bad(XattrFault::ValueInode) };
         node.parent_or_names = node.parent_or_names.saturating_add(u32::from(count));
-        let block = u64::from(geometry.block_size);
-        Ok(u64::from(x.value_size).next_multiple_of(block) / 512)
+        Ok(u64::from(x.value_size).next_multiple_of(block_size) / SECTOR)
     }
 }

@@ -1,7 +1,7 @@
 //! Xattrs: which go into the inode and which into a block, and their bytes.
 //!
 //! In the order of their full names each goes into the inode if it fits there, else into the block, else the entry is
-//! refused. The inode keeps that order. The block is then sorted, with a comparison that is no order at all:
+//! refused. The inode keeps that order. The block is then sorted, with a comparison that is not an order:
 //! `index < or length < or name <`. Where that leaves the block in an order in which Linux does not find its attributes,
 //! the entry is refused.
 
@@ -11,9 +11,10 @@ use crate::{
     layout::{
         inode::S_IFDIR,
         xattr::{
-            BLOCK_HEADER_SIZE, INDEX_SECURITY, INDEX_SYSTEM, INDEX_TRUSTED, INDEX_USER, INLINE_DATA_NAME,
-            INODE_HEADER_SIZE, XATTR_MAGIC, XATTR_NAME_MAX, XattrEntry, XattrHeader, entry_hash, split_name,
-            value_size, value_words, xattr_entry_size,
+            BLOCK_HEADER_SIZE, EXT4_XATTR_INDEX_SECURITY, EXT4_XATTR_INDEX_SYSTEM, EXT4_XATTR_INDEX_TRUSTED,
+            EXT4_XATTR_INDEX_USER, EXT4_XATTR_MAGIC, EXT4_XATTR_SYSTEM_DATA, INODE_HEADER_SIZE,
+            XATTR_NAME_MAX, XattrEntry, XattrHeader, entry_hash, split_name, value_size, value_words,
+            xattr_entry_size,
         },
     },
 };
@@ -53,8 +54,9 @@ fn length((_, name, value): Stored<'_>) -> usize {
 fn check(x: &Xattr, file_type: u16) -> Result<()> {
     let name = x.name.escape_ascii();
     match split_name(&x.name) {
-        Some((INDEX_USER | INDEX_TRUSTED | INDEX_SECURITY, rest)) if rest.len() <= XATTR_NAME_MAX => {}
-        Some((INDEX_USER | INDEX_TRUSTED | INDEX_SECURITY, _)) => {
+        Some((EXT4_XATTR_INDEX_USER | EXT4_XATTR_INDEX_TRUSTED | EXT4_XATTR_INDEX_SECURITY, rest))
+            if rest.len() <= XATTR_NAME_MAX => {}
+        Some((EXT4_XATTR_INDEX_USER | EXT4_XATTR_INDEX_TRUSTED | EXT4_XATTR_INDEX_SECURITY, _)) => {
             return Err(refuse(format!("xattr \"{name}\" has a name of more than {XATTR_NAME_MAX} bytes")));
         }
         _ => {
@@ -84,7 +86,7 @@ impl Attrs {
         let mut block_left = BLOCK as usize - BLOCK_HEADER_SIZE - 4;
         if let Some(extra) = inline_extra {
             // At most all of it: the largest inline file is made so.
-            inode_left -= xattr_entry_size(INLINE_DATA_NAME.len()) + value_size(extra);
+            inode_left -= xattr_entry_size(EXT4_XATTR_SYSTEM_DATA.len()) + value_size(extra);
         }
         for (name, value) in xattrs {
             let x = Xattr { name, value };
@@ -116,7 +118,7 @@ impl Attrs {
     /// The xattr block.
     pub(super) fn block_bytes(&self) -> Vec<u8> {
         let mut header = XattrHeader::new_zeroed();
-        header.h_magic.set(XATTR_MAGIC);
+        header.h_magic.set(EXT4_XATTR_MAGIC);
         header.h_refcount.set(1);
         header.h_blocks.set(1);
         let mut block = vec![0; BLOCK as usize];
@@ -193,7 +195,7 @@ pub(super) fn put_in_inode(attrs: Option<&Attrs>, inline_data: Option<&[u8]>, ar
         return;
     }
     let (magic, body) = area.split_at_mut(INODE_HEADER_SIZE);
-    magic.copy_from_slice(&XATTR_MAGIC.to_le_bytes());
-    let data = inline_data.map(|value| (INDEX_SYSTEM, INLINE_DATA_NAME, value));
+    magic.copy_from_slice(&EXT4_XATTR_MAGIC.to_le_bytes());
+    let data = inline_data.map(|value| (EXT4_XATTR_INDEX_SYSTEM, EXT4_XATTR_SYSTEM_DATA, value));
     put(data.into_iter().chain(inline.iter().map(stored)), body, 0);
 }

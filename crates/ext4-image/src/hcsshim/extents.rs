@@ -2,7 +2,7 @@
 
 use super::{BLOCK, Content, HcsshimWriter, Result};
 use crate::layout::{
-    extent::{ENTRY_SIZE, EXTENT_MAX_LEN, ExtentHeader, ROOT_MAX, RawExtent, RawIndex},
+    extent::{ENTRY_SIZE, EXT_INIT_MAX_LEN, ExtentHeader, ROOT_MAX, RawExtent, RawIndex},
     inode::{I_BLOCK_SIZE, InodeFlags},
 };
 use disk_io::WriteAt;
@@ -13,17 +13,17 @@ pub(super) const LEAF_MAX: u32 = (BLOCK as u32) / (ENTRY_SIZE as u32) - 1;
 
 /// Header and extents of a run, in a node of `max` entries.
 fn fill(node: &mut [u8], max: u16, start: u32, blocks: u32) {
-    let count = blocks.div_ceil(EXTENT_MAX_LEN);
+    let count = blocks.div_ceil(EXT_INIT_MAX_LEN);
     node[..ENTRY_SIZE].copy_from_slice(ExtentHeader::new(count as u16, max, 0).as_bytes());
     for (i, entry) in (0..count).zip(node[ENTRY_SIZE..].chunks_exact_mut(ENTRY_SIZE)) {
-        let logical = i * EXTENT_MAX_LEN;
-        let length = (blocks - logical).min(EXTENT_MAX_LEN);
+        let logical = i * EXT_INIT_MAX_LEN;
+        let length = (blocks - logical).min(EXT_INIT_MAX_LEN);
         entry.copy_from_slice(RawExtent::new(logical, u64::from(start + logical), length).as_bytes());
     }
 }
 
 fn needs_leaf(blocks: u32) -> bool {
-    blocks.div_ceil(EXTENT_MAX_LEN) > u32::from(ROOT_MAX)
+    blocks.div_ceil(EXT_INIT_MAX_LEN) > u32::from(ROOT_MAX)
 }
 
 /// `i_block` of a run.
@@ -56,7 +56,7 @@ impl<W: WriteAt> HcsshimWriter<W> {
             used += 1;
         }
         let node = &mut self.nodes[node as usize];
-        node.flags |= InodeFlags::EXTENTS.bits();
+        node.flags |= InodeFlags::EXT4_EXTENTS_FL.bits();
         node.blocks += used;
         node.content = Content::Run { start, blocks };
         Ok(())

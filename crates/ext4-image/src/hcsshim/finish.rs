@@ -10,13 +10,10 @@ use super::{
 use crate::{
     Ext4Error,
     layout::{
-        FIRST_INO,
+        EXT4_GOOD_OLD_FIRST_INO,
         group::GroupDesc,
         inode::{EXTRA_ISIZE, I_BLOCK_SIZE, InodeFlags, RawInode},
-        superblock::{
-            Compat, ERRORS_CONTINUE, Incompat, MAGIC, REV_DYNAMIC, RoCompat, STATE_VALID, SUPERBLOCK_OFFSET,
-            Superblock,
-        },
+        superblock::{self, Compat, Incompat, RoCompat, SUPERBLOCK_OFFSET, Superblock},
     },
     writer::ImageSummary,
 };
@@ -86,7 +83,7 @@ fn encode(node: &Node, slot: &mut [u8; INODE_SIZE]) {
     raw.set_size(node.size);
     raw.i_links_count.set(node.links as u16);
     raw.i_blocks_lo.set(node.blocks);
-    raw.i_flags.set(node.flags | InodeFlags::HUGE_FILE.bits());
+    raw.i_flags.set(node.flags | InodeFlags::EXT4_HUGE_FILE_FL.bits());
     raw.i_file_acl_lo.set(node.xattr_block);
     raw.i_extra_isize.set(EXTRA_ISIZE);
     raw.i_atime.set(node.atime.low());
@@ -97,7 +94,7 @@ fn encode(node: &Node, slot: &mut [u8; INODE_SIZE]) {
     raw.i_mtime_extra.set(node.mtime.extra());
     raw.i_crtime.set(node.mtime.low());
     raw.i_crtime_extra.set(node.mtime.extra());
-    let mut inline_data = node.flags & InodeFlags::INLINE_DATA.bits() != 0;
+    let mut inline_data = node.flags & InodeFlags::EXT4_INLINE_DATA_FL.bits() != 0;
     let mut rest: &[u8] = &[];
     match &node.content {
         Content::None => {}
@@ -203,8 +200,8 @@ impl<W: WriteAt> HcsshimWriter<W> {
     /// The node of an inode, `None` for free and reserved ones.
     fn by_ino(&self, ino: u32) -> Option<&Node> {
         match ino {
-            super::ROOT_INO => self.nodes.first(),
-            FIRST_INO.. => self.nodes.get((ino - FIRST_INO + 1) as usize),
+            super::EXT4_ROOT_INO => self.nodes.first(),
+            EXT4_GOOD_OLD_FIRST_INO.. => self.nodes.get((ino - EXT4_GOOD_OLD_FIRST_INO + 1) as usize),
             _ => None,
         }
     }
@@ -222,32 +219,31 @@ impl<W: WriteAt> HcsshimWriter<W> {
     }
 
     fn superblock(&self, shape: Shape, disk: u32, free_blocks: u32, free_inodes: u32) -> Superblock {
-        let mut incompat = Incompat::FILETYPE | Incompat::EXTENTS | Incompat::FLEX_BG;
-        incompat.set(Incompat::INLINE_DATA, self.inline_data);
-        let compat = Compat::SPARSE_SUPER2 | Compat::EXT_ATTR;
-        let ro = RoCompat::LARGE_FILE | RoCompat::HUGE_FILE | RoCompat::EXTRA_ISIZE | RoCompat::READONLY;
-        let mut sb = Superblock::new_zeroed();
-        sb.s_inodes_count.set(shape.groups * shape.inodes_per_group);
-        sb.s_blocks_count_lo.set(disk);
-        sb.s_free_blocks_count_lo.set(free_blocks);
-        sb.s_free_inodes_count.set(free_inodes);
-        sb.s_log_block_size.set(LOG_BLOCK_SIZE);
-        sb.s_log_cluster_size.set(LOG_BLOCK_SIZE);
-        sb.s_blocks_per_group.set(GROUP_BLOCKS);
-        sb.s_clusters_per_group.set(GROUP_BLOCKS);
-        sb.s_inodes_per_group.set(shape.inodes_per_group);
-        sb.s_magic.set(MAGIC);
-        sb.s_state.set(STATE_VALID);
-        sb.s_errors.set(ERRORS_CONTINUE);
-        sb.s_rev_level.set(REV_DYNAMIC);
-        sb.s_first_ino.set(FIRST_INO);
-        sb.s_lpf_ino.set(FIRST_INO);
-        sb.s_inode_size.set(INODE_SIZE as u16);
-        sb.s_feature_compat.set(compat.bits());
-        sb.s_feature_incompat.set(incompat.bits());
-        sb.s_feature_ro_compat.set(ro.bits());
-        sb.s_min_extra_isize.set(EXTRA_ISIZE);
-        sb.s_want_extra_isize.set(EXTRA_ISIZE);
+        let mut incompat = Incompat::EXT4_FEATURE_INCOMPAT_FILETYPE
+            | Incompat::EXT4_FEATURE_INCOMPAT_EXTENTS
+            | Incompat::EXT4_FEATURE_INCOMPAT_FLEX_BG;
+        incompat.set(Incompat::EXT4_FEATURE_INCOMPAT_INLINE_DATA, self.inline_data);
+        let compat = Compat::EXT4_FEATURE_COMPAT_SPARSE_SUPER2 | Compat::EXT4_FEATURE_COMPAT_EXT_ATTR;
+        let ro = RoCompat::EXT4_FEATURE_RO_COMPAT_LARGE_FILE
+            | RoCompat::EXT4_FEATURE_RO_COMPAT_HUGE_FILE
+            | RoCompat::EXT4_FEATURE_RO_COMPAT_EXTRA_ISIZE
+            | RoCompat::EXT4_FEATURE_RO_COMPAT_READONLY;
+        let mut sb = Superblock::new(&superblock::Shape {
+            blocks_count: u64::from(disk),
+            free_blocks_count: u64::from(free_blocks),
+            inodes_count: shape.groups * shape.inodes_per_group,
+            free_inodes_count: free_inodes,
+            first_data_block: 0,
+            log_block_size: LOG_BLOCK_SIZE,
+            blocks_per_group: GROUP_BLOCKS,
+            inodes_per_group: shape.inodes_per_group,
+            inode_size: INODE_SIZE as u16,
+            extra_isize: EXTRA_ISIZE,
+            compat,
+            incompat,
+            ro_compat: ro,
+        });
+        sb.s_lpf_ino.set(EXT4_GOOD_OLD_FIRST_INO);
         sb.s_log_groups_per_flex = LOG_GROUPS_PER_FLEX;
         sb
     }

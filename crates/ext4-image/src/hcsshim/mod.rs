@@ -1,8 +1,7 @@
-//! A second image writer, whose images are byte for byte those of hcsshim's `tar2ext4`.
+//! A second image writer: its images equal those of hcsshim's `tar2ext4` byte for byte.
 //!
 //! Hosts that attest their layers keep the dm-verity root hash of what that tool makes of a tar; only the same bytes
-//! give the same hash. So this module has no freedom in its layout, and no taste: [`crate::writer`] is the better
-//! one in all else.
+//! give the same hash. So byte compatibility dictates every choice here; [`crate::writer`] is better in all else.
 //!
 //! ```text
 //!   block 0      1 … gd       1+gd …                                              bitmaps         end
@@ -19,13 +18,14 @@
 //!   with wrong extents, …) is refused as [`Ext4Error::Unsupported`], never written. `docs/hcsshim-profile.md` has the
 //!   list.
 //!
-//! Knows nothing of tar and of whiteouts: that half of the tool is `diff::apply::hcsshim`, the only caller. Memory: about
+//! Does not handle tar and whiteouts: that half of the tool is `layer_codec::apply::hcsshim`, the only caller. Memory: about
 //! 250 bytes a node with its name, and the inline data.
 
 mod attrs;
 mod dirs;
 mod extents;
 mod finish;
+mod node;
 mod out;
 #[cfg(test)]
 mod tests;
@@ -34,18 +34,16 @@ mod time;
 use super::{
     Ext4Error, Place, Xattr,
     layout::{
-        FIRST_INO, LINK_MAX, NAME_MAX, ROOT_INO,
+        EXT4_GOOD_OLD_FIRST_INO, EXT4_LINK_MAX, EXT4_NAME_LEN, EXT4_ROOT_INO,
         extent::looks_like_root,
-        inode::{
-            I_BLOCK_SIZE, InodeFlags, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK,
-        },
+        inode::{I_BLOCK_SIZE, InodeFlags, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG},
     },
     writer::{Attributes, NodeId, NodeKind, Placed, Result},
 };
 use attrs::Attrs;
 use disk_io::WriteAt;
+use node::{Content, NewNode, Node, content};
 use out::Out;
-use std::collections::{BTreeMap, HashMap};
 use time::Stamp;
 
 /// Size of a block.
@@ -97,67 +95,6 @@ impl Default for HcsshimOptions {
     }
 }
 
-/// What a node has beside its attributes.
-#[derive(Debug, Clone, Default)]
-enum Content {
-    #[default]
-    None,
-    /// Short target or inline data.
-    Bytes(Box<[u8]>),
-    /// Adjacent blocks. With more than four extents their leaf is the block after them.
-    Run { start: u32, blocks: u32 },
-    /// The number as it stands in `i_block`.
-    Device(u32),
-}
-
-/// Nodes of a directory by their names.
-#[derive(Debug, Clone, Default)]
-struct Children(HashMap<Box<[u8]>, u32>);
-
-#[derive(Debug, Clone, Default)]
-struct Node {
-    mode: u16,
-    uid: u32,
-    gid: u32,
-    /// Also the creation time.
-    mtime: Stamp,
-    atime: Stamp,
-    ctime: Stamp,
-    size: u64,
-    links: u32,
-    /// `INLINE_DATA` and `EXTENTS`.
-    flags: u32,
-    xattr_block: u32,
-    /// `i_blocks`, in blocks.
-    blocks: u32,
-    content: Content,
-    attrs: Option<Box<Attrs>>,
-    children: Option<Box<Children>>,
-}
-
-impl Node {
-    fn is_dir(&self) -> bool {
-        self.mode & S_IFMT == S_IFDIR
-    }
-
-    fn has(&self, flag: InodeFlags) -> bool {
-        self.flags & flag.bits() != 0
-    }
-}
-
-/// A node to be made, times packed.
-struct NewNode {
-    kind: NodeKind,
-    size: u64,
-    permissions: u16,
-    uid: u32,
-    gid: u32,
-    mtime: Stamp,
-    atime: Stamp,
-    ctime: Stamp,
-    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-}
-
 /// The file being written.
 #[derive(Debug)]
 struct OpenFile {
@@ -185,7 +122,7 @@ fn refuse(what: impl Into<String>) -> Ext4Error {
 }
 
 fn ino_of(node: u32) -> u32 {
-    if node == 0 { ROOT_INO } else { FIRST_INO - 1 + node }
+    if node == 0 { EXT4_ROOT_INO } else { EXT4_GOOD_OLD_FIRST_INO - 1 + node }
 }
 
 impl<W: WriteAt> HcsshimWriter<W> {
@@ -297,8 +234,8 @@ impl<W: WriteAt> HcsshimWriter<W> {
         if self.node(target).is_dir() {
             return Err(refuse("a hard link to a directory"));
         }
-        if existing != Some(target.0) && self.node(target).links >= LINK_MAX {
-            return Err(refuse(format!("more than {LINK_MAX} names of a file")));
+        if existing != Some(target.0) && self.node(target).links >= EXT4_LINK_MAX {
+            return Err(refuse(format!("more than {EXT4_LINK_MAX} names of a file")));
         }
         if let Some(existing) = existing {
             self.nodes[existing as usize].links -= 1;
@@ -311,7 +248,7 @@ impl<W: WriteAt> HcsshimWriter<W> {
     /// Opens a file for the data of the size it was created with.
     pub fn begin_file(&mut self, node: NodeId) -> Result<()> {
         let n = self.node(node);
-        if self.open.is_some() || n.mode & S_IFMT != S_IFREG || n.has(InodeFlags::EXTENTS) {
+        if self.open.is_some() || n.mode & S_IFMT != S_IFREG || n.has(InodeFlags::EXT4_EXTENTS_FL) {
             return Err(Ext4Error::usage("a file that cannot be opened for writing"));
         }
         self.open = Some(OpenFile { node: node.0, size: n.size, written: 0, inline: Vec::new() });
@@ -327,7 +264,7 @@ impl<W: WriteAt> HcsshimWriter<W> {
         };
         file.written = end;
         let len = data.len() as u64;
-        if self.nodes[file.node as usize].has(InodeFlags::INLINE_DATA) {
+        if self.nodes[file.node as usize].has(InodeFlags::EXT4_INLINE_DATA_FL) {
             file.inline.resize(offset as usize, 0);
             file.inline.extend_from_slice(data);
             placed(Placed::Inline { len });
@@ -343,7 +280,7 @@ impl<W: WriteAt> HcsshimWriter<W> {
     /// Ends the open file; what was not written is zeros.
     pub fn end_file(&mut self) -> Result<()> {
         let Some(mut file) = self.open.take() else { return Err(Ext4Error::usage("no file is open")) };
-        if self.nodes[file.node as usize].has(InodeFlags::INLINE_DATA) {
+        if self.nodes[file.node as usize].has(InodeFlags::EXT4_INLINE_DATA_FL) {
             file.inline.resize(file.size as usize, 0);
             let mut i_block = [0; I_BLOCK_SIZE];
             let n = file.inline.len().min(I_BLOCK_SIZE);
@@ -377,8 +314,8 @@ impl<W: WriteAt> HcsshimWriter<W> {
         if !self.node(dir).is_dir() {
             return Err(refuse("a name below something that is no directory"));
         }
-        if name.len() > NAME_MAX {
-            return Err(refuse(format!("a name of {} bytes (at most {NAME_MAX})", name.len())));
+        if name.len() > EXT4_NAME_LEN {
+            return Err(refuse(format!("a name of {} bytes (at most {EXT4_NAME_LEN})", name.len())));
         }
         if name.is_empty() {
             return Ok(Some(dir.0));
@@ -395,7 +332,8 @@ impl<W: WriteAt> HcsshimWriter<W> {
     /// A directory like `node`, without its xattrs.
     fn copy_of(&self, node: NodeId) -> Result<NewNode> {
         let n = self.node(node);
-        let again = |t: Stamp| t.again().ok_or_else(|| refuse("a folder that takes over a date before 1970"));
+        let again =
+            |t: Stamp| t.again().ok_or_else(|| refuse("a directory that inherits a date before 1970"));
         Ok(NewNode {
             permissions: n.mode & 0o7777,
             uid: n.uid,
@@ -422,8 +360,8 @@ impl<W: WriteAt> HcsshimWriter<W> {
                 return Err(refuse("something that is no directory is there already"));
             }
             Some((e, known)) if is_dir || known.links < 2 => reuse = Some(e),
-            None if is_dir && self.node(dir).links >= LINK_MAX => {
-                return Err(refuse(format!("more than {} folders in a folder", LINK_MAX - 2)));
+            None if is_dir && self.node(dir).links >= EXT4_LINK_MAX => {
+                return Err(refuse(format!("more than {} subdirectories of a directory", EXT4_LINK_MAX - 2)));
             }
             Some(_) | None => {}
         }
@@ -447,11 +385,11 @@ impl<W: WriteAt> HcsshimWriter<W> {
             None => Node { links: u32::from(new.kind == NodeKind::Directory), ..Node::default() },
             Some(known) => {
                 let known = &mut self.nodes[known as usize];
-                if known.has(InodeFlags::EXTENTS) {
-                    return Err(refuse("it is there already, and has data on the disk"));
+                if known.has(InodeFlags::EXT4_EXTENTS_FL) {
+                    return Err(refuse("the name exists, and its file has data on the disk"));
                 }
-                if known.has(InodeFlags::INLINE_DATA) {
-                    return Err(refuse("it is there already, and has data in its inode"));
+                if known.has(InodeFlags::EXT4_INLINE_DATA_FL) {
+                    return Err(refuse("the name exists, and its file has data in its inode"));
                 }
                 std::mem::take(known)
             }
@@ -470,7 +408,7 @@ impl<W: WriteAt> HcsshimWriter<W> {
         }
         let mut inline_extra = None;
         if file_type == S_IFREG && self.inline_data && new.size <= INLINE_MAX {
-            node.flags = InodeFlags::INLINE_DATA.bits();
+            node.flags = InodeFlags::EXT4_INLINE_DATA_FL.bits();
             inline_extra = Some((new.size as usize).saturating_sub(I_BLOCK_SIZE));
         }
         let mut target = None;
@@ -516,49 +454,4 @@ impl<W: WriteAt> HcsshimWriter<W> {
         }
         Ok(id)
     }
-}
-
-impl NewNode {
-    fn empty(kind: NodeKind) -> Self {
-        let never = Stamp::default();
-        Self {
-            kind,
-            size: 0,
-            permissions: 0,
-            uid: 0,
-            gid: 0,
-            mtime: never,
-            atime: never,
-            ctime: never,
-            xattrs: BTreeMap::new(),
-        }
-    }
-}
-
-/// Type bits of the mode, and what lies in the inode.
-fn content(new: &NewNode) -> Result<(u16, Content)> {
-    let device = |major: u32, minor: u32| {
-        if major > 0xfff || minor > 0xf_ffff {
-            return Err(refuse(format!("device number {major}:{minor}")));
-        }
-        Ok(Content::Device(minor & 0xff | major << 8 | (minor & !0xff) << 12))
-    };
-    Ok(match &new.kind {
-        NodeKind::Directory => (S_IFDIR, Content::None),
-        NodeKind::File if new.size > FILE_MAX => {
-            return Err(refuse(format!(
-                "a file of {} bytes (beyond {FILE_MAX} hcsshim's tar2ext4 writes wrong extents)",
-                new.size
-            )));
-        }
-        NodeKind::File => (S_IFREG, Content::None),
-        NodeKind::Symlink { target } if target.is_empty() || target.len() > SYMLINK_MAX => {
-            return Err(refuse(format!("a symbolic link's target of {} bytes", target.len())));
-        }
-        NodeKind::Symlink { target } => (S_IFLNK, Content::Bytes(target.as_slice().into())),
-        NodeKind::CharDevice { major, minor } => (S_IFCHR, device(*major, *minor)?),
-        NodeKind::BlockDevice { major, minor } => (S_IFBLK, device(*major, *minor)?),
-        NodeKind::Fifo => (S_IFIFO, Content::None),
-        NodeKind::Socket => (S_IFSOCK, Content::None),
-    })
 }

@@ -23,7 +23,7 @@ fn u32_at(b: &[u8], at: usize) -> Option<u32> {
 }
 
 /// The on-disk form of an ACL as `setxattr` takes it; `None` if it is malformed.
-pub fn to_disk(xattr: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn to_disk(xattr: &[u8]) -> Option<Vec<u8>> {
     if u32_at(xattr, 0)? != VERSION_XATTR {
         return None;
     }
@@ -40,7 +40,7 @@ pub fn to_disk(xattr: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// The form that `getxattr` gives of an on-disk ACL; `None` if it is malformed.
-pub fn from_disk(disk: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn from_disk(disk: &[u8]) -> Option<Vec<u8>> {
     if u32_at(disk, 0)? != VERSION_DISK {
         return None;
     }

@@ -3,12 +3,8 @@
 //! Source: Documentation/filesystems/ext4/directory.rst (hash tree), RFC 1320 for MD4's functions; fs/ext4/hash.c fixes
 //! the order of words and shifts. Used by the writer, the reader and the checker.
 
-/// `hash_version` values on disk.
-pub const HASH_LEGACY: u8 = 0;
-/// Half of MD4.
-pub const HASH_HALF_MD4: u8 = 1;
-/// The Tiny Encryption Algorithm.
-pub const HASH_TEA: u8 = 2;
+/// `hash_version`: half of MD4.
+pub(crate) const DX_HASH_HALF_MD4: u8 = 1;
 
 const INITIAL: [u32; 4] = [0x6745_2301, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476];
 /// The largest hash is kept free: it marks the end of a directory when it is read.
@@ -49,7 +45,7 @@ fn pack(chunk: &[u8], len: usize) -> [u32; 8] {
 }
 
 /// Major and minor hash of a name (at most 255 bytes). The lowest bit of the major hash is always 0.
-pub fn half_md4(name: &[u8], seed: &[u32; 4]) -> (u32, u32) {
+pub(crate) fn half_md4(name: &[u8], seed: &[u32; 4]) -> (u32, u32) {
     let mut state = if seed.iter().all(|&w| w == 0) { INITIAL } else { *seed };
     for (i, chunk) in name.chunks(32).enumerate() {
         let words = pack(chunk, name.len() - i * 32);

@@ -8,37 +8,44 @@
 //! ```
 //!
 //! All numbers are little-endian and unaligned (`zerocopy::little_endian`), so every struct can be laid over any byte
-//! slice of sufficient length. Field names are the kernel's. Sources: Documentation/filesystems/ext4, fs/ext4/ext4.h,
-//! ext4_extents.h, xattr.h, acl.h. Called by `ext4::{writer, format, reader, check}` only.
+//! slice of sufficient length. Names of fields, flags and constants are the kernel's, so that a search for
+//! `EXT4_FEATURE_INCOMPAT_EXTENTS` or `s_feature_incompat` finds every use: the writers, the formatter, the reader and the
+//! checker have no second description. That both sides agree with the kernel, and not only with each other, is what
+//! `e2fsck` and kernel mounts prove in the tests. Sources: Documentation/filesystems/ext4, fs/ext4/ext4.h,
+//! ext4_extents.h, xattr.h, acl.h, include/linux/jbd2.h.
+#![expect(
+    clippy::struct_field_names,
+    reason = "fields have the kernel's names, which have a prefix for each structure"
+)]
 
-pub mod acl;
-pub mod checksum;
-pub mod dir;
-pub mod extent;
-pub mod group;
-pub mod hash;
-pub mod inode;
-pub mod journal;
-pub mod superblock;
-pub mod time;
-pub mod xattr;
+pub(crate) mod acl;
+pub(crate) mod checksum;
+pub(crate) mod dir;
+pub(crate) mod extent;
+pub(crate) mod group;
+pub(crate) mod hash;
+pub(crate) mod inode;
+pub(crate) mod journal;
+pub(crate) mod superblock;
+pub(crate) mod time;
+pub(crate) mod xattr;
 
 pub use time::Timestamp;
 
 /// Inode number of the bad-blocks file.
-pub const BAD_INO: u32 = 1;
+pub(crate) const EXT4_BAD_INO: u32 = 1;
 /// Inode number of the root directory.
-pub const ROOT_INO: u32 = 2;
+pub(crate) const EXT4_ROOT_INO: u32 = 2;
 /// Inode number of the internal journal.
-pub const JOURNAL_INO: u32 = 8;
+pub(crate) const EXT4_JOURNAL_INO: u32 = 8;
 /// First inode number that is not reserved.
-pub const FIRST_INO: u32 = 11;
+pub(crate) const EXT4_GOOD_OLD_FIRST_INO: u32 = 11;
 /// Most names that an inode may have (`EXT4_LINK_MAX`).
-pub const LINK_MAX: u32 = 65_000;
+pub const EXT4_LINK_MAX: u32 = 65_000;
 /// Longest name of a directory entry, in bytes.
-pub const NAME_MAX: usize = 255;
+pub(crate) const EXT4_NAME_LEN: usize = 255;
 /// Size of a sector in bytes: the unit of `i_blocks`.
-pub const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 
 /// Size of a file system block. Larger ones than 4 KiB cannot be mounted on common machines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

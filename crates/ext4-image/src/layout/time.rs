@@ -23,7 +23,7 @@ impl Timestamp {
         (low, epoch | self.nanos.min(999_999_999) << 2)
     }
 
-    /// The time that an on-disk pair means. Nanoseconds are given as they stand (up to 2^30 - 1 in a broken image).
+    /// The time that an on-disk pair means. Nanoseconds are not checked (up to 2^30 - 1 in a broken image).
     pub fn decode(low: u32, extra: u32) -> Self {
         Self { secs: i64::from(low as i32) + (i64::from(extra & 3) << 32), nanos: extra >> 2 }
     }

@@ -11,21 +11,28 @@
 
 use super::{
     Ext4,
-    bytes::{chksum, u8_at, u16_at, u32_at},
-    corrupt,
-    inode::{FileKind, Inode, flags},
-    superblock::{Geometry, incompat},
-    unsupported, xattr,
+    inode::{FileKind, Inode},
+    superblock::Geometry,
+    xattr,
 };
-use crate::Ext4Error;
+use crate::{
+    Ext4Error, Place,
+    error::DirFault,
+    layout::{
+        EXT4_NAME_LEN,
+        dir::{
+            DX_NODE_OFFSET, DX_ROOT_OFFSET, DirEntryHead, HEAD_SIZE, INLINE_DOTDOT_SIZE, dx_checksum_matches,
+            entry_size, leaf_checksum_matches,
+        },
+        inode::InodeFlags,
+        superblock::Incompat,
+    },
+};
 use disk_io::ReadAt;
+use zerocopy::FromBytes;
 
 /// The largest directory that is read, in bytes: more than ten million short names.
 pub(crate) const MAX_DIR_BYTES: u64 = 512 << 20;
-/// Bytes of an entry before its name.
-const HEAD: usize = 8;
-/// `EXT4_FT_DIR_CSUM`.
-const CHECKSUM_TYPE: u8 = 0xDE;
 
 /// A name in a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,103 +56,92 @@ pub(crate) struct RawEntry<'a> {
     pub(crate) name: &'a [u8],
 }
 
-/// Reads the entry at `at`; the error says what is wrong with it.
-pub(crate) fn entry<'a>(buf: &'a [u8], at: usize, geometry: &Geometry) -> Result<RawEntry<'a>, &'static str> {
+/// Reads the entry at `at`; the error is the rule that it breaks.
+pub(crate) fn entry<'a>(buf: &'a [u8], at: usize, geometry: &Geometry) -> Result<RawEntry<'a>, DirFault> {
     let rest = buf.get(at..).unwrap_or(&[]);
-    if rest.len() < HEAD {
-        return Err("a directory entry is cut off");
-    }
-    let stored = usize::from(u16_at(rest, 4));
+    let Ok((head, after)) = DirEntryHead::ref_from_prefix(rest) else {
+        return Err(DirFault::EntryCutOff);
+    };
+    let stored = usize::from(head.rec_len.get());
     // Blocks of 64 KiB need a length that 16 bits do not hold (`ext4_rec_len_from_disk`).
     let rec_len =
         if geometry.block_size == 65536 && (stored == 65535 || stored == 0) { 65536 } else { stored };
-    let (name_len, file_type) = if geometry.has(incompat::FILETYPE) {
-        (usize::from(u8_at(rest, 6)), u8_at(rest, 7))
+    let (name_len, file_type) = if geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_FILETYPE) {
+        (usize::from(head.name_len), head.file_type)
     } else {
-        (usize::from(u16_at(rest, 6)), 0)
+        (usize::from(u16::from_le_bytes([head.name_len, head.file_type])), 0)
     };
-    if rec_len < HEAD + 4 || !rec_len.is_multiple_of(4) || rec_len > rest.len() || HEAD + name_len > rec_len {
-        return Err("a directory entry has an impossible length");
+    if rec_len < entry_size(1)
+        || !rec_len.is_multiple_of(4)
+        || rec_len > rest.len()
+        || HEAD_SIZE + name_len > rec_len
+    {
+        return Err(DirFault::EntryLength);
     }
-    let ino = u32_at(rest, 0);
-    let name = rest.get(HEAD..HEAD + name_len).unwrap_or(&[]);
+    let ino = head.inode.get();
+    let name = after.get(..name_len).unwrap_or(&[]);
     if ino != 0 {
         if ino > geometry.inodes_count {
-            return Err("a directory entry names an inode outside the file system");
+            return Err(DirFault::EntryInode);
         }
-        if name.is_empty() || name.len() > 255 || name.iter().any(|b| *b == 0 || *b == b'/') {
-            return Err("a directory entry has an impossible name");
+        if name.is_empty() || name.len() > EXT4_NAME_LEN || name.iter().any(|b| *b == 0 || *b == b'/') {
+            return Err(DirFault::EntryName);
         }
     }
     Ok(RawEntry { at, ino, rec_len, file_type, name })
 }
 
-/// Whether the last twelve bytes of a leaf block are its checksum entry.
-pub(crate) fn has_tail(block: &[u8]) -> bool {
-    let Some(at) = block.len().checked_sub(12) else { return false };
-    u32_at(block, at) == 0
-        && u16_at(block, at + 4) == 12
-        && u16_at(block, at + 6) == u16::from(CHECKSUM_TYPE) << 8
-}
-
-/// Where the count and limit of an index block stand, if this is one.
+/// Where the entries of an index block begin, if this is one.
 pub(crate) fn index_at(block: &[u8], first: bool, indexed: bool) -> Option<usize> {
     if first {
-        return indexed.then_some(32);
+        return indexed.then_some(DX_ROOT_OFFSET);
     }
-    (indexed && usize::from(u16_at(block, 4)) == block.len() % 65536 && u32_at(block, 0) == 0).then_some(8)
+    let (head, _) = DirEntryHead::ref_from_prefix(block).ok()?;
+    let fake = usize::from(head.rec_len.get()) == block.len() % 65536 && head.inode.get() == 0;
+    (indexed && fake).then_some(DX_NODE_OFFSET)
 }
 
-/// Checks the checksum of a directory block.
+/// Checks the checksum of a directory block: of an index block whose entries begin at `index`, or of a leaf.
 pub(crate) fn checksum_matches(block: &[u8], index: Option<usize>, seed: u32) -> bool {
-    let Some(at) = index else {
-        let end = block.len().saturating_sub(12);
-        return has_tail(block) && chksum(seed, &block[..end]) == u32_at(block, end + 8);
-    };
-    let limit = usize::from(u16_at(block, at));
-    let count = usize::from(u16_at(block, at + 2));
-    let tail = at + limit * 8;
-    let (Some(used), Some(reserved)) = (block.get(..at + count * 8), block.get(tail..tail + 4)) else {
-        return false;
-    };
-    if count > limit || tail + 8 > block.len() {
-        return false;
+    match index {
+        Some(at) => dx_checksum_matches(seed, block, at),
+        None => leaf_checksum_matches(seed, block),
     }
-    chksum(chksum(chksum(seed, used), reserved), &[0; 4]) == u32_at(block, tail + 4)
 }
 
 impl<R: ReadAt> Ext4<R> {
     /// Calls `visit(name, inode, kind)` for each name of `dir` but `.` and `..`, in stored order.
     ///
     /// # Errors
-    /// `Corrupt` if it is no directory or breaks the format; what `visit` gives back.
+    /// `Corrupt` if it is not a directory or breaks the format; the errors of `visit`.
     pub fn visit_dir<E: From<Ext4Error>>(
         &self,
         dir: &Inode,
         mut visit: impl FnMut(&[u8], u32, Option<FileKind>) -> Result<(), E>,
     ) -> Result<(), E> {
         let geometry = self.geometry();
+        let place = Place::inode(dir.ino);
+        let bad = |fault| Err(Ext4Error::corrupt(fault, place).into());
         if dir.kind != FileKind::Directory {
-            return Err(corrupt(format!("inode {}", dir.ino), "it is not a directory").into());
+            return bad(DirFault::NotADirectory);
         }
-        if dir.has(flags::INLINE_DATA) {
-            let place = || format!("inode {}, inline directory", dir.ino);
-            let head = dir.i_block().get(4..).unwrap_or(&[]);
-            visit_entries(head, geometry, &place, &mut visit)?;
+        if dir.has(InodeFlags::EXT4_INLINE_DATA_FL) {
+            let head = dir.i_block().get(INLINE_DOTDOT_SIZE..).unwrap_or(&[]);
+            visit_entries(head, geometry, place, &mut visit)?;
             if let Some(rest) = xattr::inline_data(dir)?
                 && !rest.is_empty()
             {
-                visit_entries(rest, geometry, &place, &mut visit)?;
+                visit_entries(rest, geometry, place, &mut visit)?;
             }
             return Ok(());
         }
-        let place = || format!("inode {}, directory", dir.ino);
         let block_size = u64::from(geometry.block_size);
         if !dir.size.is_multiple_of(block_size) || dir.size == 0 {
-            return Err(corrupt(place(), "its size is no whole number of blocks").into());
+            return bad(DirFault::Size);
         }
         if dir.size > MAX_DIR_BYTES {
-            return Err(unsupported(format!("inode {}: a directory of {} bytes", dir.ino, dir.size)).into());
+            let what = format!("a directory of {} bytes (at most {MAX_DIR_BYTES})", dir.size);
+            return Err(Ext4Error::unsupported(what, place).into());
         }
         let seed = dir.seed(geometry);
         let blocks = (dir.size / block_size) as u32;
@@ -155,23 +151,24 @@ impl<R: ReadAt> Ext4<R> {
                 break;
             }
             if extent.logical_block != next || extent.unwritten {
-                return Err(corrupt(place(), "it has a hole").into());
+                return bad(DirFault::Hole);
             }
             for i in 0..extent.blocks.min(blocks - next) {
                 let number = extent.physical_block + u64::from(i);
                 self.source.visit(1)?;
                 let block = self.source.block(number)?;
-                let index = index_at(&block, extent.logical_block + i == 0, dir.has(flags::INDEX));
-                let place = || format!("inode {}, directory block {number}", dir.ino);
+                let indexed = dir.has(InodeFlags::EXT4_INDEX_FL);
+                let index = index_at(&block, extent.logical_block + i == 0, indexed);
+                let place = place.at_block(number);
                 if geometry.metadata_csum() && !checksum_matches(&block, index, seed) {
-                    return Err(corrupt(place(), "checksum does not match").into());
+                    return Err(Ext4Error::corrupt(DirFault::Checksum, place).into());
                 }
-                visit_entries(&block, geometry, &place, &mut visit)?;
+                visit_entries(&block, geometry, place, &mut visit)?;
             }
             next = extent.logical_block.saturating_add(extent.blocks);
         }
         if next < blocks {
-            return Err(corrupt(place(), "it has a hole").into());
+            return bad(DirFault::Hole);
         }
         Ok(())
     }
@@ -189,7 +186,7 @@ impl<R: ReadAt> Ext4<R> {
         Ok(entries)
     }
 
-    /// The inode that `name` stands for in `dir`. Reads the whole directory.
+    /// The inode of `name` in `dir`. Reads the whole directory.
     ///
     /// # Errors
     /// As [`Ext4::visit_dir`].
@@ -208,13 +205,14 @@ impl<R: ReadAt> Ext4<R> {
 fn visit_entries<E: From<Ext4Error>>(
     buf: &[u8],
     geometry: &Geometry,
-    place: &dyn Fn() -> String,
+    place: Place,
     visit: &mut impl FnMut(&[u8], u32, Option<FileKind>) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut at = 0;
     while at < buf.len() {
         disk_io::steps::add(1);
-        let entry = entry(buf, at, geometry).map_err(|reason| corrupt(place(), reason))?;
+        let entry = entry(buf, at, geometry)
+            .map_err(|fault| Ext4Error::corrupt(fault, place.at_offset(at as u64)))?;
         if entry.ino != 0 && entry.name != b"." && entry.name != b".." {
             visit(entry.name, entry.ino, FileKind::from_dirent(entry.file_type))?;
         }

@@ -4,26 +4,25 @@
 //!  i_block: header, 4 slots ─► index block ─► … ─► leaf block: (logical, length, physical)*
 //! ```
 //!
-//! Loops and shared blocks can't hold the reader: a node other than the root holds at least one entry, and logical
+//! Loops and shared blocks cannot occupy the reader: a node other than the root has at least one entry, and logical
 //! block numbers must rise over the whole walk, so no leaf is visited twice; the depth is at most five, and the number
 //! of extents and of nodes is capped. Called by [`super::Ext4::extents`] and, with its visitor, by the checker.
 
-use super::{
-    bytes::{chksum, u16_at, u32_at},
-    corrupt,
-    inode::{Inode, flags},
-    source::Source,
-    unsupported,
+use super::{inode::Inode, source::Source};
+use crate::{
+    Ext4Error, Place,
+    error::ExtentFault,
+    layout::{
+        extent::{
+            ENTRY_SIZE, EXT4_EXT_MAGIC, EXT4_MAX_EXTENT_DEPTH, ExtentHeader, RawExtent, RawIndex, TAIL_SIZE,
+            node_checksum, tail_offset,
+        },
+        inode::{I_BLOCK_SIZE, InodeFlags},
+    },
 };
-use crate::Ext4Error;
 use disk_io::ReadAt;
+use zerocopy::{FromBytes, little_endian::U32};
 
-/// `EXT4_EXT_MAGIC`.
-const MAGIC: u16 = 0xF30A;
-/// `EXT4_MAX_EXTENT_DEPTH`.
-const MAX_DEPTH: u16 = 5;
-/// Longer than this is an unwritten extent (`EXT_INIT_MAX_LEN`).
-const INIT_MAX_LEN: u32 = 32768;
 /// Most extents taken of one inode: 96 MiB of memory.
 const MAX_EXTENTS: usize = 4 << 20;
 
@@ -40,7 +39,7 @@ pub struct Extent {
     pub unwritten: bool,
 }
 
-/// What the walk meets, for the checker.
+/// Receives what the walk finds.
 pub(crate) trait Visitor {
     /// A block that holds part of the tree.
     fn node(&mut self, block: u64) -> Result<(), Ext4Error>;
@@ -68,7 +67,8 @@ impl Visitor for Vec<Extent> {
             return Ok(());
         }
         if self.len() >= MAX_EXTENTS {
-            return Err(unsupported(format!("an inode of more than {MAX_EXTENTS} extents")));
+            let what = format!("an inode of more than {MAX_EXTENTS} extents");
+            return Err(Ext4Error::unsupported(what, Place::block(extent.physical_block)));
         }
         self.push(extent);
         Ok(())
@@ -81,7 +81,7 @@ pub(crate) fn walk<R: ReadAt>(
     inode: &Inode,
     visitor: &mut dyn Visitor,
 ) -> Result<(), Ext4Error> {
-    if inode.has(flags::EXTENTS) {
+    if inode.has(InodeFlags::EXT4_EXTENTS_FL) {
         let mut tree = Tree { source, inode, seed: inode.seed(&source.geometry), next: 0, visitor };
         tree.node(inode.i_block(), None, u64::from(u32::MAX) + 1)
     } else {
@@ -98,104 +98,130 @@ struct Tree<'a, R> {
     visitor: &'a mut dyn Visitor,
 }
 
+/// A node below the root: its block, and the depth that its parent demands.
+type Below = Option<(u64, u16)>;
+
 impl<R: ReadAt> Tree<'_, R> {
-    fn bad(&self, block: Option<u64>, reason: &'static str) -> Ext4Error {
-        let ino = self.inode.ino;
-        corrupt(block.map_or(format!("inode {ino}"), |b| format!("inode {ino}, extent block {b}")), reason)
+    /// A broken rule at byte `offset` of the node.
+    fn bad<T>(&self, fault: ExtentFault, node: Below, offset: usize) -> Result<T, Ext4Error> {
+        let place = Place::inode(self.inode.ino).at_offset(offset as u64);
+        Err(Ext4Error::corrupt(fault, node.map_or(place, |(block, _)| place.at_block(block))))
     }
 
-    /// Walks one node; `expect` is the depth that its parent demands, `limit` where its range ends.
-    fn node(&mut self, bytes: &[u8], expect: Option<(u64, u16)>, limit: u64) -> Result<(), Ext4Error> {
-        let at = expect.map(|(block, _)| block);
-        let entries = u16_at(bytes, 2);
-        let max = u16_at(bytes, 4);
-        let depth = u16_at(bytes, 6);
-        if u16_at(bytes, 0) != MAGIC {
-            return Err(self.bad(at, "an extent node has no magic number"));
+    /// Walks one node; `limit` is where its range ends.
+    fn node(&mut self, bytes: &[u8], below: Below, limit: u64) -> Result<(), Ext4Error> {
+        let Ok((header, rest)) = ExtentHeader::ref_from_prefix(bytes) else {
+            return self.bad(ExtentFault::Magic, below, 0);
+        };
+        let (max, depth) = (header.eh_max.get(), header.eh_depth.get());
+        let entries = usize::from(header.eh_entries.get());
+        if header.eh_magic.get() != EXT4_EXT_MAGIC {
+            return self.bad(ExtentFault::Magic, below, 0);
         }
-        let room = bytes.len().saturating_sub(12) / 12;
-        if usize::from(max) > room || max == 0 || entries > max {
-            return Err(self.bad(at, "an extent node has impossible counts"));
+        let room = rest.len() / ENTRY_SIZE;
+        if usize::from(max) > room || max == 0 || entries > usize::from(max) {
+            return self.bad(ExtentFault::Counts, below, 0);
         }
         if self.visitor.strict() && usize::from(max) != room {
-            return Err(self.bad(at, "an extent node has another capacity than its place"));
+            return self.bad(ExtentFault::Capacity, below, 0);
         }
-        match expect {
-            None if depth > MAX_DEPTH => return Err(self.bad(at, "the extent tree is too deep")),
+        // Both kinds of entries begin with their logical block.
+        let Ok((leaves, _)) = <[RawExtent]>::ref_from_prefix_with_elems(rest, entries) else {
+            return self.bad(ExtentFault::Counts, below, 0);
+        };
+        match below {
+            None if depth > EXT4_MAX_EXTENT_DEPTH => return self.bad(ExtentFault::TooDeep, below, 0),
             None => {}
             Some((block, demanded)) => {
                 if depth != demanded || entries == 0 {
-                    return Err(self.bad(at, "an extent node does not fit its parent"));
+                    return self.bad(ExtentFault::Depth, below, 0);
                 }
-                let tail = 12 + 12 * usize::from(max);
-                if self.source.geometry.metadata_csum()
-                    && bytes.get(..tail).is_none_or(|b| chksum(self.seed, b) != u32_at(bytes, tail))
+                if self.source.geometry.metadata_csum() && !node_checksum_matches(self.seed, bytes, max) {
+                    return self.bad(ExtentFault::NodeChecksum, below, tail_offset(max));
+                }
+                if self.visitor.strict()
+                    && leaves.first().is_none_or(|first| u64::from(first.ee_block.get()) != self.next)
                 {
-                    return Err(self.bad(at, "checksum of an extent node does not match"));
-                }
-                if self.visitor.strict() && u64::from(u32_at(bytes, 12)) != self.next {
-                    return Err(self.bad(at, "an extent node does not begin where its parent says"));
+                    return self.bad(ExtentFault::NodeStart, below, ENTRY_SIZE);
                 }
                 self.visitor.node(block)?;
                 self.source.visit(1)?;
             }
         }
-        for i in 0..usize::from(entries) {
-            let entry = 12 + 12 * i;
-            let logical = u32_at(bytes, entry);
-            if u64::from(logical) < self.next || u64::from(logical) >= limit {
-                return Err(self.bad(at, "extents are out of order"));
+        if depth == 0 {
+            for (i, extent) in leaves.iter().enumerate() {
+                self.leaf(extent, below, (1 + i) * ENTRY_SIZE, limit)?;
             }
-            if depth == 0 {
-                self.leaf(bytes, entry, logical, at, limit)?;
-                continue;
+            return Ok(());
+        }
+        let Ok((children, _)) = <[RawIndex]>::ref_from_prefix_with_elems(rest, entries) else {
+            return self.bad(ExtentFault::Counts, below, 0);
+        };
+        for (i, index) in children.iter().enumerate() {
+            let (logical, child) = (u64::from(index.ei_block.get()), index.leaf());
+            let at = (1 + i) * ENTRY_SIZE;
+            if logical < self.next || logical >= limit {
+                return self.bad(ExtentFault::Order, below, at);
             }
-            let child = u64::from(u32_at(bytes, entry + 4)) | u64::from(u16_at(bytes, entry + 8)) << 32;
             if !self.source.geometry.holds(child, 1) {
-                return Err(self.bad(at, "an extent node lies outside the file system"));
+                return self.bad(ExtentFault::NodeOutside, below, at);
             }
-            self.next = u64::from(logical);
-            let limit = if i + 1 < usize::from(entries) {
-                limit.min(u64::from(u32_at(bytes, entry + 12)))
-            } else {
-                limit
-            };
+            self.next = logical;
+            let limit = children.get(i + 1).map_or(limit, |next| limit.min(u64::from(next.ei_block.get())));
             let block = self.source.block(child)?;
             self.node(&block, Some((child, depth - 1)), limit)?;
         }
         Ok(())
     }
 
-    fn leaf(
-        &mut self,
-        bytes: &[u8],
-        entry: usize,
-        logical: u32,
-        at: Option<u64>,
-        limit: u64,
-    ) -> Result<(), Ext4Error> {
+    /// Takes one extent, at byte `at` of its node.
+    fn leaf(&mut self, extent: &RawExtent, node: Below, at: usize, limit: u64) -> Result<(), Ext4Error> {
         disk_io::steps::add(1);
-        let stored = u32::from(u16_at(bytes, entry + 4));
-        let physical = u64::from(u32_at(bytes, entry + 8)) | u64::from(u16_at(bytes, entry + 6)) << 32;
-        let (blocks, unwritten) =
-            if stored > INIT_MAX_LEN { (stored - INIT_MAX_LEN, true) } else { (stored, false) };
-        let end = u64::from(logical) + u64::from(blocks);
-        if blocks == 0 || end > limit {
-            return Err(self.bad(at, "an extent has an impossible length"));
+        let logical_block = extent.ee_block.get();
+        let (physical_block, blocks) = (extent.start(), extent.blocks());
+        let logical = u64::from(logical_block);
+        if logical < self.next || logical >= limit {
+            return self.bad(ExtentFault::Order, node, at);
         }
-        if !self.source.geometry.holds(physical, u64::from(blocks)) {
-            return Err(self.bad(at, "an extent lies outside the file system"));
+        let end = logical + u64::from(blocks);
+        if blocks == 0 || end > limit {
+            return self.bad(ExtentFault::Length, node, at);
+        }
+        if !self.source.geometry.holds(physical_block, u64::from(blocks)) {
+            return self.bad(ExtentFault::Outside, node, at);
         }
         self.next = end;
-        self.visitor.extent(Extent { logical_block: logical, physical_block: physical, blocks, unwritten })
+        self.visitor.extent(Extent {
+            logical_block,
+            physical_block,
+            blocks,
+            unwritten: extent.is_unwritten(),
+        })
     }
 }
+
+/// Checks the checksum after the `max` entries of a node.
+fn node_checksum_matches(seed: u32, bytes: &[u8], max: u16) -> bool {
+    let Some((covered, tail)) = bytes.split_at_checked(tail_offset(max)) else { return false };
+    tail.first_chunk::<TAIL_SIZE>()
+        .is_some_and(|sum| node_checksum(seed, covered) == u32::from_le_bytes(*sum))
+}
+
+/// Direct blocks of a block map (`EXT4_NDIR_BLOCKS`).
+const EXT4_NDIR_BLOCKS: u32 = 12;
+
+/// The pointers of a block map: in `i_block`, or in an indirect block.
+fn pointers(bytes: &[u8]) -> &[U32] {
+    <[U32]>::ref_from_bytes(bytes).unwrap_or(&[])
+}
+
+const _: () = assert!(I_BLOCK_SIZE == (EXT4_NDIR_BLOCKS as usize + 3) * size_of::<U32>());
 
 /// The block map of ext2 and ext3: 12 direct blocks, then one, two and three levels of indirection.
 struct BlockMap<'a, R> {
     source: &'a Source<R>,
     inode: &'a Inode,
-    /// Blocks that it may still have: in a sound file system none stands in a map twice.
+    /// Blocks that it may still have: in a sound file system none is in a map twice.
     left: u64,
     end: u64,
     visitor: &'a mut dyn Visitor,
@@ -206,10 +232,9 @@ impl<R: ReadAt> BlockMap<'_, R> {
         let per_block = u64::from(self.source.geometry.block_size) / 4;
         self.end = self.inode.size.div_ceil(u64::from(self.source.geometry.block_size));
         let mut logical = 0u64;
-        for slot in 0..15 {
-            let pointer = u32_at(self.inode.i_block(), slot * 4);
-            let level = if slot < 12 { 0 } else { slot as u32 - 11 };
-            self.pointer(pointer, level, logical, per_block)?;
+        for (slot, pointer) in pointers(self.inode.i_block()).iter().enumerate() {
+            let level = (slot as u32 + 1).saturating_sub(EXT4_NDIR_BLOCKS);
+            self.pointer(pointer.get(), level, logical, per_block)?;
             logical += per_block.pow(level);
         }
         Ok(())
@@ -219,17 +244,15 @@ impl<R: ReadAt> BlockMap<'_, R> {
         if pointer == 0 || logical >= self.end {
             return Ok(());
         }
-        let place = || format!("inode {}, block map", self.inode.ino);
+        let bad =
+            |fault| Ext4Error::corrupt(fault, Place::inode(self.inode.ino).at_block(u64::from(pointer)));
         if !self.source.geometry.holds(u64::from(pointer), 1) {
-            return Err(corrupt(place(), "it points outside the file system"));
+            return Err(bad(ExtentFault::MapOutside));
         }
         let Ok(logical_block) = u32::try_from(logical) else {
-            return Err(corrupt(place(), "the file is too long for it"));
+            return Err(bad(ExtentFault::MapTooLong));
         };
-        self.left = self
-            .left
-            .checked_sub(1)
-            .ok_or_else(|| corrupt(place(), "it has more blocks than the file system"))?;
+        self.left = self.left.checked_sub(1).ok_or_else(|| bad(ExtentFault::MapBlocks))?;
         if level == 0 {
             return self.visitor.extent(Extent {
                 logical_block,
@@ -242,13 +265,9 @@ impl<R: ReadAt> BlockMap<'_, R> {
         self.visitor.node(u64::from(pointer))?;
         let block = self.source.block(u64::from(pointer))?;
         disk_io::steps::add(per_block);
-        for i in 0..per_block {
-            self.pointer(
-                u32_at(&block, i as usize * 4),
-                level - 1,
-                logical + i * per_block.pow(level - 1),
-                per_block,
-            )?;
+        for (i, child) in pointers(&block).iter().enumerate() {
+            let logical = logical + i as u64 * per_block.pow(level - 1);
+            self.pointer(child.get(), level - 1, logical, per_block)?;
         }
         Ok(())
     }

@@ -5,15 +5,19 @@
 //!  else:         extents ─► data ranges; holes and unwritten extents read as zeros
 //! ```
 //!
-//! Called by `diff` (streams by [`Ext4::data_map`]) and by the reader itself for xattr values.
+//! Called by `layer-codec` (streams by [`Ext4::data_map`]) and by the reader itself for xattr values.
 
 use super::{
-    Ext4, corrupt,
+    Ext4,
     extent::Extent,
-    inode::{FileKind, Inode, flags},
+    inode::{FileKind, Inode},
     xattr,
 };
-use crate::Ext4Error;
+use crate::{
+    Ext4Error, Place,
+    error::InodeFault,
+    layout::inode::{I_BLOCK_SIZE, InodeFlags},
+};
 use disk_io::ReadAt;
 use std::fs::File;
 
@@ -37,7 +41,7 @@ impl<R: ReadAt> Ext4<R> {
     /// # Errors
     /// `Corrupt` where fewer bytes are stored than the size says.
     pub fn inline_bytes(&self, inode: &Inode) -> Result<Option<Vec<u8>>, Ext4Error> {
-        if !inode.has(flags::INLINE_DATA) || inode.kind == FileKind::Directory {
+        if !inode.has(InodeFlags::EXT4_INLINE_DATA_FL) || inode.kind == FileKind::Directory {
             return Ok(None);
         }
         let mut bytes = inode.i_block().to_vec();
@@ -49,16 +53,16 @@ impl<R: ReadAt> Ext4<R> {
                 bytes.truncate(size);
                 Ok(Some(bytes))
             }
-            _ => Err(corrupt(format!("inode {}", inode.ino), "its inline data is shorter than its size")),
+            _ => Err(Ext4Error::corrupt(InodeFault::InlineSize, Place::inode(inode.ino))),
         }
     }
 
-    /// The byte ranges of a file that hold data, in order, clipped to its size; neighbours on disk are joined.
+    /// The byte ranges of a file that hold data, in order, clipped to its size; neighbors on disk are joined.
     ///
     /// # Errors
     /// `Corrupt` where the extents are broken.
     pub fn data_map(&self, inode: &Inode) -> Result<Vec<DataRange>, Ext4Error> {
-        if inode.has(flags::INLINE_DATA) {
+        if inode.has(InodeFlags::EXT4_INLINE_DATA_FL) {
             let len = inode.size;
             return Ok(if len == 0 {
                 Vec::new()
@@ -118,29 +122,29 @@ impl<R: ReadAt> Ext4<R> {
         self.source.in_file(disk_offset, len)
     }
 
-    /// What a symbolic link points to.
+    /// The target of a symbolic link.
     ///
     /// # Errors
-    /// `Corrupt` if it is no link, or its target is empty, too long or holds a NUL.
+    /// `Corrupt` if it is not a link, or its target is empty, too long or contains NUL.
     pub fn symlink_target(&self, inode: &Inode) -> Result<Vec<u8>, Ext4Error> {
-        let bad = |reason| corrupt(format!("inode {}, symbolic link", inode.ino), reason);
+        let bad = |fault| Err(Ext4Error::corrupt(fault, Place::inode(inode.ino)));
         if inode.kind != FileKind::Symlink || inode.size == 0 || inode.size > MAX_TARGET {
-            return Err(bad("its length is impossible"));
+            return bad(InodeFault::SymlinkLength);
         }
-        if inode.has(flags::ENCRYPT) {
-            return Err(super::unsupported(format!("inode {} is encrypted", inode.ino)));
+        if inode.has(InodeFlags::EXT4_ENCRYPT_FL) {
+            return Err(Ext4Error::unsupported("an encrypted symbolic link", Place::inode(inode.ino)));
         }
         let mut target = vec![0; inode.size as usize];
-        // `ext4_inode_is_fast_symlink`: short targets stand in i_block, unless they are inline data.
-        if inode.size < 60 && !inode.has(flags::INLINE_DATA | flags::EXTENTS) {
-            target.copy_from_slice(
-                inode.i_block().get(..inode.size as usize).ok_or_else(|| bad("it is cut off"))?,
-            );
+        // `ext4_inode_is_fast_symlink`: short targets are in i_block, unless they are inline data.
+        let elsewhere = InodeFlags::EXT4_INLINE_DATA_FL | InodeFlags::EXT4_EXTENTS_FL;
+        if target.len() < I_BLOCK_SIZE && !inode.flags.intersects(elsewhere) {
+            let Some(stored) = inode.i_block().get(..target.len()) else { return bad(InodeFault::CutOff) };
+            target.copy_from_slice(stored);
         } else {
             self.read_file_at(inode, 0, &mut target)?;
         }
         if target.contains(&0) {
-            return Err(bad("its target holds a NUL"));
+            return bad(InodeFault::SymlinkNul);
         }
         Ok(target)
     }

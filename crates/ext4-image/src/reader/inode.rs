@@ -1,4 +1,4 @@
-//! Inodes: where they stand, their checksum, their fields.
+//! Inodes: their checksum and their fields.
 //!
 //! ```text
 //!   0        100        128          128+i_extra_isize            inode_size
@@ -8,28 +8,27 @@
 //!
 //! Called by the reader for each look-up and by the checker for each slot of the inode tables.
 
-use super::{
-    bytes::{chksum, u16_at, u32_at, wide},
-    corrupt,
-    superblock::{Geometry, incompat},
+use super::superblock::Geometry;
+use crate::{
+    Ext4Error, Place, Timestamp,
+    error::InodeFault,
+    layout::{
+        checksum::inode_seed,
+        dir::{
+            EXT4_FT_BLKDEV, EXT4_FT_CHRDEV, EXT4_FT_DIR, EXT4_FT_FIFO, EXT4_FT_REG_FILE, EXT4_FT_SOCK,
+            EXT4_FT_SYMLINK,
+        },
+        inode::{
+            EXT4_GOOD_OLD_INODE_SIZE, I_BLOCK_SIZE, InodeFlags, RawInode, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO,
+            S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK, decode_device, inode_checksum,
+        },
+        superblock::Incompat,
+    },
 };
-use crate::{Ext4Error, Timestamp};
+use std::mem::offset_of;
+use zerocopy::little_endian::U32;
 
-/// `i_flags` bits used here.
-pub(crate) mod flags {
-    pub(crate) const INDEX: u32 = 0x1000;
-    pub(crate) const HUGE_FILE: u32 = 0x4_0000;
-    pub(crate) const EXTENTS: u32 = 0x8_0000;
-    pub(crate) const EA_INODE: u32 = 0x20_0000;
-    pub(crate) const INLINE_DATA: u32 = 0x1000_0000;
-    pub(crate) const ENCRYPT: u32 = 0x800;
-    pub(crate) const COMPRESSED: u32 = 0x4;
-}
-
-/// The smallest inode on disk.
-const GOOD_OLD: usize = 128;
-
-/// What kind of thing an inode is (the top four bits of `i_mode`).
+/// The type of an inode (the top four bits of `i_mode`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FileKind {
     /// Regular file.
@@ -51,14 +50,14 @@ pub enum FileKind {
 impl FileKind {
     /// From `i_mode`.
     pub fn from_mode(mode: u16) -> Option<Self> {
-        Some(match mode & 0o170_000 {
-            0o100_000 => Self::File,
-            0o040_000 => Self::Directory,
-            0o120_000 => Self::Symlink,
-            0o020_000 => Self::CharDevice,
-            0o060_000 => Self::BlockDevice,
-            0o010_000 => Self::Fifo,
-            0o140_000 => Self::Socket,
+        Some(match mode & S_IFMT {
+            S_IFREG => Self::File,
+            S_IFDIR => Self::Directory,
+            S_IFLNK => Self::Symlink,
+            S_IFCHR => Self::CharDevice,
+            S_IFBLK => Self::BlockDevice,
+            S_IFIFO => Self::Fifo,
+            S_IFSOCK => Self::Socket,
             _ => return None,
         })
     }
@@ -66,13 +65,13 @@ impl FileKind {
     /// From a directory entry's `file_type`; `None` for unknown.
     pub(crate) fn from_dirent(file_type: u8) -> Option<Self> {
         Some(match file_type {
-            1 => Self::File,
-            2 => Self::Directory,
-            3 => Self::CharDevice,
-            4 => Self::BlockDevice,
-            5 => Self::Fifo,
-            6 => Self::Socket,
-            7 => Self::Symlink,
+            EXT4_FT_REG_FILE => Self::File,
+            EXT4_FT_DIR => Self::Directory,
+            EXT4_FT_CHRDEV => Self::CharDevice,
+            EXT4_FT_BLKDEV => Self::BlockDevice,
+            EXT4_FT_FIFO => Self::Fifo,
+            EXT4_FT_SOCK => Self::Socket,
+            EXT4_FT_SYMLINK => Self::Symlink,
             _ => return None,
         })
     }
@@ -105,8 +104,8 @@ pub struct Inode {
     pub links: u16,
     /// Major and minor number of a device, else zeros.
     pub rdev: (u32, u32),
-    /// `i_flags`.
-    pub flags: u32,
+    /// `i_flags`; unknown bits are kept.
+    pub flags: InodeFlags,
     /// `i_generation`.
     pub generation: u32,
     /// `i_version`, bumped by the kernel on changes.
@@ -117,72 +116,78 @@ pub struct Inode {
     pub(crate) raw: Box<[u8]>,
 }
 
-/// Splits a stored time and its extra bits (2 bits of epoch, 30 of nanoseconds).
-fn timestamp(secs: u32, extra: Option<u32>) -> Timestamp {
-    let extra = extra.unwrap_or(0);
-    let secs = i64::from(secs as i32) + (i64::from(extra & 3) << 32);
-    Timestamp { secs, nanos: (extra >> 2).min(999_999_999) }
+/// A stored time; nanoseconds beyond a second are cut.
+fn timestamp(secs: u32, extra: u32) -> Timestamp {
+    let time = Timestamp::decode(secs, extra);
+    Timestamp { nanos: time.nanos.min(999_999_999), ..time }
 }
 
+/// End of `i_crtime` in the part that `i_extra_isize` counts.
+const CRTIME_END: usize = offset_of!(RawInode, i_crtime) + 4 - EXT4_GOOD_OLD_INODE_SIZE;
+
 impl Inode {
-    /// Parses the bytes of inode `ino`.
+    /// Parses inode `ino` in its slot on disk.
     ///
     /// # Errors
-    /// `Corrupt` for a wrong checksum, an unknown type or fields that cannot be.
-    pub(crate) fn parse(ino: u32, raw: &[u8], geometry: &Geometry) -> Result<Self, Ext4Error> {
-        let bad = |reason: &'static str| corrupt(format!("inode {ino}"), reason);
-        if raw.len() < GOOD_OLD {
-            return Err(bad("it is cut off"));
+    /// `Corrupt` for a wrong checksum, an unknown type or impossible fields.
+    pub(crate) fn parse(ino: u32, slot: &[u8], geometry: &Geometry) -> Result<Self, Ext4Error> {
+        let bad = |fault| Err(Ext4Error::corrupt(fault, Place::inode(ino)));
+        if slot.len() < EXT4_GOOD_OLD_INODE_SIZE {
+            return bad(InodeFault::CutOff);
         }
-        let mode = u16_at(raw, 0);
+        let raw = RawInode::from_slot(slot);
+        let mode = raw.i_mode.get();
         let Some(kind) = FileKind::from_mode(mode) else {
-            return Err(bad("unknown file type"));
+            return bad(InodeFault::FileType);
         };
-        let extra_isize = if raw.len() > GOOD_OLD { usize::from(u16_at(raw, 128)) } else { 0 };
-        if GOOD_OLD + extra_isize > raw.len() || !extra_isize.is_multiple_of(4) {
-            return Err(bad("i_extra_isize is out of range"));
+        let extra_isize = usize::from(raw.i_extra_isize.get());
+        if EXT4_GOOD_OLD_INODE_SIZE + extra_isize > slot.len() || !extra_isize.is_multiple_of(4) {
+            return bad(InodeFault::ExtraSize);
         }
-        if geometry.metadata_csum() && !checksum_matches(ino, raw, geometry) {
-            return Err(bad("checksum does not match"));
+        if geometry.metadata_csum() && !checksum_matches(ino, slot, &raw, geometry) {
+            return bad(InodeFault::Checksum);
         }
-        let extra = |at: usize| (GOOD_OLD + extra_isize >= at + 4).then(|| u32_at(raw, at));
-        let size_high = match kind {
-            FileKind::File => u32_at(raw, 108),
-            FileKind::Directory if geometry.has(incompat::LARGEDIR) => u32_at(raw, 108),
-            _ => 0,
+        let has_size_high = match kind {
+            FileKind::File => true,
+            FileKind::Directory => geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_LARGEDIR),
+            _ => false,
         };
-        let size = wide(u32_at(raw, 4), size_high);
+        let size = if has_size_high { raw.size() } else { u64::from(raw.i_size_lo.get()) };
         if size > i64::MAX as u64 {
-            return Err(bad("its size is negative"));
+            return bad(InodeFault::NegativeSize);
         }
         let rdev = match kind {
-            FileKind::CharDevice | FileKind::BlockDevice => decode_rdev(u32_at(raw, 40), u32_at(raw, 44)),
+            FileKind::CharDevice | FileKind::BlockDevice => {
+                let [old, new, ..] = raw.i_block_words();
+                decode_device([old, new])
+            }
             _ => (0, 0),
         };
+        let time = |secs: U32, extra: U32| timestamp(secs.get(), extra.get());
         Ok(Self {
             ino,
             mode,
             kind,
-            uid: u32::from(u16_at(raw, 2)) | u32::from(u16_at(raw, 120)) << 16,
-            gid: u32::from(u16_at(raw, 24)) | u32::from(u16_at(raw, 122)) << 16,
+            uid: raw.uid(),
+            gid: raw.gid(),
             size,
-            atime: timestamp(u32_at(raw, 8), extra(140)),
-            ctime: timestamp(u32_at(raw, 12), extra(132)),
-            mtime: timestamp(u32_at(raw, 16), extra(136)),
-            crtime: extra(144).map(|secs| timestamp(secs, extra(148))),
-            links: u16_at(raw, 26),
+            atime: time(raw.i_atime, raw.i_atime_extra),
+            ctime: time(raw.i_ctime, raw.i_ctime_extra),
+            mtime: time(raw.i_mtime, raw.i_mtime_extra),
+            crtime: raw.has_extra(CRTIME_END).then(|| time(raw.i_crtime, raw.i_crtime_extra)),
+            links: raw.i_links_count.get(),
             rdev,
-            flags: u32_at(raw, 32),
-            generation: u32_at(raw, 100),
-            version: wide(u32_at(raw, 36), extra(152).unwrap_or(0)),
-            file_acl: wide(u32_at(raw, 104), u32::from(u16_at(raw, 118))),
-            raw: raw.into(),
+            flags: raw.flags(),
+            generation: raw.i_generation.get(),
+            version: raw.version(),
+            file_acl: raw.file_acl(),
+            raw: slot.into(),
         })
     }
 
-    /// An inode that a kernel tells of, not a disk: number and mode; all else is zero, for the caller to fill in. `None` for
-    /// a type that is none.
-    pub fn told(ino: u32, mode: u16) -> Option<Self> {
+    /// An inode of a mounted file system, of which the kernel reports number and mode; all else is zero, for the caller to
+    /// fill in. `None` if `mode` has an unknown type.
+    pub fn reported(ino: u32, mode: u16) -> Option<Self> {
         let zero = Timestamp { secs: 0, nanos: 0 };
         Some(Self {
             ino,
@@ -197,7 +202,7 @@ impl Inode {
             crtime: None,
             links: 0,
             rdev: (0, 0),
-            flags: 0,
+            flags: InodeFlags::empty(),
             generation: 0,
             version: 0,
             file_acl: 0,
@@ -207,25 +212,22 @@ impl Inode {
 
     /// `i_block`: 60 bytes.
     pub(crate) fn i_block(&self) -> &[u8] {
-        self.raw.get(40..100).unwrap_or(&[])
+        const AT: usize = offset_of!(RawInode, i_block);
+        self.raw.get(AT..AT + I_BLOCK_SIZE).unwrap_or(&[])
     }
 
     /// The room for xattrs inside the inode.
     pub(crate) fn xattr_area(&self) -> &[u8] {
-        if self.raw.len() <= GOOD_OLD {
+        if self.raw.len() <= EXT4_GOOD_OLD_INODE_SIZE {
             return &[];
         }
-        self.raw.get(GOOD_OLD + usize::from(u16_at(&self.raw, 128))..).unwrap_or(&[])
+        let extra = RawInode::from_slot(&self.raw).i_extra_isize.get();
+        self.raw.get(EXT4_GOOD_OLD_INODE_SIZE + usize::from(extra)..).unwrap_or(&[])
     }
 
-    /// `i_blocks` in units of 512 bytes (or of blocks where the inode's HUGE_FILE flag says so).
-    pub(crate) fn i_blocks(&self) -> u64 {
-        wide(u32_at(&self.raw, 28), u32::from(u16_at(&self.raw, 116)))
-    }
-
-    /// Whether `bit` of `i_flags` is set.
-    pub(crate) fn has(&self, bit: u32) -> bool {
-        self.flags & bit != 0
+    /// Whether a flag of `i_flags` is set.
+    pub(crate) fn has(&self, flag: InodeFlags) -> bool {
+        self.flags.contains(flag)
     }
 
     /// Whether it is the device 0/0 that overlayfs takes for a whiteout.
@@ -235,39 +237,14 @@ impl Inode {
 
     /// Seed of the checksums of this inode's blocks.
     pub(crate) fn seed(&self, geometry: &Geometry) -> u32 {
-        seed(self.ino, self.generation, geometry)
+        inode_seed(geometry.checksum_seed, self.ino, self.generation)
     }
-}
-
-fn seed(ino: u32, generation: u32, geometry: &Geometry) -> u32 {
-    chksum(chksum(geometry.checksum_seed, &ino.to_le_bytes()), &generation.to_le_bytes())
 }
 
 /// Checks `i_checksum` (`ext4_inode_csum` of `fs/ext4/inode.c`).
-pub(crate) fn checksum_matches(ino: u32, raw: &[u8], geometry: &Geometry) -> bool {
-    let mut bytes = raw.to_vec();
-    let has_high = raw.len() > GOOD_OLD && u16_at(raw, 128) >= 4;
-    let mut stored = u32::from(u16_at(raw, 124));
-    if let Some(field) = bytes.get_mut(124..126) {
-        field.fill(0);
-    }
-    if has_high {
-        stored |= u32::from(u16_at(raw, 130)) << 16;
-        if let Some(field) = bytes.get_mut(130..132) {
-            field.fill(0);
-        }
-    }
-    let computed = chksum(seed(ino, u32_at(raw, 100), geometry), &bytes);
-    stored == if has_high { computed } else { computed & 0xFFFF }
-}
-
-/// Old (16-bit) and new (32-bit) device numbers (`ext4_iget`, `new_decode_dev`).
-fn decode_rdev(old: u32, new: u32) -> (u32, u32) {
-    if old != 0 {
-        (old >> 8 & 0xFF, old & 0xFF)
-    } else {
-        (new >> 8 & 0xFFF, new & 0xFF | new >> 12 & 0xF_FF00)
-    }
+pub(crate) fn checksum_matches(ino: u32, slot: &[u8], raw: &RawInode, geometry: &Geometry) -> bool {
+    let stored = if raw.has_checksum_hi() { raw.checksum() } else { u32::from(raw.i_checksum_lo.get()) };
+    inode_checksum(geometry.checksum_seed, ino, slot) == stored
 }
 
 #[cfg(test)]
@@ -276,16 +253,16 @@ mod tests {
 
     #[test]
     fn times_before_1970_and_after_2038_are_kept() {
-        assert_eq!(timestamp(0xFFFF_FFFF, Some(0)), Timestamp { secs: -1, nanos: 0 });
-        assert_eq!(timestamp(0, Some(1)), Timestamp { secs: 1 << 32, nanos: 0 });
-        assert_eq!(timestamp(5, Some(0b1_1100)), Timestamp { secs: 5, nanos: 7 });
-        assert_eq!(timestamp(5, Some(!3)).nanos, 999_999_999);
+        assert_eq!(timestamp(0xFFFF_FFFF, 0), Timestamp { secs: -1, nanos: 0 });
+        assert_eq!(timestamp(0, 1), Timestamp { secs: 1 << 32, nanos: 0 });
+        assert_eq!(timestamp(5, 0b1_1100), Timestamp { secs: 5, nanos: 7 });
+        assert_eq!(timestamp(5, !3).nanos, 999_999_999);
     }
 
     #[test]
     fn device_numbers_of_both_forms() {
-        assert_eq!(decode_rdev(0x0103, 0), (1, 3));
-        assert_eq!(decode_rdev(0, 0x1230_4556), (0x45, 0x1_2356));
-        assert_eq!(decode_rdev(0, 0), (0, 0));
+        assert_eq!(decode_device([0x0103, 0]), (1, 3));
+        assert_eq!(decode_device([0, 0x1230_4556]), (0x45, 0x1_2356));
+        assert_eq!(decode_device([0, 0]), (0, 0));
     }
 }

@@ -9,78 +9,66 @@
 //!
 //! Invariants: nothing is written; no more blocks are visited in a pass than the journal has; the overlay has at most
 //! one entry for each journal block, and so have the revocations, of which a block can hold a thousand: those of blocks
-//! that are not logged change nothing and are not kept. A copy whose checksum is wrong in a committed transaction is corruption; a commit
-//! block that is missing or wrong ends the log, as in the kernel. Orphan inodes are not looked at: an unlinked one
-//! can't be reached, and a truncate in progress leaves a file that reads well. Called by [`super::Ext4::open`].
+//! that are not logged change nothing and are not kept. A wrong checksum of a copy in a committed transaction is
+//! corruption; a commit block that is missing or wrong ends the log, as in the kernel. Orphan inodes are ignored: an
+//! unlinked one cannot be reached, and a truncate in progress leaves a readable file. Called by [`super::Ext4::open`].
 
-use super::{Ext4, bytes::chksum, corrupt, unsupported};
-pub(crate) use crate::layout::journal::MAGIC;
+use super::{
+    Ext4,
+    extent::Extent,
+    overlay::{Copy, Overlay},
+};
 use crate::{
-    Ext4Error,
-    layout::journal::{
-        COMMIT_CHKSUM_AT, COMPAT_CHECKSUM, CRC32_TYPE, HEADER_LEN, REVOKE_HEADER_LEN, SUPERBLOCK_LEN,
-        block_type, feature, tag_flag,
+    Ext4Error, Place,
+    error::JournalFault,
+    layout::{
+        checksum::{CRC32_BE, crc32c, crc32c_without},
+        journal::{
+            BLOCK_TAIL_SIZE, CommitHeader, JBD2_COMMIT_BLOCK, JBD2_CRC32_CHKSUM, JBD2_CRC32_CHKSUM_SIZE,
+            JBD2_DESCRIPTOR_BLOCK, JBD2_MAGIC_NUMBER, JBD2_REVOKE_BLOCK, JBD2_SUPERBLOCK_V1,
+            JBD2_SUPERBLOCK_V2, JournalBlockTag, JournalBlockTag3, JournalCompat, JournalHeader,
+            JournalIncompat, JournalSuperblock, RevokeHeader, TAG_UUID_SIZE, TagFlags,
+        },
     },
-    reader::extent::Extent,
 };
 use disk_io::ReadAt;
-use std::collections::HashMap;
+use std::{collections::HashMap, mem::offset_of};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+/// The incompatible features that recovery understands; fast commits are not among them.
+const KNOWN: JournalIncompat = JournalIncompat::JBD2_FEATURE_INCOMPAT_REVOKE
+    .union(JournalIncompat::JBD2_FEATURE_INCOMPAT_64BIT)
+    .union(JournalIncompat::JBD2_FEATURE_INCOMPAT_ASYNC_COMMIT)
+    .union(CHECKSUMS);
+/// Two kinds of checksums, of which a journal has at most one.
+const CHECKSUMS: JournalIncompat =
+    JournalIncompat::JBD2_FEATURE_INCOMPAT_CSUM_V2.union(JournalIncompat::JBD2_FEATURE_INCOMPAT_CSUM_V3);
 
 /// Most blocks of a journal: the most that mke2fs makes. Its extents may name one block of the disk many times, so the
 /// size of the disk is no bound.
 const MAX_BLOCKS: u32 = 10_240_000;
 
-/// Where the journal's newest copy of a block is.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Copy {
-    /// Block of the disk.
-    pub(crate) block: u64,
-    /// Its first four bytes are jbd2's magic number.
-    pub(crate) escaped: bool,
-}
-
-/// Blocks that the journal has newer than the disk.
-#[derive(Debug, Default)]
-pub(crate) struct Overlay(HashMap<u64, Copy>);
-
-impl Overlay {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    pub(crate) fn get(&self, block: u64) -> Option<Copy> {
-        self.0.get(&block).copied()
-    }
-}
-
-/// Big-endian fields; outside the buffer they are 0.
-fn be32(buf: &[u8], at: usize) -> u32 {
-    buf.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_be_bytes(*b))
-}
-
-fn be16(buf: &[u8], at: usize) -> u16 {
-    buf.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u16::from_be_bytes(*b))
-}
-
-fn bad(reason: &'static str) -> Ext4Error {
-    corrupt("journal", reason)
+/// A broken rule of the journal as a whole.
+fn bad(inode: u32, fault: JournalFault) -> Ext4Error {
+    Ext4Error::corrupt(fault, Place::inode(inode))
 }
 
 /// The journal, opened.
 struct Journal<'a, R> {
     fs: &'a Ext4<R>,
+    inode: u32,
     extents: Vec<Extent>,
     first: u32,
     end: u32,
-    incompat: u32,
-    compat: u32,
+    incompat: JournalIncompat,
+    compat: JournalCompat,
     seed: u32,
 }
 
 /// One tag of a descriptor.
 struct Tag {
     target: u64,
-    flags: u32,
+    flags: TagFlags,
     checksum: u32,
 }
 
@@ -96,84 +84,94 @@ pub(crate) fn recover<R: ReadAt>(fs: &Ext4<R>) -> Result<Overlay, Ext4Error> {
 fn open<R: ReadAt>(fs: &Ext4<R>) -> Result<Option<(Journal<'_, R>, u32, u32)>, Ext4Error> {
     let inum = fs.geometry().journal_inum;
     if inum == 0 {
-        return Err(unsupported("a journal on another disk".to_owned()));
+        return Err(Ext4Error::unsupported("a journal on another disk", Place::default()));
     }
+    let bad = |fault| Err(bad(inum, fault));
     let inode = fs.inode(inum)?;
     let extents = fs.extents(&inode)?;
     let block_size = fs.geometry().block_size;
-    let blocks = u32::try_from(inode.size / u64::from(block_size)).map_err(|_| bad("it is too long"))?;
+    let Ok(blocks) = u32::try_from(inode.size / u64::from(block_size)) else {
+        return bad(JournalFault::TooLong);
+    };
     if blocks > MAX_BLOCKS {
-        return Err(unsupported(format!("a journal of {blocks} blocks (at most {MAX_BLOCKS})")));
+        let what = format!("a journal of {blocks} blocks (at most {MAX_BLOCKS})");
+        return Err(Ext4Error::unsupported(what, Place::inode(inum)));
     }
-    let mut journal = Journal { fs, extents, first: 0, end: blocks, incompat: 0, compat: 0, seed: 0 };
-    let sb = journal.read(0)?;
-    if be32(&sb, 0) != MAGIC {
-        return Err(bad("its superblock has no magic number"));
+    let mut journal = Journal {
+        fs,
+        inode: inum,
+        extents,
+        first: 0,
+        end: blocks,
+        incompat: JournalIncompat::empty(),
+        compat: JournalCompat::empty(),
+        seed: 0,
+    };
+    let mut sb = JournalSuperblock::new_zeroed();
+    fs.source.read(journal.place(0)? * u64::from(block_size), sb.as_mut_bytes())?;
+    if sb.s_header.h_magic.get() != JBD2_MAGIC_NUMBER {
+        return bad(JournalFault::Magic);
     }
-    match be32(&sb, 4) {
-        block_type::SUPERBLOCK_V1 => {}
-        block_type::SUPERBLOCK_V2 => {
-            journal.compat = be32(&sb, 0x24);
-            journal.incompat = be32(&sb, 0x28);
+    match sb.s_header.h_blocktype.get() {
+        JBD2_SUPERBLOCK_V1 => {}
+        JBD2_SUPERBLOCK_V2 => {
+            journal.compat = JournalCompat::from_bits_retain(sb.s_feature_compat.get());
+            journal.incompat = JournalIncompat::from_bits_retain(sb.s_feature_incompat.get());
         }
-        _ => return Err(bad("its superblock has an unknown type")),
+        _ => return bad(JournalFault::Type),
     }
-    let unknown = journal.incompat & !feature::KNOWN;
+    let unknown = journal.incompat.difference(KNOWN).bits();
     if unknown != 0 {
-        return Err(unsupported(format!("journal feature bits {unknown:#x}")));
+        let what = format!("journal feature bits {unknown:#x}");
+        return Err(Ext4Error::unsupported(what, Place::inode(inum)));
     }
-    let checksums = journal.incompat & (feature::CSUM_V2 | feature::CSUM_V3);
-    if checksums == feature::CSUM_V2 | feature::CSUM_V3 {
-        return Err(bad("it has two kinds of checksums"));
+    if journal.incompat.contains(CHECKSUMS) {
+        return bad(JournalFault::TwoChecksums);
     }
-    if checksums != 0 {
-        let mut covered = sb.get(..SUPERBLOCK_LEN).ok_or_else(|| bad("its superblock is cut off"))?.to_vec();
-        let stored = be32(&covered, 0xFC);
-        if let Some(field) = covered.get_mut(0xFC..0x100) {
-            field.fill(0);
+    if journal.checksummed() {
+        let sum = crc32c_without(!0, sb.as_bytes(), offset_of!(JournalSuperblock, s_checksum), 4);
+        if sum != sb.s_checksum.get() {
+            return bad(JournalFault::SuperblockChecksum);
         }
-        if chksum(!0, &covered) != stored {
-            return Err(bad("checksum of its superblock does not match"));
-        }
-        journal.seed = chksum(!0, sb.get(0x30..0x40).unwrap_or(&[]));
+        journal.seed = crc32c(!0, &sb.s_uuid);
     }
-    journal.first = be32(&sb, 0x14);
-    journal.end = be32(&sb, 0x10);
-    if be32(&sb, 0x0C) != block_size {
-        return Err(bad("its blocks have another size"));
+    journal.first = sb.s_first.get();
+    journal.end = sb.s_maxlen.get();
+    if sb.s_blocksize.get() != block_size {
+        return bad(JournalFault::BlockSize);
     }
     if journal.end > blocks || journal.first == 0 || journal.first >= journal.end {
-        return Err(bad("its bounds lie outside its inode"));
+        return bad(JournalFault::Bounds);
     }
-    let start = be32(&sb, 0x1C);
+    let start = sb.s_start.get();
     if start == 0 {
         return Ok(None);
     }
     if start < journal.first || start >= journal.end {
-        return Err(bad("its start lies outside its bounds"));
+        return bad(JournalFault::Start);
     }
-    Ok(Some((journal, start, be32(&sb, 0x18))))
+    Ok(Some((journal, start, sb.s_sequence.get())))
 }
 
 /// The blocks that are logged, and the last transaction that revoked each.
 type Logged = HashMap<u64, Option<u32>>;
 
-/// What one pass does with the blocks it meets.
+/// What one pass does with the blocks of the log.
 enum Pass<'a> {
     Scan(&'a mut Logged),
     Revoke(&'a mut Logged),
-    Replay(&'a Logged, &'a mut HashMap<u64, Copy>),
+    Replay(&'a Logged, &'a mut Overlay),
 }
 
 impl<R: ReadAt> Journal<'_, R> {
     fn replay(&self, start: u32, sequence: u32) -> Result<Overlay, Ext4Error> {
         let (logged, end) = self.logged(start, sequence)?;
-        let mut overlay = HashMap::new();
+        let mut overlay = Overlay::default();
         self.pass(start, sequence, Some(end), &mut Pass::Replay(&logged, &mut overlay))?;
-        Ok(Overlay(overlay))
+        Ok(overlay)
     }
 
-    /// The blocks that are logged with their revocations, and the number behind the last complete transaction.
+    /// The blocks that are logged with their revocations, and the number after the last complete transaction.
     fn logged(&self, start: u32, sequence: u32) -> Result<(Logged, u32), Ext4Error> {
         let mut logged = Logged::new();
         let end = self.pass(start, sequence, None, &mut Pass::Scan(&mut logged))?;
@@ -189,7 +187,7 @@ impl<R: ReadAt> Journal<'_, R> {
             Some(e) if number - e.logical_block < e.blocks && !e.unwritten => {
                 Ok(e.physical_block + u64::from(number - e.logical_block))
             }
-            _ => Err(bad("it has a hole")),
+            _ => Err(bad(self.inode, JournalFault::Hole)),
         }
     }
 
@@ -204,39 +202,47 @@ impl<R: ReadAt> Journal<'_, R> {
         if number + 1 >= self.end { self.first } else { number + 1 }
     }
 
-    fn has(&self, bit: u32) -> bool {
-        self.incompat & bit != 0
+    fn has(&self, feature: JournalIncompat) -> bool {
+        self.incompat.contains(feature)
     }
 
     fn checksummed(&self) -> bool {
-        self.has(feature::CSUM_V2 | feature::CSUM_V3)
+        self.incompat.intersects(CHECKSUMS)
     }
 
-    /// Walks the log from `at`; gives the sequence number behind the last complete transaction.
+    /// A broken rule in block `number` of the journal.
+    fn bad_block(&self, number: u32, fault: JournalFault) -> Ext4Error {
+        let place = Place::inode(self.inode);
+        Ext4Error::corrupt(fault, self.place(number).map_or(place, |block| place.at_block(block)))
+    }
+
+    /// Walks the log from `at`; gives the sequence number after the last complete transaction.
     fn pass(&self, mut at: u32, first: u32, end: Option<u32>, pass: &mut Pass<'_>) -> Result<u32, Ext4Error> {
         let mut sequence = first;
         // A log that goes round more than once would overwrite its own start.
         let mut budget = self.end - self.first;
-        let mut crc32 = !0u32;
+        let mut crc32 = CRC32_BE.digest();
         while end != Some(sequence) && budget > 0 {
             budget -= 1;
             let block = self.read(at)?;
-            if be32(&block, 0) != MAGIC || be32(&block, 8) != sequence {
+            let Ok((header, _)) = JournalHeader::ref_from_prefix(&block) else { break };
+            if header.h_magic.get() != JBD2_MAGIC_NUMBER || header.h_sequence.get() != sequence {
                 break;
             }
-            match be32(&block, 4) {
-                block_type::DESCRIPTOR => {
+            match header.h_blocktype.get() {
+                JBD2_DESCRIPTOR_BLOCK => {
                     if self.checksummed() && !self.tail_matches(&block) {
                         // The kernel takes this for the end of the log while it scans.
                         if matches!(pass, Pass::Scan(_)) {
                             break;
                         }
-                        return Err(bad("checksum of a descriptor block does not match"));
+                        return Err(self.bad_block(at, JournalFault::DescriptorChecksum));
                     }
-                    let tags = self.tags(&block)?;
-                    let check_v1 = matches!(pass, Pass::Scan(_)) && self.compat & COMPAT_CHECKSUM != 0;
+                    let tags = self.tags(&block);
+                    let check_v1 = matches!(pass, Pass::Scan(_))
+                        && self.compat.contains(JournalCompat::JBD2_FEATURE_COMPAT_CHECKSUM);
                     if check_v1 {
-                        crc32 = crc32_be(crc32, &block);
+                        crc32.update(&block);
                     }
                     for tag in tags {
                         at = self.next(at);
@@ -245,7 +251,7 @@ impl<R: ReadAt> Journal<'_, R> {
                             break;
                         }
                         if check_v1 {
-                            crc32 = crc32_be(crc32, &self.read(at)?);
+                            crc32.update(&self.read(at)?);
                         }
                         match pass {
                             Pass::Scan(logged) => {
@@ -259,17 +265,17 @@ impl<R: ReadAt> Journal<'_, R> {
                     }
                     at = self.next(at);
                 }
-                block_type::COMMIT => {
-                    if matches!(pass, Pass::Scan(_)) && !self.commit_matches(&block, crc32) {
+                JBD2_COMMIT_BLOCK => {
+                    let sum = std::mem::replace(&mut crc32, CRC32_BE.digest()).finalize();
+                    if matches!(pass, Pass::Scan(_)) && !self.commit_matches(&block, sum) {
                         break;
                     }
-                    crc32 = !0;
                     sequence = sequence.wrapping_add(1);
                     at = self.next(at);
                 }
-                block_type::REVOKE => {
+                JBD2_REVOKE_BLOCK => {
                     if let Pass::Revoke(logged) = pass {
-                        self.revoke(&block, sequence, logged)?;
+                        self.revoke(&block, at, sequence, logged)?;
                     }
                     at = self.next(at);
                 }
@@ -281,61 +287,67 @@ impl<R: ReadAt> Journal<'_, R> {
 
     /// Checks the checksum in the last four bytes of a descriptor or revoke block.
     fn tail_matches(&self, block: &[u8]) -> bool {
-        let Some(end) = block.len().checked_sub(4) else { return false };
-        let crc = chksum(chksum(self.seed, &block[..end]), &[0; 4]);
-        crc == be32(block, end)
+        let Some((covered, stored)) = block.split_last_chunk::<BLOCK_TAIL_SIZE>() else { return false };
+        crc32c(crc32c(self.seed, covered), &[0; BLOCK_TAIL_SIZE]) == u32::from_be_bytes(*stored)
     }
 
+    /// Checks a commit block; `crc32` is that of its transaction.
     fn commit_matches(&self, block: &[u8], crc32: u32) -> bool {
+        let Ok((commit, _)) = CommitHeader::ref_from_prefix(block) else { return false };
+        let stored = commit.h_chksum.get();
         if self.checksummed() {
-            let stored = be32(block, COMMIT_CHKSUM_AT);
-            let (Some(head), Some(rest)) = (block.get(..COMMIT_CHKSUM_AT), block.get(COMMIT_CHKSUM_AT + 4..))
-            else {
-                return false;
-            };
-            return chksum(chksum(chksum(self.seed, head), &[0; 4]), rest) == stored;
+            return crc32c_without(self.seed, block, offset_of!(CommitHeader, h_chksum), 4) == stored;
         }
-        if self.compat & COMPAT_CHECKSUM != 0 {
-            let (kind, size) = (block.get(12).copied(), block.get(13).copied());
-            let stored = be32(block, COMMIT_CHKSUM_AT);
-            // A commit written before the feature was switched on has neither.
-            return (kind == Some(CRC32_TYPE) && size == Some(4) && stored == crc32)
-                || (kind == Some(0) && size == Some(0) && stored == 0);
+        if self.compat.contains(JournalCompat::JBD2_FEATURE_COMPAT_CHECKSUM) {
+            return match (commit.h_chksum_type, commit.h_chksum_size) {
+                (JBD2_CRC32_CHKSUM, JBD2_CRC32_CHKSUM_SIZE) => stored == crc32,
+                // A commit written before the feature was switched on has no checksum.
+                (0, 0) => stored == 0,
+                _ => false,
+            };
         }
         true
     }
 
-    fn tags(&self, block: &[u8]) -> Result<Vec<Tag>, Ext4Error> {
-        let v3 = self.has(feature::CSUM_V3);
-        // `journal_tag_bytes`: the 2 bytes more of the second version are a mistake that became the format.
-        let len = match (v3, self.has(feature::CSUM_V2), self.has(feature::BIT64)) {
-            (true, _, _) => 16,
-            (false, v2, wide) => 8 + if v2 { 2 } else { 0 } + if wide { 4 } else { 0 },
-        };
-        let end = block.len() - if self.checksummed() { 4 } else { 0 };
+    /// Reads the tag at the start of `bytes`; gives its length too.
+    fn tag(&self, bytes: &[u8]) -> Option<(Tag, usize)> {
+        let wide = self.has(JournalIncompat::JBD2_FEATURE_INCOMPAT_64BIT);
+        let (low, high, flags, checksum, len);
+        if self.has(JournalIncompat::JBD2_FEATURE_INCOMPAT_CSUM_V3) {
+            let (tag, _) = JournalBlockTag3::ref_from_prefix(bytes).ok()?;
+            (low, high) = (tag.t_blocknr.get(), tag.t_blocknr_high.get());
+            (flags, checksum, len) = (tag.t_flags.get(), tag.t_checksum.get(), size_of::<JournalBlockTag3>());
+        } else {
+            // `journal_tag_bytes`: the 2 bytes more of the second version are a mistake that became the format.
+            let more = if self.has(JournalIncompat::JBD2_FEATURE_INCOMPAT_CSUM_V2) { 2 } else { 0 };
+            len = offset_of!(JournalBlockTag, t_blocknr_high) + if wide { 4 } else { 0 } + more;
+            // The last tag may be shorter than the structure, whose end is the block's then.
+            let mut tag = JournalBlockTag::new_zeroed();
+            let stored = bytes.get(..len)?;
+            let n = stored.len().min(size_of::<JournalBlockTag>());
+            tag.as_mut_bytes()[..n].copy_from_slice(&stored[..n]);
+            (low, high) = (tag.t_blocknr.get(), tag.t_blocknr_high.get());
+            (flags, checksum) = (u32::from(tag.t_flags.get()), u32::from(tag.t_checksum.get()));
+        }
+        let target = u64::from(low) | if wide { u64::from(high) << 32 } else { 0 };
+        Some((Tag { target, flags: TagFlags::from_bits_retain(flags), checksum }, len))
+    }
+
+    /// The tags of a descriptor.
+    fn tags(&self, block: &[u8]) -> Vec<Tag> {
+        let end = block.len() - if self.checksummed() { BLOCK_TAIL_SIZE } else { 0 };
+        let mut rest = block.get(size_of::<JournalHeader>()..end).unwrap_or(&[]);
         let mut tags = Vec::new();
-        let mut at = HEADER_LEN;
-        loop {
-            if at + len > end {
-                return Ok(tags);
-            }
-            let low = be32(block, at);
-            let (flags, checksum, high) = if v3 {
-                (be32(block, at + 4), be32(block, at + 12), be32(block, at + 8))
-            } else {
-                let checksum = u32::from(be16(block, at + 4));
-                (u32::from(be16(block, at + 6)), checksum, be32(block, at + 8))
-            };
-            let high = if self.has(feature::BIT64) { high } else { 0 };
-            tags.push(Tag { target: u64::from(low) | u64::from(high) << 32, flags, checksum });
-            at += len;
-            if flags & tag_flag::SAME_UUID == 0 {
-                at += 16;
-            }
-            if flags & tag_flag::LAST != 0 {
-                return Ok(tags);
+        while let Some((tag, len)) = self.tag(rest) {
+            let uuid = if tag.flags.contains(TagFlags::JBD2_FLAG_SAME_UUID) { 0 } else { TAG_UUID_SIZE };
+            let last = tag.flags.contains(TagFlags::JBD2_FLAG_LAST_TAG);
+            tags.push(tag);
+            rest = rest.get(len + uuid..).unwrap_or(&[]);
+            if last {
+                break;
             }
         }
+        tags
     }
 
     fn copy(
@@ -344,62 +356,50 @@ impl<R: ReadAt> Journal<'_, R> {
         at: u32,
         sequence: u32,
         logged: &Logged,
-        overlay: &mut HashMap<u64, Copy>,
+        overlay: &mut Overlay,
     ) -> Result<(), Ext4Error> {
         let revoked = logged.get(&tag.target).copied().flatten();
         if revoked.is_some_and(|last| last.wrapping_sub(sequence) as i32 >= 0) {
             return Ok(());
         }
         if tag.target >= self.fs.geometry().blocks_count {
-            return Err(bad("it holds a block outside the file system"));
+            return Err(self.bad_block(at, JournalFault::TargetOutside));
         }
         if self.checksummed() {
-            let crc = chksum(chksum(self.seed, &sequence.to_be_bytes()), &self.read(at)?);
-            let matches =
-                if self.has(feature::CSUM_V3) { crc == tag.checksum } else { crc & 0xFFFF == tag.checksum };
-            if !matches {
-                return Err(bad("checksum of a logged block does not match"));
+            let crc = crc32c(crc32c(self.seed, &sequence.to_be_bytes()), &self.read(at)?);
+            let v3 = self.has(JournalIncompat::JBD2_FEATURE_INCOMPAT_CSUM_V3);
+            if tag.checksum != if v3 { crc } else { crc & 0xFFFF } {
+                return Err(self.bad_block(at, JournalFault::TargetChecksum));
             }
         }
-        let copy = Copy { block: self.place(at)?, escaped: tag.flags & tag_flag::ESCAPE != 0 };
-        overlay.insert(tag.target, copy);
+        let escaped = tag.flags.contains(TagFlags::JBD2_FLAG_ESCAPE);
+        overlay.insert(tag.target, Copy { block: self.place(at)?, escaped });
         Ok(())
     }
 
-    fn revoke(&self, block: &[u8], sequence: u32, logged: &mut Logged) -> Result<(), Ext4Error> {
+    fn revoke(&self, block: &[u8], at: u32, sequence: u32, logged: &mut Logged) -> Result<(), Ext4Error> {
         if self.checksummed() && !self.tail_matches(block) {
-            return Err(bad("checksum of a revoke block does not match"));
+            return Err(self.bad_block(at, JournalFault::RevokeChecksum));
         }
-        let used = be32(block, HEADER_LEN) as usize;
-        let room = block.len() - if self.checksummed() { 4 } else { 0 };
-        if used < REVOKE_HEADER_LEN || used > room {
-            return Err(bad("a revoke block has an impossible length"));
-        }
-        let wide = self.has(feature::BIT64);
-        let len = if wide { 8 } else { 4 };
-        for at in (REVOKE_HEADER_LEN..=used.saturating_sub(len)).step_by(len) {
-            let target = if wide {
-                u64::from(be32(block, at)) << 32 | u64::from(be32(block, at + 4))
-            } else {
-                u64::from(be32(block, at))
-            };
+        let room = block.len() - if self.checksummed() { BLOCK_TAIL_SIZE } else { 0 };
+        let used = match RevokeHeader::ref_from_prefix(block) {
+            Ok((header, _)) if header.r_count.get() as usize <= room => {
+                block.get(size_of::<RevokeHeader>()..header.r_count.get() as usize)
+            }
+            _ => None,
+        };
+        let Some(used) = used else {
+            return Err(self.bad_block(at, JournalFault::RevokeLength));
+        };
+        let wide = self.has(JournalIncompat::JBD2_FEATURE_INCOMPAT_64BIT);
+        for number in used.chunks_exact(if wide { 8 } else { 4 }) {
+            let target = number.iter().fold(0, |target, byte| target << 8 | u64::from(*byte));
             if let Some(last) = logged.get_mut(&target) {
                 *last = Some(sequence);
             }
         }
         Ok(())
     }
-}
-
-/// The CRC-32 of the first version (`crc32_be`, polynomial 0x04C11DB7, most significant bit first).
-fn crc32_be(seed: u32, bytes: &[u8]) -> u32 {
-    bytes.iter().fold(seed, |mut crc, byte| {
-        crc ^= u32::from(*byte) << 24;
-        for _ in 0..8 {
-            crc = if crc >> 31 == 1 { crc << 1 ^ 0x04C1_1DB7 } else { crc << 1 };
-        }
-        crc
-    })
 }
 
 #[cfg(test)]
@@ -411,8 +411,11 @@ mod tests {
     const BLOCK: usize = 4096;
 
     fn block(kind: u32, sequence: u32, words: &[u32]) -> Vec<u8> {
-        let mut bytes: Vec<u8> =
-            [MAGIC, kind, sequence].iter().chain(words).flat_map(|word| word.to_be_bytes()).collect();
+        let mut bytes: Vec<u8> = [JBD2_MAGIC_NUMBER, kind, sequence]
+            .iter()
+            .chain(words)
+            .flat_map(|word| word.to_be_bytes())
+            .collect();
         bytes.resize(BLOCK, 0);
         bytes
     }
@@ -428,18 +431,19 @@ mod tests {
         let inode = fs.inode(fs.geometry().journal_inum).unwrap();
         let first = fs.extents(&inode).unwrap()[0].physical_block * BLOCK as u64;
         // One transaction logs blocks 3000 and 3001; fifty revoke the first one and a thousand others each.
-        let last_tag = tag_flag::SAME_UUID | tag_flag::LAST;
+        let same_uuid = TagFlags::JBD2_FLAG_SAME_UUID.bits();
+        let last_tag = same_uuid | TagFlags::JBD2_FLAG_LAST_TAG.bits();
         let mut log = vec![
-            block(block_type::DESCRIPTOR, 1, &[3000, tag_flag::SAME_UUID, 3001, last_tag]),
+            block(JBD2_DESCRIPTOR_BLOCK, 1, &[3000, same_uuid, 3001, last_tag]),
             vec![b'a'; BLOCK],
             vec![b'b'; BLOCK],
-            block(block_type::COMMIT, 1, &[]),
+            block(JBD2_COMMIT_BLOCK, 1, &[]),
         ];
         for sequence in 2..52 {
             let mut words = vec![16 + 4 * 1001, 3000];
             words.extend((0..1000).map(|i| 100_000 + sequence * 1000 + i));
-            log.push(block(block_type::REVOKE, sequence, &words));
-            log.push(block(block_type::COMMIT, sequence, &[]));
+            log.push(block(JBD2_REVOKE_BLOCK, sequence, &words));
+            log.push(block(JBD2_COMMIT_BLOCK, sequence, &[]));
         }
         for (i, bytes) in log.iter().enumerate() {
             disk.write_all_at(bytes, first + (1 + i as u64) * BLOCK as u64).unwrap();

@@ -1,4 +1,4 @@
-//! Reads ext4: images of our own writer and file systems that the Linux kernel wrote.
+//! Reads ext4: images of this crate's writers, and file systems that the Linux kernel wrote.
 //!
 //! ```text
 //!  disk ─► superblock (Geometry) ─► journal? ─► overlay in memory
@@ -8,17 +8,18 @@
 //!                                   └─► xattrs, symlink_target
 //! ```
 //!
-//! **Hostile input is the normal case.** No function panics, loops or takes memory beyond stated bounds, whatever the
-//! disk holds: counts are checked against the disk's size, trees by rising keys, lists by their buffers. Checksums are
+//! **Hostile input is the normal case.** No function panics, loops or takes memory beyond stated bounds, whatever is on
+//! the disk: counts are checked against the disk's size, trees by rising keys, lists by their buffers. Checksums are
 //! verified where the file system has them. Nothing is ever written: a dirty journal is replayed into memory.
-//! Errors name the inode or block. Called by `diff`, `agent` and `ext4::check`.
+//! Every [`Ext4Error::Corrupt`] names the rule and the group, inode, block or byte. Called by `layer-codec`, `svm-agent`,
+//! `layer inspect` and [`crate::check`].
 
-pub(crate) mod bytes;
 pub(crate) mod dir;
 pub(crate) mod extent;
 mod file;
 pub(crate) mod inode;
 mod journal;
+mod overlay;
 mod owners;
 pub(crate) mod source;
 pub(crate) mod superblock;
@@ -34,39 +35,23 @@ pub use owners::{MAX_NAMED, Owners};
 pub use superblock::Geometry;
 
 use super::{Ext4Error, Place};
-use bytes::{chksum, crc16, u16_at, u32_at, wide};
+use crate::{
+    error::{GroupFault, InodeFault, JournalFault},
+    layout::{
+        EXT4_ROOT_INO,
+        group::{GroupDesc, desc_checksum, desc_checksum_crc16},
+        inode::{I_BLOCK_SIZE, InodeFlags},
+        superblock::{Compat, Incompat, RoCompat, SUPERBLOCK_OFFSET, Superblock},
+    },
+};
 use disk_io::ReadAt;
-use source::{Block, Source};
-use superblock::{SUPERBLOCK_LEN, SUPERBLOCK_OFFSET, compat, incompat, ro_compat};
-
-/// `EXT4_ROOT_INO`.
-pub const ROOT_INO: u32 = 2;
-
-/// The error for an image that breaks the format; `place` names the inode, block or structure.
-pub(crate) fn corrupt(place: impl AsRef<str>, reason: impl AsRef<str>) -> Ext4Error {
-    Ext4Error::corrupt(format!("{}: {}", place.as_ref(), reason.as_ref()), Place::default())
-}
-
-/// The error for an image that uses what this program does not know, or is larger than it takes.
-pub(crate) fn unsupported(what: impl Into<String>) -> Ext4Error {
-    Ext4Error::unsupported(what, Place::default())
-}
-
-/// The error for a disk that fails at byte `offset`.
-pub(crate) fn io_error(doing: &'static str, offset: u64, source: std::io::Error) -> Ext4Error {
-    Ext4Error::io(doing, Place::offset(offset), source)
-}
+use source::Source;
+use zerocopy::{FromZeros, IntoBytes};
 
 /// An ext4 file system, opened for reading.
 #[derive(Debug)]
 pub struct Ext4<R> {
     pub(crate) source: Source<R>,
-}
-
-/// A group descriptor, parsed.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Group {
-    pub(crate) inode_table: u64,
 }
 
 impl<R: ReadAt> Ext4<R> {
@@ -84,24 +69,28 @@ impl<R: ReadAt> Ext4<R> {
     }
 
     fn open_with(disk: R, recovery: bool) -> Result<Self, Ext4Error> {
-        let size = disk.size().map_err(|e| io_error("asking for the image's size", 0, e))?;
-        let mut sb = vec![0; SUPERBLOCK_LEN];
-        disk.read_exact_at(&mut sb, SUPERBLOCK_OFFSET)
-            .map_err(|e| io_error("reading the superblock", SUPERBLOCK_OFFSET, e))?;
+        let io = |doing| move |e| Ext4Error::io(doing, Place::offset(SUPERBLOCK_OFFSET), e);
+        let size = disk.size().map_err(io("asking for the image's size"))?;
+        let mut sb = Superblock::new_zeroed();
+        disk.read_exact_at(sb.as_mut_bytes(), SUPERBLOCK_OFFSET).map_err(io("reading the superblock"))?;
         let geometry = Geometry::parse(&sb, size)?;
-        let recover =
-            recovery && geometry.has(incompat::RECOVER) && geometry.feature_compat & compat::HAS_JOURNAL != 0;
-        if recover && geometry.feature_compat & compat::FAST_COMMIT != 0 {
-            return Err(unsupported("recovery of fast commits"));
+        let recover = recovery
+            && geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_RECOVER)
+            && geometry.has_compat(Compat::EXT4_FEATURE_COMPAT_HAS_JOURNAL);
+        if recover && geometry.has_compat(Compat::EXT4_FEATURE_COMPAT_FAST_COMMIT) {
+            return Err(Ext4Error::unsupported(
+                "recovery of fast commits",
+                Place::inode(geometry.journal_inum),
+            ));
         }
         let mut fs = Self { source: Source::new(disk, geometry) };
         if recover {
             fs.source.overlay = journal::recover(&fs)?;
             fs.source.forget();
-            fs.source.read(SUPERBLOCK_OFFSET, &mut sb)?;
-            let geometry = Geometry::parse(&sb, size)?;
+            let geometry = Geometry::parse(&fs.source.superblock()?, size)?;
             if geometry.block_size != fs.source.geometry.block_size {
-                return Err(corrupt("journal", "it changes the block size"));
+                let place = Place::inode(geometry.journal_inum);
+                return Err(Ext4Error::corrupt(JournalFault::ChangesBlockSize, place));
             }
             fs.source.geometry = geometry;
         }
@@ -110,7 +99,7 @@ impl<R: ReadAt> Ext4<R> {
 
     /// The number of the root directory's inode.
     pub fn root(&self) -> u32 {
-        ROOT_INO
+        EXT4_ROOT_INO
     }
 
     /// The shape of the file system.
@@ -125,63 +114,55 @@ impl<R: ReadAt> Ext4<R> {
     pub fn inode(&self, ino: u32) -> Result<Inode, Ext4Error> {
         let (block, at) = self.inode_place(ino)?;
         let block = self.source.block(block)?;
-        let raw = block.get(at..at + usize::from(self.geometry().inode_size)).unwrap_or(&[]);
-        let inode = Inode::parse(ino, raw, self.geometry())?;
-        if inode.has(inode::flags::ENCRYPT | inode::flags::COMPRESSED) {
-            return Err(unsupported(format!("inode {ino} is encrypted or compressed")));
+        let slot = block.get(at..at + usize::from(self.geometry().inode_size)).unwrap_or(&[]);
+        let inode = Inode::parse(ino, slot, self.geometry())?;
+        if inode.flags.intersects(InodeFlags::EXT4_ENCRYPT_FL | InodeFlags::EXT4_COMPR_FL) {
+            return Err(Ext4Error::unsupported("an encrypted or compressed inode", Place::inode(ino)));
         }
         Ok(inode)
     }
 
-    /// The block and the byte in it where inode `ino` stands.
+    /// The block of inode `ino`, and the byte in it.
     fn inode_place(&self, ino: u32) -> Result<(u64, usize), Ext4Error> {
         let geometry = self.geometry();
         if ino == 0 || ino > geometry.inodes_count {
-            return Err(corrupt(format!("inode {ino}"), "it lies outside the file system"));
+            return Err(Ext4Error::corrupt(InodeFault::Number, Place::inode(ino)));
         }
         let group = self.group((ino - 1) / geometry.inodes_per_group)?;
         let byte = u64::from((ino - 1) % geometry.inodes_per_group) * u64::from(geometry.inode_size);
         let block_size = u64::from(geometry.block_size);
-        Ok((group.inode_table + byte / block_size, (byte % block_size) as usize))
+        Ok((group.inode_table() + byte / block_size, (byte % block_size) as usize))
     }
 
-    /// The descriptor of group `number`, checked.
-    pub(crate) fn group(&self, number: u32) -> Result<Group, Ext4Error> {
-        let (_, raw) = self.raw_descriptor(number)?;
+    /// The descriptor of group `number`: its checksum and the place of its inode table are right.
+    pub(crate) fn group(&self, number: u32) -> Result<GroupDesc, Ext4Error> {
         let geometry = self.geometry();
-        let is_wide = raw.len() >= 64;
-        let field =
-            |low: usize, high: usize| wide(u32_at(&raw, low), if is_wide { u32_at(&raw, high) } else { 0 });
-        let group = Group { inode_table: field(8, 0x28) };
-        if !descriptor_checksum_matches(geometry, number, &raw) {
-            return Err(corrupt(format!("group {number}"), "checksum of its descriptor does not match"));
+        let (number_of_block, at) = geometry.descriptor_place(number);
+        let block = self.source.block(number_of_block)?;
+        let slot = block.get(at..at + usize::from(geometry.desc_size)).unwrap_or(&[]);
+        let desc = GroupDesc::from_slot(slot);
+        let bad = |fault| Err(Ext4Error::corrupt(fault, Place::group(number).at_block(number_of_block)));
+        if !descriptor_checksum_matches(geometry, number, slot, desc.bg_checksum.get()) {
+            return bad(GroupFault::Checksum);
         }
-        if !geometry.holds(group.inode_table, u64::from(geometry.inode_table_blocks())) {
-            return Err(corrupt(format!("group {number}"), "its inode table lies outside the file system"));
+        if !geometry.holds(desc.inode_table(), u64::from(geometry.inode_table_blocks())) {
+            return bad(GroupFault::InodeTable);
         }
-        Ok(group)
+        Ok(desc)
     }
 
-    /// The block of group `number`'s descriptor, and the descriptor's bytes.
-    pub(crate) fn raw_descriptor(&self, number: u32) -> Result<(Block, Vec<u8>), Ext4Error> {
-        let (block, at) = self.geometry().descriptor_place(number);
-        let block = self.source.block(block)?;
-        let raw = block.get(at..at + usize::from(self.geometry().desc_size)).unwrap_or(&[]).to_vec();
-        Ok((block, raw))
-    }
-
-    /// All extents of `inode` in logical order, neighbours joined; empty for inodes without blocks.
+    /// All extents of `inode` in logical order, neighbors joined; empty for inodes without blocks.
     ///
     /// # Errors
     /// `Corrupt` where the tree is broken.
     pub fn extents(&self, inode: &Inode) -> Result<Vec<Extent>, Ext4Error> {
         let mut extents = Vec::new();
+        let inline = inode.has(InodeFlags::EXT4_INLINE_DATA_FL);
         let has_blocks = match inode.kind {
-            FileKind::File | FileKind::Directory => !inode.has(inode::flags::INLINE_DATA),
-            // A short target stands where the tree would.
+            FileKind::File | FileKind::Directory => !inline,
+            // A short target is where the tree would be.
             FileKind::Symlink => {
-                !inode.has(inode::flags::INLINE_DATA)
-                    && (inode.size >= 60 || inode.has(inode::flags::EXTENTS))
+                !inline && (inode.size >= I_BLOCK_SIZE as u64 || inode.has(InodeFlags::EXT4_EXTENTS_FL))
             }
             _ => false,
         };
@@ -192,16 +173,13 @@ impl<R: ReadAt> Ext4<R> {
     }
 }
 
-/// Checks `bg_checksum` (`ext4_group_desc_csum` of `fs/ext4/super.c`).
-pub(crate) fn descriptor_checksum_matches(geometry: &Geometry, number: u32, raw: &[u8]) -> bool {
-    let (Some(head), rest) = (raw.get(..0x1E), raw.get(0x20..).unwrap_or(&[])) else { return false };
-    let stored = u16_at(raw, 0x1E);
+/// Checks `bg_checksum`, where the file system has it.
+fn descriptor_checksum_matches(geometry: &Geometry, number: u32, slot: &[u8], stored: u16) -> bool {
     if geometry.metadata_csum() {
-        let crc = chksum(geometry.checksum_seed, &number.to_le_bytes());
-        return chksum(chksum(chksum(crc, head), &[0; 2]), rest) as u16 == stored;
+        return desc_checksum(geometry.checksum_seed, number, slot) == stored;
     }
-    if geometry.feature_ro_compat & ro_compat::GDT_CSUM != 0 {
-        return crc16(crc16(crc16(crc16(!0, &geometry.uuid), &number.to_le_bytes()), head), rest) == stored;
+    if geometry.has_ro(RoCompat::EXT4_FEATURE_RO_COMPAT_GDT_CSUM) {
+        return desc_checksum_crc16(&geometry.uuid, number, slot) == stored;
     }
     true
 }

@@ -1,10 +1,10 @@
-//! Whose bytes are these? Names the files that damaged ranges of an image belong to.
+//! Owners of bytes: the files that damaged ranges of an image belong to.
 //!
 //! ```text
 //!   byte ranges ──► blocks ──► walk of the whole tree, each inode's extents ──► paths │ the rest: metadata or free space
 //! ```
 //!
-//! For people who were told that a block is bad; called by `agent` for scrub, and by `cli`.
+//! For reports about damaged blocks. Called by `svm-agent` for scrub and by `layer verify`.
 
 use super::{Ext4, FileKind};
 use crate::Ext4Error;
@@ -14,9 +14,9 @@ use std::{
     ops::Range,
 };
 
-/// Files that are named; the number of all is told.
+/// Most files that are named; all are counted.
 pub const MAX_NAMED: usize = 64;
-/// Blocks that are looked for.
+/// Most blocks that are searched for.
 const MAX_BLOCKS: usize = 1 << 20;
 
 /// Who owns some bytes of an image.
@@ -26,7 +26,7 @@ pub struct Owners {
     pub files: Vec<Vec<u8>>,
     /// How many files there are in all.
     pub count: u64,
-    /// Some of the bytes are no file's data: metadata, folders, inline data or free space.
+    /// Some of the bytes are no file's data: metadata, directories, inline data or free space.
     pub others: bool,
 }
 
@@ -34,7 +34,7 @@ impl<R: ReadAt> Ext4<R> {
     /// The files whose data lie in `ranges` (bytes of the disk).
     ///
     /// # Errors
-    /// As reading any file: a damaged tree can't be walked.
+    /// As reading any file: a damaged tree cannot be walked.
     pub fn owners(&self, ranges: &[Range<u64>]) -> Result<Owners, Ext4Error> {
         let bs = u64::from(self.geometry().block_size);
         let mut wanted: BTreeSet<u64> =

@@ -6,11 +6,17 @@
 //!                          └──► disk
 //! ```
 //!
-//! The overlay holds places, not bytes: its memory is 32 bytes for each distinct block in the journal. The cache is
-//! direct-mapped and of fixed size. Called by every part of the reader.
+//! The overlay holds places, not bytes. The cache is direct-mapped and of fixed size. Used by every part of the reader.
 
-use super::{corrupt, journal::Overlay, superblock::Geometry};
-use crate::Ext4Error;
+use super::{overlay::Overlay, superblock::Geometry};
+use crate::{
+    Ext4Error, Place,
+    error::BlockFault,
+    layout::{
+        journal::JBD2_MAGIC_NUMBER,
+        superblock::{SUPERBLOCK_OFFSET, Superblock},
+    },
+};
 use disk_io::ReadAt;
 use parking_lot::Mutex;
 use std::{
@@ -20,6 +26,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
+use zerocopy::{FromZeros, IntoBytes};
 
 /// Bytes read at once for metadata, at least.
 const CHUNK: usize = 16 * 1024;
@@ -62,9 +69,9 @@ impl std::ops::Deref for Block {
     }
 }
 
-/// An I/O error that says what was read.
+/// The error for a disk that fails at byte `offset`.
 fn io_error(offset: u64) -> impl FnOnce(std::io::Error) -> Ext4Error {
-    move |source| super::io_error("reading the image", offset, source)
+    move |source| Ext4Error::io("reading the image", Place::offset(offset), source)
 }
 
 impl<R: ReadAt> Source<R> {
@@ -81,17 +88,17 @@ impl<R: ReadAt> Source<R> {
         }
     }
 
-    /// Counts visits to blocks of folders, extent trees and block maps, and to xattr values with inodes of their own. Each
-    /// block belongs to one inode in a sound file system, and one operation visits it some times at most; where all inodes
-    /// of a hostile one point to the same few, what is read and kept would be the product of both.
+    /// Counts visits to blocks of directories, extent trees and block maps, and to xattr values with inodes of their own.
+    /// Each block belongs to one inode in a sound file system, and one operation visits it a few times at most; where all
+    /// inodes of a hostile one point to the same few, the work and the memory would be the product of both.
     pub(crate) fn visit(&self, blocks: u64) -> Result<(), Ext4Error> {
         disk_io::steps::add(blocks);
         let take = |left: u64| left.checked_sub(blocks);
         match self.visits.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
             Ok(_) => Ok(()),
-            Err(_) => Err(super::unsupported(
-                "a file system whose inodes share their folders' blocks, extents or xattrs by the dozen"
-                    .to_owned(),
+            Err(_) => Err(Ext4Error::unsupported(
+                "many inodes share the blocks of their directories, extent trees or xattrs",
+                Place::default(),
             )),
         }
     }
@@ -119,7 +126,7 @@ impl<R: ReadAt> Source<R> {
                     let place = copy.block * block_size + within;
                     self.disk.read_exact_at(part, place).map_err(io_error(place))?;
                     if copy.escaped && within < 4 {
-                        let magic = super::journal::MAGIC.to_be_bytes();
+                        let magic = JBD2_MAGIC_NUMBER.to_be_bytes();
                         for (byte, m) in part.iter_mut().zip(&magic[within as usize..]) {
                             *byte = *m;
                         }
@@ -131,6 +138,13 @@ impl<R: ReadAt> Source<R> {
         Ok(())
     }
 
+    /// The primary superblock as it is after recovery.
+    pub(crate) fn superblock(&self) -> Result<Superblock, Ext4Error> {
+        let mut sb = Superblock::new_zeroed();
+        self.read(SUPERBLOCK_OFFSET, sb.as_mut_bytes())?;
+        Ok(sb)
+    }
+
     /// Where the bytes that [`Self::read`] would give lie in an open file, if they do.
     pub(crate) fn in_file(&self, offset: u64, len: u64) -> Option<(&File, u64)> {
         if self.overlay.is_empty() { self.disk.in_file(offset, len) } else { None }
@@ -139,7 +153,7 @@ impl<R: ReadAt> Source<R> {
     /// One metadata block.
     pub(crate) fn block(&self, number: u64) -> Result<Block, Ext4Error> {
         if number >= self.geometry.blocks_count {
-            return Err(corrupt(format!("block {number}"), "it lies behind the end of the file system"));
+            return Err(Ext4Error::corrupt(BlockFault::Outside, Place::block(number)));
         }
         let len = self.geometry.block_size as usize;
         let offset = number * len as u64;

@@ -2,68 +2,46 @@
 //!
 //! ```text
 //!  byte 1024: counts, sizes ─► Geometry { block_size, groups, inode_size, … }
-//!             s_feature_*   ─► refused if unknown, else kept as bits
+//!             s_feature_*   ─► Unsupported if unknown, else kept as flags
 //! ```
 //!
 //! Invariant of [`Geometry`]: every count is checked against the size of the disk, every divisor is non-zero and
 //! `blocks_count * block_size` does not overflow. Called by [`super::Ext4::open`] and by the checker.
 
-use super::{
-    bytes::{chksum, u8_at, u16_at, u32_at, wide},
-    corrupt, unsupported,
+use crate::{
+    Ext4Error, Place,
+    error::SuperblockFault,
+    layout::{
+        group::DESC_SIZE,
+        inode::EXT4_GOOD_OLD_INODE_SIZE,
+        superblock::{
+            Compat, EXT4_CRC32C_CHKSUM, EXT4_DYNAMIC_REV, EXT4_SUPER_MAGIC, Incompat, RoCompat,
+            SUPERBLOCK_OFFSET, Superblock, feature_names,
+        },
+    },
 };
-use crate::Ext4Error;
+use zerocopy::little_endian::U32;
 
-/// Where the primary superblock stands, in bytes.
-pub(crate) const SUPERBLOCK_OFFSET: u64 = 1024;
-/// Its length, in bytes.
-pub(crate) const SUPERBLOCK_LEN: usize = 1024;
-const MAGIC: u16 = 0xEF53;
+/// The incompatible features that the reader understands.
+pub(crate) const KNOWN_INCOMPAT: Incompat = Incompat::EXT4_FEATURE_INCOMPAT_FILETYPE
+    .union(Incompat::EXT4_FEATURE_INCOMPAT_RECOVER)
+    .union(Incompat::EXT4_FEATURE_INCOMPAT_META_BG)
+    .union(Incompat::EXT4_FEATURE_INCOMPAT_EXTENTS)
+    .union(Incompat::EXT4_FEATURE_INCOMPAT_64BIT)
+    .union(Incompat::EXT4_FEATURE_INCOMPAT_FLEX_BG)
+    .union(Incompat::EXT4_FEATURE_INCOMPAT_EA_INODE)
+    .union(Incompat::EXT4_FEATURE_INCOMPAT_CSUM_SEED)
+    .union(Incompat::EXT4_FEATURE_INCOMPAT_LARGEDIR)
+    .union(Incompat::EXT4_FEATURE_INCOMPAT_INLINE_DATA);
 
-/// `s_feature_compat`: the bits this program knows (include/uapi of the kernel: `EXT4_FEATURE_COMPAT_*`).
-pub(crate) mod compat {
-    pub(crate) const HAS_JOURNAL: u32 = 0x4;
-    pub(crate) const EXT_ATTR: u32 = 0x8;
-    pub(crate) const DIR_INDEX: u32 = 0x20;
-    pub(crate) const SPARSE_SUPER2: u32 = 0x200;
-    pub(crate) const FAST_COMMIT: u32 = 0x400;
-}
-
-/// `s_feature_incompat`.
-pub(crate) mod incompat {
-    pub(crate) const FILETYPE: u32 = 0x2;
-    pub(crate) const RECOVER: u32 = 0x4;
-    pub(crate) const META_BG: u32 = 0x10;
-    pub(crate) const EXTENTS: u32 = 0x40;
-    pub(crate) const BIT64: u32 = 0x80;
-    pub(crate) const FLEX_BG: u32 = 0x200;
-    pub(crate) const EA_INODE: u32 = 0x400;
-    pub(crate) const CSUM_SEED: u32 = 0x2000;
-    pub(crate) const LARGEDIR: u32 = 0x4000;
-    pub(crate) const INLINE_DATA: u32 = 0x8000;
-    /// What the reader understands.
-    pub(crate) const KNOWN: u32 = FILETYPE
-        | RECOVER
-        | META_BG
-        | EXTENTS
-        | BIT64
-        | FLEX_BG
-        | EA_INODE
-        | CSUM_SEED
-        | LARGEDIR
-        | INLINE_DATA;
-}
-
-/// `s_feature_ro_compat`.
-pub(crate) mod ro_compat {
-    pub(crate) const SPARSE_SUPER: u32 = 0x1;
-    pub(crate) const LARGE_FILE: u32 = 0x2;
-    pub(crate) const HUGE_FILE: u32 = 0x8;
-    pub(crate) const DIR_NLINK: u32 = 0x20;
-    pub(crate) const GDT_CSUM: u32 = 0x10;
-    pub(crate) const BIGALLOC: u32 = 0x200;
-    pub(crate) const METADATA_CSUM: u32 = 0x400;
-}
+/// Largest `s_log_block_size`: blocks of 64 KiB (`EXT4_MAX_BLOCK_LOG_SIZE`).
+const MAX_LOG_BLOCK_SIZE: u32 = 6;
+/// Fewest blocks of a group that the kernel mounts.
+const MIN_BLOCKS_PER_GROUP: u32 = 256;
+/// Size of a group descriptor without feature 64bit (`EXT4_MIN_DESC_SIZE`).
+const MIN_DESC_SIZE: u16 = 32;
+/// Largest group descriptor.
+const MAX_DESC_SIZE: u32 = 1024;
 
 /// The file system's shape, checked against the disk.
 #[derive(Debug, Clone)]
@@ -88,12 +66,12 @@ pub struct Geometry {
     pub groups: u32,
     /// `s_first_ino`: the first inode that is not reserved.
     pub first_ino: u32,
-    /// `s_feature_compat`.
-    pub feature_compat: u32,
-    /// `s_feature_incompat`.
-    pub feature_incompat: u32,
-    /// `s_feature_ro_compat`.
-    pub feature_ro_compat: u32,
+    /// Compatible features; unknown bits are kept.
+    pub s_feature_compat: Compat,
+    /// Incompatible features; all of them are known.
+    pub s_feature_incompat: Incompat,
+    /// Features that allow reading only; unknown bits are kept.
+    pub s_feature_ro_compat: RoCompat,
     /// `s_first_meta_bg`: the first descriptor block in meta_bg's places.
     pub first_meta_bg: u32,
     /// `s_uuid`.
@@ -114,87 +92,86 @@ impl Geometry {
     /// Parses a superblock of a disk of `disk_bytes`.
     ///
     /// # Errors
-    /// `Corrupt` for impossible counts or a wrong checksum, `Unsupported` for features that this program does not know.
-    pub(crate) fn parse(sb: &[u8], disk_bytes: u64) -> Result<Self, Ext4Error> {
-        let bad = |reason: &str| corrupt("superblock", reason);
-        if sb.len() < SUPERBLOCK_LEN || u16_at(sb, 0x38) != MAGIC {
-            return Err(bad("no ext4 magic number"));
+    /// `Corrupt` for impossible counts or a wrong checksum, `Unsupported` for features that this crate does not know.
+    pub(crate) fn parse(sb: &Superblock, disk_bytes: u64) -> Result<Self, Ext4Error> {
+        let bad = |fault| Err(Ext4Error::corrupt(fault, Place::offset(SUPERBLOCK_OFFSET)));
+        let unsupported = |what: String| Err(Ext4Error::unsupported(what, Place::offset(SUPERBLOCK_OFFSET)));
+        if sb.s_magic.get() != EXT4_SUPER_MAGIC {
+            return bad(SuperblockFault::Magic);
         }
-        let feature_compat = u32_at(sb, 0x5C);
-        let feature_incompat = u32_at(sb, 0x60);
-        let feature_ro_compat = u32_at(sb, 0x64);
-        if u32_at(sb, 0x4C) != 1 {
-            return Err(unsupported(format!("revision {}", u32_at(sb, 0x4C))));
+        if sb.s_rev_level.get() != EXT4_DYNAMIC_REV {
+            return unsupported(format!("revision {}", sb.s_rev_level));
         }
-        let metadata_csum = feature_ro_compat & ro_compat::METADATA_CSUM != 0;
-        if metadata_csum {
-            if u8_at(sb, 0x175) != 1 {
-                return Err(unsupported(format!("checksum type {}", u8_at(sb, 0x175))));
+        let (compat, incompat, ro_compat) = (sb.compat(), sb.incompat(), sb.ro_compat());
+        if ro_compat.contains(RoCompat::EXT4_FEATURE_RO_COMPAT_METADATA_CSUM) {
+            if sb.s_checksum_type != EXT4_CRC32C_CHKSUM {
+                return unsupported(format!("checksum type {}", sb.s_checksum_type));
             }
-            if chksum(!0, &sb[..0x3FC]) != u32_at(sb, 0x3FC) {
-                return Err(bad("checksum does not match"));
+            if sb.computed_checksum() != sb.s_checksum.get() {
+                return bad(SuperblockFault::Checksum);
             }
         }
-        let unknown = feature_incompat & !incompat::KNOWN;
+        let unknown = incompat.difference(KNOWN_INCOMPAT).bits();
         if unknown != 0 {
-            return Err(unsupported(format!("incompatible feature bits {unknown:#x}")));
+            return unsupported(format!("incompatible feature bits {unknown:#x}"));
         }
-        if feature_ro_compat & ro_compat::BIGALLOC != 0 {
-            return Err(unsupported("bigalloc"));
+        if ro_compat.contains(RoCompat::EXT4_FEATURE_RO_COMPAT_BIGALLOC) {
+            return unsupported("feature bigalloc".to_owned());
         }
-        let log = u32_at(sb, 0x18);
-        if log > 6 {
-            return Err(bad("block size is out of range"));
+        let log = sb.s_log_block_size.get();
+        if log > MAX_LOG_BLOCK_SIZE {
+            return bad(SuperblockFault::BlockSize);
         }
         let block_size = 1024u32 << log;
-        let is_64bit = feature_incompat & incompat::BIT64 != 0;
-        let blocks_count = wide(u32_at(sb, 4), if is_64bit { u32_at(sb, 0x150) } else { 0 });
-        let first_data_block = u32_at(sb, 0x14);
-        let blocks_per_group = u32_at(sb, 0x20);
-        let inodes_per_group = u32_at(sb, 0x28);
-        let inodes_count = u32_at(sb, 0);
-        let inode_size = u16_at(sb, 0x58);
-        let desc_size = if is_64bit { u16_at(sb, 0xFE) } else { 32 };
+        let is_64bit = incompat.contains(Incompat::EXT4_FEATURE_INCOMPAT_64BIT);
+        let blocks_count = if is_64bit { sb.blocks_count() } else { u64::from(sb.s_blocks_count_lo.get()) };
+        let first_data_block = sb.s_first_data_block.get();
+        let blocks_per_group = sb.s_blocks_per_group.get();
+        let inodes_per_group = sb.s_inodes_per_group.get();
+        let inodes_count = sb.s_inodes_count.get();
+        let inode_size = sb.s_inode_size.get();
+        let desc_size = if is_64bit { sb.s_desc_size.get() } else { MIN_DESC_SIZE };
         let bytes = blocks_count.checked_mul(u64::from(block_size));
         if bytes.is_none_or(|bytes| bytes > disk_bytes) {
-            return Err(bad("more blocks than the disk holds"));
+            return bad(SuperblockFault::BlocksCount);
         }
         if first_data_block != u32::from(block_size == 1024) || blocks_count <= u64::from(first_data_block) {
-            return Err(bad("first data block is wrong"));
+            return bad(SuperblockFault::FirstDataBlock);
         }
-        if blocks_per_group < 256 || blocks_per_group > block_size * 8 || !blocks_per_group.is_multiple_of(8)
+        if blocks_per_group < MIN_BLOCKS_PER_GROUP
+            || blocks_per_group > block_size * 8
+            || !blocks_per_group.is_multiple_of(8)
         {
-            return Err(bad("blocks per group are out of range"));
+            return bad(SuperblockFault::BlocksPerGroup);
         }
-        if u32_at(sb, 0x1C) != log {
-            return Err(bad("cluster size differs from the block size"));
+        if sb.s_log_cluster_size.get() != log {
+            return bad(SuperblockFault::ClusterSize);
         }
-        if !inode_size.is_power_of_two() || inode_size < 128 || u32::from(inode_size) > block_size {
-            return Err(bad("inode size is out of range"));
+        if !inode_size.is_power_of_two()
+            || usize::from(inode_size) < EXT4_GOOD_OLD_INODE_SIZE
+            || u32::from(inode_size) > block_size
+        {
+            return bad(SuperblockFault::InodeSize);
         }
         if !desc_size.is_power_of_two()
-            || u32::from(desc_size) > block_size.min(1024)
-            || desc_size < if is_64bit { 64 } else { 32 }
+            || u32::from(desc_size) > block_size.min(MAX_DESC_SIZE)
+            || desc_size < if is_64bit { DESC_SIZE as u16 } else { MIN_DESC_SIZE }
         {
-            return Err(bad("descriptor size is out of range"));
+            return bad(SuperblockFault::DescSize);
         }
         if inodes_per_group == 0 || inodes_per_group > block_size * 8 {
-            return Err(bad("inodes per group are out of range"));
+            return bad(SuperblockFault::InodesPerGroup);
         }
         let groups = (blocks_count - u64::from(first_data_block)).div_ceil(u64::from(blocks_per_group));
         let Some(groups) = u32::try_from(groups)
             .ok()
             .filter(|g| u64::from(*g) * u64::from(inodes_per_group) == u64::from(inodes_count))
         else {
-            return Err(bad("inode count does not fit the groups"));
+            return bad(SuperblockFault::InodesCount);
         };
         if u64::from(inodes_count) * u64::from(inode_size) > disk_bytes {
-            return Err(bad("more inodes than the disk holds"));
+            return bad(SuperblockFault::InodesBeyondDisk);
         }
-        let mut uuid = [0; 16];
-        uuid.copy_from_slice(&sb[0x68..0x78]);
-        let checksum_seed =
-            if feature_incompat & incompat::CSUM_SEED != 0 { u32_at(sb, 0x270) } else { chksum(!0, &uuid) };
         Ok(Self {
             block_size,
             blocks_count,
@@ -205,28 +182,50 @@ impl Geometry {
             inode_size,
             desc_size,
             groups,
-            first_ino: u32_at(sb, 0x54),
-            feature_compat,
-            feature_incompat,
-            feature_ro_compat,
-            first_meta_bg: u32_at(sb, 0x104),
-            uuid,
-            checksum_seed,
-            hash_seed: [0, 4, 8, 12].map(|i| u32_at(sb, 0xEC + i)),
-            flags: u32_at(sb, 0x160),
-            journal_inum: u32_at(sb, 0xE0),
-            backup_bgs: [u32_at(sb, 0x24C), u32_at(sb, 0x250)],
+            first_ino: sb.s_first_ino.get(),
+            s_feature_compat: compat,
+            s_feature_incompat: incompat,
+            s_feature_ro_compat: ro_compat,
+            first_meta_bg: sb.s_first_meta_bg.get(),
+            uuid: sb.s_uuid,
+            checksum_seed: sb.checksum_seed(),
+            hash_seed: sb.s_hash_seed.map(U32::get),
+            flags: sb.s_flags.get(),
+            journal_inum: sb.s_journal_inum.get(),
+            backup_bgs: sb.s_backup_bgs.map(U32::get),
         })
     }
 
     /// Whether metadata carry CRC-32C checksums.
     pub fn metadata_csum(&self) -> bool {
-        self.feature_ro_compat & ro_compat::METADATA_CSUM != 0
+        self.has_ro(RoCompat::EXT4_FEATURE_RO_COMPAT_METADATA_CSUM)
+    }
+
+    /// Whether the file system has a journal.
+    pub fn has_journal(&self) -> bool {
+        self.has_compat(Compat::EXT4_FEATURE_COMPAT_HAS_JOURNAL)
+    }
+
+    /// The names of all features, as `tune2fs -l` has them; a bit without a name in hexadecimal.
+    pub fn feature_names(&self) -> Vec<String> {
+        let compat = feature_names(self.s_feature_compat);
+        let incompat = feature_names(self.s_feature_incompat);
+        compat.chain(incompat).chain(feature_names(self.s_feature_ro_compat)).collect()
+    }
+
+    /// Whether a compatible feature is on.
+    pub(crate) fn has_compat(&self, feature: Compat) -> bool {
+        self.s_feature_compat.contains(feature)
     }
 
     /// Whether an incompatible feature is on.
-    pub(crate) fn has(&self, bit: u32) -> bool {
-        self.feature_incompat & bit != 0
+    pub(crate) fn has(&self, feature: Incompat) -> bool {
+        self.s_feature_incompat.contains(feature)
+    }
+
+    /// Whether a feature that allows reading only is on.
+    pub(crate) fn has_ro(&self, feature: RoCompat) -> bool {
+        self.s_feature_ro_compat.contains(feature)
     }
 
     /// Whether group `group` begins with a copy of the superblock (`ext4_bg_has_super`).
@@ -234,10 +233,10 @@ impl Geometry {
         if group == 0 {
             return true;
         }
-        if self.feature_compat & compat::SPARSE_SUPER2 != 0 {
+        if self.has_compat(Compat::EXT4_FEATURE_COMPAT_SPARSE_SUPER2) {
             return self.backup_bgs.contains(&group);
         }
-        if group == 1 || self.feature_ro_compat & ro_compat::SPARSE_SUPER == 0 {
+        if group == 1 || !self.has_ro(RoCompat::EXT4_FEATURE_RO_COMPAT_SPARSE_SUPER) {
             return true;
         }
         [3u64, 5, 7].iter().any(|base| {
@@ -265,7 +264,7 @@ impl Geometry {
         let per_block = self.block_size / u32::from(self.desc_size);
         let nr = group / per_block;
         let at = (group % per_block) as usize * usize::from(self.desc_size);
-        if !self.has(incompat::META_BG) || nr < self.first_meta_bg {
+        if !self.has(Incompat::EXT4_FEATURE_INCOMPAT_META_BG) || nr < self.first_meta_bg {
             return (u64::from(self.first_data_block) + 1 + u64::from(nr), at);
         }
         let first = nr * per_block;
@@ -278,7 +277,7 @@ impl Geometry {
             as u32
     }
 
-    /// Whether `count` blocks from `first` lie inside the file system, behind the superblock.
+    /// Whether `count` blocks from `first` lie inside the file system, after the superblock.
     pub(crate) fn holds(&self, first: u64, count: u64) -> bool {
         first > u64::from(self.first_data_block)
             && first.checked_add(count).is_some_and(|end| end <= self.blocks_count)

@@ -7,45 +7,32 @@
 //! ```
 //!
 //! POSIX ACLs are converted from their disk form to what `getxattr` returns. The value of one attribute is at most
-//! 64 KiB and all values of an inode at most [`MAX_TOTAL`], as one inode number may stand in many entries.
+//! 64 KiB and all values of an inode at most [`MAX_TOTAL`], as many entries may name one inode.
 //! Called by [`super::Ext4::xattrs`]; [`entries`] also by the checker.
 
 use super::{
     Ext4,
-    bytes::{chksum, u8_at, u16_at, u32_at},
-    corrupt,
-    inode::{FileKind, Inode, flags},
-    unsupported,
+    inode::{FileKind, Inode},
+    source::Block,
 };
-use crate::{Ext4Error, Xattr, layout::acl};
+use crate::{
+    Ext4Error, Place, Xattr,
+    error::XattrFault,
+    layout::{
+        acl,
+        inode::InodeFlags,
+        xattr::{
+            BLOCK_HEADER_SIZE, EXT4_XATTR_INDEX_POSIX_ACL_ACCESS, EXT4_XATTR_INDEX_POSIX_ACL_DEFAULT,
+            EXT4_XATTR_INDEX_SYSTEM, EXT4_XATTR_MAGIC, EXT4_XATTR_SYSTEM_DATA, INODE_HEADER_SIZE,
+            XATTR_SIZE_MAX, XattrEntry, XattrHeader, name_prefix, xattr_block_checksum, xattr_entry_size,
+        },
+    },
+};
 use disk_io::{ReadAt, steps};
+use zerocopy::FromBytes;
 
-/// `EXT4_XATTR_MAGIC`.
-pub(crate) const MAGIC: u32 = 0xEA02_0000;
-/// `XATTR_SIZE_MAX`: the largest value, in bytes.
-pub(crate) const MAX_VALUE: u32 = 65536;
 /// The most bytes of all values of one inode.
 const MAX_TOTAL: usize = 16 << 20;
-/// Bytes of a block's header.
-pub(crate) const BLOCK_HEADER: usize = 32;
-/// `EXT4_XATTR_INDEX_SYSTEM`, under which `data` is the rest of inline data.
-pub(crate) const INDEX_SYSTEM: u8 = 7;
-const INDEX_ACL_ACCESS: u8 = 2;
-const INDEX_ACL_DEFAULT: u8 = 3;
-
-/// The prefix that a name index stands for.
-pub(crate) fn prefix(index: u8) -> Option<&'static [u8]> {
-    Some(match index {
-        1 => b"user.",
-        INDEX_ACL_ACCESS => b"system.posix_acl_access",
-        INDEX_ACL_DEFAULT => b"system.posix_acl_default",
-        4 => b"trusted.",
-        6 => b"security.",
-        INDEX_SYSTEM => b"system.",
-        8 => b"system.richacl",
-        _ => return None,
-    })
-}
 
 /// An entry inside a buffer.
 #[derive(Debug, Clone, Copy)]
@@ -61,91 +48,117 @@ pub(crate) struct RawXattr<'a> {
     pub(crate) value: &'a [u8],
 }
 
+impl RawXattr<'_> {
+    /// Whether it is the rest of inline data, which no system call shows.
+    pub(crate) fn is_inline_data(&self) -> bool {
+        self.index == EXT4_XATTR_INDEX_SYSTEM && self.name == EXT4_XATTR_SYSTEM_DATA
+    }
+}
+
+/// A rule that a list of entries breaks, and the byte of the buffer.
+pub(crate) type BrokenList = (XattrFault, usize);
+
 /// Parses the entries that start at `buf[first]`; value offsets count from `buf[0]`. Gives also the end of the list.
-pub(crate) fn entries(buf: &[u8], first: usize) -> Result<(Vec<RawXattr<'_>>, usize), &'static str> {
+pub(crate) fn entries(buf: &[u8], first: usize) -> Result<(Vec<RawXattr<'_>>, usize), BrokenList> {
     let mut found = Vec::new();
     let mut at = first;
     loop {
         steps::add(1);
-        if at + 4 > buf.len() {
-            return Err("the list of xattrs has no end");
+        let rest = buf.get(at..).unwrap_or(&[]);
+        match rest.first_chunk() {
+            None => return Err((XattrFault::Unterminated, at)),
+            // `IS_LAST_ENTRY`: a word of zeros.
+            Some([0, 0, 0, 0]) => return Ok((found, at + 4)),
+            Some(_) => {}
         }
-        if u32_at(buf, at) == 0 {
-            return Ok((found, at + 4));
-        }
-        let name_len = usize::from(u8_at(buf, at));
-        let Some(name) = buf.get(at + 16..at + 16 + name_len) else {
-            return Err("an xattr's name is cut off");
+        let Ok((entry, after)) = XattrEntry::ref_from_prefix(rest) else {
+            return Err((XattrFault::NameCutOff, at));
         };
-        let value_inum = u32_at(buf, at + 4);
-        let value_size = u32_at(buf, at + 8);
-        let value_offset = usize::from(u16_at(buf, at + 2));
-        if value_size > MAX_VALUE {
-            return Err("an xattr's value is too long");
+        let Some(name) = after.get(..usize::from(entry.e_name_len)) else {
+            return Err((XattrFault::NameCutOff, at));
+        };
+        let (value_inum, value_size) = (entry.e_value_inum.get(), entry.e_value_size.get());
+        let value_offset = usize::from(entry.e_value_offs.get());
+        if value_size as usize > XATTR_SIZE_MAX {
+            return Err((XattrFault::ValueTooLong, at));
         }
         let value = if value_inum == 0 {
             buf.get(value_offset..)
                 .and_then(|b| b.get(..value_size as usize))
-                .ok_or("an xattr's value is cut off")?
+                .ok_or((XattrFault::ValueCutOff, at))?
         } else {
             &[]
         };
         found.push(RawXattr {
-            index: u8_at(buf, at + 1),
+            index: entry.e_name_index,
             name,
             value_offset,
             value_inum,
             value_size,
-            hash: u32_at(buf, at + 12),
+            hash: entry.e_hash.get(),
             value,
         });
-        at += 16 + name_len.next_multiple_of(4);
+        at += xattr_entry_size(name.len());
     }
+}
+
+/// The bytes of the entries inside an inode, from which their offsets count; `None` where it has none.
+pub(crate) fn inode_area(inode: &Inode) -> Option<&[u8]> {
+    let (magic, entries) = inode.xattr_area().split_first_chunk::<INODE_HEADER_SIZE>()?;
+    (u32::from_le_bytes(*magic) == EXT4_XATTR_MAGIC).then_some(entries)
 }
 
 /// The entries inside an inode; empty where it has none.
 pub(crate) fn inode_entries(inode: &Inode) -> Result<Vec<RawXattr<'_>>, Ext4Error> {
-    let area = inode.xattr_area();
-    if area.len() < 8 || u32_at(area, 0) != MAGIC {
-        return Ok(Vec::new());
+    match inode_area(inode) {
+        Some(area) if area.len() >= 4 => Ok(entries(area, 0).map_err(|broken| in_inode(inode, broken))?.0),
+        _ => Ok(Vec::new()),
     }
-    let (found, _) = entries(area.get(4..).unwrap_or(&[]), 0)
-        .map_err(|reason| corrupt(format!("inode {}, xattrs", inode.ino), reason))?;
-    Ok(found)
+}
+
+/// The error for a list inside an inode.
+pub(crate) fn in_inode(inode: &Inode, (fault, at): BrokenList) -> Ext4Error {
+    let start = inode.raw.len() - inode.xattr_area().len() + INODE_HEADER_SIZE;
+    Ext4Error::corrupt(fault, Place::inode(inode.ino).at_offset((start + at) as u64))
+}
+
+/// The error for a list in the xattr block of an inode.
+pub(crate) fn in_block(inode: &Inode, (fault, at): BrokenList) -> Ext4Error {
+    Ext4Error::corrupt(fault, Place::inode(inode.ino).at_block(inode.file_acl).at_offset(at as u64))
 }
 
 /// The part of inline data that `i_block` does not hold.
 pub(crate) fn inline_data(inode: &Inode) -> Result<Option<&[u8]>, Ext4Error> {
     let found = inode_entries(inode)?;
-    Ok(found.iter().find(|x| x.index == INDEX_SYSTEM && x.name == b"data").map(|x| x.value))
+    Ok(found.iter().find(|x| x.is_inline_data()).map(|x| x.value))
 }
 
-/// Checks the checksum of xattr block `number`.
-pub(crate) fn block_checksum_matches(block: &[u8], number: u64, seed: u32) -> bool {
-    let (Some(head), Some(rest)) = (block.get(..16), block.get(20..)) else { return false };
-    let crc = chksum(chksum(seed, &number.to_le_bytes()), head);
-    chksum(chksum(crc, &[0; 4]), rest) == u32_at(block, 16)
+/// The header of an xattr block.
+pub(crate) fn block_header(block: &[u8]) -> Option<&XattrHeader> {
+    XattrHeader::ref_from_prefix(block).ok().map(|(header, _)| header)
 }
 
 impl<R: ReadAt> Ext4<R> {
     /// The xattr block of `inode`, checked; `None` if it has none.
-    pub(crate) fn xattr_block(&self, inode: &Inode) -> Result<Option<super::source::Block>, Ext4Error> {
+    pub(crate) fn xattr_block(&self, inode: &Inode) -> Result<Option<Block>, Ext4Error> {
         let number = inode.file_acl;
         if number == 0 {
             return Ok(None);
         }
-        let bad = |reason| corrupt(format!("inode {}, xattr block {number}", inode.ino), reason);
+        let bad = |fault| Err(Ext4Error::corrupt(fault, Place::inode(inode.ino).at_block(number)));
         if !self.geometry().holds(number, 1) {
-            return Err(bad("it lies outside the file system"));
+            return bad(XattrFault::BlockOutside);
         }
         let block = self.source.block(number)?;
-        if u32_at(&block, 0) != MAGIC || u32_at(&block, 8) != 1 {
-            return Err(bad("it has no xattr header"));
-        }
+        let header = match block_header(&block) {
+            Some(h) if h.h_magic.get() == EXT4_XATTR_MAGIC && h.h_blocks.get() == 1 => h,
+            _ => return bad(XattrFault::BlockHeader),
+        };
+        let seed = self.geometry().checksum_seed;
         if self.geometry().metadata_csum()
-            && !block_checksum_matches(&block, number, self.geometry().checksum_seed)
+            && xattr_block_checksum(seed, number, &block) != header.h_checksum.get()
         {
-            return Err(bad("checksum does not match"));
+            return bad(XattrFault::BlockChecksum);
         }
         Ok(Some(block))
     }
@@ -161,8 +174,7 @@ impl<R: ReadAt> Ext4<R> {
             self.push(inode, &raw, &mut out, &mut total)?;
         }
         if let Some(block) = self.xattr_block(inode)? {
-            let (found, _) = entries(&block, BLOCK_HEADER)
-                .map_err(|reason| corrupt(format!("xattr block {}", inode.file_acl), reason))?;
+            let (found, _) = entries(&block, BLOCK_HEADER_SIZE).map_err(|broken| in_block(inode, broken))?;
             for raw in found {
                 self.push(inode, &raw, &mut out, &mut total)?;
             }
@@ -177,24 +189,26 @@ impl<R: ReadAt> Ext4<R> {
         out: &mut Vec<Xattr>,
         total: &mut usize,
     ) -> Result<(), Ext4Error> {
-        if raw.index == INDEX_SYSTEM && raw.name == b"data" {
+        if raw.is_inline_data() {
             return Ok(());
         }
-        let bad = |reason| corrupt(format!("inode {}, xattrs", inode.ino), reason);
-        let Some(prefix) = prefix(raw.index) else {
-            return Err(bad("an xattr has an unknown name index"));
+        let place = Place::inode(inode.ino);
+        let bad = |fault| Ext4Error::corrupt(fault, place);
+        let Some(prefix) = name_prefix(raw.index) else {
+            return Err(bad(XattrFault::Index));
         };
         if raw.name.contains(&0) {
-            return Err(bad("an xattr's name holds a NUL"));
+            return Err(bad(XattrFault::Name));
         }
         let value = if raw.value_inum == 0 { raw.value.to_vec() } else { self.ea_value(inode, raw)? };
         *total += value.len();
         if *total > MAX_TOTAL {
-            return Err(unsupported(format!("inode {}: xattrs of more than {MAX_TOTAL} bytes", inode.ino)));
+            let what = format!("an inode with more than {MAX_TOTAL} bytes of xattr values");
+            return Err(Ext4Error::unsupported(what, place));
         }
         let value = match raw.index {
-            INDEX_ACL_ACCESS | INDEX_ACL_DEFAULT => {
-                acl::from_disk(&value).ok_or_else(|| bad("a POSIX ACL is malformed"))?
+            EXT4_XATTR_INDEX_POSIX_ACL_ACCESS | EXT4_XATTR_INDEX_POSIX_ACL_DEFAULT => {
+                acl::from_disk(&value).ok_or_else(|| bad(XattrFault::Acl))?
             }
             _ => value,
         };
@@ -206,14 +220,11 @@ impl<R: ReadAt> Ext4<R> {
     fn ea_value(&self, owner: &Inode, raw: &RawXattr<'_>) -> Result<Vec<u8>, Ext4Error> {
         let inode = self.inode(raw.value_inum)?;
         if inode.kind != FileKind::File
-            || !inode.has(flags::EA_INODE)
+            || !inode.has(InodeFlags::EXT4_EA_INODE_FL)
             || inode.size != u64::from(raw.value_size)
-            || inode.has(flags::INLINE_DATA)
+            || inode.has(InodeFlags::EXT4_INLINE_DATA_FL)
         {
-            return Err(corrupt(
-                format!("inode {}, xattrs", owner.ino),
-                "a value's inode is not what the entry says",
-            ));
+            return Err(Ext4Error::corrupt(XattrFault::ValueInode, Place::inode(owner.ino)));
         }
         self.source.visit(1)?;
         let mut value = vec![0; raw.value_size as usize];

@@ -16,11 +16,11 @@ use super::{
 use crate::layout::{
     checksum::inode_seed,
     dir::{
-        DIR_TAIL_SIZE, DX_ENTRY_SIZE, DX_NODE_OFFSET, DX_ROOT_OFFSET, DxEntry, DxRootInfo, FT_DIR, HEAD_SIZE,
-        dx_limit, entry_size, file_type, put_entry, seal_dx, seal_leaf,
+        DIR_TAIL_SIZE, DX_ENTRY_SIZE, DX_NODE_OFFSET, DX_ROOT_OFFSET, DxEntry, DxRootInfo, EXT4_FT_DIR,
+        HEAD_SIZE, dx_limit, entry_size, file_type, put_entry, seal_dx, seal_leaf,
     },
     extent::looks_like_root,
-    hash::{HASH_HALF_MD4, half_md4},
+    hash::{DX_HASH_HALF_MD4, half_md4},
     inode::I_BLOCK_SIZE,
 };
 use disk_io::WriteAt;
@@ -192,13 +192,13 @@ impl<W: WriteAt> ImageWriter<W> {
             None => Ok(()),
         };
         let mut block = vec![0; bs];
-        put_entry(&mut block, ino, 12, b".", FT_DIR);
-        put_entry(&mut block[12..], parent_ino, 12, b"..", FT_DIR);
+        put_entry(&mut block, ino, 12, b".", EXT4_FT_DIR);
+        put_entry(&mut block[12..], parent_ino, 12, b"..", EXT4_FT_DIR);
         if let Some(inner) = &inner {
-            put_entry(&mut block[12..], parent_ino, bs - 12, b"..", FT_DIR);
+            put_entry(&mut block[12..], parent_ino, bs - 12, b"..", EXT4_FT_DIR);
             let info = DxRootInfo {
                 reserved_zero: U32::ZERO,
-                hash_version: HASH_HALF_MD4,
+                hash_version: DX_HASH_HALF_MD4,
                 info_length: 8,
                 indirect_levels: inner.len() as u8,
                 unused_flags: 0,
@@ -239,7 +239,7 @@ impl<W: WriteAt> ImageWriter<W> {
             block[at..].fill(0);
             if at > 0 && start == end {
                 // ".." is the last entry.
-                put_entry(&mut block[12..], parent_ino, room - 12, b"..", FT_DIR);
+                put_entry(&mut block[12..], parent_ino, room - 12, b"..", EXT4_FT_DIR);
             } else {
                 fill(&mut block[..room], at, &names[start..end]);
             }

@@ -6,8 +6,8 @@ use crate::{
     layout::{
         checksum::inode_seed,
         extent::{
-            ENTRY_SIZE, EXTENT_MAX_LEN, ExtentHeader, MAX_DEPTH, ROOT_MAX, RawExtent, RawIndex, TAIL_SIZE,
-            block_max, node_checksum, tail_offset,
+            ENTRY_SIZE, EXT_INIT_MAX_LEN, EXT4_MAX_EXTENT_DEPTH, ExtentHeader, ROOT_MAX, RawExtent, RawIndex,
+            TAIL_SIZE, block_max, node_checksum, tail_offset,
         },
         inode::I_BLOCK_SIZE,
     },
@@ -21,22 +21,22 @@ pub(super) struct Extent {
     pub(super) logical: u32,
     /// First physical block.
     pub(super) start: u64,
-    /// 1 to `EXTENT_MAX_LEN`.
+    /// 1 to `EXT_INIT_MAX_LEN`.
     pub(super) blocks: u32,
 }
 
-/// Adds blocks behind the others, joined to the last extent where they continue it.
+/// Adds blocks after the others, joined to the last extent where they continue it.
 pub(super) fn append(extents: &mut Vec<Extent>, mut logical: u64, mut start: u64, mut blocks: u64) {
     if let Some(last) = extents.last_mut()
         && u64::from(last.logical) + u64::from(last.blocks) == logical
         && last.start + u64::from(last.blocks) == start
     {
-        let n = blocks.min(u64::from(EXTENT_MAX_LEN - last.blocks));
+        let n = blocks.min(u64::from(EXT_INIT_MAX_LEN - last.blocks));
         last.blocks += n as u32;
         (logical, start, blocks) = (logical + n, start + n, blocks - n);
     }
     while blocks > 0 {
-        let n = blocks.min(u64::from(EXTENT_MAX_LEN));
+        let n = blocks.min(u64::from(EXT_INIT_MAX_LEN));
         extents.push(Extent { logical: logical as u32, start, blocks: n as u32 });
         (logical, start, blocks) = (logical + n, start + n, blocks - n);
     }
@@ -109,8 +109,8 @@ pub(super) fn store<W: WriteAt>(
         level = upper;
         depth += 1;
     }
-    if depth > MAX_DEPTH {
-        return Err(Ext4Error::unsupported("extent tree deeper than 5", Place::inode(ino)));
+    if depth > EXT4_MAX_EXTENT_DEPTH {
+        return Err(Ext4Error::unsupported("an extent tree of more than 5 levels", Place::inode(ino)));
     }
     let entries: Vec<_> = level.iter().map(|(_, e)| *e).collect();
     let index = u32::try_from(roots.len())

@@ -10,15 +10,13 @@ use super::{
 use crate::{
     Ext4Error,
     layout::{
-        FIRST_INO, checksum,
+        EXT4_GOOD_OLD_FIRST_INO, checksum,
         group::{DESC_SIZE, GroupDesc, GroupFlags},
-        hash::HASH_HALF_MD4,
         inode::{EXTRA_ISIZE, S_IFREG},
-        superblock::{
-            CHECKSUM_CRC32C, Compat, ERRORS_CONTINUE, FLAG_UNSIGNED_HASH, Incompat, MAGIC, REV_DYNAMIC,
-            RoCompat, STATE_VALID, SUPERBLOCK_OFFSET, Superblock,
+        superblock::{self, Compat, Incompat, RoCompat, SUPERBLOCK_OFFSET, Superblock},
+        xattr::{
+            BLOCK_HEADER_SIZE, EXT4_XATTR_MAGIC, XattrHeader, block_hash, ea_inode_hash, xattr_block_checksum,
         },
-        xattr::{BLOCK_HEADER_SIZE, XATTR_MAGIC, XattrHeader, block_hash, ea_inode_hash},
     },
 };
 use disk_io::WriteAt;
@@ -106,12 +104,12 @@ impl<W: WriteAt> ImageWriter<W> {
         let mut bytes = vec![0; bs];
         let hashes = xattrs::lay(&mut bytes, BLOCK_HEADER_SIZE, &plan.block);
         let mut header = XattrHeader::new_zeroed();
-        header.h_magic.set(XATTR_MAGIC);
+        header.h_magic.set(EXT4_XATTR_MAGIC);
         header.h_refcount.set(1);
         header.h_blocks.set(1);
         header.h_hash.set(block_hash(hashes));
         bytes[..BLOCK_HEADER_SIZE].copy_from_slice(header.as_bytes());
-        header.h_checksum.set(checksum::xattr_block(CHECKSUM_SEED, block, &bytes));
+        header.h_checksum.set(xattr_block_checksum(CHECKSUM_SEED, block, &bytes));
         bytes[..BLOCK_HEADER_SIZE].copy_from_slice(header.as_bytes());
         self.sink.put(block * bs as u64, &bytes)?;
         self.overflow.insert(id, Overflow { block, value_blocks });
@@ -156,7 +154,8 @@ impl<W: WriteAt> ImageWriter<W> {
             self.write_extras(id)?;
         }
         let g = self.space.geometry;
-        let max_ino = u64::from(inodes::ino_of(self.tree.nodes.len() as u32 - 1)).max(u64::from(FIRST_INO));
+        let max_ino = u64::from(inodes::ino_of(self.tree.nodes.len() as u32 - 1))
+            .max(u64::from(EXT4_GOOD_OLD_FIRST_INO));
         let shape = shape(&self.space, max_ino, self.inode_size as u64)?;
         if shape.groups * shape.inodes_per_group > u64::from(u32::MAX) {
             return Err(Ext4Error::unsupported("more than 2^32 inodes", crate::Place::default()));
@@ -228,7 +227,9 @@ impl<W: WriteAt> ImageWriter<W> {
             let ino = first + i as u64;
             let id = match ino {
                 2 => Some(0),
-                ino if ino >= u64::from(FIRST_INO) => Some(ino as u32 - (FIRST_INO - 1)),
+                ino if ino >= u64::from(EXT4_GOOD_OLD_FIRST_INO) => {
+                    Some(ino as u32 - (EXT4_GOOD_OLD_FIRST_INO - 1))
+                }
                 _ => None,
             };
             if let Some(id) = id {
@@ -247,7 +248,7 @@ impl<W: WriteAt> ImageWriter<W> {
         desc.set_free_inodes(inodes - used);
         desc.set_itable_unused(inodes - end);
         desc.set_used_dirs(dirs);
-        desc.bg_flags.set(GroupFlags::INODE_ZEROED.bits());
+        desc.bg_flags.set(GroupFlags::EXT4_BG_INODE_ZEROED.bits());
         // The rest of the table stays a hole: it reads as zeros.
         self.sink.put(table * bs, &bytes[..end as usize * self.inode_size])?;
         Ok((table, bitmap))
@@ -329,52 +330,42 @@ impl<W: WriteAt> ImageWriter<W> {
         uuid: [u8; 16],
     ) -> Superblock {
         let size = self.options.block_size;
-        let mut incompat = Incompat::FILETYPE
-            | Incompat::META_BG
-            | Incompat::EXTENTS
-            | Incompat::BIT64
-            | Incompat::FLEX_BG
-            | Incompat::EA_INODE
-            | Incompat::CSUM_SEED;
-        incompat.set(Incompat::INLINE_DATA, self.options.inline_data);
-        incompat.set(Incompat::LARGEDIR, self.large_dir);
-        let compat = Compat::EXT_ATTR | Compat::DIR_INDEX | Compat::SPARSE_SUPER2;
-        let ro = RoCompat::LARGE_FILE
-            | RoCompat::HUGE_FILE
-            | RoCompat::DIR_NLINK
-            | RoCompat::EXTRA_ISIZE
-            | RoCompat::METADATA_CSUM
-            | RoCompat::READONLY;
-        let mut sb = Superblock::new_zeroed();
-        sb.s_inodes_count.set((shape.groups * shape.inodes_per_group) as u32);
-        sb.set_blocks_count(blocks);
-        sb.set_free_blocks_count(free);
-        sb.s_free_inodes_count.set(free_inodes as u32);
-        sb.s_first_data_block.set(size.first_data_block());
-        sb.s_log_block_size.set(size.log());
-        sb.s_log_cluster_size.set(size.log());
-        sb.s_blocks_per_group.set(GROUP_BLOCKS as u32);
-        sb.s_clusters_per_group.set(GROUP_BLOCKS as u32);
-        sb.s_inodes_per_group.set(shape.inodes_per_group as u32);
-        sb.s_max_mnt_count.set(u16::MAX);
-        sb.s_magic.set(MAGIC);
-        sb.s_state.set(STATE_VALID);
-        sb.s_errors.set(ERRORS_CONTINUE);
-        sb.s_rev_level.set(REV_DYNAMIC);
-        sb.s_first_ino.set(FIRST_INO);
-        sb.s_inode_size.set(self.inode_size as u16);
-        sb.s_feature_compat.set(compat.bits());
-        sb.s_feature_incompat.set(incompat.bits());
-        sb.s_feature_ro_compat.set(ro.bits());
+        let mut incompat = Incompat::EXT4_FEATURE_INCOMPAT_FILETYPE
+            | Incompat::EXT4_FEATURE_INCOMPAT_META_BG
+            | Incompat::EXT4_FEATURE_INCOMPAT_EXTENTS
+            | Incompat::EXT4_FEATURE_INCOMPAT_64BIT
+            | Incompat::EXT4_FEATURE_INCOMPAT_FLEX_BG
+            | Incompat::EXT4_FEATURE_INCOMPAT_EA_INODE
+            | Incompat::EXT4_FEATURE_INCOMPAT_CSUM_SEED;
+        incompat.set(Incompat::EXT4_FEATURE_INCOMPAT_INLINE_DATA, self.options.inline_data);
+        incompat.set(Incompat::EXT4_FEATURE_INCOMPAT_LARGEDIR, self.large_dir);
+        let compat = Compat::EXT4_FEATURE_COMPAT_EXT_ATTR
+            | Compat::EXT4_FEATURE_COMPAT_DIR_INDEX
+            | Compat::EXT4_FEATURE_COMPAT_SPARSE_SUPER2;
+        let ro = RoCompat::EXT4_FEATURE_RO_COMPAT_LARGE_FILE
+            | RoCompat::EXT4_FEATURE_RO_COMPAT_HUGE_FILE
+            | RoCompat::EXT4_FEATURE_RO_COMPAT_DIR_NLINK
+            | RoCompat::EXT4_FEATURE_RO_COMPAT_EXTRA_ISIZE
+            | RoCompat::EXT4_FEATURE_RO_COMPAT_METADATA_CSUM
+            | RoCompat::EXT4_FEATURE_RO_COMPAT_READONLY;
+        let mut sb = Superblock::new(&superblock::Shape {
+            blocks_count: blocks,
+            free_blocks_count: free,
+            inodes_count: (shape.groups * shape.inodes_per_group) as u32,
+            free_inodes_count: free_inodes as u32,
+            first_data_block: size.first_data_block(),
+            log_block_size: size.log(),
+            blocks_per_group: GROUP_BLOCKS as u32,
+            inodes_per_group: shape.inodes_per_group as u32,
+            inode_size: self.inode_size as u16,
+            extra_isize: EXTRA_ISIZE,
+            compat,
+            incompat,
+            ro_compat: ro,
+        });
+        sb.set_checksums_and_hash(HASH_SEED.map(U32::new));
         sb.s_uuid = uuid;
-        sb.s_hash_seed = HASH_SEED.map(U32::new);
-        sb.s_def_hash_version = HASH_HALF_MD4;
-        sb.s_desc_size.set(DESC_SIZE as u16);
-        sb.s_min_extra_isize.set(EXTRA_ISIZE);
-        sb.s_want_extra_isize.set(EXTRA_ISIZE);
-        sb.s_flags.set(FLAG_UNSIGNED_HASH);
         sb.s_log_groups_per_flex = LOG_GROUPS_PER_FLEX;
-        sb.s_checksum_type = CHECKSUM_CRC32C;
         sb.s_checksum_seed.set(CHECKSUM_SEED);
         sb.seal();
         sb

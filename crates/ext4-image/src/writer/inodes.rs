@@ -8,13 +8,14 @@ use super::{
 use crate::{
     Xattr,
     layout::{
-        FIRST_INO, LINK_MAX, ROOT_INO, SECTOR,
+        EXT4_GOOD_OLD_FIRST_INO, EXT4_LINK_MAX, EXT4_ROOT_INO, SECTOR,
         inode::{
-            EXTRA_ISIZE, GOOD_OLD_SIZE, I_BLOCK_SIZE, InodeFlags, RAW_INODE_SIZE, RawInode, encode_device,
-            encode_large_device, seal_inode,
+            EXT4_GOOD_OLD_INODE_SIZE, EXTRA_ISIZE, I_BLOCK_SIZE, InodeFlags, RAW_INODE_SIZE, RawInode,
+            encode_device, encode_large_device, seal_inode,
         },
         xattr::{
-            INDEX_SYSTEM, INLINE_DATA_NAME, INODE_HEADER_SIZE, XATTR_MAGIC, value_size, xattr_entry_size,
+            EXT4_XATTR_INDEX_SYSTEM, EXT4_XATTR_MAGIC, EXT4_XATTR_SYSTEM_DATA, INODE_HEADER_SIZE, value_size,
+            xattr_entry_size,
         },
     },
 };
@@ -22,13 +23,13 @@ use disk_io::WriteAt;
 use zerocopy::{FromZeros, IntoBytes};
 
 /// Where extended attributes begin in a slot.
-const XATTR_AT: usize = GOOD_OLD_SIZE + EXTRA_ISIZE as usize;
+const XATTR_AT: usize = EXT4_GOOD_OLD_INODE_SIZE + EXTRA_ISIZE as usize;
 /// The longest target that is kept in `i_block`.
 pub(super) const FAST_SYMLINK_MAX: usize = I_BLOCK_SIZE - 1;
 
 /// Inode number of a node.
 pub(super) fn ino_of(node: u32) -> u32 {
-    if node == 0 { ROOT_INO } else { FIRST_INO - 1 + node }
+    if node == 0 { EXT4_ROOT_INO } else { EXT4_GOOD_OLD_FIRST_INO - 1 + node }
 }
 
 /// Bytes of entries and values that a slot holds, the terminator included.
@@ -42,10 +43,11 @@ pub(super) fn inline_value_room(inode_size: usize, set: &[Xattr]) -> Option<usiz
     const TERMINATOR: usize = 4;
     let used: usize =
         set.iter().map(|x| xattr_entry_size(x.name.len()) + value_size(x.value.len())).sum::<usize>();
-    (slot_room(inode_size) & !3).checked_sub(TERMINATOR + xattr_entry_size(INLINE_DATA_NAME.len()) + used)
+    (slot_room(inode_size) & !3)
+        .checked_sub(TERMINATOR + xattr_entry_size(EXT4_XATTR_SYSTEM_DATA.len()) + used)
 }
 
-/// What stands in the inode beside its attributes.
+/// The contents of an inode besides its attributes.
 struct Body {
     size: u64,
     blocks: u64,
@@ -66,7 +68,7 @@ fn inline_halves(bytes: &[u8]) -> ([u8; I_BLOCK_SIZE], Vec<u8>) {
 impl<W: WriteAt> ImageWriter<W> {
     /// Bytes of the slot for attributes of a node, given the length of its inline value.
     pub(super) fn xattr_room(&self, inline: Option<usize>) -> usize {
-        let data = inline.map_or(0, |len| xattr_entry_size(INLINE_DATA_NAME.len()) + value_size(len));
+        let data = inline.map_or(0, |len| xattr_entry_size(EXT4_XATTR_SYSTEM_DATA.len()) + value_size(len));
         (slot_room(self.inode_size) & !3).saturating_sub(data)
     }
 
@@ -102,37 +104,38 @@ impl<W: WriteAt> ImageWriter<W> {
             inline: None,
             links: node.links,
         };
-        let dir_links = |subdirs: u32| if subdirs + 2 > LINK_MAX { 1 } else { subdirs + 2 };
+        let dir_links = |subdirs: u32| if subdirs + 2 > EXT4_LINK_MAX { 1 } else { subdirs + 2 };
         match node.payload {
             Payload::File { size, content: Content::Inline(at) } => {
                 body.size = size;
                 let (block, rest) = inline_halves(&self.spool[at as usize..(at + size) as usize]);
-                (body.i_block, body.inline, body.flags) = (block, Some(rest), InodeFlags::INLINE_DATA);
+                (body.i_block, body.inline, body.flags) =
+                    (block, Some(rest), InodeFlags::EXT4_INLINE_DATA_FL);
             }
             Payload::Dir { parent, subdirs, .. } => {
                 let second = self.inline_directory(id).unwrap_or(0);
                 let (block, value) = self.inline_directory_bytes(id, parent, second);
                 body.i_block.copy_from_slice(&block);
                 body.size = (I_BLOCK_SIZE + second) as u64;
-                (body.inline, body.flags) = (Some(value), InodeFlags::INLINE_DATA);
+                (body.inline, body.flags) = (Some(value), InodeFlags::EXT4_INLINE_DATA_FL);
                 body.links = dir_links(subdirs);
             }
             Payload::DirDone(i) => {
                 let dir = &self.tree.written_dirs[i as usize];
                 body.size = dir.size;
-                body.flags = InodeFlags::EXTENTS;
-                body.flags.set(InodeFlags::INDEX, dir.indexed);
+                body.flags = InodeFlags::EXT4_EXTENTS_FL;
+                body.flags.set(InodeFlags::EXT4_INDEX_FL, dir.indexed);
                 (body.i_block, body.blocks) = self.mapped(dir.content);
                 body.links = dir_links(dir.subdirs);
             }
             Payload::File { size, content } => {
-                (body.size, body.flags) = (size, InodeFlags::EXTENTS);
+                (body.size, body.flags) = (size, InodeFlags::EXT4_EXTENTS_FL);
                 (body.i_block, body.blocks) = self.mapped(content);
             }
             Payload::EaValue(i) => {
                 let value = &self.tree.ea_values[i as usize];
                 body.size = u64::from(value.size);
-                body.flags = InodeFlags::EXTENTS | InodeFlags::EA_INODE;
+                body.flags = InodeFlags::EXT4_EXTENTS_FL | InodeFlags::EXT4_EA_INODE_FL;
                 (body.i_block, body.blocks) = self.mapped(value.content);
             }
             Payload::Symlink { at, len, block } => {
@@ -141,14 +144,14 @@ impl<W: WriteAt> ImageWriter<W> {
                     let target = self.tree.stored(at, usize::from(len));
                     body.i_block[..target.len()].copy_from_slice(target);
                 } else {
-                    body.flags = InodeFlags::EXTENTS;
+                    body.flags = InodeFlags::EXT4_EXTENTS_FL;
                     (body.i_block, body.blocks) = self.mapped(Content::Run { start: block, blocks: 1 });
                 }
             }
             Payload::Device { major, minor } => {
                 let mut words = encode_device(major, minor).unwrap_or_default();
                 if node.links != 1 {
-                    // In the old form, with several names, e2fsck takes the number for that of a folder's block and
+                    // In the old form, with several names, e2fsck takes the number for that of a directory's block and
                     // looks there; what it finds can be a file's own choice. The kernel reads both forms.
                     words = encode_large_device(major, minor);
                 }
@@ -193,13 +196,18 @@ impl<W: WriteAt> ImageWriter<W> {
             let room = self.xattr_room(body.inline.as_ref().map(Vec::len));
             let mut items = Vec::new();
             if let Some(value) = body.inline.take() {
-                items.push(Item { index: INDEX_SYSTEM, name: INLINE_DATA_NAME.to_vec(), value, ea: None });
+                items.push(Item {
+                    index: EXT4_XATTR_INDEX_SYSTEM,
+                    name: EXT4_XATTR_SYSTEM_DATA.to_vec(),
+                    value,
+                    ea: None,
+                });
             }
             items.extend(
                 xattrs::plan(self.sets.get(node.xattrs), room, self.space.geometry.bs as usize)?.inode,
             );
             if !items.is_empty() {
-                slot[XATTR_AT..XATTR_AT + INODE_HEADER_SIZE].copy_from_slice(&XATTR_MAGIC.to_le_bytes());
+                slot[XATTR_AT..XATTR_AT + INODE_HEADER_SIZE].copy_from_slice(&EXT4_XATTR_MAGIC.to_le_bytes());
                 xattrs::lay(&mut slot[XATTR_AT + INODE_HEADER_SIZE..], 0, &items);
             }
         }
@@ -210,10 +218,6 @@ impl<W: WriteAt> ImageWriter<W> {
         raw.i_block = body.i_block;
         slot[..XATTR_AT].copy_from_slice(&raw.as_bytes()[..XATTR_AT]);
         const { assert!(XATTR_AT <= RAW_INODE_SIZE) };
-        seal_inode(CHECKSUM_SEED, ino, slot);
-        Ok(u32::from(slot[0x7C])
-            | u32::from(slot[0x7D]) << 8
-            | u32::from(slot[0x82]) << 16
-            | u32::from(slot[0x83]) << 24)
+        Ok(seal_inode(CHECKSUM_SEED, ino, slot))
     }
 }

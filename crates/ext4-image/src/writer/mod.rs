@@ -5,7 +5,7 @@
 //!   begin_file, write_data ──► blocks at the cursor, ascending ──►│ finish: directories, xattr blocks, inode tables,
 //!                                                                 ┘ bitmaps, descriptors, super block
 //!   image: super │ GDT 0 │ file data in call order … │ directories … │ inode tables │ bitmaps      (GDT blocks of
-//!          later meta groups stand at fixed places between: feature meta_bg, so no size need be foretold)
+//!          later meta groups stand at fixed places between: feature meta_bg, so no size is needed in advance)
 //! ```
 //!
 //! Invariants: an image that `finish` returned is clean for `e2fsck -fn`; data never move once placed; nothing below the
@@ -13,7 +13,7 @@
 //! zeros) at the start. Knows nothing of tar. Called by `diff::apply`.
 //!
 //! Why 1 KiB blocks and inline data are the default (image size × tar size, synthetic streams): 110,000 files, log-normal
-//! around 1.5 KB, 43,000 of them in one folder: 1.04 (1.02 without inline data), 1.10 with 2 KiB, 1.26 with 4 KiB;
+//! around 1.5 KB, 43,000 of them in one directory: 1.04 (1.02 without inline data), 1.10 with 2 KiB, 1.26 with 4 KiB;
 //! 300,000 files of 200 bytes: 0.53 (163 MB) against 1.27 without inline data.
 //!
 //! Memory: about 110 bytes a node with its name, and the inline data themselves until `finish`.
@@ -34,7 +34,7 @@ mod xattrs;
 use super::{
     BlockSize, Ext4Error, Place, Timestamp, Xattr,
     layout::{
-        LINK_MAX,
+        EXT4_LINK_MAX,
         inode::{
             I_BLOCK_SIZE, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK,
             encode_device,
@@ -367,17 +367,17 @@ impl<W: WriteAt> ImageWriter<W> {
         self.tree.check_new(dir, name)?;
         let n = &self.tree.nodes[node.0 as usize];
         if n.is_dir() || matches!(n.payload, Payload::Gone) {
-            return Err(Ext4Error::usage("only a file that exists takes a further name"));
+            return Err(Ext4Error::usage("another name for a directory, or for a file that was removed"));
         }
-        if n.links >= LINK_MAX {
+        if n.links >= EXT4_LINK_MAX {
             let place = Place::inode(inodes::ino_of(node.0));
-            return Err(Ext4Error::unsupported(format!("more than {LINK_MAX} names of a file"), place));
+            return Err(Ext4Error::unsupported(format!("more than {EXT4_LINK_MAX} names of a file"), place));
         }
         self.tree.add_name(dir, name, node.0)
     }
 
-    /// Removes a name, of a directory with all that is below it; no file may be open. A node that lost its last name is gone, its blocks
-    /// become free space; their bytes stay where they were.
+    /// Removes a name, of a directory with all that is below it; no file may be open. A node without names no longer
+    /// exists and its blocks become free space; their bytes are not overwritten.
     ///
     /// # Errors
     /// `Usage` if there is no such name, or a file is open.
@@ -411,7 +411,7 @@ impl<W: WriteAt> ImageWriter<W> {
     }
 
     /// Writes at a logical offset that is not below the end of the last write; what is left out is a hole.
-    /// `placed` is told where the bytes of `data` live, in order and without gaps.
+    /// `placed` receives the places of the bytes of `data`, in order and without gaps.
     pub fn write_data(&mut self, offset: u64, data: &[u8], placed: &mut dyn FnMut(Placed)) -> Result<()> {
         self.write_open(offset, data, placed)
     }
@@ -424,7 +424,7 @@ impl<W: WriteAt> ImageWriter<W> {
     /// Writes all metadata and sets the image's size. Does not sync.
     ///
     /// # Errors
-    /// `Usage` with [`UuidSource::FromSource`], for which [`Self::finish_with`] is there.
+    /// `Usage` with [`UuidSource::FromSource`], which needs [`Self::finish_with`].
     pub fn finish(self) -> Result<ImageSummary> {
         if self.options.uuid == UuidSource::FromSource {
             return Err(Ext4Error::usage("the digest of the image's source is missing"));
@@ -440,7 +440,7 @@ impl<W: WriteAt> ImageWriter<W> {
 
     fn symlink(&mut self, target: &[u8]) -> Result<Payload> {
         if target.is_empty() || target.contains(&0) {
-            return Err(Ext4Error::usage("target of a symbolic link is empty or holds a NUL"));
+            return Err(Ext4Error::usage("target of a symbolic link is empty or contains NUL"));
         }
         if target.len() >= self.options.block_size.bytes() as usize {
             return Err(Ext4Error::LinkTarget {

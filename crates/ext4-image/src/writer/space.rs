@@ -114,7 +114,7 @@ impl Space {
             self.free.push((self.cursor, self.limit));
             self.cursor = self.limit;
         }
-        // Two fixed groups may stand side by side: at most one group is left out more.
+        // Two fixed groups may be adjacent: at most one group more is left out.
         let (start, n) = self.take(want)?;
         if n == want {
             return Ok(start);

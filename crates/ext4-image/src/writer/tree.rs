@@ -316,7 +316,7 @@ impl Tree {
         if name.is_empty()
             || name == b"."
             || name == b".."
-            || name.len() > crate::layout::NAME_MAX
+            || name.len() > crate::layout::EXT4_NAME_LEN
             || name.iter().any(|&b| b == b'/' || b == 0)
         {
             return Err(Ext4Error::usage(format!("bad name {:?}", shown())));
@@ -355,7 +355,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Removes a name and, if it was the last one, its node with all below; `gone` is told of each node that went.
+    /// Removes a name and, if it was the last one, its node with all below; `gone` is called for each node that no longer exists.
     pub(super) fn unlink(
         &mut self,
         dir: NodeId,

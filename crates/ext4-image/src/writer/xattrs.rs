@@ -8,9 +8,9 @@ use crate::{
     layout::{
         acl,
         xattr::{
-            BLOCK_HEADER_SIZE, INDEX_POSIX_ACL_ACCESS, INDEX_POSIX_ACL_DEFAULT, XATTR_ENTRY_SIZE,
-            XATTR_NAME_MAX, XATTR_SIZE_MAX, XattrEntry, entry_hash, split_name, value_size, value_words,
-            xattr_entry_size,
+            BLOCK_HEADER_SIZE, EXT4_XATTR_INDEX_POSIX_ACL_ACCESS, EXT4_XATTR_INDEX_POSIX_ACL_DEFAULT,
+            XATTR_ENTRY_SIZE, XATTR_NAME_MAX, XATTR_SIZE_MAX, XattrEntry, entry_hash, split_name, value_size,
+            value_words, xattr_entry_size,
         },
     },
 };
@@ -103,7 +103,8 @@ pub(super) fn items(xattrs: &[Xattr]) -> Result<Vec<Item>> {
         if x.value.len() > XATTR_SIZE_MAX {
             return Err(unsupported(format!("value of extended attribute {:?} over 64 KiB", shown())));
         }
-        let value = if matches!(index, INDEX_POSIX_ACL_ACCESS | INDEX_POSIX_ACL_DEFAULT) {
+        let value = if matches!(index, EXT4_XATTR_INDEX_POSIX_ACL_ACCESS | EXT4_XATTR_INDEX_POSIX_ACL_DEFAULT)
+        {
             acl::to_disk(&x.value).ok_or_else(|| Ext4Error::usage(format!("malformed acl in {}", shown())))?
         } else {
             x.value.clone()
