@@ -196,7 +196,12 @@ impl Mounts {
         // All of them first: the unmount of a view may wait for a frozen disk below it.
         for path in strangers.iter().filter(|path| path.starts_with(self.layout.top(layout::MOUNTS))) {
             if let Err(error) = freeze::thaw(path) {
-                tracing::error!(path = %path.display(), error = %with_causes(&error), "cannot thaw what belongs to no layer");
+                tracing::error!(
+                    path = %path.display(),
+                    error = %with_causes(&error),
+                    "cannot thaw what belongs to no layer; the next start tries again to unmount it"
+                );
+                return;
             }
         }
         for path in strangers {

@@ -6,6 +6,8 @@
 mod crowd;
 #[cfg(target_os = "linux")]
 mod linux;
+#[cfg(target_os = "linux")]
+mod mark;
 #[path = "../support/mod.rs"]
 mod support;
 #[cfg(target_os = "linux")]

@@ -122,11 +122,17 @@ fn failed(error: &(impl std::error::Error + ?Sized)) -> SvmError {
     SvmError::Boot { reason: error.to_string(), console: String::new() }
 }
 
-/// Runs a call that blocks.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+/// Runs a call that blocks. A panic of the call goes on here.
+///
+/// # Errors
+/// [`SvmError::Cancelled`] if the runtime ends: the call was never begun.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, SvmError> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(e) => std::panic::resume_unwind(e.into_panic()),
+        Ok(done) => Ok(done),
+        Err(e) => match e.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(SvmError::Cancelled("the program is ending")),
+        },
     }
 }
 
@@ -180,7 +186,7 @@ impl VmBackend for HcsBackend {
     fn reap(&self) -> BoxFuture<'_, Result<usize, SvmError>> {
         async move {
             let (library, config) = (self.library()?, self.config.clone());
-            blocking(move || reap(&library, &config)).await.map_err(|e| failed(&e))
+            blocking(move || reap(&library, &config)).await?.map_err(|e| failed(&e))
         }
         .boxed()
     }

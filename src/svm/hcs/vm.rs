@@ -128,17 +128,17 @@ pub(super) async fn start(
         told.tell(if report.is_empty() { "ended".to_owned() } else { format!("ended: {report}") });
     };
     let (lib, name) = (library.clone(), id.clone());
-    let system = blocking(move || System::create(&lib, &name, &document, deadline, on_exit)).await;
+    let system = blocking(move || System::create(&lib, &name, &document, deadline, on_exit)).await?;
     let system = Arc::new(system.map_err(|e| failed(&e))?);
     let asked = system.clone();
-    let properties = blocking(move || asked.properties(deadline)).await.map_err(|e| failed(&e))?;
+    let properties = blocking(move || asked.properties(deadline)).await?.map_err(|e| failed(&e))?;
     let properties: Properties = serde_json::from_str(&properties).map_err(|e| failed(&e))?;
     let runtime_id = properties
         .runtime_id
         .ok_or_else(|| failed(&io::Error::other("the service tells no RuntimeId of the machine")))?;
     let listener = transport.listen(runtime_id).map_err(|e| failed(&e))?;
     let started = system.clone();
-    blocking(move || started.start(deadline)).await.map_err(|e| failed(&e))?;
+    blocking(move || started.start(deadline)).await?.map_err(|e| failed(&e))?;
     tokio::spawn(follow(console_pipe, console, label.clone(), end.watch()));
     let greeting = async {
         let (input, output) = listener.accept(deadline).await?;
@@ -206,7 +206,7 @@ impl HcsVm {
         let system = self.system()?;
         let document = serde_json::to_string(request).map_err(|e| self.disk_error("-", e))?;
         let deadline = self.config.deadline;
-        Ok(blocking(move || system.modify(&document, deadline)).await)
+        blocking(move || system.modify(&document, deadline)).await
     }
 
     async fn hot_add(&self, slot: Slot, path: &Path, read_only: bool) -> Result<(), SvmError> {
@@ -281,11 +281,11 @@ impl ServiceVm for HcsVm {
             let name = self.folder.0.join(format!("disk{}", id.0));
             let (source, growing) = (disk.clone(), self.config.growing_bytes);
             let prepared = blocking(move || disks::prepare(&source, &name, growing)).await;
-            let prepared = match prepared {
+            let prepared = match prepared.and_then(|done| done.map_err(|e| self.disk_error(&shown, e))) {
                 Ok(prepared) => prepared,
                 Err(e) => {
                     self.disks.lock().luns.give_back(slot);
-                    return Err(self.disk_error(&shown, e));
+                    return Err(e);
                 }
             };
             if let Err(e) = self.plug(disk, id, slot, &prepared).await {
@@ -336,7 +336,7 @@ impl ServiceVm for HcsVm {
                 }
             }
             let file = disk.file.clone();
-            let brought = blocking(move || disks::bring_back(&scratch, &file, len)).await;
+            let brought = blocking(move || disks::bring_back(&scratch, &file, len)).await?;
             brought.map_err(|e| match e.kind() {
                 // Nothing that the machine is to blame for.
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
@@ -379,18 +379,22 @@ impl ServiceVm for HcsVm {
                 let deadline = self.config.deadline;
                 let label = self.label.clone();
                 let asked = system.clone();
-                if let Err(e) = blocking(move || asked.terminate(deadline)).await {
-                    tracing::warn!(vm = label, "{e}; closing its handle ends it");
+                match blocking(move || asked.terminate(deadline)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(e)) => tracing::warn!(vm = label, "{e}; closing its handle ends it"),
+                    Err(e) => tracing::warn!(vm = label, "{e}; closing its handle ends it"),
                 }
                 // A late word of its end is not waited for without limit: closing the handle ends it too.
                 let _ = timeout(EXIT_TIME, self.end.wait()).await;
-                blocking(move || drop(system)).await;
+                // If the runtime begins nothing any more, it has dropped the call, and the handle with it.
+                let _ = blocking(move || drop(system)).await;
                 self.end.tell("ended: its handle was closed");
             }
             self.end.wait().await;
             // Here and not in the drop: that happens on a thread of the runtime, which must not wait.
             let folder = self.folder.0.clone();
-            blocking(move || Folder::clear(&folder)).await;
+            // If the runtime begins nothing any more, the drop is left to clear it.
+            let _ = blocking(move || Folder::clear(&folder)).await;
         }
         .boxed()
     }
