@@ -247,7 +247,7 @@ fn formats_know_no_runtime() {
     }
 }
 
-/// Whether a line has unsafe code, or lets others have it; what is quoted or said in a comment is not code.
+/// Whether a line has unsafe code, or allows it; quoted text and comments do not count.
 fn has_unsafe(line: &str) -> bool {
     if line.trim() == "#![forbid(unsafe_code)]" {
         return false;

@@ -14,8 +14,8 @@
 //!
 //! * It wraps kernels, and knows nothing of layers, stores or protocols.
 //! * Every `unsafe` block states why it is sound; a function that is sound only under a condition that it cannot check is an
-//!   `unsafe fn`. (One exception: `windows::process::take_given` relies on the daemon for a number, and says so.) Functions
-//!   that close descriptors of the whole process, or need a single thread, check that there is only one.
+//!   `unsafe fn`. Two functions for the first steps of a process are exceptions and say why: `linux::jail::enter`, and
+//!   `windows::process::take_given`. Others that need a single thread (`launch`, `supervise`) check that there is only one.
 //! * A request code of `ioctl` never meets an argument of another type: requests with a pointer are functions of their
 //!   own, and requests with a number are variants of an enum. Structures of the kernel have a compile-time size check.
 //! * The feature `tokio` adds what belongs to an event loop. The agent is built without it, so neither a guest nor a worker
