@@ -33,6 +33,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "config",
             "disk-io",
             "driver",
+            "error",
             "ext4-image",
             "layer-codec",
             "layer-tar",
@@ -48,14 +49,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "vhd-image",
         ],
     ),
-    ("api", &["driver", "store", "telemetry"]),
+    ("api", &["driver", "error", "store", "telemetry"]),
     ("listen", &["lcow-sys"]),
-    ("migrate", &["config", "driver", "store", "svm", "vhd-image"]),
+    ("migrate", &["config", "driver", "error", "store", "svm", "vhd-image"]),
     (
         "driver",
         &[
             "config",
             "disk-io",
+            "error",
             "ext4-image",
             "lcow-sys",
             "store",
@@ -65,9 +67,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "vhd-image",
         ],
     ),
-    ("store", &["lcow-sys"]),
+    ("store", &["error", "layer-codec", "lcow-sys", "svm-protocol"]),
     // Hyper-V attaches no raw files: what it lends is wrapped, and what came back is unwrapped (svm/hcs/disks.rs).
-    ("svm", &["disk-io", "lcow-sys", "svm-protocol", "vhd-image"]),
+    ("svm", &["disk-io", "error", "lcow-sys", "svm-protocol", "vhd-image"]),
+    ("error", &["lcow-sys", "svm-protocol"]),
     ("config", &[]),
     ("telemetry", &[]),
 ];

@@ -8,7 +8,7 @@
 //!
 //! The engine shows what the ApplyDiff says; the reason lies here. The checksum serves a message, never a decision.
 //! What a connection still held when it was cut, and what the engine had read and not sent, is missing at the end of the
-//! other body: any prefix that ends in the last [`WINDOW`] bytes is recognised. Called by `transfer`.
+//! other body: any prefix that ends in the last [`WINDOW`] bytes is recognised. Called by `apply` and `diff`.
 
 use bytes::Bytes;
 use parking_lot::Mutex;

@@ -14,7 +14,7 @@
 //! Invariants: a door is closed before anything else is done for a request, and only `reopen` opens it, so that no way
 //! out (`?`, a panic, a dropped future) can leave it open. A layer that does not exist has a door too: it may be created
 //! before the client comes back. What an earlier process created has none (`Layer::made_here`): nobody knows what its
-//! end cut. Called by `transfer`, `lifecycle` and, for requests that broke off in their head, by `api` through
+//! end cut. Called by `apply`, `lifecycle` and, for requests that broke off in their head, by `api` through
 //! `Driver::distrust`.
 
 use crate::store::LayerId;

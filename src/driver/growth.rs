@@ -6,7 +6,7 @@
 //! ```
 //!
 //! For a while image and record exist twice, so the disk needs as much free room again as they take by then, beyond
-//! `lcow.minfree`. Called by `transfer`; asked by the pool.
+//! `lcow.minfree`. Called by `apply`; asked by the pool.
 
 use super::{DriverError, blocking, home::Home};
 use crate::{
@@ -95,7 +95,7 @@ impl SecondPair for Files {
         let inner = self.0.clone();
         Box::pin(async {
             let made = blocking(move || inner.make_second()).await;
-            made.map_err(|error| io::Error::other(super::with_causes(&error)))
+            made.map_err(|error| io::Error::other(crate::error::with_causes(&error)))
         })
     }
 }

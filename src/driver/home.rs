@@ -1,6 +1,6 @@
 //! One home: a store, its service VMs and its mounts.
 
-use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered, pristine::Shown};
+use super::{DriverConfig, DriverError, GRACE, gates::Gates, remembered::Remembered, shown::Shown};
 #[cfg(unix)]
 use crate::store::guard;
 use crate::{
@@ -17,6 +17,7 @@ use {
     super::mounts::Mounts,
     crate::{
         config::SvmKind,
+        error::{Attempt, with_causes},
         store::{LayerId, layout},
     },
     lcow_sys::linux::reflink,
@@ -52,7 +53,7 @@ impl Home {
     ) -> Result<Self, DriverError> {
         // Options first: a wrong one must leave nothing behind.
         let wanted = init.as_ref().map(|init| options_of(init, config)).transpose()?;
-        let root_is_home = super::same_folder(path, &config.root);
+        let root_is_home = super::same_directory(path, &config.root);
         let store = Arc::new(Store::open(thread, path, |entry| root_is_home && super::root::is_ours(entry))?);
         let (init, options) = if let (Some(init), Some(options)) = (init, wanted) {
             store.record_init(thread, init.clone())?;
@@ -244,7 +245,7 @@ impl Home {
         }
         for layer in self.store.layers() {
             if let Err(error) = self.set_door(&layer.id) {
-                tracing::error!(id = %layer.id, error = %super::with_causes(&error), "cannot close a layer's folder");
+                tracing::error!(id = %layer.id, error = %with_causes(&error), "cannot close a layer's folder");
             }
         }
         Ok(())
@@ -272,13 +273,9 @@ fn remap(init: &InitRecord) -> Result<Option<Arc<std::os::fd::OwnedFd>>, DriverE
     let convert = |maps: &[IdRange]| -> Vec<IdMapping> {
         maps.iter().map(|m| IdMapping { inside: m.container_id, outside: m.host_id, count: m.size }).collect()
     };
-    user_namespace(&convert(&init.uid_maps), &convert(&init.gid_maps)).map(|fd| Some(Arc::new(fd))).map_err(
-        |source| DriverError::Mount {
-            id: "-".into(),
-            action: "make the user namespace of Init's maps",
-            source,
-        },
-    )
+    let made = user_namespace(&convert(&init.uid_maps), &convert(&init.gid_maps));
+    let namespace = made.map_err(Attempt::on_path("make a user namespace for the maps of", "Init"))?;
+    Ok(Some(Arc::new(namespace)))
 }
 
 #[cfg(target_os = "linux")]

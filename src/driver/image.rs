@@ -7,21 +7,21 @@
 //!
 //! The VM that applied a tar may have been taken over by it. So the footer, which tells other programs what the file is
 //! (a differencing disk names a further file that they open), is written by the daemon; sizes follow from the one size
-//! that the check confirms; and the layout is that of `lcow.profile`. Called by `transfer` and `scrub`.
+//! that the check confirms; and the layout is that of `lcow.profile`. Called by `apply` and `scrub`.
 
 use super::DriverError;
 use crate::{
     config::{LayoutProfile, Options},
-    store::{AppliedMeta, StoreError},
+    error::CorruptFile,
+    store::AppliedMeta,
     svm::{ApplySummary, CheckSummary, DiskSource, Profile},
 };
 use disk_io::{ReadAt, WriteAt};
 use std::path::Path;
-use verity_tree;
 use vhd_image::vhd::{self, Footer};
 
 fn corrupt(path: &Path, reason: impl Into<String>) -> DriverError {
-    StoreError::Corrupt { path: path.to_owned(), reason: reason.into() }.into()
+    CorruptFile::new(path, reason.into()).into()
 }
 
 /// Bytes of the disk: the file system, and the hash tree if it has one.
@@ -132,7 +132,6 @@ impl Asked {
 pub(super) fn check_footer(
     image: &DiskSource,
     applied: &AppliedMeta,
-    tar_digest: &[u8; 32],
     profile: Profile,
 ) -> Result<(), DriverError> {
     let disk = disk_bytes(applied.image_bytes, applied.verity_root.is_some());
@@ -146,8 +145,8 @@ pub(super) fn check_footer(
     (*image.file)
         .read_exact_at(&mut found, disk)
         .map_err(DriverError::io("read the footer of", &image.path))?;
-    let right =
-        footer(disk, applied.uuid, tar_digest, profile).map_err(|e| corrupt(&image.path, e.to_string()))?;
+    let right = footer(disk, applied.uuid, &applied.tar_digest.bytes, profile)
+        .map_err(|e| corrupt(&image.path, e.to_string()))?;
     if found != right {
         return Err(corrupt(&image.path, "its vhd footer is not the one that was written"));
     }
@@ -189,15 +188,15 @@ mod tests {
             "tar_bytes": 0, "tar_digest": said.tar_digest.to_string(), "uuid": said.uuid, "entries": 0, "checked": true,
         }))
         .unwrap();
-        check_footer(&disk, &applied, &said.tar_digest.bytes, Profile::Default).unwrap();
+        check_footer(&disk, &applied, Profile::Default).unwrap();
         for at in [0, 16, 60, 64, 100, 511] {
             let mut byte = [0];
             disk.file.read_exact_at(&mut byte, 8192 + at).unwrap();
             disk.file.write_all_at(&[byte[0] ^ 1], 8192 + at).unwrap();
-            check_footer(&disk, &applied, &said.tar_digest.bytes, Profile::Default).unwrap_err();
+            check_footer(&disk, &applied, Profile::Default).unwrap_err();
             disk.file.write_all_at(&byte, 8192 + at).unwrap();
         }
-        check_footer(&disk, &applied, &said.tar_digest.bytes, Profile::Hcsshim).unwrap_err();
+        check_footer(&disk, &applied, Profile::Hcsshim).unwrap_err();
     }
 
     #[test]

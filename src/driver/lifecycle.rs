@@ -1,6 +1,6 @@
 //! Create, remove, describe, clean up.
 
-use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home, on_disk_thread};
+use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home, on_disk_thread, sandbox};
 use crate::{
     config::{self, MAX_SANDBOX_BYTES, MIN_SANDBOX_BYTES, Unit},
     store::{DiskThread, LayerId, LayerState, LayerWishes, Member, layout},
@@ -65,7 +65,7 @@ impl Driver {
         on_disk_thread(move |thread| {
             home.check_reserve(thread)?;
             home.store.create(thread, &id, parent.as_ref(), LayerState::Sandbox, wishes, |folder| {
-                home.write_sandbox(folder, bytes)
+                sandbox::write(folder, bytes, home.options.mount, home.root_ids())
             })
         })
         .await
@@ -184,7 +184,7 @@ impl Home {
             add("parent", parent.to_string());
         }
         if meta.state == LayerState::Sandbox {
-            add("file", self.sandbox_path(id).to_string_lossy().into_owned());
+            add("file", sandbox::path(self.store.layout(), id).to_string_lossy().into_owned());
             if let Some(bytes) = meta.sandbox_bytes {
                 add("size", bytes.to_string());
             }
@@ -196,11 +196,11 @@ impl Home {
             add("file", file(layout::LAYER_FILE));
             add("image_bytes", applied.image_bytes.to_string());
             add("record_bytes", applied.record_bytes.to_string());
-            add("tar_digest", applied.tar_digest.clone());
+            add("tar_digest", applied.tar_digest.to_string());
             add("tar_bytes", applied.tar_bytes.to_string());
             add("uuid", applied.uuid.to_string());
             if let Some(root) = &applied.verity_root {
-                add("verity_root", root.clone());
+                add("verity_root", root.to_string());
             }
         }
         #[cfg(target_os = "linux")]

@@ -21,19 +21,21 @@ use super::{
     DriverError,
     gates::{Gates, Held},
     home::Home,
+    remembered::{Remembered, Sandbox},
 };
 use crate::{
-    store::{Layer, LayerId},
-    svm::{LayerDisk, LiveControl, LiveFile, ParentDisks, SvmError},
+    store::LayerId,
+    svm::{LayerDisk, LiveControl, ParentDisks, SvmError},
 };
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
-use std::{collections::HashMap, fs::File, io, sync::Arc};
+use std::{io, sync::Arc};
 
 #[cfg(target_os = "linux")]
 use {
-    super::{blocking, error::with_causes, mounts::Mounts},
+    super::{blocking, mounts::Mounts},
     crate::{
+        error::with_causes,
         store::layout,
         svm::{CopyDisk, DiskSource},
     },
@@ -42,6 +44,7 @@ use {
         mount, reflink,
     },
     std::{
+        fs::File,
         os::fd::AsFd,
         path::PathBuf,
         sync::atomic::Ordering,
@@ -68,66 +71,6 @@ const MOST_COPIED: u64 = 256 << 20;
 /// and no longer than that.
 #[cfg(target_os = "linux")]
 const LONGEST_COPY: Duration = Duration::from_secs(1);
-
-/// Layers and files that are remembered.
-const MOST_LAYERS: usize = 256;
-const MOST_FILES: usize = 1024;
-
-/// Which files changed while they were exported, for the next attempt: by layer, in memory.
-#[derive(Debug, Default)]
-pub(super) struct Remembered {
-    /// A layer's generation, and inodes, the latest last.
-    files: Mutex<HashMap<LayerId, (u64, Vec<u32>)>>,
-}
-
-impl Remembered {
-    /// Keeps `files` of a failed export.
-    fn note(&self, sandboxes: &[Sandbox], files: &[LiveFile]) {
-        let mut all = self.files.lock();
-        for file in files {
-            let Some(sandbox) = sandboxes.iter().find(|s| s.in_target == Some(file.layer)) else { continue };
-            let layer = &sandbox.layer;
-            if all.len() >= MOST_LAYERS && !all.contains_key(&layer.id) {
-                // Which are forgotten is of no importance: it costs one more attempt.
-                all.clear();
-            }
-            let (generation, inodes) = all.entry(layer.id.clone()).or_default();
-            if *generation != layer.generation {
-                (*generation, *inodes) = (layer.generation, Vec::new());
-            }
-            inodes.retain(|inode| *inode != file.inode);
-            if inodes.len() >= MOST_FILES {
-                inodes.remove(0);
-            }
-            inodes.push(file.inode);
-        }
-    }
-
-    /// What is remembered of those of `sandboxes` that are in the target.
-    #[cfg(target_os = "linux")]
-    fn of(&self, sandboxes: &[Sandbox]) -> Vec<LiveFile> {
-        let all = self.files.lock();
-        let mut files = Vec::new();
-        for sandbox in sandboxes {
-            if let (Some(layer), Some((generation, inodes))) = (sandbox.in_target, all.get(&sandbox.layer.id))
-                && *generation == sandbox.layer.generation
-            {
-                files.extend(inodes.iter().map(|inode| LiveFile { layer, inode: *inode }));
-            }
-        }
-        files
-    }
-}
-
-/// A sandbox among the layers of a comparison.
-#[derive(Debug, Clone)]
-pub(super) struct Sandbox {
-    pub(super) layer: Layer,
-    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "for clones, which only Linux makes"))]
-    pub(super) file: Arc<File>,
-    /// Its number in the target; none in the other stack.
-    pub(super) in_target: Option<u16>,
-}
 
 /// Freezes and thaws the sandboxes of one comparison.
 #[derive(Debug)]

@@ -13,81 +13,14 @@
 //! on an untouched root, and those alone are passed over.
 //!
 //! Invariants: nothing of a layer that holds a change is deleted; between the look at the image and the change of state
-//! nobody was shown the layer. Called by `transfer` (ApplyDiff) and, to count, by `views` and `lifecycle`.
+//! nobody was shown the layer (`shown` counts the Gets). Called by `apply` for ApplyDiff.
 
-use super::{DriverError, home::Home, views::ROOT_PERMISSIONS};
+use super::{DriverError, home::Home, sandbox::ROOT_PERMISSIONS};
 use crate::{
     store::{Layer, LayerId, LayerMeta, LayerState, layout},
     svm::{BlankRoot, Purpose},
 };
-use parking_lot::Mutex;
-use std::{collections::HashMap, io, sync::Arc};
-
-/// Which layers this process shows and has shown.
-#[derive(Debug, Default)]
-pub(super) struct Shown(Mutex<HashMap<LayerId, Count>>);
-
-#[derive(Debug, Default)]
-struct Count {
-    /// Gets that began, ever: equal numbers mean that none came between.
-    ever: u64,
-    /// Gets under way.
-    under_way: u64,
-    /// Gets without a Put of a layer that virtual machines attach. Mounted views are counted by `mounts`.
-    handed_out: u64,
-}
-
-/// A Get under way.
-#[derive(Debug)]
-pub(super) struct Showing {
-    shown: Arc<Shown>,
-    id: LayerId,
-}
-
-impl Shown {
-    /// A Get of `id` begins.
-    pub(super) fn begin(self: &Arc<Self>, id: &LayerId) -> Showing {
-        let mut counts = self.0.lock();
-        let count = counts.entry(id.clone()).or_default();
-        count.ever += 1;
-        count.under_way += 1;
-        Showing { shown: self.clone(), id: id.clone() }
-    }
-
-    /// A Put of `id`.
-    pub(super) fn put(&self, id: &LayerId) {
-        if let Some(count) = self.0.lock().get_mut(id) {
-            count.handed_out = count.handed_out.saturating_sub(1);
-        }
-    }
-
-    /// The layer is gone.
-    pub(super) fn forget(&self, id: &LayerId) {
-        self.0.lock().remove(id);
-    }
-
-    /// Gets that began, ever, and those that hold the layer outside of mounted views.
-    fn look(&self, id: &LayerId) -> (u64, u64) {
-        self.0.lock().get(id).map_or((0, 0), |count| (count.ever, count.under_way + count.handed_out))
-    }
-}
-
-impl Showing {
-    /// The layer's folder was given to somebody who attaches its disk.
-    pub(super) fn handed_out(self) {
-        if let Some(count) = self.shown.0.lock().get_mut(&self.id) {
-            count.handed_out += 1;
-        }
-    }
-}
-
-impl Drop for Showing {
-    fn drop(&mut self) {
-        if let Some(count) = self.shown.0.lock().get_mut(&self.id) {
-            count.under_way = count.under_way.saturating_sub(1);
-        }
-    }
-}
+use std::{io, sync::Arc};
 
 fn refused(id: &LayerId, reason: &str) -> DriverError {
     DriverError::Usage(format!("layer {id} {reason}; a tar cannot be applied to it"))
@@ -176,31 +109,5 @@ impl Home {
         let (uid, gid) = self.root_ids();
         let written = lease.written(job, BlankRoot { permissions: ROOT_PERMISSIONS, uid, gid }).await;
         written.map_err(DriverError::svm(id, "look whether it was written"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn gets_are_counted_until_they_end_or_are_put() {
-        let (shown, id) = (Arc::new(Shown::default()), "a".parse::<LayerId>().unwrap());
-        assert_eq!(shown.look(&id), (0, 0));
-        let showing = shown.begin(&id);
-        assert_eq!(shown.look(&id), (1, 1));
-        // It failed.
-        drop(showing);
-        assert_eq!(shown.look(&id), (1, 0));
-        shown.begin(&id).handed_out();
-        shown.begin(&id).handed_out();
-        assert_eq!(shown.look(&id), (3, 2));
-        shown.put(&id);
-        assert_eq!(shown.look(&id), (3, 1));
-        shown.put(&id);
-        shown.put(&id);
-        assert_eq!(shown.look(&id), (3, 0));
-        shown.forget(&id);
-        assert_eq!(shown.look(&id), (0, 0));
     }
 }

@@ -1,6 +1,6 @@
-//! Who takes a tar and who does not, in words; and what was seen of a tar that came. Called by `transfer`.
+//! Who takes a tar and who does not, in words; and what was seen of a tar that came. Called by `apply`.
 
-use super::{DriverError, cut::Passed, door::Closed, views::unfinished};
+use super::{DriverError, cut::Passed, door::Closed, error::unfinished};
 use crate::store::{Layer, LayerId, LayerMeta, LayerState};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -21,8 +21,8 @@ pub(super) fn shut(id: &LayerId, closed: &Closed) -> DriverError {
 pub(super) fn unfinished_because(id: &LayerId, reason: Option<&str>) -> DriverError {
     let Some(reason) = reason else { return unfinished(id) };
     DriverError::Usage(format!(
-        "layer {id}: an ApplyDiff of it was begun and never completed; remove the layer and create it anew. The first \
-         reason was: {reason}"
+        "layer {id} is incomplete (its ApplyDiff was interrupted); remove it and pull it again. The first reason was: \
+         {reason}"
     ))
 }
 

@@ -7,11 +7,11 @@
 //!
 //! The reserve is looked at before an apply begins; a tar of a terabyte, or a worker that writes more than it should,
 //! would use it up in between. And a file may have blocks behind its end that its length does not show. Called by
-//! [`super::transfer`].
+//! `apply`.
 
 use super::{DriverError, home::Home, on_disk_thread};
 #[cfg(unix)]
-use crate::store::StoreError;
+use crate::error::CorruptFile;
 use crate::svm::DiskSource;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -46,7 +46,7 @@ where
 /// Gives back what a finished file has behind its end, and holds its blocks against its length.
 ///
 /// # Errors
-/// [`StoreError::Corrupt`] for a file that takes more room than its length; what the system says.
+/// [`CorruptFile`] for a file that takes more room than its length; what the system says.
 pub(super) fn settle(disk: &DiskSource) -> Result<(), DriverError> {
     let measure = DriverError::io("measure", &disk.path);
     let length = disk.file.metadata().map_err(measure)?.len();
@@ -62,7 +62,7 @@ pub(super) fn settle(disk: &DiskSource) -> Result<(), DriverError> {
         let taken = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.blocks() * UNIT;
         if taken > length + own {
             let reason = format!("it has {length} bytes and takes {taken} on the disk");
-            return Err(StoreError::Corrupt { path: disk.path.clone(), reason }.into());
+            return Err(CorruptFile::new(disk.path.clone(), reason).into());
         }
     }
     Ok(())

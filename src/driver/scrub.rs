@@ -8,10 +8,11 @@
 //! counted apart: they give the same bytes as ever, and are worth pulling anew. A wrong checksum is damage, whoever
 //! wrote the image.
 
-use super::{Driver, DriverError, blocking, image::check_footer, on_disk_thread, with_causes};
+use super::{Driver, DriverError, blocking, image::check_footer, on_disk_thread};
 use crate::{
-    store::{AppliedMeta, LayerId, LayerState, StoreError, layout},
-    svm::{CheckJob, ExportJob, ExportKind, IdMaps, Purpose, SvmError, TarDigest},
+    error::CorruptFile,
+    store::{LayerId, LayerState, layout},
+    svm::{CheckJob, ExportJob, ExportKind, IdMaps, Purpose, RootHash, SvmError},
 };
 use ext4_image::check::WRITER;
 use futures_util::StreamExt;
@@ -90,7 +91,7 @@ impl Driver {
                         report.writer_1_differs.extend(differs.map(finding));
                     }
                     Err(error) => {
-                        let fault = with_causes(&error);
+                        let fault = error.for_log();
                         report.faults.push(ScrubFinding { id: layer.id.clone(), fault });
                     }
                 },
@@ -108,10 +109,14 @@ impl Driver {
         let file = |name: &str| home.store.layout().layer_file(id, name);
         let opener = home.clone();
         let (image, record) = blocking(move || opener.exact_disks(&snapshot)).await?;
-        let root = meta.applied.as_ref().and_then(|a| a.verity_root.clone());
-        let applied = meta.applied.as_ref();
-        let writer = applied.map_or(WRITER, AppliedMeta::writer);
-        let disk = applied.map_or(0, |applied| applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64));
+        let applied = meta.applied.ok_or_else(|| {
+            CorruptFile::new(
+                file(layout::META_FILE),
+                "state is 'applied', but the field 'applied' is missing",
+            )
+        })?;
+        let (root, writer) = (applied.verity_root, applied.writer());
+        let disk = applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64);
         let check = CheckJob {
             image: image.clone().window(0, disk),
             tree: root.is_some(),
@@ -120,28 +125,21 @@ impl Driver {
             owners: IdMaps::default(),
         };
         let (found, profile, differs) = match home.pool.check_image(check).await {
-            Ok(found) => (found.verity.map(|root| root.to_string()), Some(found.profile), None),
+            Ok(found) => (found.verity, Some(found.profile), None),
             Err(error) if writer < WRITER && of_writer_1(&error) => {
-                (root.clone(), None, Some(format!("made by writer 1: {}", with_causes(&error))))
+                (root, None, Some(format!("made by writer 1: {}", error.with_console())))
             }
             Err(error) => return Err(DriverError::svm(id, "verify its image")(error)),
         };
         if found != root {
-            let reason = format!(
-                "its hash tree has the root {}, and {} was written",
-                found.unwrap_or_default(),
-                root.unwrap_or_default()
-            );
-            return Err(StoreError::Corrupt { path: file(layout::LAYER_FILE), reason }.into());
+            let text = |root: Option<RootHash>| root.map_or_else(|| "no hash tree".into(), |r| r.to_string());
+            let reason = format!("dm-verity root mismatch: expected {}, found {}", text(root), text(found));
+            return Err(CorruptFile::new(file(layout::LAYER_FILE), reason).into());
         }
-        let known = meta.applied.as_ref().map(|a| a.tar_digest.clone()).unwrap_or_default();
-        let known: TarDigest = known.parse().map_err(|e| {
-            let path = home.store.layout().layer_file(id, layout::META_FILE);
-            DriverError::from(StoreError::Corrupt { path, reason: format!("tar_digest '{known}': {e}") })
-        })?;
-        if let (Some(applied), Some(profile)) = (meta.applied, profile) {
-            let (image, digest) = (image.clone(), known.bytes);
-            blocking(move || check_footer(&image, &applied, &digest, profile)).await?;
+        let known = applied.tar_digest;
+        if let Some(profile) = profile {
+            let image = image.clone();
+            blocking(move || check_footer(&image, &applied, profile)).await?;
         }
         let lease = home
             .pool
@@ -160,8 +158,8 @@ impl Driver {
         }
         let digest = hash.finish();
         if !tar.complete() || digest != known {
-            let reason = format!("its tar has the digest {digest}, and {known} was applied");
-            return Err(StoreError::Corrupt { path: file(layout::RECORD_FILE), reason }.into());
+            let reason = format!("tar digest mismatch: expected {known}, found {digest}");
+            return Err(CorruptFile::new(file(layout::RECORD_FILE), reason).into());
         }
         Ok(Scrubbed { tar_bytes: bytes, writer, differs })
     }

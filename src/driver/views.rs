@@ -6,32 +6,19 @@
 //!   Put ─► gates of the layer and its view's disks ─► last reference? unmount overlay, then disks nobody else uses
 //! ```
 
-use super::{Driver, DriverError, gates::Held, home::Home};
+use super::{Driver, DriverError, error::unfinished, gates::Held, home::Home, sandbox};
 #[cfg(target_os = "linux")]
 use super::{blocking, on_disk_thread};
 use crate::{
     config::MountKind,
-    store::{DiskThread, LayerId, LayerMeta, LayerState, Member, StoreError, durable, layout},
+    store::{DiskThread, LayerId, LayerMeta, LayerState, Member, StoreError},
 };
 #[cfg(target_os = "linux")]
 use crate::{
     store::{AppliedMeta, owners_note},
     svm::CheckJob,
 };
-use ext4_image::{self, Timestamp, format::BlankOptions, writer::Attributes};
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
-use vhd_image::{vhd, vhdx};
-
-/// Folder of a sandbox that holds what was written.
-pub(super) const UPPER: &str = "upper";
-/// Permissions of that folder in a blank sandbox.
-pub(super) const ROOT_PERMISSIONS: u16 = 0o755;
-/// Folder of a sandbox that overlayfs works in.
-pub(super) const WORK: &str = "work";
+use std::{path::PathBuf, sync::Arc};
 
 impl Driver {
     /// `GraphDriver.Get`: shows a layer and says where. Counted: as many Puts are needed.
@@ -62,12 +49,6 @@ impl Driver {
         home.shown.put(&id);
         home.put_view(id).await
     }
-}
-
-pub(super) fn unfinished(id: &LayerId) -> DriverError {
-    DriverError::Usage(format!(
-        "layer {id}: an ApplyDiff of it was begun and never completed; remove the layer and create it anew"
-    ))
 }
 
 impl Home {
@@ -211,7 +192,7 @@ impl Home {
                 continue;
             };
             if let Err(error) = released {
-                tracing::warn!(%id, error = %super::with_causes(&error), "a disk that no view uses cannot be unmounted");
+                tracing::warn!(%id, error = %crate::error::with_causes(&error), "a disk that no view uses cannot be unmounted");
             }
         }
     }
@@ -232,7 +213,7 @@ impl Home {
         }
         let bytes = meta.sandbox_bytes.unwrap_or(self.options.sandbox_bytes);
         let staged = self.store.stage(thread, id)?;
-        if let Err(error) = self.write_sandbox(staged.path(), bytes) {
+        if let Err(error) = sandbox::write(staged.path(), bytes, self.options.mount, self.root_ids()) {
             staged.discard(thread);
             return Err(error);
         }
@@ -241,7 +222,7 @@ impl Home {
             id,
             layer.generation,
             staged,
-            &[self.new_sandbox_name()],
+            &[sandbox::file_name(self.options.mount)],
             |meta| match meta.state {
                 LayerState::Created => {
                     Ok(LayerMeta { state: LayerState::Sandbox, sandbox_bytes: Some(bytes), ..meta.clone() })
@@ -254,81 +235,5 @@ impl Home {
             },
         )?;
         Ok(())
-    }
-
-    /// Name of a sandbox's file, as it is made now: a VHDX where virtual machines attach it.
-    fn new_sandbox_name(&self) -> &'static str {
-        match self.options.mount {
-            MountKind::Overlay => layout::SANDBOX_FILE,
-            MountKind::None => layout::SANDBOX_VHDX_FILE,
-        }
-    }
-
-    /// A layer's sandbox as it was made.
-    pub(super) fn sandbox_path(&self, id: &LayerId) -> PathBuf {
-        let vhdx = self.store.layout().layer_file(id, layout::SANDBOX_VHDX_FILE);
-        if vhdx.exists() { vhdx } else { self.store.layout().layer_file(id, layout::SANDBOX_FILE) }
-    }
-
-    /// Writes a blank sandbox of `bytes` into a folder, synced: a sparse fixed VHD for the host, a VHDX (which is
-    /// never sparse: it grows by itself) for virtual machines.
-    pub(super) fn write_sandbox(&self, folder: &Path, bytes: u64) -> Result<(), DriverError> {
-        let path = folder.join(self.new_sandbox_name());
-        let write = || -> std::io::Result<()> {
-            let file = durable::create_private(&path)?;
-            let uuid = uuid::Uuid::new_v4();
-            let blank = ext4_image::format::blank(bytes, &sandbox_options(bytes, uuid, self.root_ids()))
-                .map_err(std::io::Error::other)?;
-            if self.options.mount == MountKind::None {
-                let disk = vhdx::CreateOptions::new(bytes, uuid);
-                vhdx::create(&file, &disk, &blank).map_err(std::io::Error::other)?;
-                return file.sync_all();
-            }
-            let footer =
-                vhd::Footer::new(bytes, 0, uuid.into_bytes()).map_err(std::io::Error::other)?.to_bytes();
-            disk_io::WriteAt::set_len(&file, bytes + vhd::FOOTER_SIZE as u64)?;
-            for (offset, data) in &blank {
-                disk_io::WriteAt::write_all_at(&file, data, *offset)?;
-            }
-            disk_io::WriteAt::write_all_at(&file, &footer, bytes)?;
-            file.sync_all()
-        };
-        write().map_err(DriverError::io("format the sandbox", &path))?;
-        Ok(durable::sync_dir(folder)?)
-    }
-}
-
-/// What a blank sandbox looks like: folders `upper` and `work`, owned by the containers' root, whose mode and owner
-/// become those of the containers' `/`.
-fn sandbox_options(bytes: u64, uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> BlankOptions {
-    /// The journal is this part of a sandbox, within limits.
-    const JOURNAL_PART: u64 = 128;
-    const MIN_JOURNAL: u64 = 4 << 20;
-    const MAX_JOURNAL: u64 = 32 << 20;
-    /// Label of every sandbox, at most 16 bytes.
-    const LABEL: &[u8] = b"lcow-sandbox";
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let mtime = Timestamp { secs: now.as_secs().cast_signed(), nanos: now.subsec_nanos() };
-    let folder = |permissions, uid, gid| Attributes {
-        permissions,
-        uid,
-        gid,
-        mtime,
-        atime: Some(mtime),
-        ctime: Some(mtime),
-    };
-    BlankOptions {
-        uuid: uuid.into_bytes(),
-        label: LABEL.to_vec(),
-        // The mapped root must be able to walk through.
-        root: folder(0o711, 0, 0),
-        directories: vec![
-            (UPPER.as_bytes().to_vec(), folder(ROOT_PERMISSIONS, uid, gid)),
-            (WORK.as_bytes().to_vec(), folder(0o755, uid, gid)),
-        ],
-        // A journal's blocks stay on the host's disk once they were used.
-        journal_bytes: Some((bytes / JOURNAL_PART).clamp(MIN_JOURNAL, MAX_JOURNAL)),
-        // The field has 32 bits; it is for people only.
-        mkfs_time: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
     }
 }

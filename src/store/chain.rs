@@ -20,7 +20,7 @@ pub fn write(folder: &Path, chain: &[LayerId]) -> Result<(), StoreError> {
 pub fn read(folder: &Path) -> Result<Vec<LayerId>, StoreError> {
     let path = folder.join(layout::CHAIN_FILE);
     let names: Option<Option<Vec<String>>> = durable::read_json(&path)?;
-    parse(names.flatten().unwrap_or_default()).map_err(|reason| StoreError::Corrupt { path, reason })
+    parse(names.flatten().unwrap_or_default()).map_err(|reason| StoreError::corrupt(path, reason))
 }
 
 /// Turns the entries of a chain file into ids.
@@ -71,6 +71,6 @@ mod tests {
         write(folder.path(), &chain).unwrap();
         assert_eq!(read(folder.path()).unwrap(), chain);
         std::fs::write(folder.path().join("layerchain.json"), "{").unwrap();
-        assert!(matches!(read(folder.path()).unwrap_err(), StoreError::Corrupt { .. }));
+        assert!(matches!(read(folder.path()).unwrap_err(), StoreError::Corrupt(_)));
     }
 }

@@ -415,13 +415,4 @@ impl Store {
         }
         Ok(Doomed { folder: Some(Staged { path, leftovers: self.leftovers.clone() }) })
     }
-
-    /// [`Store::take_away`], then [`Doomed::delete`].
-    ///
-    /// # Errors
-    /// As [`Store::take_away`].
-    pub fn remove(&self, thread: &DiskThread, id: &LayerId) -> Result<(), StoreError> {
-        self.take_away(thread, id)?.delete(thread, self);
-        Ok(())
-    }
 }

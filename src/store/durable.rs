@@ -171,7 +171,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreErr
     };
     let mut text = Vec::new();
     file.take(MAX_JSON_BYTES + 1).read_to_end(&mut text).map_err(StoreError::io("read", path))?;
-    let corrupt = |reason: String| StoreError::Corrupt { path: path.to_owned(), reason };
+    let corrupt = |reason: String| StoreError::corrupt(path.to_owned(), reason);
     if text.len() as u64 > MAX_JSON_BYTES {
         return Err(corrupt(format!("longer than {MAX_JSON_BYTES} bytes")));
     }

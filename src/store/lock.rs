@@ -70,19 +70,6 @@ fn has_other_names(metadata: &fs::Metadata) -> bool {
     }
 }
 
-/// Who holds the store of `home` now; `None` if nobody does.
-pub fn holder(home: &Path) -> Option<String> {
-    let path = home.join(layout::OWNER_LOCK);
-    if !fs::symlink_metadata(&path).ok()?.is_file() {
-        return None;
-    }
-    let file = File::open(&path).ok()?;
-    match file.try_lock_shared() {
-        Err(TryLockError::WouldBlock) => Some(holder_of(&path)),
-        _ => None,
-    }
-}
-
 fn holder_of(path: &Path) -> String {
     let mut text = String::new();
     let read = fs::File::open(path).and_then(|f| f.take(MAX_HOLDER).read_to_string(&mut text));
@@ -99,12 +86,10 @@ mod tests {
     #[test]
     fn a_second_owner_is_refused_with_the_holders_name() {
         let home = tempfile::tempdir().unwrap();
-        assert_eq!(holder(home.path()), None);
         let lock = OwnerLock::take(home.path()).unwrap();
         // flock is per open file description, so a second open in one process meets the same refusal.
         let error = OwnerLock::take(home.path()).unwrap_err();
         assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
-        assert!(holder(home.path()).is_some());
         drop(lock);
         OwnerLock::take(home.path()).unwrap();
     }

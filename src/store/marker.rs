@@ -89,8 +89,7 @@ impl Marker {
         }
         let path = home.join(layout::MARKER);
         let Some(value) = durable::read_json::<serde_json::Value>(&path)? else { return Ok(None) };
-        let corrupt =
-            |e: serde_json::Error| StoreError::Corrupt { path: path.clone(), reason: e.to_string() };
+        let corrupt = |e: serde_json::Error| StoreError::corrupt(path.clone(), e.to_string());
         let FormatOnly { format } = FormatOnly::deserialize(&value).map_err(corrupt)?;
         if format != STORE_FORMAT {
             return Err(StoreError::UnsupportedFormat {

@@ -1,7 +1,9 @@
 //! `layer.json`: the state of a layer and the facts about its files.
 
 use super::marker::IdRange;
-use serde::{Deserialize, Serialize};
+use layer_codec::TarDigest;
+use serde::{Deserialize, Serialize, de::Error as _};
+use svm_protocol::RootHash;
 
 /// State of a layer. Every change is one atomic rename of `layer.json`.
 ///
@@ -25,10 +27,11 @@ pub enum LayerState {
     Sandbox,
 }
 
-/// A digest, that of the first stores with the prefix that it lacks.
-fn prefixed<'de, D: serde::Deserializer<'de>>(input: D) -> Result<String, D::Error> {
+/// Reads a digest; the first stores wrote it without its prefix, which was always `sha256:`.
+fn tar_digest<'de, D: serde::Deserializer<'de>>(input: D) -> Result<TarDigest, D::Error> {
     let text = String::deserialize(input)?;
-    Ok(if text.contains(':') { text } else { format!("sha256:{text}") })
+    let digest = if text.contains(':') { text.parse() } else { format!("sha256:{text}").parse() };
+    digest.map_err(|e| D::Error::custom(format_args!("tar_digest '{}': {e}", text.escape_debug())))
 }
 
 /// Content of `layer.json`.
@@ -100,17 +103,16 @@ pub struct AppliedMeta {
     pub diff_size: u64,
     /// Bytes of the tar that was applied.
     pub tar_bytes: u64,
-    /// Digest of that tar: `blake3:` or, of the first stores' layers (who have it as `tar_sha256` without its prefix),
-    /// `sha256:`, and 64 hexadecimal digits.
-    #[serde(alias = "tar_sha256", deserialize_with = "prefixed")]
-    pub tar_digest: String,
+    /// Digest of that tar. The first stores have SHA-256 in a field `tar_sha256`, without a prefix.
+    #[serde(alias = "tar_sha256", deserialize_with = "tar_digest")]
+    pub tar_digest: TarDigest,
     /// UUID of the file system.
     pub uuid: uuid::Uuid,
     /// Entries of the tar.
     pub entries: u64,
-    /// Root hash of the dm-verity tree behind the file system, hexadecimal, if it has one.
+    /// Root hash of the dm-verity tree behind the file system, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub verity_root: Option<String>,
+    pub verity_root: Option<RootHash>,
     /// A second, fresh service VM found the image's metadata sound.
     pub checked: bool,
     /// Version of the rules by which the tar became this image; none is 1, that of release 1.

@@ -42,16 +42,15 @@ mod repair;
 mod thread;
 mod usage;
 
-pub use changes::{Doomed, Staged};
 pub use error::StoreError;
-pub use id::{LayerId, MAX_ID_BYTES, REMOVING_SUFFIX};
+pub use id::{LayerId, REMOVING_SUFFIX};
 pub use layout::Layout;
-pub use lock::{OwnerLock, holder};
-pub use marker::{IdRange, InitRecord, Marker, STORE_FORMAT};
+pub use lock::OwnerLock;
+pub use marker::{IdRange, InitRecord, Marker};
 pub use meta::{AppliedMeta, LayerMeta, LayerState, LayerWishes, owners_note};
-pub use repair::{Debris, GcReport};
+pub use repair::GcReport;
 pub use thread::DiskThread;
-pub use usage::{DiskUsage, LayerUsage, allocated_bytes};
+pub use usage::allocated_bytes;
 
 use claims::Claims;
 use parking_lot::{Mutex, RwLock};
@@ -116,12 +115,6 @@ impl Snapshot {
     /// The layer, then its ancestors.
     pub fn members(&self) -> impl Iterator<Item = &Member> {
         std::iter::once(&self.top).chain(&self.ancestors)
-    }
-
-    /// What stands below the layer; `None` for a base layer.
-    pub fn parent(&self) -> Option<Self> {
-        let (top, ancestors) = self.ancestors.split_first()?;
-        Some(Self { top: top.clone(), ancestors: ancestors.to_vec() })
     }
 }
 

@@ -119,9 +119,11 @@ impl Store {
     /// What a layer's `layer.json` says now.
     pub(super) fn read_meta(&self, id: &LayerId) -> Result<LayerMeta, StoreError> {
         let path = self.layout.layer_file(id, layout::META_FILE);
-        durable::read_json::<LayerMeta>(&path)?.ok_or_else(|| StoreError::Corrupt {
-            path,
-            reason: "it is missing: this folder was not made by this store, or it was damaged".into(),
+        durable::read_json::<LayerMeta>(&path)?.ok_or_else(|| {
+            StoreError::corrupt(
+                path,
+                "it is missing: this store did not make the directory, or the file was lost",
+            )
         })
     }
 

@@ -14,6 +14,11 @@ fn id(text: &str) -> LayerId {
     text.parse().unwrap()
 }
 
+fn remove(store: &Store, id: &LayerId) -> Result<(), StoreError> {
+    store.take_away(HERE, id)?.delete(HERE, store);
+    Ok(())
+}
+
 fn create(store: &Store, name: &str, parent: Option<&str>) -> Result<(), StoreError> {
     let parent = parent.map(id);
     store.create(HERE, &id(name), parent.as_ref(), LayerState::Created, LayerWishes::default(), |_| Ok(()))
@@ -97,16 +102,16 @@ fn remove_is_idempotent_and_never_breaks_a_child() {
     let store = open(home.path()).unwrap();
     create(&store, "base", None).unwrap();
     create(&store, "top", Some("base")).unwrap();
-    let error = store.remove(HERE, &id("base")).unwrap_err();
+    let error = remove(&store, &id("base")).unwrap_err();
     assert!(error.to_string().contains("top"), "{error}");
     assert!(store.exists(&id("base")));
     // Fault 15 of the original: a left-over of an earlier removal blocks every later one.
     fs::create_dir(home.path().join("top-removing")).unwrap();
     fs::write(home.path().join("top-removing/file"), b"x").unwrap();
-    store.remove(HERE, &id("top")).unwrap();
-    store.remove(HERE, &id("top")).unwrap();
-    store.remove(HERE, &id("base")).unwrap();
-    store.remove(HERE, &id("never-there")).unwrap();
+    remove(&store, &id("top")).unwrap();
+    remove(&store, &id("top")).unwrap();
+    remove(&store, &id("base")).unwrap();
+    remove(&store, &id("never-there")).unwrap();
     assert!(store.is_empty());
     let report = store.collect(HERE, store.debris(HERE).unwrap());
     assert_eq!(report.deleted.len(), 1);
@@ -150,7 +155,7 @@ fn commit_moves_files_first_and_changes_the_state_last() {
     assert_eq!(store.get(&id("a")).unwrap().meta.state, LayerState::Created);
     let staged = store.stage(HERE, &id("a")).unwrap();
     // A layer that was removed and created anew meanwhile is another layer.
-    store.remove(HERE, &id("a")).unwrap();
+    remove(&store, &id("a")).unwrap();
     create(&store, "a", None).unwrap();
     let stale: Result<_, StoreError> =
         store.commit(HERE, &id("a"), layer.generation, staged, &["layer.vhd"], |m| Ok(m.clone()));
@@ -169,7 +174,7 @@ fn a_damaged_layer_is_refused_everything_but_removal() {
     assert!(store.get(&id("a")).unwrap_err().to_string().contains("damaged"));
     assert!(matches!(create(&store, "b", Some("a")), Err(StoreError::WrongState { .. })));
     assert_eq!(store.structural_faults(HERE).len(), 1);
-    store.remove(HERE, &id("a")).unwrap();
+    remove(&store, &id("a")).unwrap();
     assert!(store.structural_faults(HERE).is_empty());
 }
 
@@ -189,19 +194,19 @@ fn a_folder_that_no_store_made_is_no_layer_and_is_never_removed() {
     let store = open(home.path()).unwrap();
     for name in ["precious", "empty"] {
         assert!(!store.exists(&id(name)));
-        let removed = store.remove(HERE, &id(name)).unwrap_err().to_string();
+        let removed = remove(&store, &id(name)).unwrap_err().to_string();
         assert!(removed.contains(name) && removed.contains("left alone"), "{removed}");
         assert!(create(&store, name, None).unwrap_err().to_string().contains("left alone"));
     }
     assert_eq!(store.structural_faults(HERE).len(), 4);
-    store.remove(HERE, &id("torn1")).unwrap();
-    store.remove(HERE, &id("torn2")).unwrap();
+    remove(&store, &id("torn1")).unwrap();
+    remove(&store, &id("torn2")).unwrap();
     assert_eq!(fs::read(precious.join("file")).unwrap(), b"work of years");
     assert!(home.path().join("empty").is_dir());
     // Made while the store is open: nothing takes its place.
     fs::create_dir(home.path().join("late")).unwrap();
     assert!(create(&store, "late", None).is_err());
-    store.remove(HERE, &id("late")).unwrap();
+    remove(&store, &id("late")).unwrap();
     assert!(home.path().join("late").is_dir());
 }
 
@@ -306,7 +311,7 @@ fn memory_says_what_the_disk_says_whichever_sync_or_rename_fails() {
             &[("create", |s| create(s, "a", None))],
             ("materialize", |s| commit(s, LayerState::Sandbox, "sandbox.vhd")),
         ),
-        (&[("create", |s| create(s, "a", None))], ("remove", |s| s.remove(HERE, &id("a")))),
+        (&[("create", |s| create(s, "a", None))], ("remove", |s| remove(s, &id("a")))),
         (
             &[],
             ("init", |s| {
@@ -354,7 +359,7 @@ fn memory_says_what_the_disk_says_whichever_sync_or_rename_fails() {
                     _ => {}
                 }
                 assert!(error.to_string().contains(&*home.path().to_string_lossy()), "{error}");
-                again.remove(HERE, &id("a")).unwrap();
+                remove(&again, &id("a")).unwrap();
                 again.collect(HERE, again.debris(HERE).unwrap());
                 assert_eq!(names(&home.path().join("staging")), [""; 0], "{what}");
             }
@@ -419,7 +424,7 @@ fn a_sync_that_is_held_back_holds_up_its_own_layer_only() {
                 Ok::<_, StoreError>(LayerMeta { state: LayerState::Applying, ..m.clone() })
             })
             .unwrap();
-        store.remove(HERE, &id("b")).unwrap();
+        remove(&store, &id("b")).unwrap();
         assert!(!waiting.is_finished(), "two work in one folder");
         release.send(()).unwrap();
         slow.join().unwrap().unwrap();
@@ -442,14 +447,14 @@ fn a_parent_is_there_as_long_as_a_child_is_being_made() {
         LayerWishes::default(),
         |_| {
             assert!(!store.exists(&id("top")), "half a layer is shown");
-            let error = store.remove(HERE, &id("base")).unwrap_err();
+            let error = remove(&store, &id("base")).unwrap_err();
             assert!(matches!(error, StoreError::HasChildren { .. }), "{error}");
             Err(StoreError::Usage("it comes to nothing".into()))
         },
     );
     made.unwrap_err();
     assert_eq!(store.children(&id("base")), []);
-    store.remove(HERE, &id("base")).unwrap();
+    remove(&store, &id("base")).unwrap();
 }
 
 #[test]
@@ -512,7 +517,7 @@ fn a_staging_folder_in_use_goes_with_the_next_removal() {
         std::thread::sleep(std::time::Duration::from_millis(300));
         drop(held);
     });
-    store.remove(HERE, &id("a")).unwrap();
+    remove(&store, &id("a")).unwrap();
     worker.join().unwrap();
     assert_eq!(names(&staging), Vec::<String>::new());
 }

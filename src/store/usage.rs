@@ -32,8 +32,8 @@ impl Store {
         Ok(LayerUsage { id: id.clone(), apparent, allocated })
     }
 
-    /// Disk use of all layers. One that vanishes meanwhile is left out.
-    pub fn usage(&self, thread: &DiskThread) -> Result<DiskUsage, StoreError> {
+    /// Disk use of all layers. A layer that is removed meanwhile is left out.
+    pub fn usage(&self, thread: &DiskThread) -> DiskUsage {
         let mut layers = Vec::new();
         for layer in self.layers() {
             if let Ok(usage) = self.layer_usage(thread, &layer.id) {
@@ -44,7 +44,7 @@ impl Store {
         for name in [layout::STAGING, layout::SCRATCH, layout::CACHE] {
             other_allocated += tree_allocated(&self.layout.top(name));
         }
-        Ok(DiskUsage { layers, other_allocated })
+        DiskUsage { layers, other_allocated }
     }
 }
 

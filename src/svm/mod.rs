@@ -22,7 +22,7 @@ mod guest_files;
 #[cfg(windows)]
 pub mod hcs;
 mod job;
-pub mod pool;
+mod pool;
 #[cfg(target_os = "linux")]
 pub mod qemu;
 pub mod remote;
@@ -41,6 +41,7 @@ pub use svm_protocol::{
     ExportSummary, IdMaps, IdRange, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
 };
 
+use crate::error::{Fault, Kind};
 use futures_util::future::BoxFuture;
 use std::{fmt, io, sync::Arc, time::Duration};
 use svm_protocol::{FrameError, WireError};
@@ -50,7 +51,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SvmError {
     /// The VM ended while it was needed.
-    #[error("service VM {vm} died: {cause}{}", console_suffix(console))]
+    #[error("service VM {vm} died: {cause}")]
     Died {
         /// Its name.
         vm: String,
@@ -60,7 +61,7 @@ pub enum SvmError {
         console: String,
     },
     /// The VM could not be started.
-    #[error("service VM could not be started: {reason}{}", console_suffix(console))]
+    #[error("cannot start a service VM: {reason}")]
     Boot {
         /// Why.
         reason: String,
@@ -113,10 +114,6 @@ pub enum SvmError {
     StillWritable(String),
 }
 
-fn console_suffix(console: &str) -> String {
-    if console.is_empty() { String::new() } else { format!("; it said last: {}", console.trim_end()) }
-}
-
 impl SvmError {
     /// What this operation was given is at fault, or may be (whoever dies or stands still does so over some layer's bytes);
     /// false for what would meet every operation.
@@ -136,6 +133,17 @@ impl SvmError {
         }
     }
 
+    /// Its text and the last console output of the VM, for logs and command lines. The engine does not get the output:
+    /// it may be long, and it comes from a VM that read untrusted bytes.
+    pub fn with_console(&self) -> String {
+        match self {
+            Self::Died { console, .. } | Self::Boot { console, .. } if !console.is_empty() => {
+                format!("{self}; last console output: {}", console.trim_end())
+            }
+            _ => self.to_string(),
+        }
+    }
+
     /// The codec's kind of failure, if the codec refused.
     pub fn refused_kind(&self) -> Option<ErrorKind> {
         match self {
@@ -151,6 +159,32 @@ impl SvmError {
 
     pub(crate) fn from_frame(vm: &str, error: &FrameError) -> Self {
         Self::Protocol { vm: vm.to_owned(), reason: error.to_string() }
+    }
+}
+
+impl Fault for SvmError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Refused(refused) => match refused.kind {
+                ErrorKind::Corrupt => Kind::Corrupt,
+                ErrorKind::Unsupported => Kind::Unsupported,
+                ErrorKind::Limit => Kind::Limit,
+                ErrorKind::NoSpace => Kind::NoSpace,
+                ErrorKind::Io => Kind::Io,
+                ErrorKind::Changed => Kind::Busy,
+                ErrorKind::Cancelled => Kind::Cancelled,
+                // The daemon made the request: a wrong one is its own bug.
+                ErrorKind::Usage | ErrorKind::Internal => Kind::Internal,
+            },
+            Self::Body(_) | Self::Cancelled(_) => Kind::Cancelled,
+            Self::StillWritable(_) => Kind::Busy,
+            Self::SecondPair(_) | Self::Live(_) => Kind::Io,
+            Self::Died { .. }
+            | Self::Boot { .. }
+            | Self::Timeout { .. }
+            | Self::Protocol { .. }
+            | Self::Disk { .. } => Kind::ServiceVm,
+        }
     }
 }
 

@@ -122,7 +122,7 @@ pub struct Attachment {
 
 /// What a machine is made of.
 #[derive(Debug, Clone, Copy)]
-pub struct Machine<'a> {
+pub struct MachineSpec<'a> {
     /// The Linux kernel, uncompressed or bzImage.
     pub kernel: &'a Path,
     /// The initial RAM disk, whose `/init` is the agent.
@@ -139,7 +139,7 @@ pub struct Machine<'a> {
 
 impl ComputeSystem {
     /// The document of a service VM: four empty SCSI controllers, hvsock, a serial console.
-    pub fn service_vm(machine: &Machine<'_>) -> Self {
+    pub fn service_vm(machine: &MachineSpec<'_>) -> Self {
         let empty = || Controller { attachments: BTreeMap::new() };
         Self {
             owner: OWNER.into(),
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn the_create_document_is_what_the_service_expects() {
-        let machine = Machine {
+        let machine = MachineSpec {
             kernel: Path::new(r"C:\lcow\kernel"),
             initrd: Path::new(r"C:\lcow\initrd.img"),
             command_line: "panic=-1 console=ttyS0",

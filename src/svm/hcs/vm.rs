@@ -10,7 +10,7 @@
 use super::{
     AgentTransport, HcsConfig, blocking,
     disks::{self, Backing, Prepared},
-    documents::{ComputeSystem, Machine, ModifySettingRequest, Properties},
+    documents::{ComputeSystem, MachineSpec, ModifySettingRequest, Properties},
     failed,
     luns::{Luns, MAX_DISKS, Slot},
 };
@@ -112,7 +112,7 @@ pub(super) async fn start(
     let folder = Folder(config.scratch.join(&id));
     fs::create_dir_all(&folder.0).map_err(|e| failed(&e))?;
     let console_pipe = format!(r"\\.\pipe\lcow-console-{id}");
-    let document = ComputeSystem::service_vm(&Machine {
+    let document = ComputeSystem::service_vm(&MachineSpec {
         kernel: &config.kernel,
         initrd: &config.initrd,
         command_line: &config.kernel_line(),

@@ -6,7 +6,7 @@
 //!
 //! Called by `driver`.
 
-use super::{Inner, machine::Event};
+use super::{Inner, machine::PoolEvent};
 use crate::svm::{
     ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk, LiveControl,
     ParentDisks, ServiceVm, SvmError, TarStream,
@@ -63,7 +63,7 @@ impl Drop for Lease {
         self.vm = None;
         let poison = self.poison.load(Ordering::Relaxed);
         self.inner.run(
-            |m| m.step(Event::Release { lease: self.id, poison }),
+            |m| m.step(PoolEvent::Release { lease: self.id, poison }),
             |state| {
                 state.grants.remove(&self.id);
             },
@@ -103,7 +103,7 @@ struct DiskUse {
 impl Drop for DiskUse {
     fn drop(&mut self) {
         self.inner.run(
-            |m| m.step(Event::Detach { lease: self.lease, usage: self.usage }),
+            |m| m.step(PoolEvent::Detach { lease: self.lease, usage: self.usage }),
             |state| {
                 state.disk_waiters.remove(&self.usage);
                 state.sources.remove(&self.usage);
@@ -137,7 +137,7 @@ impl Lease {
         self.vm = Some(vm);
     }
 
-    /// Name of the VM (`<id>_svm` or `_lcow_global_svm_`).
+    /// VmName of the VM (`<id>_svm` or `_lcow_global_svm_`).
     pub fn vm_name(&self) -> &str {
         &self.name
     }
@@ -171,7 +171,7 @@ impl Lease {
         let (sender, ready) = oneshot::channel();
         attached.uses.push((key, DiskUse { inner: self.inner.clone(), lease, usage }));
         self.inner.run(
-            |m| m.step(Event::Attach { lease, usage, disk: key }),
+            |m| m.step(PoolEvent::Attach { lease, usage, disk: key }),
             |state| {
                 state.disk_waiters.insert(usage, sender);
                 state.sources.insert(usage, (key, disk.clone()));

@@ -1,7 +1,7 @@
 //! The pool's tokio shell: carries out what [`machine`] decides.
 //!
 //! ```text
-//!   lease(), drop(Lease), VM died, … ─► Event ─► Machine::step ─► Actions ─► tasks (boot, end, attach, detach)
+//!   lease(), drop(Lease), VM died, … ─► PoolEvent ─► PoolMachine::step ─► Actions ─► tasks (boot, end, attach, detach)
 //!                                        ▲                                         │
 //!                                        └───────────── Booted, Ended, … ──────────┘
 //! ```
@@ -9,7 +9,7 @@
 //! The machine is behind a lock that is never held across an await. Called by `driver`.
 
 mod lease;
-pub mod machine;
+mod machine;
 
 pub use lease::Lease;
 
@@ -18,7 +18,7 @@ use super::{
     no_writer_left,
 };
 use lease::check;
-use machine::{Action, DiskKey, Event, LeaseId, Machine, Name, Settings, UseId, VmId};
+use machine::{Action, DiskKey, LeaseId, PoolEvent, PoolMachine, Settings, UseId, VmId, VmName};
 use parking_lot::Mutex;
 use std::{
     collections::HashMap,
@@ -154,7 +154,7 @@ type Granted = Result<(VmId, Arc<dyn ServiceVm>), SvmError>;
 type DiskAnswer = Result<DiskId, SvmError>;
 
 struct State {
-    machine: Machine,
+    machine: PoolMachine,
     vms: HashMap<VmId, Arc<dyn ServiceVm>>,
     grants: HashMap<LeaseId, oneshot::Sender<Granted>>,
     disk_waiters: HashMap<UseId, oneshot::Sender<DiskAnswer>>,
@@ -194,7 +194,7 @@ impl Pool {
     /// Starts a pool on the current tokio runtime; spares start at once.
     pub fn start(backend: Arc<dyn VmBackend>, config: PoolConfig) -> Self {
         let max_vms = config.max_vms.min(backend.limits().vms).max(2);
-        let machine = Machine::new(Settings { spares: config.spares.min(max_vms), max_vms });
+        let machine = PoolMachine::new(Settings { spares: config.spares.min(max_vms), max_vms });
         let ping = config.ping_interval;
         let inner = Arc::new(Inner {
             backend,
@@ -216,7 +216,7 @@ impl Pool {
             config,
             changed: Notify::new(),
         });
-        inner.run(Machine::start, |_| {});
+        inner.run(PoolMachine::start, |_| {});
         if !ping.is_zero() {
             let pool = Arc::downgrade(&inner);
             inner.runtime.spawn(async move {
@@ -241,13 +241,13 @@ impl Pool {
     /// [`SvmError::Boot`], [`SvmError::Cancelled`].
     pub async fn lease(&self, id: &str, purpose: Purpose) -> Result<Lease, SvmError> {
         let name = match self.inner.config.mode {
-            Mode::Safe => Name::Layer(id.to_owned()),
-            Mode::Global => Name::Global,
+            Mode::Safe => VmName::Layer(id.to_owned()),
+            Mode::Global => VmName::Global,
         };
         self.acquire(name, purpose).await
     }
 
-    async fn acquire(&self, name: Name, purpose: Purpose) -> Result<Lease, SvmError> {
+    async fn acquire(&self, name: VmName, purpose: Purpose) -> Result<Lease, SvmError> {
         let lease = self.inner.number();
         let (sender, granted) = oneshot::channel();
         let shown = shown(&name);
@@ -256,7 +256,7 @@ impl Pool {
         let asked = Instant::now();
         let export = purpose == Purpose::Export;
         self.inner.run(
-            |m| m.step(Event::Acquire { lease, name, export }),
+            |m| m.step(PoolEvent::Acquire { lease, name, export }),
             |state| {
                 state.grants.insert(lease, sender);
             },
@@ -277,7 +277,7 @@ impl Pool {
             self.wait_for_writers(&job).await?;
         }
         let lease = self.inner.number();
-        let lease = self.acquire(Name::Check(lease), Purpose::Work).await?;
+        let lease = self.acquire(VmName::Check(lease), Purpose::Work).await?;
         check(&lease, &job).await
     }
 
@@ -354,28 +354,28 @@ impl Pool {
     /// GraphDriver.Cleanup: no VM of now is used for new leases, and all are ended: idle ones at once, the others
     /// when their leases end or after `grace`. The pool stays usable.
     pub async fn retire(&self, grace: Duration) {
-        self.inner.event(Event::Retire);
+        self.inner.event(PoolEvent::Retire);
         if timeout(grace, self.inner.until(|m| !m.retiring())).await.is_err() {
-            self.inner.event(Event::EndRetired);
+            self.inner.event(PoolEvent::EndRetired);
             self.inner.until(|m| !m.retiring()).await;
         }
     }
 
     /// Stop: no new leases; running ones get `grace`, then their VMs are ended. Returns when no VM is left.
     pub async fn shutdown(&self, grace: Duration) {
-        self.inner.event(Event::Drain);
-        if timeout(grace, self.inner.until(Machine::drained)).await.is_err() {
-            self.inner.event(Event::EndRetired);
-            self.inner.until(Machine::drained).await;
+        self.inner.event(PoolEvent::Drain);
+        if timeout(grace, self.inner.until(PoolMachine::drained)).await.is_err() {
+            self.inner.event(PoolEvent::EndRetired);
+            self.inner.until(PoolMachine::drained).await;
         }
     }
 }
 
-fn shown(name: &Name) -> String {
+fn shown(name: &VmName) -> String {
     match name {
-        Name::Layer(id) => format!("{id}_svm"),
-        Name::Global => "_lcow_global_svm_".to_owned(),
-        Name::Check(n) => format!("check-{n}_svm"),
+        VmName::Layer(id) => format!("{id}_svm"),
+        VmName::Global => "_lcow_global_svm_".to_owned(),
+        VmName::Check(n) => format!("check-{n}_svm"),
     }
 }
 
@@ -384,12 +384,12 @@ impl Inner {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn event(self: &Arc<Self>, event: Event) {
+    fn event(self: &Arc<Self>, event: PoolEvent) {
         self.run(|m| m.step(event), |_| {});
     }
 
     /// Waits until the machine is in a certain state.
-    async fn until(&self, reached: impl Fn(&Machine) -> bool) {
+    async fn until(&self, reached: impl Fn(&PoolMachine) -> bool) {
         loop {
             let changed = self.changed.notified();
             let mut changed = std::pin::pin!(changed);
@@ -404,7 +404,7 @@ impl Inner {
     /// Prepares the shell's own tables, takes a step, and carries out what comes of it.
     fn run(
         self: &Arc<Self>,
-        step: impl FnOnce(&mut Machine) -> Vec<Action>,
+        step: impl FnOnce(&mut PoolMachine) -> Vec<Action>,
         prepare: impl FnOnce(&mut State),
     ) {
         let mut state = self.state.lock();
@@ -432,7 +432,7 @@ impl Inner {
                     if let Some(gone) = gone {
                         gone.terminate().await;
                     }
-                    inner.event(Event::Ended(vm));
+                    inner.event(PoolEvent::Ended(vm));
                 });
             }
             Action::Grant(lease, vm) => {
@@ -497,7 +497,7 @@ impl Inner {
             Ok(vm) => {
                 let (watched, jail) = (vm.clone(), vm.jail());
                 self.run(
-                    |m| m.step(Event::Booted(number)),
+                    |m| m.step(PoolEvent::Booted(number)),
                     |state| {
                         state.vms.insert(number, vm);
                         state.jail = jail;
@@ -510,12 +510,12 @@ impl Inner {
                 drop(watched);
                 if let Some(inner) = inner.upgrade() {
                     tracing::debug!(vm = number, cause = death.cause, "service VM ended");
-                    inner.event(Event::Died(number));
+                    inner.event(PoolEvent::Died(number));
                 }
             }
             Err(e) => {
-                tracing::error!("{e}");
-                self.run(|m| m.step(Event::BootFailed(number)), |state| state.boot_error = Some(e));
+                tracing::error!(vm = number, error = e.with_console(), "a service VM did not start");
+                self.run(|m| m.step(PoolEvent::BootFailed(number)), |state| state.boot_error = Some(e));
             }
         }
     }
@@ -534,13 +534,13 @@ impl Inner {
             };
             match attached {
                 Ok(id) => inner.run(
-                    |m| m.step(Event::Attached(number, disk)),
+                    |m| m.step(PoolEvent::Attached(number, disk)),
                     |state| {
                         state.disks.insert((number, disk), id);
                     },
                 ),
                 Err(e) => inner.run(
-                    |m| m.step(Event::AttachFailed(number, disk)),
+                    |m| m.step(PoolEvent::AttachFailed(number, disk)),
                     |state| {
                         state.disk_errors.insert((number, disk), e);
                     },
@@ -562,9 +562,9 @@ impl Inner {
                 _ => false,
             };
             inner.event(if detached {
-                Event::Detached(number, disk)
+                PoolEvent::Detached(number, disk)
             } else {
-                Event::DetachFailed(number, disk)
+                PoolEvent::DetachFailed(number, disk)
             });
         });
     }
@@ -577,7 +577,7 @@ impl Inner {
             self.runtime.spawn(async move {
                 if !matches!(timeout(after, vm.ping()).await, Ok(Ok(()))) {
                     tracing::error!(vm = vm.describe(), "service VM does not answer: ending it");
-                    inner.event(Event::Sick(number));
+                    inner.event(PoolEvent::Sick(number));
                 }
             });
         }

@@ -68,7 +68,7 @@ pub(super) enum Beginning<'a> {
 }
 
 /// A started process with our ends of its sockets.
-pub(super) struct Machine {
+pub(super) struct QemuMachine {
     pub(super) process: WorkerProcess,
     pub(super) qmp: Qmp,
     /// The agent's port, until somebody takes it.
@@ -157,7 +157,7 @@ impl Recipe {
         number: u64,
         beginning: Beginning<'_>,
         kvm: Option<&File>,
-    ) -> Result<Machine, SvmError> {
+    ) -> Result<QemuMachine, SvmError> {
         let console = Console::default();
         let failed = |reason: String| SvmError::Boot { reason, console: console.tail() };
         let io = |e: std::io::Error| failed(e.to_string());
@@ -230,7 +230,7 @@ impl Recipe {
                 return Err(failed(format!("{} did not start: {e} ({ended})", self.qemu.program.display())));
             }
         };
-        Ok(Machine { process, qmp, agent: Some(stream(agent).map_err(io)?), transfer, console })
+        Ok(QemuMachine { process, qmp, agent: Some(stream(agent).map_err(io)?), transfer, console })
     }
 }
 

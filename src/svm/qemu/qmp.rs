@@ -70,7 +70,7 @@ struct Refusal {
 
 /// Something that QEMU told.
 #[derive(Debug, Clone)]
-pub(super) struct Event {
+pub(super) struct QmpEvent {
     /// `DEVICE_DELETED`, …
     pub(super) name: String,
     /// Its details.
@@ -84,7 +84,7 @@ pub(super) struct Qmp {
     stream: Arc<UnixStream>,
     /// `None` once the monitor is gone.
     waiters: Arc<Waiters>,
-    events: broadcast::Sender<Event>,
+    events: broadcast::Sender<QmpEvent>,
     next: AtomicU64,
     sending: tokio::sync::Mutex<()>,
 }
@@ -110,7 +110,7 @@ impl Qmp {
     }
 
     /// What QEMU tells from now on.
-    pub(super) fn events(&self) -> broadcast::Receiver<Event> {
+    pub(super) fn events(&self) -> broadcast::Receiver<QmpEvent> {
         self.events.subscribe()
     }
 
@@ -151,7 +151,11 @@ impl Qmp {
     }
 }
 
-async fn read(stream: &UnixStream, waiters: &Waiters, events: &broadcast::Sender<Event>) -> io::Result<()> {
+async fn read(
+    stream: &UnixStream,
+    waiters: &Waiters,
+    events: &broadcast::Sender<QmpEvent>,
+) -> io::Result<()> {
     let mut buffer = Vec::new();
     loop {
         stream.readable().await?;
@@ -168,7 +172,7 @@ async fn read(stream: &UnixStream, waiters: &Waiters, events: &broadcast::Sender
             if let Some(name) = message.event {
                 tracing::trace!(name, "qemu event");
                 // Nobody has to listen.
-                let _ = events.send(Event { name, data: message.data.unwrap_or_default() });
+                let _ = events.send(QmpEvent { name, data: message.data.unwrap_or_default() });
             } else if let Some(id) = message.id
                 && let Some(waiter) = waiters.lock().as_mut().and_then(|w| w.remove(&id))
             {

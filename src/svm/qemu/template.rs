@@ -12,7 +12,7 @@
 
 use super::{
     find::Accelerator,
-    machine::{Beginning, Machine, Recipe, stream},
+    machine::{Beginning, QemuMachine, Recipe, stream},
 };
 use crate::svm::{SvmError, guest_files, remote::RemoteAgent};
 use lcow_sys::linux::fdpass;
@@ -266,7 +266,7 @@ impl Template {
         recipe: &Recipe,
         number: u64,
         kvm: Option<&File>,
-    ) -> Result<Machine, SvmError> {
+    ) -> Result<QemuMachine, SvmError> {
         let io = |e: io::Error| SvmError::Boot { reason: e.to_string(), console: String::new() };
         let (ours, theirs) = fdpass::stream_pair(STATE_BUFFER).map_err(io)?;
         let beginning = Beginning::Restore { memory: &self.memory, state: theirs };
@@ -283,7 +283,7 @@ impl Template {
         })
     }
 
-    async fn feed(&self, machine: &Machine, ours: OwnedFd) -> Result<(), String> {
+    async fn feed(&self, machine: &QemuMachine, ours: OwnedFd) -> Result<(), String> {
         let text = |e: &dyn std::fmt::Display| e.to_string();
         let mut events = machine.qmp.events();
         let capabilities = json!({"capabilities": [
@@ -314,7 +314,7 @@ impl Template {
 }
 
 /// Waits for the agent, pauses the machine and takes its state.
-async fn save(machine: &mut Machine) -> Result<Vec<u8>, String> {
+async fn save(machine: &mut QemuMachine) -> Result<Vec<u8>, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let (input, output) = machine.agent.take().ok_or("the port was taken already")?.into_split();
     let agent = RemoteAgent::connect(input, output, None).await.map_err(|e| format!("agent: {e}"))?;

@@ -12,7 +12,7 @@
 //! daemon syncs what it keeps.
 
 use super::{
-    machine::{Machine, TRANSFER_UNIT},
+    machine::{QemuMachine, TRANSFER_UNIT},
     qmp::{Qmp, QmpError},
 };
 use crate::svm::{
@@ -105,14 +105,14 @@ impl fmt::Debug for QemuVm {
 impl QemuVm {
     /// Lets a restored machine go on, greets its agent and, as nobody needs it yet, pauses it again.
     pub(super) async fn greet(
-        mut machine: Machine,
+        mut machine: QemuMachine,
         number: u64,
         growing_bytes: u64,
         most_disks: u32,
         limit: Duration,
     ) -> Result<Arc<Self>, SvmError> {
         let greeted = timeout(limit, Self::hello(&mut machine)).await;
-        let Machine { process, qmp, console, .. } = machine;
+        let QemuMachine { process, qmp, console, .. } = machine;
         let end = End::new(console);
         let agent = match greeted {
             Ok(Ok(agent)) => agent,
@@ -135,7 +135,7 @@ impl QemuVm {
         }))
     }
 
-    async fn hello(machine: &mut Machine) -> Result<RemoteAgent, String> {
+    async fn hello(machine: &mut QemuMachine) -> Result<RemoteAgent, String> {
         let text = |e: &dyn fmt::Display| e.to_string();
         machine.qmp.run("cont", json!({})).await.map_err(|e| text(&e))?;
         let port = machine.agent.take().ok_or("the port was taken already")?;

@@ -1,6 +1,6 @@
 //! Reader and writer of a link, and its table of channels.
 
-use super::{channel::Inbox, queue::Queue};
+use super::{inbox::Inbox, queue::Queue};
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use std::{collections::HashMap, io, sync::Arc};
@@ -9,6 +9,7 @@ use svm_protocol::{
     link::{self, HEADER_LEN, Header, Kind, MAX_INLINE, Parsed, invalid, number},
     meter::Meter,
     slots::Slots,
+    worker::MAX_CONTROL,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
@@ -200,7 +201,7 @@ pub(super) async fn first_message(input: &mut (impl AsyncRead + Unpin)) -> io::R
     loop {
         if let Some((head, _)) = all.split_first_chunk::<{ svm_protocol::HEADER_LEN }>() {
             let (kind, len) = svm_protocol::parse_header(*head).map_err(|_| invalid("no message"))?;
-            if len > super::MAX_CONTROL {
+            if len > MAX_CONTROL {
                 return Err(invalid("message too long"));
             }
             if all.len() == svm_protocol::HEADER_LEN + len {

@@ -12,12 +12,14 @@
 //! operation; dropping the agent ends the link. Called by the backends `qemu` and `hcs`.
 
 mod channel;
+mod inbox;
 mod link;
 mod queue;
 
 pub use channel::RemoteChannel;
 
 use super::DiskId;
+use inbox::Inbox;
 use link::Link;
 use std::{
     fs::File,
@@ -34,14 +36,13 @@ use svm_protocol::{
     link::{Hunt, SYNC},
     meter::Meter,
     slots::{Side, Slots, TransferDisk},
+    worker::MAX_CONTROL,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::Mutex,
 };
 
-/// Largest control message that is taken from an agent; bytes.
-const MAX_CONTROL: usize = 64 << 10;
 /// Bytes before the greeting that are passed over: what an earlier session left in the stream.
 const MAX_STALE: usize = 4 << 20;
 /// Fresh random bytes for a woken machine.
@@ -143,7 +144,7 @@ impl RemoteAgent {
             return Err(io::Error::other(reason));
         }
         let inboxes = Arc::new(Meter::default());
-        let inbox = channel::Inbox::new(inboxes.clone());
+        let inbox = Inbox::new(inboxes.clone());
         let slots = slots.filter(|_| hello.transfer);
         let link = Link::start(input, output, slots, inbox.clone(), inboxes);
         let control = RemoteChannel::control(&link, inbox);
