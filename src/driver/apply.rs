@@ -36,19 +36,19 @@ use futures_util::Stream;
 use std::{io, path::Path, sync::Arc, time::Duration};
 
 impl Driver {
-    /// `GraphDriver.ApplyDiff`: makes the tar `body` the content of a layer that was only created, and says how many
-    /// bytes its regular files have.
+    /// `GraphDriver.ApplyDiff`: makes the tar `body` the content of a layer that was only created. Returns the bytes of
+    /// its regular files.
     ///
     /// # Errors
-    /// A layer that has content already, that an earlier process created, or of which an earlier ApplyDiff was refused
-    /// or cut, is refused; that refusal repeats the first reason. After any error but one of a body that ended properly
-    /// and was empty, the layer takes no tar until it is removed: what the client still has may be a tail.
+    /// Refused are layers that have content, that an earlier process created, or for which an earlier ApplyDiff was
+    /// refused or cut (the refusal repeats the first reason). After any error, except for a body that was empty and
+    /// ended properly, the layer takes no tar until it is removed: what the client still has may be a tail.
     pub async fn apply_diff<S>(&self, id: &str, parent: &str, body: S) -> Result<u64, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         let id: LayerId = id.parse()?;
-        // Before anything is waited for: a client that hangs up in between has lost bytes as well.
+        // Before the first await: a client that hangs up there has lost bytes as well.
         let entry = self.doors.enter(&id, self.which(&id)).map_err(|closed| shut(&id, &closed))?;
         let watch = Arc::new(Watch::default());
         let stopped = match self.apply_behind(&id, parent, &entry, watched(body, watch.clone())).await {
@@ -66,7 +66,7 @@ impl Driver {
             Stopped::Early(layer, error) => (layer, error),
             Stopped::Late(home, layer, error) => {
                 if watch.ended_empty() {
-                    // Nothing was read and the client ended its body properly: nothing can come back as a tail.
+                    // Nothing was read and the body ended properly, so no tail can follow.
                     home.set_state(&layer, LayerState::Applying, LayerState::Created).await?;
                     entry.reopen();
                     return Err(error);
@@ -88,7 +88,7 @@ impl Driver {
         Err(error)
     }
 
-    /// Why no tar is taken for a layer any more, if an earlier ApplyDiff of it was refused or cut.
+    /// The refusal for a layer whose earlier ApplyDiff was refused or cut.
     pub async fn refused_before(&self, id: &str) -> Option<DriverError> {
         let id: LayerId = id.parse().ok()?;
         if let Some(closed) = self.doors.closed(&id, self.which(&id)) {
@@ -101,8 +101,8 @@ impl Driver {
         takes_tar(&member.layer, &member.meta).err()
     }
 
-    /// Says that a request broke off within its head, which may have been an ApplyDiff of a layer whose id begins with
-    /// `begin` (`whole`: is it): its client may come back with the rest of a tar.
+    /// Closes the doors of layers whose id begins with `begin` (or is `begin`, if `whole`) after a request that broke
+    /// off in its head: it may have been an ApplyDiff, whose client may send the rest of the tar.
     pub fn distrust(&self, begin: &str, whole: bool) {
         const REASON: &str = "a request for it broke off before its head was complete";
         if whole {
@@ -124,7 +124,7 @@ impl Driver {
         }
     }
 
-    /// Which layer of the present home has this id.
+    /// The layer that has this id in the current home.
     fn which(&self, id: &LayerId) -> Option<Which> {
         let home = self.current()?;
         home.store.find(id).ok().map(|layer| home.which(&layer))
@@ -144,7 +144,7 @@ impl Driver {
         let member = home.store.get(id).map_err(|error| Stopped::Early(None, error.into()))?;
         let (layer, meta) = (member.layer, member.meta);
         entry.found(home.which(&layer));
-        // A sandbox that was never written may take one: its image tells.
+        // A sandbox that was never written may take one; `take_back` looks at its image.
         if meta.state != LayerState::Sandbox {
             takes_tar(&layer, &meta).map_err(Stopped::ByState)?;
         }
@@ -175,7 +175,7 @@ impl Home {
         .await
     }
 
-    /// Changes a layer's state, durably, if it is the one expected.
+    /// Changes a layer's state durably if it is `from`.
     async fn set_state(
         self: &Arc<Self>,
         layer: &Layer,
@@ -203,14 +203,14 @@ impl Home {
         changed.map(|_| ())
     }
 
-    /// Notes durably why a tar was not taken, for later refusals. Best effort: the door is closed all the same.
+    /// Records durably why a tar was not taken, for later refusals. Best effort: the door is closed anyway.
     async fn note_refusal(self: &Arc<Self>, layer: &Layer, reason: &str) {
-        /// Longest wait: the client wants the reason now, and a slow disk gets the note when it does.
+        /// Longest wait; on a slow disk the record is completed after the reply.
         const PATIENCE: Duration = Duration::from_secs(1);
         let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
         let reason = door::bounded(reason).to_string();
         let noting = tokio::spawn(DiskThread::run(move |thread| {
-            let nothing = || StoreError::Usage("nothing to note".into());
+            let nothing = || StoreError::Usage("nothing to record".into());
             let noted = home.store.update(thread, &id, generation, |meta| match meta.state {
                 LayerState::Created | LayerState::Applying if meta.refused.is_none() => {
                     Ok(LayerMeta { refused: Some(reason), ..meta.clone() })
@@ -220,7 +220,7 @@ impl Home {
             match noted {
                 Ok(_) | Err(StoreError::Usage(_) | StoreError::NotFound(_)) => {}
                 Err(error) => {
-                    tracing::warn!(%id, error = with_causes(&error), "cannot note why a tar was refused");
+                    tracing::warn!(%id, error = with_causes(&error), "cannot record why a tar was refused");
                 }
             }
         }));
@@ -265,7 +265,7 @@ impl Home {
         .await
     }
 
-    /// Makes image and record of a tar in a staging folder, checked and synced.
+    /// Makes image and record of a tar in a staging directory, checked and synced.
     async fn fill<S>(
         self: &Arc<Self>,
         layer: &Layer,
@@ -280,7 +280,7 @@ impl Home {
         let (home, member, staged) = (self.clone(), layer.clone(), folder.to_owned());
         let (files, scratch, lowers) = blocking(move || {
             let files = Files::new(home.clone(), &staged)?;
-            // The leaves of a large hash tree; it goes with the staging folder.
+            // The leaves of a large hash tree; deleted with the staging directory.
             let scratch = if home.options.verity {
                 let path = staged.join("verity.tmp");
                 let file = durable::create_private(&path).map_err(DriverError::io("create", &path))?;
@@ -333,7 +333,7 @@ impl Home {
                 disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
                 let found = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.len();
                 if found != expected {
-                    let reason = format!("the service VM says {expected} bytes, the file has {found}");
+                    let reason = format!("the service VM reports {expected} bytes, the file has {found}");
                     return Err(CorruptFile::new(disk.path.clone(), reason).into());
                 }
             }
@@ -342,7 +342,7 @@ impl Home {
         .await?;
         drop(syncing);
         let _checking = phases.begin(Transfer::Apply, Phase::Check);
-        // The VM that saw the tar may have been taken over by it: one that has seen nothing decides.
+        // The tar may have taken over the VM that read it, so a VM that has seen nothing decides.
         let path = folder.join(layout::LAYER_FILE);
         let image = path.clone();
         let reopened = Arc::new(blocking(move || open(&image)).await?);
@@ -351,7 +351,7 @@ impl Home {
             tree: asked.verity,
             writer: WRITER,
             require_no_writers: true,
-            // The one that applied may have been taken over.
+            // Checked again, because the VM that applied may have been taken over.
             owners: self.id_maps(),
         };
         let found = self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
@@ -373,12 +373,12 @@ impl Home {
     }
 }
 
-/// Where an ApplyDiff stopped.
+/// How far an ApplyDiff got before it failed.
 enum Stopped {
-    /// The layer's state refuses every tar, and will until it is removed.
+    /// The layer's state refuses every tar until it is removed.
     ByState(DriverError),
-    /// Before the mark.
+    /// Before the layer was marked; with the layer, if it was found.
     Early(Option<(Arc<Home>, Layer)>, DriverError),
-    /// Behind the mark.
+    /// After the layer was marked.
     Late(Arc<Home>, Layer, DriverError),
 }

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Files are opened by name, and the snapshot is checked again afterwards: files of a later layer of the same id must
-//! not pass for those of the one that was looked up. Called by `apply` (for the lowers), `diff`, `pristine` and `scrub`.
+//! not pass for those of the one that was looked up. Called by `apply` (for the lowers), `diff`, `pristine` and
+//! `scrub`.
 
 use super::{
     DriverError, blocking, error::unfinished, home::Home, live::Stillness, open, remembered::Sandbox, sandbox,
@@ -18,11 +19,11 @@ use crate::{
 use std::sync::Arc;
 use vhd_image::vhd;
 
-/// A layer and the one that it is compared with, of one moment.
+/// A layer and the one that it is compared with, both at one moment.
 pub(super) struct Pair {
     pub(super) target: Snapshot,
     other: Option<Snapshot>,
-    /// The other is the layer's own parent, or both are nothing.
+    /// `other` is the layer's own parent, or neither exists.
     pub(super) own: bool,
 }
 
@@ -34,14 +35,14 @@ fn moved(id: &LayerId) -> DriverError {
     .into()
 }
 
-/// Two stacks to be compared, as disks.
+/// Two stacks as disks, ready for a job.
 pub(super) struct Comparison {
     pub(super) target: Vec<LayerDisk>,
     pub(super) parent: ParentDisks,
     pub(super) live: Option<Arc<Stillness>>,
 }
 
-/// What makes the sandboxes of a comparison stand still, for a lease.
+/// The control over live sandboxes, as leases take it.
 pub(super) fn control(live: Option<Arc<Stillness>>) -> Option<Arc<dyn LiveControl>> {
     live.map(|live| live as Arc<dyn LiveControl>)
 }
@@ -53,10 +54,10 @@ impl Comparison {
 }
 
 impl Home {
-    /// A layer and the one it is compared with, as they are together at one moment; a layer that was only created gets
-    /// its sandbox first, so that there is something to compare.
+    /// Looks up a layer and the one it is compared with. A layer that was only created gets its sandbox first, so that
+    /// there is something to compare.
     pub(super) async fn pair(self: &Arc<Self>, id: &str, parent: &str) -> Result<Pair, DriverError> {
-        /// Looks at a layer that others create, fill and remove all the time.
+        /// Attempts for a layer that other requests keep changing.
         const LOOKS: usize = 16;
         let id: LayerId = id.parse()?;
         let parent = if parent.is_empty() { None } else { Some(parent.parse::<LayerId>()?) };
@@ -93,7 +94,8 @@ impl Home {
         Ok(Comparison { target, parent, live })
     }
 
-    /// A layer and its ancestors as disks; what was only created has none. Names the sandboxes among them.
+    /// A layer and its ancestors as disks; layers that were only created have none. Appends the sandboxes among them to
+    /// `sandboxes`.
     pub(super) fn chain_disks(
         &self,
         snapshot: &Snapshot,
@@ -126,7 +128,7 @@ impl Home {
                 }
             }
         }
-        // Opened by name: files of another layer of the same id must not pass for this one's.
+        // The files were opened by name and may be those of a later layer of the same id.
         if self.store.is_current(snapshot) { Ok(disks) } else { Err(moved(snapshot.id())) }
     }
 

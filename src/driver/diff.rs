@@ -217,7 +217,7 @@ impl DiffStream {
                 }
                 if !complete {
                     return Poll::Ready(Some(Err(failed(
-                        SvmError::Cancelled("the tar has no proper end"),
+                        SvmError::Cancelled("the tar ended early"),
                         &this.layer.id,
                     ))));
                 }

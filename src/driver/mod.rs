@@ -20,8 +20,8 @@
 //!
 //! [`Driver`] is one type with an `impl` per file: `lifecycle`, `views`, `apply`, `diff` and `scrub`. So is
 //! [`Home`](home::Home): opening and options in `home`, Get and Put in `views`, applies in `apply`, stacks of disks in
-//! `comparison`, freezing in `live`, sandboxes without changes in `pristine`. Called by `api`, `migrate` and the `store`
-//! commands.
+//! `comparison`, freezing in `live`, sandboxes without changes in `pristine`. Called by `api`, `migrate` and the
+//! `store` commands.
 
 mod apply;
 mod comparison;
@@ -136,8 +136,8 @@ struct Homes {
 }
 
 impl Driver {
-    /// A driver that continues where an earlier process stopped: opens the home of the last Init with the options of that
-    /// Init. Must be called within a tokio runtime.
+    /// A driver that continues where an earlier process stopped: opens the home of the last Init with the options of
+    /// that Init. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// The root or the home cannot be used, another process owns the store, or the backend that the options name does
@@ -214,7 +214,8 @@ impl Driver {
         self.homes.read().current.clone()
     }
 
-    /// The home that serves requests now. If a failed write left the state of a layer uncertain, it is read again first.
+    /// The home that serves requests now. If a failed write left the state of a layer uncertain, it is read again
+    /// first.
     async fn home(&self) -> Result<Arc<Home>, DriverError> {
         let home = match self.current() {
             Some(home) => home,

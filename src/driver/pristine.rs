@@ -1,4 +1,4 @@
-//! Layers that were shown and never written: they still take a tar.
+//! Layers that were mounted but never written still take a tar.
 //!
 //! ```text
 //!   ApplyDiff of a sandbox ─► created by this process? no Get holds it? no child?                    ─┐ no: refused,
@@ -7,13 +7,13 @@
 //!     ─► as for any layer that was only created
 //! ```
 //!
-//! moby's own drivers unpack a tar over whatever a layer holds. Here a layer is either an image that never changes or a
-//! sandbox, so what was written must not vanish behind a tar; but a layer that was only looked at (Create, Get, Put,
-//! ApplyDiff) has nothing to lose. The image decides, not a note: one overlay mount leaves times and `trusted.overlay.*`
-//! on an untouched root, and those alone are passed over.
+//! moby's own drivers unpack a tar over whatever a layer holds. Here a layer is either an immutable image or a sandbox,
+//! so a tar must not hide what was written; but a layer that was only mounted (Create, Get, Put, ApplyDiff) has nothing
+//! to lose. The image decides, not a record: an overlay mount leaves times and `trusted.overlay.*` on an untouched
+//! root, and only those are ignored.
 //!
-//! Invariants: nothing of a layer that holds a change is deleted; between the look at the image and the change of state
-//! nobody was shown the layer (`shown` counts the Gets). Called by `apply` for ApplyDiff.
+//! Invariants: a layer with changes is never deleted; no Get comes between the look at the image and the change of
+//! state (`shown` counts the Gets). Called by `apply` for ApplyDiff.
 
 use super::{DriverError, home::Home, sandbox::ROOT_PERMISSIONS};
 use crate::{
@@ -27,10 +27,11 @@ fn refused(id: &LayerId, reason: &str) -> DriverError {
 }
 
 impl Home {
-    /// Makes a sandbox that was never written a layer that was only created; leaves layers in other states as they are.
+    /// Turns a sandbox that was never written back into a layer that was only created; leaves layers in other states as
+    /// they are.
     ///
     /// # Errors
-    /// A sandbox that was written, is shown, has children, or is of an earlier process: it stays as it is.
+    /// The sandbox was written, is in use, has children, or was created by an earlier process. It stays as it is.
     pub(super) async fn take_back(self: &Arc<Self>, layer: &Layer) -> Result<(), DriverError> {
         let id = &layer.id;
         if self.store.get(id)?.meta.state != LayerState::Sandbox {
@@ -49,13 +50,13 @@ impl Home {
             home.nobody_uses(&layer)?;
             home.nothing_stands_on(&layer)?;
             if home.shown.look(id).0 != before {
-                return Err(refused(id, "was shown while its content was looked at"));
+                return Err(refused(id, "was mounted while its content was being examined"));
             }
             home.store.update(thread, id, layer.generation, |meta| match meta.state {
                 LayerState::Sandbox => {
                     Ok(LayerMeta { state: LayerState::Created, handed_out: false, ..meta.clone() })
                 }
-                // Somebody else was faster: what it is now decides.
+                // Another request was faster; the new state decides.
                 _ => Ok::<_, DriverError>(meta.clone()),
             })?;
             for name in [layout::SANDBOX_FILE, layout::SANDBOX_VHDX_FILE] {
@@ -72,7 +73,7 @@ impl Home {
         .await
     }
 
-    /// Refuses a sandbox that somebody may be writing.
+    /// Refuses a sandbox that may be in use.
     fn nobody_uses(&self, layer: &Layer) -> Result<(), DriverError> {
         let id = &layer.id;
         if !layer.made_here {
@@ -88,7 +89,7 @@ impl Home {
         Ok(())
     }
 
-    /// Refuses a sandbox that is a parent.
+    /// Refuses a sandbox that has children.
     fn nothing_stands_on(&self, layer: &Layer) -> Result<(), DriverError> {
         let children = self.store.children(&layer.id);
         let Some(child) = children.first() else { return Ok(()) };

@@ -72,8 +72,8 @@ pub(super) fn write(
     Ok(durable::sync_dir(directory)?)
 }
 
-/// The file system of a blank sandbox: directories `upper` and `work`. Overlayfs takes mode and owner of the containers'
-/// `/` from `upper`, which therefore belongs to the containers' root.
+/// The file system of a blank sandbox: directories `upper` and `work`. Overlayfs takes mode and owner of the
+/// containers' `/` from `upper`, which therefore belongs to the containers' root.
 fn blank_options(bytes: u64, uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> BlankOptions {
     /// The journal takes this part of a sandbox, within the limits below.
     const JOURNAL_PART: u64 = 128;

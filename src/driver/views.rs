@@ -21,7 +21,7 @@ use crate::{
 use std::{path::PathBuf, sync::Arc};
 
 impl Driver {
-    /// `GraphDriver.Get`: shows a layer and says where. Counted: as many Puts are needed.
+    /// `GraphDriver.Get`: mounts a layer and returns the path. Each Get needs its Put.
     pub async fn get(&self, id: &str, mount_label: &str) -> Result<PathBuf, DriverError> {
         let home = self.home().await?;
         let id: LayerId = id.parse()?;
@@ -42,7 +42,7 @@ impl Driver {
         }
     }
 
-    /// `GraphDriver.Put`: one reference less. Idempotent: a layer that is not shown, or not there, is fine.
+    /// `GraphDriver.Put`: drops one reference. Succeeds for a layer that is not mounted or does not exist.
     pub async fn put(&self, id: &str) -> Result<(), DriverError> {
         let home = self.home().await?;
         let id: LayerId = id.parse()?;
@@ -52,8 +52,8 @@ impl Driver {
 }
 
 impl Home {
-    /// With userns-remap, looks once at the owners of each layer that was applied without the map (by release 1, or
-    /// before the engine had one): nobody could change or delete files of other owners.
+    /// With userns-remap, checks once the owners in each layer that was applied without the map (by release 1, or
+    /// before the engine had one): containers could not change or delete files of owners outside the map.
     #[cfg(target_os = "linux")]
     async fn check_owners(self: &Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
         let Some(note) = owners_note(&self.init.uid_maps, &self.init.gid_maps) else { return Ok(()) };
@@ -97,7 +97,7 @@ impl Home {
             .await
     }
 
-    /// Closes the gates of a layer, there or not, and of the disks that its view holds.
+    /// Closes the gates of a layer, whether or not it exists, and of the disks that its view holds.
     pub(super) async fn close_view(&self, id: &LayerId) -> Result<Held, DriverError> {
         self.gates
             .close_what(|| {
@@ -129,8 +129,8 @@ impl Home {
             .await
     }
 
-    /// The folder of a layer, for an engine whose virtual machines attach its disks. From here on the machine may write
-    /// any bytes into the sandboxes, so that is noted before the folder is answered.
+    /// The directory of a layer, for an engine whose virtual machines attach its disks. From then on the machine may
+    /// write any bytes into the sandboxes, so that is recorded before the reply.
     async fn hand_out(self: Arc<Self>, id: LayerId) -> Result<PathBuf, DriverError> {
         let gates = self.close_stack(&id).await?;
         gates
@@ -180,7 +180,7 @@ impl Home {
         }
     }
 
-    /// Tries again to unmount what no view uses and what could not be unmounted before, if nobody is at it.
+    /// Retries to unmount disks that no view uses and that could not be unmounted before, unless their gate is closed.
     #[cfg(target_os = "linux")]
     pub(super) fn release_stuck(&self, gates: &Held) {
         for id in self.mounts.stuck() {
@@ -192,12 +192,12 @@ impl Home {
                 continue;
             };
             if let Err(error) = released {
-                tracing::warn!(%id, error = %crate::error::with_causes(&error), "a disk that no view uses cannot be unmounted");
+                tracing::warn!(%id, error = %crate::error::with_causes(&error), "cannot unmount a disk that no view uses");
             }
         }
     }
 
-    /// Gives a layer that was only created its sandbox; others are left as they are.
+    /// Creates the sandbox of a layer that was only created; leaves other layers as they are.
     pub(super) async fn materialize(self: &Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
         let gate = self.gates.close([id]).await;
         let (home, id) = (self.clone(), id.clone());

@@ -17,9 +17,9 @@ use svm_protocol::RootHash;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LayerState {
-    /// Has a chain and nothing else: ApplyDiff or the first Get decides what it becomes.
+    /// Only has a chain; ApplyDiff or the first Get decides what it becomes.
     Created,
-    /// ApplyDiff has begun to read; what a broken connection left of its stream must never be taken for a layer.
+    /// ApplyDiff has begun to read. After a broken connection the rest of its stream must never be accepted as a layer.
     Applying,
     /// Immutable: `layer.vhd` and `layer.exact`.
     Applied,
@@ -44,28 +44,27 @@ pub struct LayerMeta {
     /// Size of the sandbox's file system in bytes: what it has, or what it will get at the first Get.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox_bytes: Option<u64>,
-    /// What was asked for when the layer was created: inode numbers of its own merged view (`xino=on|off`); `None` for
-    /// what the store's option says.
+    /// `xino=on|off` of the layer's own merged view, if it was given at Create; otherwise the store's option applies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub xino: Option<bool>,
     /// Facts about an applied layer's files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applied: Option<AppliedMeta>,
-    /// Version of the canonical tar that this written layer has for life, noted before the first byte of its first Diff
-    /// against its own parent leaves.
+    /// Version of the canonical tar of this written layer, fixed before the first byte of its first Diff against its
+    /// own parent is sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canonical_version: Option<u32>,
-    /// Why the first ApplyDiff that was refused or cut was; said again to each that follows.
+    /// Why the first ApplyDiff was refused or cut; repeated to every later one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
-    /// The sandbox was handed to a virtual machine, which may have written any bytes into it: the host never mounts
-    /// it again, nor anything that stands on it.
+    /// The sandbox was handed to a virtual machine, which may have written any bytes into it: the host never mounts it
+    /// again, nor any layer above it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub handed_out: bool,
 }
 
 impl LayerMeta {
-    /// That of a layer created now.
+    /// The metadata of a new layer.
     pub(super) fn new(state: LayerState, created: u64, wishes: LayerWishes) -> Self {
         Self {
             state,
@@ -80,12 +79,12 @@ impl LayerMeta {
     }
 }
 
-/// What a layer's creator asks for.
+/// Options of a single layer, from Create.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LayerWishes {
-    /// [`LayerMeta::sandbox_bytes`]
+    /// See [`LayerMeta::sandbox_bytes`].
     pub sandbox_bytes: Option<u64>,
-    /// [`LayerMeta::xino`]
+    /// See [`LayerMeta::xino`].
     pub xino: Option<bool>,
 }
 
@@ -98,8 +97,8 @@ pub struct AppliedMeta {
     pub file_bytes: u64,
     /// Bytes of `layer.exact`.
     pub record_bytes: u64,
-    /// Sum of regular-file bytes and of the lengths of symlinks' targets, a hard-linked inode once: what `docker images`
-    /// and `docker history` show. Layers of the first release have it without the symlinks.
+    /// Sum of regular-file bytes and of the lengths of symlinks' targets, a hard-linked inode once: what `docker
+    /// images` and `docker history` show. Layers of the first release have it without the symlinks.
     pub diff_size: u64,
     /// Bytes of the tar that was applied.
     pub tar_bytes: u64,
@@ -113,24 +112,24 @@ pub struct AppliedMeta {
     /// Root hash of the dm-verity tree behind the file system, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verity_root: Option<RootHash>,
-    /// A second, fresh service VM found the image's metadata sound.
+    /// A second, fresh service VM has checked the image's metadata.
     pub checked: bool,
-    /// Version of the rules by which the tar became this image; none is 1, that of release 1.
+    /// Version of the image writer; absent for 1, that of release 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub writer: Option<u32>,
-    /// With userns-remap: the containers' ids ([`owners_note`]) that all owners in the image were found to be of.
+    /// With userns-remap: the container ids ([`owners_note`]) within which all owners in the image were found to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owners: Option<String>,
 }
 
 impl AppliedMeta {
-    /// Version of the rules by which the image was made.
+    /// Version of the writer that made the image.
     pub fn writer(&self) -> u32 {
         self.writer.unwrap_or(1)
     }
 }
 
-/// The containers' ids of some maps in one line; nothing without maps.
+/// The container ids of the maps in one line; `None` without maps.
 pub fn owners_note(uids: &[IdRange], gids: &[IdRange]) -> Option<String> {
     let list = |maps: &[IdRange]| {
         let ranges: Vec<String> = maps.iter().map(|m| format!("{}+{}", m.container_id, m.size)).collect();

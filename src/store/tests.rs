@@ -3,7 +3,7 @@
 use super::*;
 use std::{fs, path::Path};
 
-/// Tests wait where they stand.
+/// Tests may block.
 const HERE: &DiskThread = &DiskThread::here();
 
 fn open(home: &Path) -> Result<Store, StoreError> {
@@ -146,7 +146,7 @@ fn commit_moves_files_first_and_changes_the_state_last() {
     let layer = store.find(&id("a")).unwrap();
     let staged = store.stage(HERE, &id("a")).unwrap();
     fs::write(staged.path().join("layer.vhd"), b"image").unwrap();
-    // A file that is missing from the staging folder stops the commit before the state changes.
+    // A file that is missing from the staging directory stops the commit before the state changes.
     let failed: Result<_, StoreError> =
         store.commit(HERE, &id("a"), layer.generation, staged, &["layer.exact", "layer.vhd"], |m| {
             Ok(LayerMeta { state: LayerState::Applied, ..m.clone() })
@@ -240,7 +240,7 @@ fn a_folder_with_something_in_it_never_becomes_a_store() {
     drop(open(home.path()).unwrap());
 }
 
-/// A link where the store's own folders should be: what it names would be cleared at each start.
+/// A link where the store's own directories should be: what it names would be cleared at each start.
 #[cfg(unix)]
 #[test]
 fn a_link_in_place_of_a_folder_is_refused() {

@@ -48,7 +48,7 @@ impl Store {
     }
 }
 
-/// Length and disk use of the files directly in a folder; what is mounted below it is not entered.
+/// Length and disk use of the files directly in a directory; mounts below it are not entered.
 fn folder_bytes(folder: &Path) -> io::Result<(u64, u64)> {
     let mut sum = (0, 0);
     for entry in fs::read_dir(folder)? {

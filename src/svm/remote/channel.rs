@@ -22,7 +22,7 @@ pub struct RemoteChannel {
     link: Arc<Link>,
     id: u32,
     inbox: Arc<Inbox>,
-    /// Control only: bytes of a message that is not whole yet.
+    /// Control channel only: the beginning of an incomplete message.
     partial: BytesMut,
 }
 

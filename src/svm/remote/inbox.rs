@@ -4,8 +4,9 @@
 //!   Link (reader task) ── put, credit, close, fail ──► Inbox ◄── read, reserve ── RemoteChannel
 //! ```
 //!
-//! Invariants: the agent can send only what it was given credit for, which bounds `pieces`; small frames share a buffer,
-//! so the memory behind them is bounded too ([`Meter`] counts it). Errors come after the bytes that arrived before them.
+//! Invariants: the agent can send only what it was given credit for, which bounds `pieces`; small frames share a
+//! buffer, so the memory behind them is bounded too ([`Meter`] counts it). Errors come after the bytes that arrived
+//! before them.
 
 use bytes::{Buf, BytesMut};
 use parking_lot::Mutex;

@@ -33,8 +33,8 @@ struct Table {
 }
 
 impl Link {
-    /// Starts both tasks. Channel 0 is there before the first frame is read: one that came early would otherwise be
-    /// taken for one of a forgotten channel, and with it a lie or the agent's farewell.
+    /// Starts both tasks. Channel 0 is there before the first frame is read: an early frame would otherwise count as
+    /// one of a forgotten channel, and an invalid one, or the agent's Close, would be lost.
     pub(super) fn start(
         input: impl AsyncRead + Send + Unpin + 'static,
         mut output: impl AsyncWrite + Send + Unpin + 'static,
@@ -94,10 +94,10 @@ impl Link {
         self.table.lock().channels.remove(&id);
     }
 
-    /// Queues bytes of whole frames. An agent that lets even this queue fill up takes nothing any more: the link ends.
+    /// Queues bytes of whole frames. If even this queue is full, the agent has stopped reading: the link ends.
     pub(super) fn send(&self, bytes: Bytes) {
         if self.queue.push(bytes).is_err() {
-            self.end("link: the agent does not take what it is sent");
+            self.end("link: the agent does not read what it is sent");
         }
     }
 
@@ -140,7 +140,7 @@ impl Link {
             let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
             return slots.free(number(&payload, 0)?);
         }
-        // A slot is emptied at once: the agent has few, and the bytes have a place that was paid for.
+        // A slot is emptied at once: the agent has few, and the channel's credit covers the bytes.
         let payload = if kind == Kind::Stored {
             let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
             let (slot, len) = link::stored(&payload)?;
@@ -153,7 +153,7 @@ impl Link {
             payload
         };
         let Some(inbox) = self.table.lock().channels.get(&channel).cloned() else {
-            // Sent before the agent knew that nobody wants it any more.
+            // Sent before the agent knew that the channel is closed.
             return Ok(());
         };
         match kind {
@@ -188,7 +188,7 @@ async fn read(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(Header, Bytes
     let mut head = [0; HEADER_LEN];
     input.read_exact(&mut head).await?;
     let Parsed::Frame(header) = link::parse(head)? else {
-        return Err(invalid("the agent began anew"));
+        return Err(invalid("the agent restarted the link"));
     };
     let mut payload = BytesMut::zeroed(header.len);
     input.read_exact(&mut payload).await?;

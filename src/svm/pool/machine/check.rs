@@ -4,10 +4,10 @@ use super::{DiskStage, PoolMachine, Stage, VmName};
 use std::collections::BTreeSet;
 
 impl PoolMachine {
-    /// Says which invariant is broken, if one is. For tests.
+    /// Checks the invariants.
     ///
     /// # Errors
-    /// Its description.
+    /// Describes the first invariant that is broken.
     pub fn check(&self) -> Result<(), String> {
         if self.vms.len() > self.settings.max_vms {
             return Err(format!("{} VMs, at most {} allowed", self.vms.len(), self.settings.max_vms));

@@ -12,7 +12,7 @@ pub type LeaseId = u64;
 /// Number of one use of a disk, never used twice.
 pub type UseId = u64;
 
-/// Which disk: file, access and window.
+/// Identifies a disk: file, access and window.
 pub type DiskKey = (FileIdentity, Access, u64, Option<u64>);
 
 /// What a VM is for.
@@ -22,34 +22,34 @@ pub enum VmName {
     Layer(String),
     /// Global mode: everything.
     Global,
-    /// One check, shared with nobody.
+    /// One check, not shared.
     Check(LeaseId),
 }
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PoolEvent {
-    /// Somebody wants a VM of this name.
+    /// A request for a VM of this name.
     Acquire {
-        /// New number.
+        /// A new number.
         lease: LeaseId,
-        /// Which.
+        /// The VM name that is asked for.
         name: VmName,
         /// It will stream to a reader of unknown pace.
         export: bool,
     },
-    /// A lease, held or still waited for, is given up.
+    /// A lease is released, whether it is held or still waited for.
     Release {
-        /// Which.
+        /// The lease.
         lease: LeaseId,
         /// Its VM misbehaved.
         poison: bool,
     },
     /// A VM is up.
     Booted(VmId),
-    /// A VM did not come up; nothing of it is left.
+    /// A boot failed; nothing of the VM is left.
     BootFailed(VmId),
-    /// A VM ended by itself.
+    /// A VM ended unexpectedly.
     Died(VmId),
     /// A VM does not answer.
     Sick(VmId),
@@ -57,33 +57,33 @@ pub enum PoolEvent {
     Ended(VmId),
     /// A lease wants a disk.
     Attach {
-        /// Who.
+        /// The lease.
         lease: LeaseId,
-        /// New number.
+        /// A new number.
         usage: UseId,
-        /// Which.
+        /// The disk.
         disk: DiskKey,
     },
-    /// A lease needs a disk no more.
+    /// A lease no longer needs a disk.
     Detach {
-        /// Who.
+        /// The lease.
         lease: LeaseId,
-        /// Which use.
+        /// The use.
         usage: UseId,
     },
     /// An attach worked.
     Attached(VmId, DiskKey),
-    /// An attach did not.
+    /// An attach failed.
     AttachFailed(VmId, DiskKey),
     /// A detach worked.
     Detached(VmId, DiskKey),
-    /// A detach did not: the VM is in an unknown state.
+    /// A detach failed: the VM is in an unknown state.
     DetachFailed(VmId, DiskKey),
-    /// No VM of now takes new leases; end them as their leases end.
+    /// The present VMs get no new leases and end with their last one.
     Retire,
-    /// End retired VMs though they hold leases.
+    /// End retired VMs even if they hold leases.
     EndRetired,
-    /// As `Retire`, and no new leases ever.
+    /// As `Retire`, and grant no new leases ever.
     Drain,
 }
 
@@ -96,9 +96,9 @@ pub enum Action {
     End(VmId),
     /// The lease holds this VM now.
     Grant(LeaseId, VmId),
-    /// The lease will not be: a boot failed.
+    /// The lease is refused, because a boot failed.
     RefuseBoot(LeaseId),
-    /// The lease will not be: the pool is being stopped.
+    /// The lease is refused, because the pool is being stopped.
     RefuseDraining(LeaseId),
     /// The lease's VM is gone.
     Lost(LeaseId),
@@ -106,8 +106,8 @@ pub enum Action {
     Attach(VmId, DiskKey),
     /// Detach; answer Detached or DetachFailed.
     Detach(VmId, DiskKey),
-    /// The disk is there for this use.
+    /// The disk is attached for this use.
     DiskReady(UseId, VmId, DiskKey),
-    /// The disk is not there for this use.
+    /// The disk could not be attached for this use.
     DiskFailed(UseId),
 }

@@ -17,7 +17,7 @@ pub use event::{Action, DiskKey, LeaseId, PoolEvent, UseId, VmId, VmName};
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// Settings.
+/// Limits of the pool.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
     /// VMs kept ready.
@@ -51,7 +51,7 @@ struct Disk {
 struct Vm {
     stage: Stage,
     name: Option<VmName>,
-    /// Takes no new leases; ends with its last one.
+    /// Accepts no new leases; ends with its last one.
     retired: bool,
     leases: BTreeSet<LeaseId>,
     disks: BTreeMap<DiskKey, Disk>,
@@ -70,9 +70,9 @@ struct Lease {
 pub struct Counters {
     /// VMs started.
     pub boots: u64,
-    /// Of them, how many did not come up.
+    /// Of them, how many failed.
     pub boot_failures: u64,
-    /// VMs that died by themselves.
+    /// VMs that died unexpectedly.
     pub deaths: u64,
     /// VMs taken out of use.
     pub poisoned: u64,
@@ -91,7 +91,7 @@ pub struct PoolMachine {
     queue: VecDeque<LeaseId>,
     next_vm: VmId,
     draining: bool,
-    /// The last boot failed: no spares are tried until somebody needs a VM.
+    /// The last boot failed: no spares are booted until a lease needs a VM.
     boot_trouble: bool,
     counters: Counters,
 }
@@ -112,14 +112,14 @@ impl PoolMachine {
         }
     }
 
-    /// First actions.
+    /// The actions that boot the spares.
     pub fn start(&mut self) -> Vec<Action> {
         let mut out = Vec::new();
         self.dispatch(&mut out);
         out
     }
 
-    /// Takes one event.
+    /// Processes one event.
     pub fn step(&mut self, event: PoolEvent) -> Vec<Action> {
         let mut out = Vec::new();
         match event {
@@ -141,7 +141,7 @@ impl PoolMachine {
                     self.vms.remove(&vm);
                     self.counters.boot_failures += 1;
                     self.boot_trouble = true;
-                    // Somebody hears of it at once, instead of all of them for ever trying.
+                    // Fail one waiter now rather than let all of them retry forever.
                     if let Some(lease) = self.queue.pop_front() {
                         self.leases.remove(&lease);
                         out.push(Action::RefuseBoot(lease));
@@ -241,7 +241,7 @@ impl PoolMachine {
         let Some(gone) = self.leases.get(&lease) else { return };
         let uses: Vec<UseId> = gone.uses.keys().copied().collect();
         let vm = gone.vm;
-        // A safe VM ends with its last lease: taking its disks away one by one first would be wasted.
+        // A safe VM ends with its last lease: detaching its disks one by one would be wasted work.
         let Some(vm) = vm else {
             self.leases.remove(&lease);
             return;
@@ -269,7 +269,7 @@ impl PoolMachine {
         }
     }
 
-    /// No new leases for `vm`; it ends now if it has none.
+    /// Gives `vm` no new leases; ends it now if it has none.
     fn retire(&mut self, vm: VmId, poisoned: bool, out: &mut Vec<Action>) {
         let Some(v) = self.vms.get_mut(&vm) else { return };
         if poisoned && !v.retired {
@@ -293,7 +293,7 @@ impl PoolMachine {
         }
     }
 
-    /// Ends `vm` now; whoever holds it loses it.
+    /// Ends `vm` now; its leases lose it.
     fn end(&mut self, vm: VmId, out: &mut Vec<Action>) {
         let Some(v) = self.vms.get_mut(&vm) else { return };
         v.stage = Stage::Ending;
@@ -383,9 +383,9 @@ impl PoolMachine {
                 .find(|(_, v)| v.stage == Stage::Leased && !v.retired && v.name.as_ref() == Some(&name));
             let limit = self.settings.max_vms - 1;
             let adds_export = export && known.is_none_or(|(_, v)| !self.exporting(v));
-            // Global: one VM serves all, so exports take no VM from anybody.
+            // Global mode: one VM serves all, so an export takes no VM from others.
             if adds_export && name != VmName::Global && exporting >= limit {
-                // Later work may pass: it may be what this export's predecessors wait for.
+                // Later requests may overtake: earlier exports may wait for them.
                 waiting.push_back(lease);
                 continue;
             }
@@ -415,7 +415,7 @@ impl PoolMachine {
         let spares = if self.boot_trouble { 0 } else { self.settings.spares };
         let missing = (wanted.len() + spares).saturating_sub(count(Stage::Idle) + count(Stage::Booting));
         if wanted.is_empty() {
-            // Started for somebody who gave up: no more than the spares stay.
+            // Booted for a request that was cancelled: keep no more than the spares.
             let idle: Vec<VmId> =
                 self.vms.iter().filter(|(_, v)| v.stage == Stage::Idle).map(|(id, _)| *id).collect();
             for vm in idle.into_iter().skip(self.settings.spares) {
