@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   Get ─► gates of the layer and its ancestors ─► already mounted? count : (make its sandbox) mount disks, overlay
-//!          lcow.mount=none: (make its sandbox) note "handed out", durably ─► the layer's folder
-//!   Put ─► gates of the layer and its view's disks ─► last reference? unmount overlay, then disks nobody else uses
+//!          lcow.mount=none: (make its sandbox) record "handed out", durably ─► the layer's directory
+//!   Put ─► gates of the layer and its view's disks ─► last reference? unmount overlay, then unused disks
 //! ```
 
 use super::{Driver, DriverError, error::unfinished, gates::Held, home::Home, sandbox};

@@ -11,7 +11,7 @@ use svm_protocol::RootHash;
 ///            Create ──► created ──ApplyDiff──► applying ──commit──► applied
 ///                          │                      │ cut, kill -9, error
 ///                          │ first Get            └──► stays applying: every ApplyDiff and Get is refused
-///                          ▼                           until the layer is removed and created anew
+///                          ▼                           until the layer is removed and created again
 ///   CreateReadWrite ──► sandbox
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

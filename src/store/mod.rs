@@ -7,7 +7,7 @@
 //!             ── layer.json "applied" (rename: the commit point)
 //!   Remove ── <id>/ ──rename──► staging/<id>-removing.<random>/ ── delete
 //!
-//!   look-ups ─► index (memory) ◄─ publish ─ file work, in one folder at a time, on a thread that may wait
+//!   lookups ─► index (memory) ◄─ publish ─ file work, one thread per directory, on threads that may block
 //! ```
 //!
 //! Invariants:

@@ -402,7 +402,7 @@ mod tests {
             damage(&path(file));
             assert!(Template::load(cache.path(), KEY).is_none(), "damage {n} to {file}");
         }
-        // And one that is made anew takes the place of the damaged one.
+        // A newly made template replaces the damaged one.
         made(cache.path(), b"again");
         assert_eq!(&*Template::load(cache.path(), KEY).expect("whole").state, b"again");
     }
