@@ -39,6 +39,13 @@
 //! * **exact record**: what of an applied tar the image itself does not hold, so that Diff gives back the very bytes.
 //! * **canonical diff**: the one tar that a written layer has, whoever makes it.
 
+#![cfg_attr(
+    not(target_os = "linux"),
+    allow(
+        dead_code,
+        reason = "shared modules have parts that only Linux uses; the Linux build finds what is dead"
+    )
+)]
 #![allow(
     unreachable_pub,
     reason = "`pub` marks the interface of a module; the modules are private to the crate"
