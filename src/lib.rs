@@ -62,13 +62,28 @@
 //! * **exact record**: what of an applied tar the image itself does not hold, so that Diff gives back the very bytes.
 //! * **canonical diff**: the one tar that a written layer has, whoever makes it.
 
-pub mod api;
+#![cfg_attr(
+    not(target_os = "linux"),
+    allow(
+        dead_code,
+        reason = "shared modules have parts that only Linux uses; the Linux build finds what is dead"
+    )
+)]
+#![allow(
+    unreachable_pub,
+    reason = "`pub` marks the interface of a module; the modules are private to the crate"
+)]
+
+// Public only where the binary, the tests, the benchmarks and the fuzz targets need it; not a stable API.
 pub mod cli;
 pub mod config;
-pub mod driver;
-pub mod listen;
-#[cfg(target_os = "linux")]
-pub mod migrate;
-pub mod store;
+pub(crate) mod error;
 pub mod svm;
-pub mod telemetry;
+
+pub(crate) mod api;
+pub(crate) mod driver;
+pub(crate) mod listen;
+#[cfg(target_os = "linux")]
+pub(crate) mod migrate;
+pub(crate) mod store;
+pub(crate) mod telemetry;

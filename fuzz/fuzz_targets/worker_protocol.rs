@@ -13,8 +13,8 @@ use ext4_image::check::WRITER;
 use futures_util::{StreamExt, future::BoxFuture};
 use lcow_graphdriver::svm::{
     Access, ApplyJob, BackendLimits, Channel, CheckJob, CompareJob, Death, DiskSource, ExportJob, ExportKind,
-    IdMaps, LayerDisk, LayerKind, ParentDisks, SecondPair, ServiceVm, SvmError, VmBackend, VmSpec,
-    pool::{Pool, PoolConfig, Purpose},
+    IdMaps, LayerDisk, LayerKind, ParentDisks, Pool, PoolConfig, Purpose, SecondPair, ServiceVm, SvmError,
+    VmBackend, VmSpec,
     remote::RemoteAgent,
 };
 use libfuzzer_sys::fuzz_target;

@@ -21,7 +21,8 @@ mod wire;
 pub use serve::serve;
 
 use crate::{
-    driver::{Driver, LayerRequest as DriverRequest, with_causes},
+    driver::{Driver, LayerRequest as DriverRequest},
+    error::with_causes,
     store::InitRecord,
     telemetry::{Metrics, Outcome},
 };
@@ -34,7 +35,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use called::{Called, HEADER, outcome_of};
+use called::{Called, HEADER};
 use futures_util::StreamExt;
 use reply::{Failure, Ignored, Json, Reply};
 use std::{path::PathBuf, sync::Arc};
@@ -115,7 +116,7 @@ async fn to_the_end<T: Send + 'static, E: Into<Failure> + Send + 'static>(
     let task = tokio::spawn(async move {
         let result = work.await.map_err(Into::into);
         if let Err(Err(failure)) = sender.send(result) {
-            called.failed_alone(&failure.message);
+            called.failed_alone(&failure.log);
         }
     });
     if let Ok(result) = receiver.await {
@@ -155,7 +156,6 @@ fn layer_request(request: wire::LayerRequest) -> DriverRequest {
     DriverRequest {
         id: request.id,
         parent: request.parent,
-        mount_label: request.mount_label,
         storage_opt: request.storage_opt.unwrap_or_default(),
     }
 }
@@ -247,7 +247,7 @@ async fn diff(
         }
     };
     let stream = futures_util::stream::once(async move { Ok(first) }).chain(tar);
-    let body = stream::outgoing(stream, idle, context.metrics.sent(), called, outcome_of);
+    let body = stream::outgoing(stream, idle, context.metrics.sent(), called);
     Ok(([(header::CONTENT_TYPE, "application/x-tar")], Extension(Streams), body).into_response())
 }
 

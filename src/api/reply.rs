@@ -6,7 +6,8 @@ use super::{
     wire::{ChangeEntry, Named, Outcome as Told},
 };
 use crate::{
-    driver::{ChangedPath, DriverError, with_causes},
+    driver::{ChangedPath, DriverError},
+    error::{Fault, Kind, with_causes},
     telemetry::Outcome,
 };
 use axum::{
@@ -36,13 +37,17 @@ const REPLY_PART: usize = 64 << 10;
 #[derive(Debug, Clone)]
 pub(super) struct Failure {
     pub(super) status: StatusCode,
-    pub(super) message: String,
+    /// For the engine, which shows it to its user.
+    answer: String,
+    /// For the log: the answer and what only an operator can use.
+    pub(super) log: String,
     pub(super) outcome: Outcome,
 }
 
 impl Failure {
     pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), outcome: Outcome::Failed }
+        let answer = message.into();
+        Self { status, log: answer.clone(), answer, outcome: Outcome::Failed }
     }
 
     pub(super) fn bad_request(message: impl Into<String>) -> Self {
@@ -51,8 +56,8 @@ impl Failure {
 
     /// Logs it and makes the reply.
     pub(super) fn reply(self, called: &Called) -> Response {
-        called.failed(Some(self.status), self.outcome, &self.message);
-        let err = format!("{} (request {})", self.message, called.number());
+        called.failed(Some(self.status), self.outcome, &self.log);
+        let err = format!("{} (request {})", self.answer, called.number());
         let mut response = Reply(Told { err }).into_response();
         *response.status_mut() = self.status;
         response.headers_mut().insert(HEADER, called.header());
@@ -62,9 +67,11 @@ impl Failure {
 
 impl From<DriverError> for Failure {
     fn from(error: DriverError) -> Self {
-        let status =
-            if error.is_usage() { StatusCode::BAD_REQUEST } else { StatusCode::INTERNAL_SERVER_ERROR };
-        Self { status, message: with_causes(&error), outcome: outcome_of(&error) }
+        let status = match error.kind() {
+            Kind::Usage => StatusCode::BAD_REQUEST,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self { status, answer: with_causes(&error), log: error.for_log(), outcome: outcome_of(&error) }
     }
 }
 

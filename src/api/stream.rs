@@ -8,9 +8,10 @@
 //!
 //! Only idleness is limited, never a whole transfer: a pull over a slow line may take hours.
 
-use super::called::Called;
+use super::called::{Called, outcome_of};
 use crate::{
-    driver::{replayed_within, with_causes},
+    driver::{DriverError, replayed_within},
+    error::with_causes,
     telemetry::Outcome,
 };
 use axum::{
@@ -66,66 +67,71 @@ async fn unless_idle<F: Future>(idle: Duration, taken: F) -> Result<F::Output, E
     }
 }
 
+/// What the pump hands to the connection.
+enum Part {
+    /// The next bytes of the tar.
+    Bytes(Bytes),
+    /// The tar is complete. Without this the body ends with an error, so that a pump that died is never a clean end.
+    End,
+}
+
 /// A reply body fed from `stream`. An error cuts the connection; a client that reads nothing for `idle` is dropped.
-/// `called` hears what became of it; `kind` sorts errors for the metrics.
-pub(super) fn outgoing<S, E>(
-    stream: S,
+/// `called` logs the outcome.
+pub(super) fn outgoing(
+    stream: impl Stream<Item = Result<Bytes, DriverError>> + Send + 'static,
     idle: Duration,
     mut count: impl FnMut(u64) + Send + 'static,
     called: Called,
-    kind: fn(&E) -> Outcome,
-) -> Body
-where
-    S: Stream<Item = Result<Bytes, E>> + Send + 'static,
-    E: std::error::Error + Send + Sync + 'static,
-{
-    let (sender, receiver) = mpsc::channel::<Result<Bytes, io::Error>>(PUMP_CHUNKS);
-    let told = called.clone();
+) -> Body {
+    let (sender, receiver) = mpsc::channel::<Result<Part, io::Error>>(PUMP_CHUNKS);
+    let pumped = called.clone();
     let pump = tokio::spawn(async move {
         let mut stream = std::pin::pin!(stream);
         let mut sent = 0;
-        while let Some(item) = stream.next().await {
-            let item = item.map_err(|e| {
-                let text = with_causes(&e);
-                told.failed(None, kind(&e), &format!("the diff was cut after {sent} bytes: {text}"));
-                io::Error::other(text)
-            });
-            let failed = item.is_err();
-            if let Ok(bytes) = &item {
-                sent += bytes.len() as u64;
-                count(bytes.len() as u64);
-            }
-            match unless_idle(idle, sender.send(item)).await {
-                Ok(Ok(())) if !failed => {}
+        loop {
+            let part = match stream.next().await {
+                Some(Ok(bytes)) => {
+                    sent += bytes.len() as u64;
+                    count(bytes.len() as u64);
+                    Ok(Part::Bytes(bytes))
+                }
+                Some(Err(error)) => {
+                    let line = format!("the diff was cut after {sent} bytes: {}", error.for_log());
+                    pumped.failed(None, outcome_of(&error), &line);
+                    Err(io::Error::other(with_causes(&error)))
+                }
+                None => Ok(Part::End),
+            };
+            let last = !matches!(part, Ok(Part::Bytes(_)));
+            match unless_idle(idle, sender.send(part)).await {
+                Ok(Ok(())) if !last => {}
                 Ok(_) => return,
                 Err(_) => {
                     let text = format!(
                         "the client read nothing of the diff for {} s (lcow.timeout)",
                         idle.as_secs()
                     );
-                    told.failed(None, Outcome::Failed, &text);
-                    // The receiver sees the missing end as an error, below.
+                    pumped.failed(None, Outcome::Failed, &text);
                     return;
                 }
             }
         }
-        // An explicit end: without it the body below fails, so that a pump that died is never a clean end.
-        let _ = sender.send(Ok(Bytes::new())).await;
     });
-    // The request is over with the last byte, or with this body: whoever drops it early hung up.
+    // The request is over with the end of this body; a body that is dropped earlier means that the client hung up.
     let state = Some((receiver, AbortOnDropHandle::new(pump), called));
     Body::from_stream(futures_util::stream::unfold(state, |state| async move {
         let (mut receiver, pump, called) = state?;
         match receiver.recv().await {
-            Some(Ok(bytes)) if bytes.is_empty() => {
+            Some(Ok(Part::Bytes(bytes))) => Some((Ok(bytes), Some((receiver, pump, called)))),
+            Some(Ok(Part::End)) => {
                 called.finished(StatusCode::OK);
                 None
             }
-            Some(Ok(bytes)) => Some((Ok(bytes), Some((receiver, pump, called)))),
             Some(Err(e)) => Some((Err(e), None)),
             None => {
-                called.failed(None, Outcome::Failed, "the diff has no end");
-                Some((Err(io::Error::other("the diff has no end")), None))
+                const TEXT: &str = "the diff ended without its end marker";
+                called.failed(None, Outcome::Failed, TEXT);
+                Some((Err(io::Error::other(TEXT)), None))
             }
         }
     }))

@@ -135,6 +135,15 @@ pub(super) struct SizeReply {
     pub(super) err: String,
 }
 
+/// A service VM in the reply of `GET /svm`, which is not part of dockerd's protocol.
+#[derive(Debug, Serialize)]
+pub(super) struct ServiceVm {
+    pub(super) name: String,
+    pub(super) leases: usize,
+    pub(super) machine: String,
+    pub(super) console: String,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,7 +170,9 @@ mod tests {
 
     #[test]
     fn replies_as_dockerd_reads_them() {
-        let json = |value: &dyn erased::Json| value.json();
+        fn json(value: &impl serde::Serialize) -> String {
+            serde_json::to_string(value).unwrap()
+        }
         assert_eq!(json(&Activated { implements: ["GraphDriver"] }), r#"{"Implements":["GraphDriver"]}"#);
         let capabilities = CapabilitiesReply { capabilities: Capabilities { reproduces_exact_diffs: true } };
         assert_eq!(json(&capabilities), r#"{"Capabilities":{"ReproducesExactDiffs":true}}"#);
@@ -171,24 +182,4 @@ mod tests {
         assert_eq!(json(&SizeReply { size: 7, err: String::new() }), r#"{"Size":7,"Err":""}"#);
         assert_eq!(json(&Outcome::default()), r#"{"Err":""}"#);
     }
-
-    mod erased {
-        pub(super) trait Json {
-            fn json(&self) -> String;
-        }
-        impl<T: serde::Serialize> Json for T {
-            fn json(&self) -> String {
-                serde_json::to_string(self).unwrap()
-            }
-        }
-    }
-}
-
-/// A service VM in the reply of `GET /svm`, which is ours and not dockerd's.
-#[derive(Debug, Serialize)]
-pub(super) struct ServiceVm {
-    pub(super) name: String,
-    pub(super) leases: usize,
-    pub(super) machine: String,
-    pub(super) console: String,
 }

@@ -8,7 +8,11 @@
 //!
 //! Progress goes to standard error: a bar on a terminal, else a line for each layer or image. Called by `store`.
 
-use super::{CliError, runtime, store::print_json};
+use super::{
+    CliError,
+    output::{bar, print_json},
+    runtime,
+};
 use crate::{
     config::Options,
     driver::{Driver, DriverConfig},
@@ -16,9 +20,8 @@ use crate::{
 };
 use bytesize::ByteSize;
 use clap::{Args, Subcommand};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use std::{
-    io::IsTerminal,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
@@ -89,13 +92,6 @@ pub(super) fn run(command: ImportCommand) -> Result<ExitCode, CliError> {
         }
         ImportCommand::LcowHome(args) => runtime()?.block_on(lcow_home(args)),
     }
-}
-
-/// A bar on a terminal; `None` elsewhere, where lines are better.
-pub(super) fn bar(length: u64) -> Option<ProgressBar> {
-    let style =
-        ProgressStyle::with_template("{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {eta}").ok()?;
-    std::io::stderr().is_terminal().then(|| ProgressBar::new(length).with_style(style))
 }
 
 async fn data_root(args: DataRootArgs) -> Result<ExitCode, CliError> {

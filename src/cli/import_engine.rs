@@ -8,7 +8,7 @@
 //! The bytes are passed on and looked at by nobody here. An image that is there, with its names, is not sent again. One
 //! that cannot be copied is left out with its reason, and the next one is tried, as long as both engines answer.
 
-use super::{CliError, import::bar};
+use super::{CliError, output::bar};
 use bytes::Bytes;
 use bytesize::ByteSize;
 use http_body_util::{BodyExt, Full, combinators::BoxBody};

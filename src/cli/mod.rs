@@ -23,6 +23,7 @@ mod import;
 #[cfg(target_os = "linux")]
 mod import_engine;
 mod layer;
+mod output;
 mod serve;
 #[cfg(windows)]
 mod service;

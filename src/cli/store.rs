@@ -1,6 +1,10 @@
 //! `store`: look at a store, check it, clear it up.
 
-use super::{CliError, HomeArgs, runtime};
+use super::{
+    CliError, HomeArgs,
+    output::{print_json, table},
+    runtime,
+};
 use crate::{
     config::Options,
     driver::{Driver, DriverConfig},
@@ -8,14 +12,10 @@ use crate::{
 };
 use bytesize::ByteSize;
 use clap::{Args, Subcommand};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::CellAlignment;
+use layer_codec::TarDigest;
 use serde::Serialize;
-use std::{
-    collections::BTreeMap,
-    io::{IsTerminal, Write},
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{collections::BTreeMap, io::IsTerminal, path::PathBuf, process::ExitCode};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum StoreCommand {
@@ -69,7 +69,7 @@ struct Row {
     disk: u64,
     created: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    digest: Option<String>,
+    digest: Option<TarDigest>,
     #[serde(skip_serializing_if = "Option::is_none")]
     fault: Option<String>,
 }
@@ -105,7 +105,7 @@ fn row(store: &Store, layer: &Layer) -> Row {
         size: applied.map(|a| a.diff_size),
         disk,
         created: meta.map_or(0, |m| m.created),
-        digest: applied.map(|a| a.tar_digest.clone()),
+        digest: applied.map(|a| a.tar_digest),
         fault: layer.meta.as_ref().err().map(ToString::to_string),
     }
 }
@@ -117,19 +117,6 @@ fn state_name(state: LayerState) -> &'static str {
         LayerState::Applied => "applied",
         LayerState::Sandbox => "sandbox",
     }
-}
-
-pub(super) fn print_json(value: &impl Serialize) -> Result<(), CliError> {
-    let mut out = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)?;
-    Ok(())
-}
-
-pub(super) fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header.to_vec());
-    table
 }
 
 /// Digits of an id that the tables for people show.
@@ -225,7 +212,7 @@ fn print_nodes(nodes: &[Node], indent: &str) {
 
 fn du(args: &ViewArgs) -> Result<ExitCode, CliError> {
     let store = Store::open_read_only(&DiskThread::here(), &home_of(&args.home)?)?;
-    let usage = store.usage(&DiskThread::here())?;
+    let usage = store.usage(&DiskThread::here());
     if args.json {
         print_json(&usage)?;
         return Ok(ExitCode::SUCCESS);

@@ -1,4 +1,4 @@
-//! Why Diffs were cut, for the ApplyDiffs that were fed from them.
+//! Why Diffs were cut, for ApplyDiffs that received their output.
 //!
 //! ```text
 //!   Diff of a sandbox ──bytes──► engine ──bytes──► ApplyDiff          docker commit, docker build
@@ -6,9 +6,9 @@
 //!        └──► reason, length, checksum ── a minute ────►└──► is it a prefix of that? then this is the reason
 //! ```
 //!
-//! The engine shows what the ApplyDiff says; the reason lies here. The checksum serves a message, never a decision.
-//! What a connection still held when it was cut, and what the engine had read and not sent, is missing at the end of the
-//! other body: any prefix that ends in the last [`WINDOW`] bytes is recognised. Called by `transfer`.
+//! The engine shows the error of the ApplyDiff, but the reason is the Diff's. The checksum only selects a message,
+//! never a decision. The other body lacks what the cut connection still held and what the engine had read but not sent,
+//! so any prefix that ends within the last [`WINDOW`] bytes is recognized. Called by `apply` and `diff`.
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -21,11 +21,11 @@ use std::{
 const KEPT: Duration = Duration::from_mins(1);
 /// Most reasons that are kept.
 const MOST: usize = 64;
-/// Bytes before the cut that are kept, so that a shorter body is recognised: more than an HTTP connection and a client
-/// hold together.
+/// Bytes before the cut that are kept, so that a shorter body is recognized: more than an HTTP connection and a client
+/// buffer together.
 const WINDOW: u64 = 4 << 20;
 
-/// Length and checksum of what went through a connection.
+/// Length and checksum of the bytes of a body.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Passed {
     /// Bytes.
@@ -40,10 +40,10 @@ impl Passed {
     }
 }
 
-/// What a Diff has sent.
+/// The bytes that a Diff has sent.
 #[derive(Debug, Default)]
 pub(super) struct Sent {
-    /// All that lies before `last`.
+    /// Everything before `last`.
     before: Passed,
     last: VecDeque<Bytes>,
     held: u64,
@@ -62,7 +62,7 @@ impl Sent {
         }
     }
 
-    /// Whether a body of this length and checksum is a begin of what was sent.
+    /// Whether a body of this length and checksum is a prefix of what was sent.
     fn begins_with(&self, body: Passed) -> bool {
         let mut prefix = self.before;
         for part in &self.last {
@@ -82,15 +82,15 @@ struct Cut {
     sent: Sent,
 }
 
-/// The Diffs that were cut lately.
+/// The Diffs that were cut recently.
 #[derive(Debug, Default)]
 pub(super) struct CutDiffs(Mutex<VecDeque<Cut>>);
 
 impl CutDiffs {
-    /// Notes why the Diff of `layer` was cut. Must be called before its connection is.
+    /// Records why the Diff of `layer` was cut. Must be called before its connection is cut.
     pub(super) fn note(&self, layer: &str, reason: &str, sent: Sent) {
         if sent.before.bytes == 0 && sent.last.is_empty() {
-            // A proper reply could be given.
+            // Nothing was sent, so the reply carries the error.
             return;
         }
         let mut cuts = self.0.lock();
@@ -99,7 +99,7 @@ impl CutDiffs {
         cuts.push_front(Cut { at: Instant::now(), layer: layer.into(), reason: reason.into(), sent });
     }
 
-    /// The latest Diff that a body which broke off was fed from: its layer and why it was cut.
+    /// The latest Diff of which a broken body is a prefix: its layer and why it was cut.
     pub(super) fn source_of(&self, body: Passed) -> Option<(String, String)> {
         let mut cuts = self.0.lock();
         cuts.retain(|cut| cut.at.elapsed() < KEPT);

@@ -1,4 +1,4 @@
-//! The one door through which a tar comes to a layer.
+//! Doors: whether an ApplyDiff may still deliver a tar to a layer.
 //!
 //! ```text
 //!   ApplyDiff ─► enter ──► … refused, failed, panicked, given up, client gone ──► stays closed, with the first reason
@@ -7,15 +7,16 @@
 //!   Remove ─► part: a running ApplyDiff is given up ─► the layer goes ─► forget
 //! ```
 //!
-//! A client's transport reads from the tar before this program sees anything of it, and dockerd's client sends what is
-//! left as a new request if the connection breaks. So whatever did not end as a whole tar, or as provably nothing, may
-//! have eaten the tar's begin, however early it failed: the door of that layer stays closed until Remove.
+//! A client's transport reads from the tar before this program sees any of it, and when the connection breaks,
+//! dockerd's client sends what is left as a new request. A request that did not end as a complete tar, or as provably
+//! empty, may therefore have consumed the beginning of the tar, however early it failed: the door of that layer stays
+//! closed until Remove.
 //!
-//! Invariants: a door is closed before anything else is done for a request, and only `reopen` opens it, so that no way
-//! out (`?`, a panic, a dropped future) can leave it open. A layer that does not exist has a door too: it may be created
-//! before the client comes back. What an earlier process created has none (`Layer::made_here`): nobody knows what its
-//! end cut. Called by `transfer`, `lifecycle` and, for requests that broke off in their head, by `api` through
-//! `Driver::distrust`.
+//! Invariants: a door is closed before anything else is done for a request, and only `reopen` opens it, so no exit path
+//! (`?`, a panic, a dropped future) leaves it open. A layer that does not exist has a door too: it may be created
+//! before the client retries. A layer that an earlier process created has none and takes no tar (`Layer::made_here`):
+//! what the end of that process cut is unknown. Called by `apply`, `lifecycle` and, for requests that broke off in
+//! their head, `api` through `Driver::distrust`.
 
 use crate::store::LayerId;
 use parking_lot::Mutex;
@@ -27,25 +28,25 @@ use std::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// How long a Remove waits for the end of an ApplyDiff that it gives up.
+/// How long a Remove waits for the end of an ApplyDiff that it cancels.
 const PARTING: Duration = Duration::from_secs(10);
 /// A door of a layer that never existed is forgotten after this time; clients repeat a request for 30 s.
 const MEMORY: Duration = Duration::from_mins(10);
-/// Number of closed doors at which old ones are looked for.
+/// Number of closed doors at which old ones are dropped.
 const SWEEP_AT: usize = 1024;
 /// Longest reason that is kept, in bytes.
 const MAX_REASON: usize = 4096;
 
-/// Why an ApplyDiff is not let in.
+/// Why a door is closed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Closed {
-    /// Another one is under way.
+    /// Another ApplyDiff is in progress.
     Busy,
-    /// An earlier one was refused or failed, first for this reason.
+    /// An earlier ApplyDiff was refused or failed; this was the first reason.
     Failed(Arc<str>),
 }
 
-/// Which layer of an id is meant: its home's number and its generation there.
+/// Identifies one layer among those of the same id: a number of its home, and its generation there.
 pub(super) type Which = (u64, u64);
 
 /// The doors of all homes.
@@ -62,9 +63,9 @@ struct Shared {
 
 #[derive(Debug)]
 struct Door {
-    /// Tells this closing from a later one.
+    /// Distinguishes this closing from a later one.
     ticket: u64,
-    /// `None`: no layer was there; any later one is meant.
+    /// `None` if no layer existed: then it applies to any later one.
     which: Option<Which>,
     since: Instant,
     /// `None` while the ApplyDiff runs.
@@ -74,7 +75,7 @@ struct Door {
     running: Option<watch::Receiver<()>>,
 }
 
-/// A door that was closed behind an ApplyDiff.
+/// The door of a running ApplyDiff.
 #[derive(Debug)]
 pub(super) struct Entry {
     shared: Arc<Mutex<Shared>>,
@@ -85,7 +86,7 @@ pub(super) struct Entry {
 }
 
 impl Doors {
-    /// Closes the door behind the caller.
+    /// Closes the door for a new ApplyDiff.
     ///
     /// # Errors
     /// It was closed already.
@@ -105,7 +106,7 @@ impl Doors {
         self.shared.lock().closed(id, which)
     }
 
-    /// Closes a door for good, for a request that did not get as far as to enter.
+    /// Closes a door for a request that failed before it could enter.
     pub(super) fn close(&self, id: &LayerId, which: Option<Which>, reason: &str) {
         let mut shared = self.shared.lock();
         if shared.closed(id, which).is_none() {
@@ -113,8 +114,8 @@ impl Doors {
         }
     }
 
-    /// Gives up a running ApplyDiff of a layer that is to be removed, and waits for its end. What it returns is for
-    /// [`Doors::forget`], once the layer is gone.
+    /// Cancels a running ApplyDiff of a layer that is to be removed and waits for its end. The result is for
+    /// [`Doors::forget`], after the removal.
     pub(super) async fn part(&self, id: &LayerId) -> u64 {
         let (upto, running) = {
             let shared = self.shared.lock();
@@ -125,13 +126,13 @@ impl Doors {
             (shared.tickets, running)
         };
         if let Some(mut running) = running {
-            // An error says that the entry is gone: what is waited for.
+            // An error means that the entry was dropped, which is what is waited for.
             let _ = tokio::time::timeout(PARTING, running.changed()).await;
         }
         upto
     }
 
-    /// Opens the door of a layer that is gone, unless it was closed after `upto`.
+    /// Opens the door of a removed layer, unless it was closed after `upto`.
     pub(super) fn forget(&self, id: &LayerId, upto: u64) {
         let mut shared = self.shared.lock();
         if shared.closed.get(id).is_some_and(|door| door.ticket <= upto) {
@@ -178,7 +179,7 @@ impl Shared {
 }
 
 impl Entry {
-    /// The layer that was found behind the door.
+    /// Records the layer that the request found.
     pub(super) fn found(&self, which: Which) {
         if let Some(door) = self.mine(&mut self.shared.lock()) {
             door.which = Some(which);
@@ -190,14 +191,14 @@ impl Entry {
         self.give_up.clone().cancelled_owned()
     }
 
-    /// Keeps the door closed and says why.
+    /// Keeps the door closed, with a reason.
     pub(super) fn fail(self, reason: &str) {
         if let Some(door) = self.mine(&mut self.shared.lock()) {
             door.reason = Some(bounded(reason));
         }
     }
 
-    /// Opens the door again: nothing was lost, or the layer is whole and its state refuses from now on.
+    /// Opens the door again: nothing was lost, or the layer is complete and its state refuses further tars.
     pub(super) fn reopen(self) {
         let mut shared = self.shared.lock();
         if self.mine(&mut shared).is_some() {
@@ -220,7 +221,7 @@ impl Drop for Entry {
     }
 }
 
-/// A reason of bounded length.
+/// Cuts a reason to [`MAX_REASON`].
 pub(super) fn bounded(reason: &str) -> Arc<str> {
     reason[..reason.floor_char_boundary(MAX_REASON)].into()
 }
@@ -255,7 +256,7 @@ mod tests {
         doors.forget(&id(), upto);
         drop(doors.enter(&id(), one).unwrap());
         assert!(failed(&doors, one).contains("ended before"), "a dropped entry stays closed");
-        // Another layer of the same id, in another home or after a removal that went past us.
+        // Another layer of the same id, in another home or after a removal that did not use the doors.
         doors.enter(&id(), Some((1, 2))).unwrap().reopen();
     }
 
@@ -264,7 +265,7 @@ mod tests {
         let doors = Doors::default();
         doors.enter(&id(), None).unwrap().fail("it does not exist");
         assert_eq!(failed(&doors, Some((1, 7))), "it does not exist");
-        // One that comes into being while the request looks for it belongs to that request.
+        // A layer that is created while the request looks for it belongs to that request.
         let upto = doors.shared.lock().tickets;
         doors.forget(&id(), upto);
         let entry = doors.enter(&id(), None).unwrap();
@@ -284,7 +285,7 @@ mod tests {
         });
         let upto = doors.part(&id()).await;
         assert!(apply.is_finished() || failed(&doors, Some((1, 1))) == "removed");
-        // The layer is gone and another of its id came in before the doors are told.
+        // The layer was removed, and another of its id entered before `forget`.
         let entry = doors.enter(&id(), Some((1, 2))).unwrap();
         doors.forget(&id(), upto);
         assert_eq!(doors.enter(&id(), Some((1, 2))).unwrap_err(), Closed::Busy);

@@ -1,19 +1,20 @@
-//! What can go wrong in the driver.
+//! Errors of the driver: refusals of its own, and the shared shapes of [`crate::error`]. `api` turns them into replies.
 
 use crate::{
     config::{ConfigError, SvmKind},
-    store::StoreError,
-    svm::{ErrorKind, SvmError},
+    error::{Attempt, CorruptFile, Fault, Kind, with_causes},
+    store::{LayerId, StoreError},
+    svm::SvmError,
 };
 use std::{io, path::PathBuf};
 
-/// What a service VM does with a tar.
+/// What a service VM does with the tar of an ApplyDiff.
 pub(super) const APPLY: &str = "apply its tar";
 
-/// Errors of graphdriver operations. Their text is what `docker` shows.
+/// Errors of graphdriver operations. With its causes, the text is what `docker` shows.
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
-    /// A wrong request.
+    /// The request is wrong, or does not fit the layer; the text says what to do.
     #[error("{0}")]
     Usage(String),
     /// An option is wrong.
@@ -22,132 +23,107 @@ pub enum DriverError {
     /// The store refused.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A file of the store is not what it must be.
+    #[error(transparent)]
+    Corrupt(#[from] CorruptFile),
     /// A service VM refused or failed.
-    #[error("layer {id}: cannot {action}")]
-    Svm {
-        /// The layer.
-        id: String,
-        /// What was tried.
-        action: &'static str,
-        /// Why it failed.
-        #[source]
-        source: SvmError,
-    },
-    /// The kind of service VM that was asked for cannot work here.
+    #[error(transparent)]
+    Svm(#[from] Attempt<SvmError>),
+    /// The backend that `lcow.svm` names does not work here.
     #[error("lcow.svm={kind} cannot work: {reason}")]
     Backend {
-        /// The kind.
+        /// The backend.
         kind: SvmKind,
         /// What is missing, and what to do.
         reason: String,
     },
     /// The kernel refused a mount or a loop device.
     #[cfg(target_os = "linux")]
-    #[error("layer {id}: cannot {action}")]
-    Mount {
-        /// The layer.
-        id: String,
-        /// What was tried.
-        action: &'static str,
-        /// What the kernel said.
-        #[source]
-        source: lcow_sys::linux::SysError,
-    },
-    /// The system refused a file operation.
-    #[error("cannot {action} '{}'", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The tar of an ApplyDiff broke off because the Diff that it was fed from did.
+    #[error(transparent)]
+    Mount(#[from] Attempt<lcow_sys::linux::SysError>),
+    /// The operating system refused a file operation.
+    #[error(transparent)]
+    Io(#[from] Attempt<io::Error>),
+    /// The tar of an ApplyDiff was cut because the Diff that produced it failed.
     #[error(
-        "layer {id}: its tar broke off after {bytes} bytes, because the diff of layer {from} failed: {reason}"
+        "layer {id}: its tar was cut after {bytes} bytes, because the diff of layer {from} failed: {reason}"
     )]
     CutSource {
         /// The layer.
         id: String,
-        /// The layer that the tar came from.
+        /// The layer of the Diff.
         from: String,
-        /// Bytes that had come.
+        /// Bytes that had arrived.
         bytes: u64,
-        /// Why that Diff failed.
+        /// Why the Diff failed.
         reason: String,
     },
-    /// A task of the program died.
-    #[error("an internal task ended early: {0}")]
+    /// A bug: a task of the program panicked, or an invariant does not hold.
+    #[error("internal error: {0}")]
     Internal(String),
 }
 
-impl DriverError {
-    /// The request itself is wrong: sending it again cannot help.
-    pub fn is_usage(&self) -> bool {
-        matches!(
-            self,
-            Self::Usage(_)
-                | Self::Config(_)
-                | Self::Store(StoreError::InvalidId { .. } | StoreError::Usage(_))
-        )
+impl Fault for DriverError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Usage(_) | Self::Config(_) => Kind::Usage,
+            Self::Store(error) => error.kind(),
+            Self::Corrupt(error) => error.kind(),
+            Self::Svm(error) => error.kind(),
+            Self::Backend { .. } => Kind::Unsupported,
+            #[cfg(target_os = "linux")]
+            Self::Mount(error) => error.kind(),
+            Self::Io(error) => error.kind(),
+            Self::CutSource { .. } => Kind::Cancelled,
+            Self::Internal(_) => Kind::Internal,
+        }
     }
+}
 
-    /// What one layer holds, or is, is at fault: with others there is hope. False for what would meet every layer: a full
-    /// disk, a failing one, a store or a service VM that does not work, a wrong option.
+impl DriverError {
+    /// One layer is at fault; the same operation may succeed for others. False for what would affect every layer: a
+    /// full or failing disk, a store or backend that does not work, a wrong option.
     pub fn is_of_one_layer(&self) -> bool {
         match self {
-            Self::Svm { source, .. } => source.is_of_one_operation(),
-            Self::Store(error) => matches!(
-                error,
-                StoreError::WrongState { .. }
-                    | StoreError::TooDeep { .. }
-                    | StoreError::MissingParent { .. }
-                    | StoreError::NotFound(_)
-                    | StoreError::Exists(_)
-                    | StoreError::HasChildren { .. }
-            ),
+            Self::Svm(attempt) => attempt.source.is_of_one_operation(),
+            Self::Store(error) => matches!(error.kind(), Kind::NotFound | Kind::State | Kind::Limit),
             Self::Usage(_) => true,
             _ => false,
         }
     }
 
-    /// Something of the store or of a layer is damaged: what an operator must look at. A damaged tar that somebody
-    /// wants to be applied is none.
+    /// Stored data are damaged, which an operator must look into. Not so a damaged tar that a client sent.
     pub fn is_corrupt(&self) -> bool {
+        let sent = matches!(self, Self::Svm(attempt) if attempt.action == APPLY);
+        self.kind() == Kind::Corrupt && !sent
+    }
+
+    /// The line for the log: as for the engine, and the last console output of the service VM if one failed.
+    pub fn for_log(&self) -> String {
         match self {
-            Self::Store(StoreError::Corrupt { .. } | StoreError::Damaged { .. }) => true,
-            Self::Svm { action, source: SvmError::Refused(refused), .. } => {
-                refused.kind == ErrorKind::Corrupt && *action != APPLY
-            }
-            _ => false,
+            Self::Svm(attempt) => format!("{attempt}: {}", attempt.source.with_console()),
+            _ => with_causes(self),
         }
     }
 
-    /// Makes a [`DriverError::Io`] of a system error, for `map_err`.
+    /// Makes a [`DriverError::Io`], for `map_err`.
     pub(super) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Io { action, path, source }
+        let attempt = Attempt::on_path(action, path);
+        move |source| Self::Io(attempt(source))
     }
 
     /// Makes a [`DriverError::Svm`], for `map_err`.
     pub(super) fn svm(id: &impl ToString, action: &'static str) -> impl FnOnce(SvmError) -> Self {
-        let id = id.to_string();
-        move |source| Self::Svm { id, action, source }
+        let attempt = Attempt::on_layer(action, id);
+        move |source| Self::Svm(attempt(source))
     }
 }
 
-/// An error with all its causes in one line, as people are told of it.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text.push_str(": ");
-        text.push_str(&inner.to_string());
-        cause = inner.source();
-    }
-    text
+/// The refusal of a layer whose ApplyDiff was interrupted: nothing but Remove helps.
+pub(super) fn unfinished(id: &LayerId) -> DriverError {
+    DriverError::Usage(format!(
+        "layer {id} is incomplete (its ApplyDiff was interrupted); remove it and pull it again"
+    ))
 }
 
 #[cfg(test)]
@@ -157,7 +133,7 @@ mod tests {
     #[test]
     fn a_layers_own_faults_are_told_from_the_stores() {
         let id: crate::store::LayerId = "x".parse().unwrap();
-        let svm = |source| DriverError::Svm { id: "x".into(), action: "apply its tar", source };
+        let svm = |source| DriverError::svm(&"x", APPLY)(source);
         let died = SvmError::Died { vm: "w".into(), cause: "signal 9".into(), console: String::new() };
         for error in
             [svm(died), StoreError::Exists(id).into(), DriverError::Usage("its parent is another".into())]

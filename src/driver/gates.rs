@@ -1,4 +1,4 @@
-//! One gate per layer.
+//! Gates: one lock per layer for its mount state.
 //!
 //! ```text
 //!   look: which layers? ─► close their gates ─► look again: the same? ─► work, on a thread that may wait ─► open
@@ -6,12 +6,12 @@
 //!          └───────────────── open ◄───────────────┘
 //! ```
 //!
-//! A gate is held while the layer's mount state changes and while a service VM reads the metadata of a sandbox, so
-//! that no mount or unmount happens under its eyes. It is never held across bulk I/O. Several gates are always taken
-//! in the order of their ids, so that two takers cannot wait for each other.
+//! A gate is held while the layer's mount state changes and while a service VM reads the metadata of a sandbox, so that
+//! no mount or unmount happens meanwhile. It is never held across bulk I/O. Several gates are always taken in the order
+//! of their ids, so they cannot deadlock.
 //!
-//! Closed gates go with the work ([`Held::run`]): a client that hangs up drops its request, and must not open them
-//! under work that goes on. What changes mounts asks for them ([`Held::covers`]).
+//! Closed gates move into the work ([`Held::run`]): the request of a client that hangs up is dropped, which must not
+//! open them while the work goes on. Functions that change mounts require them ([`Held::covers`]).
 
 use super::{DriverError, on_disk_thread};
 use crate::store::{DiskThread, LayerId};
@@ -38,15 +38,15 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Refuses a layer whose gate is not among these: a fault of this program.
+    /// Fails if the gate of a layer is not among these, which is a bug.
     pub(super) fn covers(&self, id: &LayerId) -> Result<(), DriverError> {
         if self.ids.contains(id) {
             return Ok(());
         }
-        Err(DriverError::Internal(format!("layer {id} was to be changed while its gate was open")))
+        Err(DriverError::Internal(format!("layer {id} was about to change with an open gate")))
     }
 
-    /// Works under these gates; they stay closed until `work` lets go of them, whether or not anybody waits for it.
+    /// Runs `work` under these gates. They stay closed until it drops them, whether or not the caller still waits.
     pub(super) async fn run<T: Send + 'static>(
         self,
         work: impl FnOnce(&DiskThread, Self) -> Result<T, DriverError> + Send + 'static,
@@ -58,15 +58,14 @@ impl Held {
 impl Gates {
     fn gate(&self, id: &LayerId) -> Gate {
         let mut gates = self.gates.lock();
-        // A gate that only the map knows is nobody's: drop those now and then, so that the map stays as small as the
-        // number of layers in use.
+        // Drop unused gates now and then, so that the map stays as small as the number of layers in use.
         if gates.len() >= SWEEP_AT {
             gates.retain(|_, gate| Arc::strong_count(gate) > 1);
         }
         gates.entry(id.clone()).or_default().clone()
     }
 
-    /// Closes the gates of some layers, waiting for whoever holds them now.
+    /// Closes the gates of some layers; waits for their current holders.
     pub(super) async fn close<'a>(&self, ids: impl IntoIterator<Item = &'a LayerId>) -> Held {
         let ids: BTreeSet<LayerId> = ids.into_iter().cloned().collect();
         let mut guards = Vec::with_capacity(ids.len());
@@ -77,12 +76,13 @@ impl Gates {
         Held { ids, _guards: guards }
     }
 
-    /// Closes the gates of the layers that `look` names, once it names the same ones when they are closed.
+    /// Closes the gates of the layers that `look` returns, and repeats until it returns the same ones under closed
+    /// gates.
     pub(super) async fn close_what(
         &self,
         look: impl Fn() -> Result<BTreeSet<LayerId>, DriverError>,
     ) -> Result<Held, DriverError> {
-        // Each further round means that somebody else has changed something meanwhile.
+        // Each further round means that another request has changed the set meanwhile.
         loop {
             let held = self.close(&look()?).await;
             if look()? == held.ids {
@@ -91,7 +91,7 @@ impl Gates {
         }
     }
 
-    /// Closes one gate if it is open now.
+    /// Closes one gate if it is open.
     #[cfg(any(target_os = "linux", test))]
     pub(super) fn try_close(&self, id: &LayerId) -> Option<Held> {
         let guard = self.gate(id).try_lock_owned().ok()?;
@@ -138,7 +138,7 @@ mod tests {
         timeout(Duration::from_secs(5), gates.close(&ids[..2])).await.unwrap();
     }
 
-    /// What is to be held changes while its gates are waited for: the old set is let go, the new one taken.
+    /// The set changes while its gates are waited for: the old set is released and the new one taken.
     #[tokio::test]
     async fn gates_are_looked_at_again_when_they_are_closed() {
         let (gates, ids) = (Arc::new(Gates::default()), ids(3));
@@ -156,7 +156,7 @@ mod tests {
         assert!(gates.try_close(&ids[1]).is_some() && gates.try_close(&ids[2]).is_none());
     }
 
-    /// A request that is given up does not open the gates of work that it began.
+    /// A cancelled request does not open the gates of work that it began.
     #[tokio::test]
     async fn gates_stay_closed_under_work_that_nobody_waits_for() {
         let (gates, ids) = (Arc::new(Gates::default()), ids(1));

@@ -5,8 +5,8 @@
 //!                     larger.vhd larger.exact     what the apply goes on with ─► renamed to the usual names at its end
 //! ```
 //!
-//! For a while image and record exist twice, so the disk needs as much free room again as they take by then, beyond
-//! `lcow.minfree`. Called by `transfer`; asked by the pool.
+//! For a while image and record exist twice, so the disk needs free space for a second copy of them, beyond
+//! `lcow.minfree`. Called by `apply`; the pool requests the second pair.
 
 use super::{DriverError, blocking, home::Home};
 use crate::{
@@ -21,9 +21,9 @@ use std::{
     sync::Arc,
 };
 
-/// Names of the second pair in a staging folder.
+/// Names of the second pair in a staging directory.
 const NAMES: [&str; 2] = ["larger.vhd", "larger.exact"];
-/// The names that they get at last, which the first pair has until then.
+/// Their final names, which the first pair has until then.
 const PLACES: [&str; 2] = [layout::LAYER_FILE, layout::RECORD_FILE];
 
 /// Image and record of an apply.
@@ -43,7 +43,7 @@ fn make(path: &Path) -> Result<DiskSource, DriverError> {
 }
 
 impl Files {
-    /// The first pair, in a staging folder.
+    /// The first pair, in a staging directory.
     pub(super) fn new(home: Arc<Home>, staged: &Path) -> Result<Self, DriverError> {
         let first = [make(&staged.join(PLACES[0]))?, make(&staged.join(PLACES[1]))?];
         Ok(Self(Arc::new(Inner { home, staged: staged.to_owned(), first, second: Mutex::new(None) })))
@@ -95,7 +95,7 @@ impl SecondPair for Files {
         let inner = self.0.clone();
         Box::pin(async {
             let made = blocking(move || inner.make_second()).await;
-            made.map_err(|error| io::Error::other(super::with_causes(&error)))
+            made.map_err(|error| io::Error::other(crate::error::with_causes(&error)))
         })
     }
 }

@@ -1,6 +1,6 @@
 //! One home: a store, its service VMs and its mounts.
 
-use super::{DriverConfig, DriverError, GRACE, gates::Gates, live::Remembered, pristine::Shown};
+use super::{DriverConfig, DriverError, GRACE, gates::Gates, remembered::Remembered, shown::Shown};
 #[cfg(unix)]
 use crate::store::guard;
 use crate::{
@@ -17,13 +17,14 @@ use {
     super::mounts::Mounts,
     crate::{
         config::SvmKind,
+        error::{Attempt, with_causes},
         store::{LayerId, layout},
     },
     lcow_sys::linux::reflink,
     std::sync::atomic::{AtomicBool, Ordering},
 };
 
-/// A home that is open.
+/// An open home.
 #[derive(Debug)]
 pub(super) struct Home {
     pub(super) store: Arc<Store>,
@@ -32,27 +33,27 @@ pub(super) struct Home {
     pub(super) gates: Arc<Gates>,
     pub(super) init: InitRecord,
     pub(super) shown: Arc<Shown>,
-    /// Files that changed while they were exported.
+    /// Files that changed during an export, for the next one.
     pub(super) remembered: Arc<Remembered>,
     #[cfg(target_os = "linux")]
     pub(super) mounts: Arc<Mounts>,
-    /// The disk has reflinks, as far as is known.
+    /// Whether the disk has reflinks; cleared when a clone fails.
     #[cfg(target_os = "linux")]
     pub(super) reflinks: AtomicBool,
 }
 
 impl Home {
-    /// Opens the store at `path` with what an Init says, or with what the last one said. Debris is deleted in the
-    /// background: it lies where no request looks.
+    /// Opens the store at `path` with the options of `init`, or else of the last Init. Debris is deleted in the
+    /// background, because no request looks at it.
     pub(super) fn open(
         thread: &DiskThread,
         path: &Path,
         init: Option<InitRecord>,
         config: &DriverConfig,
     ) -> Result<Self, DriverError> {
-        // Options first: a wrong one must leave nothing behind.
+        // Options first: an invalid one must leave nothing behind.
         let wanted = init.as_ref().map(|init| options_of(init, config)).transpose()?;
-        let root_is_home = super::same_folder(path, &config.root);
+        let root_is_home = super::same_directory(path, &config.root);
         let store = Arc::new(Store::open(thread, path, |entry| root_is_home && super::root::is_ours(entry))?);
         let (init, options) = if let (Some(init), Some(options)) = (init, wanted) {
             store.record_init(thread, init.clone())?;
@@ -66,7 +67,7 @@ impl Home {
             tracing::error!(%id, fault, "a layer of the store is damaged");
         }
         let debris = store.debris(thread)?;
-        // Only the owner may: what others find are the machines of a daemon that is at work.
+        // Only the owner may reap: what another process finds are the machines of a running daemon.
         let home = Self::assemble(store, init, options, config, true)?;
         #[cfg(target_os = "linux")]
         {
@@ -77,7 +78,7 @@ impl Home {
         }
         if !debris.is_empty() {
             let store = home.store.clone();
-            // Folders of scratch disks are named after the machines that a killed daemon may have left.
+            // The directories of scratch disks name the machines that a killed daemon may have left.
             #[cfg(windows)]
             let (pool, runtime) = (home.pool.clone(), tokio::runtime::Handle::current());
             std::thread::spawn(move || {
@@ -93,7 +94,7 @@ impl Home {
         Ok(home)
     }
 
-    /// Looks at the store at `path` beside its owner. Nothing is mounted, unmounted or deleted.
+    /// Opens the store at `path` for reading, next to its owner. Nothing is mounted, unmounted or deleted.
     pub(super) fn inspect(
         thread: &DiskThread,
         path: &Path,
@@ -133,8 +134,8 @@ impl Home {
         })
     }
 
-    /// The same home under another Init. Mounts go on as they are, their counts included. Must be called within a
-    /// runtime, on a thread that may wait.
+    /// The same home under another Init. Mounts and their counts stay as they are. Must be called within a runtime, on
+    /// a thread that may wait.
     pub(super) fn with_init(
         &self,
         thread: &DiskThread,
@@ -145,15 +146,15 @@ impl Home {
         let other_maps = (&init.uid_maps, &init.gid_maps) != (&self.init.uid_maps, &self.init.gid_maps);
         if other_maps && !self.store.is_empty() {
             return Err(DriverError::Usage(
-                "Init asks for other user-namespace maps than the store's layers were written with; use another home"
+                "the user-namespace maps of Init differ from those that the store's layers were written with; use another home"
                     .into(),
             ));
         }
-        // Whatever can fail, before the first thing that stays.
+        // Everything that can fail comes before the first lasting change.
         #[cfg(target_os = "linux")]
         let mounts = Arc::new(self.mounts.renewed(options.overlay_api, remap(&init)?));
         self.store.record_init(thread, init.clone())?;
-        // The machines of the pool that this one replaces are still at work.
+        // The machines of the replaced pool are still in use.
         let pool = start_pool(&options, config, &self.store, cfg!(not(windows)));
         let home = Self {
             store: self.store.clone(),
@@ -175,12 +176,12 @@ impl Home {
         Ok(home)
     }
 
-    /// Tells a layer from every other of this process, in other homes too.
+    /// Identifies a layer among all layers of this process, those of other homes included.
     pub(super) fn which(&self, layer: &Layer) -> super::door::Which {
         (Arc::as_ptr(&self.store) as usize as u64, layer.generation)
     }
 
-    /// Ends the service VMs of a home that another Init replaced; operations that run get some time.
+    /// Ends the service VMs of a home that another Init replaced; running operations get [`GRACE`].
     pub(super) async fn retire(&self) {
         self.pool.shutdown(GRACE).await;
     }
@@ -223,13 +224,13 @@ impl Home {
         self.init.root_ids()
     }
 
-    /// The maps in the form of service VMs.
+    /// The user-namespace maps as service VMs take them.
     pub(super) fn id_maps(&self) -> svm::IdMaps {
         svm::IdMaps { uids: self.init.uid_maps.clone(), gids: self.init.gid_maps.clone() }
     }
 
-    /// Closes the home and the layers' folders to everybody but their owner; with userns-remap the mapped root's group
-    /// may walk through them, and through the root where the home lies below it.
+    /// Closes the home and the layers' directories to everyone but their owner. With userns-remap the mapped root's
+    /// group may pass through them, and through the root if the home is below it.
     #[cfg(target_os = "linux")]
     fn set_doors(&self, config: &DriverConfig) -> Result<(), DriverError> {
         let group = self.init.passing_group();
@@ -240,13 +241,13 @@ impl Home {
         }
         for layer in self.store.layers() {
             if let Err(error) = self.set_door(&layer.id) {
-                tracing::error!(id = %layer.id, error = %super::with_causes(&error), "cannot close a layer's folder");
+                tracing::error!(id = %layer.id, error = %with_causes(&error), "cannot restrict access to a layer's directory");
             }
         }
         Ok(())
     }
 
-    /// Closes a layer's folder to everybody but its owner and, with userns-remap, the mapped root's group.
+    /// Closes a layer's directory to everyone but its owner and, with userns-remap, the mapped root's group.
     #[cfg(target_os = "linux")]
     pub(super) fn set_door(&self, id: &LayerId) -> Result<(), DriverError> {
         Ok(guard::close_folder(&self.store.layout().layer(id), self.init.passing_group())?)
@@ -265,9 +266,9 @@ fn remap(init: &InitRecord) -> Result<Option<Arc<std::os::fd::OwnedFd>>, DriverE
     if init.uid_maps.is_empty() && init.gid_maps.is_empty() {
         return Ok(None);
     }
-    user_namespace(&init.uid_maps, &init.gid_maps).map(|fd| Some(Arc::new(fd))).map_err(|source| {
-        DriverError::Mount { id: "-".into(), action: "make the user namespace of Init's maps", source }
-    })
+    let made = user_namespace(&init.uid_maps, &init.gid_maps);
+    let namespace = made.map_err(Attempt::on_path("make a user namespace for the maps of", "Init"))?;
+    Ok(Some(Arc::new(namespace)))
 }
 
 #[cfg(target_os = "linux")]
@@ -275,7 +276,7 @@ fn qemu_config(options: &Options, config: &DriverConfig) -> svm::qemu::QemuConfi
     use crate::config::Acceleration;
     use svm::qemu::Accelerator;
     let kird = &options.kird_path;
-    // Below the service's own root: the home's caches are debris of a start.
+    // In the service's root, because caches of a home are deleted as debris at each start.
     let mut qemu =
         svm::qemu::QemuConfig::new(kird.join(&options.kernel), kird.join(&options.initrd), &config.root);
     qemu.boot_parameters.clone_from(&options.boot_parameters);
@@ -303,8 +304,8 @@ fn hcs_config(options: &Options, scratch: impl Into<std::path::PathBuf>) -> svm:
     hcs
 }
 
-/// Refuses options whose service VMs cannot be made here, instead of failing at the first layer. What `auto` chooses
-/// needs nothing.
+/// Refuses options whose backend does not work here, instead of failing at the first layer. The choice of `auto` always
+/// works.
 pub(super) fn check_backend(options: &Options, config: &DriverConfig) -> Result<(), DriverError> {
     #[cfg(target_os = "linux")]
     if options.svm == SvmKind::Qemu {
@@ -313,7 +314,7 @@ pub(super) fn check_backend(options: &Options, config: &DriverConfig) -> Result<
     }
     #[cfg(windows)]
     if options.svm == SvmKind::Hcs {
-        // Of no home: nothing is made.
+        // Belongs to no home: nothing is created.
         let backend = svm::hcs::HcsBackend::new(hcs_config(options, &config.root));
         return backend.preflight().map_err(|reason| DriverError::Backend { kind: options.svm, reason });
     }
@@ -321,17 +322,18 @@ pub(super) fn check_backend(options: &Options, config: &DriverConfig) -> Result<
     Ok(())
 }
 
-/// Bytes that the file of an image or a record may have: hash tree and footer come on top of `lcow.maxlayer`.
+/// Largest file of an image or a record, in bytes: hash tree and footer come on top of `lcow.maxlayer`.
 fn largest_file(options: &Options) -> u64 {
-    /// A tree of hashes has less than this part of its blocks: 32 bytes for each of 4 KiB, and a little for the levels.
+    /// A hash tree is smaller than this fraction of its data: 32 bytes per 4 KiB block, and a little for the upper
+    /// levels.
     const TREE_SHARE: u64 = 64;
-    /// Room for what has no share: super block of the tree, footer, a record's head.
+    /// Space for what does not grow with the data: super block of the tree, footer, head of a record.
     const SLACK: u64 = 64 << 20;
     let largest = options.max_layer_bytes;
     (largest + largest / TREE_SHARE + SLACK).next_multiple_of(1 << 20)
 }
 
-/// How workers are started with these options.
+/// The configuration of workers under these options.
 pub(crate) fn embedded_config(options: &Options) -> svm::embedded::EmbeddedConfig {
     #[cfg(target_os = "linux")]
     {
@@ -352,7 +354,7 @@ pub(crate) fn embedded_config(options: &Options) -> svm::embedded::EmbeddedConfi
     svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() }
 }
 
-/// Starts the service VMs of a home; `reap` says that what is found of machines is a predecessor's.
+/// Starts the service VMs of a home; `reap` if machines that are found belong to a killed predecessor.
 fn start_pool(options: &Options, config: &DriverConfig, store: &Store, reap: bool) -> Pool {
     let settings = PoolConfig {
         mode: if options.global_mode { Mode::Global } else { Mode::Safe },
@@ -366,7 +368,7 @@ fn start_pool(options: &Options, config: &DriverConfig, store: &Store, reap: boo
     #[cfg(target_os = "linux")]
     if options.svm == SvmKind::Qemu {
         let qemu = qemu_config(options, config);
-        // The first start boots a guest once, for the template.
+        // The first start also boots a guest for the template.
         let settings = PoolConfig { boot_timeout: qemu.deadline * 2, ..settings };
         return Pool::start(Arc::new(svm::qemu::QemuBackend::new(qemu)), settings);
     }

@@ -1,27 +1,27 @@
-//! What the daemon itself holds of an applied image, whatever a service VM says of it.
+//! What the daemon checks of an applied image itself, whatever a service VM reports.
 //!
 //! ```text
 //!   0 ──────── file system ──────── image_bytes ── zeros ── hash tree, if asked for ── disk_bytes ── footer ── file_bytes
 //!   └──── a VM that never saw the tar: strict check, zeros, every block against the tree ────┘└── the daemon ──┘
 //! ```
 //!
-//! The VM that applied a tar may have been taken over by it. So the footer, which tells other programs what the file is
-//! (a differencing disk names a further file that they open), is written by the daemon; sizes follow from the one size
-//! that the check confirms; and the layout is that of `lcow.profile`. Called by `transfer` and `scrub`.
+//! The tar may have taken over the VM that applied it. Therefore the daemon writes the footer, which tells other
+//! programs what the file is (a differencing disk names another file that they open); all sizes follow from the one
+//! that the check confirms; and the layout must be that of `lcow.profile`. Called by `apply` and `scrub`.
 
 use super::DriverError;
 use crate::{
     config::Options,
-    store::{AppliedMeta, StoreError},
+    error::CorruptFile,
+    store::AppliedMeta,
     svm::{ApplySummary, CheckSummary, DiskSource, Profile},
 };
 use disk_io::{ReadAt, WriteAt};
 use std::path::Path;
-use verity_tree;
 use vhd_image::vhd::{self, Footer};
 
 fn corrupt(path: &Path, reason: impl Into<String>) -> DriverError {
-    StoreError::Corrupt { path: path.to_owned(), reason: reason.into() }.into()
+    CorruptFile::new(path, reason.into()).into()
 }
 
 /// Bytes of the disk: the file system, and the hash tree if it has one.
@@ -47,7 +47,7 @@ fn footer(
     })
 }
 
-/// What was asked for.
+/// What an apply was asked for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Asked {
     pub(super) profile: Profile,
@@ -61,11 +61,11 @@ impl Asked {
         Self { profile: options.profile, verity: options.verity, max_image_bytes: options.max_layer_bytes }
     }
 
-    /// Holds what a VM says it has made against what was asked for and what its file is, and writes the footer. `image`
-    /// is open for writing; nobody else may have it open any more.
+    /// Compares what a VM reports with what was asked for and with its file, and writes the footer. `image` is open for
+    /// writing; no other process may have it open any more.
     ///
     /// # Errors
-    /// `Corrupt` for sizes that contradict each other, the file or the limits; `Io`.
+    /// `Corrupt` if sizes contradict each other, the file or the limits; `Io`.
     pub(super) fn seal(&self, image: &DiskSource, summary: &ApplySummary) -> Result<(), DriverError> {
         let disk = disk_bytes(summary.image_bytes.min(self.max_image_bytes), self.verity);
         let file = disk + vhd::FOOTER_SIZE as u64;
@@ -74,8 +74,8 @@ impl Asked {
             return Err(corrupt(
                 &image.path,
                 format!(
-                    "the service VM says that it holds a file system of {} bytes in a file of {}; the file has {found}, \
-                     and at most {file} are right",
+                    "the service VM reports a file system of {} bytes in a file of {} bytes; the file has {found} bytes, \
+                     and at most {file} are possible",
                     summary.image_bytes, summary.file_bytes
                 ),
             ));
@@ -85,15 +85,15 @@ impl Asked {
         (*image.file).write_all_at(&bytes, disk).map_err(DriverError::io("write the footer of", &image.path))
     }
 
-    /// Bytes of the image's file that the checking VM is to see: all but the footer.
+    /// Bytes of the image's file that the checking VM gets: all but the footer.
     pub(super) fn disk_bytes(&self, summary: &ApplySummary) -> u64 {
         disk_bytes(summary.image_bytes, self.verity)
     }
 
-    /// Holds what the checking VM found against what the one that made the image says.
+    /// Compares what the checking VM found with what the VM that made the image reports.
     ///
     /// # Errors
-    /// `Corrupt` where they differ, or the layout is not the one that was asked for.
+    /// `Corrupt` if they differ, or if the layout is not the one that was asked for.
     pub(super) fn agree(
         &self,
         path: &Path,
@@ -113,36 +113,35 @@ impl Asked {
         };
         Err(corrupt(
             path,
-            format!("its {differs} is not what the service VM that made it says, or was asked for"),
+            format!("its {differs} differs from what the service VM reported, or from what was asked for"),
         ))
     }
 }
 
-/// Holds the footer of an applied image against the only one that it can have.
+/// Compares the footer of an applied image with the only one that it can have.
 ///
 /// # Errors
-/// `Corrupt` if it is another one; `Io`.
+/// `Corrupt` if it differs; `Io`.
 pub(super) fn check_footer(
     image: &DiskSource,
     applied: &AppliedMeta,
-    tar_digest: &[u8; 32],
     profile: Profile,
 ) -> Result<(), DriverError> {
     let disk = disk_bytes(applied.image_bytes, applied.verity_root.is_some());
     if applied.file_bytes != disk + vhd::FOOTER_SIZE as u64 {
         return Err(corrupt(
             &image.path,
-            format!("a file of {} bytes, and {disk} are its disk", applied.file_bytes),
+            format!("the file has {} bytes, but its disk has {disk}", applied.file_bytes),
         ));
     }
     let mut found = [0; vhd::FOOTER_SIZE];
     (*image.file)
         .read_exact_at(&mut found, disk)
         .map_err(DriverError::io("read the footer of", &image.path))?;
-    let right =
-        footer(disk, applied.uuid, tar_digest, profile).map_err(|e| corrupt(&image.path, e.to_string()))?;
+    let right = footer(disk, applied.uuid, &applied.tar_digest.bytes, profile)
+        .map_err(|e| corrupt(&image.path, e.to_string()))?;
     if found != right {
-        return Err(corrupt(&image.path, "its vhd footer is not the one that was written"));
+        return Err(corrupt(&image.path, "its VHD footer differs from the one that was written"));
     }
     Ok(())
 }
@@ -173,7 +172,7 @@ mod tests {
     fn the_daemon_writes_the_footer_itself() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192 + 512).unwrap();
-        // What a VM that was taken over may have left: a differencing disk.
+        // What a compromised VM may have left: a differencing disk.
         file.write_all_at(&[0x5A; 512], 8192).unwrap();
         let (disk, said) = (image(file), summary(8192));
         ASKED.seal(&disk, &said).unwrap();
@@ -182,15 +181,15 @@ mod tests {
             "tar_bytes": 0, "tar_digest": said.tar_digest.to_string(), "uuid": said.uuid, "entries": 0, "checked": true,
         }))
         .unwrap();
-        check_footer(&disk, &applied, &said.tar_digest.bytes, Profile::Default).unwrap();
+        check_footer(&disk, &applied, Profile::Default).unwrap();
         for at in [0, 16, 60, 64, 100, 511] {
             let mut byte = [0];
             disk.file.read_exact_at(&mut byte, 8192 + at).unwrap();
             disk.file.write_all_at(&[byte[0] ^ 1], 8192 + at).unwrap();
-            check_footer(&disk, &applied, &said.tar_digest.bytes, Profile::Default).unwrap_err();
+            check_footer(&disk, &applied, Profile::Default).unwrap_err();
             disk.file.write_all_at(&byte, 8192 + at).unwrap();
         }
-        check_footer(&disk, &applied, &said.tar_digest.bytes, Profile::Hcsshim).unwrap_err();
+        check_footer(&disk, &applied, Profile::Hcsshim).unwrap_err();
     }
 
     #[test]

@@ -25,9 +25,11 @@ use super::{
     DriverError,
     gates::{Gates, Held},
     mounts::{Mounts, State, View, create_dir, failed, unmount},
-    with_causes,
 };
-use crate::store::{LayerId, LayerState, Snapshot, layout};
+use crate::{
+    error::{Attempt, with_causes},
+    store::{LayerId, LayerState, Snapshot, layout},
+};
 use lcow_sys::linux::{
     SysError, freeze,
     loopdev::{self, LoopDevice, LoopStatus},
@@ -102,11 +104,7 @@ impl Mounts {
     ) -> Result<StillFrozen, DriverError> {
         let home =
             fs::canonicalize(self.layout.home()).map_err(DriverError::io("resolve", self.layout.home()))?;
-        let table = mountinfo::read().map_err(|source| DriverError::Mount {
-            id: home.display().to_string(),
-            action: "read the mount table",
-            source,
-        })?;
+        let table = mountinfo::read().map_err(Attempt::on_path("read the mount table for", &home))?;
         let (mut places, mut devices) = (Vec::new(), HashSet::new());
         for entry in table {
             if let Ok(place) = entry.mount_point.strip_prefix(&home) {
@@ -216,11 +214,8 @@ impl Mounts {
     /// be thawed.
     fn thaw_hidden(&self, mounted: &HashSet<(u32, u32)>, known: &[LayerId]) -> Vec<Frozen> {
         let found = self.mark().and_then(|(dev, mark)| {
-            let all = loopdev::list().map_err(|source| DriverError::Mount {
-                id: "-".into(),
-                action: "look for loop devices",
-                source,
-            })?;
+            let all =
+                loopdev::list().map_err(Attempt::on_path("look for loop devices of", self.layout.home()))?;
             Ok(all.into_iter().filter(move |s| s.backing_dev == dev && s.name.starts_with(&mark)))
         });
         let found = match found {

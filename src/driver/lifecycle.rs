@@ -1,6 +1,6 @@
-//! Create, remove, describe, clean up.
+//! Creation, removal, metadata, status and cleanup of layers.
 
-use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home, on_disk_thread};
+use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home, on_disk_thread, sandbox};
 use crate::{
     config::{self, MAX_SANDBOX_BYTES, MIN_SANDBOX_BYTES, Unit},
     store::{DiskThread, LayerId, LayerState, LayerWishes, Member, layout},
@@ -9,7 +9,7 @@ use crate::{
 use bytesize::ByteSize;
 use std::{collections::BTreeMap, sync::Arc};
 
-/// The `--storage-opt`s that a single layer can have.
+/// The `--storage-opt` names that a single layer accepts.
 const SIZE_OPTION: &str = "size";
 const XINO_OPTION: &str = "xino";
 
@@ -17,7 +17,7 @@ fn parent_of(request: &LayerRequest) -> Result<Option<LayerId>, DriverError> {
     if request.parent.is_empty() { Ok(None) } else { Ok(Some(request.parent.parse()?)) }
 }
 
-/// What a layer's options ask for.
+/// Parses a layer's options.
 fn wishes_of(request: &LayerRequest) -> Result<LayerWishes, DriverError> {
     let mut wishes = LayerWishes::default();
     for (name, value) in &request.storage_opt {
@@ -42,8 +42,7 @@ fn wishes_of(request: &LayerRequest) -> Result<LayerWishes, DriverError> {
 }
 
 impl Driver {
-    /// `GraphDriver.Create`: a layer with a parent and nothing in it yet. ApplyDiff makes it an image; the first Get
-    /// makes it a sandbox.
+    /// `GraphDriver.Create`: a layer without content. ApplyDiff makes it an image; the first Get makes it a sandbox.
     pub async fn create(&self, request: LayerRequest) -> Result<(), DriverError> {
         let home = self.home().await?;
         let (id, parent, wishes) =
@@ -65,23 +64,23 @@ impl Driver {
         on_disk_thread(move |thread| {
             home.check_reserve(thread)?;
             home.store.create(thread, &id, parent.as_ref(), LayerState::Sandbox, wishes, |folder| {
-                home.write_sandbox(folder, bytes)
+                sandbox::write(folder, bytes, home.options.mount, home.root_ids())
             })
         })
         .await
     }
 
-    /// `GraphDriver.Remove`: unmounts, whatever the references, and deletes. Idempotent.
+    /// `GraphDriver.Remove`: unmounts, whatever the reference count, and deletes. Idempotent.
     ///
     /// # Errors
-    /// A layer that still has children is refused; they are named.
+    /// A layer that still has children is refused; the error names them.
     pub async fn remove(&self, id: &str) -> Result<(), DriverError> {
         let home = self.home().await?;
         let id: LayerId = id.parse()?;
         if !home.store.children(&id).is_empty() {
             return home.remove(id).await;
         }
-        // A tar that is on its way would find its layer gone, or another of its id.
+        // A tar in progress would find its layer gone, or another one of the same id.
         let parted = self.doors.part(&id).await;
         home.remove(id.clone()).await?;
         self.doors.forget(&id, parted);
@@ -110,8 +109,8 @@ impl Driver {
         lines.await.unwrap_or_else(|e: DriverError| vec![("LCOW".into(), format!("not usable: {e}"))])
     }
 
-    /// `GraphDriver.Cleanup`: the engine stops. Everything is unmounted, service VMs end, debris is deleted; the next
-    /// Init finds the driver ready.
+    /// `GraphDriver.Cleanup`, when the engine stops: unmounts everything, ends service VMs and deletes debris. The
+    /// driver stays usable for the next Init.
     pub async fn cleanup(&self) -> Result<(), DriverError> {
         let home = self.home().await?;
         #[cfg(target_os = "linux")]
@@ -138,8 +137,8 @@ impl Driver {
 }
 
 impl Home {
-    /// Unmounts and removes a layer. Its gates are closed from the look at its children to the rename: nobody mounts what
-    /// is on its way out.
+    /// Unmounts and removes a layer. Its gates stay closed from the check of its children to the rename, so that
+    /// nothing mounts a layer that is being removed.
     async fn remove(self: Arc<Self>, id: LayerId) -> Result<(), DriverError> {
         let gates = self.close_view(&id).await?;
         gates
@@ -160,7 +159,7 @@ impl Home {
                 self.shown.forget(&id);
                 #[cfg(target_os = "linux")]
                 self.release_stuck(&gates);
-                // The deletion may take its time, and meets nobody.
+                // The deletion may take long and affects no other request.
                 drop(gates);
                 doomed.delete(thread, &self.store);
                 Ok(())
@@ -184,7 +183,7 @@ impl Home {
             add("parent", parent.to_string());
         }
         if meta.state == LayerState::Sandbox {
-            add("file", self.sandbox_path(id).to_string_lossy().into_owned());
+            add("file", sandbox::path(self.store.layout(), id).to_string_lossy().into_owned());
             if let Some(bytes) = meta.sandbox_bytes {
                 add("size", bytes.to_string());
             }
@@ -196,11 +195,11 @@ impl Home {
             add("file", file(layout::LAYER_FILE));
             add("image_bytes", applied.image_bytes.to_string());
             add("record_bytes", applied.record_bytes.to_string());
-            add("tar_digest", applied.tar_digest.clone());
+            add("tar_digest", applied.tar_digest.to_string());
             add("tar_bytes", applied.tar_bytes.to_string());
             add("uuid", applied.uuid.to_string());
             if let Some(root) = &applied.verity_root {
-                add("verity_root", root.clone());
+                add("verity_root", root.to_string());
             }
         }
         #[cfg(target_os = "linux")]
@@ -244,7 +243,7 @@ impl Home {
     }
 }
 
-/// Which parts of a worker's jail hold, in one line.
+/// The parts of a worker's jail that are in force, and those that are not, in one line.
 fn jail_line(jail: &crate::svm::JailReport) -> String {
     let landlock = format!("landlock (ABI {})", jail.landlock_abi);
     let parts = [

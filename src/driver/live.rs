@@ -1,39 +1,41 @@
-//! Holding sandboxes still while a service VM reads their metadata.
+//! Freezes sandboxes while a service VM reads their metadata.
 //!
 //! ```text
 //!   syncfs (everybody goes on) ─► gates close ─► FIFREEZE ─► … at least one tick … ─► FITHAW until it succeeds ─► gates open
 //! ```
 //!
 //! A sandbox may be mounted, may become mounted, or may be unmounted while a diff of it runs. During the two short
-//! phases in which metadata are read its gate is closed (nobody mounts or unmounts it) and, if it is mounted, its file
-//! system is frozen: everything that was written is in the image file then, and nothing moves. It stays so for at least
-//! one tick of the kernel's clock, so that a later write always has a later time than what was read.
+//! phases in which metadata are read, its gate is closed (it is neither mounted nor unmounted) and, if it is mounted,
+//! its file system is frozen: everything that was written is then in the image file, and nothing changes. This lasts at
+//! least one tick of the kernel's clock, so that a later write always has a later time than what was read.
 //!
-//! Where the disk has reflinks the metadata are not even waited for: the sandboxes' files are cloned while they stand still
-//! ([`Stillness::clones`]), and the clones, which nobody writes, are read. Elsewhere an export copies what changed lately
-//! to a scratch disk ([`LiveControl::copies`]), and what changed all the same is remembered for the next one
-//! ([`Remembered`]).
+//! On disks with reflinks the freeze does not even last while metadata are read: the sandboxes' files are cloned while
+//! frozen ([`Stillness::clones`]), and the clones, which do not change, are read. Elsewhere an export copies recently
+//! changed files to a scratch disk ([`LiveControl::copies`]); files that change nevertheless are remembered for the
+//! next attempt ([`Remembered`]).
 //!
-//! How often and how long is the business of who asks (`svm`); what was frozen is thawed on every way out: by
-//! [`LiveControl::thaw`], when the asking future is dropped, and at the end of the process.
+//! The caller (`svm`) decides how often and how long. Everything frozen is thawed on every exit path: by
+//! [`LiveControl::thaw`], when the future of the caller is dropped, and at the end of the process.
 
 use super::{
     DriverError,
     gates::{Gates, Held},
     home::Home,
+    remembered::{Remembered, Sandbox},
 };
 use crate::{
-    store::{Layer, LayerId},
-    svm::{LayerDisk, LiveControl, LiveFile, ParentDisks, SvmError},
+    store::LayerId,
+    svm::{LayerDisk, LiveControl, ParentDisks, SvmError},
 };
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
-use std::{collections::HashMap, fs::File, io, sync::Arc};
+use std::{io, sync::Arc};
 
 #[cfg(target_os = "linux")]
 use {
-    super::{blocking, error::with_causes, mounts::Mounts},
+    super::{blocking, mounts::Mounts},
     crate::{
+        error::with_causes,
         store::layout,
         svm::{CopyDisk, DiskSource},
     },
@@ -43,6 +45,7 @@ use {
         mount, reflink,
     },
     std::{
+        fs::File,
         os::fd::AsFd,
         path::{Path, PathBuf},
         sync::atomic::Ordering,
@@ -53,82 +56,22 @@ use {
 /// Longer than a tick of the slowest usual clock (100 Hz).
 #[cfg(target_os = "linux")]
 const TICK: Duration = Duration::from_millis(12);
-/// How long a caller waits for a thaw that fails. It goes on being tried, with the gates closed.
+/// How long a caller waits for a thaw that fails. The attempts go on, with the gates closed.
 #[cfg(target_os = "linux")]
 const THAW_WAIT: Duration = Duration::from_secs(5);
-/// Of repeated failures of one thaw every so many are told.
+/// Repeated failures of one thaw are logged once in this many attempts.
 #[cfg(target_os = "linux")]
 const TOLD: u32 = 60;
 
-/// Files changed within this time before an export are copied while they stand still,
+/// Files changed within this time before an export are copied during the freeze,
 #[cfg(target_os = "linux")]
 const LATELY: Duration = Duration::from_mins(1);
-/// up to so many bytes,
+/// up to this many bytes,
 #[cfg(target_os = "linux")]
 const MOST_COPIED: u64 = 256 << 20;
-/// and no longer than that.
+/// and for at most this long.
 #[cfg(target_os = "linux")]
 const LONGEST_COPY: Duration = Duration::from_secs(1);
-
-/// Layers and files that are remembered.
-const MOST_LAYERS: usize = 256;
-const MOST_FILES: usize = 1024;
-
-/// Which files changed while they were exported, for the next attempt: by layer, in memory.
-#[derive(Debug, Default)]
-pub(super) struct Remembered {
-    /// A layer's generation, and inodes, the latest last.
-    files: Mutex<HashMap<LayerId, (u64, Vec<u32>)>>,
-}
-
-impl Remembered {
-    /// Keeps `files` of a failed export.
-    fn note(&self, sandboxes: &[Sandbox], files: &[LiveFile]) {
-        let mut all = self.files.lock();
-        for file in files {
-            let Some(sandbox) = sandboxes.iter().find(|s| s.in_target == Some(file.layer)) else { continue };
-            let layer = &sandbox.layer;
-            if all.len() >= MOST_LAYERS && !all.contains_key(&layer.id) {
-                // Which are forgotten is of no importance: it costs one more attempt.
-                all.clear();
-            }
-            let (generation, inodes) = all.entry(layer.id.clone()).or_default();
-            if *generation != layer.generation {
-                (*generation, *inodes) = (layer.generation, Vec::new());
-            }
-            inodes.retain(|inode| *inode != file.inode);
-            if inodes.len() >= MOST_FILES {
-                inodes.remove(0);
-            }
-            inodes.push(file.inode);
-        }
-    }
-
-    /// What is remembered of those of `sandboxes` that are in the target.
-    #[cfg(target_os = "linux")]
-    fn of(&self, sandboxes: &[Sandbox]) -> Vec<LiveFile> {
-        let all = self.files.lock();
-        let mut files = Vec::new();
-        for sandbox in sandboxes {
-            if let (Some(layer), Some((generation, inodes))) = (sandbox.in_target, all.get(&sandbox.layer.id))
-                && *generation == sandbox.layer.generation
-            {
-                files.extend(inodes.iter().map(|inode| LiveFile { layer, inode: *inode }));
-            }
-        }
-        files
-    }
-}
-
-/// A sandbox among the layers of a comparison.
-#[derive(Debug, Clone)]
-pub(super) struct Sandbox {
-    pub(super) layer: Layer,
-    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "for clones, which only Linux makes"))]
-    pub(super) file: Arc<File>,
-    /// Its number in the target; none in the other stack.
-    pub(super) in_target: Option<u16>,
-}
 
 /// Freezes and thaws the sandboxes of one comparison.
 #[derive(Debug)]
@@ -137,7 +80,7 @@ pub(super) struct Stillness {
     ids: Vec<LayerId>,
     sandboxes: Vec<Sandbox>,
     remembered: Arc<Remembered>,
-    /// Where a scratch disk is made; none if there is no room for it.
+    /// Where a scratch disk is made; `None` if there is no space for it.
     #[cfg(target_os = "linux")]
     scratch: Option<PathBuf>,
     #[cfg(target_os = "linux")]
@@ -146,7 +89,7 @@ pub(super) struct Stillness {
 }
 
 impl Stillness {
-    /// Remembers which files made an export fail, if it failed by them.
+    /// Remembers the files whose changes made an export fail.
     pub(super) fn remember(&self, error: &SvmError) {
         if let SvmError::Refused(refused) = error {
             self.remembered.note(&self.sandboxes, &refused.changed);
@@ -155,8 +98,8 @@ impl Stillness {
 }
 
 impl Home {
-    /// Sees to it that `sandboxes`, which are those of the two stacks, can be read. Either what is given back makes them
-    /// stand still when that is needed, or there is no need: their disks are replaced by clones that nobody writes.
+    /// Makes `sandboxes`, which are those of the two stacks, readable: replaces their disks by clones that do not
+    /// change, or else returns the control that freezes them.
     #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_async, reason = "only Linux makes clones"))]
     pub(super) async fn hold_still(
         &self,
@@ -195,7 +138,7 @@ impl Home {
                 }
                 Err(CloneError::Clone(error)) => {
                     self.reflinks.store(false, Ordering::Relaxed);
-                    tracing::warn!(%error, "files cannot be cloned after all; sandboxes in use are read as they are");
+                    tracing::warn!(%error, "files cannot be cloned after all; reading live sandboxes directly");
                 }
             }
         }
@@ -203,19 +146,19 @@ impl Home {
         Ok(Some(Arc::new(still)))
     }
 
-    /// Whether `bytes` may be taken of the disk for a while.
+    /// Whether the disk has `bytes` to spare for a while.
     #[cfg(target_os = "linux")]
     fn has_room(&self, bytes: u64) -> bool {
         let wanted = bytes.saturating_add(self.options.min_free_bytes);
         self.free_bytes().is_none_or(|free| free >= wanted)
     }
 
-    /// Whether clones can be made, and there is room for all that may be written to the sandboxes while they exist: a
-    /// block that was shared is a new one after that.
+    /// Whether clones can be made and there is space for whatever may be written to the sandboxes while they exist: a
+    /// write to a shared block needs a new one.
     #[cfg(target_os = "linux")]
     async fn can_clone(&self, sandboxes: &[Sandbox]) -> Result<bool, DriverError> {
         use std::os::unix::fs::MetadataExt;
-        /// What `st_blocks` counts.
+        /// Unit of `st_blocks`, in bytes.
         const SECTOR: u64 = 512;
         if !self.reflinks.load(Ordering::Relaxed) {
             return Ok(false);
@@ -228,7 +171,7 @@ impl Home {
     }
 }
 
-/// Puts clones in the place of the files that they are of.
+/// Replaces files by their clones.
 #[cfg(target_os = "linux")]
 fn replace(clones: &[(Arc<File>, Arc<File>)], target: &mut [LayerDisk], parent: &mut ParentDisks) {
     let below: &mut [LayerDisk] = match parent {
@@ -242,7 +185,7 @@ fn replace(clones: &[(Arc<File>, Arc<File>)], target: &mut [LayerDisk], parent: 
     }
 }
 
-/// What is held while everything stands still. The file systems thaw before the gates open.
+/// Frozen file systems and closed gates. On drop the file systems thaw before the gates open.
 #[derive(Debug)]
 pub(super) struct Still {
     #[cfg(target_os = "linux")]
@@ -254,7 +197,7 @@ pub(super) struct Still {
 
 #[cfg(target_os = "linux")]
 impl Still {
-    /// Freezes what is mounted at `folders`. If one fails, or nobody wants the outcome any more, all are thawed.
+    /// Freezes what is mounted at `folders`. If one fails, or the caller is gone, all are thawed.
     fn begin(folders: &[PathBuf], gates: Held) -> io::Result<Self> {
         let begun = Instant::now();
         let frozen = folders
@@ -276,7 +219,7 @@ impl Still {
         for frozen in &self.frozen {
             frozen.thaw_surely(|number, error| {
                 if number % TOLD == 1 {
-                    tracing::error!(number, %error, "a sandbox cannot be thawed; it is tried again and again");
+                    tracing::error!(number, %error, "a sandbox cannot be thawed; retrying");
                 }
             });
         }
@@ -298,12 +241,12 @@ fn refused(folder: &Path, error: SysError) -> io::Error {
 
 #[cfg(target_os = "linux")]
 impl Stillness {
-    /// Where those of the sandboxes are that are mounted now.
+    /// The mount points of those sandboxes that are mounted now.
     fn folders(&self) -> Vec<PathBuf> {
         self.ids.iter().filter_map(|id| self.mounts.disk_dir(id)).collect()
     }
 
-    /// Sends what is dirty to the disk while everybody goes on, so that the freeze has little left to write.
+    /// Writes dirty data to the disk before the freeze, so that the freeze has little left to write.
     async fn sync(&self) -> io::Result<()> {
         let folders = self.folders();
         if folders.is_empty() {
@@ -311,7 +254,7 @@ impl Stillness {
         }
         in_thread(move || {
             folders.iter().try_for_each(|folder| match mount::syncfs(folder) {
-                // Unmounted meanwhile, which has synced it.
+                // Unmounted meanwhile, which synced it.
                 Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()),
                 other => other.map_err(io::Error::other),
             })
@@ -320,32 +263,33 @@ impl Stillness {
     }
 }
 
-/// Why there are no clones.
+/// Why cloning failed.
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
 enum CloneError {
-    /// The sandboxes could not be stopped or started again.
+    /// The sandboxes could not be frozen or thawed.
     Still(io::Error),
-    /// They were, but could not be cloned.
+    /// They were frozen, but could not be cloned.
     Clone(io::Error),
 }
 
 #[cfg(target_os = "linux")]
 impl Stillness {
-    /// Clones of the sandboxes' files, each behind its file, made while all stand still.
+    /// Clones of the sandboxes' files, as pairs of file and clone, made while all are frozen.
     async fn clones(&self, folder: PathBuf) -> Result<Vec<(Arc<File>, Arc<File>)>, CloneError> {
-        // One of both stacks is one file of each; the same clone serves both, so that they are known to be the same.
+        // A sandbox of both stacks is opened twice; both get the same clone, so that they are recognized as the same
+        // layer.
         let mut files: Vec<(LayerId, Arc<File>)> =
             self.sandboxes.iter().map(|s| (s.layer.id.clone(), s.file.clone())).collect();
         files.sort_by(|a, b| a.0.cmp(&b.0));
         let bulk = files.clone();
-        // What the loop devices have written lies in the host's page cache: the clone would have to write it back.
+        // The writes of the loop devices are in the host's page cache; the clone would have to write them back.
         self.sync().await.map_err(CloneError::Still)?;
         in_thread(move || bulk.iter().try_for_each(|(_, file)| file.sync_data()))
             .await
             .map_err(CloneError::Still)?;
         self.freeze().await.map_err(CloneError::Still)?;
-        // Dropped here half way, `self` thaws: it holds what is frozen.
+        // If this is dropped half way, `self` thaws, because it holds what is frozen.
         let cloned = in_thread(move || {
             let mut clones: Vec<(LayerId, Arc<File>, Arc<File>)> = Vec::with_capacity(files.len());
             for (id, file) in files {
@@ -362,7 +306,7 @@ impl Stillness {
             Ok(clones.into_iter().map(|(_, file, clone)| (file, clone)).collect())
         });
         let cloned = cloned.await;
-        // Before anything is made of the outcome.
+        // Thaw before the result is used.
         self.thaw().await.map_err(CloneError::Still)?;
         cloned.map_err(CloneError::Clone)
     }
@@ -404,7 +348,7 @@ impl LiveControl for Stillness {
         Box::pin(async move {
             self.sync().await?;
             let gates = self.gates.close(&self.ids).await;
-            // Looked up again under the gates.
+            // Look up again under the gates.
             let folders = self.folders();
             *self.held.lock() = Some(in_thread(move || Still::begin(&folders, gates)).await?);
             Ok(())
@@ -415,22 +359,22 @@ impl LiveControl for Stillness {
         Box::pin(async move {
             let Some(still) = self.held.lock().take() else { return Ok(()) };
             let (ended, end) = tokio::sync::oneshot::channel();
-            // A thread of its own: it may take for ever, and a runtime waits for its threads when it ends.
+            // A dedicated thread: it may take forever, and a runtime waits for its threads when it ends.
             let thread = std::thread::Builder::new().name("thaw".into()).spawn(move || {
                 still.end();
                 let _ = ended.send(());
             });
-            // Without one, dropping `still` has thawed.
+            // If there is none, dropping `still` has thawed.
             thread?;
             match tokio::time::timeout(THAW_WAIT, end).await {
                 Ok(_) => Ok(()),
-                Err(_) => Err(io::Error::other("it stays frozen; the log says why, and it is tried again")),
+                Err(_) => Err(io::Error::other("it stays frozen for now; attempts continue, see the log")),
             }
         })
     }
 }
 
-/// Nothing is mounted elsewhere, so the gates are all.
+/// Only Linux mounts sandboxes; elsewhere the gates suffice.
 #[cfg(not(target_os = "linux"))]
 impl LiveControl for Stillness {
     fn freeze(&self) -> BoxFuture<'_, io::Result<()>> {

@@ -1,26 +1,33 @@
-//! What a graphdriver means: layers that are created, shown, compared, filled and removed.
+//! The graphdriver: creates, mounts, compares, fills and removes layers.
 //!
 //! ```text
 //!            ┌──────────── Driver: the homes of this process, the last Init's is current ───────────┐
 //!   api ───► │ lifecycle  create, remove, metadata, status, cleanup     ──► store                   │
 //!            │ views      get, put: mounts of images and sandboxes      ──► store, sys              │
-//!            │ transfer   diff, apply_diff, changes, diff_size          ──► svm, store              │
+//!            │ apply      apply_diff: a tar becomes an image            ──► svm, store              │
+//!            │ diff       diff, changes, diff_size                      ──► svm, store              │
 //!            │ pristine   a sandbox that was never written takes a tar  ──► svm, store              │
 //!            │ leftovers  what a killed process left mounted or frozen  ──► sys                     │
 //!            └──────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
 //! Invariants:
-//! * No byte of a layer is interpreted here: `transfer` opens files and hands descriptors to a service VM.
+//! * No byte of a layer is interpreted here: `apply` and `diff` open files and hand descriptors to a service VM.
 //! * No lock is held across bulk I/O; gates are held while mounts change and while metadata are read.
-//! * No task of the runtime waits for a disk: `on_disk_thread` and `blocking` do.
-//! * A request looks at a layer once, by a snapshot, or under the layer's closed gate.
-//! * A layer's state changes through the store's atomic commits only.
-//! * Only images that a second, fresh service VM found sound, and sandboxes that we formatted, are mounted.
+//! * No task of the runtime waits for a disk; `on_disk_thread` and `blocking` run such work on threads of their own.
+//! * A request reads the state of a layer once, as a snapshot, or under the layer's closed gate.
+//! * A layer's state changes only by the store's atomic commits.
+//! * The host mounts only images that a second, fresh service VM has checked, and sandboxes that this driver formatted.
 //!
-//! Called by `api` and, for scrub, by `main`.
+//! [`Driver`] is one type with an `impl` per file: `lifecycle`, `views`, `apply`, `diff` and `scrub`. So is
+//! [`Home`](home::Home): opening and options in `home`, Get and Put in `views`, applies in `apply`, stacks of disks in
+//! `comparison`, freezing in `live`, sandboxes without changes in `pristine`. Called by `api`, `migrate` and the
+//! `store` commands.
 
+mod apply;
+mod comparison;
 mod cut;
+mod diff;
 mod door;
 mod error;
 mod gates;
@@ -35,15 +42,16 @@ mod live;
 mod mounts;
 mod pristine;
 mod refusal;
+mod remembered;
 mod room;
 mod root;
+mod sandbox;
 mod scrub;
-mod transfer;
+mod shown;
 mod views;
 
 pub use crate::svm::replayed_within;
-pub use error::{DriverError, with_causes};
-pub use scrub::{ScrubFinding, ScrubReport};
+pub use error::DriverError;
 
 use crate::{
     config::Options,
@@ -63,9 +71,9 @@ use std::{
     time::Duration,
 };
 
-/// File below the service's root that remembers the last Init: the engine does not repeat it after a crash.
+/// File below the service's root that holds the last Init: the engine does not repeat it after a crash.
 const LAST_INIT: &str = "last-init.json";
-/// Time that operations get to end when service VMs are retired or the program stops.
+/// How long operations may go on when service VMs are retired or the program stops.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// A request that names a layer.
@@ -73,20 +81,18 @@ const GRACE: Duration = Duration::from_secs(5);
 pub struct LayerRequest {
     /// The layer.
     pub id: String,
-    /// Its parent, or "".
+    /// Its parent, or empty.
     pub parent: String,
-    /// SELinux label of the merged view, or "".
-    pub mount_label: String,
     /// `--storage-opt` of one container.
     pub storage_opt: BTreeMap<String, String>,
 }
 
-/// One changed path; kind 0 is modified, 1 added, 2 deleted.
+/// One changed path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChangedPath {
     /// Absolute path in the layer, raw bytes.
     pub path: Vec<u8>,
-    /// What happened to it.
+    /// 0 modified, 1 added, 2 deleted, as the engine numbers them.
     pub kind: u8,
 }
 
@@ -101,9 +107,9 @@ impl From<Change> for ChangedPath {
 pub struct DriverConfig {
     /// The service's own state; also the home until an Init names one.
     pub root: PathBuf,
-    /// Options from command line, environment and file; Init's are stronger.
+    /// Options from the command line, environment and file; those of Init take precedence.
     pub options: Options,
-    /// The program that is started as a worker; `None` for this very program.
+    /// The program that is started as a worker; `None` for this program.
     pub worker_program: Option<PathBuf>,
 }
 
@@ -118,7 +124,8 @@ struct LastInit {
 pub struct Driver {
     config: Arc<DriverConfig>,
     homes: Arc<RwLock<Homes>>,
-    /// Homes are opened, and Inits done, one after the other. Goes with the work, whoever waits for it.
+    /// Serializes Inits and the opening of homes. The guard moves into the work, so it is held even if the request is
+    /// dropped.
     init: Arc<tokio::sync::Mutex<()>>,
     doors: door::Doors,
     cuts: Arc<cut::CutDiffs>,
@@ -132,12 +139,12 @@ struct Homes {
 }
 
 impl Driver {
-    /// A driver that continues where an earlier process stopped: the last Init's home is opened with what that Init
-    /// said. Must be called within a tokio runtime.
+    /// A driver that continues where an earlier process stopped: opens the home of the last Init with the options of
+    /// that Init. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// The root or the home cannot be used, another process owns the store, or the kind of service VM that the options
-    /// name cannot work here.
+    /// The root or the home cannot be used, another process owns the store, or the backend that the options name does
+    /// not work here.
     pub fn start(config: DriverConfig) -> Result<Self, DriverError> {
         // Nothing else runs yet.
         let thread = &DiskThread::here();
@@ -148,10 +155,10 @@ impl Driver {
         if let Some(home) = last {
             if home.is_dir() {
                 let opened = Home::open(thread, &home, None, &driver.config)?;
-                // The next Init may say otherwise, so this is no reason to end.
+                // The next Init may choose another backend, so the process goes on.
                 if let Err(error) = home::check_backend(&opened.options, &driver.config) {
                     tracing::error!(
-                        "no layer can be handled until this is mended or Init says otherwise: {error}"
+                        "no layer can be handled until this is fixed or Init chooses another backend: {error}"
                     );
                 }
                 driver.homes.write().adopt(home, opened);
@@ -184,13 +191,12 @@ impl Driver {
         Ok(last.map(|l| l.home))
     }
 
-    /// A driver that looks at a store beside its owner: for scrub, which changes nothing. Blocks, as a
-    /// command may.
+    /// A driver that reads a store next to its owner, for scrub, which changes nothing. Blocks: for commands only.
     pub fn inspect(home: &Path, config: DriverConfig) -> Result<Self, DriverError> {
         Ok(Self::with_home(Home::inspect(&DiskThread::here(), home, &config)?, home, config))
     }
 
-    /// A driver that owns `home`, whatever the last Init said: opening it repairs it. Blocks, as a command may.
+    /// A driver that owns `home`, whatever the last Init named; opening a store repairs it. Blocks: for commands only.
     pub fn repair(home: &Path, config: DriverConfig) -> Result<Self, DriverError> {
         Ok(Self::with_home(Home::open(&DiskThread::here(), home, None, &config)?, home, config))
     }
@@ -201,7 +207,7 @@ impl Driver {
         driver
     }
 
-    /// Faults that can be seen without opening an image.
+    /// Faults that show without opening an image.
     pub async fn structural_faults(&self) -> Result<Vec<(LayerId, String)>, DriverError> {
         let home = self.home().await?;
         on_disk_thread(move |thread| Ok(home.store.structural_faults(thread))).await
@@ -211,7 +217,8 @@ impl Driver {
         self.homes.read().current.clone()
     }
 
-    /// The home that serves requests now; what a failed write left unknown of its layers was read again.
+    /// The home that serves requests now. If a failed write left the state of a layer uncertain, it is read again
+    /// first.
     async fn home(&self) -> Result<Arc<Home>, DriverError> {
         let home = match self.current() {
             Some(home) => home,
@@ -228,7 +235,7 @@ impl Driver {
         Ok(home)
     }
 
-    /// No Init yet: an engineer with curl works on the root itself.
+    /// Without an Init the root itself is the home, for use with curl.
     async fn open_root(&self) -> Result<Arc<Home>, DriverError> {
         let one_at_a_time = self.init.clone().lock_owned().await;
         if let Some(home) = self.current() {
@@ -246,14 +253,15 @@ impl Driver {
         .await
     }
 
-    /// `GraphDriver.Init`: makes `home` the one that serves, with these options. An Init that fails changes nothing.
+    /// `GraphDriver.Init`: makes `path` the home that serves requests, with these options. An Init that fails changes
+    /// nothing.
     ///
     /// # Errors
-    /// A relative home, an unknown or wrong option, or a store that cannot be used.
+    /// A relative path, an unknown or invalid option, or a store that cannot be used.
     pub async fn init(&self, path: PathBuf, record: InitRecord) -> Result<(), DriverError> {
         if !path.is_absolute() {
             return Err(DriverError::Usage(format!(
-                "Init's Home '{}' is not an absolute path",
+                "Init: Home '{}' is not an absolute path",
                 path.display()
             )));
         }
@@ -277,13 +285,13 @@ impl Driver {
                 Some(home) => {
                     let renewed = home.with_init(thread, record, &config)?;
                     if let Err(error) = remember() {
-                        // As it was, the store's note included.
+                        // Restore what the store has recorded, too.
                         home.store.record_init(thread, home.init.clone())?;
                         runtime.spawn(async move { renewed.retire().await });
                         return Err(error.into());
                     }
                     homes.write().adopt(path.clone(), renewed);
-                    // What still runs under the old options gets its time; new requests need not wait for it.
+                    // Operations under the old options may finish; new requests do not wait for them.
                     runtime.spawn(async move { home.retire().await });
                 }
                 None => {
@@ -307,7 +315,7 @@ impl Driver {
         Ok(self.home().await?.store.marker().reproduces_exact_diffs)
     }
 
-    /// Longest stand-still of a transfer.
+    /// How long a transfer may make no progress (`lcow.timeout`).
     pub fn idle_timeout(&self) -> Duration {
         self.homes
             .read()
@@ -316,7 +324,7 @@ impl Driver {
             .map_or(self.config.options.idle_timeout, |h| h.options.idle_timeout)
     }
 
-    /// Ends service VMs in order. Mounts stay as they are: containers may live on them.
+    /// Ends service VMs in order. Mounts stay: running containers may use them.
     pub async fn stop(&self) {
         let homes: Vec<_> = self.homes.read().open.values().cloned().collect();
         for home in homes {
@@ -324,13 +332,13 @@ impl Driver {
         }
     }
 
-    /// The running service VMs, for people; none before Init.
+    /// The running service VMs, for `svm ls`; none before Init.
     pub fn service_vms(&self) -> Vec<crate::svm::PoolVm> {
         let home = self.homes.read().current.clone();
         home.map(|home| home.pool.running()).unwrap_or_default()
     }
 
-    /// What the driver holds now, for metrics.
+    /// Current counts, for metrics.
     pub async fn gauges(&self) -> Gauges {
         let Some(home) = self.current() else { return Gauges::default() };
         let measured = home.clone();
@@ -354,7 +362,7 @@ impl Driver {
 }
 
 impl Homes {
-    /// Makes a home the one that serves.
+    /// Makes `home` the one that serves requests.
     fn adopt(&mut self, path: PathBuf, home: Home) -> Arc<Home> {
         let home = Arc::new(home);
         self.open.insert(path, home.clone());
@@ -363,23 +371,25 @@ impl Homes {
     }
 }
 
-/// Whether two paths name one folder.
-fn same_folder(one: &Path, other: &Path) -> bool {
+/// Whether two paths name the same directory.
+fn same_directory(one: &Path, other: &Path) -> bool {
     one == other || one.canonicalize().is_ok_and(|one| other.canonicalize().is_ok_and(|other| one == other))
 }
 
-/// Runs file work of the store on a thread of its own.
+/// Runs file work of the store on a thread that may wait.
 async fn on_disk_thread<T: Send + 'static>(
     work: impl FnOnce(&DiskThread) -> Result<T, DriverError> + Send + 'static,
 ) -> Result<T, DriverError> {
-    DiskThread::run(work).await.map_err(|e| DriverError::Internal(e.to_string()))?
+    DiskThread::run(work).await.map_err(|e| DriverError::Internal(format!("a task ended early: {e}")))?
 }
 
-/// Runs blocking work on a thread of its own.
+/// Runs blocking work on a thread that may wait.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, DriverError> + Send + 'static,
 ) -> Result<T, DriverError> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| DriverError::Internal(e.to_string()))?
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| DriverError::Internal(format!("a task ended early: {e}")))?
 }
 
 /// Opens a file for reading.

@@ -26,10 +26,11 @@
 use super::{
     DriverError,
     gates::Held,
-    views::{UPPER, WORK},
+    sandbox::{UPPER, WORK},
 };
 use crate::{
     config::OverlayApi,
+    error::Attempt,
     store::{LayerId, LayerState, Layout, Member, Snapshot, layout},
 };
 use lcow_sys::linux::{
@@ -76,9 +77,10 @@ pub(super) struct Mounts {
     pub(super) state: Arc<Mutex<State>>,
 }
 
+/// Makes a [`DriverError::Mount`], for `map_err`.
 pub(super) fn failed(id: &LayerId, action: &'static str) -> impl FnOnce(SysError) -> DriverError {
-    let id = id.to_string();
-    move |source| DriverError::Mount { id, action, source }
+    let attempt = Attempt::on_layer(action, id);
+    move |source| DriverError::Mount(attempt(source))
 }
 
 fn method(api: OverlayApi) -> OverlayMethod {
@@ -153,7 +155,7 @@ impl Mounts {
             let place = match member.meta.state {
                 // Created and never written: nothing to show.
                 LayerState::Created => continue,
-                LayerState::Applying => return Err(super::views::unfinished(&member.layer.id)),
+                LayerState::Applying => return Err(super::error::unfinished(&member.layer.id)),
                 LayerState::Applied | LayerState::Sandbox => {
                     held.take(member)?;
                     self.layout.mount_point(&member.layer.id)
@@ -172,27 +174,25 @@ impl Mounts {
                 }
             }
         }
-        // Overlayfs wants one lower below an upper, and two without one.
-        while lowers.len() < if upper.is_some() { 1 } else { 2 } {
-            lowers.push(self.layout.top(layout::MOUNTS).join(layout::EMPTY));
-            if upper.is_none() && lowers.len() == 1 {
-                break;
+        let empty = || self.layout.top(layout::MOUNTS).join(layout::EMPTY);
+        // Overlayfs needs one lower below an upper, and two without one.
+        match (&upper, lowers.len()) {
+            (Some(_), 0) | (None, 1) => lowers.push(empty()),
+            (None, 0) => {
+                return Err(DriverError::Internal(format!("layer {id} has neither an image nor a sandbox")));
             }
+            _ => {}
         }
-        if let (None, [only]) = (&upper, &lowers[..]) {
-            mount::bind(only, &dir).map_err(failed(id, "mount its view"))?;
-        } else {
-            let spec = OverlaySpec {
-                base: self.layout.top(layout::MOUNTS),
-                lowers,
-                upper,
-                context: (!label.is_empty()).then(|| label.to_owned()),
-                target: dir.clone(),
-                xino: stack.top.meta.xino.unwrap_or(xino),
-                read_only: false,
-            };
-            mount_overlay(&spec, self.method).map_err(failed(id, "mount its merged view"))?;
-        }
+        let spec = OverlaySpec {
+            base: self.layout.top(layout::MOUNTS),
+            lowers,
+            upper,
+            context: (!label.is_empty()).then(|| label.to_owned()),
+            target: dir.clone(),
+            xino: stack.top.meta.xino.unwrap_or(xino),
+            read_only: false,
+        };
+        mount_overlay(&spec, self.method).map_err(failed(id, "mount its merged view"))?;
         let disks = held.keep();
         self.state.lock().views.insert(id.clone(), View { refs: 1, disks, dir: dir.clone() });
         Ok(dir)
@@ -354,7 +354,7 @@ impl Mounts {
             // The mapped view lies on top of the plain one, at the same place; both go at the unmount.
             idmap::mount_idmapped(target, target, namespace, true).map_err(|source| {
                 let _ = mount::umount(target, true);
-                DriverError::Mount { id: id.to_string(), action: "map the ids of its image", source }
+                failed(id, "map the ids of its image")(source)
             })?;
         }
         Ok(())
@@ -371,7 +371,7 @@ impl Mounts {
         // Its file system may be one that lives on, frozen, after a process that was killed.
         freeze::thaw(target).map_err(|source| {
             let _ = mount::umount(target, true);
-            DriverError::Mount { id: id.to_string(), action: "thaw its sandbox", source }
+            failed(id, "thaw its sandbox")(source)
         })
     }
 

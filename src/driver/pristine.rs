@@ -1,4 +1,4 @@
-//! Layers that were shown and never written: they still take a tar.
+//! Layers that were mounted but never written still take a tar.
 //!
 //! ```text
 //!   ApplyDiff of a sandbox ─► created by this process? no Get holds it? no child?                    ─┐ no: refused,
@@ -7,97 +7,31 @@
 //!     ─► as for any layer that was only created
 //! ```
 //!
-//! moby's own drivers unpack a tar over whatever a layer holds. Here a layer is either an image that never changes or a
-//! sandbox, so what was written must not vanish behind a tar; but a layer that was only looked at (Create, Get, Put,
-//! ApplyDiff) has nothing to lose. The image decides, not a note: one overlay mount leaves times and `trusted.overlay.*`
-//! on an untouched root, and those alone are passed over.
+//! moby's own drivers unpack a tar over whatever a layer holds. Here a layer is either an immutable image or a sandbox,
+//! so a tar must not hide what was written; but a layer that was only mounted (Create, Get, Put, ApplyDiff) has nothing
+//! to lose. The image decides, not a record: an overlay mount leaves times and `trusted.overlay.*` on an untouched
+//! root, and only those are ignored.
 //!
-//! Invariants: nothing of a layer that holds a change is deleted; between the look at the image and the change of state
-//! nobody was shown the layer. Called by `transfer` (ApplyDiff) and, to count, by `views` and `lifecycle`.
+//! Invariants: a layer with changes is never deleted; no Get comes between the look at the image and the change of
+//! state (`shown` counts the Gets). Called by `apply` for ApplyDiff.
 
-use super::{DriverError, home::Home, views::ROOT_PERMISSIONS};
+use super::{DriverError, home::Home, sandbox::ROOT_PERMISSIONS};
 use crate::{
     store::{Layer, LayerId, LayerMeta, LayerState, layout},
     svm::{BlankRoot, Purpose},
 };
-use parking_lot::Mutex;
-use std::{collections::HashMap, io, sync::Arc};
-
-/// Which layers this process shows and has shown.
-#[derive(Debug, Default)]
-pub(super) struct Shown(Mutex<HashMap<LayerId, Count>>);
-
-#[derive(Debug, Default)]
-struct Count {
-    /// Gets that began, ever: equal numbers mean that none came between.
-    ever: u64,
-    /// Gets under way.
-    under_way: u64,
-    /// Gets without a Put of a layer that virtual machines attach. Mounted views are counted by `mounts`.
-    handed_out: u64,
-}
-
-/// A Get under way.
-#[derive(Debug)]
-pub(super) struct Showing {
-    shown: Arc<Shown>,
-    id: LayerId,
-}
-
-impl Shown {
-    /// A Get of `id` begins.
-    pub(super) fn begin(self: &Arc<Self>, id: &LayerId) -> Showing {
-        let mut counts = self.0.lock();
-        let count = counts.entry(id.clone()).or_default();
-        count.ever += 1;
-        count.under_way += 1;
-        Showing { shown: self.clone(), id: id.clone() }
-    }
-
-    /// A Put of `id`.
-    pub(super) fn put(&self, id: &LayerId) {
-        if let Some(count) = self.0.lock().get_mut(id) {
-            count.handed_out = count.handed_out.saturating_sub(1);
-        }
-    }
-
-    /// The layer is gone.
-    pub(super) fn forget(&self, id: &LayerId) {
-        self.0.lock().remove(id);
-    }
-
-    /// Gets that began, ever, and those that hold the layer outside of mounted views.
-    fn look(&self, id: &LayerId) -> (u64, u64) {
-        self.0.lock().get(id).map_or((0, 0), |count| (count.ever, count.under_way + count.handed_out))
-    }
-}
-
-impl Showing {
-    /// The layer's folder was given to somebody who attaches its disk.
-    pub(super) fn handed_out(self) {
-        if let Some(count) = self.shown.0.lock().get_mut(&self.id) {
-            count.handed_out += 1;
-        }
-    }
-}
-
-impl Drop for Showing {
-    fn drop(&mut self) {
-        if let Some(count) = self.shown.0.lock().get_mut(&self.id) {
-            count.under_way = count.under_way.saturating_sub(1);
-        }
-    }
-}
+use std::{io, sync::Arc};
 
 fn refused(id: &LayerId, reason: &str) -> DriverError {
     DriverError::Usage(format!("layer {id} {reason}; a tar cannot be applied to it"))
 }
 
 impl Home {
-    /// Makes a sandbox that was never written a layer that was only created; leaves layers in other states as they are.
+    /// Turns a sandbox that was never written back into a layer that was only created; leaves layers in other states as
+    /// they are.
     ///
     /// # Errors
-    /// A sandbox that was written, is shown, has children, or is of an earlier process: it stays as it is.
+    /// The sandbox was written, is in use, has children, or was created by an earlier process. It stays as it is.
     pub(super) async fn take_back(self: &Arc<Self>, layer: &Layer) -> Result<(), DriverError> {
         let id = &layer.id;
         if self.store.get(id)?.meta.state != LayerState::Sandbox {
@@ -116,7 +50,7 @@ impl Home {
             home.nobody_uses(&layer)?;
             home.nothing_stands_on(&layer)?;
             if home.shown.look(id).0 != before {
-                return Err(refused(id, "was shown while its content was looked at"));
+                return Err(refused(id, "was mounted while its content was being examined"));
             }
             #[cfg(target_os = "linux")]
             home.mounts.free_hidden(&gate, id)?;
@@ -126,7 +60,7 @@ impl Home {
                 LayerState::Sandbox => {
                     Ok(LayerMeta { state: LayerState::Created, handed_out: false, ..meta.clone() })
                 }
-                // Somebody else was faster: what it is now decides.
+                // Another request was faster; the new state decides.
                 _ => Ok::<_, DriverError>(meta.clone()),
             })?;
             for name in [layout::SANDBOX_FILE, layout::SANDBOX_VHDX_FILE] {
@@ -143,7 +77,7 @@ impl Home {
         .await
     }
 
-    /// Refuses a sandbox that somebody may be writing.
+    /// Refuses a sandbox that may be in use.
     fn nobody_uses(&self, layer: &Layer) -> Result<(), DriverError> {
         let id = &layer.id;
         if !layer.made_here {
@@ -159,7 +93,7 @@ impl Home {
         Ok(())
     }
 
-    /// Refuses a sandbox that is a parent.
+    /// Refuses a sandbox that has children.
     fn nothing_stands_on(&self, layer: &Layer) -> Result<(), DriverError> {
         let children = self.store.children(&layer.id);
         let Some(child) = children.first() else { return Ok(()) };
@@ -180,31 +114,5 @@ impl Home {
         let (uid, gid) = self.root_ids();
         let written = lease.written(job, BlankRoot { permissions: ROOT_PERMISSIONS, uid, gid }).await;
         written.map_err(DriverError::svm(id, "look whether it was written"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn gets_are_counted_until_they_end_or_are_put() {
-        let (shown, id) = (Arc::new(Shown::default()), "a".parse::<LayerId>().unwrap());
-        assert_eq!(shown.look(&id), (0, 0));
-        let showing = shown.begin(&id);
-        assert_eq!(shown.look(&id), (1, 1));
-        // It failed.
-        drop(showing);
-        assert_eq!(shown.look(&id), (1, 0));
-        shown.begin(&id).handed_out();
-        shown.begin(&id).handed_out();
-        assert_eq!(shown.look(&id), (3, 2));
-        shown.put(&id);
-        assert_eq!(shown.look(&id), (3, 1));
-        shown.put(&id);
-        shown.put(&id);
-        assert_eq!(shown.look(&id), (3, 0));
-        shown.forget(&id);
-        assert_eq!(shown.look(&id), (0, 0));
     }
 }

@@ -1,39 +1,39 @@
-//! Who takes a tar and who does not, in words; and what was seen of a tar that came. Called by `transfer`.
+//! Which layers take a tar, with the texts of refusals; and a watch over the body of an ApplyDiff. Called by `apply`.
 
-use super::{DriverError, cut::Passed, door::Closed, views::unfinished};
+use super::{DriverError, cut::Passed, door::Closed, error::unfinished};
 use crate::store::{Layer, LayerId, LayerMeta, LayerState};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use parking_lot::Mutex;
 use std::{io, sync::Arc, task::Poll};
 
-/// The refusal of an ApplyDiff that came to a closed door.
+/// The refusal of an ApplyDiff whose layer has a closed door.
 pub(super) fn shut(id: &LayerId, closed: &Closed) -> DriverError {
     match closed {
         Closed::Busy => DriverError::Usage(format!(
-            "layer {id}: another ApplyDiff of it is under way; if that one fails, remove the layer and create it anew"
+            "layer {id}: another ApplyDiff of it is in progress; if that fails, remove the layer and pull it again"
         )),
         Closed::Failed(reason) => unfinished_because(id, Some(reason)),
     }
 }
 
-/// Refuses a layer that is marked; `reason` is why its first ApplyDiff failed, where that is known.
+/// The refusal of a marked layer; `reason` is why its first ApplyDiff failed, if known.
 pub(super) fn unfinished_because(id: &LayerId, reason: Option<&str>) -> DriverError {
     let Some(reason) = reason else { return unfinished(id) };
     DriverError::Usage(format!(
-        "layer {id}: an ApplyDiff of it was begun and never completed; remove the layer and create it anew. The first \
-         reason was: {reason}"
+        "layer {id} is incomplete (its ApplyDiff was interrupted); remove it and pull it again. The first reason was: \
+         {reason}"
     ))
 }
 
-/// Refuses a layer whose state takes no tar, whoever asks and whatever happens, until it is removed.
+/// Refuses a layer whose state takes no tar until it is removed.
 pub(super) fn takes_tar(layer: &Layer, meta: &LayerMeta) -> Result<(), DriverError> {
     let id = &layer.id;
     match meta.state {
         LayerState::Created if layer.made_here => Ok(()),
         LayerState::Created => Err(DriverError::Usage(format!(
-            "layer {id} was created before the plugin was started anew, which may have cut a tar that was on its way to \
-             it; remove the layer and create it anew (docker does when the command is given again){}",
+            "layer {id} was created before the plugin was restarted, which may have cut a tar that was being sent to it; \
+             remove it and pull it again (docker does so when the command is repeated){}",
             meta.refused
                 .as_ref()
                 .map(|reason| format!(". The first reason was: {reason}"))
@@ -43,12 +43,12 @@ pub(super) fn takes_tar(layer: &Layer, meta: &LayerMeta) -> Result<(), DriverErr
     }
 }
 
-/// Why a layer of this state takes no tar.
+/// The refusal of a layer in this state.
 pub(super) fn wrong_state(id: &LayerId, meta: &LayerMeta) -> DriverError {
     match meta.state {
         LayerState::Applying => unfinished_because(id, meta.refused.as_deref()),
         LayerState::Applied => DriverError::Usage(format!(
-            "layer {id} is applied already and never changes; remove it and create it anew"
+            "layer {id} is already applied and never changes; remove it and create it again"
         )),
         _ => DriverError::Usage(format!(
             "layer {id} was written through a mount; a tar cannot be applied to it"
@@ -56,7 +56,7 @@ pub(super) fn wrong_state(id: &LayerId, meta: &LayerMeta) -> DriverError {
     }
 }
 
-/// Refuses a parent that is named and is not the layer's.
+/// Refuses a parent that is given and is not the layer's.
 pub(super) fn stands_on(layer: &Layer, parent: &str) -> Result<(), DriverError> {
     if parent.is_empty() {
         return Ok(());
@@ -72,16 +72,16 @@ pub(super) fn stands_on(layer: &Layer, parent: &str) -> Result<(), DriverError> 
     )))
 }
 
-/// What was seen of a body.
+/// What was seen of a body so far.
 #[derive(Debug, Default)]
 pub(super) struct Watch(Mutex<Seen>);
 
 #[derive(Debug, Default, Clone, Copy)]
 struct Seen {
     passed: Passed,
-    /// Ended properly.
+    /// It ended properly.
     ended: bool,
-    /// Broke off.
+    /// It broke off.
     broken: bool,
 }
 
@@ -100,7 +100,7 @@ impl Watch {
     }
 }
 
-/// Notes how much of a body was read and whether it ended properly.
+/// Records how much of a body was read and whether it ended properly.
 pub(super) fn watched<S>(body: S, watch: Arc<Watch>) -> impl Stream<Item = io::Result<Bytes>> + Send
 where
     S: Stream<Item = io::Result<Bytes>> + Send,

@@ -1,26 +1,25 @@
-//! Room on the home's disk while a layer is made.
+//! Disk space while a layer is made.
 //!
 //! ```text
 //!   body of an ApplyDiff ─► watched: after each 32 MiB, is lcow.minfree still there? ─► service VM
 //!   files that came back ─► settle: cut to their lengths, blocks held against them ─► commit
 //! ```
 //!
-//! The reserve is looked at before an apply begins; a tar of a terabyte, or a worker that writes more than it should,
-//! would use it up in between. And a file may have blocks behind its end that its length does not show. Called by
-//! [`super::transfer`].
+//! The reserve is checked before an apply begins, but a tar of a terabyte, or a worker that writes too much, could use
+//! it up in between. And a file may have blocks beyond its end, which its length does not show. Called by `apply`.
 
 use super::{DriverError, home::Home, on_disk_thread};
 #[cfg(unix)]
-use crate::store::StoreError;
+use crate::error::CorruptFile;
 use crate::svm::DiskSource;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use std::{io, sync::Arc};
 
-/// Bytes of a tar after which the reserve is looked at again.
+/// Bytes of a tar between two checks of the reserve.
 const LOOK_EVERY: u64 = 32 << 20;
 
-/// `body`, which fails as soon as the disk has less than the reserve.
+/// `body`, but fails as soon as less than the reserve is free.
 pub(super) fn watched<S>(body: S, home: Arc<Home>) -> impl Stream<Item = io::Result<Bytes>> + Send
 where
     S: Stream<Item = io::Result<Bytes>> + Send,
@@ -43,26 +42,26 @@ where
     })
 }
 
-/// Gives back what a finished file has behind its end, and holds its blocks against its length.
+/// Frees blocks beyond the end of a finished file, and compares its blocks with its length.
 ///
 /// # Errors
-/// [`StoreError::Corrupt`] for a file that takes more room than its length; what the system says.
+/// [`CorruptFile`] if the file takes more space than its length; I/O errors.
 pub(super) fn settle(disk: &DiskSource) -> Result<(), DriverError> {
     let measure = DriverError::io("measure", &disk.path);
     let length = disk.file.metadata().map_err(measure)?.len();
-    // To the length that it has: file systems then drop blocks that were reserved behind it.
+    // To its current length: file systems then drop blocks that were allocated beyond it.
     disk.file.set_len(length).map_err(DriverError::io("cut", &disk.path))?;
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
-        /// Bytes of a unit of `st_blocks`.
+        /// Unit of `st_blocks`, in bytes.
         const UNIT: u64 = 512;
-        // What a file system may count for its own: trees of extents, clusters, attributes.
+        // What a file system may count for itself: extent trees, clusters, attributes.
         let own = length / 64 + (4 << 20);
         let taken = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.blocks() * UNIT;
         if taken > length + own {
-            let reason = format!("it has {length} bytes and takes {taken} on the disk");
-            return Err(StoreError::Corrupt { path: disk.path.clone(), reason }.into());
+            let reason = format!("it has {length} bytes but takes {taken} on the disk");
+            return Err(CorruptFile::new(disk.path.clone(), reason).into());
         }
     }
     Ok(())

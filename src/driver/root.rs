@@ -1,8 +1,8 @@
-//! The service's own folder (`--root`): the last Init, the socket and what QEMU keeps; the home too until an Init names
-//! one.
+//! The service's own directory (`--root`): the last Init, the socket and QEMU's cache; also the home, until an Init
+//! names one.
 //!
-//! It is closed to others like a home. A folder that others may enter and that holds something else is refused rather
-//! than closed: `--root /var` must not lock everybody out of `/var`.
+//! It is closed to others like a home. A directory that others may enter and that holds something else is refused
+//! rather than closed: `--root /var` must not lock all users out of `/var`.
 
 use super::{DriverError, LAST_INIT};
 #[cfg(unix)]
@@ -16,7 +16,7 @@ use std::{
     path::Path,
 };
 
-/// Makes the root, or sees to it that it is ours and that nobody else may enter it.
+/// Creates the root, or checks that it belongs to this user and closes it to others.
 pub(super) fn prepare(root: &Path, home: Option<&Path>) -> Result<(), DriverError> {
     match fs::symlink_metadata(root) {
         Ok(_) => {}
@@ -31,7 +31,7 @@ pub(super) fn prepare(root: &Path, home: Option<&Path>) -> Result<(), DriverErro
     }
     #[cfg(unix)]
     {
-        // With userns-remap the containers' root walks through it to a home below.
+        // With userns-remap the containers' root passes through it to a home below.
         let group = match home.filter(|home| is_above(root, home)) {
             Some(home) => Marker::read(home)?.and_then(|marker| marker.init.passing_group()),
             None => None,
@@ -40,8 +40,8 @@ pub(super) fn prepare(root: &Path, home: Option<&Path>) -> Result<(), DriverErro
             && let Some(foreign) = foreign(root)?
         {
             return Err(StoreError::Usage(format!(
-                "'{}' is open to other users and holds something else than this service's state ('{}' lies there); name \
-                 a folder of its own as --root",
+                "'{}' is open to other users and contains '{}', which does not belong to this service; give the service a \
+                 directory of its own as --root",
                 root.display(),
                 foreign.to_string_lossy()
             ))
@@ -54,7 +54,7 @@ pub(super) fn prepare(root: &Path, home: Option<&Path>) -> Result<(), DriverErro
     Ok(())
 }
 
-/// What the folder holds that is not the service's; nothing where it shows that the service used it before.
+/// An entry of the directory that is not the service's; `None` if the service has used the directory before.
 #[cfg(unix)]
 fn foreign(root: &Path) -> Result<Option<OsString>, DriverError> {
     let mut entries = Vec::new();
@@ -67,7 +67,7 @@ fn foreign(root: &Path) -> Result<Option<OsString>, DriverError> {
     Ok(entries.iter().find(|entry| !marked && !is_ours(entry)).map(DirEntry::file_name))
 }
 
-/// Whether an entry of the root is the service's: its state, its sockets, its logs.
+/// Whether an entry of the root belongs to the service: its state, sockets and logs.
 pub(super) fn is_ours(entry: &DirEntry) -> bool {
     let name = entry.file_name();
     let name = name.to_string_lossy();
@@ -77,7 +77,7 @@ pub(super) fn is_ours(entry: &DirEntry) -> bool {
         return true;
     }
     if kind.is_dir() {
-        // A home below the root, also one that was moved there before the first start (docs/managed-plugin.md).
+        // A home in the root, possibly moved there before the first start (docs/managed-plugin.md).
         return [layout::LOST_AND_FOUND, QEMU_FOLDER, PROPAGATION].contains(&&*name)
             || entry.path().join(layout::MARKER).exists();
     }
@@ -85,12 +85,12 @@ pub(super) fn is_ours(entry: &DirEntry) -> bool {
     kind.is_file() && (name.starts_with(LAST_INIT) || name == "log" || matches!(suffix, Some("log" | "pid")))
 }
 
-/// Where `sys::linux::init` tries, as a managed plugin's first process, whether mounts reach the host.
+/// Where `lcow_sys::linux::init`, as a managed plugin's first process, tests whether mounts reach the host.
 const PROPAGATION: &str = ".propagation";
-/// Where QEMU's saved machines lie.
+/// Directory of QEMU's saved machines.
 const QEMU_FOLDER: &str = ".svm";
 
-/// Whether `folder` lies below `root`, links resolved.
+/// Whether `folder` is below `root`, with links resolved.
 #[cfg(unix)]
 pub(super) fn is_above(root: &Path, folder: &Path) -> bool {
     match (root.canonicalize(), folder.canonicalize()) {

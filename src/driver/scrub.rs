@@ -1,17 +1,17 @@
-//! Scrub: is every layer what it was?
+//! Scrub: checks that every layer still is what was applied.
 //!
-//! Per layer: its folder agrees with `layer.json`; its image passes the strict check in a fresh service VM, and each
-//! block the hash tree where there is one; its footer is the one that was written, and nothing stands around all that; its
-//! exact tar, read back, has the digest of what was applied.
+//! For each layer: its directory agrees with `layer.json`; its image passes the strict check in a fresh service VM, and
+//! every block matches the hash tree if there is one; its footer is the one that was written, and there is nothing
+//! outside of these; its exact tar, read back, has the recorded digest.
 //!
-//! Layers of release 1 were written by writer 1, which made some images that today's check does not take. Those are
-//! counted apart: they give the same bytes as ever, and are worth pulling anew. A wrong checksum is damage, whoever
-//! wrote the image.
+//! Writer 1, of release 1, made some images that the current check rejects. Those are counted separately: their content
+//! is unchanged, but they are worth pulling again. A wrong checksum is damage, whichever writer made the image.
 
-use super::{Driver, DriverError, blocking, image::check_footer, on_disk_thread, with_causes};
+use super::{Driver, DriverError, blocking, image::check_footer, on_disk_thread};
 use crate::{
-    store::{AppliedMeta, LayerId, LayerState, StoreError, layout},
-    svm::{CheckJob, ExportJob, ExportKind, IdMaps, Purpose, SvmError, TarDigest},
+    error::CorruptFile,
+    store::{LayerId, LayerState, layout},
+    svm::{CheckJob, ExportJob, ExportKind, IdMaps, Purpose, RootHash, SvmError},
 };
 use ext4_image::check::WRITER;
 use futures_util::StreamExt;
@@ -27,40 +27,41 @@ pub struct ScrubFinding {
     pub fault: String,
 }
 
-/// What a scrub found.
+/// Result of a scrub.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct ScrubReport {
-    /// Layers looked at.
+    /// Layers examined.
     pub layers: usize,
     /// Images checked and tars read back.
     pub images: usize,
     /// Bytes of tar read back.
     pub tar_bytes: u64,
-    /// Layers whose ApplyDiff was cut: refused until removed, but no fault of the store.
+    /// Layers whose ApplyDiff was cut: refused until removed, but not a fault of the store.
     pub unfinished: Vec<LayerId>,
-    /// Layers made by writer 1: sound, and worth pulling anew where today's writer makes another image of their tar.
+    /// Layers made by writer 1: intact, but worth pulling again if the current writer makes a different image of their
+    /// tar.
     pub writer_1: Vec<LayerId>,
-    /// Those of them that today's check does not take, and why.
+    /// Those of them that the current check rejects, and why.
     pub writer_1_differs: Vec<ScrubFinding>,
     /// Faults.
     pub faults: Vec<ScrubFinding>,
 }
 
-/// A layer that gives its very tar.
+/// An intact layer.
 struct Scrubbed {
     tar_bytes: u64,
     writer: u32,
-    /// Why today's check does not take its image, if it was made by writer 1.
+    /// Why the current check rejects its image, if writer 1 made it.
     differs: Option<String>,
 }
 
-/// Whether a check refused what writer 1 may have made on purpose.
+/// Whether a check rejected something that writer 1 made on purpose.
 fn of_writer_1(error: &SvmError) -> bool {
     matches!(error, SvmError::Refused(_)) && !error.to_string().contains("checksum")
 }
 
 impl Driver {
-    /// Looks at every layer of the current home; `progress` hears the number done and the number of all.
+    /// Examines every layer of the current home; calls `progress` with the number of layers done and of all.
     pub async fn scrub(
         &self,
         mut progress: impl FnMut(usize, usize) + Send,
@@ -90,7 +91,7 @@ impl Driver {
                         report.writer_1_differs.extend(differs.map(finding));
                     }
                     Err(error) => {
-                        let fault = with_causes(&error);
+                        let fault = error.for_log();
                         report.faults.push(ScrubFinding { id: layer.id.clone(), fault });
                     }
                 },
@@ -108,10 +109,14 @@ impl Driver {
         let file = |name: &str| home.store.layout().layer_file(id, name);
         let opener = home.clone();
         let (image, record) = blocking(move || opener.exact_disks(&snapshot)).await?;
-        let root = meta.applied.as_ref().and_then(|a| a.verity_root.clone());
-        let applied = meta.applied.as_ref();
-        let writer = applied.map_or(WRITER, AppliedMeta::writer);
-        let disk = applied.map_or(0, |applied| applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64));
+        let applied = meta.applied.ok_or_else(|| {
+            CorruptFile::new(
+                file(layout::META_FILE),
+                "state is 'applied', but the field 'applied' is missing",
+            )
+        })?;
+        let (root, writer) = (applied.verity_root, applied.writer());
+        let disk = applied.file_bytes.saturating_sub(vhd::FOOTER_SIZE as u64);
         let check = CheckJob {
             image: image.clone().window(0, disk),
             tree: root.is_some(),
@@ -120,28 +125,21 @@ impl Driver {
             owners: IdMaps::default(),
         };
         let (found, profile, differs) = match home.pool.check_image(check).await {
-            Ok(found) => (found.verity.map(|root| root.to_string()), Some(found.profile), None),
+            Ok(found) => (found.verity, Some(found.profile), None),
             Err(error) if writer < WRITER && of_writer_1(&error) => {
-                (root.clone(), None, Some(format!("made by writer 1: {}", with_causes(&error))))
+                (root, None, Some(format!("made by writer 1: {}", error.with_console())))
             }
             Err(error) => return Err(DriverError::svm(id, "verify its image")(error)),
         };
         if found != root {
-            let reason = format!(
-                "its hash tree has the root {}, and {} was written",
-                found.unwrap_or_default(),
-                root.unwrap_or_default()
-            );
-            return Err(StoreError::Corrupt { path: file(layout::LAYER_FILE), reason }.into());
+            let text = |root: Option<RootHash>| root.map_or_else(|| "no hash tree".into(), |r| r.to_string());
+            let reason = format!("dm-verity root mismatch: expected {}, found {}", text(root), text(found));
+            return Err(CorruptFile::new(file(layout::LAYER_FILE), reason).into());
         }
-        let known = meta.applied.as_ref().map(|a| a.tar_digest.clone()).unwrap_or_default();
-        let known: TarDigest = known.parse().map_err(|e| {
-            let path = home.store.layout().layer_file(id, layout::META_FILE);
-            DriverError::from(StoreError::Corrupt { path, reason: format!("tar_digest '{known}': {e}") })
-        })?;
-        if let (Some(applied), Some(profile)) = (meta.applied, profile) {
-            let (image, digest) = (image.clone(), known.bytes);
-            blocking(move || check_footer(&image, &applied, &digest, profile)).await?;
+        let known = applied.tar_digest;
+        if let Some(profile) = profile {
+            let image = image.clone();
+            blocking(move || check_footer(&image, &applied, profile)).await?;
         }
         let lease = home
             .pool
@@ -150,7 +148,7 @@ impl Driver {
             .map_err(DriverError::svm(id, "start a diff"))?;
         let job = ExportJob { kind: ExportKind::Exact { image, record }, live: None };
         let mut tar = lease.layer_to_tar(job).await.map_err(DriverError::svm(id, "read its tar back"))?;
-        // Computed here too: what a worker says of its own output is not believed.
+        // Computed here as well: a worker's digest of its own output proves nothing.
         let mut hash = known.kind.hasher();
         let mut bytes = 0;
         while let Some(chunk) = tar.next().await {
@@ -160,8 +158,8 @@ impl Driver {
         }
         let digest = hash.finish();
         if !tar.complete() || digest != known {
-            let reason = format!("its tar has the digest {digest}, and {known} was applied");
-            return Err(StoreError::Corrupt { path: file(layout::RECORD_FILE), reason }.into());
+            let reason = format!("tar digest mismatch: expected {known}, found {digest}");
+            return Err(CorruptFile::new(file(layout::RECORD_FILE), reason).into());
         }
         Ok(Scrubbed { tar_bytes: bytes, writer, differs })
     }

@@ -2,39 +2,26 @@
 //!
 //! ```text
 //!   Get ─► gates of the layer and its ancestors ─► already mounted? count : (make its sandbox) mount disks, overlay
-//!          lcow.mount=none: (make its sandbox) note "handed out", durably ─► the layer's folder
-//!   Put ─► gates of the layer and its view's disks ─► last reference? unmount overlay, then disks nobody else uses
+//!          lcow.mount=none: (make its sandbox) record "handed out", durably ─► the layer's directory
+//!   Put ─► gates of the layer and its view's disks ─► last reference? unmount overlay, then unused disks
 //! ```
 
-use super::{Driver, DriverError, gates::Held, home::Home};
+use super::{Driver, DriverError, error::unfinished, gates::Held, home::Home, sandbox};
 #[cfg(target_os = "linux")]
 use super::{blocking, on_disk_thread};
 use crate::{
     config::MountKind,
-    store::{DiskThread, LayerId, LayerMeta, LayerState, Member, StoreError, durable, layout},
+    store::{DiskThread, LayerId, LayerMeta, LayerState, Member, StoreError},
 };
 #[cfg(target_os = "linux")]
 use crate::{
     store::{AppliedMeta, owners_note},
     svm::CheckJob,
 };
-use ext4_image::{self, Timestamp, format::BlankOptions, writer::Attributes};
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
-};
-use vhd_image::{vhd, vhdx};
-
-/// Folder of a sandbox that holds what was written.
-pub(super) const UPPER: &str = "upper";
-/// Permissions of that folder in a blank sandbox.
-pub(super) const ROOT_PERMISSIONS: u16 = 0o755;
-/// Folder of a sandbox that overlayfs works in.
-pub(super) const WORK: &str = "work";
+use std::{path::PathBuf, sync::Arc};
 
 impl Driver {
-    /// `GraphDriver.Get`: shows a layer and says where. Counted: as many Puts are needed.
+    /// `GraphDriver.Get`: mounts a layer and returns the path. Each Get needs its Put.
     pub async fn get(&self, id: &str, mount_label: &str) -> Result<PathBuf, DriverError> {
         let home = self.home().await?;
         let id: LayerId = id.parse()?;
@@ -55,7 +42,7 @@ impl Driver {
         }
     }
 
-    /// `GraphDriver.Put`: one reference less. Idempotent: a layer that is not shown, or not there, is fine.
+    /// `GraphDriver.Put`: drops one reference. Succeeds for a layer that is not mounted or does not exist.
     pub async fn put(&self, id: &str) -> Result<(), DriverError> {
         let home = self.home().await?;
         let id: LayerId = id.parse()?;
@@ -64,15 +51,9 @@ impl Driver {
     }
 }
 
-pub(super) fn unfinished(id: &LayerId) -> DriverError {
-    DriverError::Usage(format!(
-        "layer {id}: an ApplyDiff of it was begun and never completed; remove the layer and create it anew"
-    ))
-}
-
 impl Home {
-    /// With userns-remap, looks once at the owners of each layer that was applied without the map (by release 1, or
-    /// before the engine had one): nobody could change or delete files of other owners.
+    /// With userns-remap, checks once the owners in each layer that was applied without the map (by release 1, or
+    /// before the engine had one): containers could not change or delete files of owners outside the map.
     #[cfg(target_os = "linux")]
     async fn check_owners(self: &Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
         let Some(note) = owners_note(&self.init.uid_maps, &self.init.gid_maps) else { return Ok(()) };
@@ -116,7 +97,7 @@ impl Home {
             .await
     }
 
-    /// Closes the gates of a layer, there or not, and of the disks that its view holds.
+    /// Closes the gates of a layer, whether or not it exists, and of the disks that its view holds.
     pub(super) async fn close_view(&self, id: &LayerId) -> Result<Held, DriverError> {
         self.gates
             .close_what(|| {
@@ -148,8 +129,8 @@ impl Home {
             .await
     }
 
-    /// The folder of a layer, for an engine whose virtual machines attach its disks. From here on the machine may write
-    /// any bytes into the sandboxes, so that is noted before the folder is answered.
+    /// The directory of a layer, for an engine whose virtual machines attach its disks. From then on the machine may
+    /// write any bytes into the sandboxes, so that is recorded before the reply.
     async fn hand_out(self: Arc<Self>, id: LayerId) -> Result<PathBuf, DriverError> {
         let gates = self.close_stack(&id).await?;
         gates
@@ -199,7 +180,7 @@ impl Home {
         }
     }
 
-    /// Tries again to unmount what no view uses and what could not be unmounted before, if nobody is at it.
+    /// Retries to unmount disks that no view uses and that could not be unmounted before, unless their gate is closed.
     #[cfg(target_os = "linux")]
     pub(super) fn release_stuck(&self, gates: &Held) {
         for id in self.mounts.stuck() {
@@ -211,12 +192,12 @@ impl Home {
                 continue;
             };
             if let Err(error) = released {
-                tracing::warn!(%id, error = %super::with_causes(&error), "a disk that no view uses cannot be unmounted");
+                tracing::warn!(%id, error = %crate::error::with_causes(&error), "cannot unmount a disk that no view uses");
             }
         }
     }
 
-    /// Gives a layer that was only created its sandbox; others are left as they are.
+    /// Creates the sandbox of a layer that was only created; leaves other layers as they are.
     pub(super) async fn materialize(self: &Arc<Self>, id: &LayerId) -> Result<(), DriverError> {
         let gate = self.gates.close([id]).await;
         let (home, id) = (self.clone(), id.clone());
@@ -235,7 +216,7 @@ impl Home {
         self.mounts.free_hidden(gate, id)?;
         let bytes = meta.sandbox_bytes.unwrap_or(self.options.sandbox_bytes);
         let staged = self.store.stage(thread, id)?;
-        if let Err(error) = self.write_sandbox(staged.path(), bytes) {
+        if let Err(error) = sandbox::write(staged.path(), bytes, self.options.mount, self.root_ids()) {
             staged.discard(thread);
             return Err(error);
         }
@@ -244,7 +225,7 @@ impl Home {
             id,
             layer.generation,
             staged,
-            &[self.new_sandbox_name()],
+            &[sandbox::file_name(self.options.mount)],
             |meta| match meta.state {
                 LayerState::Created => {
                     Ok(LayerMeta { state: LayerState::Sandbox, sandbox_bytes: Some(bytes), ..meta.clone() })
@@ -257,81 +238,5 @@ impl Home {
             },
         )?;
         Ok(())
-    }
-
-    /// Name of a sandbox's file, as it is made now: a VHDX where virtual machines attach it.
-    fn new_sandbox_name(&self) -> &'static str {
-        match self.options.mount {
-            MountKind::Overlay => layout::SANDBOX_FILE,
-            MountKind::None => layout::SANDBOX_VHDX_FILE,
-        }
-    }
-
-    /// A layer's sandbox as it was made.
-    pub(super) fn sandbox_path(&self, id: &LayerId) -> PathBuf {
-        let vhdx = self.store.layout().layer_file(id, layout::SANDBOX_VHDX_FILE);
-        if vhdx.exists() { vhdx } else { self.store.layout().layer_file(id, layout::SANDBOX_FILE) }
-    }
-
-    /// Writes a blank sandbox of `bytes` into a folder, synced: a sparse fixed VHD for the host, a VHDX (which is
-    /// never sparse: it grows by itself) for virtual machines.
-    pub(super) fn write_sandbox(&self, folder: &Path, bytes: u64) -> Result<(), DriverError> {
-        let path = folder.join(self.new_sandbox_name());
-        let write = || -> std::io::Result<()> {
-            let file = durable::create_private(&path)?;
-            let uuid = uuid::Uuid::new_v4();
-            let blank = ext4_image::format::blank(bytes, &sandbox_options(bytes, uuid, self.root_ids()))
-                .map_err(std::io::Error::other)?;
-            if self.options.mount == MountKind::None {
-                let disk = vhdx::CreateOptions::new(bytes, uuid);
-                vhdx::create(&file, &disk, &blank).map_err(std::io::Error::other)?;
-                return file.sync_all();
-            }
-            let footer =
-                vhd::Footer::new(bytes, 0, uuid.into_bytes()).map_err(std::io::Error::other)?.to_bytes();
-            disk_io::WriteAt::set_len(&file, bytes + vhd::FOOTER_SIZE as u64)?;
-            for (offset, data) in &blank {
-                disk_io::WriteAt::write_all_at(&file, data, *offset)?;
-            }
-            disk_io::WriteAt::write_all_at(&file, &footer, bytes)?;
-            file.sync_all()
-        };
-        write().map_err(DriverError::io("format the sandbox", &path))?;
-        Ok(durable::sync_dir(folder)?)
-    }
-}
-
-/// What a blank sandbox looks like: folders `upper` and `work`, owned by the containers' root, whose mode and owner
-/// become those of the containers' `/`.
-fn sandbox_options(bytes: u64, uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> BlankOptions {
-    /// The journal is this part of a sandbox, within limits.
-    const JOURNAL_PART: u64 = 128;
-    const MIN_JOURNAL: u64 = 4 << 20;
-    const MAX_JOURNAL: u64 = 32 << 20;
-    /// Label of every sandbox, at most 16 bytes.
-    const LABEL: &[u8] = b"lcow-sandbox";
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let mtime = Timestamp { secs: now.as_secs().cast_signed(), nanos: now.subsec_nanos() };
-    let folder = |permissions, uid, gid| Attributes {
-        permissions,
-        uid,
-        gid,
-        mtime,
-        atime: Some(mtime),
-        ctime: Some(mtime),
-    };
-    BlankOptions {
-        uuid: uuid.into_bytes(),
-        label: LABEL.to_vec(),
-        // The mapped root must be able to walk through.
-        root: folder(0o711, 0, 0),
-        directories: vec![
-            (UPPER.as_bytes().to_vec(), folder(ROOT_PERMISSIONS, uid, gid)),
-            (WORK.as_bytes().to_vec(), folder(0o755, uid, gid)),
-        ],
-        // A journal's blocks stay on the host's disk once they were used.
-        journal_bytes: Some((bytes / JOURNAL_PART).clamp(MIN_JOURNAL, MAX_JOURNAL)),
-        // The field has 32 bits; it is for people only.
-        mkfs_time: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
     }
 }

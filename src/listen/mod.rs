@@ -37,6 +37,7 @@ pub enum ListenError {
         path: PathBuf,
     },
     /// The name is not that of a local pipe.
+    #[cfg(windows)]
     #[error("'{}' is not the name of a local pipe; write it as \\\\.\\pipe\\NAME", path.display())]
     NotAPipe {
         /// The name.

@@ -14,7 +14,8 @@ use super::{
     tree::Tree,
 };
 use crate::{
-    driver::{Driver, LayerRequest, with_causes},
+    driver::{Driver, LayerRequest},
+    error::with_causes,
     store::LayerId,
 };
 use bytes::Bytes;

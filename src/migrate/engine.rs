@@ -73,11 +73,6 @@ impl EngineDb {
         Self { root: data_root.join("image").join(driver) }
     }
 
-    /// Its folder.
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
     /// Whether the engine has ever used this driver here.
     pub fn exists(&self) -> bool {
         self.root.join("layerdb").is_dir()

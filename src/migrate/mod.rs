@@ -30,17 +30,19 @@ mod original;
 mod tarsplit;
 mod tree;
 
-pub use data_root::{Event, Found, LeftOut, Report, import, look};
-pub use digest::{Digest, ParseDigestError};
+pub use data_root::{Event, import, look};
+pub use digest::Digest;
 pub use engine::{EngineDb, ImageNote, LayerNote};
-pub use original::{ExportedLayer, OriginalReport, export_original};
+pub use original::export_original;
 pub use tarsplit::SplitError;
 
-use crate::{driver::DriverError, store::StoreError, svm::SvmError};
-use std::{
-    io,
-    path::{Path, PathBuf},
+use crate::{
+    driver::DriverError,
+    error::{Attempt, CorruptFile, Fault, Kind},
+    store::StoreError,
+    svm::SvmError,
 };
+use std::{io, path::Path};
 
 /// Why a layer, an image or a whole source could not be imported.
 #[derive(Debug, thiserror::Error)]
@@ -49,13 +51,8 @@ pub enum MigrateError {
     #[error("{0}")]
     Usage(String),
     /// A file of the source, or of the target's database, is not what it must be.
-    #[error("'{}' is damaged: {reason}", path.display())]
-    Corrupt {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
+    #[error(transparent)]
+    Corrupt(#[from] CorruptFile),
     /// A layer's tar cannot be reassembled.
     #[error("layer {layer} cannot be reassembled")]
     Rebuild {
@@ -90,25 +87,11 @@ pub enum MigrateError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// A service VM refused or failed.
-    #[error("layer {layer}: a service VM cannot read it")]
-    Svm {
-        /// The layer.
-        layer: String,
-        /// Why.
-        #[source]
-        source: SvmError,
-    },
-    /// A file operation failed.
-    #[error("cannot {action} '{}'", path.display())]
-    Io {
-        /// The operation.
-        action: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Svm(#[from] Attempt<SvmError>),
+    /// The operating system refused a file operation.
+    #[error(transparent)]
+    Io(#[from] Attempt<io::Error>),
     /// A task of the program died.
     #[error("an internal task ended early: {0}")]
     Internal(String),
@@ -116,23 +99,38 @@ pub enum MigrateError {
 
 impl MigrateError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::Io { action, path, source }
+        let attempt = Attempt::on_path(action, path);
+        move |source| Self::Io(attempt(source))
     }
 
-    #[expect(clippy::needless_pass_by_value, reason = "errors are handed over as they come")]
     fn corrupt(path: &Path, reason: impl ToString) -> Self {
-        Self::Corrupt { path: path.to_owned(), reason: reason.to_string() }
+        Self::Corrupt(CorruptFile::new(path, reason))
     }
 
     /// Only this layer is at fault; others can be brought over all the same. The driver's refusals (of its tar, of a
     /// limit, by the check) are the likeliest; a full disk or a store that does not work is not among them.
     fn is_of_one_layer(&self) -> bool {
         match self {
-            Self::Corrupt { .. } | Self::Rebuild { .. } | Self::Differs { .. } | Self::Taken { .. } => true,
+            Self::Corrupt(_) | Self::Rebuild { .. } | Self::Differs { .. } | Self::Taken { .. } => true,
             Self::Driver(error) => error.is_of_one_layer(),
-            Self::Svm { source, .. } => source.is_of_one_operation(),
-            Self::Usage(_) | Self::Store(_) | Self::Io { .. } | Self::Internal(_) => false,
+            Self::Svm(attempt) => attempt.source.is_of_one_operation(),
+            Self::Usage(_) | Self::Store(_) | Self::Io(_) | Self::Internal(_) => false,
+        }
+    }
+}
+
+impl Fault for MigrateError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Usage(_) => Kind::Usage,
+            Self::Corrupt(error) => error.kind(),
+            Self::Rebuild { .. } | Self::Differs { .. } => Kind::Corrupt,
+            Self::Taken { .. } => Kind::State,
+            Self::Driver(error) => error.kind(),
+            Self::Store(error) => error.kind(),
+            Self::Svm(error) => error.kind(),
+            Self::Io(error) => error.kind(),
+            Self::Internal(_) => Kind::Internal,
         }
     }
 }

@@ -12,7 +12,8 @@
 use super::{Digest, MigrateError};
 use crate::{
     config::Options,
-    driver::{embedded_config, with_causes},
+    driver::embedded_config,
+    error::{Attempt, with_causes},
     store::{LayerId, chain, durable, layout},
     svm::{
         DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, ParentDisks, Pool, PoolConfig,
@@ -91,7 +92,7 @@ pub async fn export_original(
         watch(done, layers.len(), &layer.id);
         match write_out(home, folder, layer, &pool).await {
             Ok(exported) => report.layers.push(exported),
-            Err(error @ MigrateError::Io { .. }) => {
+            Err(error @ MigrateError::Io(_)) => {
                 pool.shutdown(GRACE).await;
                 return Err(error);
             }
@@ -154,7 +155,7 @@ async fn write_out(
         .chain(&layer.chain)
         .map(|id| disk(&home.join(id.as_str()).join(layout::LAYER_FILE)))
         .collect::<Result<_, _>>()?;
-    let svm = |source| MigrateError::Svm { layer: layer.id.to_string(), source };
+    let svm = |source| MigrateError::from(Attempt::on_layer("read it in a service VM", &layer.id)(source));
     let lease = pool.lease(layer.id.as_str(), Purpose::Export).await.map_err(svm)?;
     let kind = ExportKind::Canonical {
         target,

@@ -1,36 +1,36 @@
 //! `layerchain.json`: the ancestors of a layer, nearest first.
 //!
-//! The file keeps the original driver's form, a JSON array (`null` for a base layer), but holds ids instead of
-//! absolute folders, so that a home can be moved. The absolute form of the original is read as well.
+//! The file has the form of the original driver, a JSON array (`null` for a base layer), but holds ids instead of
+//! absolute paths, so that a home can be moved. The absolute form is read as well.
 
 use super::{LayerId, StoreError, durable, layout};
 use std::path::Path;
 
-/// Longest chain of ancestors, which is that of moby's overlay2. The kernel's `OVL_MAX_STACK` is 500 with the new mount
+/// Longest chain of ancestors, the same as in moby's overlay2. The kernel's `OVL_MAX_STACK` is 500 with the new mount
 /// API; one page of option string (4,095 bytes) holds 170 names of sandboxes as `layout` makes them, 23 bytes each.
 pub const MAX_CHAIN: usize = 128;
 
-/// Writes the chain of a layer into its folder.
+/// Writes the chain of a layer into its directory.
 pub fn write(folder: &Path, chain: &[LayerId]) -> Result<(), StoreError> {
     let value = if chain.is_empty() { None } else { Some(chain) };
     durable::write_json(&folder.join(layout::CHAIN_FILE), &value)
 }
 
-/// Reads the chain from a layer's folder; a missing file is an empty chain, as in the original.
+/// Reads the chain from a layer's directory; a missing file is an empty chain, as in the original.
 pub fn read(folder: &Path) -> Result<Vec<LayerId>, StoreError> {
     let path = folder.join(layout::CHAIN_FILE);
     let names: Option<Option<Vec<String>>> = durable::read_json(&path)?;
-    parse(names.flatten().unwrap_or_default()).map_err(|reason| StoreError::Corrupt { path, reason })
+    parse(names.flatten().unwrap_or_default()).map_err(|reason| StoreError::corrupt(path, reason))
 }
 
 /// Turns the entries of a chain file into ids.
 fn parse(names: Vec<String>) -> Result<Vec<LayerId>, String> {
     if names.len() > MAX_CHAIN {
-        return Err(format!("{} ancestors, {MAX_CHAIN} is the limit", names.len()));
+        return Err(format!("{} ancestors; the limit is {MAX_CHAIN}", names.len()));
     }
     let mut chain = Vec::with_capacity(names.len());
     for name in names {
-        // The original wrote folders (`C:\ProgramData\docker\lcow\<id>`): the id is the last component.
+        // The original wrote paths (`C:\ProgramData\docker\lcow\<id>`): the id is the last component.
         let id: LayerId =
             name.rsplit(['/', '\\']).next().unwrap_or_default().parse().map_err(|e| format!("{e}"))?;
         if chain.contains(&id) {
@@ -71,6 +71,6 @@ mod tests {
         write(folder.path(), &chain).unwrap();
         assert_eq!(read(folder.path()).unwrap(), chain);
         std::fs::write(folder.path().join("layerchain.json"), "{").unwrap();
-        assert!(matches!(read(folder.path()).unwrap_err(), StoreError::Corrupt { .. }));
+        assert!(matches!(read(folder.path()).unwrap_err(), StoreError::Corrupt(_)));
     }
 }

@@ -1,18 +1,18 @@
-//! How a layer's folder changes: each change whole or not at all, and known for what it is.
+//! Changes of a layer's directory: each is complete or undone, and memory knows which.
 //!
 //! ```text
 //!   claim(id) ─► look ─► staged files ─► rename ─► sync ──ok──► publish
 //!                                          └─ failed? ─► undo, or read again what stands there ─► publish that
 //! ```
 //!
-//! A rename whose sync fails stands, and may be gone after a power cut. Whoever asked is told of a failure, so:
-//! * a new layer is taken back (renamed away);
+//! A rename whose sync fails has happened, but a power cut may undo it. The caller gets an error, so:
+//! * a new layer is renamed away again;
 //! * a state that *grants* something (leaving "applying") is written back;
-//! * a state that *forbids* something (becoming "applying", handed out, a sandbox) stays, since the forbidden thing may
-//!   have begun.
+//! * a state that *forbids* something (becoming "applying", handed out, a sandbox) stays, because what it forbids may
+//!   already have begun.
 //!
-//! In each case `layer.json` is read again afterwards, and memory says what it says. Where it cannot be read the layer
-//! is refused everything until [`Store::settle`] could.
+//! In each case `layer.json` is read again afterwards, and memory follows it. While it cannot be read, every operation
+//! on the layer is refused; [`Store::settle`] tries again.
 
 use super::{
     DiskThread, Index, Layer, LayerId, LayerMeta, LayerState, LayerWishes, Leftovers, REMOVING_SUFFIX, Store,
@@ -24,7 +24,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-/// A folder in `staging/` that is deleted unless its content was moved away: by [`Staged::discard`], or on drop.
+/// A directory in `staging/`. [`Staged::discard`] or a drop deletes what was not moved out of it.
 #[derive(Debug)]
 pub struct Staged {
     path: PathBuf,
@@ -32,12 +32,12 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// The folder.
+    /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Deletes it now, by a single try: what still stands in it goes later.
+    /// Deletes it now, with one attempt; what is still in use is deleted later.
     pub fn discard(mut self, _: &DiskThread) {
         delete_staged(&std::mem::take(&mut self.path), &self.leftovers);
     }
@@ -46,7 +46,7 @@ impl Staged {
 fn delete_staged(path: &Path, leftovers: &Leftovers) {
     match durable::remove_tree(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            tracing::debug!(path = %path.display(), error = %e, "a staging folder is in use; it is deleted later");
+            tracing::debug!(path = %path.display(), error = %e, "a staging directory is in use; it will be deleted later");
             leftovers.lock().push(path.to_owned());
         }
         _ => {}
@@ -54,8 +54,8 @@ fn delete_staged(path: &Path, leftovers: &Leftovers) {
 }
 
 impl Drop for Staged {
-    /// An operation that is given up is dropped on a thread of the runtime, where nothing may wait for a disk; and the
-    /// task that ends its worker may be next on that very thread.
+    /// A cancelled operation is dropped on a thread of the runtime, which must not wait for a disk; and the task that
+    /// ends the operation's worker may be queued on that same thread.
     fn drop(&mut self) {
         let path = std::mem::take(&mut self.path);
         if path.as_os_str().is_empty() {
@@ -71,7 +71,7 @@ impl Drop for Staged {
     }
 }
 
-/// A layer that is no more: its folder lies in `staging/` and is still to be deleted.
+/// A removed layer whose directory in `staging/` still has to be deleted.
 #[derive(Debug)]
 #[must_use = "its bytes stay on the disk until it is deleted"]
 pub struct Doomed {
@@ -79,7 +79,7 @@ pub struct Doomed {
 }
 
 impl Doomed {
-    /// Deletes what is left of the layer, with patience: whoever removes a layer expects its space back.
+    /// Deletes what is left of the layer and retries earlier leftovers: the caller of Remove expects the space back.
     pub fn delete(self, thread: &DiskThread, store: &Store) {
         if let Some(folder) = self.folder {
             folder.discard(thread);
@@ -88,7 +88,7 @@ impl Doomed {
     }
 }
 
-/// A child that is being made, as its parent knows it; forgotten on drop unless it was published.
+/// Registers a child that is being created with its parent; a drop unregisters it unless it was published.
 struct Expected<'a> {
     store: &'a Store,
     parent: Option<LayerId>,
@@ -110,13 +110,14 @@ impl Drop for Expected<'_> {
 }
 
 impl Store {
-    /// A name in `staging/` that nothing has: in a container the process has the same number after each start.
+    /// An unused name in `staging/`. It is random, because in a container the process has the same number after each
+    /// start.
     fn staging_path(&self, id: &LayerId, suffix: &str) -> PathBuf {
         let random = uuid::Uuid::new_v4().simple();
         self.layout.top(layout::STAGING).join(format!("{id}{suffix}.{random}"))
     }
 
-    /// An empty folder in `staging/`.
+    /// An empty directory in `staging/`.
     pub fn stage(&self, _: &DiskThread, id: &LayerId) -> Result<Staged, StoreError> {
         let path = self.staging_path(id, "");
         self.clear_leftovers(durable::remove_tree);
@@ -124,14 +125,14 @@ impl Store {
         Ok(Staged { path, leftovers: self.leftovers.clone() })
     }
 
-    /// Deletes what could not be deleted before; what still cannot stays for the next time, and at last for the next
-    /// start.
+    /// Deletes what could not be deleted before. What still cannot be deleted is left for the next call, and finally
+    /// for the next start.
     fn clear_leftovers(&self, delete: impl Fn(&Path) -> io::Result<()>) {
         let leftovers = std::mem::take(&mut *self.leftovers.lock());
         for path in leftovers {
             match delete(&path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(path = %path.display(), error = %e, "cannot delete a staging folder yet");
+                    tracing::warn!(path = %path.display(), error = %e, "cannot delete a staging directory yet");
                     self.leftovers.lock().push(path);
                 }
                 _ => {}
@@ -139,22 +140,21 @@ impl Store {
         }
     }
 
-    /// Makes the names in the home durable.
+    /// Syncs the home directory.
     fn sync_home(&self) -> Result<(), StoreError> {
         let synced = match &self.folder {
             Some(folder) => folder.sync(),
-            None => Err(StoreError::Usage("a store that was opened to be read is not changed".into())),
+            None => Err(StoreError::Usage("the store was opened read-only".into())),
         };
         self.unsynced.store(synced.is_err(), Ordering::Release);
         synced
     }
 
-    /// Creates a layer: `fill` puts files into its folder before it appears under its id. Files that `fill` makes
-    /// must be synced by it.
+    /// Creates a layer: `fill` puts files into its directory, and syncs them, before it appears under its id.
     ///
     /// # Errors
-    /// The id exists, the parent does not, the chain would be too long, or what `fill` says. After an error there is
-    /// no layer, unless the disk refused to take it back as well.
+    /// The id exists, the parent does not, the chain would be too long, or `fill` failed. After an error there is no
+    /// layer, unless the disk refused to undo the creation as well.
     pub fn create<E: From<StoreError>>(
         &self,
         thread: &DiskThread,
@@ -192,7 +192,7 @@ impl Store {
             match durable::rename_new(&target, staged.path()) {
                 Ok(()) => Err(error.into()),
                 Err(undo) => {
-                    tracing::error!(%id, %error, %undo, "a layer whose creation failed cannot be taken back");
+                    tracing::error!(%id, %error, %undo, "cannot undo the creation of a layer");
                     Ok(Some(error))
                 }
             }
@@ -243,11 +243,12 @@ impl Store {
         Ok(std::iter::once(parent.clone()).chain(layer.chain.iter().cloned()).collect())
     }
 
-    /// Changes the meta data of a layer durably: `change` sees the present state and gives the next, or an error.
+    /// Changes the metadata of a layer durably: `change` gets the current metadata and returns the new ones, or an
+    /// error.
     ///
     /// # Errors
-    /// The layer is gone, damaged, or is no longer the one of `generation`; or the disk refuses, and then the state is
-    /// what `layer.json` says (see this module's text).
+    /// The layer is gone, damaged, or no longer the one of `generation`; or the disk fails, and then the state is what
+    /// `layer.json` says (see the module's documentation).
     pub fn update<E: From<StoreError>>(
         &self,
         thread: &DiskThread,
@@ -293,7 +294,7 @@ impl Store {
                 if failed.unsure {
                     let grants = before.state == LayerState::Applying && next.state != LayerState::Applying;
                     if grants && let Err(error) = durable::write_json(&path, &before) {
-                        tracing::error!(%id, %error, "the state of a layer cannot be put back");
+                        tracing::error!(%id, %error, "cannot restore the state of a layer");
                     }
                     self.index.write().unknown.insert(id.clone());
                     self.settle_one(thread, id);
@@ -309,7 +310,7 @@ impl Store {
         }
     }
 
-    /// Reads again what failed writes left unknown.
+    /// Reads the metadata that failed writes left uncertain.
     pub fn settle(&self, thread: &DiskThread) {
         let unknown: Vec<LayerId> = self.index.read().unknown.iter().cloned().collect();
         for id in unknown {
@@ -318,7 +319,7 @@ impl Store {
         }
     }
 
-    /// As [`Store::settle`], for a layer whose folder is claimed. What cannot be read stays unknown.
+    /// As [`Store::settle`], for a layer whose directory is claimed. What cannot be read stays uncertain.
     fn settle_one(&self, _: &DiskThread, id: &LayerId) {
         if !self.index.read().unknown.contains(id) {
             return;
@@ -329,17 +330,17 @@ impl Store {
                 self.publish(id, Ok(meta));
             }
             Err(error) => {
-                tracing::error!(%id, %error, "a write of a layer's state failed, and now it cannot be read");
+                tracing::error!(%id, %error, "the state of a layer can be neither written nor read");
                 self.publish(id, Err(Arc::from(error.to_string())));
             }
         }
     }
 
-    /// Moves files from a staging folder into a layer and changes its meta data: the files first, the rename of
+    /// Moves files from a staging directory into a layer and changes its metadata: the files first, the rename of
     /// `layer.json` last. The files must be synced.
     ///
     /// # Errors
-    /// As [`Store::update`]; files that were moved before the failure stay, and mean nothing in the present state.
+    /// As [`Store::update`]; files that were moved before the failure stay; they have no meaning in the current state.
     pub fn commit<E: From<StoreError>>(
         &self,
         thread: &DiskThread,
@@ -365,12 +366,12 @@ impl Store {
         done
     }
 
-    /// Takes a layer out of the store; one that is not there is fine. The folder is renamed away first, then deleted:
-    /// a kill in between leaves debris, never half a layer, and never something that blocks a later Remove.
+    /// Takes a layer out of the store; succeeds if there is none. The directory is renamed away first and deleted by
+    /// the caller: a kill in between leaves debris, never half a layer, and nothing that blocks a later Remove.
     ///
     /// # Errors
-    /// [`StoreError::HasChildren`] names the layers that stand on it, or that are just being made. A folder that no
-    /// store made is refused. If the last sync fails the layer is gone, though a power cut may bring it back.
+    /// [`StoreError::HasChildren`] names the children, those being created included. A directory that no store made is
+    /// refused. If the last sync fails the layer is gone, but a power cut may bring it back.
     pub fn take_away(&self, _: &DiskThread, id: &LayerId) -> Result<Doomed, StoreError> {
         let _claim = self.claims.take(id);
         {
@@ -386,7 +387,7 @@ impl Store {
             }
             if !index.layers.contains_key(id) {
                 drop(index);
-                // The removal before this one may have failed at its last step, and this is its second try.
+                // An earlier removal may have failed at its last step; this is its retry.
                 if self.unsynced.load(Ordering::Acquire) {
                     self.sync_home()?;
                 }
@@ -409,19 +410,10 @@ impl Store {
         }
         self.index.write().remove(id);
         if let Err(error) = self.sync_home() {
-            // Not deleted: what a power cut may bring back must be whole.
+            // Not deleted: what a power cut may bring back must be complete.
             self.leftovers.lock().push(path);
             return Err(error);
         }
         Ok(Doomed { folder: Some(Staged { path, leftovers: self.leftovers.clone() }) })
-    }
-
-    /// [`Store::take_away`], then [`Doomed::delete`].
-    ///
-    /// # Errors
-    /// As [`Store::take_away`].
-    pub fn remove(&self, thread: &DiskThread, id: &LayerId) -> Result<(), StoreError> {
-        self.take_away(thread, id)?.delete(thread, self);
-        Ok(())
     }
 }

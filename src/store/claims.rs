@@ -1,4 +1,4 @@
-//! One worker at a time in a layer's folder.
+//! Claims: one thread at a time works in a layer's directory.
 //!
 //! ```text
 //!   create, update, commit, remove ─► claim(id) ─► file work, syncs ─► publish in the index ─► claim given back
@@ -9,7 +9,7 @@ use super::LayerId;
 use parking_lot::{Condvar, Mutex};
 use std::{collections::HashSet, sync::Arc};
 
-/// The folders in which somebody works now.
+/// The directories that are claimed now.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Claims {
     state: Arc<State>,
@@ -21,7 +21,7 @@ struct State {
     freed: Condvar,
 }
 
-/// A claim on one layer's folder; given back on drop.
+/// A claim on one layer's directory; released on drop.
 #[derive(Debug)]
 pub(super) struct Claim {
     state: Arc<State>,
@@ -29,9 +29,9 @@ pub(super) struct Claim {
 }
 
 impl Claims {
-    /// Waits until nobody works in the folder of `id`. A thread holds one claim at most, so no two wait for each other.
+    /// Waits until the directory of `id` is free. A thread holds at most one claim, so claims cannot deadlock.
     pub(super) fn take(&self, id: &LayerId) -> Claim {
-        // On Windows names that differ in case only are one folder.
+        // On Windows, names that differ only in case are the same directory.
         let folder = if cfg!(windows) { id.as_str().to_ascii_lowercase() } else { id.to_string() };
         let mut busy = self.state.busy.lock();
         while !busy.insert(folder.clone()) {

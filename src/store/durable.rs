@@ -1,4 +1,4 @@
-//! Writes that survive a power cut: temporary file, sync, rename, sync of the folder.
+//! Writes that survive a power cut: temporary file, sync, rename, sync of the directory.
 
 use super::StoreError;
 use serde::{Serialize, de::DeserializeOwned};
@@ -11,8 +11,8 @@ use std::{
 /// Largest metadata file that is read; a longer one is corrupt. A chain of 128 ids of 128 bytes is 17 KB.
 const MAX_JSON_BYTES: u64 = 1 << 20;
 
-/// A folder whose names can be made durable. It is opened before anything in it changes: whoever has no descriptor
-/// left, or may not read the folder, learns it while nothing has happened.
+/// A directory whose entries can be synced. It is opened before anything in it changes, so that a lack of descriptors
+/// or of permission shows while nothing has happened yet.
 #[derive(Debug)]
 pub struct Folder {
     path: PathBuf,
@@ -21,10 +21,10 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Opens a folder.
+    /// Opens a directory.
     ///
     /// # Errors
-    /// It is not there, or the system refuses.
+    /// It does not exist, or the system refuses.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         Ok(Self {
             path: path.to_owned(),
@@ -33,10 +33,10 @@ impl Folder {
         })
     }
 
-    /// Makes the names in it durable.
+    /// Syncs the entries of the directory.
     ///
     /// # Errors
-    /// The system cannot: what was renamed before stands, but a power cut may undo it.
+    /// The sync failed: renames have happened, but a power cut may undo them.
     pub fn sync(&self) -> Result<(), StoreError> {
         let sync = || {
             #[cfg(test)]
@@ -50,7 +50,7 @@ impl Folder {
     }
 }
 
-/// Makes the names in a folder durable.
+/// Syncs the entries of a directory.
 ///
 /// # Errors
 /// As [`Folder::open`] and [`Folder::sync`].
@@ -58,8 +58,8 @@ pub fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     Folder::open(dir)?.sync()
 }
 
-/// Renames a file or folder within the store, replacing a file. Durable after [`sync_dir`] of both folders. On Windows
-/// a file that somebody holds for a moment (a scanner, a worker that is just ending) is tried again for some seconds.
+/// Renames a file or directory within the store, replacing a file. Durable after [`sync_dir`] of both directories. On
+/// Windows a file that is briefly in use (by a scanner, or a worker that is ending) is retried for some seconds.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     #[cfg(test)]
     super::tests::faults::point(super::tests::faults::Call::Rename)?;
@@ -69,7 +69,7 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     return lcow_sys::windows::fs::rename(from, to);
 }
 
-/// As [`rename`], for a folder that must not take the place of anything.
+/// As [`rename`], for a directory that must not replace anything.
 pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     #[cfg(unix)]
     {
@@ -78,7 +78,7 @@ pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
         super::tests::faults::point(super::tests::faults::Call::Rename)?;
         let here = rustix::fs::CWD;
         match rustix::fs::renameat_with(here, from, here, to, RenameFlags::NOREPLACE) {
-            // A file system that does not know the flag; a rename would still replace an empty folder.
+            // The file system does not support the flag; a plain rename would replace an empty directory.
             Err(Errno::INVAL | Errno::NOSYS) => match fs::symlink_metadata(to) {
                 Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
                 Err(_) => fs::rename(from, to),
@@ -90,7 +90,7 @@ pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     return rename(from, to);
 }
 
-/// Deletes a folder and all in it, with the same patience. What is mounted in it is not entered, and makes it fail.
+/// Deletes a directory and its content, with the same retries. Mount points in it are not entered and make it fail.
 pub fn remove_tree(path: &Path) -> io::Result<()> {
     #[cfg(target_os = "linux")]
     return lcow_sys::linux::tree::remove(path);
@@ -98,9 +98,9 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
     return lcow_sys::windows::fs::remove_tree(path);
 }
 
-/// Creates a new file, readable by its owner only (on Windows: by those whom its folder admits); an existing one is an
-/// error. On Windows it is neither sparse nor compressed nor encrypted, whatever its folder is: Hyper-V attaches no
-/// such disk.
+/// Creates a new file that only its owner may read (on Windows: as its directory's access list says). An existing file
+/// is an error. On Windows it is neither sparse nor compressed nor encrypted, whatever the directory is: Hyper-V
+/// attaches no such disk.
 pub fn create_private(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create_new(true);
@@ -112,16 +112,17 @@ pub fn create_private(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Why [`replace_json`] failed, and what may stand now.
+/// Why [`replace_json`] failed, and which content the file may have now.
 #[derive(Debug)]
 pub struct NotReplaced {
     /// What went wrong.
     pub error: StoreError,
-    /// The new content may be in place (without being durable): only a look at the file tells.
+    /// The new content may be in place, without being durable; the file must be read to find out.
     pub unsure: bool,
 }
 
-/// Replaces `path` by `value` as JSON so that a reader finds either the old or the new content, whole.
+/// Replaces the content of `path` by `value` as JSON; a reader finds either the complete old or the complete new
+/// content.
 ///
 /// # Errors
 /// See [`NotReplaced`].
@@ -129,7 +130,7 @@ pub fn replace_json<T: Serialize>(path: &Path, value: &T) -> Result<(), NotRepla
     let sure = |error| NotReplaced { error, unsure: false };
     let folder = path
         .parent()
-        .ok_or_else(|| sure(StoreError::Usage(format!("'{}' has no folder", path.display()))))?;
+        .ok_or_else(|| sure(StoreError::Usage(format!("'{}' has no parent directory", path.display()))))?;
     let folder = Folder::open(folder).map_err(sure)?;
     let temporary = path.with_extension("json.new");
     let write = || -> io::Result<()> {
@@ -146,13 +147,13 @@ pub fn replace_json<T: Serialize>(path: &Path, value: &T) -> Result<(), NotRepla
         file.sync_all()
     };
     write().map_err(|e| sure(StoreError::io("write", path)(e)))?;
-    // A rename that says "input/output error" may have happened or not.
+    // A rename that fails with an I/O error may or may not have happened.
     rename(&temporary, path)
         .map_err(|e| NotReplaced { error: StoreError::io("replace", path)(e), unsure: true })?;
     folder.sync().map_err(|error| NotReplaced { error, unsure: true })
 }
 
-/// As [`replace_json`], for whoever reads the file again after a failure anyhow.
+/// As [`replace_json`], for callers that read the file again after any failure.
 ///
 /// # Errors
 /// The system refuses.
@@ -171,11 +172,9 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreErr
     };
     let mut text = Vec::new();
     file.take(MAX_JSON_BYTES + 1).read_to_end(&mut text).map_err(StoreError::io("read", path))?;
-    let corrupt = |reason: String| StoreError::Corrupt { path: path.to_owned(), reason };
+    let corrupt = |reason: String| StoreError::corrupt(path.to_owned(), reason);
     if text.len() as u64 > MAX_JSON_BYTES {
         return Err(corrupt(format!("longer than {MAX_JSON_BYTES} bytes")));
     }
-    serde_json::from_slice(&text)
-        .map(Some)
-        .map_err(|e| corrupt(format!("not the JSON that is expected here: {e}")))
+    serde_json::from_slice(&text).map(Some).map_err(|e| corrupt(format!("unexpected JSON: {e}")))
 }

@@ -1,6 +1,7 @@
-//! What can go wrong in a store.
+//! Errors of the store: refusals of its own, and the shared shapes of [`crate::error`].
 
 use super::LayerId;
+use crate::error::{Attempt, CorruptFile, Fault, Kind};
 use std::{
     fmt::Write as _,
     io,
@@ -10,21 +11,21 @@ use std::{
 /// Errors of the layer store.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The caller gave something that is no layer id.
+    /// Not a layer id.
     #[error("'{}' is not a layer id: {reason}", id.escape_debug())]
     InvalidId {
-        /// What was given (cut to a printable length).
+        /// What was given, cut to a printable length.
         id: String,
-        /// Why it is none.
+        /// Which rule it breaks.
         reason: &'static str,
     },
     /// No layer of this id.
     #[error("layer {0} does not exist")]
     NotFound(LayerId),
-    /// A layer of this id is there already.
+    /// There is a layer of this id already.
     #[error("layer {0} exists already; remove it first")]
     Exists(LayerId),
-    /// The parent named for a new layer is not there.
+    /// The parent of a new layer does not exist.
     #[error("layer {id} cannot be created: its parent {parent} does not exist")]
     MissingParent {
         /// The new layer.
@@ -32,15 +33,15 @@ pub enum StoreError {
         /// The parent that was asked for.
         parent: LayerId,
     },
-    /// Other layers stand on this one.
-    #[error("layer {id} still has children and is kept for them: {}; remove those first", list(children))]
+    /// The layer has children.
+    #[error("layer {id} still has children: {}; remove those first", list(children))]
     HasChildren {
         /// The layer that was to be removed.
         id: LayerId,
         /// Its children.
         children: Vec<LayerId>,
     },
-    /// The layer is in a state in which this cannot be done.
+    /// The state of the layer does not allow this.
     #[error("layer {id}: {reason}")]
     WrongState {
         /// The layer.
@@ -48,16 +49,16 @@ pub enum StoreError {
         /// What is wrong and what to do.
         reason: String,
     },
-    /// The layer's own files cannot be read.
-    #[error("layer {id}: it is damaged and can only be removed: {reason}")]
+    /// `layer.json` or `layerchain.json` of the layer cannot be read.
+    #[error("layer {id} is damaged and can only be removed: {reason}")]
     Damaged {
         /// The layer.
         id: LayerId,
         /// What is wrong with it.
         reason: String,
     },
-    /// A chain would be longer than the merged view can be.
-    #[error("layer {id} would be number {depth} of its chain; {max} is the limit")]
+    /// The chain would be longer than a merged view can be.
+    #[error("layer {id} would be number {depth} of its chain; the limit is {max}")]
     TooDeep {
         /// The new layer.
         id: LayerId,
@@ -69,60 +70,69 @@ pub enum StoreError {
     /// Another process owns the store.
     #[error("the store '{}' is in use by {holder}; stop it, or send it the command through its socket", home.display())]
     Locked {
-        /// The store's folder.
+        /// The store's directory.
         home: PathBuf,
         /// Who holds it.
         holder: String,
     },
     /// A file of the store is not what it must be.
-    #[error("'{}' is damaged: {reason}", path.display())]
-    Corrupt {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
+    #[error(transparent)]
+    Corrupt(#[from] CorruptFile),
     /// The store was made by a newer program.
     #[error("the store '{}' has format {found}; this program knows formats up to {known}", home.display())]
     UnsupportedFormat {
-        /// The store's folder.
+        /// The store's directory.
         home: PathBuf,
         /// Its format.
         found: u32,
-        /// The newest one known here.
+        /// The newest one that this program knows.
         known: u32,
     },
     /// Too little space is left on the disk.
     #[error("only {free} bytes are free on the disk of '{}', and lcow.minfree keeps {reserve}; free some space or lower lcow.minfree", home.display())]
     LowSpace {
-        /// The store's folder.
+        /// The store's directory.
         home: PathBuf,
         /// Bytes free now.
         free: u64,
         /// Bytes to keep free.
         reserve: u64,
     },
-    /// Wrong use.
+    /// The caller asked for something that makes no sense.
     #[error("{0}")]
     Usage(String),
-    /// The system refused.
-    #[error("cannot {action} '{}'", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
+    /// The operating system refused.
+    #[error(transparent)]
+    Io(#[from] Attempt<io::Error>),
 }
 
 impl StoreError {
-    /// Makes an [`StoreError::Io`] of a system error, for `map_err`.
-    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
-        let path = path.to_owned();
-        move |source| StoreError::Io { action, path, source }
+    /// Makes a [`StoreError::Io`], for `map_err`.
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let attempt = Attempt::on_path(action, path);
+        move |source| Self::Io(attempt(source))
+    }
+
+    /// Makes a [`StoreError::Corrupt`].
+    pub fn corrupt(path: impl Into<PathBuf>, reason: impl ToString) -> Self {
+        Self::Corrupt(CorruptFile::new(path, reason))
+    }
+}
+
+impl Fault for StoreError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::InvalidId { .. } | Self::Usage(_) => Kind::Usage,
+            Self::NotFound(_) | Self::MissingParent { .. } => Kind::NotFound,
+            Self::Exists(_) | Self::HasChildren { .. } | Self::WrongState { .. } => Kind::State,
+            Self::Damaged { .. } => Kind::Corrupt,
+            Self::TooDeep { .. } => Kind::Limit,
+            Self::Locked { .. } => Kind::Busy,
+            Self::UnsupportedFormat { .. } => Kind::Unsupported,
+            Self::LowSpace { .. } => Kind::NoSpace,
+            Self::Corrupt(error) => error.kind(),
+            Self::Io(error) => error.kind(),
+        }
     }
 }
 

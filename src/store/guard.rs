@@ -1,34 +1,34 @@
-//! Whom a folder of the store lets in, and whether it is the store's at all.
+//! Checks and sets the access to the store's directories.
 //!
-//! A merged view carries set-user-id files and devices of images, as it must for the container. What keeps every other
-//! user of the host out of it is the mode of the folders above: the home is the wall.
+//! A merged view carries set-user-id files and devices of images, as it must for the container. What keeps other users
+//! of the host out of them is the mode of the home directory above.
 
 use super::{StoreError, layout};
 use std::{fs, io, path::Path};
 
-/// Mode of a folder that only its owner may enter.
+/// Mode of a directory that only its owner may enter.
 #[cfg(unix)]
 const OWNER_ONLY: u32 = 0o700;
-/// Mode of a folder that one group may walk through, but not list.
+/// Mode of a directory that one group may also pass through, but not list.
 #[cfg(unix)]
 const GROUP_PASSES: u32 = 0o710;
 
-/// Refuses a folder that another user owns, and closes one of ours to everybody but its owner; with `group` that group
-/// may walk through it. A symbolic link is followed: what it names is looked at.
+/// Closes a directory to everyone but its owner; with `group`, that group may pass through it. Refuses a directory of
+/// another user. Follows symbolic links.
 ///
 /// # Errors
-/// The folder is another user's, or its mode can't be changed.
+/// The directory belongs to another user, or its mode cannot be changed.
 #[cfg(unix)]
 pub fn close_folder(path: &Path, group: Option<u32>) -> Result<(), StoreError> {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
-    /// The bits that say who may do what.
+    /// The permission bits of a mode.
     const ACCESS: u32 = 0o777;
     let found = fs::metadata(path).map_err(StoreError::io("look at", path))?;
     let me = rustix::process::geteuid().as_raw();
     if found.uid() != me {
         return Err(StoreError::Usage(format!(
-            "'{}' belongs to user {} and this program runs as user {me}: whoever owns the folder could replace what lies \
-             in it; use another folder, or give it to user {me}",
+            "'{}' belongs to user {} but this program runs as user {me}, and the owner of a directory can replace its \
+             content; use another directory, or change its owner to user {me}",
             path.display(),
             found.uid()
         )));
@@ -44,7 +44,7 @@ pub fn close_folder(path: &Path, group: Option<u32>) -> Result<(), StoreError> {
                 path = %path.display(),
                 was = format!("{:04o}", found.mode() & ACCESS),
                 is = format!("{mode:04o}"),
-                "others could enter a folder of the store; it is closed to them now"
+                "other users could enter a directory of the store; closed it to them"
             );
         }
         fs::set_permissions(path, fs::Permissions::from_mode(mode))
@@ -53,17 +53,17 @@ pub fn close_folder(path: &Path, group: Option<u32>) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Whether somebody but its owner may enter the folder.
+/// Whether anyone but its owner may enter the directory.
 #[cfg(unix)]
 pub fn is_private(path: &Path) -> io::Result<bool> {
     use std::os::unix::fs::MetadataExt;
-    /// Everything that group and others may do.
+    /// All permissions of group and others.
     const OTHERS: u32 = 0o077;
     Ok(fs::metadata(path)?.mode() & OTHERS == 0)
 }
 
-/// Refuses a folder that holds something and is no store: what lies there is somebody else's, and a store renames and
-/// deletes. What a store leaves behind that was cut at its very beginning is fine, and so is what `known` says.
+/// Refuses a directory that is not empty and not a store: a store renames and deletes, and the content is not its own.
+/// Accepts what a store leaves behind whose creation was interrupted, and the entries for which `known` is true.
 ///
 /// # Errors
 /// [`StoreError::Usage`] names what was found.
@@ -77,7 +77,7 @@ pub(super) fn refuse_foreign(home: &Path, known: &dyn Fn(&fs::DirEntry) -> bool)
         let entry = entry.map_err(StoreError::io("list", home))?;
         if entry.file_name() != layout::LOST_AND_FOUND && !of_a_begun_store(&entry) && !known(&entry) {
             return Err(StoreError::Usage(format!(
-                "'{}' is no layer store ({} is missing) and not empty ('{}' lies there); name an empty or a new folder",
+                "'{}' is no layer store ({} is missing) and not empty (it contains '{}'); name an empty or a new directory",
                 home.display(),
                 layout::MARKER,
                 entry.file_name().to_string_lossy()
@@ -87,8 +87,7 @@ pub(super) fn refuse_foreign(home: &Path, known: &dyn Fn(&fs::DirEntry) -> bool)
     Ok(())
 }
 
-/// Made by a store before its marker was written: the lock, a marker that never got its name, and folders with nothing
-/// in them.
+/// Whether a store makes this entry before its marker: the lock, the temporary marker, empty directories.
 fn of_a_begun_store(entry: &fs::DirEntry) -> bool {
     let empty = |path: &Path| fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
     match entry.file_name().to_str() {
@@ -130,7 +129,8 @@ mod tests {
         let path = outer.path().join("home");
         fs::create_dir(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        std::os::unix::fs::chown(&path, Some(1234), None).expect("giving a folder away needs root");
+        std::os::unix::fs::chown(&path, Some(1234), None)
+            .expect("changing the owner of a directory needs root");
         let error = close_folder(&path, None).unwrap_err().to_string();
         assert!(error.contains("user 1234"), "{error}");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o755);

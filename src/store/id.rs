@@ -6,20 +6,20 @@ use std::{fmt, str::FromStr};
 
 /// Longest id, in bytes.
 pub const MAX_ID_BYTES: usize = 128;
-/// The suffix that the original driver gave to a folder on its way out; never part of an id.
+/// The suffix that the original driver gave to a directory that it was deleting; never part of an id.
 pub const REMOVING_SUFFIX: &str = "-removing";
 
-/// Names that Windows gives to devices in every folder; an id of this name could not be created there.
+/// Device names, which Windows reserves in every directory: such an id could not be created there.
 const WINDOWS_DEVICES: &[&str] = &[
     "con", "prn", "aux", "nul", "com1", "com2", "com3", "com4", "com5", "com6", "com7", "com8", "com9",
     "lpt1", "lpt2", "lpt3", "lpt4", "lpt5", "lpt6", "lpt7", "lpt8", "lpt9",
 ];
 
-/// The id of a layer: 1–128 of `[A-Za-z0-9_.-]`, not starting with a dot nor ending with one, not a name that the
-/// store or Windows uses, without the suffix `-removing`.
+/// The id of a layer: 1–128 of `[A-Za-z0-9_.-]`, without a dot at either end, not a name that the store or Windows
+/// uses, and without the suffix `-removing`.
 ///
-/// An id becomes one folder name below the store's home. Whatever could name another place (`""`, `..`, `a/b`) or
-/// another thing (`cache`) is refused before a path is made of it.
+/// An id becomes the name of a directory in the store's home. Whatever could lead elsewhere (`""`, `..`, `a/b`) or name
+/// something else (`cache`) is refused before a path is built from it.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct LayerId(Box<str>);
@@ -51,7 +51,7 @@ impl FromStr for LayerId {
         }
         let lower = id.to_ascii_lowercase();
         if lower.ends_with(REMOVING_SUFFIX) {
-            return refuse("the suffix '-removing' marks folders that are being deleted");
+            return refuse("the suffix '-removing' marks directories that are being deleted");
         }
         if layout::RESERVED_NAMES.contains(&lower.as_str()) {
             return refuse("the store uses this name itself");

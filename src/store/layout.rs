@@ -1,4 +1,4 @@
-//! Names of files and folders in a store, in one place.
+//! Names of the files and directories of a store.
 //!
 //! ```text
 //! <home>/
@@ -25,11 +25,11 @@ use std::path::{Path, PathBuf};
 pub const MARKER: &str = "lcow-store.json";
 /// The marker while it is being written.
 pub const MARKER_NEW: &str = "lcow-store.json.new";
-/// What a file system has in its root.
+/// The recovery directory in the root of an ext4 file system.
 pub const LOST_AND_FOUND: &str = "lost+found";
 /// Lock file of the owner.
 pub const OWNER_LOCK: &str = "owner.lock";
-/// Cached blanks.
+/// Cache directory.
 pub const CACHE: &str = "cache";
 /// Scratch disks of service VMs.
 pub const SCRATCH: &str = "scratch";
@@ -37,7 +37,7 @@ pub const SCRATCH: &str = "scratch";
 pub const STAGING: &str = "staging";
 /// Mount points.
 pub const MOUNTS: &str = "mnt";
-/// Name below [`MOUNTS`] of the always empty folder.
+/// Name below [`MOUNTS`] of a directory that is always empty.
 pub const EMPTY: &str = "empty";
 /// An applied layer's image.
 pub const LAYER_FILE: &str = "layer.vhd";
@@ -54,7 +54,7 @@ pub const META_FILE: &str = "layer.json";
 /// Mount point of the merged view.
 pub const MERGED: &str = "merged";
 
-/// Lower-case names below the home that can never be ids.
+/// Lower-case names in the home that can never be ids.
 pub const RESERVED_NAMES: &[&str] = &[MARKER, OWNER_LOCK, CACHE, SCRATCH, STAGING, MOUNTS, LOST_AND_FOUND];
 
 /// Paths of one store.
@@ -69,22 +69,22 @@ impl Layout {
         Self { home: home.into() }
     }
 
-    /// The store's folder.
+    /// The store's directory.
     pub fn home(&self) -> &Path {
         &self.home
     }
 
-    /// The folder of one layer.
+    /// The directory of one layer.
     pub fn layer(&self, id: &LayerId) -> PathBuf {
         self.home.join(id.as_str())
     }
 
-    /// A file or folder of one layer.
+    /// A file or directory of one layer.
     pub fn layer_file(&self, id: &LayerId, name: &str) -> PathBuf {
         self.layer(id).join(name)
     }
 
-    /// A file or folder directly below the home.
+    /// A file or directory directly in the home.
     pub fn top(&self, name: &str) -> PathBuf {
         self.home.join(name)
     }
@@ -95,7 +95,7 @@ impl Layout {
     }
 }
 
-/// Bytes of a short name.
+/// Length of a short name.
 const SHORT_NAME_BYTES: usize = 16;
 
 /// A name of 16 bytes for a layer, the same in every process: the start of the SHA-256 of its id.

@@ -7,13 +7,13 @@ use std::{
     path::Path,
 };
 
-/// Holds the store of a home for this process; the system lets go of it when the process ends, however it ends.
+/// Holds the store of a home for this process; the system releases it when the process ends, however it ends.
 #[derive(Debug)]
 pub struct OwnerLock {
     _file: File,
 }
 
-/// Most bytes of the holder's name that are shown.
+/// Longest name of a holder that is shown, in bytes.
 const MAX_HOLDER: u64 = 200;
 
 impl OwnerLock {
@@ -25,8 +25,7 @@ impl OwnerLock {
         #[cfg(unix)]
         {
             use std::os::unix::fs::OpenOptionsExt;
-            // Never through a link, which might name anybody's file: this one is overwritten. Not waiting for the other
-            // end, should it be a pipe.
+            // No links: the file is overwritten, and a link may name any file. Non-blocking, in case it is a pipe.
             let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
             options.mode(0o600).custom_flags(flags.bits().cast_signed());
         }
@@ -34,8 +33,7 @@ impl OwnerLock {
         let metadata = file.metadata().map_err(StoreError::io("look at", &path))?;
         if !metadata.is_file() || has_other_names(&metadata) {
             return Err(StoreError::Usage(format!(
-                "'{}' is not a file of this store's own (a link, or something else than a file); look at it, and delete it \
-                 if nobody needs it",
+                "'{}' is not a regular file with a single name; check what it is, and delete it if it is not needed",
                 path.display()
             )));
         }
@@ -46,7 +44,7 @@ impl OwnerLock {
             }
             Err(TryLockError::Error(e)) => return Err(StoreError::io("lock", &path)(e)),
         }
-        // The text only serves the message for others: the lock itself is what counts.
+        // The text is only for the message to others; the lock itself is what counts.
         let name =
             std::env::current_exe().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
         let text =
@@ -59,7 +57,7 @@ impl OwnerLock {
     }
 }
 
-/// Whether the file is somewhere else as well, so that writing into it changes what is there.
+/// Whether the file has other names (hard links), whose content a write would change.
 fn has_other_names(metadata: &fs::Metadata) -> bool {
     #[cfg(unix)]
     return std::os::unix::fs::MetadataExt::nlink(metadata) > 1;
@@ -67,19 +65,6 @@ fn has_other_names(metadata: &fs::Metadata) -> bool {
     {
         let _ = metadata;
         false
-    }
-}
-
-/// Who holds the store of `home` now; `None` if nobody does.
-pub fn holder(home: &Path) -> Option<String> {
-    let path = home.join(layout::OWNER_LOCK);
-    if !fs::symlink_metadata(&path).ok()?.is_file() {
-        return None;
-    }
-    let file = File::open(&path).ok()?;
-    match file.try_lock_shared() {
-        Err(TryLockError::WouldBlock) => Some(holder_of(&path)),
-        _ => None,
     }
 }
 
@@ -99,12 +84,10 @@ mod tests {
     #[test]
     fn a_second_owner_is_refused_with_the_holders_name() {
         let home = tempfile::tempdir().unwrap();
-        assert_eq!(holder(home.path()), None);
         let lock = OwnerLock::take(home.path()).unwrap();
         // flock is per open file description, so a second open in one process meets the same refusal.
         let error = OwnerLock::take(home.path()).unwrap_err();
         assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
-        assert!(holder(home.path()).is_some());
         drop(lock);
         OwnerLock::take(home.path()).unwrap();
     }

@@ -1,4 +1,4 @@
-//! The store marker and what Init said.
+//! The store marker, which holds the last Init.
 
 use super::{StoreError, durable, layout};
 use layer_codec::IdRange;
@@ -11,7 +11,7 @@ use std::{
 /// The store format that this program writes.
 pub const STORE_FORMAT: u32 = 1;
 
-/// What the last Init for this home said. The engine does not repeat it after a crash of the plugin.
+/// The last Init for this home. The engine does not repeat it after a crash of the plugin.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InitRecord {
     /// `--storage-opt` of the engine, `key=value`.
@@ -32,7 +32,7 @@ impl InitRecord {
         (host(&self.uid_maps), host(&self.gid_maps))
     }
 
-    /// The group that must be able to walk to the merged views: the mapped root's, with userns-remap.
+    /// With userns-remap: the group of the mapped root, which must be able to reach the merged views.
     pub fn passing_group(&self) -> Option<u32> {
         let (uid, gid) = self.root_ids();
         ((uid, gid) != (0, 0)).then_some(gid)
@@ -46,11 +46,11 @@ pub struct Marker {
     pub format: u32,
     /// Names this store in logs, whatever its path.
     pub store_id: uuid::Uuid,
-    /// What Capabilities answers; fixed when the store is made and never changed, since the engine decides by it
-    /// whether it keeps tar-split data of its own.
+    /// The reply to Capabilities. Fixed when the store is created, because the engine decides by it whether it keeps
+    /// tar-split data of its own.
     pub reproduces_exact_diffs: bool,
-    /// When release 2 first opened the store, in seconds since 1970; 0 if it made it. What was written before has version
-    /// 1 of the canonical tar unless its layer says otherwise.
+    /// When release 2 first opened the store, in seconds since 1970; 0 if it created the store. Layers that were
+    /// written before have version 1 of the canonical tar unless `layer.json` says otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release_2_since: Option<u64>,
     /// The last Init.
@@ -70,17 +70,16 @@ impl Marker {
         }
     }
 
-    /// Reads the marker of a home; `None` where there is no store yet.
+    /// Reads the marker of a home; `None` if there is no store yet.
     pub fn read(home: &Path) -> Result<Option<Self>, StoreError> {
-        /// Only the format, so that a marker of a later format is told from a damaged one.
+        /// Only the format, to tell a marker of a later format from a damaged one.
         #[derive(Deserialize)]
         struct FormatOnly {
             format: u32,
         }
         let path = home.join(layout::MARKER);
         let Some(value) = durable::read_json::<serde_json::Value>(&path)? else { return Ok(None) };
-        let corrupt =
-            |e: serde_json::Error| StoreError::Corrupt { path: path.clone(), reason: e.to_string() };
+        let corrupt = |e: serde_json::Error| StoreError::corrupt(path.clone(), e.to_string());
         let FormatOnly { format } = FormatOnly::deserialize(&value).map_err(corrupt)?;
         if format != STORE_FORMAT {
             return Err(StoreError::UnsupportedFormat {
@@ -92,7 +91,7 @@ impl Marker {
         Self::deserialize(value).map(Some).map_err(corrupt)
     }
 
-    /// Notes, durably, when release 2 first met a store of release 1: before anything else is written into it.
+    /// Records durably when release 2 first opened a store of release 1, before anything else is written into it.
     pub(super) fn note_release_2(&mut self, home: &Path) -> Result<(), StoreError> {
         if self.release_2_since.is_none() {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -103,10 +102,10 @@ impl Marker {
         Ok(())
     }
 
-    /// Version of the canonical tar of a layer that notes none and was created then (seconds since 1970), or by this very
-    /// process.
+    /// Version of the canonical tar of a layer without a recorded one, by its creation time (seconds since 1970) or if
+    /// this process created it.
     pub fn canonical_version_of(&self, created: u64, made_here: bool) -> u32 {
-        /// Versions of release 1 and of this one.
+        /// Versions of release 1 and of this release.
         const VERSIONS: [u32; 2] = [1, 2];
         VERSIONS[usize::from(made_here || self.release_2_since.is_some_and(|since| created > since))]
     }

@@ -1,7 +1,7 @@
 //! `layer.json`: the state of a layer and the facts about its files.
 
-use layer_codec::IdRange;
-use serde::{Deserialize, Serialize};
+use layer_codec::{IdRange, RootHash, TarDigest};
+use serde::{Deserialize, Serialize, de::Error as _};
 
 /// State of a layer. Every change is one atomic rename of `layer.json`.
 ///
@@ -9,15 +9,15 @@ use serde::{Deserialize, Serialize};
 ///            Create ──► created ──ApplyDiff──► applying ──commit──► applied
 ///                          │                      │ cut, kill -9, error
 ///                          │ first Get            └──► stays applying: every ApplyDiff and Get is refused
-///                          ▼                           until the layer is removed and created anew
+///                          ▼                           until the layer is removed and created again
 ///   CreateReadWrite ──► sandbox
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LayerState {
-    /// Has a chain and nothing else: ApplyDiff or the first Get decides what it becomes.
+    /// Only has a chain; ApplyDiff or the first Get decides what it becomes.
     Created,
-    /// ApplyDiff has begun to read; what a broken connection left of its stream must never be taken for a layer.
+    /// ApplyDiff has begun to read. After a broken connection the rest of its stream must never be accepted as a layer.
     Applying,
     /// Immutable: `layer.vhd` and `layer.exact`.
     Applied,
@@ -25,10 +25,11 @@ pub enum LayerState {
     Sandbox,
 }
 
-/// A digest, that of the first stores with the prefix that it lacks.
-fn prefixed<'de, D: serde::Deserializer<'de>>(input: D) -> Result<String, D::Error> {
+/// Reads a digest; the first stores wrote it without its prefix, which was always `sha256:`.
+fn tar_digest<'de, D: serde::Deserializer<'de>>(input: D) -> Result<TarDigest, D::Error> {
     let text = String::deserialize(input)?;
-    Ok(if text.contains(':') { text } else { format!("sha256:{text}") })
+    let digest = if text.contains(':') { text.parse() } else { format!("sha256:{text}").parse() };
+    digest.map_err(|e| D::Error::custom(format_args!("tar_digest '{}': {e}", text.escape_debug())))
 }
 
 /// Content of `layer.json`.
@@ -41,28 +42,27 @@ pub struct LayerMeta {
     /// Size of the sandbox's file system in bytes: what it has, or what it will get at the first Get.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox_bytes: Option<u64>,
-    /// What was asked for when the layer was created: inode numbers of its own merged view (`xino=on|off`); `None` for
-    /// what the store's option says.
+    /// `xino=on|off` of the layer's own merged view, if it was given at Create; otherwise the store's option applies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub xino: Option<bool>,
     /// Facts about an applied layer's files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applied: Option<AppliedMeta>,
-    /// Version of the canonical tar that this written layer has for life, noted before the first byte of its first Diff
-    /// against its own parent leaves.
+    /// Version of the canonical tar of this written layer, fixed before the first byte of its first Diff against its
+    /// own parent is sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canonical_version: Option<u32>,
-    /// Why the first ApplyDiff that was refused or cut was; said again to each that follows.
+    /// Why the first ApplyDiff was refused or cut; repeated to every later one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
-    /// The sandbox was handed to a virtual machine, which may have written any bytes into it: the host never mounts
-    /// it again, nor anything that stands on it.
+    /// The sandbox was handed to a virtual machine, which may have written any bytes into it: the host never mounts it
+    /// again, nor any layer above it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub handed_out: bool,
 }
 
 impl LayerMeta {
-    /// That of a layer created now.
+    /// The metadata of a new layer.
     pub(super) fn new(state: LayerState, created: u64, wishes: LayerWishes) -> Self {
         Self {
             state,
@@ -77,12 +77,12 @@ impl LayerMeta {
     }
 }
 
-/// What a layer's creator asks for.
+/// Options of a single layer, from Create.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LayerWishes {
-    /// [`LayerMeta::sandbox_bytes`]
+    /// See [`LayerMeta::sandbox_bytes`].
     pub sandbox_bytes: Option<u64>,
-    /// [`LayerMeta::xino`]
+    /// See [`LayerMeta::xino`].
     pub xino: Option<bool>,
 }
 
@@ -95,40 +95,39 @@ pub struct AppliedMeta {
     pub file_bytes: u64,
     /// Bytes of `layer.exact`.
     pub record_bytes: u64,
-    /// Sum of regular-file bytes and of the lengths of symlinks' targets, a hard-linked inode once: what `docker images`
-    /// and `docker history` show. Layers of the first release have it without the symlinks.
+    /// Sum of regular-file bytes and of the lengths of symlinks' targets, a hard-linked inode once: what `docker
+    /// images` and `docker history` show. Layers of the first release have it without the symlinks.
     pub diff_size: u64,
     /// Bytes of the tar that was applied.
     pub tar_bytes: u64,
-    /// Digest of that tar: `blake3:` or, of the first stores' layers (who have it as `tar_sha256` without its prefix),
-    /// `sha256:`, and 64 hexadecimal digits.
-    #[serde(alias = "tar_sha256", deserialize_with = "prefixed")]
-    pub tar_digest: String,
+    /// Digest of that tar. The first stores have SHA-256 in a field `tar_sha256`, without a prefix.
+    #[serde(alias = "tar_sha256", deserialize_with = "tar_digest")]
+    pub tar_digest: TarDigest,
     /// UUID of the file system.
     pub uuid: uuid::Uuid,
     /// Entries of the tar.
     pub entries: u64,
-    /// Root hash of the dm-verity tree behind the file system, hexadecimal, if it has one.
+    /// Root hash of the dm-verity tree behind the file system, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub verity_root: Option<String>,
-    /// A second, fresh service VM found the image's metadata sound.
+    pub verity_root: Option<RootHash>,
+    /// A second, fresh service VM has checked the image's metadata.
     pub checked: bool,
-    /// Version of the rules by which the tar became this image; none is 1, that of release 1.
+    /// Version of the image writer; absent for 1, that of release 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub writer: Option<u32>,
-    /// With userns-remap: the containers' ids ([`owners_note`]) that all owners in the image were found to be of.
+    /// With userns-remap: the container ids ([`owners_note`]) within which all owners in the image were found to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owners: Option<String>,
 }
 
 impl AppliedMeta {
-    /// Version of the rules by which the image was made.
+    /// Version of the writer that made the image.
     pub fn writer(&self) -> u32 {
         self.writer.unwrap_or(1)
     }
 }
 
-/// The containers' ids of some maps in one line; nothing without maps.
+/// The container ids of the maps in one line; `None` without maps.
 pub fn owners_note(uids: &[IdRange], gids: &[IdRange]) -> Option<String> {
     let list = |maps: &[IdRange]| {
         let ranges: Vec<String> = maps.iter().map(|m| format!("{}+{}", m.container_id, m.size)).collect();

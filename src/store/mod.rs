@@ -1,4 +1,4 @@
-//! The shared layer store: ids, folders, chains, states, and how each change is made whole.
+//! The layer store: ids, directories, chains, states, and atomic changes of them.
 //!
 //! ```text
 //!   Create ── staging/<id>.<random>/{layerchain,layer}.json ──sync──rename──► <id>/       (one rename: there or not)
@@ -7,21 +7,21 @@
 //!             ── layer.json "applied" (rename: the commit point)
 //!   Remove ── <id>/ ──rename──► staging/<id>-removing.<random>/ ── delete
 //!
-//!   look-ups ─► index (memory) ◄─ publish ─ file work, in one folder at a time, on a thread that may wait
+//!   lookups ─► index (memory) ◄─ publish ─ file work, one thread per directory, on threads that may block
 //! ```
 //!
 //! Invariants:
 //! * An id is a [`LayerId`] before it touches a path.
-//! * At every instant a kill or power cut leaves either no layer or the whole layer: states change by one rename of
-//!   `layer.json`, after everything that the new state speaks of was synced.
-//! * What lies in `staging/` is debris for whoever opens the store next.
-//! * A parent outlives its children: removing it is refused while they are there.
-//! * The index lock covers memory only. Work in a layer's folder is serial by a claim on that folder; what it came to
-//!   is published at its end. So one slow sync holds up the layer that it is for, and nobody else.
-//! * Look-ups read memory and never wait for a disk; whatever touches a file wants a [`DiskThread`].
-//! * Memory says what the disk says, after failures too: a sync that fails behind a rename is undone, or the file is
-//!   read again before its layer is used (`changes.rs`).
-//! * Only folders that a store made are layers; others are left alone.
+//! * At every instant a kill or power cut leaves either no layer or the complete layer: states change by one rename of
+//!   `layer.json`, after everything that the new state refers to was synced.
+//! * What is in `staging/` is debris for the process that opens the store next.
+//! * A parent outlives its children: removing it is refused while there are any.
+//! * The index lock covers memory only. Work in a layer's directory is serialized by a claim on it, and the result is
+//!   published at its end. A slow sync therefore delays only its own layer.
+//! * Lookups read memory and never wait for a disk; whatever touches a file requires a [`DiskThread`].
+//! * Memory matches the disk, also after failures: a rename whose sync fails is undone, or the file is read again
+//!   before its layer is used (`changes.rs`).
+//! * Only directories that a store made are layers; others are left alone.
 //!
 //! The store moves files and reads its own JSON; it never opens an image. Called by `driver` and, read-only, by the
 //! `store` commands.
@@ -42,16 +42,15 @@ mod repair;
 mod thread;
 mod usage;
 
-pub use changes::{Doomed, Staged};
 pub use error::StoreError;
-pub use id::{LayerId, MAX_ID_BYTES, REMOVING_SUFFIX};
+pub use id::{LayerId, REMOVING_SUFFIX};
 pub use layout::Layout;
-pub use lock::{OwnerLock, holder};
-pub use marker::{InitRecord, Marker, STORE_FORMAT};
+pub use lock::OwnerLock;
+pub use marker::{InitRecord, Marker};
 pub use meta::{AppliedMeta, LayerMeta, LayerState, LayerWishes, owners_note};
-pub use repair::{Debris, GcReport};
+pub use repair::GcReport;
 pub use thread::DiskThread;
-pub use usage::{DiskUsage, LayerUsage, allocated_bytes};
+pub use usage::allocated_bytes;
 
 use claims::Claims;
 use parking_lot::{Mutex, RwLock};
@@ -72,12 +71,12 @@ pub struct Layer {
     pub id: LayerId,
     /// Ancestors, nearest first.
     pub chain: Arc<[LayerId]>,
-    /// State and facts, or why they cannot be read: such a layer is refused everything but Remove.
+    /// Its metadata, or why they cannot be read; every operation on such a layer but Remove is refused.
     pub meta: Result<LayerMeta, Arc<str>>,
-    /// Tells this layer from a later one of the same id.
+    /// Distinguishes this layer from a later one of the same id.
     pub generation: u64,
-    /// This process created it. What an earlier one created takes no tar: nobody knows what the end of that process
-    /// cut, and a client may come back with the rest.
+    /// This process created it. A layer that an earlier process created takes no tar: the end of that process may have
+    /// cut one, and a client may send the rest.
     pub made_here: bool,
 }
 
@@ -88,17 +87,17 @@ impl Layer {
     }
 }
 
-/// A sound layer as it was at one moment.
+/// A layer with readable metadata, as it was at one moment.
 #[derive(Debug, Clone)]
 pub struct Member {
     /// The layer.
     pub layer: Layer,
-    /// Its state and facts.
+    /// Its metadata.
     pub meta: LayerMeta,
 }
 
-/// A layer and its ancestors, all of one moment. A request looks once and works with what it saw: two looks may see
-/// two states, or two layers of the same id.
+/// A layer and its ancestors, as they were at one moment. A request takes one snapshot and works with that: two lookups
+/// may see two states, or two layers of the same id.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     /// The layer itself.
@@ -117,29 +116,23 @@ impl Snapshot {
     pub fn members(&self) -> impl Iterator<Item = &Member> {
         std::iter::once(&self.top).chain(&self.ancestors)
     }
-
-    /// What stands below the layer; `None` for a base layer.
-    pub fn parent(&self) -> Option<Self> {
-        let (top, ancestors) = self.ancestors.split_first()?;
-        Some(Self { top: top.clone(), ancestors: ancestors.to_vec() })
-    }
 }
 
 #[derive(Debug, Default)]
 struct Index {
     layers: BTreeMap<LayerId, Layer>,
-    /// Children by parent, those included that are just being made.
+    /// Children by parent, including those that are being created.
     children: BTreeMap<LayerId, BTreeSet<LayerId>>,
-    /// Layers that are just being removed: nothing new may stand on them.
+    /// Layers that are being removed: they accept no new children.
     leaving: BTreeSet<LayerId>,
-    /// Layers whose `layer.json` must be read again: a write of it failed, and what stands there is not known.
+    /// Layers whose `layer.json` must be read again, because a write of it failed and its content is uncertain.
     unknown: BTreeSet<LayerId>,
-    /// Folders with the name of an id that no store made.
+    /// Directories whose name is an id but which no store made.
     strangers: BTreeSet<LayerId>,
 }
 
 impl Index {
-    /// The layer whose folder `id` would have: on Windows names that differ in case only are one name.
+    /// The layer that already uses the directory of `id`: on Windows, names that differ only in case are the same.
     fn same_folder(&self, id: &LayerId) -> Option<LayerId> {
         if self.layers.contains_key(id) {
             return Some(id.clone());
@@ -193,23 +186,23 @@ impl Index {
 pub struct Store {
     layout: Layout,
     marker: RwLock<Marker>,
-    /// Held while the marker's file is written; the lock of the marker itself is not.
+    /// Held while the marker's file is written; `marker` itself is locked only to read or replace it.
     marker_work: Mutex<()>,
     index: RwLock<Index>,
     claims: Claims,
     generation: AtomicU64,
     leftovers: Leftovers,
-    /// The home, open: its syncs need no descriptor that may be lacking. `None` for a reader.
+    /// The home, kept open so that a sync cannot fail for lack of descriptors. `None` for a reader.
     folder: Option<durable::Folder>,
-    /// A sync of the home failed: the next change of it tries again, even if it has nothing to do itself.
+    /// A sync of the home failed; the next change retries it, even one that has nothing to do itself.
     unsynced: AtomicBool,
-    /// `None` for a reader beside a running owner.
+    /// `None` for a reader, which may run next to an owner.
     _lock: Option<OwnerLock>,
 }
 
-/// Folders in `staging/` that could not be deleted when they should have been. On Windows a worker that is just being
-/// ended still has files open; elsewhere something may be mounted there. They are tried again by the next
-/// [`Store::stage`] and [`Store::remove`].
+/// Directories in `staging/` that could not be deleted yet. On Windows a worker that is being ended may still have
+/// files open; elsewhere something may be mounted there. [`Store::stage`] and
+/// [`Doomed::delete`](changes::Doomed::delete) retry.
 type Leftovers = Arc<Mutex<Vec<PathBuf>>>;
 
 impl Store {
@@ -242,17 +235,17 @@ impl Store {
         self.len() == 0
     }
 
-    /// Whether a write failed in a way that left unknown what the disk says; [`Store::settle`] finds out.
+    /// Whether a failed write left the content of a `layer.json` uncertain; [`Store::settle`] reads it again.
     pub fn is_unsettled(&self) -> bool {
         !self.index.read().unknown.is_empty()
     }
 
-    /// True if there is a layer of this id, sound or not.
+    /// True if there is a layer of this id, damaged or not.
     pub fn exists(&self, id: &LayerId) -> bool {
         self.index.read().layers.contains_key(id)
     }
 
-    /// Folders with the name of an id that no store made.
+    /// Directories whose name is an id but which no store made.
     pub fn strangers(&self) -> Vec<LayerId> {
         self.index.read().strangers.iter().cloned().collect()
     }
@@ -262,22 +255,22 @@ impl Store {
         self.index.read().children.get(id).map(|c| c.iter().cloned().collect()).unwrap_or_default()
     }
 
-    /// A layer, sound or not.
+    /// A layer, damaged or not.
     pub fn find(&self, id: &LayerId) -> Result<Layer, StoreError> {
         self.index.read().layers.get(id).cloned().ok_or_else(|| StoreError::NotFound(id.clone()))
     }
 
-    /// A sound layer and its meta data.
+    /// An undamaged layer and its metadata.
     pub fn get(&self, id: &LayerId) -> Result<Member, StoreError> {
         self.index.read().member(id)
     }
 
-    /// A sound layer and its sound ancestors, as they are together at this moment.
+    /// An undamaged layer and its undamaged ancestors, all at this moment.
     pub fn snapshot(&self, id: &LayerId) -> Result<Snapshot, StoreError> {
         Ok(self.snapshots(id, None)?.0)
     }
 
-    /// Two layers with their ancestors, all of the same moment.
+    /// Two layers with their ancestors, all at the same moment.
     pub fn snapshots(
         &self,
         id: &LayerId,
@@ -292,8 +285,8 @@ impl Store {
         Ok((look(id)?, other.map(look).transpose()?))
     }
 
-    /// Whether the layers of a snapshot are still the ones of their ids. Files that were opened by their names before
-    /// this said yes belong to that snapshot.
+    /// Whether the layers of a snapshot still exist under their ids. If so, files that were opened by name before this
+    /// call belong to that snapshot.
     pub fn is_current(&self, snapshot: &Snapshot) -> bool {
         let index = self.index.read();
         snapshot

@@ -1,4 +1,4 @@
-//! Opening a store: whose folder it is, who owns it, what lies in it.
+//! Opening a store: who may use the directory, who owns it, and what is in it.
 
 use super::{
     DiskThread, Index, InitRecord, Layer, LayerId, LayerMeta, Layout, Leftovers, Marker, OwnerLock, Store,
@@ -15,21 +15,21 @@ use std::{
 };
 
 impl Store {
-    /// Opens the store of `home` for this process alone, making it if there is none. `known` says which entries of a
-    /// folder without a marker are no reason to refuse it.
+    /// Opens the store of `home` for this process alone; creates it if there is none. In a directory without a marker,
+    /// only entries for which `known` is true are accepted.
     ///
     /// Reads the index (two small files a layer) and renames nothing; debris is left for [`Store::collect`]. The home
-    /// is closed to everybody but its owner, or to all but the group of the container's root if the last Init had maps.
+    /// is closed to everyone but its owner; if the last Init had maps, the group of the containers' root may pass.
     ///
     /// # Errors
-    /// [`StoreError::Locked`] names the present owner; a store of a later format or a damaged marker is refused, and so
-    /// is a folder of another user or one that holds something else.
+    /// [`StoreError::Locked`] names the current owner. Refused are a store of a later format, a damaged marker, a
+    /// directory of another user, and one that holds something else.
     pub fn open(
         _: &DiskThread,
         home: &Path,
         known: impl Fn(&fs::DirEntry) -> bool,
     ) -> Result<Self, StoreError> {
-        // Before anything is changed: a wrong path may be anybody's folder.
+        // Before anything is changed: a mistyped path may be any directory.
         let found = Marker::read(home)?;
         if found.is_none() {
             guard::refuse_foreign(home, &known)?;
@@ -44,7 +44,7 @@ impl Store {
             create_private_dir(&path)?;
             if !fs::symlink_metadata(&path).map_err(StoreError::io("look at", &path))?.is_dir() {
                 return Err(StoreError::Usage(format!(
-                    "'{}' must be a folder of the store's own: what lies in it is deleted at each start",
+                    "'{}' must be a real directory, not a link: its content is deleted at each start",
                     path.display()
                 )));
             }
@@ -58,7 +58,7 @@ impl Store {
             }
             _ => {}
         }
-        // Under the lock nobody else writes it.
+        // Under the lock no other process writes it.
         let marker = if let Some(mut marker) = Marker::read(home)? {
             marker.note_release_2(home)?;
             marker
@@ -70,11 +70,11 @@ impl Store {
         Self::load(layout, marker, Some(lock))
     }
 
-    /// Opens a store to look at it, beside its owner or without one. Nothing is written.
+    /// Opens a store for reading, with or without a running owner. Nothing is written.
     pub fn open_read_only(_: &DiskThread, home: &Path) -> Result<Self, StoreError> {
         let marker = Marker::read(home)?.ok_or_else(|| {
             StoreError::Usage(format!(
-                "'{}' holds no layer store ({} is missing)",
+                "'{}' is no layer store ({} is missing)",
                 home.display(),
                 layout::MARKER
             ))
@@ -124,16 +124,18 @@ impl Store {
         Layer { id, chain: chain.into(), meta, generation: self.next_generation(), made_here: false }
     }
 
-    /// What a layer's `layer.json` says now.
+    /// Reads a layer's `layer.json`.
     pub(super) fn read_meta(&self, id: &LayerId) -> Result<LayerMeta, StoreError> {
         let path = self.layout.layer_file(id, layout::META_FILE);
-        durable::read_json::<LayerMeta>(&path)?.ok_or_else(|| StoreError::Corrupt {
-            path,
-            reason: "it is missing: this folder was not made by this store, or it was damaged".into(),
+        durable::read_json::<LayerMeta>(&path)?.ok_or_else(|| {
+            StoreError::corrupt(
+                path,
+                "it is missing: this store did not make the directory, or the file was lost",
+            )
         })
     }
 
-    /// Keeps what Init said, durably; does nothing if it said the same before.
+    /// Records an Init durably; does nothing if the last one was the same.
     pub fn record_init(&self, _: &DiskThread, init: InitRecord) -> Result<(), StoreError> {
         let _serial = self.marker_work.lock();
         let before = self.marker();
@@ -147,9 +149,9 @@ impl Store {
             Ok(()) => *self.marker.write() = changed,
             Err(failed) => {
                 if failed.unsure {
-                    // The engine is told that this Init failed: a restart must not find it.
+                    // This Init is reported as failed, so a restart must not find it.
                     if let Err(error) = before.write(home) {
-                        tracing::error!(%error, "cannot put the store's marker back");
+                        tracing::error!(%error, "cannot restore the store's marker");
                     }
                     if let Ok(Some(found)) = Marker::read(home) {
                         *self.marker.write() = found;
@@ -162,15 +164,15 @@ impl Store {
     }
 }
 
-/// Whether a folder has what every layer has: a torn one has one of the two at least.
+/// Whether a directory has the files that every layer has; a torn layer has at least one of the two.
 fn made_by_a_store(folder: &Path) -> bool {
     [layout::META_FILE, layout::CHAIN_FILE]
         .iter()
         .any(|name| !matches!(fs::symlink_metadata(folder.join(name)), Err(e) if e.kind() == io::ErrorKind::NotFound))
 }
 
-/// Makes a folder (and those above it) that only its owner may enter (on Windows: the system, administrators and its
-/// owner); an existing one is left as it is.
+/// Creates a directory and its parents, for its owner only (on Windows: the system, administrators and its owner); an
+/// existing one is left as it is.
 fn create_private_dir(path: &Path) -> Result<(), StoreError> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
@@ -191,7 +193,7 @@ fn create_private_dir(path: &Path) -> Result<(), StoreError> {
     builder.create(path).map_err(StoreError::io("create", path))
 }
 
-/// Makes a folder that will be a layer's: its owner's alone until a view of it is shown.
+/// Creates the directory of a future layer; only its owner may enter until a view of it is mounted.
 pub(super) fn create_layer_dir(path: &Path) -> io::Result<()> {
     #[cfg(unix)]
     return std::os::unix::fs::DirBuilderExt::mode(&mut fs::DirBuilder::new(), 0o700).create(path);
@@ -202,11 +204,11 @@ pub(super) fn create_layer_dir(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Who may use the store's own folders: the system, administrators, and whoever made them. Files inherit it.
+/// Access to the store's own directories: the system, administrators and their creator. Files inherit it.
 #[cfg(windows)]
 pub(super) const PRIVATE_ACCESS: &str = "D:P(A;OICI;GA;;;SY)(A;OICI;GA;;;BA)(A;OICI;GA;;;OW)";
-/// Who may use a layer's folder: as above, and virtual machines (the group `S-1-5-83-0`) may read. A sandbox that a
-/// machine is to write is granted to that machine alone when it is attached.
+/// Access to a layer's directory: as above, and virtual machines (the group `S-1-5-83-0`) may read. A sandbox is
+/// granted to the machine that writes it when it is attached.
 #[cfg(windows)]
 pub(super) const LAYER_ACCESS: &str =
     "D:P(A;OICI;GA;;;SY)(A;OICI;GA;;;BA)(A;OICI;GA;;;OW)(A;OICI;GRGX;;;S-1-5-83-0)";

@@ -1,4 +1,4 @@
-//! Debris: what a crash left behind, and how it is cleared.
+//! Debris: what a crash left behind, and its deletion.
 
 use super::{DiskThread, LayerId, REMOVING_SUFFIX, Store, StoreError, layout};
 use serde::Serialize;
@@ -7,13 +7,13 @@ use std::{fs, io, path::PathBuf};
 /// One thing that a crash or an earlier version left behind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Debris {
-    /// Where it lies.
+    /// Its path.
     pub path: PathBuf,
     /// What it is.
     pub kind: &'static str,
 }
 
-/// What a collection did.
+/// Result of a collection.
 #[derive(Debug, Default, Serialize)]
 pub struct GcReport {
     /// Deleted debris.
@@ -23,8 +23,8 @@ pub struct GcReport {
 }
 
 impl Store {
-    /// Lists debris as it is now. With a running owner the staging folder holds live work as well: the owner calls
-    /// this at its start, before it answers its first request.
+    /// Lists debris. While an owner runs, the staging directory also holds live work, so the owner calls this at its
+    /// start, before it serves requests.
     pub fn debris(&self, _: &DiskThread) -> Result<Vec<Debris>, StoreError> {
         let mut found = Vec::new();
         for (folder, kind) in [
@@ -43,7 +43,7 @@ impl Store {
         let home = self.layout.home();
         for entry in fs::read_dir(home).map_err(StoreError::io("list", home))? {
             let entry = entry.map_err(StoreError::io("list", home))?;
-            // The original driver renamed a folder to `<id>-removing` in place.
+            // The original driver renamed a directory to `<id>-removing` in place.
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.strip_suffix(REMOVING_SUFFIX).is_some_and(|id| id.parse::<LayerId>().is_ok()) {
                 found.push(Debris { path: entry.path(), kind: "removed layer" });
@@ -53,6 +53,7 @@ impl Store {
     }
 
     /// Deletes the given debris; never touches a layer.
+    #[expect(clippy::unused_self, reason = "only a process that has the store open may delete in it")]
     pub fn collect(&self, _: &DiskThread, debris: Vec<Debris>) -> GcReport {
         let mut report = GcReport::default();
         for item in debris {
@@ -70,7 +71,7 @@ impl Store {
         report
     }
 
-    /// Faults of the layers' folders that can be seen without opening an image: `(layer, fault)`.
+    /// Faults of layers that show without opening an image, as `(layer, fault)`.
     pub fn structural_faults(&self, _: &DiskThread) -> Vec<(LayerId, String)> {
         let mut faults = Vec::new();
         for id in self.strangers() {
@@ -110,7 +111,7 @@ impl Store {
                     }
                 }
                 (super::LayerState::Applied, None) => {
-                    fault("it is applied but has no facts of its image".into());
+                    fault("it is applied, but layer.json does not describe its image".into());
                 }
                 (super::LayerState::Sandbox, _) => {
                     if size(layout::SANDBOX_FILE).or_else(|_| size(layout::SANDBOX_VHDX_FILE)).is_err() {

@@ -4,7 +4,7 @@ use super::*;
 use layer_codec::IdRange;
 use std::{fs, path::Path};
 
-/// Tests wait where they stand.
+/// Tests may block.
 const HERE: &DiskThread = &DiskThread::here();
 
 fn open(home: &Path) -> Result<Store, StoreError> {
@@ -13,6 +13,11 @@ fn open(home: &Path) -> Result<Store, StoreError> {
 
 fn id(text: &str) -> LayerId {
     text.parse().unwrap()
+}
+
+fn remove(store: &Store, id: &LayerId) -> Result<(), StoreError> {
+    store.take_away(HERE, id)?.delete(HERE, store);
+    Ok(())
 }
 
 fn create(store: &Store, name: &str, parent: Option<&str>) -> Result<(), StoreError> {
@@ -109,16 +114,16 @@ fn remove_is_idempotent_and_never_breaks_a_child() {
     let store = open(home.path()).unwrap();
     create(&store, "base", None).unwrap();
     create(&store, "top", Some("base")).unwrap();
-    let error = store.remove(HERE, &id("base")).unwrap_err();
+    let error = remove(&store, &id("base")).unwrap_err();
     assert!(error.to_string().contains("top"), "{error}");
     assert!(store.exists(&id("base")));
     // Fault 15 of the original: a left-over of an earlier removal blocks every later one.
     fs::create_dir(home.path().join("top-removing")).unwrap();
     fs::write(home.path().join("top-removing/file"), b"x").unwrap();
-    store.remove(HERE, &id("top")).unwrap();
-    store.remove(HERE, &id("top")).unwrap();
-    store.remove(HERE, &id("base")).unwrap();
-    store.remove(HERE, &id("never-there")).unwrap();
+    remove(&store, &id("top")).unwrap();
+    remove(&store, &id("top")).unwrap();
+    remove(&store, &id("base")).unwrap();
+    remove(&store, &id("never-there")).unwrap();
     assert!(store.is_empty());
     let report = store.collect(HERE, store.debris(HERE).unwrap());
     assert_eq!(report.deleted.len(), 1);
@@ -153,7 +158,7 @@ fn commit_moves_files_first_and_changes_the_state_last() {
     let layer = store.find(&id("a")).unwrap();
     let staged = store.stage(HERE, &id("a")).unwrap();
     fs::write(staged.path().join("layer.vhd"), b"image").unwrap();
-    // A file that is missing from the staging folder stops the commit before the state changes.
+    // A file that is missing from the staging directory stops the commit before the state changes.
     let failed: Result<_, StoreError> =
         store.commit(HERE, &id("a"), layer.generation, staged, &["layer.exact", "layer.vhd"], |m| {
             Ok(LayerMeta { state: LayerState::Applied, ..m.clone() })
@@ -162,7 +167,7 @@ fn commit_moves_files_first_and_changes_the_state_last() {
     assert_eq!(store.get(&id("a")).unwrap().meta.state, LayerState::Created);
     let staged = store.stage(HERE, &id("a")).unwrap();
     // A layer that was removed and created anew meanwhile is another layer.
-    store.remove(HERE, &id("a")).unwrap();
+    remove(&store, &id("a")).unwrap();
     create(&store, "a", None).unwrap();
     let stale: Result<_, StoreError> =
         store.commit(HERE, &id("a"), layer.generation, staged, &["layer.vhd"], |m| Ok(m.clone()));
@@ -181,7 +186,7 @@ fn a_damaged_layer_is_refused_everything_but_removal() {
     assert!(store.get(&id("a")).unwrap_err().to_string().contains("damaged"));
     assert!(matches!(create(&store, "b", Some("a")), Err(StoreError::WrongState { .. })));
     assert_eq!(store.structural_faults(HERE).len(), 1);
-    store.remove(HERE, &id("a")).unwrap();
+    remove(&store, &id("a")).unwrap();
     assert!(store.structural_faults(HERE).is_empty());
 }
 
@@ -201,19 +206,19 @@ fn a_folder_that_no_store_made_is_no_layer_and_is_never_removed() {
     let store = open(home.path()).unwrap();
     for name in ["precious", "empty"] {
         assert!(!store.exists(&id(name)));
-        let removed = store.remove(HERE, &id(name)).unwrap_err().to_string();
+        let removed = remove(&store, &id(name)).unwrap_err().to_string();
         assert!(removed.contains(name) && removed.contains("left alone"), "{removed}");
         assert!(create(&store, name, None).unwrap_err().to_string().contains("left alone"));
     }
     assert_eq!(store.structural_faults(HERE).len(), 4);
-    store.remove(HERE, &id("torn1")).unwrap();
-    store.remove(HERE, &id("torn2")).unwrap();
+    remove(&store, &id("torn1")).unwrap();
+    remove(&store, &id("torn2")).unwrap();
     assert_eq!(fs::read(precious.join("file")).unwrap(), b"work of years");
     assert!(home.path().join("empty").is_dir());
     // Made while the store is open: nothing takes its place.
     fs::create_dir(home.path().join("late")).unwrap();
     assert!(create(&store, "late", None).is_err());
-    store.remove(HERE, &id("late")).unwrap();
+    remove(&store, &id("late")).unwrap();
     assert!(home.path().join("late").is_dir());
 }
 
@@ -247,7 +252,7 @@ fn a_folder_with_something_in_it_never_becomes_a_store() {
     drop(open(home.path()).unwrap());
 }
 
-/// A link where the store's own folders should be: what it names would be cleared at each start.
+/// A link where the store's own directories should be: what it names would be cleared at each start.
 #[cfg(unix)]
 #[test]
 fn a_link_in_place_of_a_folder_is_refused() {
@@ -318,7 +323,7 @@ fn memory_says_what_the_disk_says_whichever_sync_or_rename_fails() {
             &[("create", |s| create(s, "a", None))],
             ("materialize", |s| commit(s, LayerState::Sandbox, "sandbox.vhd")),
         ),
-        (&[("create", |s| create(s, "a", None))], ("remove", |s| s.remove(HERE, &id("a")))),
+        (&[("create", |s| create(s, "a", None))], ("remove", |s| remove(s, &id("a")))),
         (
             &[],
             ("init", |s| {
@@ -366,7 +371,7 @@ fn memory_says_what_the_disk_says_whichever_sync_or_rename_fails() {
                     _ => {}
                 }
                 assert!(error.to_string().contains(&*home.path().to_string_lossy()), "{error}");
-                again.remove(HERE, &id("a")).unwrap();
+                remove(&again, &id("a")).unwrap();
                 again.collect(HERE, again.debris(HERE).unwrap());
                 assert_eq!(names(&home.path().join("staging")), [""; 0], "{what}");
             }
@@ -431,7 +436,7 @@ fn a_sync_that_is_held_back_holds_up_its_own_layer_only() {
                 Ok::<_, StoreError>(LayerMeta { state: LayerState::Applying, ..m.clone() })
             })
             .unwrap();
-        store.remove(HERE, &id("b")).unwrap();
+        remove(&store, &id("b")).unwrap();
         assert!(!waiting.is_finished(), "two work in one folder");
         release.send(()).unwrap();
         slow.join().unwrap().unwrap();
@@ -454,14 +459,14 @@ fn a_parent_is_there_as_long_as_a_child_is_being_made() {
         LayerWishes::default(),
         |_| {
             assert!(!store.exists(&id("top")), "half a layer is shown");
-            let error = store.remove(HERE, &id("base")).unwrap_err();
+            let error = remove(&store, &id("base")).unwrap_err();
             assert!(matches!(error, StoreError::HasChildren { .. }), "{error}");
             Err(StoreError::Usage("it comes to nothing".into()))
         },
     );
     made.unwrap_err();
     assert_eq!(store.children(&id("base")), []);
-    store.remove(HERE, &id("base")).unwrap();
+    remove(&store, &id("base")).unwrap();
 }
 
 #[test]
@@ -524,7 +529,7 @@ fn a_staging_folder_in_use_goes_with_the_next_removal() {
         std::thread::sleep(std::time::Duration::from_millis(300));
         drop(held);
     });
-    store.remove(HERE, &id("a")).unwrap();
+    remove(&store, &id("a")).unwrap();
     worker.join().unwrap();
     assert_eq!(names(&staging), Vec::<String>::new());
 }

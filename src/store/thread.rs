@@ -1,24 +1,24 @@
-//! Where the store may wait for a disk.
+//! A token for threads that may wait for a disk.
 
-/// Proof that its holder runs on a thread that may stand still: a disk can take seconds for one sync, and a runtime
-/// whose few threads wait for it answers nobody. Whatever of the store touches a file asks for this; look-ups, which
-/// read memory only, do not.
+/// Proof that the current thread may block. A disk can take seconds for one sync, and a runtime whose few threads wait
+/// for it serves no requests. Every function of the store that touches a file requires this; lookups, which only read
+/// memory, do not.
 #[derive(Debug)]
 pub struct DiskThread(());
 
 impl DiskThread {
-    /// Runs work on a thread made for waiting.
+    /// Runs work on a thread that may block.
     ///
     /// # Errors
-    /// The work panicked, or the runtime ends.
+    /// The work panicked, or the runtime is shutting down.
     pub async fn run<T: Send + 'static>(
         work: impl FnOnce(&Self) -> T + Send + 'static,
     ) -> Result<T, tokio::task::JoinError> {
         tokio::task::spawn_blocking(move || work(&Self(()))).await
     }
 
-    /// The caller says that no task of a runtime runs on this thread: a command that does one thing, a start before
-    /// the first request, a thread of one's own. `tests/architecture.rs` lists who may say so.
+    /// Asserts that no task of a runtime runs on this thread: in a command, before the first request, or on a dedicated
+    /// thread. `tests/architecture.rs` lists the callers that may do so.
     pub const fn here() -> Self {
         Self(())
     }

@@ -32,8 +32,8 @@ impl Store {
         Ok(LayerUsage { id: id.clone(), apparent, allocated })
     }
 
-    /// Disk use of all layers. One that vanishes meanwhile is left out.
-    pub fn usage(&self, thread: &DiskThread) -> Result<DiskUsage, StoreError> {
+    /// Disk use of all layers. A layer that is removed meanwhile is left out.
+    pub fn usage(&self, thread: &DiskThread) -> DiskUsage {
         let mut layers = Vec::new();
         for layer in self.layers() {
             if let Ok(usage) = self.layer_usage(thread, &layer.id) {
@@ -44,11 +44,11 @@ impl Store {
         for name in [layout::STAGING, layout::SCRATCH, layout::CACHE] {
             other_allocated += tree_allocated(&self.layout.top(name));
         }
-        Ok(DiskUsage { layers, other_allocated })
+        DiskUsage { layers, other_allocated }
     }
 }
 
-/// Length and disk use of the files directly in a folder; what is mounted below it is not entered.
+/// Length and disk use of the files directly in a directory; mounts below it are not entered.
 fn folder_bytes(folder: &Path) -> io::Result<(u64, u64)> {
     let mut sum = (0, 0);
     for entry in fs::read_dir(folder)? {

@@ -1,12 +1,12 @@
-//! What a service VM said last, kept for errors and told to the log.
+//! The console output of a service VM: the last lines are kept for errors, and lines go to the log.
 //!
 //! ```text
 //!   stderr of a worker, serial console of a guest ─► lines, escaped ─► bucket ─► log (warn)
 //!                                                                  └─► the last 64, shown in errors and by `svm console`
 //! ```
 //!
-//! A VM that was taken over may speak without end: the log gets [`BURST`] lines at once and [`PER_SECOND`] from then on,
-//! and how many were left out. Called by the backends.
+//! A compromised VM may print without end: the log gets [`BURST`] lines at once and [`PER_SECOND`] from then on, and
+//! the number of lines left out. Called by the backends.
 
 use parking_lot::Mutex;
 use std::{collections::VecDeque, sync::Arc};
@@ -15,12 +15,12 @@ use tokio::{
     time::Instant,
 };
 
-/// How much of what a VM said is kept; lines and bytes per line.
+/// How much of the output is kept: lines, and bytes per line.
 const CONSOLE_LINES: usize = 64;
 const CONSOLE_LINE: usize = 1024;
-/// Lines that one VM may say in the log at once: a kernel that panics, a worker's backtrace.
+/// Lines of one VM that are logged at once: enough for a kernel panic or a worker's backtrace.
 const BURST: u32 = 256;
-/// Lines that it may say in each second after that.
+/// Lines logged per second after that.
 const PER_SECOND: u32 = 4;
 
 /// How many lines may still be logged.
@@ -36,7 +36,7 @@ impl Bucket {
         Self { lines: f64::from(BURST), filled: now, left_out: 0 }
     }
 
-    /// Whether a line may be logged at `now`; then also how many before it were not.
+    /// If a line may be logged at `now`: how many before it were left out.
     fn take(&mut self, now: Instant) -> Option<u64> {
         let seconds = now.saturating_duration_since(self.filled).as_secs_f64();
         self.filled = now;
@@ -55,7 +55,7 @@ impl Bucket {
 pub(super) struct Console(Arc<Mutex<VecDeque<String>>>);
 
 impl Console {
-    /// Keeps and logs what comes from `source` until its end; `label` says in the log who speaks.
+    /// Keeps and logs what comes from `source` until its end; `label` names the VM in the log.
     pub(super) fn follow(&self, mut source: impl AsyncRead + Send + Unpin + 'static, label: String) {
         let lines = self.0.clone();
         tokio::spawn(async move {
@@ -97,7 +97,7 @@ fn keep(lines: &Mutex<VecDeque<String>>, line: &mut Vec<u8>, label: &str, bucket
     if line.is_empty() {
         return;
     }
-    // Escaped, because a taken-over VM may speak to the terminal of whoever reads the log.
+    // Escaped, because a compromised VM could send control sequences to the terminal of a reader of the log.
     let text = line.escape_ascii().to_string();
     line.clear();
     if let Some(left_out) = bucket.take(Instant::now()) {
@@ -128,7 +128,7 @@ mod tests {
         assert_eq!(bucket.take(now), Some(1_000_000 - u64::from(BURST)));
         let logged = 1 + (0..1000).filter(|_| bucket.take(now).is_some()).count();
         assert_eq!(logged, PER_SECOND as usize);
-        // A long silence fills the bucket, and no more than that.
+        // A long silence fills the bucket, but not beyond its size.
         now += Duration::from_hours(1);
         assert_eq!((0..1000).filter(|_| bucket.take(now).is_some()).count(), BURST as usize);
     }

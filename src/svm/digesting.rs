@@ -6,24 +6,24 @@
 //!   Receiver::next ─ Data ─┘
 //! ```
 //!
-//! For VMs whose agents do not digest ([`ServiceVm::daemon_digests`](super::ServiceVm::daemon_digests)). Bytes are moved
-//! and digested, never interpreted. Called by `exchange`.
+//! For VMs whose agents do not digest ([`ServiceVm::daemon_digests`](super::ServiceVm::daemon_digests)). Bytes are
+//! moved and digested, never interpreted. Called by `exchange`.
 
 use bytes::Bytes;
 use svm_protocol::{DigestKind, TarDigest};
 use tokio::{sync::mpsc, task::JoinHandle};
 
-/// Chunks under way to the thread: it must not hold more of a stream than its window.
+/// Chunks queued for the thread: it must not hold more of a stream than its window.
 const CHUNKS: usize = 8;
 
-/// A digest in the making.
+/// A digest being computed.
 pub(super) struct Digesting {
     chunks: mpsc::Sender<Bytes>,
     digest: JoinHandle<TarDigest>,
 }
 
 impl Digesting {
-    /// Starts with an empty stream.
+    /// Starts a thread for an empty stream.
     pub(super) fn start() -> Self {
         let (chunks, mut queue) = mpsc::channel::<Bytes>(CHUNKS);
         let digest = tokio::task::spawn_blocking(move || {
@@ -36,9 +36,9 @@ impl Digesting {
         Self { chunks, digest }
     }
 
-    /// The stream goes on with these bytes.
+    /// Adds bytes of the stream.
     pub(super) async fn update(&self, chunk: Bytes) {
-        // A thread that is gone shows at the end.
+        // If the thread is gone, `finish` returns `None`.
         let _ = self.chunks.send(chunk).await;
     }
 

@@ -1,21 +1,21 @@
-//! How the end of a VM is noticed and told.
+//! Detects the end of a VM and notifies those who wait for it.
 //!
 //! ```text
 //!   End      tell(cause) ─► the first cause is kept, with the console's last lines ─► wait()      every backend
 //!   Process  a child process ─ watched ─► reaped ─► End::tell                                     embedded, qemu
 //! ```
 //!
-//! Told once: whoever asks later hears the same. The watch holds the process weakly, so that dropping a VM ends its
-//! process instead of waiting for it. Called by the backends.
+//! The first cause is final; later callers get the same one. The watch holds the process weakly, so that dropping a VM
+//! ends its process instead of waiting for it. Called by the backends.
 
 use super::{Death, SvmError, console::Console};
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
-/// What is said of a VM whose end nobody could explain.
+/// The cause if no better one is known.
 const UNEXPLAINED: &str = "ended";
 
-/// Tells of a VM's end to whoever waits. Cheap to clone.
+/// The end of a VM, to set and to wait for. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct End {
     told: watch::Sender<Option<Death>>,
@@ -23,7 +23,7 @@ pub(super) struct End {
 }
 
 impl End {
-    /// A VM that lives; `console` is what it says.
+    /// For a running VM with this console.
     pub(super) fn new(console: Console) -> Self {
         Self { told: watch::channel(None).0, console }
     }
@@ -44,7 +44,7 @@ impl End {
         self.told.borrow().clone()
     }
 
-    /// Sees the end, without being in its way: it closes when nobody is left to tell.
+    /// A receiver of the end; it closes when all `End`s are dropped.
     #[cfg(windows)]
     pub(super) fn watch(&self) -> watch::Receiver<Option<Death>> {
         self.told.subscribe()
@@ -59,12 +59,12 @@ impl End {
         })
     }
 
-    /// Last lines that it said.
+    /// Its last console output.
     pub(super) fn console(&self) -> String {
         self.console.tail()
     }
 
-    /// A boot that failed; with how the VM ended, if it has, and what it said.
+    /// The error of a failed boot, with the cause of the VM's end, if it has ended, and its console output.
     pub(super) fn boot_failed(&self, reason: impl std::fmt::Display) -> SvmError {
         let cause = self.seen().map_or_else(String::new, |d| format!(" ({})", d.cause));
         SvmError::Boot { reason: format!("{reason}{cause}"), console: self.console() }
@@ -100,7 +100,7 @@ mod process {
         /// Watches `process`, and reaps it when it ends.
         ///
         /// # Errors
-        /// It cannot be watched; it is ended.
+        /// It cannot be watched, and was ended.
         pub(in crate::svm) fn watch(process: WorkerProcess, end: End) -> io::Result<Self> {
             let watch = process.end_watch()?;
             let running = Arc::new(Mutex::new(Some(process)));
@@ -117,7 +117,7 @@ mod process {
             let watch = lcow_sys::linux::asyncfd::watch(watch, tokio::io::Interest::READABLE)?;
             tokio::spawn(async move {
                 let _ = watch.readable().await;
-                // Its pipes and sockets usually still hold its last words.
+                // Its pipes and sockets usually still hold its last output.
                 tokio::task::yield_now().await;
                 let reaped = running.upgrade().and_then(|running| {
                     let mut running = running.lock();
@@ -146,14 +146,14 @@ mod process {
             Ok(())
         }
 
-        /// Does something with the process, if it has not ended.
+        /// Calls `work` with the process, if it has not ended.
         #[cfg(windows)]
         pub(in crate::svm) fn with<T>(&self, act: impl FnOnce(&WorkerProcess) -> T) -> Option<T> {
             self.running.lock().as_ref().map(act)
         }
 
-        /// Kills it and waits until nothing of it is left. Nothing in it is worth a farewell: what was written is in the
-        /// files' page cache.
+        /// Kills it and waits until it is reaped. No graceful shutdown is needed: what was written is in the files'
+        /// page cache.
         pub(in crate::svm) async fn terminate(&self) -> Death {
             if let Some(process) = self.running.lock().as_ref() {
                 process.kill();
@@ -201,7 +201,7 @@ mod tests {
         let (process, pid) = start("exec sleep 1000").await;
         assert_eq!(process.terminate().await.cause, "signal 9");
         assert!(gone(pid));
-        // Dropped by its last user: ended, and whoever waits is told.
+        // Dropped by its last user: end it, and notify those who wait.
         let (process, pid) = start("exec sleep 1000").await;
         let end = process.end.wait();
         drop(process);

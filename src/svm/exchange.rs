@@ -4,13 +4,13 @@
 //!   Request ─►  [Data… End ─►]  ◄─ Data… / Event (Resume ─►)  ◄─ Result │ Error
 //! ```
 //!
-//! Every read and write that makes no progress for the idle time-out ends the operation; there is no other clock. A
+//! A read or write that makes no progress for the idle time-out ends the operation; there is no other time limit. A
 //! channel that ends without Result or Error means that the VM died or cut it, never that the stream is complete.
 //!
 //! Where the daemon digests ([`ServiceVm::daemon_digests`]), End carries the digest of the tar that was sent, and the
-//! agent's summary must repeat it; an exact tar that comes back is held against the digest of its record, and its last
-//! frame is kept until that was found right: who gets all bytes has the very tar, whatever the guest says.
-//! Called by `lease` and `stream`.
+//! agent's summary must repeat it; an exact tar that comes back is compared with the digest in its record, and its last
+//! frame is held back until they match. A reader that gets all bytes therefore has the original tar, whatever the guest
+//! reports. Called by `lease` and `stream`.
 
 use super::{Channel, ServiceVm, SvmError, digesting::Digesting};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -36,13 +36,14 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// How long a VM whose channel broke may take to be seen dead.
+/// How long to wait for the end of a VM whose channel broke, to report the cause.
 const DEATH_GRACE: Duration = Duration::from_secs(2);
 
-/// Bytes that an agent may send after the channel to it broke: what its end and the kernel held.
+/// Bytes that are read after sending failed, in search of the agent's Error: what the agent and the kernel had
+/// buffered.
 const AFTER_BREAK: usize = 4 << 20;
 
-/// Pieces of a body below this are joined; larger ones are sent from where they lie.
+/// Chunks of a body below this size are joined; larger ones are sent without a copy.
 const COPIED_BELOW: usize = 4 << 10;
 
 /// What the agent sent.
@@ -52,14 +53,14 @@ pub(super) enum Incoming {
     Result(Bytes),
 }
 
-/// What the reading half must know of the writing half: while a body is being sent the agent has nothing to say, and
-/// its silence counts from the last byte that it took.
+/// Progress of the writing half, for the reading half: while a body is being sent the agent sends nothing, and its
+/// silence counts from the last byte that it accepted.
 struct Progress {
     sending: AtomicBool,
     /// Bytes of the body so far.
     bytes: AtomicU64,
     last: Mutex<Instant>,
-    /// When the agent last had leave to take nothing.
+    /// When the agent last announced that it will accept nothing for a while.
     excused: Mutex<Option<Instant>>,
     /// Digest of the tar that was sent, where the daemon digests.
     sent: Mutex<Option<TarDigest>>,
@@ -86,11 +87,11 @@ pub(super) struct Receiver {
     name: String,
     idle: Duration,
     input: ReadHalf<Channel>,
-    /// Set for an exact tar, where the daemon digests.
+    /// Set for an exact tar if the daemon digests.
     digesting: Option<Digesting>,
-    /// Its last frame so far.
+    /// The latest frame, held back until the digest is checked.
     held: Option<Bytes>,
-    /// The result, once that frame goes out.
+    /// The result, which follows the frame that was held back.
     result: Option<Bytes>,
 }
 
@@ -99,11 +100,11 @@ pub(super) struct Sender {
     progress: Arc<Progress>,
     idle: Duration,
     output: WriteHalf<Channel>,
-    /// Set for a tar to apply, where the daemon digests.
+    /// Set for a tar to apply if the daemon digests.
     digesting: Option<Digesting>,
 }
 
-/// The one word of a summary that is looked at here.
+/// The only field of a summary that is examined here.
 #[derive(serde::Deserialize)]
 struct Told {
     tar_digest: Option<TarDigest>,
@@ -111,7 +112,7 @@ struct Told {
 
 /// Why sending stopped.
 pub(super) enum SendError {
-    /// The channel broke: the receiver will say why.
+    /// The channel broke; the receiver finds the reason.
     Channel(io::Error),
     /// No progress.
     Timeout,
@@ -162,7 +163,7 @@ pub(super) async fn begin(
     Ok((sender, receiver))
 }
 
-/// Says of a failed channel whether its VM died of it.
+/// The error of a failed channel: the VM's death if it died, else `otherwise`.
 async fn explain(vm: &Arc<dyn ServiceVm>, name: &str, otherwise: SvmError) -> SvmError {
     match timeout(DEATH_GRACE, vm.death()).await {
         Ok(death) => SvmError::Died { vm: name.to_owned(), cause: death.cause, console: death.console },
@@ -170,7 +171,7 @@ async fn explain(vm: &Arc<dyn ServiceVm>, name: &str, otherwise: SvmError) -> Sv
     }
 }
 
-/// Frames that shall go out between those of a body.
+/// Frames to be sent between those of a body.
 pub(super) type Between = mpsc::UnboundedReceiver<(FrameType, Vec<u8>)>;
 
 impl Sender {
@@ -179,7 +180,7 @@ impl Sender {
         self.vectored(&svm_protocol::header(kind, payload.len()), &[IoSlice::new(payload)]).await
     }
 
-    /// Sends one frame whose payload lies in pieces.
+    /// Sends one frame whose payload consists of pieces.
     async fn parts(&mut self, kind: FrameType, pieces: Vec<Bytes>) -> Result<(), SendError> {
         let header = svm_protocol::header(kind, pieces.iter().map(Bytes::len).sum());
         let slices: Vec<_> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
@@ -192,7 +193,7 @@ impl Sender {
         IoSlice::advance_slices(&mut left, 0);
         while !left.is_empty() {
             match timeout(self.idle, self.output.write_vectored(left)).await {
-                // An agent that is busy with what it has takes nothing, and says so.
+                // A busy agent accepts nothing, but announces that.
                 Err(_) if self.progress.is_excused(self.idle) => continue,
                 Err(_) => return Err(SendError::Timeout),
                 Ok(Err(e)) => return Err(SendError::Channel(e)),
@@ -205,8 +206,8 @@ impl Sender {
     }
 
     /// Sends a body as Data frames and End. Chunks are gathered into frames of [`DATA_PAYLOAD`], large ones without a
-    /// copy where the channel can do that. How long the body itself may idle is its owner's business. What comes out of
-    /// `between` meanwhile is sent as soon as a frame has ended.
+    /// copy if the channel supports it. The owner of the body limits how long it may idle. Frames from `between` are
+    /// sent at the next frame boundary.
     pub(super) async fn body<S>(&mut self, body: S, between: &mut Between) -> Result<(), SendError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
@@ -218,7 +219,7 @@ impl Sender {
         sent
     }
 
-    /// Sends what waits in `between`.
+    /// Sends the frames that wait in `between`.
     async fn insert(&mut self, between: &mut Between) -> Result<(), SendError> {
         while let Ok((kind, payload)) = between.try_recv() {
             self.frame(kind, &payload).await?;
@@ -268,14 +269,14 @@ impl Sender {
         self.insert(between).await?;
         let Some(digesting) = self.digesting.take() else { return self.frame(FrameType::End, &[]).await };
         let digest = digesting.finish().await;
-        let digest =
-            digest.ok_or_else(|| SendError::Body(io::Error::other("the tar's digest was cut off")))?;
+        let digest = digest
+            .ok_or_else(|| SendError::Body(io::Error::other("the digest of the tar was interrupted")))?;
         *self.progress.sent.lock() = Some(digest);
         self.frame(FrameType::End, digest.to_string().as_bytes()).await
     }
 }
 
-/// The payload of the next frame: pieces as they came, tiny ones joined.
+/// The payload of the next frame: chunks as they came, small ones joined.
 #[derive(Default)]
 struct Gathered {
     pieces: Vec<Bytes>,
@@ -311,13 +312,13 @@ impl Gathered {
 }
 
 impl Receiver {
-    /// [`Receiver::next`] that keeps its half meanwhile: dropped early, it would lose bytes.
+    /// [`Receiver::next`] that owns its half, for use in `select!`: a dropped read would lose bytes.
     pub(super) async fn next_owned(mut self) -> (Self, Result<Incoming, SvmError>) {
         let word = self.next().await;
         (self, word)
     }
 
-    /// The agent's next word. An Error frame becomes [`SvmError::Refused`].
+    /// The agent's next message. An Error frame becomes [`SvmError::Refused`].
     pub(super) async fn next(&mut self) -> Result<Incoming, SvmError> {
         if let Some(result) = self.result.take() {
             return Ok(Incoming::Result(result));
@@ -343,18 +344,20 @@ impl Receiver {
         }
     }
 
-    /// Holds the digest of the agent's summary against that of the bytes that passed here.
+    /// Compares the digest in the agent's summary with that of the bytes that passed here.
     async fn check_digest(&mut self, json: &[u8]) -> Result<(), SvmError> {
         let sent = self.progress.sent.lock().take();
         if let Some(sent) = sent
             && self.decode::<Told>(json)?.tar_digest != Some(sent)
         {
-            return Err(self.protocol("the summary's digest is not that of the tar that was sent".into()));
+            return Err(
+                self.protocol("the digest in the summary differs from that of the tar that was sent".into())
+            );
         }
         let Some(digesting) = self.digesting.take() else { return Ok(()) };
         let told = self.decode::<Told>(json)?.tar_digest;
         let told = told.ok_or_else(|| self.protocol("an exact tar without a digest".into()))?;
-        // Other functions, of the first records, are the agent's matter: it alone knows beforehand which it is.
+        // The agent checks other functions, which the first records use: only it knows the function beforehand.
         if told.kind == DigestKind::Blake3 && digesting.finish().await != Some(told) {
             let message = "layer image or exact record: digest of the tar does not match";
             return Err(SvmError::Refused(WireError::new(ErrorKind::Corrupt, message)));
@@ -371,8 +374,8 @@ impl Receiver {
         let mut payload = BytesMut::with_capacity(len);
         self.fill(&mut (&mut payload).limit(len)).await?;
         match kind {
-            // One frame without a byte after the other would be progress for ever, and the end of a stream to who reads.
-            FrameType::Data if len == 0 => Err(self.protocol("a data frame without a byte".into())),
+            // Empty frames would count as progress forever, and as the end of the stream to a reader.
+            FrameType::Data if len == 0 => Err(self.protocol("an empty data frame".into())),
             FrameType::Data => Ok(Incoming::Data(payload.freeze())),
             FrameType::Event => Ok(Incoming::Event(self.decode(&payload)?)),
             FrameType::Result => Ok(Incoming::Result(payload.freeze())),
@@ -386,7 +389,7 @@ impl Receiver {
         self.progress.bytes.load(Ordering::Relaxed)
     }
 
-    /// What the agent said or asked for, as it may, counts as if it had taken something.
+    /// Counts an event of the agent as progress, and lets it accept nothing for one more time-out.
     pub(super) fn excuse(&self) {
         self.progress.touch();
         *self.progress.excused.lock() = Some(Instant::now());
@@ -410,13 +413,13 @@ impl Receiver {
         SvmError::Protocol { vm: self.name.clone(), reason }
     }
 
-    /// What is behind a failure to send: the agent's own Error if it left one, else its death.
+    /// The reason of a failure to send: the agent's own Error if there is one, else its death.
     pub(super) async fn after_send_error(&mut self, e: SendError) -> SvmError {
         match e {
             SendError::Body(e) => SvmError::Body(e.to_string()),
             SendError::Timeout => SvmError::Timeout { what: "sending to the service VM", after: self.idle },
             SendError::Channel(e) => {
-                // What was under way when the agent let go. One that goes on sending is not looked for an Error in.
+                // Data that were in flight when the agent closed. Beyond this limit the Error is not searched for.
                 let mut left = AFTER_BREAK;
                 loop {
                     match self.next().await {
@@ -429,7 +432,7 @@ impl Receiver {
         }
     }
 
-    /// [`Receiver::after_send_error`] of one that waits for a word already.
+    /// [`Receiver::after_send_error`] for a receiver that is waiting for a message already.
     pub(super) async fn after_send_error_of(
         waiting: impl Future<Output = (Self, Result<Incoming, SvmError>)>,
         e: SendError,
@@ -474,7 +477,7 @@ mod tests {
     use svm_protocol::{ApplyOptions, ExportSummary, JailReport};
     use tokio::io::DuplexStream;
 
-    /// A machine whose agent is the test.
+    /// A VM whose agent is the test.
     #[derive(Debug)]
     struct Machine(Mutex<Option<DuplexStream>>);
 

@@ -1,13 +1,13 @@
-//! Kernel and initramfs of a guest, as the backends of virtual machines need them.
+//! Kernel and initramfs of a guest, for the backends of virtual machines.
 //!
-//! Looked at before the first machine, so that a start says what is missing. Called by `qemu` and `hcs`.
+//! Checked before the first machine, so that the start reports what is missing. Called by `qemu` and `hcs`.
 
 use std::{fs::File, path::Path};
 
-/// Opens kernel and initramfs for reading; `build` is the command that makes them.
+/// Opens kernel and initramfs for reading; `build` is the command that builds them.
 ///
 /// # Errors
-/// All that is wrong with either, and what the operator has to do.
+/// Everything that is wrong with either, and what the operator has to do.
 pub(super) fn open(kernel: &Path, initrd: &Path, build: &str) -> Result<[File; 2], String> {
     let wrong = match (open_one(kernel), open_one(initrd)) {
         (Ok(kernel), Ok(initrd)) => return Ok([kernel, initrd]),
@@ -19,8 +19,8 @@ pub(super) fn open(kernel: &Path, initrd: &Path, build: &str) -> Result<[File; 2
     ))
 }
 
-/// Opens a file that has bytes: an empty one boots nothing. Looked at first, because some systems open a folder like a
-/// file and others refuse it with words that say nothing.
+/// Opens a non-empty file. Checks its type first, because some systems open a directory like a file and others refuse
+/// it with an unhelpful error.
 fn open_one(path: &Path) -> Result<File, String> {
     let opened = match path.metadata() {
         Ok(found) if !found.is_file() => Err("is no file".to_owned()),

@@ -1,4 +1,4 @@
-//! What the driver asks of a lease: disks and jobs, in the driver's terms.
+//! Disks and jobs that the driver gives to a lease.
 //!
 //! ```text
 //!   ApplyJob { image (rw), record (rw), lowers (ro)… }  ──► disks attached, counted ──► svm_protocol::Operation
@@ -14,7 +14,7 @@ use std::{fs::File, io, path::PathBuf, sync::Arc, time::Duration};
 /// Whether a VM may write a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Access {
-    /// Reads only; enforced by the descriptor that the VM gets, not by good manners.
+    /// Reads only; enforced by the descriptor that the VM gets.
     ReadOnly,
     /// Reads and writes.
     ReadWrite,
@@ -34,7 +34,7 @@ pub struct FileIdentity {
 pub struct DiskSource {
     /// The open file. For [`Access::ReadOnly`] a descriptor that could write is re-opened read-only first.
     pub file: Arc<File>,
-    /// Where it is, for backends that attach by path and for messages.
+    /// Its path, for backends that attach by path and for messages.
     pub path: PathBuf,
     /// What the VM may do.
     pub access: Access,
@@ -99,7 +99,8 @@ impl DiskSource {
         }
         #[cfg(windows)]
         {
-            // Where 64 bits do not tell a file, the open handle itself is the identity: no sharing, never a mix-up.
+            // If 64 bits do not identify a file, the open handle is the identity: such files are not shared, and never
+            // confused.
             let (device, inode) = lcow_sys::windows::fs::identity(&self.file)?
                 .unwrap_or((u64::MAX, Arc::as_ptr(&self.file) as u64));
             Ok(FileIdentity { device, inode })
@@ -107,12 +108,12 @@ impl DiskSource {
     }
 }
 
-/// A layer to read: its image (without footer) and what lies on it.
+/// A layer to read: its image (without footer) and its kind.
 #[derive(Debug, Clone)]
 pub struct LayerDisk {
     /// The file-system part of the image, read-only.
     pub disk: DiskSource,
-    /// What lies on it.
+    /// What the file system holds.
     pub kind: LayerKind,
 }
 
@@ -127,10 +128,10 @@ pub enum ParentDisks {
     Chain(Vec<LayerDisk>),
 }
 
-/// Makes the disks on which an apply goes on when an entry needs larger blocks.
+/// Makes the disks with which an apply continues when an entry needs larger blocks.
 pub trait SecondPair: Send + Sync + 'static {
-    /// Two empty, writable disks: for image and record. Called at most once for an apply, whose first disks lose their
-    /// content soon after: then the result is on these.
+    /// Two empty, writable disks, for image and record. Called at most once per apply, whose first disks lose their
+    /// content soon after; the result is then on these.
     fn make(&self) -> BoxFuture<'_, io::Result<(DiskSource, DiskSource)>>;
 }
 
@@ -145,9 +146,9 @@ pub struct ApplyJob {
     pub scratch: Option<DiskSource>,
     /// The parents, nearest first.
     pub lowers: Vec<LayerDisk>,
-    /// What makes a second pair of disks; without it an entry that needs larger blocks is refused.
+    /// Makes a second pair of disks; without it an entry that needs larger blocks is refused.
     pub larger: Option<Arc<dyn SecondPair>>,
-    /// How.
+    /// Layout and limits.
     pub options: ApplyOptions,
 }
 
@@ -155,9 +156,9 @@ pub struct ApplyJob {
 #[derive(Debug, Clone)]
 pub struct CheckJob {
     /// The disk in the image, from a descriptor opened read-only: the file system and its hash tree, if it has one.
-    /// Behind these nothing but zeros may stand.
+    /// Beyond these there may be only zeros.
     pub image: DiskSource,
-    /// Hold every block against the hash tree behind the file system.
+    /// Compare every block with the hash tree behind the file system.
     pub tree: bool,
     /// The version of the writer that made it.
     pub writer: u32,
@@ -171,7 +172,7 @@ pub struct CheckJob {
 /// Which tar of a layer.
 #[derive(Debug, Clone)]
 pub enum ExportKind {
-    /// The very bytes that were applied.
+    /// The original bytes that were applied.
     Exact {
         /// The file-system part of the image.
         image: DiskSource,
@@ -218,7 +219,7 @@ pub struct CopyDisk {
     pub scratch: DiskSource,
     /// Files that changed since (ctime), seconds since 1970.
     pub since: i64,
-    /// Files by which a former attempt failed.
+    /// Files whose changes made an earlier attempt fail.
     pub changed: Vec<LiveFile>,
     /// Most bytes.
     pub most_bytes: u64,
@@ -227,27 +228,27 @@ pub struct CopyDisk {
 }
 
 /// Stops and restarts the writers of a mounted sandbox. The pool calls `freeze` before the agent reads metadata and
-/// `thaw` right after, on every way out (failure, hang-up, time-out); it never calls `freeze` twice without `thaw`, nor
-/// more than twice in one operation.
+/// `thaw` right after, on every exit path (failure, hang-up, time-out); it never calls `freeze` twice without `thaw`,
+/// nor more than twice in one operation.
 pub trait LiveControl: Send + Sync + 'static {
-    /// Everything written so far is in the image file, and nothing more is written until `thaw`. What takes long, such as
-    /// writing dirty data back, is done before anybody is stopped. When the future is dropped, nobody stays stopped.
+    /// Everything written so far is in the image file, and nothing more is written until `thaw`. Slow work, such as
+    /// writing back dirty data, is done before writers are stopped. If the future is dropped, no writer stays stopped.
     fn freeze(&self) -> BoxFuture<'_, io::Result<()>>;
-    /// What an export is to copy while they stand still; asked before the first freeze.
+    /// What an export copies during the freeze; asked before the first freeze.
     fn copies(&self) -> BoxFuture<'_, io::Result<Option<CopyDisk>>> {
         Box::pin(async { Ok(None) })
     }
-    /// Writers go on. Must not fail if they already do. After an error it is the implementation that tries again.
+    /// Lets writers continue. Must not fail if they already do. After an error the implementation keeps trying.
     fn thaw(&self) -> BoxFuture<'_, io::Result<()>>;
 }
 
 /// Fails if any process, this one included, can still write `disk`'s file. A VM that was taken over by a hostile tar
 /// may have kept the writable descriptor that it was lent, and could swap the image after its check; the kernel knows
-/// (a read lease is refused while writers exist; on Windows, opening without sharing writes is), so nobody has to be
-/// believed.
+/// (a read lease is refused while writers exist; on Windows, opening without sharing writes is), so the VM need not be
+/// trusted.
 ///
 /// # Errors
-/// [`SvmError::StillWritable`]; [`SvmError::Disk`] where the file system has no leases.
+/// [`SvmError::StillWritable`]; [`SvmError::Disk`] if the file system has no leases.
 pub fn no_writer_left(disk: &DiskSource) -> Result<(), SvmError> {
     #[cfg(target_os = "linux")]
     use lcow_sys::linux::process::has_writers;

@@ -7,8 +7,8 @@
 //!      └──────────────► Lease ──one channel per operation──► ServiceVm ══ agent
 //! ```
 //!
-//! The daemon moves bytes and descriptors and parses none of them; what comes back from a VM is untrusted too. A
-//! dead VM fails the leases that it held and nothing else. Time-outs are for idleness, never for a whole transfer.
+//! The daemon moves bytes and descriptors without parsing them; what comes back from a VM is untrusted, too. A dead VM
+//! fails the leases that it held and nothing else. Time-outs are for idleness, never for a whole transfer.
 //!
 //! Memory per stream, whatever its length: one frame of at most 256 KiB being filled, one being read (at most 1 MiB,
 //! 256 KiB from our own agent), two queued, and the socket's buffers (at most 512 KiB): below 2 MiB.
@@ -22,7 +22,7 @@ mod guest_files;
 #[cfg(windows)]
 pub mod hcs;
 mod job;
-pub mod pool;
+mod pool;
 #[cfg(target_os = "linux")]
 pub mod qemu;
 pub mod remote;
@@ -41,6 +41,7 @@ pub use svm_protocol::{
     ErrorKind, ExportSummary, IdMaps, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
 };
 
+use crate::error::{Fault, Kind};
 use futures_util::future::BoxFuture;
 use std::{fmt, io, sync::Arc, time::Duration};
 use svm_protocol::{FrameError, WireError};
@@ -50,21 +51,21 @@ use tokio::io::{AsyncRead, AsyncWrite};
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SvmError {
     /// The VM ended while it was needed.
-    #[error("service VM {vm} died: {cause}{}", console_suffix(console))]
+    #[error("service VM {vm} died: {cause}")]
     Died {
         /// Its name.
         vm: String,
-        /// How (exit status, signal).
+        /// Exit status or signal.
         cause: String,
-        /// Last lines that it said.
+        /// Its last console output.
         console: String,
     },
     /// The VM could not be started.
-    #[error("service VM could not be started: {reason}{}", console_suffix(console))]
+    #[error("cannot start a service VM: {reason}")]
     Boot {
-        /// Why.
+        /// The reason.
         reason: String,
-        /// Last lines that it said.
+        /// Its last console output.
         console: String,
     },
     /// Nothing happened for too long.
@@ -91,35 +92,31 @@ pub enum SvmError {
     Disk {
         /// Name of the VM.
         vm: String,
-        /// Which.
+        /// The disk.
         disk: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// The caller's body failed; its own words.
+    /// The caller's body failed; its error.
     #[error("reading the layer's tar: {0}")]
     Body(String),
-    /// An entry needs larger blocks, and the second pair of disks that takes could not be had.
-    #[error("an entry of the tar needs larger blocks, and there is no place to begin anew: {0}")]
+    /// An entry needs larger blocks, but the second pair of disks could not be made.
+    #[error("an entry of the tar needs larger blocks, but the apply cannot be restarted with them: {0}")]
     SecondPair(String),
     /// Freezing or thawing a live sandbox failed.
     #[error("live sandbox: {0}")]
     Live(String),
-    /// The pool is being stopped, or the lease was given up.
+    /// The pool is being stopped, or the lease was dropped.
     #[error("cancelled: {0}")]
     Cancelled(&'static str),
-    /// Somebody else can still write the image that was to be checked.
-    #[error("image {0} is still open for writing elsewhere, so checking it would prove nothing")]
+    /// Another process can still write the image that was to be checked.
+    #[error("image {0} is still open for writing elsewhere, so a check would prove nothing")]
     StillWritable(String),
 }
 
-fn console_suffix(console: &str) -> String {
-    if console.is_empty() { String::new() } else { format!("; it said last: {}", console.trim_end()) }
-}
-
 impl SvmError {
-    /// What this operation was given is at fault, or may be (whoever dies or stands still does so over some layer's bytes);
-    /// false for what would meet every operation.
+    /// The input of this operation is at fault, or may be: a VM that dies or stalls does so while it reads some layer.
+    /// False for what would affect every operation.
     pub fn is_of_one_operation(&self) -> bool {
         match self {
             Self::Refused(e) => !matches!(e.kind, ErrorKind::NoSpace | ErrorKind::Io | ErrorKind::Cancelled),
@@ -136,6 +133,17 @@ impl SvmError {
         }
     }
 
+    /// Its text and the last console output of the VM, for logs and command lines. The engine does not get the output:
+    /// it may be long, and it comes from a VM that read untrusted bytes.
+    pub fn with_console(&self) -> String {
+        match self {
+            Self::Died { console, .. } | Self::Boot { console, .. } if !console.is_empty() => {
+                format!("{self}; last console output: {}", console.trim_end())
+            }
+            _ => self.to_string(),
+        }
+    }
+
     /// The codec's kind of failure, if the codec refused.
     pub fn refused_kind(&self) -> Option<ErrorKind> {
         match self {
@@ -144,13 +152,39 @@ impl SvmError {
         }
     }
 
-    /// Whether the VM itself is to blame, so that nobody should use it again.
+    /// Whether the VM itself is at fault and must not be used again.
     pub(crate) fn blames_vm(&self) -> bool {
         matches!(self, Self::Died { .. } | Self::Timeout { .. } | Self::Protocol { .. } | Self::Disk { .. })
     }
 
     pub(crate) fn from_frame(vm: &str, error: &FrameError) -> Self {
         Self::Protocol { vm: vm.to_owned(), reason: error.to_string() }
+    }
+}
+
+impl Fault for SvmError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Refused(refused) => match refused.kind {
+                ErrorKind::Corrupt => Kind::Corrupt,
+                ErrorKind::Unsupported => Kind::Unsupported,
+                ErrorKind::Limit => Kind::Limit,
+                ErrorKind::NoSpace => Kind::NoSpace,
+                ErrorKind::Io => Kind::Io,
+                ErrorKind::Changed => Kind::Busy,
+                ErrorKind::Cancelled => Kind::Cancelled,
+                // The daemon made the request: a wrong one is its own bug.
+                ErrorKind::Usage | ErrorKind::Internal => Kind::Internal,
+            },
+            Self::Body(_) | Self::Cancelled(_) => Kind::Cancelled,
+            Self::StillWritable(_) => Kind::Busy,
+            Self::SecondPair(_) | Self::Live(_) => Kind::Io,
+            Self::Died { .. }
+            | Self::Boot { .. }
+            | Self::Timeout { .. }
+            | Self::Protocol { .. }
+            | Self::Disk { .. } => Kind::ServiceVm,
+        }
     }
 }
 
@@ -170,9 +204,9 @@ pub struct VmSpec {
 /// How a VM ended.
 #[derive(Debug, Clone)]
 pub struct Death {
-    /// Exit status or signal, for people.
+    /// Exit status or signal, as text.
     pub cause: String,
-    /// Last lines that it said.
+    /// Its last console output.
     pub console: String,
 }
 
@@ -232,7 +266,7 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
     /// Takes a disk away.
     fn detach(&self, disk: DiskId) -> BoxFuture<'_, Result<(), SvmError>>;
 
-    /// A disk that grows has got its final length: a backend that lends devices of fixed size cuts the file to it.
+    /// Reports the final length of a growing disk: a backend that attaches devices of fixed size cuts the file to it.
     fn grown<'a>(&'a self, disk: &'a DiskSource, len: u64) -> BoxFuture<'a, Result<(), SvmError>> {
         let _ = (disk, len);
         Box::pin(async { Ok(()) })
@@ -241,25 +275,25 @@ pub trait ServiceVm: Send + Sync + fmt::Debug {
     /// A new channel to the agent.
     fn open_channel(&self) -> BoxFuture<'_, Result<Channel, SvmError>>;
 
-    /// Is the agent there?
+    /// Checks that the agent answers.
     fn ping(&self) -> BoxFuture<'_, Result<(), SvmError>>;
 
     /// Ends the VM and waits until nothing of it is left. Idempotent.
     fn terminate(&self) -> BoxFuture<'_, ()>;
 
-    /// Resolves when the VM has ended, whoever ended it.
+    /// Resolves when the VM has ended, for whatever reason.
     fn death(&self) -> BoxFuture<'_, Death>;
 
-    /// Last lines that it said.
+    /// Its last console output.
     fn console(&self) -> String;
 
-    /// Whether the daemon digests the tars that pass, and not the agent
+    /// Whether the daemon, rather than the agent, digests the tars that pass
     /// ([`AgentChannel::daemon_digests`](svm_agent::channel::AgentChannel::daemon_digests)).
     fn daemon_digests(&self) -> bool {
         false
     }
 
-    /// What holds the agent in, where the VM itself does not.
+    /// The jail of the agent, if the VM is a process.
     fn jail(&self) -> Option<JailReport>;
 
     /// What the machine's clock and random numbers were when its agent greeted, or later when it went on after a pause,

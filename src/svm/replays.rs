@@ -5,21 +5,22 @@
 //!      └──────────► the last one's time ──────────────────────────────► within(idle)?
 //! ```
 //!
-//! `docker commit` pours a Diff into an ApplyDiff, both of this process. While the ApplyDiff begins anew in larger blocks
-//! it takes nothing, so the engine reads nothing of the Diff either, and that is nobody's idleness. One value for all: who
-//! reads which Diff for which ApplyDiff is the engine's secret. Written by `pool::lease`, asked by `api` through `driver`.
+//! `docker commit` streams a Diff into an ApplyDiff, both of this process. While the ApplyDiff restarts with larger
+//! blocks it accepts nothing, so the engine reads nothing of the Diff either; that must not count as idleness. One
+//! value for all operations, because only the engine knows which Diff feeds which ApplyDiff. Written by `pool::lease`,
+//! asked by `api` through `driver`.
 
 use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 
 static LAST: Mutex<Option<Instant>> = Mutex::new(None);
 
-/// An apply says that it is replaying.
+/// Records that an apply is replaying.
 pub(super) fn touch() {
     *LAST.lock() = Some(Instant::now());
 }
 
-/// Whether an apply said so within the last `idle`.
+/// Whether an apply was replaying within the last `idle`.
 pub fn within(idle: Duration) -> bool {
     LAST.lock().is_some_and(|last| last.elapsed() < idle)
 }

@@ -10,6 +10,7 @@ use super::{
     ExportSummary, LiveControl, SvmError,
     exchange::{Incoming, Receiver, Sender},
 };
+use crate::error::with_causes;
 use bytes::Bytes;
 use futures_util::Stream;
 use std::{
@@ -27,7 +28,7 @@ use tokio::{
 /// Chunks between the task and the reader.
 pub(super) const QUEUED_CHUNKS: usize = 2;
 
-/// What the task hands over.
+/// What the task sends to the reader.
 #[derive(Debug)]
 pub(super) enum Item {
     Data(Bytes),
@@ -56,12 +57,12 @@ impl TarStream {
         Ok(Self { first, rest, summary, failed: false })
     }
 
-    /// Whether the agent said that the tar is complete (true only after the last chunk was taken).
+    /// Whether the agent reported the tar as complete; true only after the last chunk was taken.
     pub fn complete(&self) -> bool {
         self.summary.is_some()
     }
 
-    /// What the agent said at the end.
+    /// The agent's summary.
     pub fn summary(&self) -> Option<&ExportSummary> {
         self.summary.as_ref()
     }
@@ -95,11 +96,11 @@ impl Stream for TarStream {
     }
 }
 
-/// Freezes of one operation: for its first look, and for the look back at its end.
+/// Freezes of one operation: one to read metadata, one to check them again at the end.
 const MOST_FREEZES: u32 = 2;
 
-/// A live sandbox that may be frozen: how often and how long is held here, whatever the agent says. Thawed on every way
-/// out, also when the operation's future is dropped.
+/// A live sandbox that may be frozen. Limits how often and how long, whatever the agent asks for. Thawed on every exit
+/// path, also when the operation's future is dropped.
 pub(super) struct Freeze {
     live: Option<Arc<dyn LiveControl>>,
     state: Writers,
@@ -109,13 +110,13 @@ pub(super) struct Freeze {
     runtime: tokio::runtime::Handle,
 }
 
-/// What those who write a live sandbox do.
+/// State of the writers of a live sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Writers {
     GoOn,
-    /// Being stopped, or perhaps stopped still: if this is all that is known, to thaw is right.
+    /// Being stopped, or perhaps still stopped: in case of doubt, thaw.
     Stopping,
-    /// They wait, until then at most.
+    /// They are stopped, until then at most.
     Wait(Instant),
 }
 
@@ -125,34 +126,34 @@ impl Freeze {
         Self { live, state: Writers::GoOn, left: MOST_FREEZES, limit, runtime }
     }
 
-    /// Stops the writers, if the sandbox is live. The limit of time begins when they stand still.
+    /// Stops the writers, if the sandbox is live. The time limit begins when they are stopped.
     pub(super) async fn freeze(&mut self) -> Result<(), SvmError> {
         let Some(live) = &self.live else { return Ok(()) };
         self.left = self.left.checked_sub(1).ok_or(SvmError::Live("a third freeze".into()))?;
         self.state = Writers::Stopping;
-        live.freeze().await.map_err(|e| SvmError::Live(format!("freeze: {}", causes(&e))))?;
+        live.freeze().await.map_err(|e| SvmError::Live(format!("freeze: {}", with_causes(&e))))?;
         self.state = Writers::Wait(Instant::now() + self.limit);
         Ok(())
     }
 
-    /// Lets the writers go on.
+    /// Lets the writers continue.
     pub(super) async fn thaw(&mut self) -> Result<(), SvmError> {
         if let Some(live) = &self.live
             && self.state != Writers::GoOn
         {
-            live.thaw().await.map_err(|e| SvmError::Live(format!("thaw: {}", causes(&e))))?;
+            live.thaw().await.map_err(|e| SvmError::Live(format!("thaw: {}", with_causes(&e))))?;
             self.state = Writers::GoOn;
         }
         Ok(())
     }
 
-    /// Whether writers wait now.
+    /// Whether writers are stopped now.
     pub(super) fn is_frozen(&self) -> bool {
         self.state != Writers::GoOn
     }
 
-    /// Something that the agent has a part in, and may put off, within the time that a freeze may last. When that is
-    /// over the writers go on, and it is an error.
+    /// Awaits `work`, which the agent could delay, within the time limit of a freeze. After that the writers continue,
+    /// and it is an error.
     pub(super) async fn within<T>(&mut self, work: impl Future<Output = T>) -> Result<T, SvmError> {
         let Writers::Wait(until) = self.state else { return Ok(work.await) };
         if let Ok(done) = timeout_at(until, work).await {
@@ -160,12 +161,10 @@ impl Freeze {
         }
         self.thaw().await?;
         let limit = self.limit.as_secs_f32();
-        Err(SvmError::Live(format!(
-            "its metadata were not read within {limit}s, the longest that it may stand still"
-        )))
+        Err(SvmError::Live(format!("its metadata were not read within {limit}s, the limit of a freeze")))
     }
 
-    /// The agent's next word, within the time that a freeze may last; answers its events.
+    /// The agent's next message, within the time limit of a freeze; answers its events.
     pub(super) async fn next(
         &mut self,
         sender: &mut Sender,
@@ -194,11 +193,6 @@ impl Freeze {
             }
         }
     }
-}
-
-/// An error with its causes in one line.
-fn causes(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |e| e.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 impl Drop for Freeze {

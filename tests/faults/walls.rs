@@ -80,7 +80,7 @@ fn no_other_user_of_the_host_becomes_root_through_a_view() {
     open_to_all(&home);
     plugin.kill_and_restart();
     assert_eq!(mode(&home), 0o700);
-    assert!(plugin.log().contains("others could enter"), "{}", plugin.log());
+    assert!(plugin.log().contains("other users could enter"), "{}", plugin.log());
     // The bits are no dummy: with the wall opened by hand they work.
     for folder in [&home, &home.join("rw")] {
         open_to_all(folder);

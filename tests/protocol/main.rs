@@ -202,9 +202,9 @@ fn a_cut_apply_cannot_come_back_as_a_tail() {
                 let reply = plugin.apply(&id, "", body);
                 assert!(reply.status >= 400, "a retry after {cut} bytes was taken: {}", reply.text());
                 let error = reply.text();
-                assert!(error.contains("create it anew"), "{error}");
+                assert!(error.contains("pull it again"), "{error}");
             }
-            assert!(plugin.err("GraphDriver.Get", &json!({"ID": id})).contains("create it anew"));
+            assert!(plugin.err("GraphDriver.Get", &json!({"ID": id})).contains("pull it again"));
             plugin.remove(&id);
             plugin.layer(&id, "", &tar);
             assert!(plugin.diff(&id, "") == tar);

@@ -57,7 +57,7 @@ mod shown {
         assert_eq!(fs::read(dir.join("etc/issue")).unwrap(), b"applied\n");
         assert_eq!(fs::read(dir.join("etc/motd")).unwrap(), b"hello\n");
         plugin.put(id);
-        refused(plugin, id, &["applied already"]);
+        refused(plugin, id, &["already applied"]);
     }
 
     #[test]

@@ -86,6 +86,6 @@ fn a_stop_cuts_what_does_not_end_in_its_time() {
     assert!(begin.elapsed() < LONG);
     assert!(plugin.log().contains("cutting requests that did not finish in time"), "{}", plugin.log());
     plugin.start_again();
-    assert!(plugin.apply("x", "", &tar[512 * 20..]).text().contains("create it anew"));
+    assert!(plugin.apply("x", "", &tar[512 * 20..]).text().contains("pull it again"));
     drop(stream);
 }

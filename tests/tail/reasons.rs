@@ -43,7 +43,7 @@ fn the_reason_is_read_200_times_with_5_gib_to_come() {
             let source = Source::new(refused_at_once(MORE));
             let reply = send_once(&plugin.socket(), &apply_line("x", ""), &source).unwrap();
             let text = err(&reply);
-            assert!(text.contains(REASON) && text.contains("create it anew"), "round {round}: {text}");
+            assert!(text.contains(REASON) && text.contains("pull it again"), "round {round}: {text}");
         }
     }
 }
@@ -127,7 +127,7 @@ fn the_first_reason_is_kept_across_a_restart() {
         for (id, reason) in [("x", REASON), ("early", "not on elsewhere")] {
             for body in [&headers_only(3)[..], &[]] {
                 let text = err(&plugin.apply(id, "", body));
-                assert!(text.contains(reason) && text.contains("create it anew"), "{restart} {id}: {text}");
+                assert!(text.contains(reason) && text.contains("pull it again"), "{restart} {id}: {text}");
             }
             let text = err(&plugin.send(&format!("GraphDriver.ApplyDiff?id={id}&parent="), b""));
             assert!(text.contains(reason), "an empty body: {text}");
@@ -169,7 +169,7 @@ fn an_apply_that_was_fed_from_a_cut_diff_says_why_that_was_cut() {
         let begin = Instant::now();
         let text = loop {
             let text = err(&plugin.apply("to", "", &[]));
-            if !text.contains("under way") {
+            if !text.contains("in progress") {
                 break text;
             }
             assert!(begin.elapsed() < Duration::from_secs(30), "{text}");

@@ -108,7 +108,7 @@ fn no_tail(plugin: &Plugin, id: &str, tar: &[u8], consumed: usize, what: &str) {
         let reply =
             send(&plugin.socket(), &apply_line(id, ""), &Source::new(Cursor::new(tail.to_vec())), 3).unwrap();
         assert!(reply.status >= 400, "{what}: a retry with {} bytes was taken", tail.len());
-        assert!(reply.text().contains("create it anew"), "{what}: {}", reply.text());
+        assert!(reply.text().contains("pull it again"), "{what}: {}", reply.text());
     }
     assert_ne!(
         plugin.ok("GraphDriver.GetMetadata", &json!({"ID": id}))["Metadata"]["state"],
@@ -179,7 +179,7 @@ fn no_tail_is_taken_after_a_refusal_whose_reason_went_away() {
     let mut first = plugin.begin_apply("two", "");
     send_chunks(&mut first, &tar[..1000], 500).unwrap();
     plugin.wait_for_state("two", "applying");
-    assert!(body("two", "", &tar).text().contains("under way"));
+    assert!(body("two", "", &tar).text().contains("in progress"));
     drop(first);
     no_tail(&plugin, "two", &tar, 512, "two at once");
     // An empty body is nothing, before and between.
@@ -211,7 +211,7 @@ fn a_layer_that_an_earlier_process_created_can_still_be_written() {
     plugin.init();
     plugin.ok("GraphDriver.Create", &json!({"ID": "a"}));
     plugin.kill_and_restart();
-    assert!(plugin.apply("a", "", &headers_only(3)).text().contains("started anew"));
+    assert!(plugin.apply("a", "", &headers_only(3)).text().contains("was restarted"));
     let dir = plugin.get("a");
     assert!(dir.is_dir());
     plugin.put("a");

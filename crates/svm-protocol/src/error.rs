@@ -53,8 +53,8 @@ impl WireError {
     }
 }
 
-/// An error with its causes in one line.
-fn text(error: &dyn Error) -> String {
+/// An error and its causes in one line, separated by colons.
+pub fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
@@ -94,7 +94,7 @@ fn verity_kind(error: &VerityError) -> ErrorKind {
 
 impl From<VerityError> for WireError {
     fn from(error: VerityError) -> Self {
-        Self::new(verity_kind(&error), text(&error))
+        Self::new(verity_kind(&error), with_causes(&error))
     }
 }
 
@@ -114,7 +114,7 @@ fn diff_kind(error: &DiffError) -> ErrorKind {
 
 impl From<DiffError> for WireError {
     fn from(error: DiffError) -> Self {
-        let made = Self::new(diff_kind(&error), text(&error));
+        let made = Self::new(diff_kind(&error), with_causes(&error));
         match error {
             DiffError::ChangedWhileReading { files, .. } => Self { changed: files, ..made },
             _ => made,
@@ -124,6 +124,6 @@ impl From<DiffError> for WireError {
 
 impl From<Ext4Error> for WireError {
     fn from(error: Ext4Error) -> Self {
-        Self::new(ext4_kind(&error), text(&error))
+        Self::new(ext4_kind(&error), with_causes(&error))
     }
 }

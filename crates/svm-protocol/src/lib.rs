@@ -33,7 +33,7 @@ pub mod worker;
 
 pub use aligned::{ALIGN, Aligned};
 pub use control::{Control, ControlReply, ControlRequest, Hello, Wake, Witness};
-pub use error::{ErrorKind, WireError};
+pub use error::{ErrorKind, WireError, with_causes};
 pub use frame::{
     DATA_PAYLOAD, FrameError, FrameType, HEADER_LEN, MAX_PAYLOAD, header, parse_header, read_frame,
     write_frame, write_json,

@@ -12,9 +12,12 @@ use super::{
     failure::{failed, shown},
     image::{Container, Image},
     input,
-    output::{NewFile, print, print_json},
+    output::NewFile,
 };
-use crate::cli::CliError;
+use crate::cli::{
+    CliError,
+    output::{print, print_json},
+};
 use bytesize::ByteSize;
 use disk_io::{ReadAt, WriteAt};
 use layer_codec::apply::MAX_RAW_BYTES;

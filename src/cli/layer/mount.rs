@@ -12,9 +12,8 @@ use super::{
     MountArgs,
     failure::{failed, shown},
     image::{Container, Image, fs_bytes},
-    output::print,
 };
-use crate::cli::CliError;
+use crate::cli::{CliError, output::print};
 use ext4_image::check::{CheckLimits, check, check_sandbox};
 use lcow_sys::linux::{
     loopdev::{LoopSpec, attach},

@@ -210,17 +210,3 @@ pub(super) fn standard_output() -> io::Result<File> {
     widen_pipe(&file);
     Ok(file)
 }
-
-/// Prints JSON to standard output.
-pub(super) fn print_json(value: &impl serde::Serialize) -> Result<(), CliError> {
-    let mut text = serde_json::to_string_pretty(value)?;
-    text.push('\n');
-    print(&text)
-}
-
-/// Prints text to standard output; unlike `print!` it does not panic when nobody reads.
-pub(super) fn print(text: &str) -> Result<(), CliError> {
-    let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush())?;
-    Ok(())
-}

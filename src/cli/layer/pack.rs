@@ -4,9 +4,12 @@ use super::{
     PackArgs,
     failure::{failed, shown},
     input::{self, Packing},
-    output::{NewDisk, NewFile, print, print_json},
+    output::{NewDisk, NewFile},
 };
-use crate::cli::CliError;
+use crate::cli::{
+    CliError,
+    output::{print, print_json},
+};
 use bytesize::ByteSize;
 use disk_io::{ReadAt, WriteAt};
 use ext4_image::{BlockSize, hcsshim};

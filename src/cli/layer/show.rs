@@ -4,9 +4,11 @@ use super::{
     InspectArgs, LsArgs,
     failure::failed,
     image::{Container, Disk, Image, fs_bytes, kind, resolve},
+};
+use crate::cli::{
+    CliError,
     output::{print, print_json},
 };
-use crate::cli::CliError;
 use bytesize::ByteSize;
 use ext4_image::{Ext4, Ext4Error, FileKind, Inode, Timestamp};
 use layer_codec::{

@@ -9,10 +9,13 @@ use super::{
     failure::{failed, shown},
     image::{Container, Image, fs_bytes},
     input,
-    output::{Counted, print, print_json},
+    output::Counted,
     show::open_record,
 };
-use crate::cli::CliError;
+use crate::cli::{
+    CliError,
+    output::{print, print_json},
+};
 use ext4_image::check::{CheckLimits, check};
 use layer_codec::{LayerKind, RootHash, TarDigest, record};
 use serde::Serialize;

@@ -3,7 +3,7 @@
 //! A lease is shown without a spare machine, the operations with one, as the daemon keeps spares.
 
 use crate::{
-    cli::{CliError, store::table},
+    cli::{CliError, output::table},
     svm::{
         ApplyJob, ApplyOptions, DiskSource, ExportJob, ExportKind, Pool, PoolConfig, Purpose, VmBackend,
         embedded::{EmbeddedBackend, EmbeddedConfig},

@@ -10,8 +10,8 @@
 use super::{
     CliError,
     call::{Endpoint, get},
+    output::{print_json, table},
     runtime,
-    store::{print_json, table},
 };
 use clap::{Args, Subcommand};
 use serde::Deserialize;

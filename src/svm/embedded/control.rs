@@ -5,7 +5,7 @@
 //! ```
 //!
 //! One call at a time; a caller that gave up between request and reply leaves a stale reply, which the next caller
-//! recognises by its number and drops. Called by `embedded`.
+//! recognizes by its number and drops. Called by `embedded`.
 
 use lcow_sys::linux::{asyncfd, fdpass};
 use std::{
@@ -48,7 +48,7 @@ impl ControlClient {
         }
     }
 
-    /// Asks and waits for the answer.
+    /// Sends a request and waits for the reply.
     pub(super) async fn call(&self, control: Control, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut state = self.state.lock().await;
         state.seq += 1;

@@ -1,4 +1,4 @@
-//! The embedded backend: a jailed child process of this very program.
+//! The embedded backend: a jailed child process, a second instance of this program.
 //!
 //! ```text
 //!   spawner thread ─► lcow-graphdriver worker       0 ◄═ control: messages + descriptors ═► EmbeddedVm
@@ -6,9 +6,9 @@
 //!   attach(disk)  ─► descriptor by SCM_RIGHTS       open_channel ─► one end of a socketpair
 //! ```
 //!
-//! Needs nothing installed. The worker gets descriptors only; a read-only disk is a descriptor that can't write. A
-//! dead worker is noticed by its pidfd, reaped at once, and leaves neither files nor processes. Called by `pool`
-//! through the traits in `svm`.
+//! Needs nothing installed. The worker gets descriptors only; a read-only disk is a descriptor that can't write. A dead
+//! worker is detected by its pidfd, reaped at once, and leaves neither files nor processes. Called by `pool` through
+//! the traits in `svm`.
 
 use super::control::ControlClient;
 use crate::svm::{
@@ -44,8 +44,8 @@ use svm_protocol::{
 
 /// Kernel buffer of a data channel, each way; bytes.
 const CHANNEL_BUFFER: usize = 256 << 10;
-/// Users that workers become: one each, so that a worker that was taken over shares neither limits nor signals with its
-/// siblings. Beside those of QEMU's machines, above those of distributions and of user namespaces' usual ranges.
+/// Users that workers become: one each, so that a compromised worker shares neither limits nor signals with its
+/// siblings. Next to those of QEMU's machines, above those of distributions and the usual ranges of user namespaces.
 const FIRST_USER: u32 = 0x4c44_0000;
 
 /// The user of the worker of this number.
@@ -56,17 +56,18 @@ fn user_of(number: u64) -> u32 {
 /// How workers are started.
 #[derive(Debug, Clone)]
 pub struct EmbeddedConfig {
-    /// The program with the hidden `worker` subcommand; `/proc/self/exe` unless a test says otherwise.
+    /// The program with the hidden `worker` subcommand; `/proc/self/exe`, except in tests.
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Environment besides what the backend itself sets; workers inherit nothing else.
+    /// Environment in addition to what the backend sets; workers inherit nothing else.
     pub env: Vec<(OsString, OsString)>,
     /// Address space of a worker; bytes.
     pub memory_limit: u64,
     /// Size of any file that a worker writes; bytes. `None` = no limit.
     pub file_limit: Option<u64>,
-    /// A worker whose jail lacks a wall does not start, see [`JailReport::missing`](lcow_sys::jail::JailReport::missing).
+    /// A worker whose jail is incomplete does not start, see
+    /// [`JailReport::missing`](lcow_sys::jail::JailReport::missing).
     pub strict: bool,
 }
 
@@ -87,7 +88,7 @@ impl Default for EmbeddedConfig {
 #[derive(Debug)]
 pub struct EmbeddedBackend {
     config: EmbeddedConfig,
-    /// Notes on missing walls that were logged already: each worker would say the same.
+    /// Missing parts of the jail that were logged already; each worker would repeat them.
     warned: Mutex<HashSet<String>>,
 }
 
@@ -97,11 +98,11 @@ impl EmbeddedBackend {
         Self { config, warned: Mutex::default() }
     }
 
-    /// Logs each wall that a worker lacks, once.
+    /// Logs each missing part of a worker's jail, once.
     fn warn_of(&self, jail: &JailReport) {
         for note in &jail.notes {
             if self.warned.lock().insert(note.clone()) {
-                tracing::warn!(note, "a wall of the workers' jail does not stand; the others do");
+                tracing::warn!(note, "a part of the workers' jail is not in force; the others are");
             }
         }
     }
@@ -127,7 +128,7 @@ impl EmbeddedBackend {
         let failed = |reason: &dyn fmt::Display| end.boot_failed(reason);
         let (sender, started) = tokio::sync::oneshot::channel();
         spawn_worker(self.command(spec.number), move |worker| {
-            // If nobody waits any more, the worker is killed and reaped by being dropped here.
+            // If the waiter is gone, dropping the worker here kills and reaps it.
             let _ = sender.send(worker);
         })
         .map_err(|e| failed(&e))?;
@@ -159,7 +160,8 @@ impl EmbeddedBackend {
             }
         };
         if hello.version != PROTOCOL_VERSION {
-            let reason = format!("it speaks protocol {}, we speak {PROTOCOL_VERSION}", hello.version);
+            let reason =
+                format!("protocol version mismatch: expected {PROTOCOL_VERSION}, found {}", hello.version);
             return Err(failed(&reason));
         }
         self.warn_of(&hello.jail);

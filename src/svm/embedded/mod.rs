@@ -1,6 +1,6 @@
-//! The embedded backend: a jailed child process of this very program.
+//! The embedded backend: a jailed child process, a second instance of this program.
 //!
-//! Each system starts, confines and watches its workers in its own way; what they do is the same. Called by `pool`
+//! How workers are started, confined and watched depends on the system; what they do is the same. Called by `pool`
 //! through the traits in `svm`.
 
 #[cfg(target_os = "linux")]

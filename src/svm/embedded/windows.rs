@@ -1,4 +1,5 @@
-//! The embedded backend on Windows: a child process of this very program, held by a job and a restricted token.
+//! The embedded backend on Windows: a child process, a second instance of this program, confined by a job and a
+//! restricted token.
 //!
 //! ```text
 //!   lcow-graphdriver worker     stdin ◄═ control: frames, each with the number of a handle ═► EmbeddedVm
@@ -6,9 +7,9 @@
 //!   attach(disk)  ─► DuplicateHandle, read-only if it must be      open_channel ─► one end of a pipe pair
 //! ```
 //!
-//! Windows has no message that carries descriptors; instead the daemon puts each handle into the worker itself, with
-//! no more access than the worker may have, and tells its number. Needs nothing installed. The job ends the worker
-//! with this process, however that ends. Called by `pool` through the traits in `svm`.
+//! Windows has no message that carries descriptors; instead the daemon duplicates each handle into the worker, with no
+//! more access than the worker may have, and sends its number. Needs nothing installed. The job ends the worker with
+//! this process, however that ends. Called by `pool` through the traits in `svm`.
 
 use crate::svm::{
     Access, BackendLimits, Channel, Death, DiskId, DiskSource, JailReport, ServiceVm, SvmError, VmBackend,
@@ -46,7 +47,7 @@ use tokio::{
 /// How workers are started.
 #[derive(Debug, Clone)]
 pub struct EmbeddedConfig {
-    /// The program with the hidden `worker` subcommand; this one unless a test says otherwise.
+    /// The program with the hidden `worker` subcommand; this one, except in tests.
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
@@ -113,7 +114,8 @@ impl EmbeddedBackend {
             return Err(failed(&"it did not greet"));
         };
         if hello.version != PROTOCOL_VERSION {
-            let reason = format!("it speaks protocol {}, we speak {PROTOCOL_VERSION}", hello.version);
+            let reason =
+                format!("protocol version mismatch: expected {PROTOCOL_VERSION}, found {}", hello.version);
             return Err(failed(&reason));
         }
         *vm.jail.lock() = Some(hello.jail);
@@ -142,8 +144,8 @@ impl VmBackend for EmbeddedBackend {
 
 type Pending = Arc<Mutex<HashMap<u64, oneshot::Sender<ControlReply>>>>;
 
-/// The daemon's end of a worker's control pipe. One task reads and one writes, so that a caller that gives up half
-/// way leaves no half message.
+/// The daemon's end of a worker's control pipe. One task reads and one writes, so that a caller that is cancelled half
+/// way leaves no partial message.
 struct ControlClient {
     requests: mpsc::UnboundedSender<Vec<u8>>,
     pending: Pending,
@@ -168,13 +170,13 @@ impl ControlClient {
             if let Err(e) = read_replies(input, greeted, &answers).await {
                 tracing::debug!(error = %e, "a worker's control pipe ended");
             }
-            // Whoever still waits learns of the end by its dropped sender.
+            // Waiting callers notice the end by their dropped sender.
             answers.lock().clear();
         });
         (Self { requests, pending, seq: AtomicU64::new(1) }, hello)
     }
 
-    /// Asks and waits for the answer.
+    /// Sends a request and waits for the reply.
     async fn call(&self, control: Control, handle: Option<u64>) -> io::Result<()> {
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
         let payload = serde_json::to_vec(&GivenRequest { handle, request: ControlRequest { seq, control } })?;

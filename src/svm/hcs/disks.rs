@@ -6,8 +6,9 @@
 //!   an empty file, to be written     ─► Growing  scratch VHDX of the largest size ── grown(len) ─► the file
 //! ```
 //!
-//! A growing file is not attached itself: the daemon has it open for writing, and Hyper-V opens alone. What the machine
-//! wrote is copied by the daemon, so the machine never held the file that becomes a layer. Called by `hcs`.
+//! A growing file is not attached itself, because the daemon has it open for writing and Hyper-V requires exclusive
+//! access. The daemon copies what the machine wrote, so the machine never has access to the file that becomes a layer.
+//! Called by `hcs`.
 
 use crate::svm::{Access, DiskFormat, DiskSource};
 use disk_io::{ReadAt, WriteAt};
@@ -34,9 +35,9 @@ const SECTOR: u64 = 512;
 pub(super) enum Backing {
     /// The file itself.
     Direct(PathBuf),
-    /// A copy that goes with the disk.
+    /// A copy that is deleted with the disk.
     Copy(PathBuf),
-    /// A disk of its own that is copied back.
+    /// A separate disk that is copied back.
     Growing(PathBuf),
 }
 
@@ -55,13 +56,13 @@ impl Backing {
         }
     }
 
-    /// Removes what was made for the disk. What cannot be removed now goes with the machine's folder.
+    /// Removes what was made for the disk. What cannot be removed now is removed with the machine's directory.
     pub(super) fn clear(&self) {
         if let Self::Copy(path) | Self::Growing(path) = self
             && let Err(error) = fs::remove_file(path)
             && error.kind() != io::ErrorKind::NotFound
         {
-            tracing::debug!(path = %path.display(), %error, "a scratch disk stays for now");
+            tracing::debug!(path = %path.display(), %error, "cannot delete a scratch disk yet");
         }
     }
 }
@@ -70,7 +71,7 @@ fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().and_then(OsStr::to_str).is_some_and(|e| e.eq_ignore_ascii_case(extension))
 }
 
-/// Whether a file is a fixed VHD of exactly its length. A footer of another type would make Hyper-V open other files.
+/// Whether a file is a fixed VHD of exactly its length. A footer of another type could make Hyper-V open other files.
 fn is_fixed_vhd(disk: &DiskSource) -> io::Result<bool> {
     let size = ReadAt::size(&*disk.file)?;
     if !has_extension(&disk.path, "vhd") || size < FOOTER_SIZE as u64 {
@@ -84,7 +85,7 @@ fn is_fixed_vhd(disk: &DiskSource) -> io::Result<bool> {
 /// Makes a disk attachable; `name` is that of a scratch file without extension.
 ///
 /// # Errors
-/// What the system says; a file that Hyper-V would refuse.
+/// I/O errors; a file that Hyper-V would refuse.
 pub(super) fn prepare(disk: &DiskSource, name: &Path, growing_bytes: u64) -> io::Result<Prepared> {
     let size = ReadAt::size(&*disk.file)?;
     if disk.format == DiskFormat::Vhdx {
@@ -121,7 +122,7 @@ pub(super) fn prepare(disk: &DiskSource, name: &Path, growing_bytes: u64) -> io:
     Ok(Prepared { backing: Backing::Copy(path), len: Some(len) })
 }
 
-/// Copies a range of `to` from where it lies in `from`, `offset` further on.
+/// Copies a range into `to`; in `from` it is `offset` bytes further on.
 fn copy_bytes(from: &impl ReadAt, offset: u64, to: &impl WriteAt, range: Range<u64>) -> io::Result<()> {
     let mut buffer = vec![0; PIECE];
     let mut at = range.start;
@@ -134,10 +135,10 @@ fn copy_bytes(from: &impl ReadAt, offset: u64, to: &impl WriteAt, range: Range<u
     Ok(())
 }
 
-/// Brings the first `len` bytes that a machine wrote to a growing disk into its file.
+/// Copies the first `len` bytes that a machine wrote to a growing disk into its file.
 ///
 /// # Errors
-/// What the system says; a scratch disk that is damaged or shorter.
+/// I/O errors; a scratch disk that is damaged or too short.
 pub(super) fn bring_back(scratch: &Path, file: &File, len: u64) -> io::Result<()> {
     let vhdx = Vhdx::open(File::open(scratch)?).map_err(io::Error::other)?;
     WriteAt::set_len(file, 0)?;

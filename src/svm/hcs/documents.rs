@@ -11,7 +11,7 @@ use super::luns::Slot;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::Path};
 
-/// Who owns the machines, in `hcsdiag list`; start-up ends those of a predecessor by it.
+/// Owner of the machines, as in `hcsdiag list`; a start finds those of a predecessor by it.
 pub const OWNER: &str = "lcow-graphdriver";
 /// Only the system and administrators may bind hvsock services of a machine.
 const BIND_DESCRIPTOR: &str = "D:P(A;;FA;;;SY)(A;;FA;;;BA)";
@@ -22,7 +22,7 @@ const BIND_DESCRIPTOR: &str = "D:P(A;;FA;;;SY)(A;;FA;;;BA)";
 pub struct ComputeSystem {
     owner: String,
     schema_version: SchemaVersion,
-    /// The machine ends with the last handle of it: nothing outlives a daemon that was killed.
+    /// The machine ends with the last handle of it: nothing outlives a killed daemon.
     should_terminate_on_last_handle_closed: bool,
     virtual_machine: VirtualMachine,
 }
@@ -122,7 +122,7 @@ pub struct Attachment {
 
 /// What a machine is made of.
 #[derive(Debug, Clone, Copy)]
-pub struct Machine<'a> {
+pub struct MachineSpec<'a> {
     /// The Linux kernel, uncompressed or bzImage.
     pub kernel: &'a Path,
     /// The initial RAM disk, whose `/init` is the agent.
@@ -139,7 +139,7 @@ pub struct Machine<'a> {
 
 impl ComputeSystem {
     /// The document of a service VM: four empty SCSI controllers, hvsock, a serial console.
-    pub fn service_vm(machine: &Machine<'_>) -> Self {
+    pub fn service_vm(machine: &MachineSpec<'_>) -> Self {
         let empty = || Controller { attachments: BTreeMap::new() };
         Self {
             owner: OWNER.into(),
@@ -197,7 +197,7 @@ impl ModifySettingRequest {
     }
 }
 
-/// What is asked of a machine's properties, and of the service's machines.
+/// Properties of a machine, in replies and lists of the service.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Properties {
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn the_create_document_is_what_the_service_expects() {
-        let machine = Machine {
+        let machine = MachineSpec {
             kernel: Path::new(r"C:\lcow\kernel"),
             initrd: Path::new(r"C:\lcow\initrd.img"),
             command_line: "panic=-1 console=ttyS0",

@@ -1,10 +1,10 @@
-//! Where disks sit in a machine: four SCSI controllers of 64 units each.
+//! The slots for disks in a machine: four SCSI controllers with 64 units each.
 //!
 //! ```text
 //!   Slot n ─► controller n / 64 (by its GUID), unit n % 64 ─► resource path (host), serial text (agent)
 //! ```
 //!
-//! A slot is given out again only after its disk was really removed. Called by `hcs`.
+//! A slot is reused only after its disk was really removed. Called by `hcs`.
 
 /// GUIDs that Hyper-V gives the SCSI controllers 0…3 of a utility VM.
 const CONTROLLERS: [&str; 4] = [
@@ -46,8 +46,8 @@ impl Slot {
         format!("VirtualMachine/Devices/Scsi/{}/Attachments/{}", self.controller(), self.unit())
     }
 
-    /// The slot as the agent is told it: `GUID of the controller:unit`. In a guest the GUID is the controller's folder
-    /// below `/sys/bus/vmbus/devices`.
+    /// The slot in messages to the agent: `GUID of the controller:unit`. In a guest the GUID is the controller's
+    /// directory below `/sys/bus/vmbus/devices`.
     pub fn serial(self) -> String {
         format!("{}:{}", self.controller(), self.unit())
     }

@@ -6,8 +6,8 @@
 //!   end     terminate, or the last handle closed: nothing outlives a daemon that was killed
 //! ```
 //!
-//! `computecore.dll` is loaded when the backend is made. Each machine has a folder of scratch disks named after it; a
-//! folder that a crashed predecessor left names the machine to be ended. Kernel and initrd are those of
+//! `computecore.dll` is loaded when the backend is made. Each machine has a directory of scratch disks named after it;
+//! a directory that a killed predecessor left names the machine to be ended. Kernel and initrd are those of
 //! `scripts/build-svm-image`, with the modules hv_vmbus, hv_storvsc, hv_sock. Called by `pool` through the traits in
 //! `svm`.
 
@@ -24,10 +24,10 @@ use futures_util::{FutureExt, future::BoxFuture};
 use lcow_sys::windows::computecore::{Library, LoadError, System};
 use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
 
-/// Serial console, no other hardware to look for, end instead of waiting after a panic; the agent dials.
+/// Serial console; no probing of other hardware; end instead of waiting after a panic; the agent dials.
 const KERNEL_LINE: &str = "lcow.agent=vsock 8250_core.nr_uarts=1 8250_core.skip_txen_test=1 console=ttyS0,115200 pci=off brd.rd_nr=0 pmtmr=0 panic=-1 quiet";
 
-/// What makes the guest.
+/// The command that builds the guest.
 const BUILD: &str = "scripts/build-svm-image --hyperv (on Linux)";
 
 /// How machines are made.
@@ -37,7 +37,7 @@ pub struct HcsConfig {
     pub kernel: PathBuf,
     /// The guest's initramfs.
     pub initrd: PathBuf,
-    /// Added to the kernel's line.
+    /// Added to the kernel command line.
     pub boot_parameters: String,
     /// The guest's memory; bytes.
     pub memory: u64,
@@ -45,14 +45,14 @@ pub struct HcsConfig {
     pub processors: u32,
     /// Largest image that an apply may write; bytes.
     pub growing_bytes: u64,
-    /// Folder for scratch disks.
+    /// Directory for scratch disks.
     pub scratch: PathBuf,
     /// How long one call of the service, or the agent's greeting, may take.
     pub deadline: Duration,
 }
 
 impl HcsConfig {
-    /// The usual machine, with this guest and this folder for scratch disks.
+    /// The usual machine, with this guest and this directory for scratch disks.
     pub fn new(kernel: impl Into<PathBuf>, initrd: impl Into<PathBuf>, scratch: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -83,7 +83,7 @@ pub struct HcsBackend {
 }
 
 impl HcsBackend {
-    /// A backend on the system's own service. Where Hyper-V is not enabled, [`Self::preflight`] and every boot say so.
+    /// A backend on the system's service. If Hyper-V is not enabled, [`Self::preflight`] and every boot fail.
     pub fn new(config: HcsConfig) -> Self {
         Self::with(config, Library::load(None), Arc::new(Hvsock))
     }
@@ -97,11 +97,10 @@ impl HcsBackend {
         Self { config: Arc::new(config), library: library.map_err(Arc::new), transport }
     }
 
-    /// Whether machines can be made at all, as far as can be told without making one: the guest's files, and the
-    /// system's service.
+    /// Checks what can be checked without starting a machine: the guest's files, and the system's service.
     ///
     /// # Errors
-    /// All that is missing, and what the operator has to do.
+    /// Everything that is missing, and what the operator has to do.
     pub fn preflight(&self) -> Result<(), String> {
         let c = &self.config;
         let faults = [
@@ -117,7 +116,7 @@ impl HcsBackend {
     }
 }
 
-/// A boot that failed before the machine said a word.
+/// The error of a boot that failed before any output.
 fn failed(error: &(impl std::error::Error + ?Sized)) -> SvmError {
     SvmError::Boot { reason: error.to_string(), console: String::new() }
 }
@@ -136,7 +135,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     }
 }
 
-/// Ends what a predecessor left in the folder of scratch disks; says how many machines that were.
+/// Ends the machines that a predecessor left in the directory of scratch disks; returns their number.
 fn reap(library: &Arc<Library>, config: &HcsConfig) -> io::Result<usize> {
     let entries = match fs::read_dir(&config.scratch) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
@@ -146,7 +145,7 @@ fn reap(library: &Arc<Library>, config: &HcsConfig) -> io::Result<usize> {
     for entry in entries {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        // Only folders that a machine of ours gave its name to.
+        // Only directories that are named after a machine of this program.
         if uuid::Uuid::parse_str(&name).is_err() {
             continue;
         }

@@ -4,8 +4,8 @@
 //!   listen(runtime id) ── then the machine starts ──► accept ──► a pair of byte streams ──► svm::remote
 //! ```
 //!
-//! Hyper-V sockets are the only transport in the program. It is a trait because Wine has no such sockets: tests bring
-//! a named pipe of their own. Called by `hcs`.
+//! Hyper-V sockets are the only transport in the program. They are behind a trait because Wine has none: tests use a
+//! named pipe. Called by `hcs`.
 
 use futures_util::{FutureExt, future::BoxFuture};
 use lcow_sys::windows::hvsock::{HvStream, Listener};
@@ -62,7 +62,7 @@ impl AgentListener for Listener {
             let (sender, receiver) = tokio::sync::oneshot::channel();
             tokio::task::spawn_blocking(move || {
                 let accepted = Listener::accept(&self, patience, || sender.is_closed());
-                // Nobody waits any more: then the connection is closed.
+                // If the waiter is gone, the connection is closed.
                 let _ = sender.send(accepted);
             });
             let stream = receiver.await.map_err(io::Error::other)??;

@@ -4,13 +4,13 @@
 //!   Held: slot + file ── attach ──► grown? ── detach ──► slot free, scratch gone
 //! ```
 //!
-//! A slot is free only after the service has said that its disk is gone; one that it will not take away stays taken.
-//! The folder of scratch disks goes with the machine.
+//! A slot is free only after the service has confirmed that its disk is removed; otherwise it stays taken. The
+//! directory of scratch disks is removed with the machine.
 
 use super::{
     AgentTransport, HcsConfig, blocking,
     disks::{self, Backing, Prepared},
-    documents::{ComputeSystem, Machine, ModifySettingRequest, Properties},
+    documents::{ComputeSystem, MachineSpec, ModifySettingRequest, Properties},
     failed,
     luns::{Luns, MAX_DISKS, Slot},
 };
@@ -33,19 +33,19 @@ use std::{
 use svm_protocol::{ErrorKind, JailReport, WireError};
 use tokio::{net::windows::named_pipe::ClientOptions, sync::watch, time::timeout};
 
-/// How long a machine may take to say that it has ended, after it was told to.
+/// How long a machine may take to end after it was asked to.
 const EXIT_TIME: Duration = Duration::from_secs(10);
-/// How long the word of a machine's end may come after the first call that failed because of it.
+/// How long the notification of a machine's end may come after the first call that failed because of it.
 const END_WORD: Duration = Duration::from_secs(1);
 /// Pause between two looks for the console's pipe.
 const CONSOLE_LOOK: Duration = Duration::from_millis(50);
 
-/// The folder of a machine's scratch disks; removed with it.
+/// The directory of a machine's scratch disks; removed with it.
 #[derive(Debug)]
 struct Folder(PathBuf);
 
 impl Folder {
-    /// Waits for files that the machine's process is just letting go.
+    /// Waits for files that the machine's process is about to close.
     fn clear(path: &Path) {
         match lcow_sys::windows::fs::remove_tree(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -68,7 +68,7 @@ struct Held {
     backing: Backing,
     /// The file behind it, if it grows: to tell which one `grown` means.
     grows: Option<Arc<fs::File>>,
-    /// The machine has lost it already.
+    /// It is detached already.
     gone: bool,
 }
 
@@ -88,7 +88,7 @@ pub(super) struct HcsVm {
     disks: Mutex<Disks>,
     config: Arc<HcsConfig>,
     library: Arc<Library>,
-    // In this order: the handle is closed before the folder goes.
+    // In this order: the handle is closed before the directory is removed.
     system: Mutex<Option<Arc<System>>>,
     folder: Folder,
 }
@@ -99,7 +99,8 @@ impl fmt::Debug for HcsVm {
     }
 }
 
-/// Creates a machine, starts it, and waits for its agent's greeting. What was made goes when the future is dropped.
+/// Creates a machine, starts it, and waits for its agent's greeting. Dropping the future removes everything that was
+/// made.
 pub(super) async fn start(
     library: Arc<Library>,
     config: Arc<HcsConfig>,
@@ -112,7 +113,7 @@ pub(super) async fn start(
     let folder = Folder(config.scratch.join(&id));
     fs::create_dir_all(&folder.0).map_err(|e| failed(&e))?;
     let console_pipe = format!(r"\\.\pipe\lcow-console-{id}");
-    let document = ComputeSystem::service_vm(&Machine {
+    let document = ComputeSystem::service_vm(&MachineSpec {
         kernel: &config.kernel,
         initrd: &config.initrd,
         command_line: &config.kernel_line(),
@@ -135,7 +136,7 @@ pub(super) async fn start(
     let properties: Properties = serde_json::from_str(&properties).map_err(|e| failed(&e))?;
     let runtime_id = properties
         .runtime_id
-        .ok_or_else(|| failed(&io::Error::other("the service tells no RuntimeId of the machine")))?;
+        .ok_or_else(|| failed(&io::Error::other("the service reports no RuntimeId of the machine")))?;
     let listener = transport.listen(runtime_id).map_err(|e| failed(&e))?;
     let started = system.clone();
     blocking(move || started.start(deadline)).await?.map_err(|e| failed(&e))?;
@@ -186,7 +187,7 @@ impl HcsVm {
         SvmError::Disk { vm: self.label.clone(), disk: disk.to_string(), reason: e.to_string() }
     }
 
-    /// An error of a disk, or of the whole machine if that has ended: its word may come a moment later.
+    /// The error of a disk, or of the machine if it has ended, of which the notification may come a moment later.
     async fn disk_or_death(&self, disk: impl fmt::Display, e: impl fmt::Display) -> SvmError {
         let error = self.disk_error(disk, e);
         let ended = timeout(END_WORD, self.end.wait()).await.is_ok();
@@ -216,7 +217,7 @@ impl HcsVm {
         }
     }
 
-    /// Takes a slot's disk from the machine; one that it does not have is fine.
+    /// Detaches a slot's disk from the machine; succeeds if there is none.
     async fn hot_remove(&self, slot: Slot) -> Result<(), SvmError> {
         match self.modify(&ModifySettingRequest::remove_disk(slot)).await? {
             Err(e) if !e.is_absent() => Err(self.disk_or_death(slot.serial(), e).await),
@@ -224,7 +225,7 @@ impl HcsVm {
         }
     }
 
-    /// Lets the machine open a file: its own disks by name, shared layers as one of all machines.
+    /// Grants the machine access to a file: to itself for its own disks, to all machines for shared layers.
     fn grant(&self, path: &Path, own: bool) -> Result<(), HcsError> {
         if own { self.library.grant_access(&self.id, path) } else { self.library.grant_group_access(path) }
     }
@@ -251,7 +252,7 @@ impl HcsVm {
         }
     }
 
-    /// Takes a disk from the agent and from the machine.
+    /// Detaches a disk from the agent and the machine.
     async fn unplug(&self, disk: DiskId, slot: Slot) -> Result<(), SvmError> {
         if let Err(e) = self.agent.detach(disk).await {
             return Err(self.disk_or_death(disk.0, e).await);
@@ -289,7 +290,7 @@ impl ServiceVm for HcsVm {
                 }
             };
             if let Err(e) = self.plug(disk, id, slot, &prepared).await {
-                // The service may have the disk after all: only its word that it has not frees the slot.
+                // The service may have the disk after all: only its confirmation that it has not frees the slot.
                 if self.hot_remove(slot).await.is_ok() {
                     self.disks.lock().luns.give_back(slot);
                 }
@@ -326,7 +327,7 @@ impl ServiceVm for HcsVm {
                 ours.then(|| (*id, held.slot, held.backing.path().to_owned()))
             });
             let Some((id, slot, scratch)) = found else { return Ok(()) };
-            // Only a disk that the machine has let go of has all its bytes in its file.
+            // Only after the machine has released a disk are all bytes in its file.
             self.unplug(id, slot).await?;
             {
                 let mut disks = self.disks.lock();
@@ -338,7 +339,7 @@ impl ServiceVm for HcsVm {
             let file = disk.file.clone();
             let brought = blocking(move || disks::bring_back(&scratch, &file, len)).await?;
             brought.map_err(|e| match e.kind() {
-                // Nothing that the machine is to blame for.
+                // The machine is not to blame for this.
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                     SvmError::Refused(WireError::new(
                         ErrorKind::NoSpace,
@@ -384,14 +385,14 @@ impl ServiceVm for HcsVm {
                     Ok(Err(e)) => tracing::warn!(vm = label, "{e}; closing its handle ends it"),
                     Err(e) => tracing::warn!(vm = label, "{e}; closing its handle ends it"),
                 }
-                // A late word of its end is not waited for without limit: closing the handle ends it too.
+                // The wait for its end is limited: closing the handle ends it, too.
                 let _ = timeout(EXIT_TIME, self.end.wait()).await;
                 // If the runtime begins nothing any more, it has dropped the call, and the handle with it.
                 let _ = blocking(move || drop(system)).await;
                 self.end.tell("ended: its handle was closed");
             }
             self.end.wait().await;
-            // Here and not in the drop: that happens on a thread of the runtime, which must not wait.
+            // Here and not on drop, which may run on a thread of the runtime that must not block.
             let folder = self.folder.0.clone();
             // If the runtime begins nothing any more, the drop is left to clear it.
             let _ = blocking(move || Folder::clear(&folder)).await;

@@ -1,4 +1,4 @@
-//! A lease and the operations that it allows.
+//! A lease, and the operations on it.
 //!
 //! ```text
 //!   Lease ─ attach disks (counted) ─ channel ─ Request ─ stream ─ Result      dropped: disks, then VM, given back
@@ -6,7 +6,7 @@
 //!
 //! Called by `driver`.
 
-use super::{Inner, machine::Event};
+use super::{Inner, machine::PoolEvent};
 use crate::svm::{
     ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk, LiveControl,
     ParentDisks, ServiceVm, SvmError, TarStream,
@@ -32,8 +32,8 @@ use svm_protocol::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-/// Most bytes of changed paths that are taken from a VM. An engine makes several times as much of them; a real image's
-/// 100,000 files have some 8 MiB.
+/// Most bytes of changed paths that are accepted from a VM. The engine needs several times as much memory for them; the
+/// 100,000 files of a real image have some 8 MiB.
 const MAX_CHANGES: usize = 32 << 20;
 
 /// Bytes that an image's file may have: verity tree (less than one block for 64) and VHD footer come on top of the
@@ -59,11 +59,11 @@ impl fmt::Debug for Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        // Before the event, so that ending the VM is not put off until a clone of it here is gone.
+        // Before the event, so that a clone here does not delay the end of the VM.
         self.vm = None;
         let poison = self.poison.load(Ordering::Relaxed);
         self.inner.run(
-            |m| m.step(Event::Release { lease: self.id, poison }),
+            |m| m.step(PoolEvent::Release { lease: self.id, poison }),
             |state| {
                 state.grants.remove(&self.id);
             },
@@ -71,9 +71,9 @@ impl Drop for Lease {
     }
 }
 
-/// A guest's page cache makes an input/output error of a full disk: the host knows better.
+/// A guest's page cache turns a full disk into an I/O error; the host knows the real cause.
 fn say_full(error: SvmError, job: &ApplyJob) -> SvmError {
-    /// Fewer bytes than this are none.
+    /// Fewer free bytes than this count as none.
     const NONE_LEFT: u64 = 1 << 20;
     if error.refused_kind() == Some(ErrorKind::Io)
         && let SvmError::Refused(said) = &error
@@ -85,7 +85,7 @@ fn say_full(error: SvmError, job: &ApplyJob) -> SvmError {
     error
 }
 
-/// Bytes that the file system of a disk's file still takes.
+/// Free bytes of the file system of a disk's file.
 fn bytes_left(disk: &DiskSource) -> Option<u64> {
     #[cfg(unix)]
     return rustix::fs::fstatvfs(&*disk.file).ok().map(|s| s.f_bavail.saturating_mul(s.f_frsize));
@@ -103,7 +103,7 @@ struct DiskUse {
 impl Drop for DiskUse {
     fn drop(&mut self) {
         self.inner.run(
-            |m| m.step(Event::Detach { lease: self.lease, usage: self.usage }),
+            |m| m.step(PoolEvent::Detach { lease: self.lease, usage: self.usage }),
             |state| {
                 state.disk_waiters.remove(&self.usage);
                 state.sources.remove(&self.usage);
@@ -147,7 +147,7 @@ impl Lease {
         self.vm.as_ref().map(|vm| vm.describe()).unwrap_or_default()
     }
 
-    /// Remembers a failure that the VM is to blame for.
+    /// Records a failure for which the VM is to blame.
     fn judge<T>(&self, result: Result<T, SvmError>) -> Result<T, SvmError> {
         if let Err(e) = &result
             && e.blames_vm()
@@ -171,7 +171,7 @@ impl Lease {
         let (sender, ready) = oneshot::channel();
         attached.uses.push((key, DiskUse { inner: self.inner.clone(), lease, usage }));
         self.inner.run(
-            |m| m.step(Event::Attach { lease, usage, disk: key }),
+            |m| m.step(PoolEvent::Attach { lease, usage, disk: key }),
             |state| {
                 state.disk_waiters.insert(usage, sender);
                 state.sources.insert(usage, (key, disk.clone()));
@@ -241,7 +241,7 @@ impl Lease {
         let summary = summary.map_err(|e| say_full(e, job))?;
         let (image, record) = growing.second.unwrap_or_else(|| (job.image.clone(), job.record.clone()));
         if let Some(vm) = &self.vm {
-            // The VM's word is checked by the driver against the files, and the image by a VM that saw no tar.
+            // The driver checks the summary against the files, and a VM that saw no tar checks the image.
             vm.grown(&image, summary.file_bytes.min(largest_file(job.options.max_image_bytes))).await?;
             vm.grown(&record, summary.record_bytes.min(job.options.max_image_bytes)).await?;
         }
@@ -270,16 +270,16 @@ impl Lease {
                     sent = &mut sending => break sent,
                 };
                 match early {
-                    // The agent may refuse before it has seen all; it can't be content.
+                    // The agent may refuse before it has seen everything, but cannot succeed.
                     Err(e) => return Err(e),
                     Ok(Incoming::Event(event)) => {
-                        // Nothing is sent meanwhile: the agent must keep what comes before the answer.
+                        // Send nothing meanwhile: the agent would have to buffer what comes before the answer.
                         if let Some(answer) = growing.answer(event, attached, receiver.sent_bytes()).await? {
                             let _ = insert.send((FrameType::Resume, answer));
                         }
                         receiver.excuse();
                     }
-                    Ok(_) => return Err(receiver.protocol("a word before the end of the tar".into())),
+                    Ok(_) => return Err(receiver.protocol("a message before the end of the tar".into())),
                 }
                 receiving = Box::pin(receiver.next_owned());
             }
@@ -335,7 +335,7 @@ impl Lease {
                 () = sender.closed() => None,
                 done = self.export(job, &sender) => Some(self.judge(done)),
             };
-            // The lease goes first: whoever sees the end of the stream finds the VM given back.
+            // The lease is dropped first, so that the VM is free when the reader sees the end of the stream.
             drop(self);
             if let Some(end) = end {
                 let _ = sender.send(end.map(Item::Done)).await;
@@ -386,7 +386,7 @@ impl Lease {
         let (mut sender, mut receiver) = freeze.within(self.begin(&operation)).await??;
         loop {
             match freeze.next(&mut sender, &mut receiver).await? {
-                // Bytes go out at the reader's pace, which nobody's writers may be made to wait for.
+                // Bytes are sent at the reader's pace, during which writers must not be stopped.
                 Incoming::Data(_) if freeze.is_frozen() => {
                     return Err(receiver.protocol("data while the sandbox is frozen".into()));
                 }
@@ -426,7 +426,7 @@ impl Lease {
         self.judge(self.compare(job, operation).await).map(|(_, size)| size)
     }
 
-    /// Whether the nearest layer of the job, a sandbox on its own parents, was ever written; `blank` is the root folder
+    /// Whether the nearest layer of the job, a sandbox on its own parents, was ever written; `blank` describes the root
     /// of one that was not.
     ///
     /// # Errors
@@ -455,7 +455,7 @@ impl Lease {
                     if data.len() + bytes.len() > MAX_CHANGES {
                         let message = format!(
                             "the paths that changed have more than {MAX_CHANGES} bytes together, which is the limit of \
-                             a list; compare the folders of interest in the container, or commit it"
+                             a list; compare the directories of interest in the container, or commit it"
                         );
                         return Err(SvmError::Refused(WireError::new(ErrorKind::Limit, message)));
                     }
@@ -474,12 +474,12 @@ struct Growing<'a> {
     job: &'a ApplyJob,
     first: [DiskId; 2],
     second: Option<(DiskSource, DiskSource)>,
-    /// The fewest bytes that the next word of a replay may tell, until it ends.
+    /// The bytes that the next report of a replay must exceed, until it ends.
     least: Option<u64>,
 }
 
 impl Growing<'_> {
-    /// Does what an event asks for; what the Resume says, where one is due.
+    /// Handles an event; returns the content of the Resume, if one is due.
     async fn answer(
         &mut self,
         event: svm_protocol::OperationEvent,
@@ -489,7 +489,7 @@ impl Growing<'_> {
         let name = &self.lease.name;
         let protocol = |reason: String| SvmError::Protocol { vm: name.clone(), reason };
         match (event, &self.job.larger) {
-            // It must come to its end some time: who only says so is not waited for.
+            // A replay must end: only real progress extends the time-out.
             (svm_protocol::OperationEvent::Replaying { bytes }, _)
                 if self.second.is_some()
                     && bytes <= sent
@@ -510,14 +510,14 @@ impl Growing<'_> {
                 Ok(Some(answer))
             }
             (svm_protocol::OperationEvent::LargerBlocks, None) => {
-                Err(SvmError::SecondPair("nobody gives a second pair of disks here".into()))
+                Err(SvmError::SecondPair("this apply has no second pair of disks".into()))
             }
             (svm_protocol::OperationEvent::Replayed, _)
                 if self.second.is_some() && self.least.take().is_some() =>
             {
                 for (id, disk) in self.first.iter().zip([&self.job.image, &self.job.record]) {
                     attached.release(*id);
-                    // What is left there is garbage; its room is wanted.
+                    // Its content is garbage now, and its space is needed.
                     if let Err(error) = disk.file.set_len(0) {
                         tracing::warn!(path = %disk.path.display(), %error, "cannot empty a first disk");
                     }

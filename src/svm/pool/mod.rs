@@ -1,7 +1,7 @@
-//! The pool's tokio shell: carries out what [`machine`] decides.
+//! The pool: a tokio shell that carries out the actions of [`machine`].
 //!
 //! ```text
-//!   lease(), drop(Lease), VM died, … ─► Event ─► Machine::step ─► Actions ─► tasks (boot, end, attach, detach)
+//!   lease(), drop(Lease), VM died, … ─► PoolEvent ─► PoolMachine::step ─► Actions ─► tasks (boot, end, attach, detach)
 //!                                        ▲                                         │
 //!                                        └───────────── Booted, Ended, … ──────────┘
 //! ```
@@ -9,7 +9,7 @@
 //! The machine is behind a lock that is never held across an await. Called by `driver`.
 
 mod lease;
-pub mod machine;
+mod machine;
 
 pub use lease::Lease;
 
@@ -18,7 +18,7 @@ use super::{
     no_writer_left,
 };
 use lease::check;
-use machine::{Action, DiskKey, Event, LeaseId, Machine, Name, Settings, UseId, VmId};
+use machine::{Action, DiskKey, LeaseId, PoolEvent, PoolMachine, Settings, UseId, VmId, VmName};
 use parking_lot::Mutex;
 use std::{
     collections::HashMap,
@@ -43,13 +43,13 @@ pub enum Mode {
     Global,
 }
 
-/// What a lease is for. Exports may wait for their reader, who may wait for an apply; so exports never take the last
-/// VM (a Diff that streams into an ApplyDiff would wait for ever).
+/// What a lease is for. Exports may wait for their reader, who may wait for an apply; so exports never take the last VM
+/// (a Diff that streams into an ApplyDiff would wait forever).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     /// Needs nothing but its input: apply, check, changes, sizes.
     Work,
-    /// Streams to somebody whose pace we don't know.
+    /// Streams to a reader of unknown pace.
     Export,
 }
 
@@ -62,18 +62,19 @@ pub struct PoolConfig {
     pub spares: usize,
     /// VMs at a time, spares included; at least 2.
     pub max_vms: usize,
-    /// A VM that has not greeted by then is given up.
+    /// How long a VM may take to greet.
     pub boot_timeout: Duration,
-    /// No progress for so long is a failure (`lcow.timeout`).
+    /// How long an operation may make no progress (`lcow.timeout`).
     pub idle_timeout: Duration,
-    /// A live sandbox is thawed after that, come what may, and the operation fails.
+    /// Longest freeze of a live sandbox; then it is thawed and the operation fails.
     pub freeze_limit: Duration,
-    /// Every VM is asked this often whether it is there; zero = never.
+    /// How often every VM is pinged; zero for never.
     pub ping_interval: Duration,
-    /// Whether a killed daemon may have left something to clear up. Not for a pool beside another one of this process:
-    /// its machines are no leftovers.
+    /// Whether to clear up after a killed daemon. Not for a second pool in one process, which would find the machines
+    /// of the first.
     pub reap: bool,
-    /// A virtual machine's kernel may mount sandboxes that our reader does not know (`lcow.guestmount`).
+    /// A virtual machine's kernel may mount sandboxes that the reader of this program does not support
+    /// (`lcow.guestmount`).
     pub guest_mount: bool,
 }
 
@@ -104,7 +105,7 @@ pub struct PoolSnapshot {
     pub vms: Vec<(String, usize)>,
     /// VMs ready to be taken.
     pub spares: usize,
-    /// VMs on their way up.
+    /// VMs that are starting.
     pub booting: usize,
     /// Leases held.
     pub leases: usize,
@@ -114,7 +115,7 @@ pub struct PoolSnapshot {
     pub boots: u64,
     /// Starts that failed.
     pub boot_failures: u64,
-    /// VMs that died by themselves.
+    /// VMs that died unexpectedly.
     pub deaths: u64,
     /// VMs taken out of use because they misbehaved.
     pub poisoned: u64,
@@ -122,39 +123,39 @@ pub struct PoolSnapshot {
     pub granted: u64,
     /// Leases that had to wait for a VM.
     pub waits: u64,
-    /// Seconds waited in all.
+    /// Seconds waited in total.
     pub wait_seconds: f64,
-    /// What holds the last started VM's agent in.
+    /// The jail of the last started VM's agent.
     pub jail: Option<JailReport>,
-    /// What the backend runs on; empty where there is nothing to say.
+    /// What the backend runs on; may be empty.
     pub detail: String,
-    /// Guests that were booted from nothing, where others are restored.
+    /// Guests that were booted rather than restored.
     pub cold_boots: u64,
     /// VMs that were restored from a saved guest.
     pub restores: u64,
 }
 
-/// A running VM, for people.
+/// A running VM, for `svm ls`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolVm {
-    /// What it is called while it works (`<id>_svm`), `spare-<number>` before.
+    /// Its name while it is leased (`<id>_svm`), and `spare-<number>` before.
     pub name: String,
     /// Leases held on it.
     pub leases: usize,
-    /// What runs it ("worker 1234").
+    /// The backend's name for it ("worker 1234").
     pub machine: String,
-    /// The last lines that it said, escaped.
+    /// Its last console output, escaped.
     pub console: String,
 }
 
-/// How long an image's former writers may take to vanish before a check gives up.
+/// How long a check waits for former writers of the image to end.
 const WRITERS_GRACE: Duration = Duration::from_secs(5);
 
 type Granted = Result<(VmId, Arc<dyn ServiceVm>), SvmError>;
 type DiskAnswer = Result<DiskId, SvmError>;
 
 struct State {
-    machine: Machine,
+    machine: PoolMachine,
     vms: HashMap<VmId, Arc<dyn ServiceVm>>,
     grants: HashMap<LeaseId, oneshot::Sender<Granted>>,
     disk_waiters: HashMap<UseId, oneshot::Sender<DiskAnswer>>,
@@ -172,9 +173,9 @@ struct Inner {
     runtime: tokio::runtime::Handle,
     state: Mutex<State>,
     next: AtomicU64,
-    /// What a crashed predecessor left is cleared up before the first start.
+    /// Set once the leftovers of a killed daemon are cleared, which is before the first boot.
     reaped: tokio::sync::OnceCell<()>,
-    /// Told after every change.
+    /// Notified after every change.
     changed: Notify,
 }
 
@@ -194,7 +195,7 @@ impl Pool {
     /// Starts a pool on the current tokio runtime; spares start at once.
     pub fn start(backend: Arc<dyn VmBackend>, config: PoolConfig) -> Self {
         let max_vms = config.max_vms.min(backend.limits().vms).max(2);
-        let machine = Machine::new(Settings { spares: config.spares.min(max_vms), max_vms });
+        let machine = PoolMachine::new(Settings { spares: config.spares.min(max_vms), max_vms });
         let ping = config.ping_interval;
         let inner = Arc::new(Inner {
             backend,
@@ -216,7 +217,7 @@ impl Pool {
             config,
             changed: Notify::new(),
         });
-        inner.run(Machine::start, |_| {});
+        inner.run(PoolMachine::start, |_| {});
         if !ping.is_zero() {
             let pool = Arc::downgrade(&inner);
             inner.runtime.spawn(async move {
@@ -230,33 +231,33 @@ impl Pool {
         Self { inner }
     }
 
-    /// Ends and clears what a killed daemon left, unless that has been done: the first start does it, too.
+    /// Ends and clears what a killed daemon left, unless that has been done. The first boot does it, too.
     pub async fn clear_predecessor(&self) {
         self.inner.reaped.get_or_init(|| self.inner.reap()).await;
     }
 
-    /// A VM for work on layer `id`; waits, in order of asking, while all VMs are taken.
+    /// A VM for work on layer `id`; waits, in order of requests, while all VMs are taken.
     ///
     /// # Errors
     /// [`SvmError::Boot`], [`SvmError::Cancelled`].
     pub async fn lease(&self, id: &str, purpose: Purpose) -> Result<Lease, SvmError> {
         let name = match self.inner.config.mode {
-            Mode::Safe => Name::Layer(id.to_owned()),
-            Mode::Global => Name::Global,
+            Mode::Safe => VmName::Layer(id.to_owned()),
+            Mode::Global => VmName::Global,
         };
         self.acquire(name, purpose).await
     }
 
-    async fn acquire(&self, name: Name, purpose: Purpose) -> Result<Lease, SvmError> {
+    async fn acquire(&self, name: VmName, purpose: Purpose) -> Result<Lease, SvmError> {
         let lease = self.inner.number();
         let (sender, granted) = oneshot::channel();
         let shown = shown(&name);
-        // From here on a dropped future gives back what was granted meanwhile.
+        // From here on, dropping the future returns what was granted meanwhile.
         let mut ticket = Lease::ticket(self.inner.clone(), lease, shown);
         let asked = Instant::now();
         let export = purpose == Purpose::Export;
         self.inner.run(
-            |m| m.step(Event::Acquire { lease, name, export }),
+            |m| m.step(PoolEvent::Acquire { lease, name, export }),
             |state| {
                 state.grants.insert(lease, sender);
             },
@@ -268,7 +269,7 @@ impl Pool {
         Ok(ticket)
     }
 
-    /// Checks an image in a VM that has seen nothing before and nothing after.
+    /// Checks an image in a VM that is used for nothing else.
     ///
     /// # Errors
     /// [`SvmError::Refused`] says what is wrong with the image; [`SvmError::StillWritable`].
@@ -277,12 +278,12 @@ impl Pool {
             self.wait_for_writers(&job).await?;
         }
         let lease = self.inner.number();
-        let lease = self.acquire(Name::Check(lease), Purpose::Work).await?;
+        let lease = self.acquire(VmName::Check(lease), Purpose::Work).await?;
         check(&lease, &job).await
     }
 
-    /// Waits until nobody can write the image any more. The VM that wrote it is ended (safe mode) or has been told to
-    /// let go (global mode); one that does not let go is ended too.
+    /// Waits until no process can write the image. The VM that wrote it is being ended (safe mode) or has been asked to
+    /// close it (global mode); a VM that does not close it is ended, too.
     async fn wait_for_writers(&self, job: &CheckJob) -> Result<(), SvmError> {
         let start = Instant::now();
         let mut pause = Duration::from_millis(1);
@@ -329,7 +330,7 @@ impl Pool {
         }
     }
 
-    /// The running VMs, those at work first.
+    /// The running VMs, leased ones first.
     pub fn running(&self) -> Vec<PoolVm> {
         let (used, vms) = {
             let state = self.inner.state.lock();
@@ -351,31 +352,32 @@ impl Pool {
         all
     }
 
-    /// GraphDriver.Cleanup: no VM of now is used for new leases, and all are ended: idle ones at once, the others
-    /// when their leases end or after `grace`. The pool stays usable.
+    /// For Cleanup: uses no present VM for new leases and ends all of them, idle ones now, the others when their leases
+    /// end or after `grace`. The pool stays usable.
     pub async fn retire(&self, grace: Duration) {
-        self.inner.event(Event::Retire);
+        self.inner.event(PoolEvent::Retire);
         if timeout(grace, self.inner.until(|m| !m.retiring())).await.is_err() {
-            self.inner.event(Event::EndRetired);
+            self.inner.event(PoolEvent::EndRetired);
             self.inner.until(|m| !m.retiring()).await;
         }
     }
 
-    /// Stop: no new leases; running ones get `grace`, then their VMs are ended. Returns when no VM is left.
+    /// Stops the pool: grants no new leases, and ends VMs when their leases end or after `grace`. Returns when no VM is
+    /// left.
     pub async fn shutdown(&self, grace: Duration) {
-        self.inner.event(Event::Drain);
-        if timeout(grace, self.inner.until(Machine::drained)).await.is_err() {
-            self.inner.event(Event::EndRetired);
-            self.inner.until(Machine::drained).await;
+        self.inner.event(PoolEvent::Drain);
+        if timeout(grace, self.inner.until(PoolMachine::drained)).await.is_err() {
+            self.inner.event(PoolEvent::EndRetired);
+            self.inner.until(PoolMachine::drained).await;
         }
     }
 }
 
-fn shown(name: &Name) -> String {
+fn shown(name: &VmName) -> String {
     match name {
-        Name::Layer(id) => format!("{id}_svm"),
-        Name::Global => "_lcow_global_svm_".to_owned(),
-        Name::Check(n) => format!("check-{n}_svm"),
+        VmName::Layer(id) => format!("{id}_svm"),
+        VmName::Global => "_lcow_global_svm_".to_owned(),
+        VmName::Check(n) => format!("check-{n}_svm"),
     }
 }
 
@@ -384,12 +386,12 @@ impl Inner {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn event(self: &Arc<Self>, event: Event) {
+    fn event(self: &Arc<Self>, event: PoolEvent) {
         self.run(|m| m.step(event), |_| {});
     }
 
-    /// Waits until the machine is in a certain state.
-    async fn until(&self, reached: impl Fn(&Machine) -> bool) {
+    /// Waits until the machine's state satisfies `reached`.
+    async fn until(&self, reached: impl Fn(&PoolMachine) -> bool) {
         loop {
             let changed = self.changed.notified();
             let mut changed = std::pin::pin!(changed);
@@ -401,10 +403,10 @@ impl Inner {
         }
     }
 
-    /// Prepares the shell's own tables, takes a step, and carries out what comes of it.
+    /// Prepares the shell's tables, takes a step of the machine, and carries out the actions.
     fn run(
         self: &Arc<Self>,
-        step: impl FnOnce(&mut Machine) -> Vec<Action>,
+        step: impl FnOnce(&mut PoolMachine) -> Vec<Action>,
         prepare: impl FnOnce(&mut State),
     ) {
         let mut state = self.state.lock();
@@ -432,14 +434,14 @@ impl Inner {
                     if let Some(gone) = gone {
                         gone.terminate().await;
                     }
-                    inner.event(Event::Ended(vm));
+                    inner.event(PoolEvent::Ended(vm));
                 });
             }
             Action::Grant(lease, vm) => {
                 let answer = state.vms.get(&vm).map(|v| (vm, v.clone()));
                 let answer = answer.ok_or(SvmError::Cancelled("the service VM went away"));
                 if let Some(waiter) = state.grants.remove(&lease) {
-                    // If nobody waits, the ticket's drop releases the lease.
+                    // If the waiter is gone, dropping its ticket releases the lease.
                     let _ = waiter.send(answer);
                 }
             }
@@ -455,7 +457,7 @@ impl Inner {
                     let _ = waiter.send(Err(SvmError::Cancelled("the service VM pool is being stopped")));
                 }
             }
-            // Its operations see their channels break and ask the VM how it died.
+            // Its operations notice their broken channels and ask the VM for the cause.
             Action::Lost(lease) => {
                 state.grants.remove(&lease);
             }
@@ -484,7 +486,7 @@ impl Inner {
         match self.backend.reap().await {
             Ok(0) => {}
             Ok(n) => tracing::info!(n, "cleared up what service VMs of a killed daemon left"),
-            Err(e) => tracing::warn!("clearing up after a killed daemon: {e}"),
+            Err(e) => tracing::warn!("cannot clear up after a killed daemon: {e}"),
         }
     }
 
@@ -497,7 +499,7 @@ impl Inner {
             Ok(vm) => {
                 let (watched, jail) = (vm.clone(), vm.jail());
                 self.run(
-                    |m| m.step(Event::Booted(number)),
+                    |m| m.step(PoolEvent::Booted(number)),
                     |state| {
                         state.vms.insert(number, vm);
                         state.jail = jail;
@@ -510,12 +512,12 @@ impl Inner {
                 drop(watched);
                 if let Some(inner) = inner.upgrade() {
                     tracing::debug!(vm = number, cause = death.cause, "service VM ended");
-                    inner.event(Event::Died(number));
+                    inner.event(PoolEvent::Died(number));
                 }
             }
             Err(e) => {
-                tracing::error!("{e}");
-                self.run(|m| m.step(Event::BootFailed(number)), |state| state.boot_error = Some(e));
+                tracing::error!(vm = number, error = e.with_console(), "a service VM did not start");
+                self.run(|m| m.step(PoolEvent::BootFailed(number)), |state| state.boot_error = Some(e));
             }
         }
     }
@@ -534,13 +536,13 @@ impl Inner {
             };
             match attached {
                 Ok(id) => inner.run(
-                    |m| m.step(Event::Attached(number, disk)),
+                    |m| m.step(PoolEvent::Attached(number, disk)),
                     |state| {
                         state.disks.insert((number, disk), id);
                     },
                 ),
                 Err(e) => inner.run(
-                    |m| m.step(Event::AttachFailed(number, disk)),
+                    |m| m.step(PoolEvent::AttachFailed(number, disk)),
                     |state| {
                         state.disk_errors.insert((number, disk), e);
                     },
@@ -562,9 +564,9 @@ impl Inner {
                 _ => false,
             };
             inner.event(if detached {
-                Event::Detached(number, disk)
+                PoolEvent::Detached(number, disk)
             } else {
-                Event::DetachFailed(number, disk)
+                PoolEvent::DetachFailed(number, disk)
             });
         });
     }
@@ -577,7 +579,7 @@ impl Inner {
             self.runtime.spawn(async move {
                 if !matches!(timeout(after, vm.ping()).await, Ok(Ok(()))) {
                     tracing::error!(vm = vm.describe(), "service VM does not answer: ending it");
-                    inner.event(Event::Sick(number));
+                    inner.event(PoolEvent::Sick(number));
                 }
             });
         }

@@ -1,8 +1,8 @@
-//! Finds QEMU, says whether it is new enough, and whether this machine can accelerate it.
+//! Finds QEMU and checks its version, and whether this host can accelerate it.
 //!
-//! `/dev/kvm` alone proves nothing: it is there on machines whose processor has no virtualisation, and starting a
-//! guest on it then hangs or fails. So the processor must say `vmx` or `svm`, the device must open, and even then the
-//! first boot has a deadline, behind which the backend goes on with TCG.
+//! `/dev/kvm` alone proves nothing: it exists on hosts whose processor has no virtualization, where starting a guest
+//! hangs or fails. So the processor must report `vmx` or `svm`, the device must open, and even then the first boot has
+//! a deadline, after which the backend continues with TCG.
 
 use std::{
     fs::File,
@@ -11,7 +11,7 @@ use std::{
 
 /// Oldest major version: 7.2 with TCG crashes at random under kernels from 6.1 on.
 pub const OLDEST: (u32, u32) = (8, 2);
-/// Where it is looked for.
+/// Where it is searched for.
 const PLACES: &[&str] =
     &["/usr/bin/qemu-system-x86_64", "/usr/local/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"];
 
@@ -33,7 +33,7 @@ impl std::fmt::Display for Accelerator {
     }
 }
 
-/// A QEMU that can be used.
+/// A usable QEMU.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     /// The program.
@@ -42,7 +42,7 @@ pub struct Qemu {
     pub version: String,
 }
 
-/// Looks for QEMU: at `wanted`, or where distributions put it.
+/// Searches for QEMU: at `wanted`, or where distributions put it.
 ///
 /// # Errors
 /// What the operator has to do.
@@ -58,7 +58,7 @@ pub fn find(wanted: Option<&Path>) -> Result<Qemu, String> {
         .map_err(|e| format!("{} cannot be run: {e}", program.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     let (version, number) = parse_version(&text)
-        .ok_or_else(|| format!("{} does not say its version: {}", program.display(), text.trim()))?;
+        .ok_or_else(|| format!("{} does not report its version: {}", program.display(), text.trim()))?;
     if number < OLDEST {
         return Err(format!(
             "{} is version {version}; {}.{} or later is needed (Debian 12: qemu-system-x86 of bookworm-backports)",
@@ -77,7 +77,7 @@ fn parse_version(text: &str) -> Option<(String, (u32, u32))> {
     Some((version.to_owned(), number))
 }
 
-/// The KVM device, if the processor has what it needs.
+/// The KVM device, if the processor supports virtualization.
 pub fn kvm_device() -> Option<File> {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     if !has_virtualisation(&cpuinfo) {

@@ -4,10 +4,10 @@
 //!   3 monitor   4 port of the agent   5 serial console   6 transfer disk   7 memory   8 kernel, 9 initrd │ 8 state   (KVM)
 //! ```
 //!
-//! q35 with nothing but what is needed: one serial line, one virtio-serial port, one virtio-scsi controller. Every
-//! file is a descriptor; no socket, no image and no memory has a name that could be left behind. The same command
-//! line must make the template and every machine restored from it, so it is made here alone; its text is part of the
-//! template's key. Called by `template` and `vm`.
+//! q35 with only what is needed: one serial line, one virtio-serial port, one virtio-scsi controller. Every file is a
+//! descriptor; no socket, no image and no memory has a name that could be left behind. The same command line must make
+//! the template and every machine restored from it, so it is built in one place; its text is part of the template's
+//! key. Called by `template` and `vm`.
 
 use super::{
     find::{Accelerator, Qemu},
@@ -34,7 +34,7 @@ use tokio::{io::Interest, net::UnixStream};
 
 /// Kernel buffer of the agent's port and the monitor, each way; bytes.
 const SOCKET_BUFFER: usize = 256 << 10;
-/// Users that machines run as: one each, so that one that breaks out can't touch its siblings. Above those of
+/// Users that machines run as: one each, so that a compromised machine cannot reach its siblings. Above those of
 /// distributions and user namespaces' usual ranges.
 const FIRST_USER: u32 = 0x4c43_0000;
 /// Address space of QEMU beyond the guest's memory: translated code, program, libraries, threads' stacks.
@@ -51,7 +51,7 @@ pub(super) struct Recipe {
     pub(super) cpu: String,
     /// Bytes, a multiple of 2 MiB.
     pub(super) memory: u64,
-    /// The kernel's whole line.
+    /// The complete kernel command line.
     pub(super) kernel_line: String,
     /// The program with the hidden `launch` subcommand, and what makes it launch.
     pub(super) launcher: PathBuf,
@@ -59,7 +59,7 @@ pub(super) struct Recipe {
     pub(super) launcher_env: Vec<(OsString, OsString)>,
 }
 
-/// Where a machine begins.
+/// How a machine begins.
 pub(super) enum Beginning<'a> {
     /// A boot whose memory is written to `memory`.
     Boot { kernel: &'a File, initrd: &'a File, memory: &'a File },
@@ -68,10 +68,10 @@ pub(super) enum Beginning<'a> {
 }
 
 /// A started process with our ends of its sockets.
-pub(super) struct Machine {
+pub(super) struct QemuMachine {
     pub(super) process: WorkerProcess,
     pub(super) qmp: Qmp,
-    /// The agent's port, until somebody takes it.
+    /// The agent's port, until it is taken.
     pub(super) agent: Option<UnixStream>,
     pub(super) transfer: File,
     pub(super) console: Console,
@@ -157,7 +157,7 @@ impl Recipe {
         number: u64,
         beginning: Beginning<'_>,
         kvm: Option<&File>,
-    ) -> Result<Machine, SvmError> {
+    ) -> Result<QemuMachine, SvmError> {
         let console = Console::default();
         let failed = |reason: String| SvmError::Boot { reason, console: console.tail() };
         let io = |e: std::io::Error| failed(e.to_string());
@@ -183,7 +183,7 @@ impl Recipe {
         };
         let (sender, started) = tokio::sync::oneshot::channel();
         spawn_worker(command, move |worker| {
-            // If nobody waits any more, the process is killed and reaped by being dropped here.
+            // If the waiter is gone, dropping the process here kills and reaps it.
             let _ = sender.send(worker);
         })
         .map_err(io)?;
@@ -212,25 +212,25 @@ impl Recipe {
             let order = order(fds.len());
             send_order(socket.as_fd(), &order, &fds).map_err(io)?;
         }
-        // Our copies of its ends must go, or its death would not close them.
+        // This process's copies of its ends must be closed, or its death would not close them.
         drop((their_qmp, their_agent, their_serial, beginning));
         let watch = asyncfd::watch(process.end_watch().map_err(io)?, Interest::READABLE).map_err(io)?;
         let qmp = tokio::select! {
             qmp = Qmp::start(qmp) => qmp,
             _ = watch.readable() => Err(super::qmp::QmpError::Broken("the process has ended".into())),
         };
-        // The socket stays open till here: the launcher takes its end for ours.
+        // The socket stays open until here: the launcher takes its end for the end of this process.
         drop(socket);
         let qmp = match qmp {
             Ok(qmp) => qmp,
             Err(e) => {
                 let ended = process.kill_and_reap();
-                // Its last words are on their way.
+                // Its last output may still be on its way.
                 tokio::time::sleep(std::time::Duration::from_millis(20)).await;
                 return Err(failed(format!("{} did not start: {e} ({ended})", self.qemu.program.display())));
             }
         };
-        Ok(Machine { process, qmp, agent: Some(stream(agent).map_err(io)?), transfer, console })
+        Ok(QemuMachine { process, qmp, agent: Some(stream(agent).map_err(io)?), transfer, console })
     }
 }
 

@@ -5,10 +5,10 @@
 //!                                                                               └─► vm ─ disks by descriptor, channels
 //! ```
 //!
-//! The guest is the kernel of a distribution package and our agent, nothing else (`scripts/build-svm-image`). QEMU
-//! runs as a user of its own, without network, capabilities or paths, behind its own system-call filter; everything
-//! that it touches is a descriptor. It dies with the daemon, and owns nothing that has a name, so a daemon that was
-//! killed leaves nothing but the template, which the next one uses. Called by `pool` through the traits in `svm`.
+//! The guest consists of the kernel of a distribution package and the agent (`scripts/build-svm-image`). QEMU runs as a
+//! separate user, without network, capabilities or paths, behind its own system-call filter; everything that it uses is
+//! a descriptor. It dies with the daemon and owns nothing that has a name, so a killed daemon leaves only the template,
+//! which the next one uses. Called by `pool` through the traits in `svm`.
 
 mod find;
 mod machine;
@@ -35,19 +35,19 @@ use std::{
 use template::{Image, Template};
 use vm::QemuVm;
 
-/// The kernel's line for a guest without KVM: nothing that only real hardware needs.
+/// Kernel command line of a guest: skips what only real hardware needs.
 const KERNEL_LINE: &str = "console=ttyS0 panic=-1 quiet cryptomgr.notests no_timer_check tsc=reliable random.trust_cpu=on ipv6.disable=1 audit=0";
-/// Added under TCG, where no other tenant shares the processor's caches with the guest's code, and where what a kernel
-/// does for each page and each switch of tasks (clearing, accounting) costs ten times what it costs a processor.
+/// Added under TCG, where no other tenant shares the processor's caches with the guest's code, and where the work of a
+/// kernel for each page and each task switch (clearing, accounting) costs ten times as much as on a processor.
 const TCG_LINE: &str = " mitigations=off nokaslr init_on_alloc=0 cgroup_disable=memory psi=0";
-/// The processor under TCG. Without the hints that string instructions are fast: copies then go by vectors, where an
+/// The processor under TCG. Without the hints that string instructions are fast: copies then use vectors, while an
 /// emulated `rep movsb` goes byte by byte.
 const TCG_CPU: &str = "max,-erms,-fsrm";
-/// How long the first boot under KVM may take before it is held for broken.
+/// How long the first boot under KVM may take before KVM counts as broken.
 const KVM_DEADLINE: Duration = Duration::from_secs(5);
-/// Said where only KVM is wanted.
-const NO_KVM: &str = "KVM was asked for, and this machine has none that works; set lcow.accelerator=auto, or let the service open /dev/kvm";
-/// Memory comes in pieces of this; bytes.
+/// What to do if `lcow.accelerator=kvm` cannot work.
+const NO_KVM: &str = "lcow.accelerator=kvm, but KVM is not usable here; set lcow.accelerator=auto, or give the service access to /dev/kvm";
+/// Granularity of memory; bytes.
 const MEMORY_STEP: u64 = 2 << 20;
 
 /// How machines are made.
@@ -59,7 +59,7 @@ pub struct QemuConfig {
     pub kernel: PathBuf,
     /// The guest's initramfs.
     pub initrd: PathBuf,
-    /// Added to the kernel's line.
+    /// Added to the kernel command line.
     pub boot_parameters: String,
     /// The guest's memory; bytes.
     pub memory: u64,
@@ -69,11 +69,11 @@ pub struct QemuConfig {
     pub cpu: String,
     /// Most disks of one machine at a time, at most 1,024.
     pub disks: u32,
-    /// Folder that keeps the template.
+    /// Directory of the template.
     pub cache: PathBuf,
     /// How long a boot or a restored guest's greeting may take.
     pub deadline: Duration,
-    /// Use this one and look no further.
+    /// Use this accelerator only.
     pub accelerator: Option<Accelerator>,
     /// The program with the hidden `launch` subcommand, and its arguments and environment.
     pub launcher: PathBuf,
@@ -84,7 +84,7 @@ pub struct QemuConfig {
 }
 
 impl QemuConfig {
-    /// The usual machine, with this guest and this cache.
+    /// The defaults, with this guest and this cache.
     pub fn new(kernel: impl Into<PathBuf>, initrd: impl Into<PathBuf>, cache: impl Into<PathBuf>) -> Self {
         Self {
             program: None,
@@ -115,7 +115,7 @@ pub struct QemuBackend {
     restores: AtomicU64,
 }
 
-/// What is known after the first boot.
+/// Result of the first boot.
 #[derive(Debug)]
 struct Ready {
     recipe: Recipe,
@@ -123,7 +123,7 @@ struct Ready {
     kvm: Option<File>,
 }
 
-/// Runs what waits for a process, or for a hundred megabytes to be read, on a thread of its own.
+/// Runs blocking work (waiting for a process, reading a hundred megabytes) on a thread that may block.
 async fn on_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, String> + Send + 'static,
 ) -> Result<T, String> {
@@ -131,7 +131,7 @@ async fn on_a_thread<T: Send + 'static>(
 }
 
 impl QemuBackend {
-    /// A backend. Nothing is looked for until the first boot.
+    /// A backend. It searches for nothing until the first boot.
     pub fn new(config: QemuConfig) -> Self {
         Self {
             config,
@@ -142,11 +142,11 @@ impl QemuBackend {
         }
     }
 
-    /// Whether machines can be made at all, as far as can be told without making one: the guest's files, QEMU, and KVM
-    /// where it is asked for. Runs `qemu --version`, and so takes some ten milliseconds.
+    /// Checks what can be checked without starting a machine: the guest's files, QEMU, and KVM if it is required. Runs
+    /// `qemu --version`, which takes some ten milliseconds.
     ///
     /// # Errors
-    /// All that is missing, and what the operator has to do.
+    /// Everything that is missing, and what the operator has to do.
     pub fn preflight(&self) -> Result<(), String> {
         let c = &self.config;
         let no_kvm = c.accelerator == Some(Accelerator::Kvm) && kvm_device().is_none();
@@ -182,7 +182,7 @@ impl QemuBackend {
         }
     }
 
-    /// The template, made if there is none. One caller makes it, the others wait.
+    /// The template; one caller makes it if there is none, and the others wait.
     async fn ready(&self, anew: bool) -> Result<Arc<Ready>, SvmError> {
         let mut ready = self.ready.lock().await;
         if anew {
@@ -275,8 +275,8 @@ impl QemuBackend {
         match self.restore(&ready, &spec).await {
             Ok(vm) => Ok(vm),
             Err(e) => {
-                // A template that was damaged, or that this QEMU can't read after all: once more, from the start.
-                tracing::warn!("{e}; making the template anew");
+                // The template is damaged, or this QEMU cannot read it after all: make it again.
+                tracing::warn!("{e}; making the template again");
                 let ready = self.ready(true).await?;
                 self.restore(&ready, &spec).await
             }
@@ -315,7 +315,7 @@ impl VmBackend for QemuBackend {
             let cache = template::folder(&self.config.cache);
             tokio::task::spawn_blocking(move || template::reap(&cache))
                 .await
-                .map_err(|_| SvmError::Cancelled("clearing up was cut off"))
+                .map_err(|_| SvmError::Cancelled("clearing up was interrupted"))
         }
         .boxed()
     }

@@ -4,7 +4,7 @@
 //!   {"execute": "add-fd", "id": 7, …} + SCM_RIGHTS ─►      ◄─ {"return": …, "id": 7} │ {"error": …}      ◄─ {"event": …}
 //! ```
 //!
-//! JSON is serde's. Replies find their command by id; events are noted for whoever waits. What comes from QEMU is
+//! JSON is serde's. Replies find their command by id; events are kept for those who wait. What comes from QEMU is
 //! bounded and not trusted. Called by `vm` and `template`.
 
 use lcow_sys::linux::fdpass;
@@ -34,7 +34,7 @@ const MAX_LINE: usize = 1 << 20;
 /// Events kept for a waiter that is late.
 const EVENTS: usize = 1024;
 
-/// What QEMU answered to a command.
+/// QEMU's reply to a command.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum QmpError {
     /// It refused.
@@ -68,9 +68,9 @@ struct Refusal {
     desc: String,
 }
 
-/// Something that QEMU told.
+/// An event.
 #[derive(Debug, Clone)]
-pub(super) struct Event {
+pub(super) struct QmpEvent {
     /// `DEVICE_DELETED`, …
     pub(super) name: String,
     /// Its details.
@@ -84,7 +84,7 @@ pub(super) struct Qmp {
     stream: Arc<UnixStream>,
     /// `None` once the monitor is gone.
     waiters: Arc<Waiters>,
-    events: broadcast::Sender<Event>,
+    events: broadcast::Sender<QmpEvent>,
     next: AtomicU64,
     sending: tokio::sync::Mutex<()>,
 }
@@ -109,8 +109,8 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// What QEMU tells from now on.
-    pub(super) fn events(&self) -> broadcast::Receiver<Event> {
+    /// Events from now on.
+    pub(super) fn events(&self) -> broadcast::Receiver<QmpEvent> {
         self.events.subscribe()
     }
 
@@ -146,12 +146,16 @@ impl Qmp {
     async fn send(&self, line: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let _whole_lines = self.sending.lock().await;
         let stream = &*self.stream;
-        // Commands are far below a socket's buffer, so a stream socket takes them whole or not at all.
+        // Commands are much smaller than a socket's buffer, so a stream socket accepts them completely or not at all.
         stream.async_io(Interest::WRITABLE, || fdpass::send(stream.as_fd(), line, fds)).await
     }
 }
 
-async fn read(stream: &UnixStream, waiters: &Waiters, events: &broadcast::Sender<Event>) -> io::Result<()> {
+async fn read(
+    stream: &UnixStream,
+    waiters: &Waiters,
+    events: &broadcast::Sender<QmpEvent>,
+) -> io::Result<()> {
     let mut buffer = Vec::new();
     loop {
         stream.readable().await?;
@@ -167,8 +171,8 @@ async fn read(stream: &UnixStream, waiters: &Waiters, events: &broadcast::Sender
             let Ok(message) = serde_json::from_slice::<Message>(&line) else { continue };
             if let Some(name) = message.event {
                 tracing::trace!(name, "qemu event");
-                // Nobody has to listen.
-                let _ = events.send(Event { name, data: message.data.unwrap_or_default() });
+                // There may be no listener.
+                let _ = events.send(QmpEvent { name, data: message.data.unwrap_or_default() });
             } else if let Some(id) = message.id
                 && let Some(waiter) = waiters.lock().as_mut().and_then(|w| w.remove(&id))
             {

@@ -5,14 +5,14 @@
 //!   restore   ─► memory mapped privately (pages are shared until written) + state through a pipe ─► 0.2 s
 //! ```
 //!
-//! A saved state fits one QEMU, one command line, one accelerator and processor, one kernel, one initramfs: all of
-//! them are in the key, so a changed one means a new template and never a machine that half fits. Templates are
-//! written under another name, synced and renamed, older ones deleted; one whose digest does not match is not used. The memory holds nothing but a freshly booted guest:
-//! it has seen no layer. Called by `mod`.
+//! A saved state fits one QEMU, one command line, one accelerator and processor, one kernel, one initramfs: all of them
+//! are in the key, so any change means a new template and never a machine that only half fits. Templates are written
+//! under another name, synced and renamed, older ones deleted; one whose digest does not match is not used. The memory
+//! holds nothing but a freshly booted guest: it has seen no layer. Called by `mod`.
 
 use super::{
     find::Accelerator,
-    machine::{Beginning, Machine, Recipe, stream},
+    machine::{Beginning, QemuMachine, Recipe, stream},
 };
 use crate::svm::{SvmError, guest_files, remote::RemoteAgent};
 use lcow_sys::linux::fdpass;
@@ -32,9 +32,9 @@ use std::{
 };
 use tokio::{io::AsyncReadExt, io::AsyncWriteExt, time::timeout};
 
-/// Version of what a template's folder holds.
+/// Version of the content of a template's directory.
 const FORMAT: u32 = 2;
-/// A template in the making: `making-…`.
+/// Prefix of a template that is being made.
 const MAKING: &str = "making-";
 /// Files of a template: the guest's memory, the devices' state, and the digest of both.
 const MEMORY: &str = "memory";
@@ -50,7 +50,7 @@ const STATE_TIME: Duration = Duration::from_secs(20);
 /// A template that can be restored from.
 #[derive(Debug, Clone)]
 pub(super) struct Template {
-    /// First digits of the key, for people.
+    /// First digits of the key, for display.
     pub(super) key: String,
     memory: Arc<File>,
     state: Arc<[u8]>,
@@ -67,7 +67,7 @@ impl Image {
     /// Opens both.
     ///
     /// # Errors
-    /// All that is wrong with either, and what the operator has to do.
+    /// Everything that is wrong with either, and what the operator has to do.
     pub(super) fn open(kernel: &Path, initrd: &Path) -> Result<Self, String> {
         let [kernel, initrd] = guest_files::open(kernel, initrd, "scripts/build-svm-image")?;
         Ok(Self { kernel, initrd })
@@ -122,7 +122,7 @@ pub(super) fn key(recipe: &Recipe, image: &Image) -> io::Result<String> {
     Ok(hash.finalize().iter().fold(String::new(), |text, b| text + &format!("{b:02x}")))
 }
 
-/// Digest of a saved guest; hex. Pages of zeros do not count, so that it is of no matter whether they are holes.
+/// Digest of a saved guest; hex. Pages of zeros do not count, so that it does not matter whether they are holes.
 fn digest(memory: &File, state: &[u8]) -> io::Result<String> {
     /// Bytes read at once.
     const PIECE: usize = 1 << 20;
@@ -148,8 +148,8 @@ fn digest(memory: &File, state: &[u8]) -> io::Result<String> {
     Ok(hash.finalize().to_hex().to_string())
 }
 
-/// Puts a made template in its place, durably: after a power cut it is there whole, or not at all. Templates of other
-/// keys are of no use any more; what others are making is theirs.
+/// Publishes a template durably: after a power cut it is complete or absent. Deletes templates of other keys, which are
+/// obsolete, but not those that other processes are making.
 fn publish(folder: &Path, cache: &Path, key: &str, memory: &File, state: &[u8]) -> io::Result<()> {
     let sync_dir = |path: &Path| File::open(path)?.sync_all();
     let mut file = File::create_new(folder.join(STATE))?;
@@ -164,7 +164,7 @@ fn publish(folder: &Path, cache: &Path, key: &str, memory: &File, state: &[u8]) 
         let entry = entry?;
         if !entry.file_name().to_string_lossy().starts_with(MAKING) {
             match fs::remove_dir_all(entry.path()) {
-                // Another daemon of the same cache cleared it away.
+                // Another daemon with the same cache deleted it.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 other => other?,
             }
@@ -175,9 +175,9 @@ fn publish(folder: &Path, cache: &Path, key: &str, memory: &File, state: &[u8]) 
 }
 
 impl Template {
-    /// The template of `key` in `cache`, if it is there and whole.
+    /// The template of `key` in `cache`, if it exists and is intact.
     ///
-    /// Reads all of it: a guest with damaged memory would boot no error, but compute wrong tars.
+    /// Reads all of it: a guest with damaged memory would not fail, but compute wrong tars.
     pub(super) fn load(cache: &Path, key: &str) -> Option<Self> {
         let folder = cache.join(key);
         let read = || -> io::Result<Self> {
@@ -194,7 +194,7 @@ impl Template {
             Ok(template) => Some(template),
             Err(e) if e.kind() == io::ErrorKind::NotFound && !folder.exists() => None,
             Err(e) => {
-                tracing::warn!(template = %folder.display(), "a saved guest cannot be used and is made anew: {e}");
+                tracing::warn!(template = %folder.display(), "a saved guest cannot be used and is made again: {e}");
                 None
             }
         }
@@ -215,14 +215,15 @@ impl Template {
             .prefix(MAKING)
             .tempdir_in(cache)
             .map_err(|e| failed(format!("{}: {e}", cache.display())))?;
-        // Held until the end: a folder without a holder is what a killed daemon left.
+        // Held until the end: a directory that no process holds was left by a killed daemon.
         let holder = File::open(folder.path()).map_err(|e| failed(e.to_string()))?;
         flock(&holder, FlockOperation::NonBlockingLockExclusive).map_err(|e| failed(e.to_string()))?;
         let path = folder.path().join(MEMORY);
         let open = || -> io::Result<(File, File)> {
             let memory = File::options().read(true).write(true).create_new(true).open(&path)?;
             memory.set_len(recipe.memory)?;
-            // The machine has a user of its own and opens what it was given anew; the folders above keep others out.
+            // The machine runs as another user and reopens what it was given; the directories above keep other users
+            // out.
             memory.set_permissions(fs::Permissions::from_mode(0o666))?;
             let read = File::open(&path)?;
             Ok((memory, read))
@@ -266,7 +267,7 @@ impl Template {
         recipe: &Recipe,
         number: u64,
         kvm: Option<&File>,
-    ) -> Result<Machine, SvmError> {
+    ) -> Result<QemuMachine, SvmError> {
         let io = |e: io::Error| SvmError::Boot { reason: e.to_string(), console: String::new() };
         let (ours, theirs) = fdpass::stream_pair(STATE_BUFFER).map_err(io)?;
         let beginning = Beginning::Restore { memory: &self.memory, state: theirs };
@@ -275,7 +276,7 @@ impl Template {
         let reason = match restored {
             Ok(Ok(())) => return Ok(machine),
             Ok(Err(e)) => e,
-            Err(_) => format!("no end within {}s", STATE_TIME.as_secs()),
+            Err(_) => format!("not finished within {}s", STATE_TIME.as_secs()),
         };
         Err(SvmError::Boot {
             reason: format!("restoring template {}: {reason}", self.key),
@@ -283,7 +284,7 @@ impl Template {
         })
     }
 
-    async fn feed(&self, machine: &Machine, ours: OwnedFd) -> Result<(), String> {
+    async fn feed(&self, machine: &QemuMachine, ours: OwnedFd) -> Result<(), String> {
         let text = |e: &dyn std::fmt::Display| e.to_string();
         let mut events = machine.qmp.events();
         let capabilities = json!({"capabilities": [
@@ -314,7 +315,7 @@ impl Template {
 }
 
 /// Waits for the agent, pauses the machine and takes its state.
-async fn save(machine: &mut Machine) -> Result<Vec<u8>, String> {
+async fn save(machine: &mut QemuMachine) -> Result<Vec<u8>, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let (input, output) = machine.agent.take().ok_or("the port was taken already")?.into_split();
     let agent = RemoteAgent::connect(input, output, None).await.map_err(|e| format!("agent: {e}"))?;
@@ -352,7 +353,7 @@ async fn save(machine: &mut Machine) -> Result<Vec<u8>, String> {
     Ok(state)
 }
 
-/// Folder of the templates below a cache, which may be a home as well: no layer's id begins with a dot.
+/// Directory of the templates in a cache, which may also be a home: no layer's id begins with a dot.
 pub(super) fn folder(cache: &Path) -> PathBuf {
     cache.join(".svm")
 }
@@ -401,7 +402,7 @@ mod tests {
             damage(&path(file));
             assert!(Template::load(cache.path(), KEY).is_none(), "damage {n} to {file}");
         }
-        // And one that is made anew takes the place of the damaged one.
+        // A newly made template replaces the damaged one.
         made(cache.path(), b"again");
         assert_eq!(&*Template::load(cache.path(), KEY).expect("whole").state, b"again");
     }

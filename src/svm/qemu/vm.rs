@@ -1,4 +1,4 @@
-//! A running machine: disks that come and go, channels, its end.
+//! A running machine: attaching and detaching disks, channels, and its end.
 //!
 //! ```text
 //!   attach   add-fd ─ blockdev-add (raw: offset, size) ─ device_add scsi-hd ─ agent: Attach "lun:0:N"
@@ -8,11 +8,11 @@
 //!
 //! Always `raw` with the window's offset and size: a VHD's footer is never inside the disk, and nothing probes bytes
 //! that a container wrote. A read-only disk is a read-only descriptor. A disk that grows is a sparse file of the
-//! largest size, cut to its length when the operation has said it ([`ServiceVm::grown`]). Flushes end in QEMU: the
+//! largest size, cut to its length when the operation has reported it ([`ServiceVm::grown`]). QEMU ignores flushes: the
 //! daemon syncs what it keeps.
 
 use super::{
-    machine::{Machine, TRANSFER_UNIT},
+    machine::{QemuMachine, TRANSFER_UNIT},
     qmp::{Qmp, QmpError},
 };
 use crate::svm::{
@@ -40,9 +40,9 @@ pub(super) const MAX_DISKS: u32 = 1024;
 const SHORT_UNITS: u32 = 255;
 /// Descriptor sets of disks begin here; lower ones are on the command line.
 const FIRST_SET: u32 = 100;
-/// How long a guest may take to let go of a disk.
+/// How long a guest may take to release a disk.
 const UNPLUG_TIME: Duration = Duration::from_secs(20);
-/// How often a block node that is still in use is asked to go.
+/// Interval between attempts to delete a block node that is still in use.
 const NODE_TRIES: u32 = 100;
 
 /// A machine in use.
@@ -53,7 +53,7 @@ pub(super) struct QemuVm {
     process: Process,
     disks: Mutex<Disks>,
     paused: tokio::sync::Mutex<bool>,
-    /// What the machine showed last of its clock and random numbers.
+    /// The last report of the machine's clock and random numbers.
     witness: Mutex<Option<Witness>>,
     /// Size of a disk that grows.
     growing_bytes: u64,
@@ -71,8 +71,8 @@ struct Disks {
 }
 
 impl Disks {
-    /// A free unit that was not used for long, and a number never used before. A guest hears of a removed disk a
-    /// moment after it is gone; another one in its place would then be taken for it.
+    /// The free unit that was unused for longest, and a number never used before. A guest learns of a removed disk a
+    /// moment later, and would take a new disk in its place for the old one.
     fn take(&mut self, most: u32) -> Option<(DiskId, u32)> {
         if self.taken.len() >= most as usize {
             return None;
@@ -103,16 +103,16 @@ impl fmt::Debug for QemuVm {
 }
 
 impl QemuVm {
-    /// Lets a restored machine go on, greets its agent and, as nobody needs it yet, pauses it again.
+    /// Resumes a restored machine, greets its agent and pauses it again until it is needed.
     pub(super) async fn greet(
-        mut machine: Machine,
+        mut machine: QemuMachine,
         number: u64,
         growing_bytes: u64,
         most_disks: u32,
         limit: Duration,
     ) -> Result<Arc<Self>, SvmError> {
         let greeted = timeout(limit, Self::hello(&mut machine)).await;
-        let Machine { process, qmp, console, .. } = machine;
+        let QemuMachine { process, qmp, console, .. } = machine;
         let end = End::new(console);
         let agent = match greeted {
             Ok(Ok(agent)) => agent,
@@ -135,7 +135,7 @@ impl QemuVm {
         }))
     }
 
-    async fn hello(machine: &mut Machine) -> Result<RemoteAgent, String> {
+    async fn hello(machine: &mut QemuMachine) -> Result<RemoteAgent, String> {
         let text = |e: &dyn fmt::Display| e.to_string();
         machine.qmp.run("cont", json!({})).await.map_err(|e| text(&e))?;
         let port = machine.agent.take().ok_or("the port was taken already")?;
@@ -151,15 +151,15 @@ impl QemuVm {
         Ok(agent)
     }
 
-    /// Ends the pause of a spare. Its clock stood still with it, so that it hears the time before anything else.
+    /// Ends the pause of a spare. Its clock was stopped too, so the time is sent before anything else.
     async fn go_on(&self) -> Result<(), QmpError> {
         let mut paused = self.paused.lock().await;
         if *paused {
             self.qmp.run("cont", json!({})).await?;
-            // A link that is broken fails what the caller wants next; the time alone is no reason to.
+            // A broken link makes the caller's next request fail; a wrong clock alone does not.
             match self.agent.wake().await {
                 Ok(witness) => *self.witness.lock() = witness,
-                Err(error) => tracing::warn!(vm = self.label, %error, "telling a service VM the time"),
+                Err(error) => tracing::warn!(vm = self.label, %error, "cannot send a service VM the time"),
             }
             *paused = false;
         }
@@ -180,7 +180,7 @@ impl QemuVm {
             reopened = reopen_read_only(fd).map_err(|e| text(&e))?;
             fd = reopened.as_fd();
         }
-        // A window of what a VHDX holds is the agent's matter: the device is the whole file.
+        // The agent applies a window of a VHDX; the device is the whole file.
         let within = disk.format == DiskFormat::Vhdx;
         let (offset, mut len) = if within { (0, None) } else { (disk.offset, disk.len) };
         if grows(disk) {
@@ -196,7 +196,8 @@ impl QemuVm {
             "file": { "driver": "file", "filename": format!("/dev/fdset/{set}"), "read-only": !writable,
                       "locking": "off", "cache": { "no-flush": true } },
         });
-        // A length that is no whole sector (an exact record) is rounded up by the device, and kept by the agent.
+        // The device rounds up a length that is not a multiple of a sector (an exact record); the agent keeps the exact
+        // one.
         if let Some(len) = len.filter(|l| l.is_multiple_of(512) && *l > 0) {
             node["size"] = json!(len);
         }
@@ -211,13 +212,13 @@ impl QemuVm {
         self.agent.attach(&disk).await.map_err(|e| text(&e))
     }
 
-    /// Whether there is no such device any more. One that is on its way out refuses with another class.
+    /// Whether the device no longer exists. A device that is being removed refuses with another class.
     async fn is_gone(&self, device: &str) -> bool {
         let asked = self.qmp.run("device_del", json!({ "id": device })).await;
         matches!(asked, Err(QmpError::Refused { class, .. }) if class == "DeviceNotFound")
     }
 
-    /// Takes a disk's parts away, as far as they are there.
+    /// Removes the parts of a disk that exist.
     async fn unplug(&self, unit: u32) -> Result<(), QmpError> {
         let mut events = self.qmp.events();
         let name = device(unit);
@@ -230,7 +231,7 @@ impl QemuVm {
                                 if event.name != "DEVICE_DELETED"
                                     || event.data["device"] != name.as_str() => {}
                             Ok(_) => return true,
-                            // The word may be among those that were lost when many disks went at once: ask for it.
+                            // The event may be among those that were lost when many disks were removed at once, so ask.
                             Err(RecvError::Lagged(_)) if self.is_gone(&name).await => return true,
                             Err(RecvError::Lagged(_)) => {}
                             Err(RecvError::Closed) => return false,
@@ -238,13 +239,13 @@ impl QemuVm {
                     }
                 };
                 if !matches!(timeout(UNPLUG_TIME, gone).await, Ok(true)) {
-                    return Err(QmpError::Broken(format!("the guest does not let go of {name}")));
+                    return Err(QmpError::Broken(format!("the guest does not release {name}")));
                 }
             }
             Err(QmpError::Refused { class, .. }) if class == "DeviceNotFound" => {}
             Err(e) => return Err(e),
         }
-        // The node stays in use for a moment after its device went.
+        // The node stays in use for a moment after its device is removed.
         let mut tries = 0;
         while let Err(e) = self.qmp.run("blockdev-del", json!({ "node-name": node(unit) })).await {
             tries += 1;
@@ -340,7 +341,7 @@ impl ServiceVm for QemuVm {
             let protocol =
                 |e: &dyn fmt::Display| SvmError::Protocol { vm: self.label.clone(), reason: e.to_string() };
             if *self.paused.lock().await {
-                // A paused guest can't answer; that its process does is all there is to know.
+                // A paused guest cannot answer; its process can.
                 return self.qmp.run("query-status", json!({})).await.map(|_| ()).map_err(|e| protocol(&e));
             }
             self.agent.ping().await.map_err(|e| protocol(&e))

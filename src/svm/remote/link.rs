@@ -1,6 +1,6 @@
 //! Reader and writer of a link, and its table of channels.
 
-use super::{channel::Inbox, queue::Queue};
+use super::{inbox::Inbox, queue::Queue};
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use std::{collections::HashMap, io, sync::Arc};
@@ -9,6 +9,7 @@ use svm_protocol::{
     link::{self, HEADER_LEN, Header, Kind, MAX_INLINE, Parsed, invalid, number},
     meter::Meter,
     slots::Slots,
+    worker::MAX_CONTROL,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
@@ -32,8 +33,8 @@ struct Table {
 }
 
 impl Link {
-    /// Starts both tasks. Channel 0 is there before the first frame is read: one that came early would otherwise be
-    /// taken for one of a forgotten channel, and with it a lie or the agent's farewell.
+    /// Starts both tasks. Channel 0 is there before the first frame is read: an early frame would otherwise count as
+    /// one of a forgotten channel, and an invalid one, or the agent's Close, would be lost.
     pub(super) fn start(
         input: impl AsyncRead + Send + Unpin + 'static,
         mut output: impl AsyncWrite + Send + Unpin + 'static,
@@ -93,10 +94,10 @@ impl Link {
         self.table.lock().channels.remove(&id);
     }
 
-    /// Queues bytes of whole frames. An agent that lets even this queue fill up takes nothing any more: the link ends.
+    /// Queues bytes of whole frames. If even this queue is full, the agent has stopped reading: the link ends.
     pub(super) fn send(&self, bytes: Bytes) {
         if self.queue.push(bytes).is_err() {
-            self.end("link: the agent does not take what it is sent");
+            self.end("link: the agent does not read what it is sent");
         }
     }
 
@@ -139,7 +140,7 @@ impl Link {
             let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
             return slots.free(number(&payload, 0)?);
         }
-        // A slot is emptied at once: the agent has few, and the bytes have a place that was paid for.
+        // A slot is emptied at once: the agent has few, and the channel's credit covers the bytes.
         let payload = if kind == Kind::Stored {
             let slots = self.slots.as_ref().ok_or_else(|| invalid("a slot without a transfer disk"))?;
             let (slot, len) = link::stored(&payload)?;
@@ -152,7 +153,7 @@ impl Link {
             payload
         };
         let Some(inbox) = self.table.lock().channels.get(&channel).cloned() else {
-            // Sent before the agent knew that nobody wants it any more.
+            // Sent before the agent knew that the channel is closed.
             return Ok(());
         };
         match kind {
@@ -187,7 +188,7 @@ async fn read(input: &mut (impl AsyncRead + Unpin)) -> io::Result<(Header, Bytes
     let mut head = [0; HEADER_LEN];
     input.read_exact(&mut head).await?;
     let Parsed::Frame(header) = link::parse(head)? else {
-        return Err(invalid("the agent began anew"));
+        return Err(invalid("the agent restarted the link"));
     };
     let mut payload = BytesMut::zeroed(header.len);
     input.read_exact(&mut payload).await?;
@@ -200,7 +201,7 @@ pub(super) async fn first_message(input: &mut (impl AsyncRead + Unpin)) -> io::R
     loop {
         if let Some((head, _)) = all.split_first_chunk::<{ svm_protocol::HEADER_LEN }>() {
             let (kind, len) = svm_protocol::parse_header(*head).map_err(|_| invalid("no message"))?;
-            if len > super::MAX_CONTROL {
+            if len > MAX_CONTROL {
                 return Err(invalid("message too long"));
             }
             if all.len() == svm_protocol::HEADER_LEN + len {

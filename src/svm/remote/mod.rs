@@ -6,18 +6,20 @@
 //!   RemoteAgent: hello, attach, detach, open, wake, ping  (control = channel 0)
 //! ```
 //!
-//! A backend brings a pair of byte streams ([`RemoteAgent::connect`]) and, if it can, a transfer disk; the rest is
-//! the same for all. Frames and invariants are those of [`svm_agent::link`]. What the agent sends is untrusted:
-//! a frame that breaks the protocol ends the link, and with it every channel. Dropping a channel cancels its
-//! operation; dropping the agent ends the link. Called by the backends `qemu` and `hcs`.
+//! A backend brings a pair of byte streams ([`RemoteAgent::connect`]) and, if it can, a transfer disk; the rest is the
+//! same for all. Frames and invariants are those of `svm_agent::link`. What the agent sends is untrusted: a frame that
+//! breaks the protocol ends the link, and with it every channel. Dropping a channel cancels its operation; dropping the
+//! agent ends the link. Called by the backends `qemu` and `hcs`.
 
 mod channel;
+mod inbox;
 mod link;
 mod queue;
 
 pub use channel::RemoteChannel;
 
 use super::DiskId;
+use inbox::Inbox;
 use link::Link;
 use std::{
     fs::File,
@@ -34,15 +36,14 @@ use svm_protocol::{
     link::{Hunt, SYNC},
     meter::Meter,
     slots::{Side, Slots, TransferDisk},
+    worker::MAX_CONTROL,
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::Mutex,
 };
 
-/// Largest control message that is taken from an agent; bytes.
-const MAX_CONTROL: usize = 64 << 10;
-/// Bytes before the greeting that are passed over: what an earlier session left in the stream.
+/// Most bytes before the greeting that are skipped: what an earlier session left in the stream.
 const MAX_STALE: usize = 4 << 20;
 /// Fresh random bytes for a woken machine.
 const ENTROPY_BYTES: usize = 64;
@@ -88,7 +89,7 @@ impl RemoteAgent {
     /// guest sees under that serial number, bulk bytes go through it.
     ///
     /// # Errors
-    /// What the stream says; an agent that greets wrongly or speaks another version.
+    /// Errors of the stream; a wrong greeting or protocol version.
     pub async fn connect(
         mut input: impl AsyncRead + Send + Unpin + 'static,
         mut output: impl AsyncWrite + Send + Unpin + 'static,
@@ -108,7 +109,7 @@ impl RemoteAgent {
         first.extend_from_slice(&link::data_frame(0, &control_frame(FrameType::Wake, &wake)?));
         output.write_all(&first).await?;
         output.flush().await?;
-        // What a saved session left in the stream may hold another greeting, with another nonce.
+        // The rest of a saved session in the stream may contain another greeting, with another nonce.
         let (mut stale, mut hunt, mut byte) = (0, Hunt::default(), [0]);
         let hello: Hello = loop {
             while input.read_exact(&mut byte).await.map(|_| !hunt.take(byte[0]))? {
@@ -118,9 +119,10 @@ impl RemoteAgent {
                 }
             }
             if stale > MAX_STALE {
-                return Err(io::Error::other("greetings of other sessions only"));
+                return Err(io::Error::other("only greetings of other sessions"));
             }
-            // Counted too, though not to the byte: greetings of other sessions are no way to hold us up for ever.
+            // Counted too, though not to the byte: otherwise greetings of other sessions could hold this end up
+            // forever.
             stale += SYNC.len();
             let hello: Hello = match link::first_message(&mut input).await {
                 Ok((FrameType::Hello, payload)) => {
@@ -139,11 +141,12 @@ impl RemoteAgent {
             }
         };
         if hello.version != PROTOCOL_VERSION {
-            let reason = format!("the agent speaks protocol {}, we speak {PROTOCOL_VERSION}", hello.version);
+            let reason =
+                format!("protocol version mismatch: expected {PROTOCOL_VERSION}, found {}", hello.version);
             return Err(io::Error::other(reason));
         }
         let inboxes = Arc::new(Meter::default());
-        let inbox = channel::Inbox::new(inboxes.clone());
+        let inbox = Inbox::new(inboxes.clone());
         let slots = slots.filter(|_| hello.transfer);
         let link = Link::start(input, output, slots, inbox.clone(), inboxes);
         let control = RemoteChannel::control(&link, inbox);
@@ -155,18 +158,18 @@ impl RemoteAgent {
         })
     }
 
-    /// Most bytes that this end held at a time for its agent: queued to be sent, and received and not yet read. Counted,
-    /// not measured; see [`Meter`].
+    /// Most bytes that this end held at a time for its agent: queued to be sent, and received and not yet read.
+    /// Counted, not measured; see [`Meter`].
     pub fn most_held(&self) -> (usize, usize) {
         (self.link.queue().meter().most(), self.link.inboxes().most())
     }
 
-    /// What the agent said first.
+    /// The agent's greeting.
     pub fn hello(&self) -> &Hello {
         &self.hello
     }
 
-    /// Tells the agent of a disk that its machine has got.
+    /// Announces a disk that was attached to the machine.
     ///
     /// # Errors
     /// The agent does not find it; the link broke.
@@ -177,7 +180,7 @@ impl RemoteAgent {
             .map(drop)
     }
 
-    /// Lets the agent let go of a disk: after the answer its machine may lose it.
+    /// Makes the agent release a disk: after the reply it may be detached from the machine.
     ///
     /// # Errors
     /// As [`RemoteAgent::attach`].
@@ -185,7 +188,7 @@ impl RemoteAgent {
         self.call(Control::Detach { disk }).await.map(drop)
     }
 
-    /// Is it there?
+    /// Checks that the agent answers.
     ///
     /// # Errors
     /// The link broke.
@@ -193,10 +196,10 @@ impl RemoteAgent {
         self.call(Control::Ping).await.map(drop)
     }
 
-    /// Tells a machine that goes on after a pause the time, and gives it fresh random numbers; what it shows of both.
+    /// Gives a machine that continues after a pause the time and fresh random numbers. Returns what it shows of both.
     ///
     /// # Errors
-    /// What the agent could not do; the link broke.
+    /// The agent failed to set them; the link broke.
     pub async fn wake(&self) -> io::Result<Option<Witness>> {
         let mut state = self.control.lock().await;
         // The time is taken under the lock: waiting for it must not make the clock late.
@@ -209,7 +212,7 @@ impl RemoteAgent {
     /// The agent has too many; the link broke.
     pub async fn open_channel(&self) -> io::Result<RemoteChannel> {
         let mut state = self.control.lock().await;
-        // Under the lock, since the agent takes rising numbers only.
+        // Under the lock, because the agent accepts only rising numbers.
         let id = self.next_channel.fetch_add(1, Ordering::Relaxed);
         let channel = RemoteChannel::open(&self.link, id)?;
         state.call(Control::Open { channel: id }).await?;
@@ -223,7 +226,7 @@ impl RemoteAgent {
 
 impl Drop for RemoteAgent {
     fn drop(&mut self) {
-        self.link.end("the link was given up");
+        self.link.end("the link was dropped");
     }
 }
 
@@ -232,11 +235,11 @@ impl ControlState {
         self.seq += 1;
         let seq = self.seq;
         let frame = control_frame(FrameType::Control, &ControlRequest { seq, control })?;
-        // One write, so that a caller who gives up half way leaves no half message.
+        // One write, so that a caller that is cancelled half way leaves no partial message.
         self.channel.queue(&frame)?;
         loop {
             let mut head = [0; HEADER_LEN];
-            // A caller who gave up may have read a part: the channel keeps what is left of a message together.
+            // A cancelled caller may have read a part of a message; the channel keeps the parts together.
             let (kind, payload) = self.channel.message(&mut head, MAX_CONTROL).await?;
             if kind != FrameType::Reply {
                 return Err(io::Error::other(format!("unexpected {kind:?} frame on the control channel")));

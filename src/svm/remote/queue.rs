@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Invariant: at most [`FULL`] bytes wait, and one frame more, whatever the agent credits, answers or leaves unread. An
-//! honest agent reads its stream whatever its channels do, so a body waits for the stream only, never for another
+//! honest agent reads its stream whatever its channels do, so a body waits only for the stream, never for another
 //! channel. Called by [`super::link`] and [`super::channel`].
 
 use bytes::Bytes;
@@ -24,8 +24,8 @@ use tokio::sync::Notify;
 
 /// Bytes of a body are queued while fewer than this wait.
 const BODIES: usize = 2 * WINDOW;
-/// Bytes that wait at most. What bodies leave free is enough for all that an honest agent can leave unread: a Free for each
-/// slot, four Credits and a Close for each of its thousand operations.
+/// Bytes that wait at most. What bodies leave free is enough for all that an honest agent can leave unread: a Free for
+/// each slot, four Credits and a Close for each of its thousand operations.
 pub(super) const FULL: usize = BODIES + WINDOW;
 
 /// The queue.
@@ -42,11 +42,11 @@ struct State {
     /// What the frames cost, that which is being sent included.
     held: usize,
     closed: bool,
-    /// Who waits for room, by channel.
+    /// Wakers of channels that wait for space.
     waiting: HashMap<u32, Waker>,
 }
 
-/// The queue is full of what nobody can be made to wait with.
+/// The queue is full of frames that cannot wait.
 pub(super) struct Full;
 
 impl Queue {
@@ -94,7 +94,7 @@ impl Queue {
         }
     }
 
-    /// Frames of so many bytes were sent.
+    /// Frames with this many bytes were sent.
     pub(super) fn sent(&self, bytes: usize) {
         let mut state = self.state.lock();
         if state.closed {
@@ -107,7 +107,7 @@ impl Queue {
         }
     }
 
-    /// Drops what waits and wakes who waits.
+    /// Drops all frames and wakes the waiting channels.
     pub(super) fn close(&self) {
         let mut state = self.state.lock();
         state.closed = true;
@@ -118,7 +118,7 @@ impl Queue {
         self.filled.notify_one();
     }
 
-    /// A channel waits no more.
+    /// Forgets a waiting channel.
     pub(super) fn forget(&self, channel: u32) {
         self.state.lock().waiting.remove(&channel);
     }

@@ -6,128 +6,24 @@
 //!                         │ BootFailed                 global: stays Leased without leases             Ended
 //! ```
 //!
-//! Invariants ([`Machine::check`], held by random tests): a VM is booted once and ended once; leases are only on
+//! Invariants (`check.rs`, held by random tests): a VM is booted once and ended once; leases are only on
 //! Leased VMs; a name has at most one VM that takes new leases; a disk has at most one attach under way or done per
 //! VM; the number of VMs never exceeds the maximum; exports never hold all of them; nothing waits while it could be
 //! served. Called by the shell in `pool`.
 
-use crate::svm::job::{Access, FileIdentity};
+mod event;
+
+pub use event::{Action, DiskKey, LeaseId, PoolEvent, UseId, VmId, VmName};
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// Number of a VM, never used twice.
-pub type VmId = u64;
-/// Number of a lease, never used twice.
-pub type LeaseId = u64;
-/// Number of one use of a disk, never used twice.
-pub type UseId = u64;
-
-/// Which disk: file, access and window.
-pub type DiskKey = (FileIdentity, Access, u64, Option<u64>);
-
-/// What a VM is for.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Name {
-    /// Safe mode: one layer.
-    Layer(String),
-    /// Global mode: everything.
-    Global,
-    /// One check, shared with nobody.
-    Check(LeaseId),
-}
-
-/// Settings.
+/// Limits of the pool.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
     /// VMs kept ready.
     pub spares: usize,
     /// VMs at a time; at least 2.
     pub max_vms: usize,
-}
-
-/// What happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// Somebody wants a VM of this name.
-    Acquire {
-        /// New number.
-        lease: LeaseId,
-        /// Which.
-        name: Name,
-        /// It will stream to a reader of unknown pace.
-        export: bool,
-    },
-    /// A lease, held or still waited for, is given up.
-    Release {
-        /// Which.
-        lease: LeaseId,
-        /// Its VM misbehaved.
-        poison: bool,
-    },
-    /// A VM is up.
-    Booted(VmId),
-    /// A VM did not come up; nothing of it is left.
-    BootFailed(VmId),
-    /// A VM ended by itself.
-    Died(VmId),
-    /// A VM does not answer.
-    Sick(VmId),
-    /// An ended VM is gone for good.
-    Ended(VmId),
-    /// A lease wants a disk.
-    Attach {
-        /// Who.
-        lease: LeaseId,
-        /// New number.
-        usage: UseId,
-        /// Which.
-        disk: DiskKey,
-    },
-    /// A lease needs a disk no more.
-    Detach {
-        /// Who.
-        lease: LeaseId,
-        /// Which use.
-        usage: UseId,
-    },
-    /// An attach worked.
-    Attached(VmId, DiskKey),
-    /// An attach did not.
-    AttachFailed(VmId, DiskKey),
-    /// A detach worked.
-    Detached(VmId, DiskKey),
-    /// A detach did not: the VM is in an unknown state.
-    DetachFailed(VmId, DiskKey),
-    /// No VM of now takes new leases; end them as their leases end.
-    Retire,
-    /// End retired VMs though they hold leases.
-    EndRetired,
-    /// As `Retire`, and no new leases ever.
-    Drain,
-}
-
-/// What to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// Start a VM; answer Booted or BootFailed.
-    Boot(VmId),
-    /// End a VM; answer Ended.
-    End(VmId),
-    /// The lease holds this VM now.
-    Grant(LeaseId, VmId),
-    /// The lease will not be: a boot failed.
-    RefuseBoot(LeaseId),
-    /// The lease will not be: the pool is being stopped.
-    RefuseDraining(LeaseId),
-    /// The lease's VM is gone.
-    Lost(LeaseId),
-    /// Attach; answer Attached or AttachFailed.
-    Attach(VmId, DiskKey),
-    /// Detach; answer Detached or DetachFailed.
-    Detach(VmId, DiskKey),
-    /// The disk is there for this use.
-    DiskReady(UseId, VmId, DiskKey),
-    /// The disk is not there for this use.
-    DiskFailed(UseId),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,8 +50,8 @@ struct Disk {
 #[derive(Debug)]
 struct Vm {
     stage: Stage,
-    name: Option<Name>,
-    /// Takes no new leases; ends with its last one.
+    name: Option<VmName>,
+    /// Accepts no new leases; ends with its last one.
     retired: bool,
     leases: BTreeSet<LeaseId>,
     disks: BTreeMap<DiskKey, Disk>,
@@ -163,7 +59,7 @@ struct Vm {
 
 #[derive(Debug)]
 struct Lease {
-    name: Name,
+    name: VmName,
     export: bool,
     vm: Option<VmId>,
     uses: BTreeMap<UseId, DiskKey>,
@@ -174,9 +70,9 @@ struct Lease {
 pub struct Counters {
     /// VMs started.
     pub boots: u64,
-    /// Of them, how many did not come up.
+    /// Of them, how many failed.
     pub boot_failures: u64,
-    /// VMs that died by themselves.
+    /// VMs that died unexpectedly.
     pub deaths: u64,
     /// VMs taken out of use.
     pub poisoned: u64,
@@ -188,20 +84,20 @@ pub struct Counters {
 
 /// The pool's state.
 #[derive(Debug)]
-pub struct Machine {
+pub struct PoolMachine {
     settings: Settings,
     vms: BTreeMap<VmId, Vm>,
     leases: BTreeMap<LeaseId, Lease>,
     queue: VecDeque<LeaseId>,
     next_vm: VmId,
     draining: bool,
-    /// The last boot failed: no spares are tried until somebody needs a VM.
+    /// The last boot failed: no spares are booted until a lease needs a VM.
     boot_trouble: bool,
     counters: Counters,
 }
 
-impl Machine {
-    /// An empty pool. Spares start with the first [`Machine::start`].
+impl PoolMachine {
+    /// An empty pool. Spares start with the first [`PoolMachine::start`].
     pub fn new(mut settings: Settings) -> Self {
         settings.max_vms = settings.max_vms.max(2);
         Self {
@@ -216,20 +112,20 @@ impl Machine {
         }
     }
 
-    /// First actions.
+    /// The actions that boot the spares.
     pub fn start(&mut self) -> Vec<Action> {
         let mut out = Vec::new();
         self.dispatch(&mut out);
         out
     }
 
-    /// Takes one event.
-    pub fn step(&mut self, event: Event) -> Vec<Action> {
+    /// Processes one event.
+    pub fn step(&mut self, event: PoolEvent) -> Vec<Action> {
         let mut out = Vec::new();
         match event {
-            Event::Acquire { lease, name, export } => self.acquire(lease, name, export, &mut out),
-            Event::Release { lease, poison } => self.release(lease, poison, &mut out),
-            Event::Booted(vm) => {
+            PoolEvent::Acquire { lease, name, export } => self.acquire(lease, name, export, &mut out),
+            PoolEvent::Release { lease, poison } => self.release(lease, poison, &mut out),
+            PoolEvent::Booted(vm) => {
                 self.boot_trouble = false;
                 if let Some(v) = self.vms.get_mut(&vm)
                     && v.stage == Stage::Booting
@@ -240,39 +136,39 @@ impl Machine {
                     }
                 }
             }
-            Event::BootFailed(vm) => {
+            PoolEvent::BootFailed(vm) => {
                 if self.vms.get(&vm).is_some_and(|v| v.stage == Stage::Booting) {
                     self.vms.remove(&vm);
                     self.counters.boot_failures += 1;
                     self.boot_trouble = true;
-                    // Somebody hears of it at once, instead of all of them for ever trying.
+                    // Fail one waiter now rather than let all of them retry forever.
                     if let Some(lease) = self.queue.pop_front() {
                         self.leases.remove(&lease);
                         out.push(Action::RefuseBoot(lease));
                     }
                 }
             }
-            Event::Died(vm) => {
+            PoolEvent::Died(vm) => {
                 if self.vms.get(&vm).is_some_and(|v| matches!(v.stage, Stage::Idle | Stage::Leased)) {
                     self.counters.deaths += 1;
                     self.end(vm, &mut out);
                 }
             }
-            Event::Sick(vm) => {
+            PoolEvent::Sick(vm) => {
                 if self.vms.get(&vm).is_some_and(|v| matches!(v.stage, Stage::Idle | Stage::Leased)) {
                     self.counters.poisoned += 1;
                     self.end(vm, &mut out);
                 }
             }
-            Event::Ended(vm) => {
+            PoolEvent::Ended(vm) => {
                 if self.vms.get(&vm).is_some_and(|v| v.stage == Stage::Ending) {
                     self.vms.remove(&vm);
                 }
             }
-            Event::Attach { lease, usage, disk } => self.attach(lease, usage, disk, &mut out),
-            Event::Detach { lease, usage } => self.detach(lease, usage, &mut out),
-            Event::Attached(vm, disk) => self.attached(vm, disk, &mut out),
-            Event::AttachFailed(vm, disk) => {
+            PoolEvent::Attach { lease, usage, disk } => self.attach(lease, usage, disk, &mut out),
+            PoolEvent::Detach { lease, usage } => self.detach(lease, usage, &mut out),
+            PoolEvent::Attached(vm, disk) => self.attached(vm, disk, &mut out),
+            PoolEvent::AttachFailed(vm, disk) => {
                 if let Some(v) = self.vms.get_mut(&vm)
                     && v.disks.get(&disk).is_some_and(|d| d.stage == DiskStage::Attaching)
                     && let Some(d) = v.disks.remove(&disk)
@@ -280,7 +176,7 @@ impl Machine {
                     self.fail_users(&d.users, &mut out);
                 }
             }
-            Event::Detached(vm, disk) => {
+            PoolEvent::Detached(vm, disk) => {
                 if let Some(v) = self.vms.get_mut(&vm)
                     && let Some(d) = v.disks.get_mut(&disk)
                     && d.stage == DiskStage::Detaching
@@ -293,7 +189,7 @@ impl Machine {
                     }
                 }
             }
-            Event::DetachFailed(vm, disk) => {
+            PoolEvent::DetachFailed(vm, disk) => {
                 if let Some(v) = self.vms.get_mut(&vm)
                     && v.disks.get(&disk).is_some_and(|d| d.stage == DiskStage::Detaching)
                     && let Some(d) = v.disks.remove(&disk)
@@ -302,8 +198,8 @@ impl Machine {
                     self.retire(vm, true, &mut out);
                 }
             }
-            Event::Retire => self.retire_all(false, &mut out),
-            Event::EndRetired => {
+            PoolEvent::Retire => self.retire_all(false, &mut out),
+            PoolEvent::EndRetired => {
                 let retired: Vec<VmId> = self
                     .vms
                     .iter()
@@ -314,7 +210,7 @@ impl Machine {
                     self.end(vm, &mut out);
                 }
             }
-            Event::Drain => {
+            PoolEvent::Drain => {
                 self.draining = true;
                 for lease in std::mem::take(&mut self.queue) {
                     self.leases.remove(&lease);
@@ -327,7 +223,7 @@ impl Machine {
         out
     }
 
-    fn acquire(&mut self, lease: LeaseId, name: Name, export: bool, out: &mut Vec<Action>) {
+    fn acquire(&mut self, lease: LeaseId, name: VmName, export: bool, out: &mut Vec<Action>) {
         if self.draining {
             out.push(Action::RefuseDraining(lease));
             return;
@@ -345,7 +241,7 @@ impl Machine {
         let Some(gone) = self.leases.get(&lease) else { return };
         let uses: Vec<UseId> = gone.uses.keys().copied().collect();
         let vm = gone.vm;
-        // A safe VM ends with its last lease: taking its disks away one by one first would be wasted.
+        // A safe VM ends with its last lease: detaching its disks one by one would be wasted work.
         let Some(vm) = vm else {
             self.leases.remove(&lease);
             return;
@@ -353,7 +249,7 @@ impl Machine {
         let last = self
             .vms
             .get(&vm)
-            .is_some_and(|v| v.leases.len() == 1 && (v.retired || poison || v.name != Some(Name::Global)));
+            .is_some_and(|v| v.leases.len() == 1 && (v.retired || poison || v.name != Some(VmName::Global)));
         if !last {
             for usage in uses {
                 self.detach(lease, usage, out);
@@ -373,7 +269,7 @@ impl Machine {
         }
     }
 
-    /// No new leases for `vm`; it ends now if it has none.
+    /// Gives `vm` no new leases; ends it now if it has none.
     fn retire(&mut self, vm: VmId, poisoned: bool, out: &mut Vec<Action>) {
         let Some(v) = self.vms.get_mut(&vm) else { return };
         if poisoned && !v.retired {
@@ -397,7 +293,7 @@ impl Machine {
         }
     }
 
-    /// Ends `vm` now; whoever holds it loses it.
+    /// Ends `vm` now; its leases lose it.
     fn end(&mut self, vm: VmId, out: &mut Vec<Action>) {
         let Some(v) = self.vms.get_mut(&vm) else { return };
         v.stage = Stage::Ending;
@@ -476,7 +372,7 @@ impl Machine {
     /// Serves the queue in order, then starts what is missing.
     fn dispatch(&mut self, out: &mut Vec<Action>) {
         let mut exporting = self.vms.values().filter(|v| self.exporting(v)).count();
-        let mut wanted: BTreeSet<Name> = BTreeSet::new();
+        let mut wanted: BTreeSet<VmName> = BTreeSet::new();
         let mut waiting = VecDeque::new();
         for lease in std::mem::take(&mut self.queue) {
             let Some(l) = self.leases.get(&lease) else { continue };
@@ -487,9 +383,9 @@ impl Machine {
                 .find(|(_, v)| v.stage == Stage::Leased && !v.retired && v.name.as_ref() == Some(&name));
             let limit = self.settings.max_vms - 1;
             let adds_export = export && known.is_none_or(|(_, v)| !self.exporting(v));
-            // Global: one VM serves all, so exports take no VM from anybody.
-            if adds_export && name != Name::Global && exporting >= limit {
-                // Later work may pass: it may be what this export's predecessors wait for.
+            // Global mode: one VM serves all, so an export takes no VM from others.
+            if adds_export && name != VmName::Global && exporting >= limit {
+                // Later requests may overtake: earlier exports may wait for them.
                 waiting.push_back(lease);
                 continue;
             }
@@ -519,7 +415,7 @@ impl Machine {
         let spares = if self.boot_trouble { 0 } else { self.settings.spares };
         let missing = (wanted.len() + spares).saturating_sub(count(Stage::Idle) + count(Stage::Booting));
         if wanted.is_empty() {
-            // Started for somebody who gave up: no more than the spares stay.
+            // Booted for a request that was cancelled: keep no more than the spares.
             let idle: Vec<VmId> =
                 self.vms.iter().filter(|(_, v)| v.stage == Stage::Idle).map(|(id, _)| *id).collect();
             for vm in idle.into_iter().skip(self.settings.spares) {
@@ -565,71 +461,13 @@ impl Machine {
     }
 
     /// VMs in use: number, name, leases.
-    pub fn in_use(&self) -> Vec<(VmId, Name, usize)> {
+    pub fn in_use(&self) -> Vec<(VmId, VmName, usize)> {
         let leased = self.vms.iter().filter(|(_, v)| v.stage == Stage::Leased);
         leased.filter_map(|(id, v)| Some((*id, v.name.clone()?, v.leases.len()))).collect()
     }
-
-    /// Says which invariant is broken, if one is. For tests.
-    ///
-    /// # Errors
-    /// Its description.
-    pub fn check(&self) -> Result<(), String> {
-        if self.vms.len() > self.settings.max_vms {
-            return Err(format!("{} VMs, at most {} allowed", self.vms.len(), self.settings.max_vms));
-        }
-        let mut names = BTreeSet::new();
-        for (id, v) in &self.vms {
-            if v.stage != Stage::Leased && !(v.leases.is_empty() && v.disks.is_empty()) {
-                return Err(format!("vm {id} is {:?} with leases or disks", v.stage));
-            }
-            if v.stage == Stage::Leased && !v.retired && !names.insert(v.name.clone()) {
-                return Err(format!("two VMs are called {:?}", v.name));
-            }
-            if v.stage == Stage::Leased && v.leases.is_empty() && (v.retired || v.name != Some(Name::Global))
-            {
-                return Err(format!("vm {id} is kept without a lease"));
-            }
-            for lease in &v.leases {
-                if self.leases.get(lease).and_then(|l| l.vm) != Some(*id) {
-                    return Err(format!("vm {id} holds lease {lease}, which does not hold it"));
-                }
-            }
-            for (key, d) in &v.disks {
-                if d.stage == DiskStage::Attached && d.users.is_empty() {
-                    return Err(format!("disk {key:?} of vm {id} is attached for nobody"));
-                }
-                for usage in &d.users {
-                    if !v.leases.iter().any(|l| self.leases[l].uses.get(usage) == Some(key)) {
-                        return Err(format!("use {usage} of disk {key:?} belongs to no lease of vm {id}"));
-                    }
-                }
-            }
-        }
-        for (id, l) in &self.leases {
-            match l.vm {
-                None if !self.queue.contains(id) => {
-                    return Err(format!("lease {id} waits outside the queue"));
-                }
-                Some(vm) if !self.vms.get(&vm).is_some_and(|v| v.leases.contains(id)) => {
-                    return Err(format!("lease {id} is on vm {vm}, which is not its own"));
-                }
-                _ => {}
-            }
-        }
-        let exporting =
-            self.vms.values().filter(|v| v.name != Some(Name::Global) && self.exporting(v)).count();
-        if exporting >= self.settings.max_vms {
-            return Err("exports hold every VM".into());
-        }
-        let idle = self.vms.values().any(|v| v.stage == Stage::Idle && !v.retired);
-        let work_waits = self.queue.iter().any(|l| self.leases.get(l).is_some_and(|l| !l.export));
-        if idle && work_waits {
-            return Err("work waits beside an idle VM".into());
-        }
-        Ok(())
-    }
 }
 
+#[cfg(test)]
+mod check;
 #[cfg(test)]
 mod tests;

@@ -1,19 +1,20 @@
 //! The pool's policy under named faults and random events.
 
 use super::*;
+use crate::svm::job::{Access, FileIdentity};
 use proptest::prelude::*;
 
 fn disk(n: u64, access: Access) -> DiskKey {
     (FileIdentity { device: 1, inode: n }, access, 0, None)
 }
 
-fn layer(id: &str) -> Name {
-    Name::Layer(id.into())
+fn layer(id: &str) -> VmName {
+    VmName::Layer(id.into())
 }
 
 /// A machine with its outstanding work, driven by hand.
 struct World {
-    machine: Machine,
+    machine: PoolMachine,
     /// Actions whose answers are due.
     due: Vec<Action>,
     log: Vec<Action>,
@@ -24,7 +25,7 @@ struct World {
 
 impl World {
     fn new(spares: usize, max_vms: usize) -> Self {
-        let mut machine = Machine::new(Settings { spares, max_vms });
+        let mut machine = PoolMachine::new(Settings { spares, max_vms });
         let first = machine.start();
         let mut world = Self {
             machine,
@@ -67,7 +68,7 @@ impl World {
         }
     }
 
-    fn step(&mut self, event: Event) {
+    fn step(&mut self, event: PoolEvent) {
         let actions = self.machine.step(event);
         self.note(actions);
         self.machine.check().unwrap();
@@ -80,17 +81,17 @@ impl World {
         }
         let action = self.due.remove(index % self.due.len());
         match action {
-            Action::Boot(vm) if well => self.step(Event::Booted(vm)),
-            Action::Boot(vm) => self.step(Event::BootFailed(vm)),
-            Action::End(vm) => self.step(Event::Ended(vm)),
-            Action::Attach(vm, key) if well => self.step(Event::Attached(vm, key)),
+            Action::Boot(vm) if well => self.step(PoolEvent::Booted(vm)),
+            Action::Boot(vm) => self.step(PoolEvent::BootFailed(vm)),
+            Action::End(vm) => self.step(PoolEvent::Ended(vm)),
+            Action::Attach(vm, key) if well => self.step(PoolEvent::Attached(vm, key)),
             Action::Attach(vm, key) => {
                 self.attached.remove(&(vm, key));
-                self.step(Event::AttachFailed(vm, key));
+                self.step(PoolEvent::AttachFailed(vm, key));
             }
             Action::Detach(vm, key) => {
                 self.attached.remove(&(vm, key));
-                self.step(if well { Event::Detached(vm, key) } else { Event::DetachFailed(vm, key) });
+                self.step(if well { PoolEvent::Detached(vm, key) } else { PoolEvent::DetachFailed(vm, key) });
             }
             _ => unreachable!("only these are due"),
         }
@@ -102,8 +103,8 @@ impl World {
         }
     }
 
-    fn acquire(&mut self, lease: LeaseId, name: Name) {
-        self.step(Event::Acquire { lease, name, export: false });
+    fn acquire(&mut self, lease: LeaseId, name: VmName) {
+        self.step(PoolEvent::Acquire { lease, name, export: false });
     }
 
     fn vm_of(&self, lease: LeaseId) -> Option<VmId> {
@@ -135,9 +136,9 @@ fn fault_2_the_first_close_does_not_end_the_others_vm() {
     w.acquire(1, layer("a"));
     w.acquire(2, layer("a"));
     w.settle();
-    w.step(Event::Release { lease: 1, poison: false });
+    w.step(PoolEvent::Release { lease: 1, poison: false });
     assert_eq!(w.count(|a| matches!(a, Action::End(_))), 0);
-    w.step(Event::Release { lease: 2, poison: false });
+    w.step(PoolEvent::Release { lease: 2, poison: false });
     assert_eq!(w.count(|a| matches!(a, Action::End(_))), 1);
 }
 
@@ -145,27 +146,27 @@ fn fault_2_the_first_close_does_not_end_the_others_vm() {
 fn fault_3_a_second_use_of_a_disk_in_global_mode_attaches_nothing_anew() {
     let mut w = World::new(0, 8);
     let d = disk(7, Access::ReadOnly);
-    w.acquire(1, Name::Global);
-    w.acquire(2, Name::Global);
+    w.acquire(1, VmName::Global);
+    w.acquire(2, VmName::Global);
     w.settle();
-    w.step(Event::Attach { lease: 1, usage: 10, disk: d });
-    w.step(Event::Attach { lease: 2, usage: 11, disk: d });
+    w.step(PoolEvent::Attach { lease: 1, usage: 10, disk: d });
+    w.step(PoolEvent::Attach { lease: 2, usage: 11, disk: d });
     w.settle();
     assert_eq!(w.count(|a| matches!(a, Action::Attach(..))), 1);
     assert_eq!(w.count(|a| matches!(a, Action::DiskReady(..))), 2);
-    w.step(Event::Detach { lease: 1, usage: 10 });
+    w.step(PoolEvent::Detach { lease: 1, usage: 10 });
     assert_eq!(w.count(|a| matches!(a, Action::Detach(..))), 0, "still in use");
-    w.step(Event::Release { lease: 2, poison: false });
+    w.step(PoolEvent::Release { lease: 2, poison: false });
     assert_eq!(w.count(|a| matches!(a, Action::Detach(..))), 1, "the last use is gone");
 }
 
 #[test]
 fn fault_4_read_only_and_read_write_are_different_disks() {
     let mut w = World::new(0, 8);
-    w.acquire(1, Name::Global);
+    w.acquire(1, VmName::Global);
     w.settle();
-    w.step(Event::Attach { lease: 1, usage: 1, disk: disk(7, Access::ReadOnly) });
-    w.step(Event::Attach { lease: 1, usage: 2, disk: disk(7, Access::ReadWrite) });
+    w.step(PoolEvent::Attach { lease: 1, usage: 1, disk: disk(7, Access::ReadOnly) });
+    w.step(PoolEvent::Attach { lease: 1, usage: 2, disk: disk(7, Access::ReadWrite) });
     assert_eq!(w.count(|a| matches!(a, Action::Attach(..))), 2);
 }
 
@@ -178,10 +179,10 @@ fn fault_9_failure_paths_leave_no_vm_behind() {
     assert!(w.machine.vms.is_empty() && w.machine.leases.is_empty());
     w.acquire(2, layer("a"));
     w.settle();
-    w.step(Event::Attach { lease: 2, usage: 1, disk: disk(1, Access::ReadWrite) });
+    w.step(PoolEvent::Attach { lease: 2, usage: 1, disk: disk(1, Access::ReadWrite) });
     w.answer(0, false);
     assert_eq!(w.count(|a| matches!(a, Action::DiskFailed(1))), 1);
-    w.step(Event::Release { lease: 2, poison: false });
+    w.step(PoolEvent::Release { lease: 2, poison: false });
     w.settle();
     assert!(w.machine.vms.is_empty(), "{:?}", w.machine);
 }
@@ -189,16 +190,16 @@ fn fault_9_failure_paths_leave_no_vm_behind() {
 #[test]
 fn fault_12_a_failed_detach_replaces_the_vm_instead_of_poisoning_later_work() {
     let mut w = World::new(0, 8);
-    w.acquire(1, Name::Global);
+    w.acquire(1, VmName::Global);
     w.settle();
-    w.step(Event::Attach { lease: 1, usage: 1, disk: disk(1, Access::ReadOnly) });
+    w.step(PoolEvent::Attach { lease: 1, usage: 1, disk: disk(1, Access::ReadOnly) });
     w.settle();
-    w.step(Event::Detach { lease: 1, usage: 1 });
+    w.step(PoolEvent::Detach { lease: 1, usage: 1 });
     w.answer(0, false);
-    w.acquire(2, Name::Global);
+    w.acquire(2, VmName::Global);
     w.settle();
     assert_ne!(w.vm_of(1), w.vm_of(2));
-    w.step(Event::Attach { lease: 2, usage: 2, disk: disk(1, Access::ReadOnly) });
+    w.step(PoolEvent::Attach { lease: 2, usage: 2, disk: disk(1, Access::ReadOnly) });
     w.settle();
     assert_eq!(w.count(|a| matches!(a, Action::DiskReady(2, ..))), 1);
 }
@@ -206,14 +207,14 @@ fn fault_12_a_failed_detach_replaces_the_vm_instead_of_poisoning_later_work() {
 #[test]
 fn fault_13_the_global_vm_goes_at_cleanup_and_comes_back_when_needed() {
     let mut w = World::new(0, 8);
-    w.acquire(1, Name::Global);
+    w.acquire(1, VmName::Global);
     w.settle();
-    w.step(Event::Release { lease: 1, poison: false });
+    w.step(PoolEvent::Release { lease: 1, poison: false });
     assert_eq!(w.count(|a| matches!(a, Action::End(_))), 0, "global lives on");
-    w.step(Event::Retire);
+    w.step(PoolEvent::Retire);
     w.settle();
     assert!(w.machine.vms.is_empty());
-    w.acquire(2, Name::Global);
+    w.acquire(2, VmName::Global);
     w.settle();
     assert!(w.vm_of(2).is_some());
 }
@@ -222,7 +223,7 @@ fn fault_13_the_global_vm_goes_at_cleanup_and_comes_back_when_needed() {
 fn global_mode_deadlock_exports_never_take_the_last_vm() {
     let mut w = World::new(0, 2);
     for lease in 1..=3 {
-        w.step(Event::Acquire { lease, name: layer(&format!("x{lease}")), export: true });
+        w.step(PoolEvent::Acquire { lease, name: layer(&format!("x{lease}")), export: true });
     }
     w.settle();
     assert!(w.vm_of(1).is_some() && w.vm_of(2).is_none() && w.vm_of(3).is_none());
@@ -230,8 +231,8 @@ fn global_mode_deadlock_exports_never_take_the_last_vm() {
     w.acquire(9, layer("l"));
     w.settle();
     assert!(w.vm_of(9).is_some());
-    w.step(Event::Release { lease: 9, poison: false });
-    w.step(Event::Release { lease: 1, poison: false });
+    w.step(PoolEvent::Release { lease: 9, poison: false });
+    w.step(PoolEvent::Release { lease: 1, poison: false });
     w.settle();
     assert!(w.vm_of(2).is_some());
 }
@@ -245,7 +246,7 @@ fn waiters_are_served_in_order_and_at_most_max_vms_run() {
     for lease in 1..=5 {
         w.settle();
         assert!(w.vm_of(lease).is_some(), "lease {lease}");
-        w.step(Event::Release { lease, poison: false });
+        w.step(PoolEvent::Release { lease, poison: false });
     }
 }
 
@@ -256,14 +257,14 @@ fn a_dead_vm_fails_its_own_leases_only() {
     w.acquire(2, layer("b"));
     w.settle();
     let dead = w.vm_of(1).unwrap();
-    w.step(Event::Died(dead));
+    w.step(PoolEvent::Died(dead));
     assert_eq!(w.count(|a| matches!(a, Action::Lost(1))), 1);
     assert_eq!(w.count(|a| matches!(a, Action::Lost(2))), 0);
     w.settle();
     w.acquire(3, layer("a"));
     w.settle();
     assert_ne!(w.vm_of(3), Some(dead));
-    w.step(Event::Release { lease: 1, poison: true });
+    w.step(PoolEvent::Release { lease: 1, poison: true });
 }
 
 #[test]
@@ -285,10 +286,10 @@ fn drain_refuses_ends_and_empties() {
     w.acquire(1, layer("a"));
     w.settle();
     w.acquire(2, layer("b"));
-    w.step(Event::Drain);
+    w.step(PoolEvent::Drain);
     w.acquire(3, layer("c"));
     assert_eq!(w.count(|a| matches!(a, Action::RefuseDraining(_))), 1 + usize::from(w.vm_of(2).is_none()));
-    w.step(Event::EndRetired);
+    w.step(PoolEvent::EndRetired);
     w.settle();
     assert!(w.machine.drained());
 }
@@ -334,44 +335,44 @@ proptest! {
             match m {
                 Move::Acquire(n, export, check) => {
                     leases.push(next);
-                    let name = if check { Name::Check(next) } else if global { Name::Global } else { layer(&n.to_string()) };
-                    w.step(Event::Acquire { lease: next, name, export: export && !check });
+                    let name = if check { VmName::Check(next) } else if global { VmName::Global } else { layer(&n.to_string()) };
+                    w.step(PoolEvent::Acquire { lease: next, name, export: export && !check });
                 }
                 Move::Release(n, poison) if !leases.is_empty() => {
                     let lease = leases.remove(n % leases.len());
-                    w.step(Event::Release { lease, poison });
+                    w.step(PoolEvent::Release { lease, poison });
                 }
                 Move::Answer(n, well) => w.answer(n, well),
                 Move::Die(n) | Move::Sick(n) => {
                     let vms: Vec<VmId> = w.machine.vms.keys().copied().collect();
                     if let Some(vm) = vms.get(n % vms.len().max(1)) {
-                        w.step(if matches!(m, Move::Die(_)) { Event::Died(*vm) } else { Event::Sick(*vm) });
+                        w.step(if matches!(m, Move::Die(_)) { PoolEvent::Died(*vm) } else { PoolEvent::Sick(*vm) });
                     }
                 }
                 Move::Attach(l, d, write) if !leases.is_empty() => {
                     let lease = leases[l % leases.len()];
                     uses.push((lease, next));
                     let access = if write { Access::ReadWrite } else { Access::ReadOnly };
-                    w.step(Event::Attach { lease, usage: next, disk: disk(d, access) });
+                    w.step(PoolEvent::Attach { lease, usage: next, disk: disk(d, access) });
                 }
                 Move::Detach(n) if !uses.is_empty() => {
                     let (lease, usage) = uses.remove(n % uses.len());
-                    w.step(Event::Detach { lease, usage });
+                    w.step(PoolEvent::Detach { lease, usage });
                 }
-                Move::Retire => w.step(Event::Retire),
-                Move::EndRetired => w.step(Event::EndRetired),
+                Move::Retire => w.step(PoolEvent::Retire),
+                Move::EndRetired => w.step(PoolEvent::EndRetired),
                 _ => {}
             }
         }
         // Every lease that is still wanted is granted once the VMs come up and the others go.
         w.settle();
         for lease in leases {
-            w.step(Event::Release { lease, poison: false });
+            w.step(PoolEvent::Release { lease, poison: false });
             w.settle();
         }
         prop_assert_eq!(w.machine.leases(), (0, 0));
         // Nothing but spares and the global VM is left; after a drain nothing at all.
-        w.step(Event::Drain);
+        w.step(PoolEvent::Drain);
         w.settle();
         prop_assert!(w.machine.drained(), "{:?}", w.machine);
         prop_assert_eq!(&w.booted.len(), &(w.ended.len() + w.machine.counters().boot_failures as usize));

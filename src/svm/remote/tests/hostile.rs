@@ -8,7 +8,7 @@
 //! A script may greet, answer, flood without reading, stop in mid-frame. Each test ends by the link's end, or by the
 //! flood's; none by a clock.
 
-use crate::svm::remote::{channel::Inbox, link::data_frame, queue::FULL, *};
+use crate::svm::remote::{inbox::Inbox, link::data_frame, queue::FULL, *};
 use futures_util::FutureExt;
 use std::{io::Write as _, os::unix::net::UnixStream, time::Duration};
 use svm_agent::{
