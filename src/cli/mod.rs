@@ -30,7 +30,7 @@ mod svm;
 use crate::{config, telemetry::LogFormat};
 use clap::{Args, Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
-use svm_agent::codec::{Codec, RealCodec};
+use svm_agent::{RealCodec, codec::Codec};
 
 /// Where the service keeps its own state unless told otherwise.
 #[cfg(unix)]
