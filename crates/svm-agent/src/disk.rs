@@ -6,7 +6,7 @@
 //!
 //! A block device cannot grow: a writable disk without a given length is a device that is large enough, and has the
 //! length that was set or written, as a file would; the daemon truncates the file behind it to the operation's result.
-//! Bulk bytes of devices go past the guest's page cache (`block`). [`OpDisk::reach_host`] flushes both, so that the daemon
+//! Bulk bytes of devices go past the guest's page cache (`block`). `OpDisk::reach_host` flushes both, so that the daemon
 //! sees all bytes.
 //!
 //! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
