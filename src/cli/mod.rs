@@ -33,7 +33,7 @@ mod svm;
 use crate::{config as options, telemetry::LogFormat};
 use clap::{Args, Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
-use svm_agent::codec::{Codec, RealCodec};
+use svm_agent::{RealCodec, codec::Codec};
 
 /// Default directory of the service's own state.
 #[cfg(unix)]

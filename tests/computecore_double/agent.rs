@@ -9,7 +9,8 @@ fn main() {
     use lcow_sys::windows::pipe::PipeStream;
     use std::{ffi::OsString, fs::File, io, path::PathBuf, sync::Arc, time::Duration};
     use svm_agent::{
-        codec::{Codec, RealCodec},
+        RealCodec,
+        codec::Codec,
         link::{self, Platform},
     };
     use svm_protocol::{ErrorKind, WireError};

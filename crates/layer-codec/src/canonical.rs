@@ -15,7 +15,7 @@
 //! 4. Each directory on the way to an entry has an entry.
 //! 5. Of several names of one inode the first in order carries the data; the others are hard links to it, with the
 //!    same metadata and no data. (Directories have one name.)
-//! 6. Sockets are left out, and so are names that begin with `.wh.`, which a tar of layers can't express: a reader
+//! 6. Sockets are left out, and so are names that begin with `.wh.`, which a layer tar cannot express: a reader
 //!    would take them for whiteouts.
 //! 7. Xattrs are sorted by name, without `trusted.overlay.*`. ACLs are in the form of `getxattr`.
 //! 8. Times: `mtime` with nanoseconds; no `atime`, no `ctime`.
@@ -23,8 +23,9 @@
 //!    holes are at least 16 MiB together and at least a quarter of its size; else it is plain and holes are zeros. If the
 //!    map of a sparse file would exceed 1 MiB less 512 bytes, holes below the smallest power of two that makes it fit
 //!    are written as zeros. (Version 1: 64 KiB in place of 16 MiB, plain beyond 500,000 ranges, and no limit of the
-//!    map. Readers that do not know sparse files, as busybox', node's and Rust's tar, make a file of map and data of
-//!    one, without an error, so only those are worth it that would fill disks; and Go refuses larger maps.)
+//!    map. Readers without support for sparse files, such as busybox tar and the tar libraries of node and Rust,
+//!    silently write map and data into one file, so the sparse form is used only where the plain one would fill disks;
+//!    and Go refuses larger maps.)
 //! 10. Two zero blocks end the tar. Nothing follows them.
 //!
 //! The fields of headers are defined in [`layer_tar::writer`].
@@ -42,10 +43,10 @@ use std::borrow::Cow;
 
 /// The version of the format that a layer gets at its first Diff.
 pub const VERSION: u32 = 2;
-/// The version that layers without a note have which are older than version 2.
+/// The version of layers that are older than version 2 and have no version of their own.
 const OLDEST_VERSION: u32 = 1;
 
-/// The version with this number, if there is one.
+/// The version with this number; `None` for an unknown one.
 pub fn version(number: u32) -> Option<Version> {
     match number {
         OLDEST_VERSION => Some(Version::V1),
@@ -69,7 +70,7 @@ pub(super) const SPARSE_MAX_RANGES: usize = 500_000;
 /// The largest map, in version 2: Go reads 1 MiB.
 const SPARSE_MAX_MAP: u64 = (1 << 20) - 512;
 
-/// The data ranges of a file that is written as a sparse one; `None` for a plain one.
+/// The data ranges of a file that is written as sparse; `None` for a plain file.
 pub(super) fn sparse(version: Version, size: u64, ranges: &[(u64, u64)]) -> Option<Cow<'_, [(u64, u64)]>> {
     let data: u64 = ranges.iter().map(|(_, len)| len).sum();
     let holes = size.saturating_sub(data);

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Paths begin with `/` and are sorted as the canonical tar is; `/` itself is never listed. A directory that became
-//! something else lists none of its former names; a directory on the way to a change is modified. What changed while it was
-//! compared counts as modified. Called by `agent`.
+//! something else lists none of its former names; a directory on the way to a change is modified. A file that
+//! changed while it was compared counts as modified. Called by `svm-agent` and the `layer` commands.
 
 use super::{
     DiffError, ExportOptions, IdMaps, LiveHooks, ParentSpec,
@@ -22,15 +22,15 @@ use disk_io::ReadAt;
 use ext4_image::FileKind;
 use std::collections::HashSet;
 
-/// How a path changed; the numbers are the protocol's.
+/// How a path changed; the numbers are those of the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum ChangeKind {
-    /// It is in both, but different.
+    /// Present in both, but different.
     Modified = 0,
-    /// It is new.
+    /// Only in the target.
     Added = 1,
-    /// It is gone.
+    /// Only in the parent.
     Deleted = 2,
 }
 
@@ -51,7 +51,7 @@ pub struct BlankRoot {
 pub struct Change {
     /// Absolute path in the layer, raw bytes.
     pub path: Vec<u8>,
-    /// How it changed.
+    /// The kind of change.
     pub kind: ChangeKind,
 }
 
@@ -80,10 +80,10 @@ fn settled<'a, R: ReadAt>(
 }
 
 /// Lists what `target` (nearest layer first) changes relative to `parent`; without a parent all is added. Live layers
-/// must stand still until `hooks` hear that the metadata were read.
+/// must be frozen until [`LiveHooks::metadata_read`].
 ///
 /// # Errors
-/// As [`super::export()`]; that something changed meanwhile is none.
+/// As [`super::export()`], but a change in the meantime is not an error.
 pub fn changes<R: ReadAt>(
     target: &[LayerSource<R>],
     parent: Option<ParentSpec<'_, R>>,

@@ -1,9 +1,9 @@
-//! Digests of a tar: which function, and what it gave.
+//! Digests of a tar: the function and its result.
 //!
-//! An exact record says with which function its tar was digested. Written is BLAKE3 (the stream passes at 4 to 5 GB/s a
-//! core, where SHA-256 with its own instructions makes 1.1 to 1.7: a digest that is computed at each apply and each
-//! diff must not be what they wait for). SHA-256, which the first records have, is read for ever. Called by `apply`,
-//! `record` and `hash`; the text form goes through `agent` to `store`.
+//! An exact record names the function by which its tar was digested. New records have BLAKE3 (4 to 5 GB/s a core, where
+//! SHA-256 with its own instructions reaches 1.1 to 1.7: a digest that is computed at each apply and each diff must not be
+//! the bottleneck). SHA-256, which the first records have, remains readable. Called by `apply`, `record` and `hash`, and
+//! by whoever stores or sends a digest.
 
 use std::{fmt, str::FromStr};
 
@@ -25,7 +25,7 @@ impl DigestKind {
         }
     }
 
-    /// A fresh state.
+    /// A new hasher.
     pub fn hasher(self) -> Hasher {
         match self {
             Self::Sha256 => Hasher::Sha256(sha2::Sha256::default()),
@@ -44,7 +44,7 @@ pub enum Hasher {
 }
 
 impl Hasher {
-    /// Goes on with these bytes.
+    /// Adds bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         match self {
             Self::Sha256(hash) => sha2::Digest::update(hash, bytes),
@@ -70,14 +70,14 @@ impl Hasher {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "String", into = "String"))]
 pub struct TarDigest {
-    /// With which function.
+    /// The function.
     pub kind: DigestKind,
-    /// What it gave.
+    /// Its result.
     pub bytes: [u8; 32],
 }
 
 impl TarDigest {
-    /// Of bytes that lie in memory.
+    /// Digest of bytes in memory.
     pub fn of(kind: DigestKind, bytes: &[u8]) -> Self {
         let mut hasher = kind.hasher();
         hasher.update(bytes);
@@ -112,7 +112,7 @@ impl TryFrom<String> for TarDigest {
     }
 }
 
-/// A text that is no digest.
+/// A text that is not a digest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a digest: expected `blake3:` or `sha256:` and 64 hexadecimal digits")]
 pub struct NoDigest;

@@ -9,47 +9,47 @@ use vhd_image::vhd::VhdError;
 /// Why a diff could not be applied, replayed or made.
 ///
 /// Kinds are kept apart because the caller acts on them: corrupt input fails the request for good, a corrupt stored
-/// layer is for `scrub`, a full disk may be retried, a limit is the operator's to raise.
+/// layer is a finding of `scrub`, a full disk may be retried, a limit may be raised by the operator.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DiffError {
-    /// The tar stream itself is bad.
+    /// The tar stream is malformed.
     #[error(transparent)]
     Tar(#[from] TarError),
-    /// The tar is well formed, but an entry makes no sense in a layer.
+    /// The tar is well formed, but an entry is invalid in a layer.
     #[error("tar entry {entry:?} at byte {offset}: {reason}")]
     Entry {
         /// Name in the tar, printable.
         entry: String,
         /// Offset of its header in the stream.
         offset: u64,
-        /// What is wrong.
+        /// The rule that is broken.
         reason: String,
     },
-    /// The image refuses an entry.
+    /// An entry cannot be stored in the image.
     #[error("tar entry {entry:?} at byte {offset} cannot be stored in the image")]
     Image {
         /// Name in the tar, printable.
         entry: String,
         /// Offset of its header in the stream.
         offset: u64,
-        /// The image's reason.
+        /// The reason of the image writer.
         #[source]
         source: Ext4Error,
     },
-    /// The image as a whole fails.
+    /// Reading or writing the image fails.
     #[error("ext4 image error")]
     Ext4(#[from] Ext4Error),
-    /// A sandbox's file system is beyond our reader, and no kernel was asked to read it.
+    /// The reader does not support a sandbox's file system, and it was not mounted.
     #[error("a sandbox file system that this driver did not create ({advice})")]
     Foreign {
         /// What the operator can do.
         advice: &'static str,
-        /// What our reader does not know.
+        /// What the reader does not support.
         #[source]
         source: Ext4Error,
     },
-    /// The hash tree behind the image fails.
+    /// Reading, writing or checking the hash tree fails.
     #[error("hash tree error")]
     Verity(#[from] VerityError),
     /// The image cannot be a VHD.
@@ -67,16 +67,16 @@ pub enum DiffError {
         /// The limit.
         limit: u64,
     },
-    /// A layer holds more than a tar of layers can.
+    /// A layer holds more than a layer tar can express.
     #[error("{path:?}: {found} {what}, but a layer has at most {limit}; {advice}")]
     Beyond {
-        /// Where, printable.
+        /// Path in the layer, printable.
         path: String,
         /// What is too much, with its unit.
         what: &'static str,
-        /// How much there is.
+        /// The value that was found.
         found: u64,
-        /// How much may be.
+        /// The limit.
         limit: u64,
         /// What the operator can do.
         advice: &'static str,
@@ -84,19 +84,19 @@ pub enum DiffError {
     /// A stored record, or the image it points into, is not what was written.
     #[error("{what} is corrupt at byte {offset}: {reason}")]
     Corrupt {
-        /// The damaged thing.
+        /// What is damaged.
         what: &'static str,
-        /// Where in it.
+        /// Offset in it; bytes.
         offset: u64,
-        /// What is wrong.
+        /// The rule that is broken.
         reason: String,
     },
-    /// A stored thing is of a version or kind that this program does not know.
+    /// A stored file is of an unknown version or kind.
     #[error("{what} is not supported: {reason}")]
     Unsupported {
-        /// The thing.
-        what: &'static str,
         /// What is not supported.
+        what: &'static str,
+        /// Why.
         reason: String,
     },
     /// A mounted sandbox was written to while its data were read; what was sent so far is not a diff.
@@ -115,9 +115,9 @@ pub enum DiffError {
     /// Reading or writing failed.
     #[error("{what} failed")]
     Io {
-        /// What was being done.
+        /// The operation, as a gerund.
         what: &'static str,
-        /// The system's reason.
+        /// The error of the operating system.
         #[source]
         source: io::Error,
     },
@@ -144,7 +144,7 @@ impl DiffError {
         }
     }
 
-    /// Makes an I/O error that says what was being done.
+    /// Makes an I/O error that names the operation.
     pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
     }

@@ -7,10 +7,10 @@
 //!  4 recheck    hooks.before_recheck() (the host freezes) ─► re-read the inodes of a live layer from the disk
 //! ```
 //!
-//! After step 1 no metadata of live layers are read, so a mounted sandbox may go on to be written: what changed is found
+//! After step 1 no metadata of live layers are read, so a mounted sandbox may be written again: a change is found
 //! in step 4 and is an error, after which the caller must cut the stream. Where all bytes of live layers were read in step
-//! 1, there is no step 4. `live` has the particulars. Memory: about 150 bytes an entry, its name, its xattrs, 24 bytes for
-//! each data range. Called by `agent`.
+//! 1, there is no step 4. Details are in `live`. Memory: about 150 bytes an entry, its name, its xattrs, 24 bytes for
+//! each data range. Called by `svm-agent` and the `layer` commands.
 
 use super::{
     DiffError, ParentLayer, ParentSpec,
@@ -46,24 +46,23 @@ pub struct ExportSummary {
     pub entries: u64,
     /// Sum of regular-file sizes, a hard-linked inode once.
     pub diff_size: u64,
-    /// Sockets, which were left out: they are of no use without the process that made them.
+    /// Sockets, which are left out: they are useless without the process that created them.
     pub sockets: u64,
-    /// Names that begin with `.wh.`, and what is below them, which were left out: a tar of layers can't express them.
+    /// Names that begin with `.wh.`, and names below them, which are left out: a layer tar cannot express them.
     pub hidden: u64,
     /// The first of these, if there are any.
     pub first_hidden: Option<Vec<u8>>,
 }
 
-/// What the caller does between the steps while a target is mounted.
+/// Calls between the steps of an export, for a mounted target.
 pub trait LiveHooks {
-    /// What is to be copied before [`LiveHooks::metadata_read`]; asked once.
+    /// What to copy before [`LiveHooks::metadata_read`]; called once.
     fn copies(&mut self) -> Option<Copies> {
         None
     }
     /// All metadata are in memory; the file system may change again.
     fn metadata_read(&mut self) -> Result<(), DiffError>;
-    /// The stream is complete; the file system must stand still (frozen, so that the disk is up to date) until export
-    /// returns.
+    /// The stream is complete; the file system must be frozen, so that the disk is up to date, until export returns.
     fn before_recheck(&mut self) -> Result<(), DiffError>;
 }
 
@@ -81,7 +80,7 @@ impl LiveHooks for NoHooks {
     }
 }
 
-/// Opens what is needed and walks; shared with [`super::changes`].
+/// Opens the layers that are needed and walks them; shared with [`super::changes`].
 pub(super) fn compare<'a, R: ReadAt>(
     table: &mut Table<'a, R>,
     target: &'a [LayerSource<R>],
@@ -329,7 +328,7 @@ impl<R: ReadAt> Export<'_, '_, R> {
     }
 }
 
-/// The walk alone, for the benefit of callers without details.
+/// [`compare`] for callers that need no details.
 pub(super) fn compare_only<'a, R: ReadAt>(
     table: &mut Table<'a, R>,
     target: &'a [LayerSource<R>],

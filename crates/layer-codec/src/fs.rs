@@ -1,14 +1,14 @@
-//! The file system of one layer: read by us, or by a kernel that has mounted it.
+//! The file system of one layer: read by `ext4-image`, or by a kernel that has mounted it.
 //!
 //! ```text
-//!                    ┌─ Own      ext4::Ext4 on the layer's disk               everything that is ours
+//!                    ┌─ Own      ext4_image::Ext4 on the layer's disk    everything that this project writes
 //!   view, export ─► Fs
-//!                    └─ Foreign  whoever the caller's Mounter made it read    a sandbox that our reader does not know
+//!                    └─ Foreign  a mount made by the caller's Mounter     a sandbox that the reader does not support
 //! ```
 //!
-//! Both are addressed by inode number and answer alike, so a diff is the same bytes whoever reads. A foreign one is asked
-//! for only where all of this holds: the layer is a sandbox, our reader said *unsupported* when it opened it (never
-//! *corrupt*), the sandbox is not in use, and the caller gave a [`Mounter`]. What it answers is as little trusted as a disk.
+//! Both are addressed by inode number and give equal results, so a diff does not depend on the reader. A foreign one is
+//! used only if the layer is a sandbox, the reader reported *unsupported* when it opened it (never *corrupt*), the sandbox
+//! is not in use, and the caller gave a [`Mounter`]. Its results are untrusted, like a disk's.
 //! Called by [`super::view`], [`super::export`] and [`super::stream`].
 
 use super::DiffError;
@@ -16,13 +16,13 @@ use disk_io::ReadAt;
 use ext4_image::{Ext4, Ext4Error, FileKind, Inode, Xattr};
 use std::{fmt, fs::File, sync::Arc};
 
-/// Takes a name of a directory: name, inode, and what it is, where the directory tells.
+/// Takes a name of a directory: name, inode and, if the directory records it, file type.
 pub type VisitName<'a> = &'a mut dyn FnMut(&[u8], u32, Option<FileKind>) -> Result<(), DiffError>;
 
-/// A file system that somebody else reads; inodes go by their numbers. Dropping it unmounts it.
+/// A mounted file system, addressed by inode number. Dropping it unmounts it.
 #[allow(
     clippy::missing_errors_doc,
-    reason = "all fail alike: `Corrupt`, `Unsupported` or `Io`, as the one who reads it says"
+    reason = "all fail alike: `Corrupt`, `Unsupported` or `Io`, as the kernel reports"
 )]
 pub trait ForeignFs: fmt::Debug {
     /// The root directory's inode.
@@ -41,21 +41,21 @@ pub trait ForeignFs: fmt::Debug {
     fn read(&self, ino: u32, offset: u64, buf: &mut [u8]) -> Result<(), DiffError>;
 }
 
-/// Has a kernel mount a disk that our reader does not know.
+/// Mounts a disk whose file system the reader does not support.
 pub trait Mounter<R>: fmt::Debug + Send + Sync {
     /// Mounts it, read-only; the disk itself is never written.
     ///
     /// # Errors
-    /// `Corrupt`, `Unsupported` or `Io`: what the kernel says.
+    /// `Corrupt`, `Unsupported` or `Io`, as the kernel reports.
     fn mount(&self, disk: &R) -> Result<Box<dyn ForeignFs>, DiffError>;
 }
 
-/// What may be done with a sandbox that our reader does not know.
+/// What to do with a sandbox whose file system the reader does not support.
 #[derive(Debug)]
 pub enum Foreign<R> {
-    /// Nothing: it is refused, and the error ends with this advice.
+    /// Refuse it; the error contains this advice.
     Refused(&'static str),
-    /// Have it mounted.
+    /// Mount it.
     Mounted(Arc<dyn Mounter<R>>),
 }
 
@@ -84,7 +84,7 @@ impl<'a, R: ReadAt> Fs<&'a R> {
         };
         match foreign {
             Foreign::Refused(advice) => Err(DiffError::Foreign { advice, source: refused }),
-            // Its journal and what its own kernel has not written yet would be read as if it stood still.
+            // A second mount would replay the journal of a file system in use and miss what its kernel has not written yet.
             Foreign::Mounted(_) if live => Err(DiffError::Foreign {
                 advice: "it cannot be mounted a second time while it is in use; stop its container first",
                 source: refused,

@@ -7,9 +7,9 @@
 //! ```
 //!
 //! Invariants: at most [`BUFFERS`] buffers exist, so memory is bounded and the caller waits if hashing falls behind;
-//! a buffer is given out only when no one else holds it; a stream shorter than one buffer never starts a thread, and
-//! where no thread can be had the caller hashes. A pipe without a function only lends its buffers: somebody else
-//! digests the stream. Used by `apply` (input) and by `record` (replay).
+//! a buffer is reused only when it has no other owner; a stream shorter than one buffer never starts a thread, and if no
+//! thread can be started the caller hashes. A pipe without a function only provides buffers: the stream is digested
+//! elsewhere. Called by `apply` (input) and by `record` (replay).
 
 use super::digest::{DigestKind, Hasher, TarDigest};
 use std::{
@@ -49,7 +49,7 @@ impl HashPipe {
         Self { mode, bytes, allocated: 0, back: Vec::new() }
     }
 
-    /// A buffer that nobody else holds, to be filled through [`Arc::get_mut`].
+    /// A buffer without another owner, to be filled through [`Arc::get_mut`].
     ///
     /// # Errors
     /// If the hashing thread died.
@@ -122,12 +122,12 @@ impl HashPipe {
         let spawned = thread::Builder::new().name("digest".into()).spawn(move || {
             for (buffer, len) in jobs {
                 hash.update(buffer.get(..len).unwrap_or(&buffer));
-                // The caller may have stopped listening; it still wants the digest.
+                // The caller may have dropped its receiver; it still needs the digest.
                 let _ = returned.send(buffer);
             }
             hash
         });
-        // In a jail without threads the caller's own goes on.
+        // In a jail that permits no threads the caller hashes.
         if let Ok(thread) = spawned {
             self.mode = Mode::Thread { work, done, thread };
         }

@@ -15,7 +15,14 @@
 //!
 //! Everything here works on [`ReadAt`](disk_io::ReadAt), [`WriteAt`](disk_io::WriteAt), `Read` and `Write`, and
 //! treats every byte it reads as hostile: images and tars alike. Memory is bounded by the number of entries, never by
-//! their data. Called by `svm-agent`, inside the jail, and by the `layer` commands. What the formats promise: `CHANGELOG.md`.
+//! their data. Called by `svm-agent`, inside the jail, and by the `layer` commands.
+//!
+//! # Limits
+//! [`limits`] has the table: names, paths, attributes and sparse ranges of a layer. [`apply::ApplyLimits`] lowers them.
+//!
+//! # Byte stability
+//! Every version of the canonical tar ([`canonical`]) is frozen, and every version of the exact record ([`record`]) stays
+//! readable: image and record give back the bytes of the tar. `CHANGELOG.md` has the promise for each version.
 
 #![forbid(unsafe_code)]
 

@@ -1,6 +1,6 @@
-//! What a layer may hold: one table for Diff, which writes tars, and for ApplyDiff, which reads them.
+//! Limits of a layer: one table for Diff, which writes tars, and for ApplyDiff, which reads them.
 //!
-//! | what | most | why so many | who holds it |
+//! | what | limit | reason | enforced by |
 //! |---|---|---|---|
 //! | names in a layer | 8,388,608 | about a gigabyte of a worker's memory | Diff, ApplyDiff |
 //! | bytes of a path | 4,096 | Linux' `PATH_MAX` | Diff, ApplyDiff |
@@ -14,20 +14,20 @@
 //! | bytes of a file | 17,592,186,040,320 | 2^32 blocks of 4 KiB, less one | both by the file system |
 //! | names of one file | 65,000 | ext4 | both by the file system |
 //!
-//! So what Diff writes, ApplyDiff takes. A sandbox can hold more than a tar of layers in three ways only: paths that no
-//! system call can name at once, more names, and (on file systems of others' making) more attributes. Then Diff fails
-//! before its first byte, and says what is too much, of what, and what to do. Sizes of images are the operator's
-//! (`lcow.maxlayer`), not limits of a format. The same table stands in `docs/operations.md`; a test holds it against this
-//! one. Called by [`super::apply`] and [`super::export`].
+//! So ApplyDiff accepts what Diff writes. A sandbox can exceed a layer tar in three ways only: paths longer than a system
+//! call accepts, more names, and (on file systems that this project did not create) more attributes. Then Diff fails before
+//! its first byte and names the path, the limit and what to do. Sizes of images are set by the operator
+//! (`lcow.maxlayer`), not by a format. The same table is in `docs/operations.md`; a test compares the two. Called by
+//! [`super::apply`] and [`super::export`].
 
 use super::{DiffError, canonical, walk::Items};
 use layer_tar;
 
-/// The most names in a layer, directories that are only implied and whiteouts included.
+/// The most names in a layer, implied directories and whiteouts included.
 pub const NAMES: u64 = 8 << 20;
-/// The most bytes of a path, of a hard link's target, and of a symbolic link's as the tar's reader takes it.
+/// The most bytes of a path, of a hard link's target, and of a symbolic link's target in a tar.
 pub const PATH_BYTES: usize = 4096;
-/// The most components of a path: each takes two bytes of it at least.
+/// The most components of a path: each takes at least two bytes.
 pub const DEPTH: usize = PATH_BYTES / 2;
 /// The most extended attributes of an entry.
 pub const XATTRS: usize = layer_tar::MAX_XATTRS;
@@ -44,7 +44,7 @@ const _: () = assert!(
     "a sparse map that Diff writes must be one that ApplyDiff reads"
 );
 
-/// The error for what a sandbox holds and a tar of layers does not.
+/// The error for a sandbox that exceeds a limit.
 fn beyond(path: &[u8], what: &'static str, found: u64, limit: u64, advice: &'static str) -> DiffError {
     /// Bytes of a path that are shown.
     const SHOWN: usize = 200;
@@ -55,8 +55,7 @@ fn beyond(path: &[u8], what: &'static str, found: u64, limit: u64, advice: &'sta
     DiffError::Beyond { path: shown, what, found, limit, advice }
 }
 
-/// Holds what a diff will write against the table, before a byte of it is written. `left_out` tells which items are not
-/// written.
+/// Checks all that a diff will write against the limits, before a byte is written. `left_out`: items that are not written.
 pub(super) fn hold(items: &Items, left_out: impl Fn(usize) -> bool, names: u64) -> Result<(), DiffError> {
     let mut lengths: Vec<usize> = Vec::with_capacity(items.items.len());
     let mut written = 0u64;
@@ -85,7 +84,7 @@ pub(super) fn hold(items: &Items, left_out: impl Fn(usize) -> bool, names: u64) 
     Ok(())
 }
 
-/// Holds the attributes of an entry against the table.
+/// Checks the attributes of an entry against the limits.
 pub(super) fn hold_xattrs(path: &[u8], xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), DiffError> {
     let advice = "remove attributes of it in the container";
     if xattrs.len() > XATTRS {

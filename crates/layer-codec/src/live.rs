@@ -1,15 +1,14 @@
 //! Layers that are written to while they are read.
 //!
 //! ```text
-//!   they stand still   metadata of all files in memory; of what changed lately the bytes too ─► scratch
-//!   they go on         the other files' bytes are read from where they lie
-//!   they stand still   were the other files changed? ─► an error that names them, so that they are copied next time
+//!   frozen    metadata of all files ─► memory; bytes of recently changed files ─► scratch
+//!   thawed    the other files' bytes are read from the disk
+//!   frozen    have the other files changed? ─► an error that names them, so that they are copied next time
 //! ```
 //!
-//! A header leaves before its data, and that a file was changed is seen at the end only: then it is too late to read it
-//! again. So what is likely to change is copied beforehand. Nothing but files whose bytes were read while writers went on
-//! is looked at again: a tar is what the layers were when they stood still first. Called by [`super::export`] and
-//! [`super::changes`].
+//! A header is sent before its data, and a change is found only at the end, when it is too late to read the file again. So
+//! files that are likely to change are copied beforehand. Only files whose bytes were read while thawed are checked again:
+//! a tar shows the layers as they were at the first freeze. Called by [`super::export`] and [`super::changes`].
 
 use super::{
     DiffError,
@@ -28,7 +27,7 @@ use std::{
 
 /// Bytes copied at once.
 const COPY: usize = 1 << 20;
-/// Changed files that an error names, and of which it tells where they are.
+/// The most changed files that an error names, and the most that it lists by layer and inode.
 const MAX_NAMED: usize = 8;
 const MAX_TOLD: usize = 1024;
 
@@ -42,17 +41,17 @@ pub struct LiveFile {
     pub inode: u32,
 }
 
-/// What is to be copied of live layers while they stand still.
+/// What to copy of live layers while they are frozen.
 pub struct Copies {
-    /// An empty disk, of no use afterwards.
+    /// An empty disk; useless afterwards.
     pub scratch: Arc<dyn WriteAt>,
-    /// Files whose inode changed since, seconds since 1970;
+    /// Files whose ctime is at or after this are copied; seconds since 1970.
     pub since: i64,
-    /// and these, whenever they changed. They come first, since a former attempt failed by them.
+    /// These are copied first: an earlier attempt failed because they changed.
     pub changed: Vec<LiveFile>,
-    /// Most bytes in all.
+    /// The most bytes in total.
     pub most_bytes: u64,
-    /// Longest time in all.
+    /// The longest time in total.
     pub most_time: Duration,
 }
 
@@ -62,7 +61,7 @@ impl std::fmt::Debug for Copies {
     }
 }
 
-/// A file whose bytes are, or were, read while writers went on.
+/// A file whose bytes are read while the file system is thawed.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Read {
     pub(super) node: LayerInode,
@@ -96,7 +95,7 @@ impl Details {
         Ok(())
     }
 
-    /// The live files that will be read when writers go on: those to be compared, and those of `streamed`.
+    /// The live files that will be read while thawed: those to be compared, and those of `streamed`.
     pub(super) fn reads(
         &self,
         items: &Items,
@@ -122,7 +121,7 @@ impl Details {
         })
     }
 
-    /// Copies what is to be copied of `reads`; what does not fit stays where it is.
+    /// Copies the files of `reads` that `copies` selects; those that do not fit are read from the disk later.
     pub(super) fn copy<R: ReadAt>(
         &mut self,
         table: &Table<'_, R>,
@@ -167,7 +166,7 @@ impl Details {
         Ok(())
     }
 
-    /// Copies one file to `at`; false if the time is over, and it stays where it was.
+    /// Copies one file to `at`; false if the time is over, and then it is read from the disk later.
     #[allow(clippy::too_many_arguments, reason = "each is a thing of its own")]
     fn copy_file<R: ReadAt>(
         &mut self,
@@ -209,8 +208,7 @@ impl Details {
         Ok(true)
     }
 
-    /// Which of `reads` are not any more what they were, by what is on the disk now. Fresh eyes: nothing that was read
-    /// before is believed.
+    /// The files of `reads` that have changed, according to the disk now; nothing cached is used.
     pub(super) fn changed<R: ReadAt>(
         &self,
         table: &Table<'_, R>,

@@ -18,7 +18,7 @@ use std::{borrow::Cow, fs::File};
 
 /// Bytes gathered before they are written.
 const BUFFER: usize = 512 << 10;
-/// Ranges from here on go out from the layer's file if they can.
+/// Ranges of at least this size are spliced from the layer's file if possible; bytes.
 const SPLICE_BYTES: u64 = 64 << 10;
 /// Bytes compared at once.
 const COMPARE: usize = 256 << 10;
@@ -30,9 +30,9 @@ pub(super) struct FileBytes<'a, R> {
     size: u64,
     inline: Option<Cow<'a, [u8]>>,
     ranges: Cow<'a, [Range]>,
-    /// The first range that is not wholly behind.
+    /// The first range that does not end before the last offset.
     next: usize,
-    /// The layer never changes, so its bytes may be sent by reference.
+    /// The layer never changes, so its bytes may be spliced.
     fixed: bool,
     /// Where the ranges are, if not on the layer's disk.
     copy: Option<&'a dyn WriteAt>,
@@ -51,7 +51,7 @@ impl<'a, R: ReadAt> FileBytes<'a, R> {
     pub(super) fn inline(fs: &'a Fs<R>, bytes: &'a [u8]) -> Self {
         Self {
             fs,
-            // Its bytes are here.
+            // The bytes are inline, so the inode is not read.
             ino: 0,
             size: bytes.len() as u64,
             inline: Some(bytes.into()),
@@ -79,7 +79,7 @@ impl<'a, R: ReadAt> FileBytes<'a, R> {
         })
     }
 
-    /// Says that the layer never changes.
+    /// Sets whether the layer never changes.
     pub(super) fn fixed(self, fixed: bool) -> Self {
         Self { fixed, ..self }
     }
@@ -249,7 +249,7 @@ impl<'a> Out<'a> {
         Ok(())
     }
 
-    /// Sends a part of the `len` bytes of a file from `offset` from where they lie; 0 if that cannot be.
+    /// Splices a part of the `len` bytes of a file from `offset`; gives the number of bytes, 0 if that is not possible.
     fn splice<R: ReadAt>(
         &mut self,
         file: &mut FileBytes<'_, R>,

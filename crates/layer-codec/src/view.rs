@@ -9,7 +9,7 @@
 //!
 //! A whiteout is a character device 0/0; a directory is opaque if `trusted.overlay.opaque` is `y` (`user.overlay.*` means
 //! nothing: the mounts are made by root). A directory node is the list of its (layer, inode) pairs, nearest first; equal
-//! lists mean equal subtrees. Overlayfs joins the root directories of all layers whatever they say; where an applied one is
+//! lists mean equal subtrees. Overlayfs merges the root directories of all layers even if they are marked as opaque; where an applied one is
 //! marked as opaque the stack ends with it, here ([`Table::root`]) as in the mounts of `driver`. Redirects and
 //! metacopies are not followed (`redirect_dir=nofollow,metacopy=off`). Called by [`super::walk`].
 
@@ -43,12 +43,12 @@ pub struct LayerSource<R> {
     pub live: bool,
     /// Its ids are host ids, to be mapped back by [`super::ExportOptions::id_maps`].
     pub host_ids: bool,
-    /// What may be done if it is a sandbox with a file system that our reader does not know.
+    /// What to do with a sandbox whose file system the reader does not support.
     pub foreign: Foreign<R>,
 }
 
 impl<R> LayerSource<R> {
-    /// A layer at rest with container ids, for our reader alone.
+    /// A layer at rest with container ids, which is never mounted.
     pub fn new(disk: R, kind: LayerKind) -> Self {
         let foreign = Foreign::Refused("only a service VM that is a virtual machine can mount it");
         Self { disk, kind, live: false, host_ids: false, foreign }
@@ -134,7 +134,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
         let number = u16::try_from(self.layers.len())
             .map_err(|_| DiffError::Usage("a stack of more than 65,536 layers".to_owned()))?;
         let (fs, root) = match source.kind {
-            // Ours alone: never shown to a kernel here.
+            // Written by this project: never mounted here.
             LayerKind::Applied => {
                 let fs = Fs::Own(Ext4::open(&source.disk)?);
                 let root = fs.root();
@@ -151,7 +151,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
             }
         };
         let applied = source.kind == LayerKind::Applied;
-        // A mark in a sandbox is nobody's: a container cannot set one.
+        // A mark in a sandbox is ignored: a container cannot set one.
         let last = applied && opaque(&fs, &fs.inode(root)?)?;
         let (live, host_ids, fixed) = (source.live, source.host_ids, applied && !source.live);
         self.layers.push(OpenLayer { source, fs, root, live, host_ids, fixed, last });
@@ -166,7 +166,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
         Ok(&self.layer(number)?.fs)
     }
 
-    /// A sandbox once more, with nothing remembered.
+    /// Opens a sandbox again, without cached data.
     pub(super) fn opened_anew(&self, number: u16) -> Result<Fs<&'a R>, DiffError> {
         let source = self.layer(number)?.source;
         Fs::open_sandbox(&source.disk, &source.foreign, source.live)
@@ -296,7 +296,7 @@ impl<'a, R: ReadAt> Table<'a, R> {
         Ok(Some(child(Some(stack), false)))
     }
 
-    /// The kind of a name, and whether it is a whiteout. Reads the inode only where the name does not tell.
+    /// The kind of a name, and whether it is a whiteout. Reads the inode only if the directory does not record the type.
     fn kind(&self, found: &ListedName) -> Result<(FileKind, bool), DiffError> {
         match found.kind {
             None | Some(FileKind::CharDevice) => {

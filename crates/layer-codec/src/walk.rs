@@ -21,7 +21,7 @@ use std::{cmp::Ordering, collections::HashSet};
 
 /// The longest path, in bytes: more than any tar reader or system call takes.
 const MAX_PATH: usize = 65535;
-/// Stands for the root directory as a parent.
+/// The parent of items in the root directory.
 pub(super) const ROOT: u32 = u32::MAX;
 
 /// How a path differs.
@@ -83,7 +83,7 @@ impl Items {
     pub(super) fn path(&self, item: &Item, path: &mut Vec<u8>) {
         path.clear();
         let mut at = Some(item);
-        // Names are pushed reversed from the leaf up, then all is turned round.
+        // Names are pushed reversed from the leaf up, then the whole is reversed.
         while let Some(item) = at {
             if !path.is_empty() {
                 path.push(b'/');
@@ -94,7 +94,7 @@ impl Items {
         path.reverse();
     }
 
-    /// Which items a tar of layers can't express, because a name on their path would be read as a whiteout.
+    /// Which items a layer tar cannot express, because a name on their path would be read as a whiteout.
     pub(super) fn inexpressible(&self) -> Vec<bool> {
         let mut out: Vec<bool> = Vec::with_capacity(self.items.len());
         for item in &self.items {
@@ -131,7 +131,7 @@ pub(super) enum CompareMode {
     Merged,
 }
 
-/// Takes what the caller needs of an inode while it is at hand.
+/// Records what the caller needs of an inode while it is in memory.
 pub(super) trait Detailer<R> {
     /// Gives a number that is kept in [`Item::detail`].
     fn detail(&mut self, table: &Table<'_, R>, node: LayerInode, inode: &Inode) -> Result<u32, DiffError>;

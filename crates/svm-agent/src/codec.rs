@@ -6,7 +6,6 @@
 //!
 //! The trait exists so that channels, pool and jail can be tested with a double. Called by `operation`.
 
-pub use super::real::{RealCodec, damage};
 pub use layer_codec::{Copies, apply::ToldDigest};
 
 use super::disk::OpDisk;

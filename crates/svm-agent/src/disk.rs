@@ -6,7 +6,7 @@
 //!
 //! A block device cannot grow: a writable disk without a given length is a device that is large enough, and has the
 //! length that was set or written, as a file would; the daemon truncates the file behind it to the operation's result.
-//! Bulk bytes of devices go past the guest's page cache (`block`). [`OpDisk::reach_host`] flushes both, so that the daemon
+//! Bulk bytes of devices go past the guest's page cache (`block`). `OpDisk::reach_host` flushes both, so that the daemon
 //! sees all bytes.
 //!
 //! Cancellation has to reach codecs that compute for long without touching their channel; they all touch disks, so
@@ -277,7 +277,7 @@ impl WriteAt for OpDisk {
         if self.disk.len.is_some() {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "a window of a disk can't change its size",
+                "a window of a disk cannot change its size",
             ));
         }
         if !self.disk.writable {
@@ -286,7 +286,7 @@ impl WriteAt for OpDisk {
         if let Some(length) = &self.disk.length {
             // Truncated bytes would reappear if the disk grew again; no caller grows a disk.
             if len < length.load(Ordering::Acquire) {
-                return Err(io::Error::new(io::ErrorKind::Unsupported, "a device can't be cut shorter"));
+                return Err(io::Error::new(io::ErrorKind::Unsupported, "a device cannot be truncated"));
             }
             length.store(len, Ordering::Release);
             return Ok(());

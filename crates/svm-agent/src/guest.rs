@@ -12,7 +12,8 @@
 //! disks, and sets clock and random numbers. Messages go to the console. Called by the program `lcow-agent`.
 
 use super::{
-    codec::{Codec, RealCodec},
+    RealCodec,
+    codec::Codec,
     link::{self, Platform},
     mount::GuestMounter,
 };

@@ -8,7 +8,7 @@
 //! Synchronous, without runtime, paths or configuration: descriptors and frames only. The same code runs in a jailed
 //! worker process ([`worker`]) and, over a [`link`], in a virtual machine ([`guest`]). An operation that panics is
 //! answered with an error; a channel that closes cancels its operation at the next byte that it reads or writes.
-//! Called by `cli` (the worker), by `lcow-agent` (the guest) and by the `layer` commands for [`codec::damage`].
+//! Called by `cli` (the worker), by `lcow-agent` (the guest) and by the `layer` commands for [`damage`].
 
 mod behind;
 mod block;
@@ -27,5 +27,5 @@ mod real;
 mod serve;
 pub mod worker;
 
-pub use real::RealCodec;
+pub use real::{RealCodec, damage};
 pub use worker::worker_main;

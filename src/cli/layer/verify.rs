@@ -20,7 +20,7 @@ use ext4_image::check::{CheckLimits, check};
 use layer_codec::{LayerKind, RootHash, TarDigest, record};
 use serde::Serialize;
 use std::{fmt::Write as _, io, process::ExitCode};
-use svm_agent::codec::damage;
+use svm_agent::damage;
 use uuid::Uuid;
 use verity_tree;
 use vhd_image::vhd;

@@ -5,10 +5,10 @@
 //!                 └ found ─► LowerNode                            the way ends the search
 //! ```
 //!
-//! Layers are asked for, and their images opened, when a look-up comes to them: most tars have no link into a lower
-//! layer. A directory that was looked into is kept by its names, and a file's map of data as long as it is copied: a tar
-//! decides how many links go into one directory of a hundred thousand names, and each may cost what it is long, not what
-//! the directory is. Called by `agent`.
+//! Layers are requested, and their images opened, when a lookup reaches them: most tars have no link into a lower layer.
+//! The names of a directory are cached after a lookup, and a file's map of data while it is copied: a tar may have many
+//! links into one directory of a hundred thousand names, and the cost of each must not depend on the size of the directory.
+//! Called by `svm-agent`.
 
 use super::{LowerLayers, LowerNode, context::OVERLAY_OPAQUE};
 use crate::{DiffError, LayerKind, LayerSource};
@@ -22,9 +22,9 @@ use std::collections::HashMap;
 /// The directory of a sandbox that holds the layer.
 const SANDBOX_ROOT: &[u8] = b"upper";
 
-/// Most bytes of names that are kept; all are forgotten when a further directory does not fit.
+/// The most bytes of cached names; all are dropped when a further directory does not fit.
 const MAX_KEPT: usize = 512 << 20;
-/// What a kept name costs besides its bytes.
+/// Overhead of a cached name; bytes.
 const NAME_COST: usize = 64;
 
 /// A chain of layers, nearest first.
@@ -34,13 +34,13 @@ pub struct LayerChain<R, F> {
     opened: Vec<Opened<R>>,
 }
 
-/// A layer that was asked for.
+/// A layer that was opened.
 struct Opened<R> {
     fs: Ext4<R>,
     kind: LayerKind,
-    /// Directories that were looked into: inode, then names.
+    /// Cached directories: inode, then names.
     directories: HashMap<u32, HashMap<Box<[u8]>, u32>>,
-    /// What the names cost.
+    /// Cost of the cached names; bytes.
     kept: usize,
     /// The file that is being copied, and where its data are.
     copied: Option<(u32, Vec<DataRange>)>,
@@ -95,13 +95,13 @@ impl<R: ReadAt> Opened<R> {
     }
 }
 
-/// What one layer says about a path.
+/// Result of a lookup in one layer.
 enum Found {
-    /// It is there.
+    /// Found.
     Node(Box<Inode>),
-    /// It is not, and no lower layer may answer.
+    /// Hidden: lower layers are not searched.
     Hidden,
-    /// It is not; ask the next layer.
+    /// Not found: search the next layer.
     Below,
 }
 

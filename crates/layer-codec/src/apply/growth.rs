@@ -1,4 +1,4 @@
-//! Larger blocks in mid-stream: an image that was begun in small blocks is begun anew in blocks of 4 KiB.
+//! Larger blocks in mid-stream: an image that was started in small blocks is started again in blocks of 4 KiB.
 //!
 //! ```text
 //!   tar ─► image in 1 KiB blocks, record ─► entry that needs more ─┬─► both read back = the tar so far ─┐
@@ -6,15 +6,14 @@
 //!                                                                                      in 4 KiB blocks, on a second pair
 //! ```
 //!
-//! A symbolic link of 1,024 bytes, many names of extended attributes or a file of more than 4 TiB do not go into blocks
-//! of 1 KiB, and the stream comes only once. Image and record hold all of it that was read, so they are replayed in front
-//! of what is still to come: the second pass is the same code with the same options on the same bytes, and gives what it
-//! would have given from the start. The need may show at the end as well, when a hard link copies a file from a layer
-//! below.
+//! A symbolic link of 1,024 bytes, many names of extended attributes or a file of more than 4 TiB do not fit blocks of
+//! 1 KiB, and the stream can be read only once. Image and record hold all bytes that were read, so they are replayed before
+//! the rest of the stream: the second pass is the same code with the same options on the same bytes, and gives the same
+//! result as if started with 4 KiB. The need may also arise at the end, when a hard link copies a file from a lower layer.
 //!
-//! Invariants: at most once in a stream, and to the largest blocks at once; of both passes only one tree is in memory;
-//! limits of image and tar are those of the second pass. The digest of the replayed part is held against that of the
-//! bytes as they came, where this side digests.
+//! Invariants: at most once in a stream, and directly to the largest blocks; only one of the two trees is in memory at a
+//! time; limits of image and tar are those of the second pass. The digest of the replayed part is compared with that of
+//! the received bytes, if this side digests.
 
 use crate::{
     DiffError, TarDigest,
@@ -25,26 +24,26 @@ use disk_io::WriteAt;
 use ext4_image::Ext4Error;
 use std::io::{self, Cursor, Read};
 
-/// Where an apply that needs larger blocks goes on.
+/// Provides the disks for an apply that needs larger blocks.
 pub trait Growth<W, S> {
-    /// A second pair of empty disks, for image and record; `None` if there is none to be had: then the entry is refused.
-    /// Asked at most once.
+    /// A second pair of empty disks, for image and record; `None` if there is none: then the entry is refused.
+    /// Called at most once.
     ///
     /// # Errors
-    /// The one who gives disks could not, or gave up.
+    /// The disks could not be provided.
     fn disks(&mut self) -> Result<Option<(W, S)>, DiffError>;
 
-    /// The first pair is being read, and nothing of the stream is: called often, at least once for each 256 KiB, with
-    /// the number of bytes that were read so far, which is larger each time.
+    /// The first pair is being read back, and the stream is not read: called at least once for each 256 KiB, with the number
+    /// of bytes that were read back so far, which is larger each time.
     ///
     /// # Errors
-    /// Nobody waits any more.
+    /// The caller has given up the apply.
     fn replaying(&mut self, bytes: u64) -> Result<(), DiffError>;
 
-    /// The first pair is of no more use.
+    /// The first pair is no longer needed.
     ///
     /// # Errors
-    /// Nobody waits any more.
+    /// The caller has given up the apply.
     fn replayed(&mut self, image: W, record: S) -> Result<(), DiffError>;
 }
 
@@ -68,19 +67,19 @@ impl<W, S> Growth<W, S> for NoGrowth {
 
 /// Why a pass over a tar ended early.
 pub(super) enum Stopped {
-    /// For good.
+    /// It failed.
     Failed(DiffError),
-    /// Larger blocks would have taken the entry.
+    /// An entry needs larger blocks.
     TooSmall(Box<TooSmall>),
 }
 
-/// A pass that met something which needs larger blocks.
+/// A pass that met an entry that needs larger blocks.
 pub(super) struct TooSmall {
-    /// The refusal, if it stays.
+    /// The error if there are no other disks.
     pub(super) error: DiffError,
-    /// What was recorded until then.
+    /// The record up to there.
     pub(super) record: Broken,
-    /// What was read and not recorded.
+    /// Bytes that were read but not recorded.
     pub(super) rest: Vec<u8>,
     /// Digest of both, if they were digested here.
     pub(super) digest: Option<TarDigest>,
@@ -104,7 +103,7 @@ pub(super) struct Resumed<'a, W, S> {
     /// Bytes that it gave.
     replayed: u64,
     rest: Cursor<Vec<u8>>,
-    /// The digest of what was read before, until it was found right.
+    /// The expected digest of the replayed part, until it was verified.
     digest: Option<(Hasher, TarDigest)>,
     input: &'a mut dyn Read,
     growth: &'a mut dyn Growth<W, S>,
@@ -123,7 +122,7 @@ impl<'a, W: WriteAt, S: WriteAt> Resumed<'a, W, S> {
         Ok(Self { replay, replayed: 0, rest: Cursor::new(stopped.rest), digest, input, growth })
     }
 
-    /// The bytes that were read before, once more; 0 behind them.
+    /// Reads the replayed part; 0 at its end.
     fn again(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if let Some(replay) = &mut self.replay {
             self.growth.replaying(self.replayed).map_err(io::Error::other)?;

@@ -5,10 +5,10 @@
 //!                                                                                        └► ext4::hcsshim
 //! ```
 //!
-//! None of the rules of the default profile hold here, only that tool's, in its order: parents are made first, also those
-//! of whiteouts; a parent is no symlink's target; a second entry of a name is taken where no data are lost; a link needs
-//! its target before it. Whatever the tool refuses is refused, and so is what Go's tar reader understands otherwise than
-//! this project's. `docs/hcsshim-profile.md` has the list.
+//! The rules of the default profile do not apply here, only the tool's, in its order: parents are created first, also those
+//! of whiteouts; symlinks in a name are not followed; a second entry of a name is accepted if no data are lost; the target
+//! of a hard link must precede it. What the tool refuses is refused, and so is what Go's tar reader interprets differently
+//! from this project's. `docs/hcsshim-profile.md` has the list. Called by `apply` through [`Target`].
 
 use super::{
     ApplyOptions, LowerLayers,

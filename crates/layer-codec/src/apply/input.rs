@@ -1,4 +1,5 @@
-//! The tar reader's chunks, hashed on a second thread while they are parsed, unless somebody else does that.
+//! The tar reader's chunks, hashed on a second thread while they are parsed, unless the sender digests the tar. Called by
+//! `apply`.
 
 use super::ToldDigest;
 use crate::{
@@ -31,7 +32,7 @@ impl<R: Read> HashedChunks<R> {
         self.pipe.finish()
     }
 
-    /// Digest of the bytes so far, or, at the end of the stream, what was told of them.
+    /// Digest of the bytes so far or, at the end of the stream, the digest from the sender.
     pub(super) fn finish(self) -> io::Result<TarDigest> {
         let told = self.told.as_ref().and_then(|told| told.get().copied());
         self.pipe.finish()?.or(told).ok_or_else(|| io::Error::other("the sender of the tar sent no digest"))
@@ -40,7 +41,7 @@ impl<R: Read> HashedChunks<R> {
 
 impl<R: Read> ChunkSource for HashedChunks<R> {
     fn advance(&mut self) -> io::Result<()> {
-        // Let go of the old chunk first: only a buffer that nobody holds is given out again.
+        // Drop the old chunk first: only a buffer without another owner is reused.
         self.chunk = None;
         self.len = 0;
         let mut buffer = self.pipe.buffer()?;

@@ -1,9 +1,9 @@
-//! What a kernel would have let into a file system by system calls, and what becomes of the rest.
+//! The rules of the kernel's system calls for owners, attributes and modes, and what happens to entries that break them.
 //!
-//! The image writer puts inodes on the disk as it is told, so the checks of chown(2), setxattr(2), mknod(2) and symlink(2)
-//! are made here. What they refuse must not reach a layer: a container could then neither change nor delete the file
-//! (copy-up reads and sets every attribute again). The engine's own drivers meet the refusals at the unpack; we do what
-//! they do:
+//! The image writer stores inodes without the checks of chown(2), setxattr(2), mknod(2) and symlink(2), so these are made
+//! here. What they refuse must not get into a layer: a container could then neither change nor delete the file (copy-up
+//! reads and sets every attribute again). The engine's own drivers get these errors when they unpack; the result is the
+//! same here:
 //!
 //! ```text
 //!   ENOTSUP, EPERM of setxattr ──► the attribute is dropped (the exact record keeps the tar's bytes)
@@ -11,9 +11,9 @@
 //!   id 2^32-1 of chown         ──► "leave as it is": root's in a new node, the node's own in one that is there
 //! ```
 //!
-//! `XATTRS` is the table of attributes, in the order in which Linux asks; `docs/tar-rules.md` has it beside moby,
-//! containerd and profile `hcsshim`. `tests/apply/kernel.rs` makes the same system calls on a mounted ext4 and holds
-//! this table to the answers. Types and sizes are the image writer's to refuse: it names what it can't hold.
+//! `XATTRS` is the table of attributes, in the order of the kernel's checks; `docs/tar-rules.md` compares it with moby,
+//! containerd and profile `hcsshim`. `tests/apply/kernel.rs` makes the same system calls on a mounted ext4 and compares the
+//! results with this table. Types and sizes are checked by the image writer.
 //!
 //! Pure: no I/O. Called by `layer` and `links`; profile `hcsshim` has its own rules.
 
@@ -26,7 +26,7 @@ pub(super) const VALUE_MAX: usize = 64 << 10;
 /// The id that chown(2) takes for "leave as it is", and that no file can have.
 pub(super) const NO_ID: u32 = u32::MAX;
 
-/// What a system call answers.
+/// Error of a system call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Errno {
     /// The file system has no such attributes, or not on such a node.
@@ -57,14 +57,14 @@ impl Errno {
     }
 }
 
-/// What becomes of an attribute.
+/// What happens to an attribute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ruling {
-    /// It goes into the image.
+    /// It is stored in the image.
     Keep,
-    /// It does not, and the layer goes on.
+    /// It is dropped, and the layer is accepted.
     Drop(&'static str),
-    /// setxattr(2) succeeds and takes the attribute of that name away.
+    /// setxattr(2) succeeds and removes the attribute of that name.
     Remove(&'static str),
     /// The layer is refused.
     Refuse(Errno, &'static str),
@@ -112,7 +112,7 @@ pub const CAPABILITY: &[u8] = b"security.capability";
 /// Name spaces whose attributes have names of their own.
 const SPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
-/// Attributes, in the order in which Linux asks.
+/// Attributes, in the order of the kernel's checks.
 static XATTRS: &[Rule] = &[
     Rule {
         fits: |a| a.name.is_empty() || a.name.len() > NAME_MAX,
@@ -124,12 +124,12 @@ static XATTRS: &[Rule] = &[
     },
     Rule {
         fits: |a| a.name.starts_with(OVERLAY_PREFIX),
-        // Linux takes it.
+        // Linux accepts it.
         ruling: Ruling::Drop("overlayfs would follow it"),
     },
     Rule {
         fits: |a| a.name == CAPABILITY && a.value.is_empty(),
-        // setxattr(2) takes it, and then every chown(2) of the file fails.
+        // setxattr(2) accepts it, and then every chown(2) of the file fails.
         ruling: Ruling::Drop("EINVAL for whoever reads it"),
     },
     Rule {
@@ -187,7 +187,7 @@ static XATTRS: &[Rule] = &[
     },
 ];
 
-/// What becomes of the attribute `name` with this value on a node of this kind.
+/// What happens to the attribute `name` with this value on a node of this kind.
 pub fn xattr(kind: &NodeKind, name: &[u8], value: &[u8]) -> Ruling {
     let asked = Asked { kind, name, value };
     XATTRS.iter().find(|rule| (rule.fits)(&asked)).map_or(Ruling::Keep, |rule| rule.ruling)
@@ -198,7 +198,7 @@ pub fn owner(id: u32, known: u32) -> u32 {
     if id == NO_ID { known } else { id }
 }
 
-/// Brings attributes to what a chmod(2) leaves of them: the ACL's entries of owner, mask and others are the permissions.
+/// Adjusts attributes as a chmod(2) does: the ACL's entries of owner, mask and others are the permissions.
 pub fn chmod(kind: &NodeKind, permissions: u16, xattrs: &mut [Xattr]) {
     if matches!(kind, NodeKind::Symlink { .. }) {
         return;
@@ -217,7 +217,7 @@ pub fn chmod(kind: &NodeKind, permissions: u16, xattrs: &mut [Xattr]) {
     }
 }
 
-/// Takes away what a chown(2) of a node that is there takes away: the capabilities of what is no directory.
+/// Removes what a chown(2) of an existing node removes: the capabilities, unless it is a directory.
 pub fn chown(kind: &NodeKind, xattrs: &mut Vec<Xattr>) {
     if !matches!(kind, NodeKind::Directory) {
         xattrs.retain(|x| x.name != CAPABILITY);

@@ -26,7 +26,7 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
         Self { tree: LayerTree::new(writer, options) }
     }
 
-    /// Gives an entry its place.
+    /// Adds an entry to the layer.
     fn apply_entry(&mut self, entry: &mut Entry) -> Result<Placement, DiffError> {
         self.tree.context.path.clone_from(&entry.path);
         self.tree.context.offset = entry.offset;
@@ -35,7 +35,7 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
             return Err(self.tree.limit("bytes of a name", self.tree.options.limits.path_bytes as u64));
         }
         (entry.uid, entry.gid) = self.tree.owner(entry.uid, entry.gid)?;
-        // Lent out, so that names can be slices of it while the entry is used up.
+        // Taken out, so that names can be slices of it while the entry is consumed.
         let path = std::mem::take(&mut entry.path);
         let placement = match (name::plain_parent(&path), &self.tree.parent) {
             (Some((parent, last)), Some((known, dir))) if known == parent => self.entry_at(*dir, last, entry),
@@ -78,14 +78,14 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
         Ok(Placement::Nothing)
     }
 
-    /// A file of AUFS's link directory: kept under that name, which no other entry can have, until the end.
+    /// A file of AUFS's link directory: kept until the end under that name, which no other entry can have.
     fn aufs_linked_file(&mut self, last: &[u8], entry: &mut Entry) -> Result<Placement, DiffError> {
         let root = self.tree.writer.root();
         let dir = match self.tree.writer.lookup(root, name::LINK_DIR) {
             Some(dir) => dir,
             None => self.tree.create(root, name::LINK_DIR, NodeKind::Directory, implied(), Vec::new())?,
         };
-        // Whether it counts is known when its names are: see `finish`.
+        // Whether it counts depends on its names, which are known at the end: see `settle`.
         self.tree.removed = true;
         self.replace_by_entry(dir, last, entry)
     }
@@ -156,7 +156,7 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
         Ok(if entry.size > 0 { Placement::Data(node) } else { Placement::Nothing })
     }
 
-    /// A directory's second entry: its xattrs come to those that are there, as setxattr(2) adds them.
+    /// A directory's second entry: its xattrs are added to the present ones, as by setxattr(2).
     fn update_directory(&mut self, node: NodeId, entry: &mut Entry) -> Result<(), DiffError> {
         let attributes = attributes(entry, &self.tree.writer.attributes(node));
         let known = self.tree.writer.xattrs(node);
@@ -187,7 +187,7 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
         self.tree.writer.set_xattrs(dir, xattrs).map_err(|e| self.tree.context.image(e))
     }
 
-    /// What a new node in a directory has before chown and chmod: root's, but for the group in a set-group-id directory.
+    /// The attributes of a new node before chown and chmod: owner root, and the group of a set-group-id directory.
     fn born(&self, dir: NodeId) -> Attributes {
         /// `S_ISGID`.
         const SET_GROUP_ID: u16 = 0o2000;

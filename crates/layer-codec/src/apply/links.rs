@@ -1,17 +1,17 @@
-//! Hard links, those included whose target comes later or lies in a layer below.
+//! Hard links, including those whose target comes later or is in a lower layer.
 //!
 //! ```text
 //!   link a → b, b known        a and b are names of one node
 //!   link a → b, b not known    a is a placeholder (empty file); at the end:
 //!       b in this layer        a becomes a name of it
-//!       b itself such a link   b is settled first; a circle is an error
+//!       b itself such a link   b is settled first; a cycle is an error
 //!       b in a layer below     it is copied up as the kernel would: a and b are names of the copy, all links to b too
 //!       b nowhere, or hidden   error that names a and b
 //! ```
 //!
-//! A placeholder that is replaced or removed before the end is forgotten. What a link's header says of mode, owner,
-//! times and xattrs holds for the file and all its names, as the engines' unpack does it: each header was followed by
-//! chown, setxattr, chmod and utimes. Only if the file itself comes later in the stream, its header is the last word.
+//! A placeholder that is replaced or removed before the end is forgotten. Mode, owner, times and xattrs of a
+//! link's header hold for the file and all its names, as when engines unpack: they call chown, setxattr, chmod and utimes
+//! after each header. If the file itself comes later in the stream, its own header is the last one. Called by `layer`.
 
 use super::{
     LowerLayers, LowerNode,
@@ -29,7 +29,7 @@ use ext4_image::{
 use layer_tar::Entry;
 use std::collections::HashMap;
 
-/// Bytes copied at once from a layer below.
+/// Bytes copied at once from a lower layer.
 const COPY_BYTES: usize = 256 << 10;
 /// A name that no entry can have: a node is kept alive under it while its other names change.
 const HOLD: &[u8] = b".wh..wh.hold";
@@ -54,14 +54,14 @@ pub(super) fn hard_link<W: WriteAt>(
             }
             tree.update_linked(node, entry)
         }
-        // A link that waits, named by itself.
+        // A pending link that names itself.
         Lookup::Node(node) if tree.writer.lookup(dir, last) == Some(node) => Ok(()),
-        // The target may come later, also where something of this layer hides it now.
+        // The target may come later, even if this layer hides it now.
         Lookup::Node(_) | Lookup::Missing | Lookup::Hidden => postpone(tree, dir, last, &target, entry),
     }
 }
 
-/// Splits a link's target; names inside of AUFS's link directory are left as they are.
+/// Splits a link's target; names in AUFS's link directory are kept.
 fn split_target<'t, W: WriteAt>(
     tree: &LayerTree<'_, W>,
     target: &'t [u8],
@@ -76,7 +76,7 @@ fn split_target<'t, W: WriteAt>(
     })
 }
 
-/// Makes `last` a name of `node`, whatever it was before.
+/// Makes `last` a name of `node`, replacing what was there.
 fn place_link<W: WriteAt>(
     tree: &mut LayerTree<'_, W>,
     dir: NodeId,
@@ -86,7 +86,7 @@ fn place_link<W: WriteAt>(
     let root = tree.writer.root();
     let known = tree.writer.lookup(dir, last);
     if let Some(known) = known {
-        // The target may live below what is replaced.
+        // The target may be below the replaced name.
         link(tree, root, HOLD, node)?;
         tree.remove(dir, last, known)?;
     }
@@ -126,7 +126,7 @@ fn postpone<W: WriteAt>(
     Ok(())
 }
 
-/// Settles all links that wait.
+/// Settles all pending links.
 pub(super) fn settle<W: WriteAt>(
     tree: &mut LayerTree<'_, W>,
     lowers: &mut dyn LowerLayers,
@@ -134,7 +134,7 @@ pub(super) fn settle<W: WriteAt>(
     let mut copies = HashMap::new();
     let order = tree.links.take_order();
     for first in order {
-        // Links to links are settled from the far end of their chain.
+        // Links to links are settled from the end of their chain.
         let mut chain = vec![first];
         while let Some(&placeholder) = chain.last() {
             let Some(pending) = tree.links.get(placeholder) else {
@@ -148,7 +148,7 @@ pub(super) fn settle<W: WriteAt>(
             let found = tree.find(&parts);
             if let Lookup::Node(node) = found
                 && tree.links.is_pending(node)
-                // A link to its own name means the file of that name below.
+                // A link to its own name means the file of that name in a lower layer.
                 && node != placeholder
             {
                 if chain.len() > tree.links.len() {
@@ -186,7 +186,7 @@ fn dangling<W: WriteAt>(tree: &LayerTree<'_, W>, target: &[u8]) -> DiffError {
     ))
 }
 
-/// Makes a link's name one of the target's copy from a layer below.
+/// Makes a link's name a name of the target's copy from a lower layer.
 fn link_below<W: WriteAt>(
     tree: &mut LayerTree<'_, W>,
     pending: &PendingLink,
@@ -226,8 +226,8 @@ fn link_below<W: WriteAt>(
 }
 
 /// Gives the copy of a target the target's own name too, in directories like those below: a link to a lower file makes
-/// one inode of both names, as it does through a mounted overlay. Where this layer leads elsewhere on the way, the
-/// name below is another file's already.
+/// one inode of both names, as it does through a mounted overlay. If this layer has something else on the
+/// way, the name already belongs to another file.
 fn copy_up<W: WriteAt>(
     tree: &mut LayerTree<'_, W>,
     parts: &[&[u8]],
@@ -282,7 +282,7 @@ fn copy_data<W: WriteAt>(
     tree.end_file()
 }
 
-/// What a copy-up takes over of a node: what the kernel lets be set.
+/// What a copy-up keeps of a node: everything that the kernel accepts.
 fn as_copied(below: &LowerNode) -> (Attributes, Vec<Xattr>) {
     let attributes = Attributes {
         uid: kernel::owner(below.attributes.uid, 0),

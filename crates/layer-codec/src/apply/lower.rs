@@ -1,4 +1,4 @@
-//! The layers below, as far as apply needs them: the targets of hard links.
+//! The lower layers as apply needs them: for the targets of hard links. Implemented by `chain`; called by `links`.
 
 use crate::DiffError;
 use ext4_image::{
@@ -6,14 +6,14 @@ use ext4_image::{
     writer::{Attributes, NodeKind},
 };
 
-/// A node of a layer below.
+/// A node of a lower layer.
 #[derive(Debug, Clone)]
 pub struct LowerNode {
-    /// Which layer, and which inode in it: for [`LowerLayers::read`].
+    /// Index of its layer, for [`LowerLayers::read`].
     pub layer: usize,
     /// Inode number.
     pub inode: u32,
-    /// What it is.
+    /// Its type.
     pub kind: NodeKind,
     /// Owner, permissions, times; ids as that layer's image has them.
     pub attributes: Attributes,
@@ -27,20 +27,20 @@ pub struct LowerNode {
 
 /// The merged view of the layers below, nearest first.
 pub trait LowerLayers {
-    /// The node at `path` (components from the root, symlinks not followed), whiteouts and opaque directories honoured.
+    /// The node at `path` (components from the root, symlinks not followed), whiteouts and opaque directories honored.
     ///
     /// # Errors
-    /// If a layer can't be read.
+    /// If a layer cannot be read.
     fn lookup(&mut self, path: &[&[u8]]) -> Result<Option<LowerNode>, DiffError>;
 
     /// Reads data of a regular file; short only at its end.
     ///
     /// # Errors
-    /// If a layer can't be read.
+    /// If a layer cannot be read.
     fn read(&mut self, node: &LowerNode, offset: u64, buf: &mut [u8]) -> Result<usize, DiffError>;
 }
 
-/// No layers below: a base layer.
+/// No lower layers: for a base layer.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoLowers;
 

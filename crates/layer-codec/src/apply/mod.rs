@@ -5,7 +5,7 @@
 //!                    │              ├─ Data ──────────────────────────────────────►│  │ Placed::At → image op
 //!                    │              │                                                 └ Placed::Inline → literal op
 //!                    │              └─ Raw ───────────────────────────────────────────► literal op     ─► record
-//!                    └─► digest on a second thread (or told) ──────────────────────────────────► trailer        ─► record
+//!                    └─► digest on a second thread (or sent) ──────────────────────────────────► trailer        ─► record
 //! ```
 //!
 //! Invariants:
@@ -35,7 +35,8 @@
 //! | a hard link | no target yet | decided at the end: this layer first, then a copy from the layers below (which has the target's name too), else an error |
 //!
 //! What no system call could have put into a file system is dropped, mapped or refused: [`kernel`]. How other tools
-//! read the same tar: `docs/tar-rules.md`. Called by `agent`; the trait [`LowerLayers`] is implemented over `ext4::reader`.
+//! read the same tar: `docs/tar-rules.md`. Called by `svm-agent` and the
+//! `layer` commands; [`LayerChain`] implements [`LowerLayers`].
 
 mod chain;
 mod context;
@@ -79,12 +80,12 @@ use uuid::Uuid;
 use verity_tree::{self, TreeDisk};
 use vhd_image::vhd::{self, Footer};
 
-/// Applies `input` to an empty `image` and an empty `record`, in blocks of the size that is asked for and no other.
+/// Applies `input` to an empty `image` and an empty `record`, in blocks of the requested size.
 ///
-/// `lowers` is asked only for the targets of hard links that the layer itself does not have.
+/// `lowers` is used only for the targets of hard links that the layer itself does not have.
 ///
 /// # Errors
-/// [`DiffError`]; what was written so far is of no use then.
+/// [`DiffError`]; image and record are then useless.
 pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     input: I,
     image: W,
@@ -95,10 +96,11 @@ pub fn apply<I: Read, W: WriteAt, S: WriteAt>(
     apply_growing(input, image, record, lowers, options, &ApplyResources::default(), &mut NoGrowth)
 }
 
-/// As [`apply`], but goes on in larger blocks, on the disks that `growth` gives, when an entry needs them: see [`Growth`].
+/// As [`apply`], but starts again with larger blocks, on the disks that `growth` gives, if an entry needs them: see
+/// [`Growth`].
 ///
 /// # Errors
-/// [`DiffError`]; what was written so far is of no use then.
+/// [`DiffError`]; image and record are then useless.
 pub fn apply_growing<I: Read, W: WriteAt, S: WriteAt>(
     mut input: I,
     image: W,
@@ -148,7 +150,7 @@ fn attempt<W: WriteAt, S: WriteAt>(
             let settings = WriterOptions {
                 block_size,
                 max_image_bytes: options.max_image_bytes.min(largest_image(options)),
-                // The tar's digest stands for the data: they need not be summed a second time.
+                // The tar's digest covers the data: they need not be hashed a second time.
                 uuid: UuidSource::FromSource,
                 inline_data: options.inline_data,
             };
@@ -166,7 +168,7 @@ fn attempt<W: WriteAt, S: WriteAt>(
     done
 }
 
-/// The most bytes that the file system can have so that its tree and footer find room behind it.
+/// The largest file system that leaves room for its tree and footer; bytes.
 fn largest_image(options: &ApplyOptions) -> u64 {
     let max_disk = if options.footer { vhd::MAX_DISK_BYTES } else { MAX_RAW_BYTES };
     let tree = if options.verity { verity_tree::tree_bytes(max_disk) } else { 0 };
@@ -198,7 +200,7 @@ fn run<W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
     let tar_bytes = reader.offset();
     let tar_digest = reader.into_source().finish().map_err(DiffError::io("hashing the tar"))?;
     let summary = layer.finish(tar_digest.bytes)?;
-    // Where the profile gives the file system no id, the disk's is that of the tar.
+    // If the profile gives the file system no id, the id of the disk is derived from the tar.
     let uuid = vhd::layer_id(summary.uuid, &tar_digest.bytes);
     let (disk_bytes, verity_root) = append_tree(image, summary.image_bytes, uuid)?;
     let file_bytes =
@@ -217,7 +219,7 @@ fn run<W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
     })
 }
 
-/// Gives every entry of the tar its place, and every byte of it to the record; the number of entries.
+/// Adds every entry of the tar to the layer and every byte to the record; gives the number of entries.
 fn read_all<R: Read, S: WriteAt, T: Target>(
     reader: &mut TarReader<HashedChunks<R>>,
     record: &mut RecordWriter<S>,
@@ -295,7 +297,7 @@ fn read_all<R: Read, S: WriteAt, T: Target>(
     Ok(entries)
 }
 
-/// Puts the hash tree, if one is wanted, behind the image; the size of the disk and the root.
+/// Appends the hash tree, if requested; gives the size of the disk and the root.
 fn append_tree<W: WriteAt, S: WriteAt + 'static>(
     image: &TreeDisk<W, S>,
     image_bytes: u64,
@@ -309,7 +311,7 @@ fn append_tree<W: WriteAt, S: WriteAt + 'static>(
     })
 }
 
-/// Puts the VHD footer behind the disk; the size of the file.
+/// Appends the VHD footer; gives the size of the file.
 fn append_footer<W: WriteAt>(
     image: &W,
     disk_bytes: u64,

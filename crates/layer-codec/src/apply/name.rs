@@ -1,4 +1,4 @@
-//! Names of entries: from a tar's bytes to components, and what AUFS's special names mean.
+//! Names of entries: split into components, and the meaning of AUFS's special names. Called by `layer`, `links` and `tree`.
 
 /// Prefix of AUFS whiteouts.
 pub(super) const WHITEOUT_PREFIX: &[u8] = b".wh.";
@@ -51,22 +51,22 @@ pub(super) fn shown(name: &[u8]) -> String {
     format!("{}{}", cut.0.escape_ascii(), cut.1)
 }
 
-/// What an entry's name asks for.
+/// The meaning of an entry's last component.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning<'a> {
-    /// Nothing special.
+    /// An ordinary name.
     Plain,
-    /// Hide this name of the same directory.
+    /// A whiteout of this name in the same directory.
     Whiteout(&'a [u8]),
-    /// Make the directory opaque.
+    /// Marks the directory as opaque.
     Opaque,
-    /// AUFS's own.
+    /// An entry of AUFS itself, which is skipped.
     Meta,
-    /// A whiteout of nothing.
+    /// A whiteout without a name.
     Bad,
 }
 
-/// Looks at the last component.
+/// The meaning of a last component.
 pub(super) fn meaning(last: &[u8]) -> Meaning<'_> {
     let Some(hidden) = last.strip_prefix(WHITEOUT_PREFIX) else { return Meaning::Plain };
     match hidden {

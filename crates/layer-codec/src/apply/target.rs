@@ -1,28 +1,28 @@
-//! What the entries of a tar go into: one for each profile.
+//! Receives the entries of a tar: implemented by each profile, called by `apply`.
 
 use super::LowerLayers;
 use crate::DiffError;
 use ext4_image::writer::{ImageSummary, NodeId, Placed};
 use layer_tar::Entry;
 
-/// Where the data of an entry go.
+/// Destination of the data of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Placement {
-    /// Into this file.
+    /// This file.
     Data(NodeId),
-    /// There are none, or they are not kept in the image.
+    /// None: there are no data, or they are not stored in the image.
     Nothing,
 }
 
 /// Takes entries and their data, in the order of the stream.
 pub(super) trait Target {
-    /// Gives an entry its place.
+    /// Adds an entry.
     fn entry(&mut self, entry: &mut Entry) -> Result<Placement, DiffError>;
 
     /// Opens a file of `size` bytes (not 0) that [`Self::entry`] gave.
     fn begin_file(&mut self, node: NodeId, size: u64) -> Result<(), DiffError>;
 
-    /// Data of the open file at a place that is not below the last one's end; tells where they live.
+    /// Writes data of the open file at an offset that is not before the end of the previous data; reports where they are.
     fn write_data(
         &mut self,
         offset: u64,
@@ -30,7 +30,7 @@ pub(super) trait Target {
         placed: &mut dyn FnMut(Placed),
     ) -> Result<(), DiffError>;
 
-    /// All data that were placed so far can be read from the disk.
+    /// Makes all data that were written so far readable from the disk.
     fn flush(&mut self) -> Result<(), DiffError> {
         Ok(())
     }

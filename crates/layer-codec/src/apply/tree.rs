@@ -28,14 +28,14 @@ use std::collections::HashSet;
 /// Symlinks followed in one name, as Linux has it (MAXSYMLINKS).
 const MAX_HOPS: usize = 40;
 
-/// What a name leads to without anything being made.
+/// Result of a lookup that creates nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lookup {
     /// A node of this layer.
     Node(NodeId),
-    /// Not in this layer; layers below may have it.
+    /// Not in this layer; lower layers may have it.
     Missing,
-    /// Not there, and this layer hides what layers below have.
+    /// Absent, and this layer hides it in lower layers.
     Hidden,
 }
 
@@ -47,11 +47,11 @@ pub(super) struct LayerTree<'o, W> {
     pub(super) context: Context,
     /// The last entry's parent as the tar wrote it, and its directory; forgotten when a name is removed.
     pub(super) parent: Option<(Vec<u8>, NodeId)>,
-    /// Names made.
+    /// Number of names that were created.
     names: u64,
-    /// Sum of the sizes of files as they were made.
+    /// Sum of the sizes of files as they were created.
     pub(super) size: u64,
-    /// A file that counts in `size` may be gone.
+    /// A file that is counted in `size` may have been removed.
     pub(super) removed: bool,
 }
 
@@ -79,8 +79,8 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
         self.writer.begin_file(node, size).map_err(|e| self.context.image(e))
     }
 
-    /// Gives a node what the header of a further name of it says, as chown, setxattr, chmod and utimes do it: the last
-    /// header holds for all names.
+    /// Applies the header of a further name to a node, as by chown, setxattr, chmod and utimes: the last header holds for
+    /// all names.
     pub(super) fn update_linked(&mut self, node: NodeId, entry: &mut Entry) -> Result<(), DiffError> {
         let (kind, known) = (self.writer.kind(node), self.writer.attributes(node));
         let mut attributes = attributes(entry, &known);
@@ -122,12 +122,12 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
         Ok(())
     }
 
-    /// A file of this size, or a symlink whose target is so long, was made.
+    /// Counts a file of this size, or a symlink with a target of this length.
     pub(super) fn count_bytes(&mut self, size: u64) {
         self.size = self.size.saturating_add(size);
     }
 
-    /// Takes a name away, and what lies below it.
+    /// Removes a name and everything below it.
     pub(super) fn remove(&mut self, dir: NodeId, name: &[u8], node: NodeId) -> Result<(), DiffError> {
         self.removed = true;
         self.parent = None;
@@ -149,7 +149,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
         self.writer.xattrs(node).iter().any(|x| x.name == OVERLAY_OPAQUE)
     }
 
-    /// The owner as the image holds it: in the container's ids.
+    /// The owner in the image: container ids.
     pub(super) fn owner(&self, uid: u32, gid: u32) -> Result<(u32, u32), DiffError> {
         let held = |what, maps, id| {
             owner::inside(maps, id)
@@ -211,7 +211,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
         Ok(())
     }
 
-    /// The directory at `parts`, made if need be.
+    /// The directory at `parts`, created if it is missing.
     pub(super) fn make_parents(&mut self, parts: &[&[u8]]) -> Result<NodeId, DiffError> {
         let mut walk = Walk::new(self.writer.root(), parts);
         while let Some(part) = walk.next_part() {
@@ -245,7 +245,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
         Ok(walk.dir())
     }
 
-    /// Where `parts` lead, nothing made; the last part is not followed if it is a symlink.
+    /// Looks `parts` up without creating anything; the last part is not followed if it is a symlink.
     pub(super) fn find(&self, parts: &[&[u8]]) -> Lookup {
         let Some((last, parents)) = parts.split_last() else { return Lookup::Node(self.writer.root()) };
         let mut walk = Walk::new(self.writer.root(), parents);
@@ -332,7 +332,7 @@ pub(super) fn attributes(entry: &Entry, known: &Attributes) -> Attributes {
     }
 }
 
-/// A way through directories and symlinks.
+/// A walk through directories and symlinks.
 struct Walk<'a> {
     stack: Vec<NodeId>,
     root: NodeId,
@@ -367,7 +367,7 @@ impl<'a> Walk<'a> {
         self.stack.pop();
     }
 
-    /// Goes on with a symlink's target; false if there were too many.
+    /// Continues with a symlink's target; false if there were too many.
     fn follow(&mut self, target: &[u8]) -> bool {
         self.hops += 1;
         if self.hops > MAX_HOPS {

@@ -5,9 +5,8 @@
 //!                    └─ image range ─► │ read()          where the writer stopped: end
 //! ```
 //!
-//! For an apply that begins anew in larger blocks. The record was written a moment ago by the same process, which
-//! remembers where it ends and its last checksum; all the same every frame's checksum is held against its bytes, and no
-//! op is followed beyond what the frame holds. Called by [`crate::apply`].
+//! For an apply that starts again with larger blocks. The same process has just written the record and remembers its end
+//! and last checksum; nevertheless every frame's checksum is verified, and no op reaches beyond its frame. Called by [`crate::apply`].
 
 use super::{
     Broken, HEADER_BYTES, MAX_FRAME_LITERALS, MAX_FRAME_OPS, RawHeader,
@@ -35,7 +34,7 @@ pub(crate) struct PartialTar<R, S> {
     /// First literal that was not given out.
     literals: usize,
     image_end: u64,
-    /// What is left of the op under way.
+    /// The rest of the current op.
     op: Op,
     left: u64,
 }
@@ -50,7 +49,7 @@ impl<R: ReadAt, S: ReadAt> PartialTar<R, S> {
     /// The tar of which `broken` was recorded.
     ///
     /// # Errors
-    /// `Io` if the record can't be read.
+    /// `Io` if the record cannot be read.
     pub(crate) fn new(image: R, record: S, broken: Broken) -> Result<Self, DiffError> {
         let header: RawHeader = read_struct(&record, 0)?;
         let unpacker = zstd::bulk::Decompressor::new().map_err(DiffError::io("starting the decompressor"))?;
@@ -77,7 +76,7 @@ impl<R: ReadAt, S: ReadAt> PartialTar<R, S> {
         (self.image, self.record)
     }
 
-    /// The next op, from the next frame if need be; false at the end.
+    /// Loads the next op, if necessary from the next frame; false at the end.
     fn next_op(&mut self) -> Result<bool, DiffError> {
         if self.ops.is_empty() {
             if self.literals != self.plain.len() {

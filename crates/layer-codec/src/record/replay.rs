@@ -7,8 +7,9 @@
 //!
 //! Long ranges of an image file are read for the hash, and go out from the file itself where `out` can splice.
 //!
-//! A chunk is given out only when the next one is complete or, for the last, when length, checksums and digest have
-//! been found right: who gets all bytes of the last chunk has the very tar.
+//! A chunk is written only when the next one is complete or, for the last, when length, checksums and digest have been
+//! verified: a reader that gets all bytes of the last chunk has the tar that was applied. Called by `svm-agent` for Diff and
+//! by the `layer` commands.
 
 use super::{
     DIGESTS, END, FRAME, FRAME_BYTES, HEADER_BYTES, MAGIC, MAX_FRAME_LITERALS, MAX_FRAME_OPS, RawFrame,
@@ -22,19 +23,19 @@ use disk_io::{ReadAt, StreamOut};
 use std::{fs::File, ops::Range, sync::Arc};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Bytes given out at once, and held back at the end.
+/// Bytes written at once, and held back at the end.
 const OUT_BYTES: usize = 256 << 10;
-/// Ranges from here on are read straight to where they go out.
+/// Ranges of at least this size are read directly into the chunk; bytes.
 const DIRECT_BYTES: u64 = 64 << 10;
-/// Parts of a chunk from here on go out from the image's file if they can: less is copied sooner than arranged.
+/// Parts of a chunk of at least this size are spliced from the image's file if possible: shorter ones are faster to copy; bytes.
 const SPLICE_BYTES: usize = 32 << 10;
 /// Read-ahead for small ranges, doubled while they follow each other.
 const MIN_WINDOW: usize = 16 << 10;
 const MAX_WINDOW: usize = 512 << 10;
-/// A small range this near behind the previous one follows it.
+/// A small range that starts at most this far behind the previous one counts as sequential; bytes.
 const NEAR: u64 = 64 << 10;
 
-/// What a record says of itself; the digest is believed only after [`replay`].
+/// Header and trailer of a record; the digest is verified only by [`replay`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecordInfo {
     /// Length of the tar.
@@ -49,7 +50,7 @@ pub struct RecordInfo {
     pub frames: u64,
 }
 
-/// What a replay gave out.
+/// The result of a replay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReplaySummary {
     /// Bytes of tar.
@@ -129,9 +130,9 @@ pub fn replay<R: ReadAt, S: ReadAt, O: StreamOut>(
     run(image, record, out, true)
 }
 
-/// As [`replay`], for a reader that digests what it gets: a BLAKE3 digest is not computed here, so the summary's is
-/// what the record says, and it is the reader that must hold the bytes against it before it believes the last of them.
-/// Records with another function are checked here.
+/// As [`replay`], for a reader that digests what it gets: a BLAKE3 digest is not computed here, so the summary has the
+/// record's, and the reader must compare its own digest before it trusts the last bytes. Records with another function are
+/// verified here.
 ///
 /// # Errors
 /// As [`replay`], but for a digest that does not match.
@@ -250,7 +251,7 @@ impl<S: ReadAt> Frames<'_, S> {
             return Err(corrupt(at, "checksum does not match"));
         }
         plain.clear();
-        // The capacity is the bound: the unpacker never writes past it.
+        // The capacity is the bound: the decompressor never writes past it.
         let n = unpacker
             .decompress_to_buffer(packed, plain)
             .map_err(|e| corrupt(at, format!("frame does not unpack: {e}")))?;

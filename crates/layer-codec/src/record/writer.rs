@@ -1,4 +1,4 @@
-//! Writes a record while the tar passes by.
+//! Writes a record while the tar is applied. Called by `apply`.
 
 use super::{
     DIGESTS, END, FRAME, FRAME_BYTES, HEADER_BYTES, MAGIC, MAX_FRAME_LITERALS, MAX_FRAME_OPS, RawFrame,
@@ -19,7 +19,7 @@ enum Op {
     Image { offset: u64, len: u64 },
 }
 
-/// What the writer of a record that was broken off knows of it.
+/// What the writer of a record that was broken off remembers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Broken {
     /// End of the last frame.
@@ -60,7 +60,7 @@ impl<S: WriteAt> RecordWriter<S> {
     /// Starts a record at the beginning of `out`.
     ///
     /// # Errors
-    /// If the header can't be written.
+    /// If the header cannot be written.
     pub(crate) fn new(out: S) -> Result<Self, DiffError> {
         let header = RawHeader { magic: MAGIC, version: VERSION.into(), flags: 0.into() };
         out.write_all_at(header.as_bytes(), 0).map_err(DiffError::io("writing the exact record"))?;
@@ -89,7 +89,7 @@ impl<S: WriteAt> RecordWriter<S> {
         self.tar_bytes
     }
 
-    /// The tar goes on with these bytes, which the image does not hold.
+    /// The next bytes of the tar, which are not in the image.
     pub(crate) fn literal(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let room = MAX_FRAME_LITERALS - self.literals;
@@ -111,7 +111,7 @@ impl<S: WriteAt> RecordWriter<S> {
         }
     }
 
-    /// The tar goes on with `len` bytes that the image holds at `offset`.
+    /// The next `len` bytes of the tar are in the image at `offset`.
     pub(crate) fn image(&mut self, offset: u64, len: u64) {
         if len == 0 {
             return;
@@ -131,8 +131,7 @@ impl<S: WriteAt> RecordWriter<S> {
         self.failed.take().map_or(Ok(()), Err)
     }
 
-    /// Ends the writing without a trailer: what was recorded so far can be read with [`PartialTar`](super::PartialTar)
-    /// and by nobody else.
+    /// Ends the record without a trailer: it can only be read with [`PartialTar`](super::PartialTar).
     ///
     /// # Errors
     /// If anything could not be written.

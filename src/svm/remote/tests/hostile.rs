@@ -12,7 +12,8 @@ use crate::svm::remote::{inbox::Inbox, link::data_frame, queue::FULL, *};
 use futures_util::FutureExt;
 use std::{io::Write as _, os::unix::net::UnixStream, time::Duration};
 use svm_agent::{
-    codec::{Codec, RealCodec},
+    RealCodec,
+    codec::Codec,
     link::{Platform, serve_counted},
 };
 use svm_protocol::{

@@ -11,10 +11,7 @@ use std::{
     sync::Mutex,
     time::Duration,
 };
-use svm_agent::{
-    codec::{Codec, RealCodec},
-    link::Platform,
-};
+use svm_agent::{RealCodec, codec::Codec, link::Platform};
 use svm_protocol::{
     DigestKind, ErrorKind, Operation, TarDigest, WireError, link, parse_header, slots::TRANSFER_BYTES,
 };
