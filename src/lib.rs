@@ -32,12 +32,13 @@
 //!
 //! ```text
 //! main         │ cli
-//! cli          │ api config disk-io driver ext4-image layer-codec lcow-sys listen migrate store svm svm-agent svm-protocol telemetry verity-tree vhd-image
-//! api          │ driver layer-codec store telemetry
-//! migrate      │ config driver store svm vhd-image
-//! driver       │ config disk-io ext4-image lcow-sys store svm telemetry verity-tree vhd-image
-//! store        │ layer-codec lcow-sys
-//! svm          │ disk-io lcow-sys svm-protocol vhd-image
+//! cli          │ api config disk-io driver ext4-image layer-codec lcow-sys listen migrate store svm svm-agent telemetry verity-tree vhd-image
+//! api          │ driver error layer-codec store telemetry
+//! migrate      │ config driver error store svm vhd-image
+//! driver       │ config disk-io error ext4-image lcow-sys store svm telemetry verity-tree vhd-image
+//! store        │ error layer-codec lcow-sys
+//! svm          │ disk-io error lcow-sys svm-protocol vhd-image
+//! error        │ lcow-sys svm-protocol
 //! listen       │ lcow-sys
 //! config       │ layer-codec
 //! telemetry    │

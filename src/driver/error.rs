@@ -3,7 +3,7 @@
 use crate::{
     config::{ConfigError, SvmKind},
     error::{Attempt, CorruptFile, Fault, Kind, with_causes},
-    store::{LayerId, StoreError},
+    store::{InvalidId, LayerId, StoreError},
     svm::SvmError,
 };
 use std::{io, path::PathBuf};
@@ -61,6 +61,12 @@ pub enum DriverError {
     /// A bug: a task of the program panicked, or an invariant does not hold.
     #[error("internal error: {0}")]
     Internal(String),
+}
+
+impl From<InvalidId> for DriverError {
+    fn from(error: InvalidId) -> Self {
+        StoreError::from(error).into()
+    }
 }
 
 impl Fault for DriverError {

@@ -1,6 +1,6 @@
 //! Errors of the store: refusals of its own, and the shared shapes of [`crate::error`].
 
-use super::LayerId;
+use super::{LayerId, id::InvalidId};
 use crate::error::{Attempt, CorruptFile, Fault, Kind};
 use std::{
     fmt::Write as _,
@@ -11,14 +11,9 @@ use std::{
 /// Errors of the layer store.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Not a layer id.
-    #[error("'{}' is not a layer id: {reason}", id.escape_debug())]
-    InvalidId {
-        /// What was given, cut to a printable length.
-        id: String,
-        /// Which rule it breaks.
-        reason: &'static str,
-    },
+    /// Not an id.
+    #[error(transparent)]
+    InvalidId(#[from] InvalidId),
     /// No layer of this id.
     #[error("layer {0} does not exist")]
     NotFound(LayerId),
@@ -122,7 +117,7 @@ impl StoreError {
 impl Fault for StoreError {
     fn kind(&self) -> Kind {
         match self {
-            Self::InvalidId { .. } | Self::Usage(_) => Kind::Usage,
+            Self::InvalidId(_) | Self::Usage(_) => Kind::Usage,
             Self::NotFound(_) | Self::MissingParent { .. } => Kind::NotFound,
             Self::Exists(_) | Self::HasChildren { .. } | Self::WrongState { .. } => Kind::State,
             Self::Damaged { .. } => Kind::Corrupt,

@@ -1,6 +1,6 @@
 //! Checked layer ids.
 
-use super::{StoreError, layout};
+use super::names;
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
@@ -31,12 +31,21 @@ impl LayerId {
     }
 }
 
-impl FromStr for LayerId {
-    type Err = StoreError;
+/// A text that is no layer id.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{}' is not a layer id: {reason}", id.escape_debug())]
+pub struct InvalidId {
+    /// The text, cut after [`MAX_ID_BYTES`] and one more character.
+    pub id: String,
+    /// Which rule it breaks.
+    pub reason: &'static str,
+}
 
-    fn from_str(id: &str) -> Result<Self, StoreError> {
-        let refuse =
-            |reason| Err(StoreError::InvalidId { id: id.chars().take(MAX_ID_BYTES + 1).collect(), reason });
+impl FromStr for LayerId {
+    type Err = InvalidId;
+
+    fn from_str(id: &str) -> Result<Self, InvalidId> {
+        let refuse = |reason| Err(InvalidId { id: id.chars().take(MAX_ID_BYTES + 1).collect(), reason });
         if id.is_empty() {
             return refuse("it is empty");
         }
@@ -53,7 +62,7 @@ impl FromStr for LayerId {
         if lower.ends_with(REMOVING_SUFFIX) {
             return refuse("the suffix '-removing' marks directories that are being deleted");
         }
-        if layout::RESERVED_NAMES.contains(&lower.as_str()) {
+        if names::RESERVED_NAMES.contains(&lower.as_str()) {
             return refuse("the store uses this name itself");
         }
         let stem = lower.split('.').next().unwrap_or_default();
@@ -65,9 +74,9 @@ impl FromStr for LayerId {
 }
 
 impl TryFrom<String> for LayerId {
-    type Error = StoreError;
+    type Error = InvalidId;
 
-    fn try_from(id: String) -> Result<Self, StoreError> {
+    fn try_from(id: String) -> Result<Self, InvalidId> {
         id.parse()
     }
 }
@@ -134,7 +143,7 @@ mod tests {
             &"x".repeat(129),
         ] {
             let error = id.parse::<LayerId>().unwrap_err();
-            assert!(matches!(error, StoreError::InvalidId { .. }), "{id:?} was taken: {error}");
+            assert!(!error.reason.is_empty(), "{id:?}: {error}");
         }
     }
 }

@@ -37,13 +37,14 @@ pub mod layout;
 mod lock;
 mod marker;
 mod meta;
+mod names;
 mod open;
 mod repair;
 mod thread;
 mod usage;
 
 pub use error::StoreError;
-pub use id::{LayerId, REMOVING_SUFFIX};
+pub use id::{InvalidId, LayerId, REMOVING_SUFFIX};
 pub use layout::Layout;
 pub use lock::OwnerLock;
 pub use marker::{InitRecord, Marker};

@@ -202,7 +202,7 @@ fn manifests_name_what_the_picture_shows() {
 }
 
 /// Crates that can be published.
-const LIBRARIES: &[&str] = &["disk-io", "layer-tar", "verity-tree", "vhd-image"];
+const LIBRARIES: &[&str] = &["disk-io", "ext4-image", "layer-codec", "layer-tar", "verity-tree", "vhd-image"];
 
 #[test]
 fn libraries_forbid_unsafe_code_and_explain_themselves() {

@@ -2,7 +2,7 @@
 
 use super::{
     checksum::{CRC16, crc32c, crc32c_without},
-    superblock::{join, split},
+    halves::{join, split},
 };
 use bitflags::bitflags;
 use std::mem::offset_of;

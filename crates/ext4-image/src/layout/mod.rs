@@ -23,6 +23,7 @@ pub(crate) mod checksum;
 pub(crate) mod dir;
 pub(crate) mod extent;
 pub(crate) mod group;
+mod halves;
 pub(crate) mod hash;
 pub(crate) mod inode;
 pub(crate) mod journal;

@@ -7,7 +7,12 @@
     reason = "fields bear the kernel's names; Documentation/filesystems/ext4/super.rst explains each"
 )]
 
-use super::{EXT4_GOOD_OLD_FIRST_INO, group::DESC_SIZE, hash::DX_HASH_HALF_MD4};
+use super::{
+    EXT4_GOOD_OLD_FIRST_INO,
+    group::DESC_SIZE,
+    halves::{join, split},
+    hash::DX_HASH_HALF_MD4,
+};
 use bitflags::{Flags, bitflags};
 use zerocopy::{
     FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned,
@@ -342,16 +347,6 @@ impl Superblock {
     pub(crate) fn seal(&mut self) {
         self.s_checksum = U32::new(self.computed_checksum());
     }
-}
-
-/// Joins the halves of a 64-bit number.
-pub(crate) fn join(lo: U32, hi: U32) -> u64 {
-    u64::from(lo.get()) | u64::from(hi.get()) << 32
-}
-
-/// Halves of a 64-bit number, low one first.
-pub(crate) fn split(n: u64) -> (U32, U32) {
-    (U32::new(n as u32), U32::new((n >> 32) as u32))
 }
 
 #[cfg(test)]
