@@ -5,7 +5,8 @@
 //!   check    image ─► sound or not             blank   nothing ─► an empty sandbox
 //! ```
 //!
-//! The layer has both kinds of load: many small files, where headers and inodes cost, and a few large ones, where bytes do.
+//! The layer has both kinds of load: many small files, where headers and inodes dominate, and a few large ones, where
+//! bytes dominate.
 
 use criterion::{BatchSize, Criterion, Throughput};
 use disk_io::{MemDisk, SubDisk};

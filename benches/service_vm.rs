@@ -1,5 +1,5 @@
-//! What a service VM of the embedded kind costs beside its work: leases, and bytes in and out of a worker that does nothing
-//! with them. For people: `cargo bench --bench service_vm`.
+//! Overhead of an embedded service VM: leases, and bytes in and out of a worker that does nothing with them. Run by
+//! hand: `cargo bench --bench service_vm`.
 //!
 //! The workers are this program itself, started again, so that they can run the tests' codec.
 
@@ -22,7 +22,7 @@ use std::{
 };
 use svm_agent::{codec::Codec, worker_main};
 
-/// Tells a process that it is a worker.
+/// Environment variable that makes a process a worker.
 const MARK: &str = "LCOW_BENCH_WORKER";
 /// Leases that are measured.
 const LEASES: usize = 20;
@@ -70,7 +70,7 @@ fn readable(path: &Path) -> DiskSource {
 }
 
 async fn bytes() {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = tempfile::tempdir().expect("a directory");
     let (image, record) = (folder.path().join("image"), folder.path().join("record"));
     let pool = Pool::start(backend(), PoolConfig { mode: Mode::Global, spares: 1, ..PoolConfig::default() });
     let block: Bytes = (0..BLOCK).map(|n| (n / 7) as u8).collect();

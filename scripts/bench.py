@@ -1,9 +1,9 @@
 """The measuring part of scripts/bench: makes layers, runs rounds in shuffled order, prints Markdown tables.
 
-Every task is timed in a process of its own, from its start to its end, fsync included; what it needs is prepared
-before the clock starts and deleted after it stopped. A ratio is the median of a task by the median of its yardstick.
-Processor time (user and system, of all processes of the task) is told beside the time: it stays what it is when other
-programs compete for the cores, where the time of what runs on two cores at once suffers more than a copy's.
+Every task is timed in its own process, from its start to its end, fsync included; its inputs are prepared before the
+clock starts and deleted after it has stopped. A ratio is the median of a task by the median of its yardstick.
+Processor time (user and system, of all processes of the task) is shown beside the time: it does not change when other
+programs compete for the cores, while the time of a task on two cores then suffers more than that of a copy.
 """
 
 import argparse
@@ -24,16 +24,16 @@ import time
 
 QUICK_ROUNDS = 2
 ROUNDS = 5
-# Tasks slower than this, in seconds, are run once only: what warming up gains is nothing to them.
+# Tasks slower than this, in seconds, run only once: warming up gains them nothing.
 SLOW = 20
-# Calls of which the median latency is told.
+# Number of calls per median latency.
 CALLS = 50
-# Large packages of the npm registry: many small files, one of them with tens of thousands in one folder.
+# Large packages of the npm registry: many small files, one of them with tens of thousands in one directory.
 NPM = ["@mui/icons-material@6.4.0", "@mui/material@6.4.0", "react@18.3.1", "react-dom@18.3.1", "typescript@5.7.3",
        "date-fns@4.1.0", "lodash@4.17.21", "rxjs@7.8.1", "core-js@3.40.0", "aws-sdk@2.1692.0"]
-# What makes of a base system one to build programs in.
+# Packages that turn a base system into one for building programs.
 TOOLCHAIN = "g++,make,python3,git,perl"
-# Layers of the image that is applied as dockerd does a pull: one after the other; and its parts, two at once.
+# Layers of the image that is applied one after the other, as dockerd does in a pull, and then two at once.
 PULLED = 20
 MIB = 1 << 20
 
@@ -105,8 +105,8 @@ def make_layers(folder, quick, only):
         layers[name] = (path, text)
 
     if quick:
-        layer("minbase", "quick-mixed", "generated: 6,000 files in 300 folders", generated_mixed)
-        layer("small", "quick-small", "generated: 43,000 files in one folder",
+        layer("minbase", "quick-mixed", "generated: 6,000 files in 300 directories", generated_mixed)
+        layer("small", "quick-small", "generated: 43,000 files in one directory",
               lambda p: generated_small(p, 43_000))
         layer("big", "quick-big", "generated: 4 files of 32 MiB", lambda p: generated_big(p, 4, 32 * MIB))
         return layers
@@ -144,14 +144,14 @@ def make_layers(folder, quick, only):
     if shutil.which("npm"):
         layer("small", "small", f"node_modules of {len(NPM)} packages of the npm registry", npm)
     else:
-        layer("small", "generated-small", "generated: 43,000 files in one folder (there is no npm here)",
+        layer("small", "generated-small", "generated: 43,000 files in one directory (there is no npm here)",
               lambda p: generated_small(p, 43_000))
     layer("big", "big", "generated: 8 files of 80 MiB", lambda p: generated_big(p, 8, 80 * MIB))
     return layers
 
 
 def facts(path):
-    """Bytes, entries, and the most names in one folder of a tar."""
+    """Bytes, entries, and the most names in one directory of a tar."""
     entries, folders = 0, {}
     names = subprocess.run(["tar", "-tf", path], check=True, stdout=subprocess.PIPE).stdout.splitlines()
     for name in names:
@@ -186,14 +186,14 @@ def fresh(*paths):
 
 
 class Place:
-    """A folder on one file system, and the tasks in it on one layer."""
+    """A directory on one file system, and the tasks in it on one layer."""
 
     def __init__(self, folder, options, tar, size, entries, tree):
         program = options.program
         self.reads_tar = options.mke2fs is not None
         self.names = dict(P=program, TAR=tar, TREE=tree, F=folder, MKE2FS=options.mke2fs or "", IMG=f"{folder}/layer.vhd",
                           REC=f"{folder}/layer.rec", OUT=f"{folder}/out", MNT=f"{folder}/mnt",
-                          # Room for inodes, slack of blocks, and the file system's own.
+                          # Space for inodes, unused ends of blocks, and metadata.
                           SIZE=(size * 3 // 2 + entries * 1024 + 64 * MIB) // MIB * MIB,
                           INODES=entries + entries // 8 + 2048)
         os.makedirs(f"{folder}/mnt", exist_ok=True)
@@ -220,7 +220,7 @@ class Place:
             "rw": self.task('dd if="$TAR" of="$OUT" bs=256K status=none; sync "$OUT"'),
             "mke2fs": self.task('truncate -s "$SIZE" "$OUT"; mke2fs -q -F -t ext4 -N "$INODES" -d "$TREE" "$OUT"; '
                                 'sync "$OUT"'),
-            # From 1.47.1 on it reads a tar itself: a newer one, unpacked beside the machine's own.
+            # From 1.47.1 on it reads a tar itself: a newer one is unpacked beside the machine's own.
             "mke2fs tar": self.task('truncate -s "$SIZE" "$OUT"; '
                                     'LD_LIBRARY_PATH="$MKE2FS/lib/$(uname -m)-linux-gnu" "$MKE2FS/sbin/mke2fs" -q -F -t ext4 -N "$INODES" -d "$TAR" "$OUT"; sync "$OUT"'),
             "mount": self.task('truncate -s "$SIZE" "$OUT"; mkfs.ext4 -q -F -N "$INODES" "$OUT"; '
@@ -244,7 +244,7 @@ class Place:
 
 
 def rounds(tasks, count):
-    """Medians by name (time, processor time); each round in an order of its own, after one that does not count."""
+    """Medians by name (time, processor time); each round in its own order, after a warm-up round."""
     times = {name: [] for name in tasks}
     for name, task in tasks.items():
         first = task()
@@ -258,7 +258,7 @@ def rounds(tasks, count):
     return {name: tuple(statistics.median(of) for of in zip(*t)) for name, t in times.items()}
 
 
-# Run by an interpreter that is small itself: a process begins its life with its parent's peak.
+# Run by a small interpreter: a process starts with its parent's peak.
 PEAK = """import os, resource, sys
 status = os.spawnv(os.P_WAIT, sys.argv[1], sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
@@ -351,7 +351,7 @@ def plugin_tasks(plugin, tar):
 
 
 def latencies(plugin):
-    """Medians of calls on a layer that is there, in seconds."""
+    """Medians of calls on an existing layer, in seconds."""
     result = {}
     result["CreateReadWrite"] = [plugin.timed("CreateReadWrite", ID=f"rw{n}", Parent="bench", MountLabel="",
                                               StorageOpt={}) for n in range(CALLS)]
@@ -408,7 +408,7 @@ def pulls(plugin, folder):
         found[at_once] = time.monotonic() - begin
         for name in names:
             plugin.call("Remove", ID=name)
-    # What two processors give here at all: a sum of the same bytes, by one and by two at once.
+    # What two processors gain on this machine: a checksum of the same bytes, by one process and by two at once.
     def digest(_):
         subprocess.run(["sha256sum", *[tar] * PULLED], check=True, stdout=subprocess.DEVNULL)
     begin = time.monotonic()
@@ -437,7 +437,7 @@ def plot(folder, figures, place):
     """An SVG for each direction: times × copying, a group of bars for each layer."""
     import matplotlib
     matplotlib.use("svg")
-    # The same bytes for the same figures.
+    # The same figures give the same bytes.
     matplotlib.rcParams.update({"svg.hashsalt": "lcow", "font.size": 9})
     from matplotlib import pyplot
     for name, columns, base in (("apply", PACKERS, "cat"), ("diff", UNPACKERS, "catcat")):
@@ -464,7 +464,7 @@ def plot(folder, figures, place):
 
 
 def table(out, title, head, rows):
-    # With --tasks there is nothing to tell in some tables.
+    # With --tasks, some tables are empty.
     rows = [row for row in rows if any(cell != "–" for cell in row[2:])]
     if not rows:
         return
@@ -524,7 +524,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--program", required=True)
     parser.add_argument("--dir", required=True)
-    parser.add_argument("--mke2fs", help="folder of an unpacked mke2fs that reads tars (1.47.1 or later)")
+    parser.add_argument("--mke2fs", help="directory of an unpacked mke2fs that reads tars (1.47.1 or later)")
     parser.add_argument("--out")
     parser.add_argument("--only", default="minbase,toolchain,small,big")
     parser.add_argument("--tasks", type=lambda names: names.split(","), default=[])

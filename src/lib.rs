@@ -27,8 +27,8 @@
 //! ```
 //!
 //! # Rooms
-//! Modules of this package and, with a hyphen, crates of the workspace. Each may use what stands below it and never what
-//! stands above; `tests/architecture` holds these lines to the code.
+//! Modules of this package and, with a hyphen, crates of the workspace. Each may use what is listed below it, and
+//! nothing above; `tests/architecture` checks the code against these lines.
 //!
 //! ```text
 //! main         │ cli
@@ -57,11 +57,13 @@
 //!
 //! # Glossary
 //! * **layer**: an immutable `layer.vhd` made from a tar by `ApplyDiff`.
-//! * **sandbox**: a writable ext4 of fixed size with `upper` and `work` folders, the read-write layer of a container.
+//! * **sandbox**: a writable ext4 of fixed size with `upper` and `work` directories, the read-write layer of a
+//!   container.
 //! * **chain**: the ancestors of a layer, nearest first (`layerchain.json`).
 //! * **service VM** (SVM): where layer bytes are interpreted: a jailed worker process or a virtual machine.
-//! * **exact record**: what of an applied tar the image itself does not hold, so that Diff gives back the very bytes.
-//! * **canonical diff**: the one tar that a written layer has, whoever makes it.
+//! * **exact record**: the parts of an applied tar that the image does not hold, so that Diff returns exactly the
+//!   original bytes.
+//! * **canonical diff**: the only tar that represents a written layer, wherever it is made.
 
 #![cfg_attr(
     not(target_os = "linux"),

@@ -6,7 +6,7 @@
 //!                                                     └──► one line at warn: request, endpoint, layer, seconds, error
 //! ```
 //!
-//! Invariants: each request that does not succeed has exactly one such line, and its reply, where there is one, carries
+//! Invariants: each request that does not succeed has exactly one such line, and its reply, if there is one, carries
 //! the same number: as the header [`HEADER`] and, as docker shows nothing else, at the end of `Err`. Called by the
 //! handlers, by `stream` for bodies that fail late, and by `serve` for heads that never became a request.
 
@@ -19,7 +19,7 @@ use std::{
     time::Instant,
 };
 
-/// Header of every reply that carries the request's number.
+/// Header with the request's number, in every reply.
 pub(super) const HEADER: &str = "x-request-id";
 /// Hexadecimal digits of a request's number.
 const DIGITS: usize = 12;

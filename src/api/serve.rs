@@ -1,20 +1,20 @@
-//! Connections: from an accepted socket or pipe to requests, and to an end that loses no answer.
+//! Connections: from an accepted socket or pipe to requests, and to a close that loses no reply.
 //!
 //! ```text
 //!   accept ─► Line ─► hyper ─► router                               Line: what hyper reads and writes through
 //!               │ idle           ──────────────► no limit: a client that reuses it at this moment would lose bytes
 //!               │ half a head    ──────────────► HALF_REQUEST, then closed; the layer that it may name is distrusted
 //!               │ in a handler   ──────────────► the handlers' own limits
-//!               └ answered early, more to come ► the answer, then what comes is read and dropped, without a limit in
+//!               └ answered early, more to come ► the reply; further input is read and dropped, without a limit in
 //!                                                bytes, until the client closes or is silent for lcow.timeout
 //!   stop: no new connection; idle ones are closed; half requests get HALF_AT_STOP, running ones the stop's limit
 //! ```
 //!
-//! Why an answer needs the reading on: a client that is still writing when its peer closes sees a broken connection and
-//! not the answer, and dockerd's then sends the rest of its tar as a new request. Reading before the answer would hold
-//! it back, and with a limit it would be lost again.
+//! Why input is read after a reply: a client that is still writing when its peer closes sees a broken connection
+//! instead of the reply, and dockerd's client then sends the rest of its tar as a new request. Reading the input before
+//! replying would delay the reply, and reading up to a limit could still lose it.
 //!
-//! Called by `cli`. hyper's own time-out for heads is not used: it closes idle connections as well.
+//! Called by `cli`. hyper's own timeout for heads is not used: it closes idle connections as well.
 
 use super::{Context, called, router};
 use crate::telemetry::Outcome;
@@ -47,21 +47,21 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// Longest time from the first byte of a request to the end of its head, and of a JSON request to its end, where
-/// `lcow.timeout` is not shorter.
+/// Longest time from the first byte of a request to the end of its head, and of a JSON request to its end, unless
+/// `lcow.timeout` is shorter.
 const HALF_REQUEST: Duration = Duration::from_secs(30);
-/// The same, and longest reading on behind an answer, once the program stops.
+/// The same once the program is stopping; also the longest time that input is read after a reply then.
 const HALF_AT_STOP: Duration = Duration::from_secs(2);
-/// How often a stopping program looks whether a connection is still at work.
+/// How often a stopping program checks whether a connection is still in use.
 const LOOK: Duration = Duration::from_millis(100);
-/// Bytes of a head that are kept to tell which layer it named.
+/// Bytes of a head that are kept to find out which layer it names.
 const HEAD_KEPT: usize = 4 << 10;
 /// Bytes of its first line that are logged.
 const LINE_TOLD: usize = 120;
 /// Bytes that are read and dropped at a time.
 const DROPPED: usize = 16 << 10;
 
-/// Serves requests until `stop` resolves. Running requests get `limit` to end then; what is left is cut.
+/// Serves requests until `stop` resolves. Running requests then get `limit` to finish; what is left is cut off.
 pub async fn serve<L>(
     mut listener: L,
     context: Context,
@@ -89,26 +89,26 @@ pub async fn serve<L>(
         tracing::warn!(
             connections = tasks.len(),
             seconds = limit.as_secs(),
-            "cutting requests that did not finish in time"
+            "cutting off requests that did not finish in time"
         );
         cut.cancel();
         tasks.wait().await;
     }
 }
 
-/// What a connection is to do.
+/// Signals to a connection: end after the current request, or end at once.
 #[derive(Debug, Clone)]
 struct Signals {
     stopping: CancellationToken,
     cut: CancellationToken,
 }
 
-/// How long the rest of a small request is waited for. By default for ever.
+/// How long to wait for the rest of a small request; forever by default.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Patience(Option<(Duration, CancellationToken)>);
 
 impl Patience {
-    /// What `work` gives, unless it takes too long.
+    /// The output of `work`; `None` if it takes too long.
     pub(super) async fn wait<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         let Some((limit, stopping)) = &self.0 else { return Some(work.await) };
         let late = async {
@@ -140,7 +140,7 @@ where
             let mut response: Response<Body> = answered.await?;
             let reusable = read.load(Ordering::Acquire);
             if !reusable {
-                // What still comes is no head: this is the connection's last answer.
+                // Further input is not a head: this is the connection's last reply.
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             let end = End { state: shared, at: if reusable { At::Idle } else { At::Dropping } };
@@ -171,7 +171,7 @@ where
     state.connection_ended();
 }
 
-/// What a connection is at.
+/// The state of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum At {
     /// Between requests.
@@ -180,7 +180,7 @@ enum At {
     Head,
     /// A handler has the request, or its reply is being sent.
     Request,
-    /// The last answer was given; what still comes is dropped.
+    /// The last reply was sent; further input is dropped.
     Dropping,
 }
 
@@ -194,7 +194,7 @@ struct State {
 struct Inner {
     at: At,
     since: Instant,
-    /// What came of a head that never became a request, from its begin.
+    /// The beginning of a head that has not become a request.
     head: Vec<u8>,
     /// The head took too long.
     late: bool,
@@ -206,7 +206,7 @@ impl State {
         Self { context, inner: Mutex::new(inner) }
     }
 
-    /// Longest time that half a request may take.
+    /// Longest time that an incomplete request may take.
     fn half_limit(&self) -> Duration {
         self.context.driver.idle_timeout().min(HALF_REQUEST)
     }
@@ -247,13 +247,14 @@ impl State {
         self.inner.lock().go(At::Dropping);
     }
 
-    /// True if a stop need not wait for this connection any more.
+    /// True if a stop no longer needs to wait for this connection.
     fn is_useless(&self) -> bool {
         let inner = self.inner.lock();
         inner.at != At::Request && inner.since.elapsed() >= HALF_AT_STOP
     }
 
-    /// A head that never became a request may have been an ApplyDiff's, whose client then comes back with the rest.
+    /// A head that never became a request may have been that of an ApplyDiff, whose client then sends the rest as a new
+    /// request.
     fn connection_ended(&self) {
         let (head, late, seconds) = {
             let mut inner = self.inner.lock();
@@ -271,12 +272,12 @@ impl State {
             endpoint = %line.escape_ascii(),
             layer,
             seconds,
-            error = if late { "the head of the request did not arrive in time" } else { "it was cut, or is not HTTP" },
+            error = if late { "the head of the request did not arrive in time" } else { "the request was cut off, or is not HTTP" },
             "request failed in its head"
         );
         self.context.metrics.request("unknown", Outcome::Failed, Duration::from_secs_f32(seconds));
         match named {
-            // That a client gave up before it named anything is no reason to distrust all layers.
+            // A client that gave up before it named a layer is no reason to distrust all layers.
             Some((begin, false)) if begin.is_empty() && !late => {}
             Some((begin, whole)) => self.context.driver.distrust(&begin, whole),
             None => {}
@@ -290,8 +291,8 @@ impl Inner {
     }
 }
 
-/// Which layer the head of an ApplyDiff names: its id's begin, and whether that is all of it. `None`: it is no
-/// ApplyDiff, or one of no layer.
+/// The layer that the head of an ApplyDiff names: the beginning of its id, and whether that is the whole id. `None` if
+/// the head is not that of an ApplyDiff, or names no layer.
 fn named_layer(head: &[u8]) -> Option<(String, bool)> {
     const LINE: &[u8] = b"POST /GraphDriver.ApplyDiff?";
     let head = head.trim_ascii_start();
@@ -304,7 +305,7 @@ fn named_layer(head: &[u8]) -> Option<(String, bool)> {
     while let Some(pair) = pairs.next() {
         let last = pairs.peek().is_none() && end.is_none();
         if let Some(id) = pair.strip_prefix(b"id=") {
-            // No id needs an escape; of one that has some, what stands before it is enough.
+            // No valid id needs an escape; of one that has any, the part before the first is enough.
             let plain = id.iter().position(|b| matches!(b, b'%' | b'+'));
             let begin = String::from_utf8_lossy(&id[..plain.unwrap_or(id.len())]).into_owned();
             return Some((begin, plain.is_none() && !last));
@@ -316,7 +317,7 @@ fn named_layer(head: &[u8]) -> Option<(String, bool)> {
     None
 }
 
-/// The body of a reply; its end is the request's.
+/// The body of a reply; the request ends with it.
 struct Answer {
     body: Body,
     _end: End,
@@ -333,7 +334,7 @@ impl Drop for End {
     }
 }
 
-/// The body of a request, which notes that it was read to its end.
+/// The body of a request, which records that it was read to its end.
 struct Asked {
     body: Incoming,
     read: Arc<AtomicBool>,
@@ -388,7 +389,7 @@ impl hyper::body::Body for Answer {
 struct Line<I> {
     io: I,
     state: Arc<State>,
-    /// Runs while half a head is there, and while what comes is dropped.
+    /// Runs while a head is incomplete, and while input is dropped.
     timer: Option<Pin<Box<Sleep>>>,
     shut: bool,
 }
@@ -445,7 +446,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Line<I> {
         Pin::new(&mut self.get_mut().io).poll_flush(context)
     }
 
-    /// Says that no more comes from here, and reads on until the client closes.
+    /// Shuts down the sending side, and keeps reading until the client closes.
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut task::Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if !this.shut {
@@ -455,7 +456,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Line<I> {
             this.timer = None;
         }
         let mut dropped = [0; DROPPED];
-        // Others want their turn too.
+        // Other tasks need their turn too.
         for _ in 0..16 {
             let mut buf = ReadBuf::new(&mut dropped);
             match Pin::new(&mut this.io).poll_read(context, &mut buf) {

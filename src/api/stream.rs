@@ -1,4 +1,4 @@
-//! Bodies that stream: a tar on its way in or out.
+//! Streamed bodies: a tar that comes in or goes out.
 //!
 //! ```text
 //!   dockerd ──chunked body──► idle limit, byte count ──► driver.apply_diff
@@ -55,8 +55,8 @@ pub(super) fn incoming(
     })
 }
 
-/// Waits for a client that takes something, at most `idle`; longer only while an apply begins anew, which the client may
-/// be waiting for.
+/// Waits at most `idle` for a client to accept data; longer only while an apply starts over, which the client may be
+/// waiting for.
 async fn unless_idle<F: Future>(idle: Duration, taken: F) -> Result<F::Output, Elapsed> {
     let mut taken = std::pin::pin!(taken);
     loop {
@@ -71,7 +71,7 @@ async fn unless_idle<F: Future>(idle: Duration, taken: F) -> Result<F::Output, E
 enum Part {
     /// The next bytes of the tar.
     Bytes(Bytes),
-    /// The tar is complete. Without this the body ends with an error, so that a pump that died is never a clean end.
+    /// The tar is complete. Without this the body ends with an error, so that a dead pump never looks like a clean end.
     End,
 }
 
@@ -117,7 +117,7 @@ pub(super) fn outgoing(
             }
         }
     });
-    // The request is over with the end of this body; a body that is dropped earlier means that the client hung up.
+    // The request ends with this body; if the body is dropped earlier, the client hung up.
     let state = Some((receiver, AbortOnDropHandle::new(pump), called));
     Body::from_stream(futures_util::stream::unfold(state, |state| async move {
         let (mut receiver, pump, called) = state?;

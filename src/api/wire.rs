@@ -34,7 +34,7 @@ pub(super) struct LayerRequest {
     pub(super) storage_opt: Option<BTreeMap<String, String>>,
 }
 
-/// A request that can say what it is about.
+/// A request that names its subject.
 pub(super) trait Named {
     /// A layer's id, or a home.
     fn name(&self) -> &str;
@@ -68,7 +68,7 @@ pub(super) struct Activated {
     pub(super) implements: [&'static str; 1],
 }
 
-/// A reply that says only whether it worked.
+/// A reply that reports only an error, empty on success.
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct Outcome {
@@ -119,7 +119,8 @@ pub(super) struct MetadataReply {
     pub(super) err: String,
 }
 
-/// One changed path in the reply of `GraphDriver.Changes`, which `reply::changes` puts together; kind 0 is modified, 1 added, 2 deleted.
+/// One changed path in the reply of `GraphDriver.Changes`, which `reply::changes` assembles; kind 0 is modified, 1
+/// added, 2 deleted.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct ChangeEntry {

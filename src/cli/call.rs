@@ -50,7 +50,7 @@ async fn connect(args: &Endpoint) -> Result<tokio::net::UnixStream, CliError> {
         .map_err(|e| format!("cannot connect to '{}': {e}; is the plugin running?", args.socket.display()))?)
 }
 
-/// Connects to the plugin's pipe, and waits for a moment while all its instances are in use.
+/// Connects to the plugin's pipe, and waits up to ten seconds while all its instances are in use.
 #[cfg(windows)]
 async fn connect(args: &Endpoint) -> Result<tokio::net::windows::named_pipe::NamedPipeClient, CliError> {
     use std::time::Duration;
@@ -108,7 +108,7 @@ async fn call(args: CallArgs) -> Result<ExitCode, CliError> {
     let mut out = tokio::io::stdout();
     let mut head = Vec::new();
     while let Some(frame) = reply.frame().await {
-        let frame = frame.map_err(|e| io::Error::other(format!("the reply was cut: {e}")))?;
+        let frame = frame.map_err(|e| io::Error::other(format!("the reply ended early: {e}")))?;
         if let Some(data) = frame.data_ref() {
             if head.len() < ERROR_HEAD {
                 head.extend_from_slice(&data[..data.len().min(ERROR_HEAD - head.len())]);
@@ -119,7 +119,7 @@ async fn call(args: CallArgs) -> Result<ExitCode, CliError> {
     out.flush().await?;
     drop(sender);
     driven.abort();
-    // An `Err` in a reply of status 200 is a failure as well.
+    // An `Err` in a reply with status 200 is a failure as well.
     let failed = serde_json::from_slice::<serde_json::Value>(&head)
         .is_ok_and(|v| v.get("Err").and_then(|e| e.as_str()).is_some_and(|e| !e.is_empty()));
     Ok(if ok && !failed { ExitCode::SUCCESS } else { ExitCode::FAILURE })

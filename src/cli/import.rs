@@ -1,4 +1,4 @@
-//! `store import`: images of another storage driver, of another engine, or of an original LCOW home.
+//! `store import`: imports images of another storage driver, of another engine, or of an original LCOW home.
 //!
 //! ```text
 //!   data-root   overlay2 or vfs, engine stopped ─► store + the engine's database      migrate
@@ -27,15 +27,15 @@ use std::{
     sync::Arc,
 };
 
-/// What every kind of import says of containers.
-const NO_CONTAINERS: &str =
-    "containers are not brought over: commit those that matter before (`docker commit`)";
+/// The note on containers that every kind of import prints.
+const NO_CONTAINERS: &str = "containers are not imported; commit those that matter first (`docker commit`)";
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ImportCommand {
-    /// Brings the images of an overlay2 or vfs data root over; both engines must be stopped. Containers stay behind.
+    /// Imports the images of an overlay2 or vfs data root; both engines must be stopped. Containers are not imported.
     DataRoot(DataRootArgs),
-    /// Copies images from one running engine to another by `docker save` and `docker load`. Containers stay behind.
+    /// Copies images from one running engine to another with `docker save` and `docker load`. Containers are not
+    /// copied.
     Engine(EngineArgs),
     /// Writes the layers of an original LCOW home as tars.
     LcowHome(LcowHomeArgs),
@@ -43,18 +43,19 @@ pub(super) enum ImportCommand {
 
 #[derive(Debug, Args)]
 pub(super) struct DataRootArgs {
-    /// The engine's data root (`/var/lib/docker`; with userns-remap the folder of the ids in it). Only read.
+    /// The engine's data root (`/var/lib/docker`; with userns-remap, the directory in it named after the ids). It is
+    /// only read.
     from: PathBuf,
-    /// The storage driver there, if it had several: overlay2 or vfs.
+    /// The storage driver to import from, if the data root has layers of both: overlay2 or vfs.
     #[arg(long)]
     from_driver: Option<String>,
-    /// The data root of the engine that is to have the images; by default the same.
+    /// The data root of the engine that gets the images; by default, the same.
     #[arg(long)]
     to: Option<PathBuf>,
     /// The new storage driver, exactly as it is given to the engine.
     #[arg(long, default_value = "lcow")]
     driver: String,
-    /// The folder of the store; by default `<data root>/<driver>`. A managed plugin's is
+    /// Directory of the store; by default, `<data root>/<driver>`. A managed plugin's is
     /// `<data root>/plugins/<id>/propagated-mount/<driver>`.
     #[arg(long)]
     home: Option<PathBuf>,
@@ -67,17 +68,17 @@ pub(super) struct DataRootArgs {
 pub(super) struct EngineArgs {
     /// Socket of the engine that has the images (`/run/docker.sock`).
     from: PathBuf,
-    /// Socket of the engine that is to have them.
+    /// Socket of the engine that gets them.
     to: PathBuf,
-    /// Names or ids of images; by default all.
+    /// Names or ids of images; by default, all.
     images: Vec<String>,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct LcowHomeArgs {
-    /// The home: a folder with a folder for each layer. Only read.
+    /// The home: a directory with a subdirectory for each layer. It is only read.
     home: PathBuf,
-    /// Where the tars go; one that is there is not made again.
+    /// Directory to write the tars to; existing ones are not written again.
     to: PathBuf,
     /// Prints the report as JSON.
     #[arg(long)]
@@ -97,15 +98,17 @@ pub(super) fn run(command: ImportCommand) -> Result<ExitCode, CliError> {
 async fn data_root(args: DataRootArgs) -> Result<ExitCode, CliError> {
     let found = migrate::look(&args.from, args.from_driver.as_deref())?;
     if args.driver.is_empty() || args.driver.contains('/') || args.driver == found.driver() {
-        return Err(format!("--driver '{}': give the name of the new storage driver", args.driver).into());
+        return Err(format!("--driver '{}': expected the name of the new storage driver", args.driver).into());
     }
     let root = args.to.clone().unwrap_or_else(|| args.from.clone());
     if !root.is_dir() {
-        return Err(format!("'{}' is no folder: give the data root of the engine", root.display()).into());
+        return Err(
+            format!("'{}' is not a directory; give the data root of the engine", root.display()).into()
+        );
     }
     let home = std::path::absolute(args.home.unwrap_or_else(|| root.join(&args.driver)))?;
     eprintln!(
-        "{} images, {} layers of {} in '{}' go to '{}'",
+        "importing {} images, {} layers of {}, from '{}' into '{}'",
         found.images,
         found.layers(),
         found.driver(),
@@ -135,23 +138,23 @@ async fn data_root(args: DataRootArgs) -> Result<ExitCode, CliError> {
         print_json(&report)?;
     } else {
         println!(
-            "{} images with {} layers are here ({} of them from an earlier run), {} names added",
+            "imported {} images with {} layers ({} of them in an earlier run), {} names added",
             report.images,
             report.layers + report.layers_earlier,
             report.layers_earlier,
             report.names
         );
         for name in &report.names_taken {
-            println!("left alone: {name} stands for another image there");
+            println!("name not added: {name} refers to another image there");
         }
         for fault in &report.failed {
-            println!("not brought over: {fault}");
+            println!("not imported: {fault}");
         }
         for image in &report.left_out {
             println!("left out: image {} {}: {}", image.image, image.names.join(" "), image.reason);
         }
         if let Some(reason) = &report.stopped {
-            println!("stopped: {reason}; the same command goes on from here once that is mended");
+            println!("stopped: {reason}; fix that and run the same command again to continue");
         }
         if report.containers_left_out > 0 {
             println!("{} {NO_CONTAINERS}", report.containers_left_out);
@@ -182,7 +185,7 @@ impl Progress {
             (Event::Layer { number, id, bytes }, None) => {
                 eprintln!("layer {number} of {layers}: {id}, {}", ByteSize(bytes));
             }
-            // A tar is a little longer than its files.
+            // A tar is a little longer than its files, so the bar may reach its end early.
             (Event::Bytes(n), Some(bar)) => bar.inc(n),
             (Event::Done { bytes, earlier: true }, Some(bar)) => bar.inc(bytes),
             (Event::Failed(text), Some(bar)) => bar.println(text),
@@ -203,14 +206,14 @@ async fn lcow_home(args: LcowHomeArgs) -> Result<ExitCode, CliError> {
         eprintln!("layer {} of {all}: {id}", done + 1);
     };
     let report = migrate::export_original(&args.home, &args.to, watch).await?;
-    // Which tar stands on which.
+    // The list gives the parent of each tar.
     let list = args.to.join("layers.json");
     crate::store::durable::write_json(&list, &report.layers)?;
     if args.json {
         print_json(&report)?;
     } else {
         println!(
-            "{} layers in '{}'; {} tells their order",
+            "{} layers in '{}'; {} lists their parents",
             report.layers.len(),
             args.to.display(),
             shown(&list)

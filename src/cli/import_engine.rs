@@ -1,12 +1,13 @@
-//! `store import engine`: images from one running engine into another, by the engines' own save and load.
+//! `store import engine`: copies images from one running engine to another, with the engines' own save and load.
 //!
 //! ```text
 //!   GET /images/json ─► for each image: GET /images/get?names=… ──body──► POST /images/load
-//!                       then its id is asked for: the same digest, the same bytes
+//!                       then its id is queried: the same digest, the same bytes
 //! ```
 //!
-//! The bytes are passed on and looked at by nobody here. An image that is there, with its names, is not sent again. One
-//! that cannot be copied is left out with its reason, and the next one is tried, as long as both engines answer.
+//! The bytes are passed on without being interpreted. An image that the target has, with its names, is not sent again.
+//! An image that cannot be copied is left out, with the reason, and the next one is tried, as long as both engines
+//! answer.
 
 use super::{CliError, output::bar};
 use bytes::Bytes;
@@ -18,7 +19,7 @@ use indicatif::ProgressBar;
 use serde::Deserialize;
 use std::{collections::BTreeMap, path::Path, process::ExitCode};
 
-/// Longest answer that is taken in whole.
+/// Longest response that is read into memory, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
 /// Bytes that need no quoting in a query.
 const PLAIN: &[u8] = b"-_.~/:@";
@@ -36,7 +37,7 @@ struct Image {
 }
 
 impl Image {
-    /// Its names; an image without any has its id.
+    /// Its names, or its id if it has none.
     fn references(&self) -> Vec<String> {
         let names = self.names.iter().flatten().filter(|n| !n.contains("<none>"));
         let names: Vec<String> = names.cloned().collect();
@@ -84,7 +85,7 @@ pub(super) async fn copy(from: &Path, to: &Path, wanted: &[String]) -> Result<Ex
                         None => eprintln!("{text}"),
                     }
                     failed.push(text);
-                    // An engine that is gone refuses every image.
+                    // An engine that has stopped fails every image.
                     if let Err(gone) = list(from).await.and(list(to).await) {
                         failed.push(format!("stopped at image {} of {all}: {gone}", n + 1));
                         break;
@@ -99,12 +100,12 @@ pub(super) async fn copy(from: &Path, to: &Path, wanted: &[String]) -> Result<Ex
         bar.finish_and_clear();
     }
     if failed.is_empty() {
-        println!("{all} images are there, {sent} of them sent now; containers are not brought over");
+        println!("all {all} images are present, {sent} of them sent now; containers are not copied");
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{sent} of {all} images sent now; containers are not brought over");
+    println!("{sent} of {all} images sent now; containers are not copied");
     for text in &failed {
-        println!("not brought over: {text}");
+        println!("not copied: {text}");
     }
     Ok(ExitCode::FAILURE)
 }
@@ -124,9 +125,9 @@ async fn send(from: &Path, to: &Path, names: &[String], bar: Option<&ProgressBar
         }
         frame
     });
-    let body = counted.map_err(|e| CliError::from(format!("the archive was cut: {e}"))).boxed();
+    let body = counted.map_err(|e| CliError::from(format!("the archive ended early: {e}"))).boxed();
     let answer = whole(request(to, Method::POST, "/images/load?quiet=1", body).await?).await?;
-    // A load that fails half way says so in an answer of status 200.
+    // A load that fails halfway reports it in a response with status 200.
     for line in answer.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
         let said = serde_json::from_slice::<serde_json::Value>(line).unwrap_or_default();
         if let Some(error) = said.get("error").and_then(serde_json::Value::as_str) {
@@ -143,7 +144,11 @@ async fn verify(to: &Path, image: &Image) -> Result<(), CliError> {
         let found: Image =
             serde_json::from_slice(&whole(request(to, Method::GET, &path, empty()).await?).await?)?;
         if found.id != image.id {
-            return Err(format!("{reference} is {} here and {} there", image.id, found.id).into());
+            return Err(format!(
+                "image id mismatch for {reference}: expected {}, found {}",
+                image.id, found.id
+            )
+            .into());
         }
     }
     Ok(())
@@ -187,7 +192,7 @@ async fn whole(response: Response<Incoming>) -> Result<Bytes, CliError> {
     Ok(body.collect().await?.to_bytes())
 }
 
-/// A text in a query or path.
+/// Percent-encodes a text for a query or a path.
 fn quoted(text: &str) -> String {
     use std::fmt::Write as _;
     text.bytes().fold(String::new(), |mut quoted, byte| {

@@ -2,18 +2,19 @@
 //!
 //! ```text
 //!   lcow-graphdriver serve    the plugin                          listen ─► api ─► driver
-//!                    store    look at a store, repair it, fill it store, driver (scrub), migrate (import)
+//!                    store    list, check, repair, import         store, driver (scrub), migrate (import)
 //!                    layer    convert one layer on files          diff
 //!                    call     one request to a running plugin     HTTP client on its socket or pipe
 //!                    svm      service VMs: list, console, bench   the same client; svm for bench
 //!                    service  install, start, stop (Windows)      the service manager
-//!                    config   check, dump, template             config
-//!                    completions, man   for shells and manuals   clap
+//!                    config   check, dump, template               config
+//!                    completions, man   for shells and manuals    clap
 //!                    worker   (hidden) the embedded service VM    agent
 //! ```
 //!
-//! Parsing is clap's; results go to standard output (tables for people, `--json` for programs), messages to standard
-//! error; the exit status is 0 for success, 1 for a failure, 2 for a wrong command line. Called by `main` alone.
+//! clap parses the command line. Results go to standard output (tables for people, `--json` for programs), messages to
+//! standard error. The exit status is 0 for success, 1 for a failure, 2 for a wrong command line. Called by `main`
+//! alone.
 
 mod call;
 mod config;
@@ -41,7 +42,7 @@ pub const DEFAULT_ROOT: &str = "/var/lib/lcow";
 /// Default directory of the service's own state.
 #[cfg(windows)]
 pub const DEFAULT_ROOT: &str = r"C:\ProgramData\lcow";
-/// Where dockerd looks for a plugin of the name `lcow`.
+/// Where dockerd looks for a plugin named `lcow`.
 #[cfg(unix)]
 pub const DEFAULT_SOCKET: &str = "/run/docker/plugins/lcow.sock";
 /// The pipe that the discovery file names.
@@ -128,7 +129,7 @@ struct ServeArgs {
     /// Sets an option, for example `lcow.sandboxsize=30`; can be repeated. The options are listed below.
     #[arg(long = "storage-opt", value_name = "NAME=VALUE")]
     storage_opt: Vec<String>,
-    /// Seconds that running requests may take to finish after a request to stop; then they are cut.
+    /// Seconds that running requests get to finish after a request to stop; then they are cut off.
     #[arg(long, env = "LCOW_STOP_TIMEOUT", value_name = "SECONDS", default_value_t = 90)]
     stop_timeout: u64,
     /// Format of log lines on standard error; RUST_LOG selects what is logged.

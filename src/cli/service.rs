@@ -6,7 +6,7 @@
 //!                                   stop ─► requests end ─► discovery file removed ─► stopped
 //! ```
 //!
-//! Docker on Windows finds plugins by files in `%ProgramData%\docker\plugins`; the file is there exactly while the
+//! Docker on Windows finds plugins by files in `%ProgramData%\docker\plugins`; the file exists exactly while the
 //! service answers. Options come from the configuration file and the environment, never from the registry. Called by
 //! `cli`.
 
@@ -43,7 +43,7 @@ const SPEC: &str = "lcow.spec";
 const LOG: &str = "lcow.log";
 /// Longest wait for a service to start or stop. A stop lets running requests end.
 const PATIENCE: Duration = Duration::from_mins(1);
-/// The wait hint that the manager gets for each step.
+/// The wait hint that is reported to the manager for each step.
 const STEP: Duration = Duration::from_secs(30);
 
 /// The commands of `service`.
@@ -145,7 +145,7 @@ fn install(args: &ServeArgs) -> Result<(), CliError> {
     let service = service.map_err(|e| told("cannot install the service", &e))?;
     let text = "Keeps every image layer as one ext4 file system in a VHD and answers Docker on a named pipe.";
     if let Err(e) = service.set_description(text) {
-        eprintln!("lcow-graphdriver: the service has no description: {e}");
+        eprintln!("lcow-graphdriver: cannot set the service's description: {e}");
     }
     println!("installed the service {NAME}; start it with: lcow-graphdriver service start");
     Ok(())
@@ -176,7 +176,7 @@ fn start() -> Result<(), CliError> {
     let service = opened(ServiceAccess::START | ServiceAccess::QUERY_STATUS)?;
     service.start::<&str>(&[]).map_err(|e| told("cannot start the service", &e))?;
     wait_for(&service, ServiceState::Running)?;
-    println!("{NAME} runs");
+    println!("{NAME} is running");
     Ok(())
 }
 
@@ -212,7 +212,7 @@ fn discovery_path() -> Result<PathBuf, CliError> {
     Ok(PathBuf::from(data).join(PLUGINS).join(SPEC))
 }
 
-/// The pipe as Docker's discovery wants it: `npipe:////./pipe/lcow`.
+/// The pipe as Docker's discovery expects it: `npipe:////./pipe/lcow`.
 fn discovery_text(pipe: &str) -> String {
     format!("npipe://{}", pipe.replace('\\', "/"))
 }
@@ -261,7 +261,7 @@ fn service_main(_: Vec<OsString>) {
     let code = match served {
         Ok(()) => 0,
         Err(error) => {
-            tracing::error!(%error, "the service ends");
+            tracing::error!(%error, "the service failed");
             1
         }
     };
@@ -330,10 +330,10 @@ mod tests {
         assert!(!path.exists());
     }
 
-    /// No PowerShell runs it in this project: it is read instead.
+    /// This project has no PowerShell to run it, so its text is checked instead.
     const SCRIPT: &str = include_str!("../../scripts/install.ps1");
 
-    /// What stands in single quotes on a line.
+    /// The single-quoted strings of a line.
     fn quoted(line: &str) -> impl Iterator<Item = &str> {
         line.split('\'').skip(1).step_by(2)
     }
@@ -394,7 +394,7 @@ mod tests {
         for part in [".SYNOPSIS", ".DESCRIPTION", ".EXAMPLE", "SupportsShouldProcess = $true", "-WhatIf"] {
             assert!(SCRIPT.contains(part), "{part}");
         }
-        // Whatever changes something stands inside an if that asks first.
+        // Every command that changes something is inside an `if` that asks first.
         let (depth, mut asked, mut changes) =
             (|line: &str| line.len() - line.trim_start().len(), Vec::new(), 0);
         let code = SCRIPT.split_once("$service = Get-Service").unwrap().1;

@@ -1,4 +1,4 @@
-//! `store`: look at a store, check it, clear it up.
+//! `store`: lists, checks, repairs and cleans up a store.
 
 use super::{
     CliError, HomeArgs,
@@ -19,25 +19,26 @@ use std::{collections::BTreeMap, io::IsTerminal, path::PathBuf, process::ExitCod
 
 #[derive(Debug, Subcommand)]
 pub(super) enum StoreCommand {
-    /// Lists layers. Works beside a running plugin.
+    /// Lists layers. Works while a plugin is running.
     Ls(ViewArgs),
-    /// Shows layers below their parents. Works beside a running plugin.
+    /// Shows layers below their parents. Works while a plugin is running.
     Tree(ViewArgs),
-    /// Shows what layers take on the disk. Works beside a running plugin.
+    /// Shows the disk usage of layers. Works while a plugin is running.
     Du(ViewArgs),
-    /// Checks every layer: files, image metadata, and the digest of its exact tar. Works beside a running plugin.
+    /// Checks every layer: files, image metadata, and the digest of its exact tar. Works while a plugin is running.
     Scrub(ViewArgs),
-    /// Deletes what crashes left behind (never a layer). Refused while a plugin owns the store: it does so itself.
+    /// Deletes what crashes left behind (never a layer). Refused while a plugin owns the store: the plugin does this
+    /// itself.
     Gc(GcArgs),
-    /// As gc; also unmounts what no view uses and lists damaged layers. Refused while a plugin owns the store.
+    /// Like gc; also unmounts disks that no view uses, and lists damaged layers. Refused while a plugin owns the store.
     Repair(ViewArgs),
-    /// Brings images over from another storage driver, another engine, or an original LCOW home.
+    /// Imports images from another storage driver, another engine, or an original LCOW home.
     #[cfg(target_os = "linux")]
     #[command(subcommand)]
     Import(super::import::ImportCommand),
 }
 
-/// Arguments of the commands that only look.
+/// Arguments of all commands but `import`.
 #[derive(Debug, Args)]
 pub(super) struct ViewArgs {
     #[command(flatten)]
@@ -52,7 +53,7 @@ pub(super) struct ViewArgs {
 pub(super) struct GcArgs {
     #[command(flatten)]
     view: ViewArgs,
-    /// Only says what would be deleted.
+    /// Only shows what would be deleted.
     #[arg(long)]
     dry_run: bool,
 }
@@ -119,7 +120,7 @@ fn state_name(state: LayerState) -> &'static str {
     }
 }
 
-/// Digits of an id that the tables for people show.
+/// Characters of an id that text output shows.
 const SHORT: usize = 12;
 
 fn short(id: &LayerId) -> String {
@@ -157,7 +158,7 @@ fn ls(args: &ViewArgs) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A layer with those that stand on it.
+/// A layer with its children.
 #[derive(Debug, Serialize)]
 struct Node {
     #[serde(flatten)]
@@ -271,7 +272,7 @@ fn scrub(args: &ViewArgs) -> Result<ExitCode, CliError> {
         );
         if !report.writer_1.is_empty() {
             println!(
-                "{} layers made by writer 1 (release 1): sound, and worth pulling anew when it suits",
+                "{} layers made by writer 1 (release 1): sound, but pull them again when convenient",
                 report.writer_1.len()
             );
         }
@@ -298,7 +299,7 @@ fn gc(args: &GcArgs) -> Result<ExitCode, CliError> {
         for item in &report.deleted {
             println!("{verb} {} ({})", item.path.display(), item.kind);
         }
-        println!("{verb} {} things", report.deleted.len());
+        println!("{verb} {} items", report.deleted.len());
     }
     for (path, error) in &report.failed {
         eprintln!("cannot delete {}: {error}", path.display());
@@ -330,9 +331,9 @@ fn repair(args: &ViewArgs) -> Result<ExitCode, CliError> {
     if args.json {
         print_json(&repaired)?;
     } else {
-        println!("deleted {} things, {} damaged layers", repaired.gc.deleted.len(), repaired.faults.len());
+        println!("deleted {} items, {} damaged layers", repaired.gc.deleted.len(), repaired.faults.len());
         for (id, fault) in &repaired.faults {
-            println!("{id}: {fault} (only `GraphDriver.Remove` helps)");
+            println!("{id}: {fault} (remove the layer with `GraphDriver.Remove`)");
         }
     }
     Ok(if repaired.faults.is_empty() && repaired.gc.failed.is_empty() {
@@ -342,7 +343,7 @@ fn repair(args: &ViewArgs) -> Result<ExitCode, CliError> {
     })
 }
 
-/// A home that holds a store already: these commands must not make one by a mistyped path.
+/// A home that already holds a store: a mistyped path must not create one.
 fn existing(home: &std::path::Path) -> Result<PathBuf, CliError> {
     Store::open_read_only(&DiskThread::here(), home)?;
     Ok(home.to_owned())

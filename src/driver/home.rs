@@ -14,10 +14,10 @@ use std::{path::Path, sync::Arc};
 use crate::config::SvmKind;
 #[cfg(target_os = "linux")]
 use {
-    super::mounts::Mounts,
+    super::{mounts::Mounts, remap},
     crate::{
         config::SvmKind,
-        error::{Attempt, with_causes},
+        error::with_causes,
         store::{LayerId, layout},
     },
     lcow_sys::linux::reflink,
@@ -116,7 +116,8 @@ impl Home {
     ) -> Result<Self, DriverError> {
         let pool = start_pool(&options, config, &store, reap);
         #[cfg(target_os = "linux")]
-        let mounts = Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap(&init)?));
+        let mounts =
+            Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap::namespace(&init)?));
         #[cfg(target_os = "linux")]
         let reflinks = AtomicBool::new(reflink::works_in(&store.layout().top(layout::STAGING)));
         Ok(Self {
@@ -152,7 +153,7 @@ impl Home {
         }
         // Everything that can fail comes before the first lasting change.
         #[cfg(target_os = "linux")]
-        let mounts = Arc::new(self.mounts.renewed(options.overlay_api, remap(&init)?));
+        let mounts = Arc::new(self.mounts.renewed(options.overlay_api, remap::namespace(&init)?));
         self.store.record_init(thread, init.clone())?;
         // The machines of the replaced pool are still in use.
         let pool = start_pool(&options, config, &self.store, cfg!(not(windows)));
@@ -258,17 +259,6 @@ pub(super) fn options_of(init: &InitRecord, config: &DriverConfig) -> Result<Opt
     let mut options = config.options.clone();
     options.set_all(&init.opts)?;
     Ok(options)
-}
-
-#[cfg(target_os = "linux")]
-fn remap(init: &InitRecord) -> Result<Option<Arc<std::os::fd::OwnedFd>>, DriverError> {
-    use lcow_sys::linux::idmap::user_namespace;
-    if init.uid_maps.is_empty() && init.gid_maps.is_empty() {
-        return Ok(None);
-    }
-    let made = user_namespace(&init.uid_maps, &init.gid_maps);
-    let namespace = made.map_err(Attempt::on_path("make a user namespace for the maps of", "Init"))?;
-    Ok(Some(Arc::new(namespace)))
 }
 
 #[cfg(target_os = "linux")]

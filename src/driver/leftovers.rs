@@ -1,23 +1,25 @@
-//! What an earlier process left mounted, attached or frozen. Linux only.
+//! Cleans up what an earlier process left mounted, attached or frozen. Linux only.
 //!
 //! ```text
 //!   start ─► mount table ─► disks of the store ─► thaw ─► views count as held once, disks without a view are unmounted
 //!        │               └► what belongs to no layer ─► thaw ─► unmount
-//!        └─► loop devices of this home that have no mount here ─► thaw, which lets them go   (hidden)
+//!        └─► loop devices of this home that have no mount here ─► thaw, which releases them  (hidden)
 //!   Remove, and whatever else deletes a sandbox's file ─► the same for that file's loop devices
 //! ```
 //!
-//! A frozen file system outlives its mounts: the freeze itself keeps it alive, and with it its loop device. So a kill while
-//! a sandbox is frozen, and then the end of the mount namespace or a lazy unmount, leave a file system that no mount table
-//! shows; the file behind it may be deleted as well. It is reached by its loop device: mounted at a place of the home's
-//! own, it is the same file system again, and thaws.
+//! A frozen file system outlives its mounts: the freeze itself keeps it alive, and with it its loop device. So if the
+//! process is killed while a sandbox is frozen, and then the mount namespace ends or the sandbox is lazily unmounted, a
+//! file system remains that no mount table shows; the file behind it may be deleted as well. It is reached through its
+//! loop device: mounting that inside the home gives the same file system again, which can be thawed.
 //!
 //! Invariants:
-//! * A loop device is this home's if it carries the home's mark, which only its owner gives ([`Mounts::mark`]), and its
-//!   file lies on the home's own device. Others are never touched, whatever the path of their file looks like: paths are
-//!   those of another mount namespace, perhaps.
-//! * What a layer of the store may have frozen is thawed under that layer's closed gate; at the start there is nobody else.
-//! * What cannot be thawed is tried again, by a thread until it works, and by Remove, which fails rather than lose it.
+//! * A loop device belongs to this home if it carries the home's mark, which only the home's owner sets
+//!   ([`Mounts::mark`]), and its file is on the home's device. Others are never touched, whatever the path of their
+//!   file looks like: it may be a path in another mount namespace.
+//! * What a layer of the store may have frozen is thawed under that layer's closed gate; at the start, there are no
+//!   other users.
+//! * What cannot be thawed is tried again, by a thread until it succeeds, and by Remove, which fails rather than losing
+//!   track of it.
 //!
 //! All functions block. Called by `home` and `mounts`.
 
@@ -48,7 +50,7 @@ use std::{
     time::Duration,
 };
 
-/// Between two attempts to thaw what could not be thawed at the start.
+/// Time between two attempts to thaw what could not be thawed at the start.
 const PAUSE: Duration = Duration::from_secs(5);
 
 /// What could not be thawed at the start.
@@ -56,7 +58,7 @@ const PAUSE: Duration = Duration::from_secs(5);
 enum Frozen {
     /// The mounted disk of a layer.
     Disk(LayerId),
-    /// A file system without a mount, by its loop device; with the layer whose file it is, if that is there.
+    /// A file system without a mount, by its loop device; with the layer whose file it is, if that layer exists.
     Hidden(LoopStatus, Option<LayerId>),
 }
 
@@ -66,7 +68,7 @@ enum Frozen {
 pub(super) struct StillFrozen(Vec<Frozen>);
 
 impl StillFrozen {
-    /// Tries again and again, in a thread, until nothing is left.
+    /// Retries in a thread until nothing is left.
     pub(super) fn thaw_later(mut self, mounts: Arc<Mounts>, gates: Arc<Gates>) {
         if self.0.is_empty() {
             return;
@@ -82,21 +84,22 @@ impl StillFrozen {
 }
 
 impl Mounts {
-    /// The mark of this home's loop devices: the inode number of the home's folder. Two homes of one device have two.
+    /// The mark of this home's loop devices: the inode number of the home's directory. Two homes on one device have
+    /// different marks.
     fn mark(&self) -> Result<(u64, String), DriverError> {
         let home =
             fs::metadata(self.layout.home()).map_err(DriverError::io("look at", self.layout.home()))?;
         Ok((home.dev(), format!("lcow:{:x}:", home.ino())))
     }
 
-    /// What a layer's loop device is called: the mark, and the name of its place in `mnt/`.
+    /// The name of a layer's loop device: the mark, and the name of its place in `mnt/`.
     pub(super) fn device_name(&self, id: &LayerId) -> Result<String, DriverError> {
         Ok(self.mark()?.1 + &layout::short_name(id))
     }
 
-    /// Makes the state agree with the kernel's mount table, at a start: views that are mounted count as held once, disks
-    /// by the views that use them; disks that none uses are unmounted, and so is what stands where this store mounts and
-    /// belongs to no layer; what is frozen is thawed, mounted or not.
+    /// Makes the state agree with the kernel's mount table, at a start. Mounted views count as held once, disks by the
+    /// views that use them. Disks that no view uses are unmounted, and so are mounts at the places of this store that
+    /// belong to no layer. What is frozen is thawed, mounted or not.
     pub(super) fn rebuild(
         &self,
         stack_of: impl Fn(&LayerId) -> Option<Snapshot>,
@@ -119,7 +122,7 @@ impl Mounts {
         for id in known.iter().filter(|id| is_mounted(self.layout.mount_point(id))) {
             state.disks.insert(id.clone(), 0);
             if let Err(error) = self.thaw_disk(id) {
-                tracing::error!(%id, error = %with_causes(&error), "a sandbox cannot be thawed; it is tried again and again");
+                tracing::error!(%id, error = %with_causes(&error), "a sandbox cannot be thawed; retrying until it succeeds");
                 frozen.0.push(Frozen::Disk(id.clone()));
             }
         }
@@ -135,7 +138,7 @@ impl Mounts {
                 if let Some(uses) = state.disks.get_mut(&member.layer.id) {
                     *uses += 1;
                     disks.push(member.layer.id.clone());
-                    // As at its Get: a view holds nothing below a layer that hides all.
+                    // As in Get: a view uses no disks below a layer whose root is opaque.
                     let place = self.layout.mount_point(&member.layer.id);
                     if member.meta.state == LayerState::Applied && is_opaque(&place).unwrap_or(false) {
                         break;
@@ -158,7 +161,7 @@ impl Mounts {
         Ok(frozen)
     }
 
-    /// Deletes the folders in `mnt/` at which nothing is mounted: they are made when they are needed.
+    /// Deletes the directories in `mnt/` on which nothing is mounted: they are created when they are needed.
     fn remove_places(&self) {
         let used: HashSet<PathBuf> =
             self.state.lock().disks.keys().map(|id| self.layout.mount_point(id)).collect();
@@ -166,14 +169,15 @@ impl Mounts {
         let empty = places.join(layout::EMPTY);
         for place in fs::read_dir(places).into_iter().flatten().flatten().map(|entry| entry.path()) {
             if place != empty && !used.contains(&place) {
-                // One that is in use after all, or not empty, stays.
+                // A directory that is in use after all, or not empty, stays.
                 let _ = fs::remove_dir(place);
             }
         }
     }
 
-    /// Unmounts what stands in `mnt/`, in a folder of a layer or on its way out, and belongs to no layer of the store:
-    /// a removal that an earlier process could not finish. `places` are below the home, in the order of mounting.
+    /// Unmounts mounts in `mnt/`, in a layer's directory or in staging that belong to no layer of the store: they are
+    /// left from a removal that an earlier process could not finish. `places` are relative to the home, in the order of
+    /// mounting.
     fn unmount_strangers(&self, places: &[PathBuf], known: &[LayerId]) {
         let ours: HashSet<PathBuf> = known
             .iter()
@@ -191,27 +195,27 @@ impl Mounts {
             .filter(|place| made_here(place) && !ours.contains(*place))
             .map(|place| self.layout.home().join(place))
             .collect();
-        // All of them first: the unmount of a view may wait for a frozen disk below it.
+        // All of them are thawed first: the unmount of a view may wait for a frozen disk below it.
         for path in strangers.iter().filter(|path| path.starts_with(self.layout.top(layout::MOUNTS))) {
             if let Err(error) = freeze::thaw(path) {
                 tracing::error!(
                     path = %path.display(),
                     error = %with_causes(&error),
-                    "cannot thaw what belongs to no layer; the next start tries again to unmount it"
+                    "cannot thaw a mount that belongs to no layer; the next start tries again to unmount it"
                 );
                 return;
             }
         }
         for path in strangers {
-            tracing::warn!(path = %path.display(), "unmounting what belongs to no layer");
+            tracing::warn!(path = %path.display(), "unmounting a mount that belongs to no layer");
             if let Err(error) = unmount(&path) {
                 tracing::warn!(path = %path.display(), %error, "cannot unmount it");
             }
         }
     }
 
-    /// Thaws file systems of this home that have no mount here; those on `mounted` devices have one. Says which could not
-    /// be thawed.
+    /// Thaws file systems of this home that have no mount here; those on `mounted` devices have one. Returns those that
+    /// could not be thawed.
     fn thaw_hidden(&self, mounted: &HashSet<(u32, u32)>, known: &[LayerId]) -> Vec<Frozen> {
         let found = self.mark().and_then(|(dev, mark)| {
             let all =
@@ -230,10 +234,10 @@ impl Mounts {
             tracing::warn!(
                 device = device.number,
                 name = device.name,
-                "a loop device of this home has no mount here; what is frozen on it is thawed"
+                "a loop device of this home has no mount here; thawing it if it is frozen"
             );
             if let Err(error) = self.free(&device) {
-                tracing::error!(device = device.number, name = device.name, error = %with_causes(&error), "it cannot be thawed; it is tried again and again");
+                tracing::error!(device = device.number, name = device.name, error = %with_causes(&error), "a file system without a mount cannot be thawed; retrying until it succeeds");
                 let layer = self.layer_of(&device, known);
                 frozen.push(Frozen::Hidden(device, layer));
             }
@@ -241,15 +245,15 @@ impl Mounts {
         frozen
     }
 
-    /// One more attempt; whether nothing is left to be done.
+    /// Tries once more; returns whether nothing is left to do.
     fn thaw_again(&self, frozen: &Frozen, gates: &Gates) -> bool {
         match frozen {
-            // Who holds the gate may have frozen it, and thaws it.
+            // The holder of the gate may have frozen it, and will thaw it.
             Frozen::Disk(id) => gates.try_close(id).is_some_and(|_held| self.thaw_disk(id).is_ok()),
-            // Deleted: no layer has it any more.
+            // The file is deleted: no layer has it.
             Frozen::Hidden(device, None) => self.free(device).is_ok(),
             Frozen::Hidden(device, Some(id)) => gates.try_close(id).is_some_and(|_held| {
-                // Mounted by a Get meanwhile, it was thawed there.
+                // If a Get has mounted it meanwhile, that also thawed it.
                 self.state.lock().disks.contains_key(id) || self.free(device).is_ok()
             }),
         }
@@ -267,8 +271,8 @@ impl Mounts {
             .cloned()
     }
 
-    /// Thaws the file system of a sandbox's file that lives on without a mount, before the file is deleted. Without one
-    /// that is frozen nothing happens.
+    /// Thaws the file system of a sandbox's file if it is still alive without a mount, before the file is deleted. Does
+    /// nothing if none is frozen.
     pub(super) fn free_hidden(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
         held.covers(id)?;
         let path = self.layout.layer_file(id, layout::SANDBOX_FILE);
@@ -281,12 +285,12 @@ impl Mounts {
         let (_, mark) = self.mark()?;
         let found = loopdev::find_by_backing(file.as_fd()).map_err(failed(id, "look for its loop device"))?;
         found.iter().filter(|device| device.name.starts_with(&mark)).try_for_each(|device| {
-            tracing::info!(%id, device = device.number, "a sandbox without a mount still has its loop device; what is frozen is thawed");
+            tracing::info!(%id, device = device.number, "a sandbox without a mount still has its loop device; thawing it if it is frozen");
             self.free(device).map_err(failed(id, "thaw its sandbox, which has no mount"))
         })
     }
 
-    /// Thaws what is on a loop device and lets it go: if nothing else uses it, the kernel detaches it.
+    /// Thaws what is on a loop device and releases it: if nothing else uses it, the kernel detaches it.
     fn free(&self, found: &LoopStatus) -> Result<(), SysError> {
         let Some(device) = LoopDevice::open_same(found)? else { return Ok(()) };
         let place = self.layout.top(layout::MOUNTS).join(format!("loop{}", found.number));
@@ -297,10 +301,11 @@ impl Mounts {
     }
 }
 
-/// Mounts what is on `device` at `place`, thaws it, and unmounts it. If it lives, this is the same file system once more.
+/// Mounts what is on `device` at `place`, thaws it, and unmounts it. If the file system is still alive, this mounts the
+/// same one again.
 fn thaw_at(device: &LoopDevice, read_only: bool, place: &Path) -> Result<(), SysError> {
     create_dir(place).map_err(|error| SysError::Usage {
-        action: "make a place to thaw at",
+        action: "create a place to thaw at",
         subject: place.into(),
         reason: with_causes(&error),
     })?;
@@ -313,13 +318,13 @@ fn thaw_at(device: &LoopDevice, read_only: bool, place: &Path) -> Result<(), Sys
         numbers.iter().any(|number| error.raw_os_error() == Some(number.raw_os_error()))
     };
     let mounted = match mount(read_only) {
-        // It lives and is read-only by now: an error on the disk made it so.
+        // It is still alive, but became read-only after an error on the disk.
         Err(e) if !read_only && is(&e, &[Errno::BUSY, Errno::ROFS, Errno::ACCESS]) => mount(true),
         other => other,
     };
     match mounted {
         Ok(()) => {}
-        // The kernel read the disk and found no file system: none lives there, so none is frozen.
+        // The kernel read the disk and found no file system: none is alive there, so none is frozen.
         Err(e) if is(&e, &[Errno::INVAL, Errno::UCLEAN]) => return Ok(()),
         Err(e) => return Err(e),
     }

@@ -42,6 +42,8 @@ mod live;
 mod mounts;
 mod pristine;
 mod refusal;
+#[cfg(target_os = "linux")]
+mod remap;
 mod remembered;
 mod room;
 mod root;

@@ -1,4 +1,4 @@
-//! What is mounted: images, sandboxes, merged views. Linux only.
+//! Mounts of images, sandboxes and merged views. Linux only.
 //!
 //! ```text
 //!   layer.vhd ──loop, sizelimit──► ext4 ro ─┐ mnt/<short>          counted by the views that use it
@@ -8,18 +8,19 @@
 //! ```
 //!
 //! Invariants:
-//! * A sandbox file has at most one loop device: before one is attached, the kernel is asked whether the file has one
-//!   already (a lazy unmount may keep it alive, and two devices of one file would corrupt it).
-//! * Whoever changes what is mounted shows the closed gates of all layers that it touches ([`Held`]), so changes of a
-//!   layer are serial; the map's own lock is held for look-ups only.
-//! * What could not be unmounted is not forgotten: such a disk counts as held by nobody, and the next Put, Remove, Get
-//!   and start try again.
-//! * A sandbox that was handed to a virtual machine is never mounted, nor anything that stands on it: the machine may
+//! * A sandbox file has at most one loop device: before one is attached, the kernel's loop devices are searched for one
+//!   that the file already has (a lazy unmount may keep it alive, and two devices of one file would corrupt it).
+//! * A caller that changes mounts passes the closed gates of all layers that it touches ([`Held`]), so changes to a
+//!   layer are serialized; the map's own lock is held only for lookups.
+//! * A disk that could not be unmounted is kept in the map with a count of 0, and the next Put, Remove, Get and start
+//!   try again.
+//! * A sandbox that was handed to a virtual machine is never mounted, and neither are its descendants: the machine may
 //!   have written any bytes into it, and the host's kernel would read them.
-//! * The kernel's mount table is the truth after a crash: [`Mounts::rebuild`] reads it and counts each merged view that
-//!   it finds as held once.
-//! * A disk is thawed before its view and before itself is unmounted, whoever froze it: a frozen file system outlives its
-//!   mounts and keeps its loop device, and the unmount of a view may wait for it. What cannot be thawed stays mounted.
+//! * The kernel's mount table is authoritative after a crash: [`Mounts::rebuild`] reads it and counts each merged view
+//!   that it finds as held once.
+//! * A disk is thawed before its view and before the disk itself is unmounted, no matter who froze it: a frozen file
+//!   system outlives its mounts and keeps its loop device, and the unmount of a view may wait for it. What cannot be
+//!   thawed stays mounted.
 //!
 //! All functions block. Called by `lifecycle`, `transfer` and `live` of this module.
 
@@ -73,7 +74,7 @@ pub(super) struct Mounts {
     method: OverlayMethod,
     /// With userns-remap: maps container ids, in which applied layers are stored, to the host's.
     remap: Option<Arc<OwnedFd>>,
-    /// Shared by the mounts of one home under one Init after the other.
+    /// Shared by the mounts of one home across successive Inits.
     pub(super) state: Arc<Mutex<State>>,
 }
 
@@ -96,7 +97,7 @@ impl Mounts {
         Self { layout, method: method(api), remap, state: Arc::default() }
     }
 
-    /// The same mounts, counts included; new ones are made in another way.
+    /// The same mounts, counts included; new ones use these settings.
     pub(super) fn renewed(&self, api: OverlayApi, remap: Option<Arc<OwnedFd>>) -> Self {
         Self { layout: self.layout.clone(), method: method(api), remap, state: self.state.clone() }
     }
@@ -132,7 +133,7 @@ impl Mounts {
     }
 
     /// Mounts the merged view of `stack` (the layer itself first, then its ancestors) and counts one reference. `xino`
-    /// is the store's wish; the layer's own is stronger.
+    /// is the store's default; the layer's own setting takes precedence.
     pub(super) fn mount_view(
         &self,
         gates: &Held,
@@ -165,8 +166,9 @@ impl Mounts {
                 (LayerState::Sandbox, 0) => upper = Some((place.join(UPPER), place.join(WORK))),
                 (LayerState::Sandbox, _) => lowers.push(place.join(UPPER)),
                 _ => {
-                    // Overlayfs joins the roots of its layers whatever they say: the stack ends here instead.
-                    let last = is_opaque(&place).map_err(failed(&member.layer.id, "look at its root"))?;
+                    // Overlayfs merges the roots of its layers even where one is opaque, so the stack ends here
+                    // instead.
+                    let last = is_opaque(&place).map_err(failed(&member.layer.id, "inspect its root"))?;
                     lowers.push(place);
                     if last {
                         break;
@@ -175,7 +177,7 @@ impl Mounts {
             }
         }
         let empty = || self.layout.top(layout::MOUNTS).join(layout::EMPTY);
-        // Overlayfs needs one lower below an upper, and two without one.
+        // Overlayfs needs one lower with an upper, and two without one.
         match (&upper, lowers.len()) {
             (Some(_), 0) | (None, 1) => lowers.push(empty()),
             (None, 0) => {
@@ -198,10 +200,10 @@ impl Mounts {
         Ok(dir)
     }
 
-    /// One reference less; the last one unmounts. A view that is not mounted is fine.
+    /// Drops one reference; the last one unmounts. It is not an error if the view is not mounted.
     ///
     /// # Errors
-    /// Something could not be unmounted; it is tried again by the next Put.
+    /// A view or a disk could not be unmounted; the next Put tries again.
     pub(super) fn put_view(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
         held.covers(id)?;
         {
@@ -216,8 +218,8 @@ impl Mounts {
         self.drop_view(held, id)
     }
 
-    /// Unmounts a view whatever its references, or the disk of a layer that an earlier call could not unmount.
-    /// Processes that still stand in it keep what they have open.
+    /// Unmounts a view regardless of its references, or the disk of a layer that an earlier call could not unmount.
+    /// Processes that still use it keep what they have open.
     pub(super) fn drop_view(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
         held.covers(id)?;
         let view = self.state.lock().views.get(id).map(|v| (v.dir.clone(), v.disks.clone()));
@@ -234,8 +236,8 @@ impl Mounts {
         first
     }
 
-    /// Leaves nothing mounted of a layer that is about to be removed, known of or not, and nothing frozen: once its file
-    /// is deleted, only the next start would find its loop device.
+    /// Unmounts and thaws everything of a layer that is about to be removed, recorded or not: once its file is deleted,
+    /// only the next start would find its loop device.
     pub(super) fn clear(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
         self.drop_view(held, id)?;
         self.thaw_disk(id)?;
@@ -249,10 +251,10 @@ impl Mounts {
         self.free_hidden(held, id)
     }
 
-    /// Thaws the disk of a layer if it is mounted, whoever froze it. Under its closed gate this process has not.
+    /// Thaws the disk of a layer if it is mounted, no matter who froze it. While the layer's gate is closed, it was not
+    /// this process.
     pub(super) fn thaw_disk(&self, id: &LayerId) -> Result<(), DriverError> {
-        freeze::thaw(&self.layout.mount_point(id))
-            .map_err(failed(id, "thaw its disk, which must come before its unmount"))
+        freeze::thaw(&self.layout.mount_point(id)).map_err(failed(id, "thaw its disk before the unmount"))
     }
 
     /// Disks that no view uses and that could not be unmounted.
@@ -266,13 +268,13 @@ impl Mounts {
         if self.state.lock().disks.get(id) == Some(&0) { self.release_disk(id) } else { Ok(()) }
     }
 
-    /// Refuses to let a virtual machine have a sandbox that the host's kernel has mounted, or whose loop device lives.
+    /// Refuses to hand a sandbox to a virtual machine while the host has it mounted, or while it has a loop device.
     pub(super) fn refuse_mounted(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
         self.release_stuck(held, id)?;
         let refused = || {
             DriverError::Usage(format!(
-                "layer {id}: the host has its sandbox mounted, so no virtual machine may have it; stop what uses it, and \
-                 Put it as often as it was got"
+                "layer {id}: its sandbox is mounted on the host, so it cannot be handed to a virtual machine; stop what uses \
+                 it, and Put it as often as Get was called"
             ))
         };
         if self.state.lock().disks.contains_key(id) {
@@ -303,12 +305,13 @@ impl Mounts {
                     Ok(()) => {
                         self.state.lock().disks.remove(id);
                     }
-                    // It is still mounted whole, so it can be used; of a mapped one only half may be left.
+                    // It is still fully mounted, so it can be used; of an id-mapped disk, only one of two mounts may be
+                    // left.
                     Err(_) if self.remap.is_none() => {
                         self.state.lock().disks.insert(id.clone(), 1);
                         return Ok(());
                     }
-                    Err(error) => return Err(failed(id, "unmount its disk of before")(error)),
+                    Err(error) => return Err(failed(id, "unmount its disk, which no view uses")(error)),
                 }
             }
             Some(uses) => {
@@ -351,7 +354,7 @@ impl Mounts {
         };
         mount::mount_ext4(&device.path, target, options).map_err(failed(id, "mount its image"))?;
         if let Some(namespace) = &self.remap {
-            // The mapped view lies on top of the plain one, at the same place; both go at the unmount.
+            // The id-mapped mount is on top of the plain one, at the same place; the unmount removes both.
             idmap::mount_idmapped(target, target, namespace, true).map_err(|source| {
                 let _ = mount::umount(target, true);
                 failed(id, "map the ids of its image")(source)
@@ -368,7 +371,7 @@ impl Mounts {
         let options =
             Ext4Options { noatime: true, nodev: true, nosuid: true, discard: true, ..Ext4Options::default() };
         mount::mount_ext4(&device.path, target, options).map_err(failed(id, "mount its sandbox"))?;
-        // Its file system may be one that lives on, frozen, after a process that was killed.
+        // The file system may have been left frozen by a process that was killed.
         freeze::thaw(target).map_err(|source| {
             let _ = mount::umount(target, true);
             failed(id, "thaw its sandbox")(source)
@@ -378,7 +381,7 @@ impl Mounts {
     /// The one loop device of a sandbox file.
     fn sandbox_device(&self, id: &LayerId, file: &File) -> Result<LoopDevice, DriverError> {
         for found in loopdev::find_by_backing(file.as_fd()).map_err(failed(id, "look for its loop device"))? {
-            // Asked again when it is open: meanwhile its number may have become another file's.
+            // Checked again once it is open: its number may meanwhile belong to another file.
             if !found.read_only
                 && let Some(device) = LoopDevice::open_bound(found.number, file.as_fd())
                     .map_err(failed(id, "open its loop device"))?
@@ -409,7 +412,7 @@ impl Mounts {
             }
         }
         let target = self.layout.mount_point(id);
-        // With userns-remap there is a mapped view on top of the plain one.
+        // With userns-remap, there is an id-mapped mount on top of the plain one.
         let unmounted =
             self.thaw_disk(id).and_then(|()| unmount_all(&target).map_err(failed(id, "unmount its disk")));
         let mut state = self.state.lock();
@@ -422,7 +425,7 @@ impl Mounts {
         unmounted
     }
 
-    /// Unmounts every view whose layers' gates are closed, for Cleanup; says which were still held.
+    /// Unmounts every view whose layers' gates are closed, for Cleanup; returns the references that each still had.
     pub(super) fn drop_all(&self, held: &Held) -> Vec<(LayerId, u64, Result<(), DriverError>)> {
         let views: Vec<_> = self.state.lock().views.iter().map(|(id, v)| (id.clone(), v.refs)).collect();
         views
@@ -436,7 +439,7 @@ impl Mounts {
     }
 }
 
-/// Disks taken for a view that is being made; given back on drop unless kept.
+/// Disks acquired for a view that is being mounted; released on drop unless kept.
 struct HeldDisks<'a> {
     mounts: &'a Mounts,
     ids: Vec<LayerId>,
@@ -464,11 +467,11 @@ impl Drop for HeldDisks<'_> {
     }
 }
 
-/// Unmounts; where something still stands in it the name goes now and the rest when the last user leaves.
+/// Unmounts; a mount that is still in use leaves its path now, and goes away with its last user.
 pub(super) fn unmount(target: &Path) -> Result<(), SysError> {
     match mount::umount(target, false) {
         Err(e) if e.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => mount::umount(target, true),
-        // Not a mount point: somebody else has unmounted it.
+        // Not a mount point: it was unmounted from outside.
         Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(()),
         other => other,
     }
@@ -476,7 +479,7 @@ pub(super) fn unmount(target: &Path) -> Result<(), SysError> {
 
 /// Unmounts everything that is mounted at a place, one on top of the other.
 fn unmount_all(target: &Path) -> Result<(), SysError> {
-    /// A plain and a mapped disk are two; more stands there only if somebody else mounted it.
+    /// A plain and an id-mapped disk are two; there are more only if they were mounted from outside.
     const STACKED: usize = 16;
     for _ in 0..STACKED {
         match mount::umount(target, false) {
@@ -484,7 +487,7 @@ fn unmount_all(target: &Path) -> Result<(), SysError> {
             Err(e) if e.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
                 mount::umount(target, true)?;
             }
-            // Nothing is mounted there (any more), or there is no such place.
+            // Nothing is mounted there, or the path does not exist.
             Err(e)
                 if [Errno::INVAL, Errno::NOENT]
                     .map(|n| Some(n.raw_os_error()))
@@ -505,8 +508,8 @@ fn handed_out(id: &LayerId, culprit: &LayerId) -> DriverError {
         format!("the sandbox of its ancestor {culprit}")
     };
     DriverError::Usage(format!(
-        "layer {id}: {which} was handed to a virtual machine (lcow.mount=none), which may have written anything into it; \
-         the host's kernel never mounts it. Use it with lcow.mount=none, or Diff it and apply that to a new layer"
+        "layer {id}: {which} was handed to a virtual machine (lcow.mount=none), which may have written anything into it, \
+         so the host never mounts it; use it with lcow.mount=none, or Diff it and apply the tar to a new layer"
     ))
 }
 

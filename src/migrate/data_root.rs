@@ -1,8 +1,8 @@
-//! From an engine's data root, on overlay2 or vfs, into a store and the engine's database for it.
+//! Imports an engine's data root, on overlay2 or vfs, into a store and the engine's database for it.
 //!
 //! ```text
 //!   for each layer of an image, parents first:
-//!     thread:  tar-split.json.gz + the layer's folder ─► tar ─► digest checked before the end is told ─┐ 4 chunks
+//!     thread:  tar-split.json.gz + layer directory ─► tar ─► digest checked before the end is sent ────┐ 4 chunks
 //!     driver:  Create, ApplyDiff (service VM, strict check, commit) ◄──────────────────────────────────┘
 //!     then     image/lcow/layerdb/sha256/<chain id>
 //!   for each image whose layers are there:   image/lcow/imagedb;  at last the names
@@ -30,19 +30,19 @@ use std::{
 };
 use tokio::sync::mpsc;
 
-/// Storage drivers whose layers can be read, and the folder of one layer's files below the data root.
+/// Storage drivers whose layers can be read, and the directory of one layer's files below the data root.
 const READABLE: [(&str, &str, &str); 2] = [("overlay2", "overlay2", "diff"), ("vfs", "vfs/dir", "")];
-/// Bytes handed over at a time.
+/// Bytes passed on at a time.
 const CHUNK: usize = 256 << 10;
 /// Chunks between the thread that rebuilds a tar and the one that applies it.
 const QUEUED: usize = 4;
-/// A file that the engine locks while it runs (its database of volumes, of 20.10 and later).
+/// A file that the engine locks while it runs (its volume database, in 20.10 and later).
 const RUNNING: &str = "volumes/metadata.db";
 
-/// What happens, for who watches.
+/// Progress of an import.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// This many layers, with this many bytes of files, are to be brought over.
+    /// This many layers, with this many bytes of files, will be imported.
     Planned {
         /// Layers.
         layers: usize,
@@ -58,20 +58,20 @@ pub enum Event {
         /// Bytes of its files.
         bytes: u64,
     },
-    /// So many more bytes of its tar were made.
+    /// This many more bytes of its tar were made.
     Bytes(u64),
-    /// A layer is here (it may have been before).
+    /// A layer is in the store (perhaps from an earlier run).
     Done {
         /// Bytes of its files.
         bytes: u64,
-        /// An earlier run brought it over.
+        /// An earlier run imported it.
         earlier: bool,
     },
-    /// A layer could not be brought over; those on it are left out.
+    /// A layer could not be imported; its descendants are left out.
     Failed(String),
 }
 
-/// What there is to be brought over.
+/// What can be imported.
 #[derive(Debug)]
 pub struct Found {
     data_root: PathBuf,
@@ -82,11 +82,11 @@ pub struct Found {
     /// Layers of images, parents first.
     layers: Vec<LayerNote>,
     notes: Vec<super::ImageNote>,
-    /// What of the engine's databases cannot be read.
+    /// The parts of the engine's databases that cannot be read.
     faults: Vec<String>,
-    /// Containers, which are not brought over.
+    /// Number of containers, which are not imported.
     pub containers: usize,
-    /// Held, so that no engine starts on the source meanwhile.
+    /// Held so that no engine starts on the source during the import.
     _still: Option<File>,
 }
 
@@ -101,28 +101,28 @@ impl Found {
     }
 }
 
-/// What was done.
+/// The result of an import.
 #[derive(Debug, Default, Clone, serde::Serialize)]
 pub struct Report {
-    /// Layers brought over now.
+    /// Layers imported by this run.
     pub layers: usize,
-    /// Layers that earlier runs had brought over.
+    /// Layers that earlier runs had imported.
     pub layers_earlier: usize,
     /// Images that are in the engine's database now.
     pub images: usize,
     /// Names that were added.
     pub names: usize,
-    /// Names that stand for another image in the target, and were left alone.
+    /// Names that refer to another image in the target, and were left unchanged.
     pub names_taken: Vec<String>,
-    /// Layers, images and notes that could not be brought over, and why.
+    /// Layers, images and notes that could not be imported, and why.
     pub failed: Vec<String>,
-    /// Ids of the images that are left out for them.
+    /// Ids of the images that are left out because of them.
     pub images_left_out: Vec<String>,
     /// The same images, with their names and the reason of each.
     pub left_out: Vec<LeftOut>,
-    /// Why the run ended before the last layer; a next run goes on from here.
+    /// Why the run ended before the last layer; the next run continues from here.
     pub stopped: Option<String>,
-    /// Containers that the source has and the target will not have.
+    /// Number of containers in the source, which are not imported.
     pub containers_left_out: usize,
 }
 
@@ -137,10 +137,10 @@ pub struct LeftOut {
     pub reason: String,
 }
 
-/// Looks at a data root. `driver` is needed where the engine used several there.
+/// Inspects a data root. `driver` is needed if the engine used several there.
 ///
 /// # Errors
-/// An engine runs on it; there is no layer that can be read; the engine's databases are damaged.
+/// An engine runs on it; it has no layers that can be read; the engine's databases are damaged.
 pub fn look(data_root: &Path, driver: Option<&str>) -> Result<Found, MigrateError> {
     let still = stopped(data_root)?;
     let usable = |name: &str| EngineDb::new(data_root, name).exists();
@@ -219,8 +219,8 @@ fn stopped(data_root: &Path) -> Result<Option<File>, MigrateError> {
     }
 }
 
-/// Brings images over: layers into the current home of `driver`, and what the engine must know into `target`, the
-/// databases below `target_root`. What is refused is in the report, and so is what ended the run early.
+/// Imports images: their layers into the current home of `driver`, and the engine's entries for them into `target`, the
+/// databases below `target_root`. The report lists what was refused, and what ended the run early.
 ///
 /// # Errors
 /// An engine runs on the target, or its database cannot be used.
@@ -231,13 +231,13 @@ pub async fn import(
     driver: &Driver,
     watch: &Arc<dyn Fn(Event) + Send + Sync>,
 ) -> Result<Report, MigrateError> {
-    // The same file as the source's, if it is the same data root: shared locks go together.
+    // If the data root is the same, this is the source's file too: shared locks are compatible.
     let _still = stopped(target_root)?;
     target.prepare()?;
     let mut report =
         Report { containers_left_out: found.containers, failed: found.faults.clone(), ..Report::default() };
     watch(Event::Planned { layers: found.layers.len(), bytes: found.layers.iter().map(|l| l.size).sum() });
-    // Chain ids of what is in the target, with its id there; and why others are not.
+    // Chain ids of the layers in the target, with their ids there; and why other layers are missing.
     let mut here: BTreeMap<Digest, LayerId> = BTreeMap::new();
     let mut missing: BTreeMap<Digest, String> = BTreeMap::new();
     for (n, note) in found.layers.iter().enumerate() {
@@ -282,7 +282,7 @@ pub async fn import(
     Ok(report)
 }
 
-/// Tells the engine of the images whose layers are here; the others are left out, each with its reason.
+/// Registers with the engine the images whose layers are present; the others are left out, each with its reason.
 fn add_images(
     found: &Found,
     target: &EngineDb,
@@ -317,7 +317,7 @@ fn add_images(
     present
 }
 
-/// Brings one layer over; true if an earlier run had done so.
+/// Imports one layer; true if an earlier run had done so.
 async fn bring(
     found: &Found,
     note: &LayerNote,
@@ -334,9 +334,9 @@ async fn bring(
     let on_parent = fact("parent").unwrap_or("") == parent_text;
     let here = match fact("state") {
         Some("applied") => on_parent && is_same(note, target, driver, id, parent_text).await?,
-        // Written by a build of the target's engine, which knows it by the same tar.
+        // Written by a build of the target's engine, which has it under the same tar.
         Some("sandbox") => target.layer(note.chain)?.is_some() && on_parent,
-        // What a run that was killed left, or a layer that can only be removed.
+        // Left by a run that was killed, or a layer that can only be removed.
         _ => {
             driver.remove(id.as_str()).await?;
             let request = LayerRequest {
@@ -363,8 +363,9 @@ async fn bring(
     Ok(true)
 }
 
-/// Whether an applied layer of the store is the noted one. What the target's engine knows by the same tar was compared
-/// when it came; for others (a run was killed before the engine was told) the tar is read back and hashed.
+/// Whether an applied layer of the store is the one of `note`. A layer that the target's engine has under the same tar
+/// was compared when it was imported; for others (a run was killed before it registered them) the tar is read back and
+/// hashed.
 async fn is_same(
     note: &LayerNote,
     target: &EngineDb,
@@ -383,7 +384,7 @@ async fn is_same(
     Ok(Digest::from_hash(hash) == note.diff)
 }
 
-/// Tells the engine of a layer that is in the store, unless it knows.
+/// Registers a layer of the store with the engine, unless the engine has it.
 async fn note_layer(
     note: &LayerNote,
     found: &Found,
@@ -399,7 +400,7 @@ async fn note_layer(
     Ok(())
 }
 
-/// Rebuilds a layer's tar on a thread of its own and applies it.
+/// Rebuilds a layer's tar on a separate thread and applies it.
 async fn apply(
     found: &Found,
     note: &LayerNote,
@@ -426,7 +427,7 @@ async fn apply(
             }
         });
         if let Err(error) = &made {
-            // Without it the tar would end properly, and be taken for whole.
+            // Without this, the tar would end normally, and would be taken as complete.
             let _ = out.sender.blocking_send(Err(io::Error::other(error.to_string())));
         }
         made
@@ -451,7 +452,7 @@ fn folder_of(data_root: &Path, driver: &str, cache_id: &LayerId) -> PathBuf {
     if inner.is_empty() { path } else { path.join(inner) }
 }
 
-/// Why making a tar failed, before it is known of which layer.
+/// Why making a tar failed; the layer is added by [`Self::about`].
 enum MakeError {
     Split(SplitError),
     Io { action: &'static str, path: PathBuf, source: io::Error },
@@ -461,7 +462,7 @@ impl MakeError {
     fn about(self, layer: &str) -> MigrateError {
         match self {
             Self::Split(source) => MigrateError::Rebuild { layer: layer.to_owned(), source },
-            // One layer's folder or tar data are not there.
+            // The directory or the tar data of this one layer is missing.
             Self::Io { action, path, source } => {
                 MigrateError::corrupt(&path, format!("cannot {action} it: {source}"))
             }
@@ -480,7 +481,7 @@ fn make(split: &Path, folder: &Path, out: &mut dyn Write) -> Result<(), MakeErro
     tarsplit::rebuild(lines, |name| tree.file(name), out).map_err(MakeError::Split).map(|_| ())
 }
 
-/// Collects bytes into chunks, hashes them and hands them over.
+/// Collects bytes into chunks, hashes them and passes them on.
 struct Chunks {
     sender: mpsc::Sender<io::Result<Bytes>>,
     chunk: Vec<u8>,

@@ -32,7 +32,7 @@ impl Digest {
         parent.map_or(diff, |parent| Self::of(format!("{parent} {diff}").as_bytes()))
     }
 
-    /// The 64 digits without the prefix: the name of its file or folder in the engine's databases.
+    /// The 64 digits without the prefix: the name of its file or directory in the engine's databases.
     pub fn hex(&self) -> String {
         self.to_string().split_off(PREFIX.len())
     }

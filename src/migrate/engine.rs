@@ -28,13 +28,13 @@ use std::{
 const MAX_NOTE: u64 = 4096;
 /// Longest image configuration and list of names.
 const MAX_JSON: u64 = 64 << 20;
-/// What this program's unfinished entries are called, in the folder that the engine clears as well.
+/// Prefix of the names of this program's unfinished entries, in a directory that the engine clears as well.
 const TEMPORARY: &str = "lcow-import-";
 
-/// What the engine knows of a layer.
+/// The engine's entry for a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerNote {
-    /// Names the layer together with all below it.
+    /// Identifies the layer together with all layers below it.
     pub chain: Digest,
     /// Digest of its tar.
     pub diff: Digest,
@@ -46,7 +46,7 @@ pub struct LayerNote {
     pub size: u64,
 }
 
-/// What the engine knows of an image.
+/// The engine's entry for an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageNote {
     /// Its id.
@@ -68,7 +68,7 @@ pub struct EngineDb {
 }
 
 impl EngineDb {
-    /// Those of `driver` (as given to `--storage-driver`) below the engine's data root.
+    /// The databases of `driver` (as given to `--storage-driver`) below the engine's data root.
     pub fn new(data_root: &Path, driver: &str) -> Self {
         Self { root: data_root.join("image").join(driver) }
     }
@@ -82,7 +82,7 @@ impl EngineDb {
         self.root.join("layerdb/sha256").join(chain.hex())
     }
 
-    /// A layer's tar data, packed.
+    /// A layer's tar data, compressed.
     pub(super) fn tar_split(&self, chain: Digest) -> PathBuf {
         self.layer_folder(chain).join("tar-split.json.gz")
     }
@@ -121,13 +121,13 @@ impl EngineDb {
         }))
     }
 
-    /// All images, by id: or why one is none (its digest differs from its name, say).
+    /// All images, by id, or why one cannot be read (for example, its digest differs from its name).
     pub fn images(&self) -> Result<Vec<Result<ImageNote, MigrateError>>, MigrateError> {
         let folder = self.root.join("imagedb/content/sha256");
         Ok(names(&folder)?.iter().map(|name| read_image(&folder.join(name), name)).collect())
     }
 
-    /// Makes the folders in which the engine looks, with its own modes.
+    /// Creates the directories that the engine uses, with the engine's modes.
     pub(super) fn prepare(&self) -> Result<(), MigrateError> {
         let folders = ["layerdb/sha256", "layerdb/tmp", "imagedb/content/sha256", "imagedb/metadata/sha256"];
         for folder in folders {
@@ -166,7 +166,8 @@ impl EngineDb {
         Ok(durable::sync_dir(&self.root.join("layerdb/sha256"))?)
     }
 
-    /// Adds an image whose layers are there; its own notes (parent, date) first, since the configuration makes it one.
+    /// Adds an image whose layers are present; its notes (parent, date) come first, since the image exists once its
+    /// configuration does.
     pub(super) fn add_image(&self, id: Digest, from: &Self) -> Result<(), MigrateError> {
         let metadata = from.root.join("imagedb/metadata/sha256").join(id.hex());
         let names = names(&metadata)?;
@@ -186,8 +187,8 @@ impl EngineDb {
         self.root.join("imagedb/content/sha256").join(id.hex()).exists()
     }
 
-    /// Adds the names of images that are here. A name that stands for another image here is left alone; returned are
-    /// these, and the number of those added.
+    /// Adds the names of images that are present. A name that refers to another image here is left unchanged. Returns
+    /// the number of names added, and the names left unchanged.
     pub(super) fn add_names(
         &self,
         from: &Self,
@@ -239,7 +240,7 @@ impl EngineDb {
         names
     }
 
-    /// Copies what is known of registries, so that a push need not send what a registry has.
+    /// Copies the data about registries, so that a push need not send what a registry already has.
     pub(super) fn copy_distribution(&self, from: &Self) -> Result<(), MigrateError> {
         let mut folders = vec![PathBuf::from("distribution")];
         while let Some(folder) = folders.pop() {
@@ -285,7 +286,7 @@ fn read_image(path: &Path, name: &str) -> Result<ImageNote, MigrateError> {
     Ok(ImageNote { id, layers })
 }
 
-/// Names in a folder, sorted; none where there is no folder.
+/// Names in a directory, sorted; none if there is no such directory.
 fn names(folder: &Path) -> Result<Vec<String>, MigrateError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -295,7 +296,7 @@ fn names(folder: &Path) -> Result<Vec<String>, MigrateError> {
     let mut names = Vec::new();
     for entry in entries {
         let entry = entry.map_err(MigrateError::io("list", folder))?;
-        // The engine's names are digits, letters and dashes; others are not its.
+        // The engine's names are digits, letters and dashes; other names are not the engine's.
         if let Some(name) = entry.file_name().to_str() {
             names.push(name.to_owned());
         }
@@ -318,7 +319,7 @@ fn text(path: &Path, limit: u64) -> Result<String, MigrateError> {
     String::from_utf8(bytes(path, limit)?).map_err(|e| MigrateError::corrupt(path, e))
 }
 
-/// Makes a new file, synced.
+/// Creates a new file and syncs it.
 fn write(path: &Path, bytes: &[u8]) -> Result<(), MigrateError> {
     let made = durable::create_private(path).and_then(|mut file| {
         file.write_all(bytes)?;
@@ -327,7 +328,7 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), MigrateError> {
     made.map_err(MigrateError::io("write", path))
 }
 
-/// Puts a file in its place by one rename.
+/// Replaces a file by one rename.
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), MigrateError> {
     let folder = path.parent().unwrap_or(path);
     let mut file = tempfile::Builder::new()

@@ -5,7 +5,7 @@
 //!     image/overlay2/  layerdb, imagedb, repositories.json ──► image/lcow/  layerdb, imagedb, repositories.json   engine
 //!     overlay2/<cache-id>/diff   ┐ tree                  ┌──► lcow/<cache-id>/layer.vhd …
 //!     …/tar-split.json.gz ───────┴─► tarsplit ─► tar ────┘    the driver's ApplyDiff, in a service VM              data_root
-//!   <LCOW home>/<id>/layer.vhd ─► service VM ─► <folder>/<id>.tar                                                  original
+//!   <LCOW home>/<id>/layer.vhd ─► service VM ─► <directory>/<id>.tar                                               original
 //! ```
 //!
 //! Invariants:
@@ -16,8 +16,8 @@
 //!   the complete images have been registered with the engine.
 //! * An image appears in the engine's database after all of its layers; a layer after its parent. So a run that was
 //!   killed at any moment leaves a working engine, and the next run continues where it stopped.
-//! * The files of a layer are untrusted: names are resolved inside its folder only, and the rebuilt tar is interpreted
-//!   nowhere but in a service VM.
+//! * The files of a layer are untrusted: names are resolved inside its directory only, and the rebuilt tar is
+//!   interpreted only in a service VM.
 //! * Containers are not imported; their number is reported.
 //!
 //! Formats: moby's `layer/filestore.go`, `image/fs.go`, `reference/store.go`; vbatts/tar-split `tar/storage`. Called by
@@ -56,7 +56,7 @@ pub enum MigrateError {
     /// A layer's tar cannot be reassembled.
     #[error("layer {layer} cannot be reassembled")]
     Rebuild {
-        /// Its cache id: the name of its folder.
+        /// Its cache id: the name of its directory.
         layer: String,
         /// Why.
         #[source]
@@ -67,9 +67,9 @@ pub enum MigrateError {
     Differs {
         /// Its cache id.
         layer: String,
-        /// What its files and its tar data give.
+        /// The digest of the reassembled tar.
         found: Digest,
-        /// Its diff id.
+        /// The digest that the engine recorded, its diff id.
         wanted: Digest,
     },
     /// The store has another layer under a layer's id.
@@ -83,7 +83,7 @@ pub enum MigrateError {
     /// The store refused.
     #[error(transparent)]
     Driver(#[from] DriverError),
-    /// A layer's file or folder in the store.
+    /// A file or directory of a layer in the store.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// A service VM refused or failed.
@@ -107,8 +107,8 @@ impl MigrateError {
         Self::Corrupt(CorruptFile::new(path, reason))
     }
 
-    /// Only this layer is at fault; others can be brought over all the same. The driver's refusals (of its tar, of a
-    /// limit, by the check) are the likeliest; a full disk or a store that does not work is not among them.
+    /// Whether only this layer is affected, so that others can still be imported. The driver's refusals (of its tar, of
+    /// a limit, by the check) are the likeliest; a full disk or a store that does not work is not among them.
     fn is_of_one_layer(&self) -> bool {
         match self {
             Self::Corrupt(_) | Self::Rebuild { .. } | Self::Differs { .. } | Self::Taken { .. } => true,

@@ -1,13 +1,13 @@
-//! The layers of an original LCOW home, out into tars.
+//! Exports the layers of an original LCOW home as tars.
 //!
 //! ```text
-//!   <home>/<id>/layer.vhd         ext4 + VHD footer ──► service VM ──► <folder>/<id>.tar   (canonical, whiteouts as AUFS)
-//!   <home>/<id>/layerchain.json   absolute folders, nearest first
+//!   <home>/<id>/layer.vhd         ext4 + VHD footer ──► service VM ──► <directory>/<id>.tar   (canonical, whiteouts as AUFS)
+//!   <home>/<id>/layerchain.json   absolute directories, nearest first
 //!   <home>/<id>/sandbox.vhdx      a container: left out
 //! ```
 //!
 //! The original kept no exact record: the tars hold what the layers held, but their digests are new. A tar appears
-//! whole or not at all, and one that is there is not made again.
+//! whole or not at all, and an existing one is not written again.
 
 use super::{Digest, MigrateError};
 use crate::{
@@ -36,10 +36,10 @@ use vhd_image::vhd;
 const CANONICAL_VERSION: u32 = 1;
 /// Time that service VMs get to end.
 const GRACE: Duration = Duration::from_secs(5);
-/// Ending of a tar that is being written.
+/// File name extension of a tar that is being written.
 const PART: &str = "part";
 
-/// A layer that was written out.
+/// An exported layer.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct ExportedLayer {
     /// Its id.
@@ -52,11 +52,11 @@ pub struct ExportedLayer {
     pub bytes: u64,
     /// Digest of the tar.
     pub digest: String,
-    /// An earlier run had made it.
+    /// An earlier run had written it.
     pub earlier: bool,
 }
 
-/// What was done with a home.
+/// The result of an export.
 #[derive(Debug, Default, Clone, serde::Serialize)]
 pub struct OriginalReport {
     /// Layers, parents first.
@@ -72,11 +72,11 @@ struct Original {
     chain: Vec<LayerId>,
 }
 
-/// Writes each layer of the LCOW home at `home` into `folder`, as `<id>.tar`; `watch` hears the number done, the number
-/// of all, and the layer that begins. Needs a tokio runtime.
+/// Writes each layer of the LCOW home at `home` into `folder`, as `<id>.tar`; `watch` is called for each layer with the
+/// number of layers done, the total, and the layer that begins. Needs a tokio runtime.
 ///
 /// # Errors
-/// A folder that is no LCOW home, or one that cannot be written to. Layers that cannot be read are in the report.
+/// `home` is not an LCOW home, or `folder` cannot be written to. Layers that cannot be read are in the report.
 pub async fn export_original(
     home: &Path,
     folder: &Path,
@@ -207,7 +207,7 @@ fn measure(path: &Path) -> io::Result<(u64, Digest)> {
 /// A layer's image without its footer.
 fn disk(path: &Path) -> Result<LayerDisk, MigrateError> {
     let corrupt = |reason: &dyn std::fmt::Display| MigrateError::corrupt(path, reason);
-    // One layer whose file is missing is that layer's fault.
+    // A missing file affects only its own layer.
     let file = File::open(path).map_err(|e| corrupt(&format_args!("cannot open it: {e}")))?;
     let length = file.metadata().map_err(|e| corrupt(&e))?.len();
     let at = length

@@ -7,14 +7,15 @@
 //!    "payload":"<CRC-64 of them>","position":1}        which must have this checksum
 //! ```
 //!
-//! Source: vbatts/tar-split, `tar/storage/entry.go` and `tar/asm/assemble.go`. Names that are no UTF-8 come as
-//! `name_raw` in base64. Memory: one line and one buffer. No path is opened here: the caller of [`rebuild`] opens files.
+//! Source: vbatts/tar-split, `tar/storage/entry.go` and `tar/asm/assemble.go`. Names that are not UTF-8 come as
+//! `name_raw` in base64. Memory: one line and one buffer. No path is opened here: the caller of [`rebuild`] opens
+//! files.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Deserialize;
 use std::io::{self, BufRead, BufReader, Read, Write};
 
-/// Longest line. A segment holds what stands between two files' data: headers with their extended attributes, or
+/// Longest line. A segment holds everything between the data of two files: headers with their extended attributes, or
 /// any data after a tar's end.
 const MAX_LINE: u64 = 96 << 20;
 /// Bytes of a file copied at a time.
@@ -77,7 +78,7 @@ struct Entry {
 /// regular file of the layer by its name in the tar.
 ///
 /// # Errors
-/// Damaged tar data; a file that is missing, short or changed; what `out` says.
+/// Damaged tar data; a file that is missing, short or changed; an error of `out`.
 pub(super) fn rebuild<F: Read>(
     split: impl Read,
     mut open: impl FnMut(&[u8]) -> io::Result<F>,
@@ -108,7 +109,7 @@ pub(super) fn rebuild<F: Read>(
                 out.write_all(&payload).map_err(SplitError::Output)?;
                 total += payload.len() as u64;
             }
-            // A hard link, a folder and so on are entries of no data.
+            // Hard links, directories and so on have no data.
             FILE if parsed.size == 0 => {}
             FILE => {
                 let name = match &parsed.name_raw {
@@ -116,14 +117,14 @@ pub(super) fn rebuild<F: Read>(
                     _ => parsed.name.into_bytes(),
                 };
                 let size = u64::try_from(parsed.size)
-                    .map_err(|_| corrupt(format!("a size of {} bytes", parsed.size)))?;
+                    .map_err(|_| corrupt(format!("its size is {} bytes", parsed.size)))?;
                 let sum = copy(&name, size, &mut open, &mut buffer, out)?;
                 if payload != sum.to_be_bytes() {
                     return Err(SplitError::Changed { name: shown(&name) });
                 }
                 total += size;
             }
-            other => return Err(corrupt(format!("an unknown kind, {other}"))),
+            other => return Err(corrupt(format!("its kind is unknown: {other}"))),
         }
     }
     Ok(total)

@@ -1,8 +1,8 @@
 //! A layer's directory below another storage driver: files are opened by the names in the layer's tar.
 //!
-//! The names and the files are untrusted. `openat2` with `RESOLVE_IN_ROOT` takes the folder for `/`, so that neither
-//! `..` nor a symbolic link leads out of it, as in the engine's own unpacking; and what is no regular file (a device, a
-//! pipe) is refused before a byte of it is read.
+//! The names and the files are untrusted. `openat2` with `RESOLVE_IN_ROOT` treats the directory as `/`, so that neither
+//! `..` nor a symbolic link leads out of it, as in the engine's own unpacking; and anything but a regular file (a
+//! device, a pipe) is refused before a byte of it is read.
 
 use std::{
     fs::File,
@@ -27,11 +27,11 @@ impl Tree {
         }
     }
 
-    /// A regular file of the folder.
+    /// Opens a regular file of the directory.
     pub(super) fn file(&self, name: &[u8]) -> io::Result<File> {
         use rustix::fs::{Mode, OFlags, ResolveFlags};
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        // No magic links, and no way into another file system that happens to be mounted there.
+        // No magic links, and no crossing into another file system that happens to be mounted there.
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
         let path = Path::new(std::ffi::OsStr::from_bytes(name));
         let file: File = rustix::fs::openat2(&self.folder, path, flags, Mode::empty(), resolve)?.into();

@@ -25,6 +25,10 @@ impl Folder {
     ///
     /// # Errors
     /// It does not exist, or the system refuses.
+    #[cfg_attr(
+        windows,
+        expect(clippy::unnecessary_wraps, reason = "Windows opens the directory when it syncs it")
+    )]
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         Ok(Self {
             path: path.to_owned(),

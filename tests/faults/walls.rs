@@ -199,7 +199,7 @@ fn a_sandbox_that_a_machine_has_had_is_never_mounted_by_the_host() {
         plugin.get(held);
         init(&plugin, "none");
         let text = plugin.err("GraphDriver.Get", &json!({"ID": asked}));
-        assert!(text.contains("the host has its sandbox mounted"), "{text}");
+        assert!(text.contains("its sandbox is mounted on the host"), "{text}");
         init(&plugin, "overlay");
         plugin.put(held);
     }

@@ -206,7 +206,7 @@ fn what_could_not_be_thawed_at_the_start_is_thawed_later_without_a_request() {
             }
         }
         plugin.start_again();
-        assert!(plugin.log().contains("it is tried again and again"), "{}", plugin.log());
+        assert!(plugin.log().contains("cannot be thawed; retrying until it succeeds"), "{}", plugin.log());
         faults.mend("thaw");
         if hidden {
             soon("it is let go", &plugin, || !is_bound(&sandbox));

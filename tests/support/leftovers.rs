@@ -1,7 +1,7 @@
-//! Loop devices that a test left behind: which there are, and how they go.
+//! Loop devices that a test left behind: finds and releases them.
 //!
 //! ```text
-//!   folder ─► loop devices of files below it, deleted ones too ─► mount ─► fsfreeze -u ─► umount ─► losetup --detach
+//!   directory ─► loop devices of files below it, deleted ones too ─► mount ─► fsfreeze -u ─► umount ─► losetup --detach
 //! ```
 
 use std::{
@@ -10,8 +10,8 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// Loop devices (`/dev/loopN`) and their files, of those below a folder, deleted ones included. The folder's name must
-/// be one of a kind: the path of what was attached in another mount namespace may begin elsewhere.
+/// Loop devices (`/dev/loopN`) and their files, of those below a directory, deleted ones included. The directory's name
+/// must be unique: the path of a file that was attached in another mount namespace may begin differently.
 pub(crate) fn devices_below(folder: &Path) -> Vec<(String, String)> {
     let name = format!("/{}/", folder.file_name().unwrap().to_str().unwrap());
     let devices = fs::read_dir("/sys/block").unwrap().flatten().filter_map(|entry| {
@@ -21,7 +21,7 @@ pub(crate) fn devices_below(folder: &Path) -> Vec<(String, String)> {
     devices.filter(|(_, file)| file.contains(&name)).collect()
 }
 
-/// Thaws and detaches what is on loop devices of files below a folder.
+/// Thaws and detaches what is on loop devices of files below a directory.
 pub(crate) fn release_all_below(folder: &Path) {
     for (device, _) in devices_below(folder) {
         release(&device);
@@ -33,7 +33,7 @@ pub(crate) fn release(device: &str) {
     let Ok(place) = tempfile::tempdir() else { return };
     let place = place.path().to_str().unwrap();
     for (program, arguments) in [
-        // A file system that is read-only refuses the first, any other the second.
+        // A read-only file system refuses the first, any other the second.
         ("mount", vec!["-t", "ext4", device, place]),
         ("mount", vec!["-t", "ext4", "-o", "ro", device, place]),
         ("fsfreeze", vec!["-u", place]),

@@ -1,14 +1,14 @@
-//! The process of a service VM, as tests end it and stop it, and a disk that fills up.
+//! The process of a service VM, which tests kill or pause, and a disk that fills up.
 //!
 //! ```text
-//!   "worker 12 (vm 1)", "qemu 12 (vm 1)" ─► process 12          "hcs GUID (vm 1)" ─► folder of the double's machine
+//!   "worker 12 (vm 1)", "qemu 12 (vm 1)" ─► process 12          "hcs GUID (vm 1)" ─► directory of the double's machine
 //! ```
 
 #[cfg(windows)]
 use super::skip::skip;
 use std::{fs, path::PathBuf};
 
-/// What runs behind a lease, by what the VM calls itself.
+/// What runs behind a lease, found by the VM's own description.
 pub(crate) struct Machine(system::Process);
 
 impl Machine {
@@ -16,12 +16,12 @@ impl Machine {
         Self(system::Process::named(description.split(' ').nth(1).unwrap()))
     }
 
-    /// Ends it from outside.
+    /// Kills it from outside.
     pub(crate) fn kill(&self) {
         self.0.kill();
     }
 
-    /// Stops it from outside: it is there and says nothing more.
+    /// Pauses it from outside: it exists, but no longer responds.
     pub(crate) fn pause(&self) {
         self.0.pause();
     }
@@ -30,7 +30,7 @@ impl Machine {
         self.0.is_alive()
     }
 
-    /// What the pool tells of one that was ended by [`Machine::kill`].
+    /// How the pool reports one that was ended by [`Machine::kill`].
     pub(crate) fn killed(&self) -> &'static str {
         self.0.killed()
     }
@@ -74,7 +74,7 @@ mod system {
     pub(super) enum Process {
         /// A worker.
         Worker(ForeignProcess),
-        /// A machine of the double, which takes orders as files in its folder, and removes the folder at its end.
+        /// A machine of the double, which takes orders as files in its directory, and removes the directory at its end.
         Folder(PathBuf),
     }
 
@@ -121,7 +121,7 @@ mod system {
     }
 }
 
-/// A disk that is soon full.
+/// A disk that fills up soon.
 pub(crate) struct SmallDisk {
     pub(crate) folder: PathBuf,
 }
@@ -142,12 +142,12 @@ impl SmallDisk {
         Some(Self { folder: path })
     }
 
-    /// A folder of this test's own on the volume of [`Self::BYTES`] that `scripts/test-windows` made; `None`, noted as a
-    /// skip, without one.
+    /// This test's own directory on the volume of [`Self::BYTES`] that `scripts/test-windows` made; `None`, counted as
+    /// a skip, if there is no such volume.
     #[cfg(windows)]
     pub(crate) fn of(_: PathBuf, _: u64) -> Option<Self> {
         let Some(volume) = std::env::var_os("LCOW_SMALL_DISK") else {
-            skip("LCOW_SMALL_DISK names no folder on a small volume");
+            skip("LCOW_SMALL_DISK names no directory on a small volume");
             return None;
         };
         let folder = PathBuf::from(volume).join(uuid::Uuid::new_v4().to_string());
@@ -155,7 +155,7 @@ impl SmallDisk {
         Some(Self { folder })
     }
 
-    /// Bytes that it still takes.
+    /// Bytes that still fit.
     pub(crate) fn free(&self) -> u64 {
         #[cfg(unix)]
         {

@@ -1,4 +1,4 @@
-//! A running plugin and a client that speaks to it as dockerd does, byte by byte.
+//! A running plugin and a client that talks to it as dockerd does, byte by byte.
 //!
 //! The client is written on bare sockets, not on the HTTP library that the plugin uses: it can cut a body, send
 //! nothing, send too much, and it sees how a reply really ends.
@@ -27,15 +27,15 @@ const READY: Duration = Duration::from_mins(1);
 /// Longest wait for one reply.
 const REPLY: Duration = Duration::from_mins(1);
 
-/// A plugin process with its own folder; ended and cleared on drop, mounts included.
+/// A plugin process with its own directory; ended and cleaned up on drop, mounts included.
 pub(crate) struct Plugin {
     child: Child,
     pub(crate) folder: PathBuf,
     pub(crate) arguments: Vec<String>,
     environment: Vec<(String, PathBuf)>,
-    /// What Init will say.
+    /// The home that Init will name.
     pub(crate) home: PathBuf,
-    /// What the next start is done by: a tracer that becomes the program.
+    /// The command that the next start goes through: a tracer that becomes the program.
     pub(crate) launcher: Vec<String>,
     _temporary: tempfile::TempDir,
 }
@@ -45,7 +45,7 @@ impl Plugin {
         Self::start_in(arguments, &[])
     }
 
-    /// One with variables of its own.
+    /// Starts a plugin with its own environment variables.
     pub(crate) fn start_in(arguments: &[&str], environment: &[(&str, &Path)]) -> Self {
         let temporary = tempfile::tempdir().unwrap();
         // Links are resolved on unix only: Windows would give a verbatim path.
@@ -108,7 +108,7 @@ impl Plugin {
         transport::address(&self.folder)
     }
 
-    /// A connection whose reads end at a time-out.
+    /// A connection whose reads time out.
     pub(crate) fn connect(&self) -> Stream {
         transport::connect(&self.socket()).unwrap()
     }
@@ -121,7 +121,7 @@ impl Plugin {
         self.home.clone()
     }
 
-    /// kill -9 and a new process on the same folders.
+    /// kill -9 and a new process on the same directories.
     pub(crate) fn kill_and_restart(&mut self) {
         self.kill();
         self.start_again();
@@ -133,7 +133,7 @@ impl Plugin {
         self.child.wait().unwrap();
     }
 
-    /// SIGSTOP: it takes no connection any more, and the system queues them.
+    /// SIGSTOP: it accepts no connections, and the system queues them.
     #[cfg(target_os = "linux")]
     pub(crate) fn pause(&self) {
         let pid = rustix::process::Pid::from_child(&self.child);
@@ -168,14 +168,14 @@ impl Plugin {
         }
     }
 
-    /// A new process on the same folders, after a stop or a kill.
+    /// A new process on the same directories, after a stop or a kill.
     pub(crate) fn start_again(&mut self) {
         self.child = Self::spawn(&self.folder, &self.arguments, &self.environment, &self.launcher);
         // A worker that a killed plugin was just forking holds its socket for a moment: a connection alone proves nothing.
         let begin = Instant::now();
         while !self.answers() {
             assert!(begin.elapsed() < READY, "the plugin does not answer:\n{}", self.log());
-            // For the same reason it may take the address for somebody's.
+            // For the same reason it may find the address in use.
             if self.child.try_wait().unwrap().is_some() {
                 self.child = Self::spawn(&self.folder, &self.arguments, &self.environment, &self.launcher);
             }
@@ -236,7 +236,7 @@ impl Plugin {
         self.raw(&[head.as_bytes(), body].concat())
     }
 
-    /// Any bytes, and what comes back.
+    /// Sends any bytes; returns the reply.
     pub(crate) fn raw(&self, bytes: &[u8]) -> Reply {
         let mut stream = self.connect();
         // A server that answers before it has read everything may close its side early.
@@ -288,7 +288,7 @@ impl Plugin {
         self.ok("GraphDriver.Put", &serde_json::json!({"ID": id}));
     }
 
-    /// Waits until a layer's `layer.json` tells a state.
+    /// Waits until a layer's `layer.json` has a state.
     pub(crate) fn wait_for_state(&self, id: &str, state: &str) {
         let (path, begin) = (self.home().join(id).join("layer.json"), std::time::Instant::now());
         let is = |text: &[u8]| {
@@ -304,14 +304,14 @@ impl Plugin {
         self.ok("GraphDriver.Remove", &serde_json::json!({"ID": id}));
     }
 
-    /// Mount points below this plugin's folder now.
+    /// Mount points below this plugin's directory now.
     #[cfg(windows)]
     #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_self, reason = "only Linux has mounts"))]
     pub(crate) fn mounts(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// Mount points below this plugin's folder now.
+    /// Mount points below this plugin's directory now.
     #[cfg(unix)]
     pub(crate) fn mounts(&self) -> Vec<String> {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -354,13 +354,13 @@ pub(crate) fn send_chunks(stream: &mut Stream, bytes: &[u8], size: usize) -> io:
     Ok(())
 }
 
-/// A reply as it came.
+/// A reply as it was received.
 #[derive(Debug)]
 pub(crate) struct Reply {
     pub(crate) status: u16,
     pub(crate) head: String,
     pub(crate) body: Vec<u8>,
-    /// The body ended as HTTP wants it (last chunk, or all of Content-Length).
+    /// The body ended as HTTP requires (last chunk, or all of Content-Length).
     pub(crate) complete: bool,
 }
 
@@ -413,7 +413,7 @@ fn read_chunks(input: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> {
         let start = body.len();
         body.resize(start + size, 0);
         if let Err(e) = input.read_exact(&mut body[start..]) {
-            // How much of it came is not told.
+            // How much of it was received is not reported.
             body.truncate(start);
             return Err(e);
         }
@@ -424,7 +424,7 @@ fn read_chunks(input: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> {
     }
 }
 
-/// A small tar writer for tests: plain ustar, made by hand so that odd streams can be made as well.
+/// A small tar writer for tests: plain ustar, written by hand so that odd streams can be made as well.
 #[derive(Default)]
 pub(crate) struct Tar {
     pub(crate) bytes: Vec<u8>,

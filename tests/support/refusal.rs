@@ -1,4 +1,4 @@
-//! A `serve` that must not come up: it ends by itself, with a failure, and says why.
+//! A `serve` that must not start: it exits by itself, with a failure, and reports why.
 
 use super::transport::{FLAG, address, prepare};
 use std::{
@@ -8,10 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Longest wait for a program that ends by itself.
+/// Longest wait for a program that exits by itself.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Ended on drop, whatever the test found.
+/// Killed on drop, whatever the test found.
 struct Served(Child);
 
 impl Drop for Served {
@@ -21,7 +21,7 @@ impl Drop for Served {
     }
 }
 
-/// Starts `serve` with a root in `folder` and these options; what it said before it ended.
+/// Starts `serve` with a root in `folder` and these options; returns what it logged before it exited.
 pub(crate) fn refused(folder: &Path, options: &[String]) -> String {
     let log = folder.join("log");
     let mut command = Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"));

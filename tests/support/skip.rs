@@ -1,4 +1,4 @@
-//! A test that cannot run here says so, and is counted as skipped, never as passed.
+//! A test that cannot run here reports so, and is counted as skipped, never as passed.
 //!
 //! ```text
 //!   LCOW_SKIPS names a file: a line is added, the test ends, and scripts/test moves it from "passed" to "skipped"
@@ -10,7 +10,7 @@ use std::{fs, io::Write};
 /// Notes that a test cannot run here. The caller returns at once; `reason` says what is missing.
 ///
 /// # Panics
-/// Where nobody counts skips.
+/// If `LCOW_SKIPS` is not set, so that skips are not counted.
 #[track_caller]
 pub(crate) fn skip(reason: &str) {
     let name = std::thread::current().name().unwrap_or("a test").to_owned();

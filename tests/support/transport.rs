@@ -15,7 +15,7 @@ mod system {
         Ok(stream)
     }
 
-    /// Where the plugin of `folder` listens.
+    /// The address that the plugin of `folder` listens on.
     pub(crate) fn address(folder: &std::path::Path) -> PathBuf {
         folder.join("lcow.sock")
     }
@@ -31,7 +31,7 @@ mod system {
             .unwrap();
     }
 
-    /// Whether anybody listens at the address still has a name in the system.
+    /// Whether the address still exists in the system.
     pub(crate) fn is_there(address: &std::path::Path) -> bool {
         address.exists()
     }
@@ -46,7 +46,7 @@ mod system {
     /// A client's connection.
     pub(crate) type Stream = PipeStream;
 
-    /// Longest wait for an instance that is free.
+    /// Longest wait for a free instance.
     const PATIENCE: Duration = Duration::from_secs(20);
     /// `CREATE_NEW_PROCESS_GROUP`: so that a break reaches this plugin alone.
     const NEW_GROUP: u32 = 0x200;
@@ -57,7 +57,7 @@ mod system {
         Ok(stream)
     }
 
-    /// Where the plugin of `folder` listens.
+    /// The address that the plugin of `folder` listens on.
     pub(crate) fn address(folder: &std::path::Path) -> PathBuf {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
         PathBuf::from(format!(r"\\.\pipe\lcow-test-{name}"))
@@ -68,7 +68,7 @@ mod system {
 
     pub(crate) fn prepare(command: &mut Command) {
         command.creation_flags(NEW_GROUP);
-        // The list for the system and administrators shuts out an ordinary user who runs the tests.
+        // The access list for the system and administrators would exclude an ordinary user who runs the tests.
         command.args(["--pipe-security", "D:P(A;;GA;;;SY)(A;;GA;;;BA)(A;;GA;;;OW)"]);
     }
 
@@ -77,12 +77,12 @@ mod system {
         send_break(child.id()).unwrap();
     }
 
-    /// Whether anybody listens at the address.
+    /// Whether a plugin listens on the address.
     pub(crate) fn is_there(address: &std::path::Path) -> bool {
         PipeStream::connect(address.as_os_str(), Duration::ZERO).is_ok()
     }
 }
 
-#[allow(unused_imports, reason = "not every test program asks whether somebody listens")]
+#[allow(unused_imports, reason = "not every test program asks whether the address exists")]
 pub(crate) use system::is_there;
 pub(crate) use system::{FLAG, Stream, address, ask_to_stop, connect, prepare};

@@ -84,7 +84,7 @@ fn a_stop_cuts_what_does_not_end_in_its_time() {
     let begin = Instant::now();
     assert_eq!(plugin.terminate(), Some(0));
     assert!(begin.elapsed() < LONG);
-    assert!(plugin.log().contains("cutting requests that did not finish in time"), "{}", plugin.log());
+    assert!(plugin.log().contains("cutting off requests that did not finish in time"), "{}", plugin.log());
     plugin.start_again();
     assert!(plugin.apply("x", "", &tar[512 * 20..]).text().contains("pull it again"));
     drop(stream);

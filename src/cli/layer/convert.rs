@@ -4,8 +4,8 @@
 //!   raw │ fixed or dynamic VHD │ VHDX ──► disk, its holes left out ──► raw (sparse) │ fixed VHD (sparse) │ dynamic VHDX
 //! ```
 //!
-//! The disk is copied as it is, whatever lies on it: a file system, its hash tree. A VHDX with a log in use and a sandbox
-//! with a dirty journal are copied as they stand; the log is replayed, the journal is not.
+//! The disk is copied as it is, whatever is on it: a file system, its hash tree. A VHDX whose log is in use and a
+//! sandbox with a dirty journal are copied in their current state: the log is replayed, the journal is not.
 
 use super::{
     ConvertArgs, DiskFormat,
@@ -30,7 +30,7 @@ use vhd_image::{
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
-/// The larger of the two sizes that a VHDX's sectors have.
+/// The larger of a VHDX's two sector sizes.
 const WIDE_SECTOR: u32 = 4096;
 /// Runs of zeros of at least this size are left out.
 const GRAIN: usize = 4096;
@@ -43,7 +43,7 @@ struct Converted {
     disk_bytes: u64,
     /// Length of the file; a sparse one takes less of the disk.
     file_bytes: u64,
-    /// What was not zero.
+    /// Bytes that were copied: grains that are not all zero.
     data_bytes: u64,
 }
 
@@ -51,25 +51,29 @@ pub(super) fn convert(args: &ConvertArgs) -> Result<ExitCode, CliError> {
     let image = Image::open(&args.input)?;
     let format = args.format.or_else(|| DiskFormat::of(&args.output)).ok_or_else(|| {
         format!(
-            "{} does not end with .img, .raw, .vhd or .vhdx: say what it shall be with --to",
+            "{} does not end with .img, .raw, .vhd or .vhdx; choose the format with --to",
             shown(&args.output)
         )
     })?;
     if format != DiskFormat::Vhdx && (args.block_size.is_some() || args.sector_size.is_some()) {
-        return Err("--block-size and --sector-size are for VHDX".into());
+        return Err("--block-size and --sector-size apply only to VHDX".into());
     }
     let size = image.disk.size().map_err(|e| failed("read", &args.input, &e))?;
     if format != DiskFormat::Vhd && size > MAX_RAW_BYTES {
         let (size, most) = (ByteSize(size), ByteSize(MAX_RAW_BYTES));
-        return Err(format!("{} is a disk of {size}: layers have at most {most}", shown(&args.input)).into());
+        return Err(format!(
+            "the disk in {} is too large for a layer: {size}, at most {most}",
+            shown(&args.input)
+        )
+        .into());
     }
     if args.sector_size == Some(WIDE_SECTOR)
         && let Ok(fs) = image.ext4()
         && fs.geometry().block_size < WIDE_SECTOR
     {
         return Err(format!(
-            "the file system of {} has blocks of {} bytes, which no disk with sectors of {WIDE_SECTOR} can hold: pack it \
-             with --block-size 4KiB",
+            "the file system of {} has blocks of {} bytes, but sectors of {WIDE_SECTOR} need \
+             larger blocks; pack the layer with --block-size 4KiB",
             shown(&args.input),
             fs.geometry().block_size
         )
@@ -106,7 +110,7 @@ pub(super) fn convert(args: &ConvertArgs) -> Result<ExitCode, CliError> {
             let mut options = CreateOptions::new(size, id);
             if let Some(block) = args.block_size {
                 options.block_size = u32::try_from(block.as_u64())
-                    .map_err(|_| format!("--block-size {block} is too large: 1 MiB to 256 MiB"))?;
+                    .map_err(|_| format!("--block-size {block} is too large; expected 1 MiB to 256 MiB"))?;
             }
             if let Some(sector) = args.sector_size {
                 options.logical_sector = sector;
@@ -141,7 +145,7 @@ pub(super) fn convert(args: &ConvertArgs) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Copies what is not zero; the number of bytes that were.
+/// Copies everything that is not zero; returns the number of bytes copied.
 fn copy(image: &Image, out: &dyn WriteAt) -> Result<u64, CliError> {
     let bar = input::bar(Some(image.data.iter().map(|r| r.end - r.start).sum()));
     let mut buffer = vec![0; CHUNK];

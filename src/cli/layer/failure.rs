@@ -5,12 +5,12 @@ use ext4_image::Ext4Error;
 use layer_codec::DiffError;
 use std::{error::Error, fmt::Write as _, io, path::Path};
 
-/// The reader of our output went away: nothing is wrong and nothing is left to say.
+/// The reader closed the output: this is no failure, and there is nothing left to report.
 #[derive(Debug, thiserror::Error)]
-#[error("nobody reads the output any more")]
+#[error("the reader closed the output")]
 struct ClosedPipe;
 
-/// Whether an error only means that the reader of our output went away.
+/// Whether an error only means that the reader closed the output.
 pub(super) fn is_closed_pipe(error: &(dyn Error + 'static)) -> bool {
     causes(error).any(|e| {
         e.is::<ClosedPipe>()
@@ -51,7 +51,7 @@ fn help(error: &(dyn Error + 'static)) -> Option<&'static str> {
     if let Some(e) = error.downcast_ref::<io::Error>() {
         return match e.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                Some("make room there, or write to another disk")
+                Some("free some space there, or write to another disk")
             }
             io::ErrorKind::NotFound => Some("check the path"),
             _ => None,
@@ -66,7 +66,7 @@ fn help(error: &(dyn Error + 'static)) -> Option<&'static str> {
     match error.downcast_ref::<DiffError>()? {
         DiffError::Vhd(_) => Some("a VHD holds at most 2040 GiB"),
         DiffError::Corrupt { what, .. } if what.contains("record") => {
-            Some("image and record must be of one `layer pack`, unchanged")
+            Some("image and record must come unchanged from the same `layer pack`")
         }
         _ => None,
     }

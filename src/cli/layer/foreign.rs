@@ -1,7 +1,7 @@
-//! Disk formats of others, known by their first bytes: not read here, and never taken for a raw disk.
+//! Foreign disk formats, recognized by their first or last bytes: they are not read, and never treated as raw disks.
 //!
 //! ```text
-//!   head of the file, its last sector ─► a format's name, and the command that makes a raw disk of it
+//!   head of the file, its last sector ─► a format's name, and the command that makes a raw disk from it
 //! ```
 //!
 //! Source: the probes of QEMU's block drivers, `file`'s magic. Called by `image`.
@@ -9,12 +9,12 @@
 use super::failure::shown;
 use std::path::Path;
 
-/// Bytes of a file's head that tell the formats apart.
+/// Bytes of a file's head that distinguish the formats.
 pub(super) const HEAD: usize = 512;
-/// Bytes of a file's end that tell: the last sector.
+/// Bytes at a file's end that identify a format: the last sector.
 pub(super) const TAIL: usize = 512;
 
-/// A format, where its mark stands, and what makes a raw disk of it; `IN` is the file.
+/// A format, the offset of its mark, and the command that makes a raw disk from it; `IN` stands for the file.
 #[derive(Debug)]
 struct Format {
     name: &'static str,
@@ -59,35 +59,35 @@ const BY_HEAD: &[Format] = &[
     format("7z", 0, b"7z\xbc\xaf\x27\x1c", "7z x -so IN >OUT.img"),
     format("tar", 257, b"ustar", "tar -xf IN` or, if it is a layer, `lcow-graphdriver layer pack IN OUT.vhd"),
 ];
-/// In the last sector.
+/// Formats with their mark in the last sector.
 const BY_TAIL: &[Format] = &[
     format("DMG", 0, b"koly\0\0\0\x04", DMG),
     format("encrypted DMG", TAIL - 8, b"cdsaencr", "hdiutil convert IN -format UDTO -o OUT` (on macOS) `"),
 ];
 
-/// The format that a head, or a tail of [`TAIL`] bytes, tells.
+/// The format that a head, or a tail of [`TAIL`] bytes, identifies.
 fn known(bytes: &[u8], formats: &'static [Format]) -> Option<&'static Format> {
     formats.iter().find(|f| bytes.get(f.at..).is_some_and(|rest| rest.starts_with(f.mark)))
 }
 
-/// Why a file is no raw disk, by its head and its last sector, and what to do; `None` if it may be one.
+/// Why a file is not a raw disk, judged by its head and its last sector, and what to do; `None` if it may be one.
 pub(super) fn refusal(path: &Path, head: &[u8], tail: &[u8]) -> Option<String> {
     let format = known(head, BY_HEAD).or_else(|| known(tail, BY_TAIL))?;
     let quoted = format!("'{}'", path.display());
     let command = format.command.replace("IN", &quoted);
     Some(format!(
-        "{} is {}, which is not read here: make a raw disk of it with `{command}`",
+        "{} is {}, which is not supported; make a raw disk from it with `{command}`",
         shown(path),
         format.name
     ))
 }
 
-/// Why the disk in a VHD or VHDX is not read, by its head. Tools that guess would take a raw copy of it for that format,
-/// whose header may name any file of the host.
+/// Why the disk in a VHD or VHDX is not read, judged by its head. Tools that guess formats would treat a raw copy of it
+/// as that format, whose header may name any file of the host.
 pub(super) fn refusal_inside(path: &Path, head: &[u8]) -> Option<String> {
     let format = known(head, BY_HEAD)?;
     Some(format!(
-        "the disk in {} begins as {} does: whoever guesses formats would take a copy of it for one; it is not read",
+        "the disk in {} begins like {}; it is not read, because tools that guess formats would misinterpret a copy of it",
         shown(path),
         format.name
     ))

@@ -1,7 +1,7 @@
-//! An image that is looked at: what contains it left out, its tree walked by path.
+//! Read access to an image: unwraps its container, and walks its tree by path.
 //!
 //! ```text
-//!   VHDX │ dynamic VHD │ fixed VHD │ raw disk ──► disk ──► ext4          what is none of these is refused: foreign
+//!   VHDX │ dynamic VHD │ fixed VHD │ raw disk ──► disk ──► ext4          anything else is refused: foreign
 //! ```
 
 use super::{
@@ -26,11 +26,11 @@ use vhd_image::{
     vhdx::{Geometry, Vhdx},
 };
 
-/// Folders of a sandbox.
+/// Directories of a sandbox.
 const SANDBOX_FOLDERS: [&[u8]; 2] = [b"upper", b"work"];
 /// Symbolic links followed in one path, as Linux has it (MAXSYMLINKS).
 const MAX_HOPS: usize = 40;
-/// How a VHDX begins.
+/// The first bytes of a VHDX.
 const VHDX_MAGIC: &[u8] = b"vhdxfile";
 
 /// The disk in a VHD or VHDX, or a bare image.
@@ -41,13 +41,13 @@ pub(super) type Disk = Arc<dyn ReadAt>;
 pub(super) enum Container {
     /// The file is the disk.
     Raw,
-    /// A fixed VHD: a footer stands behind the disk.
+    /// A fixed VHD: the disk followed by a footer.
     Vhd(Footer),
     /// A dynamic VHD.
     DynamicVhd {
-        /// What its footer tells.
+        /// A footer with the disk's size, timestamp and id.
         footer: Footer,
-        /// Bytes of a block.
+        /// Size of a block, in bytes.
         block_bytes: u64,
     },
     /// A dynamic or fixed VHDX.
@@ -59,13 +59,13 @@ pub(super) struct Image {
     pub(super) path: PathBuf,
     pub(super) file_bytes: u64,
     pub(super) container: Container,
-    /// The footer of a VHD as it stands.
+    /// The footer of a fixed VHD, byte for byte.
     pub(super) footer: Option<[u8; vhd::FOOTER_SIZE]>,
     pub(super) disk: Disk,
     /// The file, opened once: what was checked is what is used.
     #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only Linux mounts"))]
     pub(super) file: Arc<File>,
-    /// Where the disk may be other than zero, in bytes, ascending.
+    /// Byte ranges of the disk that may be nonzero, ascending.
     pub(super) data: Vec<Range<u64>>,
 }
 
@@ -74,13 +74,13 @@ impl Image {
         Self::open_with(path, false)
     }
 
-    /// As [`Self::open`], for writing too if `write`.
+    /// Like [`Self::open`]; also opens the file for writing if `write`.
     pub(super) fn open_with(path: &Path, write: bool) -> Result<Self, CliError> {
         let file =
             File::options().read(true).write(write).open(path).map_err(|e| failed("open", path, &e))?;
         let file = Arc::new(file);
         if file.metadata().is_ok_and(|m| m.is_dir()) {
-            return Err(format!("{} is a folder, not an image", shown(path)).into());
+            return Err(format!("{} is a directory, not an image", shown(path)).into());
         }
         let file_bytes = file.size().map_err(|e| failed("read", path, &e))?;
         let unread = |e: &(dyn std::error::Error + 'static)| failed("read", path, e);
@@ -112,7 +112,7 @@ impl Image {
             });
         }
         let footer = match footer(&file, file_bytes) {
-            // A damaged end does not matter: the footer stands at the beginning as well.
+            // A damaged end does not matter: there is a copy of the footer at the beginning.
             Ok(None) if is_dynamic(head) => return Self::dynamic(path, file, file_bytes),
             Err(e) if is_dynamic(head) || matches!(e.downcast_ref(), Some(VhdError::Unsupported(_))) => {
                 return Self::dynamic(path, file, file_bytes);
@@ -154,13 +154,13 @@ impl Image {
         Ext4::open(self.disk.clone()).map_err(|e| failed("read", &self.path, &e))
     }
 
-    /// Whether it is a layer made by apply, or one that is written through a mount.
+    /// Whether it is an applied layer or a sandbox, which is written through a mount.
     pub(super) fn kind(&self) -> Result<LayerKind, CliError> {
         let fs = self.ext4()?;
         kind(&fs).map_err(|e| failed("read", &self.path, &e))
     }
 
-    /// Whether it is a file system without a journal, as applied layers are.
+    /// Whether its file system has no journal, as in applied layers.
     #[cfg(target_os = "linux")]
     pub(super) fn has_no_journal(&self) -> Result<bool, CliError> {
         let fs = self.ext4()?;
@@ -173,7 +173,7 @@ impl Image {
     }
 }
 
-/// As many of `most` bytes at `offset` as there are.
+/// Up to `most` bytes at `offset`; fewer at the end of the disk.
 fn part(disk: &impl ReadAt, offset: u64, most: usize) -> std::io::Result<Vec<u8>> {
     let rest = disk.size()?.saturating_sub(offset);
     let mut bytes = vec![0; usize::try_from(rest).map_or(most, |rest| rest.min(most))];
@@ -181,19 +181,19 @@ fn part(disk: &impl ReadAt, offset: u64, most: usize) -> std::io::Result<Vec<u8>
     Ok(bytes)
 }
 
-/// Bytes of a file system.
+/// Size of a file system, in bytes.
 pub(super) fn fs_bytes<R: ReadAt>(fs: &Ext4<R>) -> u64 {
     fs.geometry().blocks_count.saturating_mul(u64::from(fs.geometry().block_size))
 }
 
-/// Where a file has data, as far as its file system tells: the whole of it elsewhere.
-#[cfg_attr(not(target_os = "linux"), expect(unused_variables, reason = "only Linux is asked"))]
+/// The ranges of a file that have data, if its file system reports them; otherwise the whole file.
+#[cfg_attr(not(target_os = "linux"), expect(unused_variables, reason = "only Linux reports holes here"))]
 fn data_ranges(file: &File, bytes: u64) -> Vec<Range<u64>> {
     #[cfg(target_os = "linux")]
     {
         let mut ranges = Vec::new();
         let mut at = 0;
-        // An error is the end of the data, or a file system that does not tell.
+        // An error means the end of the data, or a file system that does not report holes.
         while let Ok(start) = rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
             let Ok(end) = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start)) else { break };
             if start >= bytes {
@@ -209,7 +209,7 @@ fn data_ranges(file: &File, bytes: u64) -> Vec<Range<u64>> {
     std::iter::once(0..bytes).collect()
 }
 
-/// Whether the file system says that a file without data is all hole.
+/// Whether the file system reports that a file without data is one hole.
 #[cfg(target_os = "linux")]
 fn is_hole(file: &File) -> bool {
     rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(0)) == Ok(0)
@@ -223,7 +223,7 @@ fn footer(file: &File, file_bytes: u64) -> Result<Option<(Footer, [u8; vhd::FOOT
     match Footer::parse(&bytes) {
         Ok(footer) if footer.disk_bytes <= at => Ok(Some((footer, bytes))),
         Ok(footer) => Err(format!(
-            "its vhd footer tells of a disk of {} bytes, the file has {at}: it is cut",
+            "the file is truncated: its vhd footer gives a disk of {} bytes, the file has {at}",
             footer.disk_bytes
         )
         .into()),
@@ -232,7 +232,7 @@ fn footer(file: &File, file_bytes: u64) -> Result<Option<(Footer, [u8; vhd::FOOT
     }
 }
 
-/// Images of layers have no journal; one with a journal and a sandbox's two folders is a sandbox.
+/// Layer images have no journal; an image with a journal and a sandbox's two directories is a sandbox.
 pub(super) fn kind<R: ReadAt>(fs: &Ext4<R>) -> Result<LayerKind, Ext4Error> {
     if !fs.geometry().has_journal() {
         return Ok(LayerKind::Applied);
@@ -247,7 +247,8 @@ pub(super) fn kind<R: ReadAt>(fs: &Ext4<R>) -> Result<LayerKind, Ext4Error> {
     Ok(LayerKind::Sandbox)
 }
 
-/// The inode that a path leads to; symbolic links on the way are followed inside the image, a last one if `follow`.
+/// The inode that a path leads to; symbolic links on the way are followed inside the image, a final one only if
+/// `follow`.
 pub(super) fn resolve<R: ReadAt>(fs: &Ext4<R>, path: &[u8], follow: bool) -> Result<Inode, CliError> {
     let mut todo: Vec<Vec<u8>> = parts(path);
     let mut stack: Vec<Inode> = vec![fs.inode(fs.root())?];
@@ -263,10 +264,12 @@ pub(super) fn resolve<R: ReadAt>(fs: &Ext4<R>, path: &[u8], follow: bool) -> Res
         }
         let Some(dir) = stack.last() else { break };
         if dir.kind != FileKind::Directory {
-            return Err(format!("a part of the path before '{}' is no folder", part.escape_ascii()).into());
+            return Err(
+                format!("a part of the path before '{}' is not a directory", part.escape_ascii()).into()
+            );
         }
         let found = fs.lookup(dir, &part)?;
-        let ino = found.ok_or_else(|| format!("there is no '{}' in it", part.escape_ascii()))?;
+        let ino = found.ok_or_else(|| format!("'{}' does not exist in the image", part.escape_ascii()))?;
         let inode = fs.inode(ino)?;
         if inode.kind == FileKind::Symlink && (follow || !todo.is_empty()) {
             hops += 1;
@@ -282,7 +285,7 @@ pub(super) fn resolve<R: ReadAt>(fs: &Ext4<R>, path: &[u8], follow: bool) -> Res
         }
         stack.push(inode);
     }
-    stack.pop().ok_or_else(|| "the path leads nowhere".into())
+    stack.pop().ok_or_else(|| "the path does not lead to an entry".into())
 }
 
 /// The parts of a path, the last one first.

@@ -1,7 +1,7 @@
-//! The tar that comes in: a file or standard input, packed or not, with a progress bar on a terminal.
+//! The input tar: a file or standard input, compressed or not, with a progress bar on a terminal.
 //!
 //! ```text
-//!   file, stdin ──► bytes counted for the bar ──► first bytes looked at ──► gzip │ zstd │ as it is ──► tar
+//!   file, stdin ──► bytes counted for the bar ──► first bytes examined ──► gzip │ zstd │ as it is ──► tar
 //! ```
 
 use super::failure::{failed, shown};
@@ -14,12 +14,12 @@ use std::{
     path::Path,
 };
 
-/// Bytes read at a time from a packed input.
+/// Bytes read at a time from a compressed input.
 const BUFFER: usize = 256 << 10;
-/// Bytes of the head that tell the kinds apart.
+/// Bytes of the head that distinguish the kinds of compression.
 const HEAD: usize = 6;
 
-/// How the input is packed.
+/// How the input is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Packing {
@@ -28,7 +28,8 @@ pub(super) enum Packing {
     Zstd,
 }
 
-/// A kind of packing that is known by its first bytes but not read: what unpacks it.
+/// Compression formats that are recognized by their first bytes but not supported, with the command that decompresses
+/// them.
 const FOREIGN: &[(&[u8], &str)] = &[
     (b"\xFD7zXZ\0", "xz -dc"),
     (b"BZh", "bzip2 -dc"),
@@ -44,11 +45,11 @@ pub(super) struct Input {
     pub(super) bar: ProgressBar,
 }
 
-/// Opens the input and finds out how it is packed.
+/// Opens the input and detects its compression.
 pub(super) fn open(path: &Path) -> Result<Input, CliError> {
     let file = if path.as_os_str() == "-" {
         if io::stdin().is_terminal() {
-            return Err("standard input is a terminal: pipe a tar into it, or name a file".into());
+            return Err("standard input is a terminal; pipe a tar into it, or name a file".into());
         }
         standard_input().map_err(|e| failed("read", path, &e))?
     } else {
@@ -57,7 +58,7 @@ pub(super) fn open(path: &Path) -> Result<Input, CliError> {
     let metadata = file.metadata().map_err(|e| failed("open", path, &e))?;
     if metadata.is_dir() {
         return Err(format!(
-            "{0} is a folder, not a tar: make one with `tar -C {0} -c . | lcow-graphdriver layer pack - OUT.vhd`",
+            "{0} is a directory, not a tar; make one with `tar -C {0} -c . | lcow-graphdriver layer pack - OUT.vhd`",
             shown(path)
         )
         .into());
@@ -69,7 +70,7 @@ pub(super) fn open(path: &Path) -> Result<Input, CliError> {
     begun.map_err(|e| failed("read", path, &e))?;
     if let Some((_, tool)) = FOREIGN.iter().find(|(magic, _)| head.starts_with(magic)) {
         return Err(format!(
-            "{} is packed in a way that is not read here: `{tool} {} | lcow-graphdriver layer pack - OUT.vhd`",
+            "{} has an unsupported compression; run `{tool} {} | lcow-graphdriver layer pack - OUT.vhd`",
             shown(path),
             path.display()
         )
@@ -88,10 +89,10 @@ pub(super) fn open(path: &Path) -> Result<Input, CliError> {
     Ok(Input { tar, packing, bar })
 }
 
-/// The members of a gzip file, one after the other. Zeros behind one are passed over, as gzip and GNU tar do: they come of
-/// tapes and of files that were padded to a block.
+/// The members of a gzip file, one after the other. Zeros after a member are skipped, as gzip and GNU tar do: they come
+/// from tapes and from files that were padded to a block.
 struct Members<R> {
-    /// `None` between two members, whose input is then `rest`.
+    /// `None` between two members; the input is then in `rest`.
     member: Option<GzDecoder<R>>,
     rest: Option<R>,
 }
@@ -101,7 +102,7 @@ impl<R: BufRead> Members<R> {
         Self { member: Some(GzDecoder::new(input)), rest: None }
     }
 
-    /// Goes to the next member; false if there is none.
+    /// Advances to the next member; false if there is none.
     fn next(&mut self) -> io::Result<bool> {
         let Some(input) = &mut self.rest else { return Ok(false) };
         loop {
@@ -141,7 +142,7 @@ impl<R: BufRead> Read for Members<R> {
     }
 }
 
-/// Standard input as a file: read without a lock and a buffer between.
+/// Standard input as a file, read without a lock or a buffer in between.
 fn standard_input() -> io::Result<File> {
     #[cfg(unix)]
     let own = std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?;
@@ -158,7 +159,7 @@ pub(super) fn widen_pipe(file: &File) {
     {
         /// What an unprivileged process may ask for (fs.pipe-max-size).
         const PIPE_BYTES: usize = 1 << 20;
-        // Refused for what is no pipe, and beyond the user's limit: then it stays as it is.
+        // Fails for anything but a pipe, and beyond the user's limit; the size then stays as it is.
         let _ = rustix::pipe::fcntl_setpipe_size(file, PIPE_BYTES);
     }
     #[cfg(not(target_os = "linux"))]
@@ -177,7 +178,7 @@ fn packing(head: &[u8]) -> Packing {
     }
 }
 
-/// A bar on standard error; invisible where that is no terminal. Without a length it counts only.
+/// A progress bar on standard error, hidden unless that is a terminal. Without a length it only counts.
 pub(super) fn bar(length: Option<u64>) -> ProgressBar {
     let (bar, template) = match length {
         Some(length) => (
@@ -206,7 +207,7 @@ mod tests {
         };
         let read = |packed: &[u8]| {
             let mut out = Vec::new();
-            // Buffers of any size end anywhere.
+            // A member may end anywhere in a buffer.
             for capacity in [1, 7, BUFFER] {
                 out.clear();
                 Members::new(BufReader::with_capacity(capacity, packed)).read_to_end(&mut out)?;

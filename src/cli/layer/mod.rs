@@ -4,12 +4,12 @@
 //!   IN.tar (plain, gzip, zstd, or -) ──pack──► OUT.vhd + RECORD          pack    input, output
 //!   IMAGE (+ RECORD) ──unpack, diff──► tar                               unpack  image, output
 //!   IMAGE ──inspect, ls, cat, verify──► what it holds                    show    image, verify
-//!   IMAGE ──convert──► raw, VHD, VHDX         IMAGE ──mount──► FOLDER        convert, mount
+//!   IMAGE ──convert──► raw, VHD, VHDX         IMAGE ──mount──► DIRECTORY     convert, mount
 //! ```
 //!
-//! All work is done in this process, with the rights of the caller: unlike the service, which hands it to a jailed
-//! worker. What is read is taken for hostile all the same. Files appear whole or not at all: they are written under a
-//! temporary name beside their place, synced, and renamed. Called by [`super::run`].
+//! All work is done in this process, with the rights of the caller, unlike in the service, which hands it to a jailed
+//! worker. The input is treated as hostile all the same. Output files appear whole or not at all: they are written
+//! under a temporary name in the same directory, synced, and renamed. Called by [`super::run`].
 
 mod convert;
 mod failure;
@@ -58,8 +58,8 @@ pub(super) enum LayerCommand {
     Ls(LsArgs),
     /// Writes a file of an image to standard output.
     Cat(CatArgs),
-    /// Checks an image's metadata as strictly as the service does before it mounts one, every block against its hash
-    /// tree if it has one, and with a record all its data.
+    /// Checks an image's metadata as strictly as the service does before mounting it, every block against its hash tree
+    /// if it has one, and, with a record, all its data.
     Verify(VerifyArgs),
     /// Writes the changes from the PARENTs to IMAGE as a canonical tar (deleted names as `.wh.` files).
     Diff(DiffArgs),
@@ -71,7 +71,7 @@ fn profile() -> impl TypedValueParser<Value = Profile> {
         PossibleValue::new(Profile::Default.name())
             .help("Clean for e2fsck, 1 KiB blocks, small files inside their inodes, metadata checksums"),
         PossibleValue::new(Profile::Hcsshim.name()).help(
-            "Byte for byte the ext4 that hcsshim's tar2ext4 makes, for hosts that know layers by its root hashes",
+            "Byte for byte the ext4 that hcsshim's tar2ext4 makes, for hosts that identify layers by its root hashes",
         ),
     ])
     .try_map(|name| name.parse())
@@ -82,8 +82,8 @@ pub(super) struct PackArgs {
     /// The layout of the image.
     #[arg(long, value_parser = profile(), default_value_t = Profile::Default)]
     profile: Profile,
-    /// Profile hcsshim: the maximum disk size, for which room is reserved and on which the root hash depends. 16GiB is
-    /// what tar2ext4 takes, 128GiB what LCOW gives.
+    /// Profile hcsshim: the maximum disk size; space is reserved for it, and the root hash depends on it. 16GiB is the
+    /// default of tar2ext4, 128GiB the value that LCOW passes.
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize(hcsshim::DEFAULT_MAX_DISK))]
     max_disk: ByteSize,
     /// Profile hcsshim: stores files of up to 136 bytes in their inodes (tar2ext4 -inline).
@@ -92,16 +92,17 @@ pub(super) struct PackArgs {
     /// Profile hcsshim: keeps `.wh.` names instead of turning them into whiteouts (tar2ext4 without -overlay).
     #[arg(long)]
     keep_whiteouts: bool,
-    /// Blocks of the file system: 1KiB, 2KiB or 4KiB. Small ones waste least; a disk with sectors of 4096 bytes needs
-    /// 4KiB. The image has 4KiB at once where an entry needs more than is said here: a symbolic link whose target is as
-    /// long as a block, names of extended attributes that fill one, a file of 2^32 blocks. Profile hcsshim always has
-    /// 4KiB.
+    /// Block size of the file system: 1KiB, 2KiB or 4KiB. Small blocks waste the least space; a disk with sectors of
+    /// 4096 bytes needs 4KiB. If an entry needs larger blocks than given here, 4KiB is used: a symbolic link whose
+    /// target is as long as a block, names of extended attributes that fill one, a file of 2^32 blocks. Profile hcsshim
+    /// always has 4KiB.
     #[arg(long, value_name = "SIZE", default_value = "1KiB", value_parser = block_size)]
     block_size: BlockSize,
     /// Profile hcsshim: turns backslashes in names into slashes (tar2ext4 -convert-slash).
     #[arg(long)]
     convert_slash: bool,
-    /// Leaves out the VHD footer: the image alone, which may then be larger than a VHD (tar2ext4 without -vhd).
+    /// Leaves out the VHD footer and writes only the image, which may then be larger than a VHD (tar2ext4 without
+    /// -vhd).
     #[arg(long)]
     raw: bool,
     /// Also writes the exact record, from which `unpack --exact` reproduces the tar's original bytes.
@@ -125,13 +126,13 @@ pub(super) struct PackArgs {
     output: PathBuf,
 }
 
-/// The block size that a text means.
+/// Parses a block size.
 fn block_size(text: &str) -> Result<BlockSize, String> {
     let size: ByteSize = text.parse()?;
     u32::try_from(size.as_u64())
         .ok()
         .and_then(BlockSize::from_bytes)
-        .ok_or_else(|| "1KiB, 2KiB and 4KiB are possible".to_owned())
+        .ok_or_else(|| "expected 1KiB, 2KiB or 4KiB".to_owned())
 }
 
 #[derive(Debug, Args)]
@@ -166,7 +167,7 @@ enum DiskFormat {
     Raw,
     /// A fixed VHD: the disk and a footer.
     Vhd,
-    /// A dynamic VHDX: blocks that are there.
+    /// A dynamic VHDX: only the blocks in use.
     Vhdx,
 }
 
@@ -179,7 +180,7 @@ impl DiskFormat {
         }
     }
 
-    /// By the ending of a file's name.
+    /// The format that a file name's extension stands for.
     fn of(path: &Path) -> Option<Self> {
         match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
             "img" | "raw" => Some(Self::Raw),
@@ -224,6 +225,7 @@ pub(super) struct MountArgs {
     /// The image.
     image: PathBuf,
     /// The directory to mount it on.
+    #[arg(value_name = "DIRECTORY")]
     folder: PathBuf,
 }
 
@@ -237,7 +239,7 @@ pub(super) struct LsArgs {
     json: bool,
     /// The image.
     image: PathBuf,
-    /// A path in it.
+    /// A path in the image.
     #[arg(default_value = "/")]
     path: String,
 }
@@ -246,7 +248,7 @@ pub(super) struct LsArgs {
 pub(super) struct CatArgs {
     /// The image.
     image: PathBuf,
-    /// A file in it; symbolic links are followed inside the image.
+    /// A file in the image; symbolic links are followed inside the image.
     path: String,
 }
 

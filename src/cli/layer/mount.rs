@@ -1,12 +1,13 @@
-//! `layer mount`: an image in a folder of this machine, for looking around.
+//! `layer mount`: mounts an image on a directory of this machine, for inspection.
 //!
 //! ```text
-//!   IMAGE ──► loop device (window of the disk, gone with the mount) ──► ext4 ──► FOLDER         `umount FOLDER` ends it
+//!   IMAGE ──► loop device (window of the disk, gone with the mount) ──► ext4 ──► DIRECTORY      `umount DIRECTORY` unmounts it
 //! ```
 //!
-//! The kernel reads the file system then, with all its rights: an image is checked first, strictly, as the service does.
-//! Of a sandbox, which a kernel wrote, only the shape can be checked, so it must be asked for (`--sandbox`, or `--write`).
-//! The file is opened once: what was checked is what is mounted, whatever its name leads to by then.
+//! The kernel then reads the file system with all its privileges, so an image is first checked strictly, as the service
+//! does. For a sandbox, which was written by a kernel, only the structure can be checked, so it must be requested
+//! (`--sandbox` or `--write`). The file is opened once: what was checked is what is mounted, whatever its name refers
+//! to by then.
 
 use super::{
     MountArgs,
@@ -31,7 +32,7 @@ pub(super) fn mount(args: &MountArgs) -> Result<ExitCode, CliError> {
     };
     if let Some(kind) = kind {
         return Err(format!(
-            "{name} is a {kind}, which the kernel cannot mount: `lcow-graphdriver layer convert {name} OUT.vhd` makes one that it can"
+            "{name} is a {kind}, which the kernel cannot mount; convert it with `lcow-graphdriver layer convert {name} OUT.vhd`"
         )
         .into());
     }
@@ -39,22 +40,22 @@ pub(super) fn mount(args: &MountArgs) -> Result<ExitCode, CliError> {
     if args.sandbox || args.write {
         if image.has_no_journal()? {
             return Err(format!(
-                "{name} is an applied layer: it never changes; mount it without --write and --sandbox"
+                "{name} is an applied layer, which never changes; mount it without --write and --sandbox"
             )
             .into());
         }
         let shape = check_sandbox(image.disk.clone(), CheckLimits::default()).map_err(verify)?;
         if shape.needs_recovery && !args.write {
             return Err(format!(
-                "{name} was not unmounted and has a journal to replay, which changes it: mount it with --write"
+                "{name} was not unmounted and has a journal to replay, which changes it; mount it with --write"
             )
             .into());
         }
     } else {
         check(image.disk.clone(), CheckLimits::default()).map_err(|e| match image.has_no_journal() {
             Ok(false) => CliError::from(format!(
-                "{name} is no applied layer but has a journal, as sandboxes have, of which only the shape can be \
-                 checked: if you trust whoever wrote it, mount it with --sandbox (read-only) or --write"
+                "{name} has a journal, as sandboxes do, so only its structure can be checked; if you trust its origin, \
+                 mount it with --sandbox (read-only) or --write"
             )),
             _ => verify(e),
         })?;
@@ -76,6 +77,6 @@ pub(super) fn mount(args: &MountArgs) -> Result<ExitCode, CliError> {
         nosuid: true,
     };
     mount_ext4(&device.path, &args.folder, options).map_err(|e| failed("mount", &args.image, &e))?;
-    print(&format!("{name} is mounted on {}; `umount` ends it\n", shown(&args.folder)))?;
+    print(&format!("{name} is mounted on {}; unmount it with `umount`\n", shown(&args.folder)))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,7 @@
-//! What goes out: whole files or none, and standard output.
+//! Output: whole files or none, and standard output.
 //!
 //! ```text
-//!   create ─► OUT's folder/.OUT.XXXXXX ─ writes ─► commit: sync, rename to OUT         dropped before: deleted
+//!   create ─► OUT's directory/.OUT.XXXXXX ─ writes ─► commit: sync, rename to OUT         dropped before: deleted
 //! ```
 
 use super::{
@@ -20,28 +20,28 @@ use std::{
 };
 use tempfile::NamedTempFile;
 
-/// A file that appears under its name when it is complete.
+/// A file that appears under its name only when it is complete.
 pub(super) struct NewFile {
     place: PathBuf,
     temporary: NamedTempFile,
 }
 
 impl NewFile {
-    /// Starts a file that shall stand at `path`, which may exist: then it is replaced at the end.
+    /// Starts a file for `path`; a file that exists there is replaced by [`Self::commit`].
     pub(super) fn create(path: &Path) -> Result<Self, CliError> {
         let refuse = |what: &str| format!("cannot write {}: {what}", shown(path));
         let place = match fs::metadata(path) {
             Ok(known) if known.is_dir() => {
-                return Err(refuse("it is a folder; name a file in it").into());
+                return Err(refuse("it is a directory; name a file in it").into());
             }
             Ok(known) if !known.is_file() => {
-                return Err(refuse("it is no regular file; name another").into());
+                return Err(refuse("it is not a regular file; name another").into());
             }
             // The file that a symbolic link leads to is replaced, not the link.
             Ok(_) => fs::canonicalize(path).map_err(|e| failed("write", path, &e))?,
             Err(_) => path.to_owned(),
         };
-        let name = place.file_name().ok_or_else(|| refuse("it names no file"))?;
+        let name = place.file_name().ok_or_else(|| refuse("it does not name a file"))?;
         let folder = match place.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
@@ -52,16 +52,16 @@ impl NewFile {
         let mut builder = tempfile::Builder::new();
         builder.prefix(&prefix);
         #[cfg(unix)]
-        // The umask takes away what a new file shall not have.
+        // The umask removes the permissions that a new file must not have.
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temporary = builder.tempfile_in(folder).map_err(|e| failed("make a file in", folder, &e))?;
+        let temporary = builder.tempfile_in(folder).map_err(|e| failed("create a file in", folder, &e))?;
         Ok(Self { place, temporary })
     }
 
-    /// A file without a name on the same disk.
+    /// An unnamed file on the same disk.
     pub(super) fn scratch(&self) -> Result<File, CliError> {
         let folder = self.temporary.path().parent().unwrap_or(Path::new("."));
-        tempfile::tempfile_in(folder).map_err(|e| failed("make a file in", folder, &e))
+        tempfile::tempfile_in(folder).map_err(|e| failed("create a file in", folder, &e))
     }
 
     /// The file, empty at first.
@@ -69,7 +69,7 @@ impl NewFile {
         self.temporary.as_file()
     }
 
-    /// The file as a disk that begins to be written out while it is made.
+    /// The file as a disk whose writeback begins while it is being written.
     pub(super) fn disk(&self) -> Result<NewDisk, CliError> {
         let file = self.file().try_clone().map_err(|e| failed("open", &self.place, &e))?;
         Ok(NewDisk { file, writeback: Writeback::default() })
@@ -83,7 +83,7 @@ impl NewFile {
     }
 }
 
-/// A new file that is written by position.
+/// A new file that is written at given offsets.
 pub(super) struct NewDisk {
     file: File,
     writeback: Writeback,
@@ -115,11 +115,11 @@ impl WriteAt for NewDisk {
     }
 }
 
-/// Where a tar goes.
+/// The destination of a tar.
 pub(super) enum TarOutput {
     /// A new file.
     File(NewFile),
-    /// Standard output, a pipe or a device: bytes that went there stay there.
+    /// Standard output, a pipe or a device: bytes written there cannot be taken back.
     Stream(File),
 }
 
@@ -127,7 +127,7 @@ impl TarOutput {
     pub(super) fn create(path: &Path) -> Result<Self, CliError> {
         if path.as_os_str() == "-" {
             if io::stdout().is_terminal() {
-                return Err("a tar does not go to a terminal: redirect the output, or name a file".into());
+                return Err("a tar is not written to a terminal; redirect the output, or name a file".into());
             }
             return Ok(Self::Stream(standard_output().map_err(|e| failed("write", path, &e))?));
         }
@@ -138,7 +138,7 @@ impl TarOutput {
         Ok(Self::File(NewFile::create(path)?))
     }
 
-    /// Ends it well.
+    /// Completes the output.
     pub(super) fn commit(self) -> Result<(), CliError> {
         match self {
             Self::File(file) => file.commit(),
@@ -167,14 +167,14 @@ impl Write for TarOutput {
 impl StreamOut for TarOutput {
     fn splice(&mut self, file: &File, offset: u64, len: u64) -> io::Result<u64> {
         match self {
-            // A file would get a copy all the same.
+            // For a file, the kernel would copy the data anyway.
             Self::File(_) => Ok(0),
             Self::Stream(stream) => send_file(&*stream, file, offset, len),
         }
     }
 }
 
-/// Bytes going out, shown by a bar.
+/// Output whose progress is shown by a bar.
 pub(super) struct Counted<'a, W> {
     pub(super) out: W,
     pub(super) bar: &'a ProgressBar,
@@ -200,7 +200,7 @@ impl<W: StreamOut> StreamOut for Counted<'_, W> {
     }
 }
 
-/// Standard output as a file: the library's own looks for line ends in every byte.
+/// Standard output as a file: the standard library's own searches every byte for line ends.
 pub(super) fn standard_output() -> io::Result<File> {
     #[cfg(unix)]
     let own = std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned()?;

@@ -22,7 +22,7 @@ use std::{fmt::Write as _, io, process::ExitCode, sync::Arc};
 use verity_tree;
 use vhd_image::vhd;
 
-/// Takes a record that nobody wants.
+/// Discards a record that was not requested.
 struct Nowhere;
 
 impl ReadAt for Nowhere {
@@ -74,7 +74,7 @@ struct Summary {
 #[derive(Debug, Serialize)]
 struct Verified {
     root_hash: RootHash,
-    /// Byte of the disk where its super block stands.
+    /// Offset of its super block on the disk, in bytes.
     hash_offset: u64,
 }
 
@@ -82,7 +82,7 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     let max_image_bytes = max_image_bytes(args)?;
     let hcsshim = hcsshim_profile(args)?;
     if args.record.as_ref() == Some(&args.output) {
-        return Err("image and record cannot be one file: name two".into());
+        return Err("image and record must be two different files".into());
     }
     let mut input = input::open(&args.input)?;
     let image = NewFile::create(&args.output)?;
@@ -121,8 +121,8 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Where the record goes. One that nobody asked for is kept while the image has small blocks: it takes the way back to
-/// the start of a stream that comes once.
+/// Where the record goes. While the image has small blocks, a record is kept even if none was requested: the input may
+/// be a stream that can be read only once, and the record allows starting over.
 fn record_disk(
     args: &PackArgs,
     image: &NewFile,
@@ -137,7 +137,7 @@ fn record_disk(
     })
 }
 
-/// A second pair of files beside the first, for an image that needs larger blocks than it was begun with.
+/// A second pair of files beside the first, for an image that needs larger blocks than it was started with.
 struct Larger<'a> {
     args: &'a PackArgs,
     pair: Option<(NewFile, Option<NewFile>)>,
@@ -160,7 +160,7 @@ impl Larger<'_> {
 impl Growth<NewDisk, Arc<dyn WriteAt>> for Larger<'_> {
     fn disks(&mut self) -> Result<Option<(NewDisk, Arc<dyn WriteAt>)>, DiffError> {
         let made = self.make().map_err(|e| io::Error::other(e.to_string()));
-        made.map(Some).map_err(DiffError::io("beginning anew in larger blocks"))
+        made.map(Some).map_err(DiffError::io("starting over with larger blocks"))
     }
 
     fn replaying(&mut self, _: u64) -> Result<(), DiffError> {
@@ -169,11 +169,11 @@ impl Growth<NewDisk, Arc<dyn WriteAt>> for Larger<'_> {
 
     fn replayed(&mut self, image: NewDisk, record: Arc<dyn WriteAt>) -> Result<(), DiffError> {
         let emptied = image.set_len(0).and_then(|()| record.set_len(0));
-        emptied.map_err(DiffError::io("emptying the files in smaller blocks"))
+        emptied.map_err(DiffError::io("emptying the files with smaller blocks"))
     }
 }
 
-/// The size that the image may have.
+/// The maximum size of the image, in bytes.
 fn max_image_bytes(args: &PackArgs) -> Result<u64, CliError> {
     let most = if args.raw { apply::MAX_RAW_BYTES } else { vhd::MAX_DISK_BYTES };
     let size = args.max_size.map_or(most, |size| size.as_u64());
@@ -181,14 +181,14 @@ fn max_image_bytes(args: &PackArgs) -> Result<u64, CliError> {
         let kind = if args.raw {
             "an image"
         } else {
-            "a vhd (without its footer, with --raw, an image may have 16 TiB)"
+            "a vhd (with --raw, an image without the footer may have 16 TiB)"
         };
         return Err(format!("--max-size {}: {kind} has at most {}", ByteSize(size), ByteSize(most)).into());
     }
     Ok(size)
 }
 
-/// The profile with its options; those of another one are an error.
+/// The options of profile hcsshim; it is an error to give them, or --block-size, with the wrong profile.
 fn hcsshim_profile(args: &PackArgs) -> Result<HcsshimProfile, CliError> {
     if args.profile == Profile::Default {
         let max_disk = args.max_disk.as_u64() != hcsshim::DEFAULT_MAX_DISK;
@@ -199,13 +199,16 @@ fn hcsshim_profile(args: &PackArgs) -> Result<HcsshimProfile, CliError> {
             (args.convert_slash, "--convert-slash"),
         ] {
             if given {
-                return Err(format!("{option} is for --profile hcsshim").into());
+                return Err(format!("{option} requires --profile hcsshim").into());
             }
         }
         return Ok(HcsshimProfile::default());
     }
     if args.block_size != BlockSize::default() {
-        return Err("--block-size is for --profile default: hcsshim's images have blocks of 4 KiB".into());
+        return Err(
+            "--block-size requires --profile default; images of profile hcsshim always have blocks of 4 KiB"
+                .into(),
+        );
     }
     Ok(HcsshimProfile {
         max_disk_bytes: args.max_disk.as_u64(),

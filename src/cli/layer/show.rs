@@ -47,7 +47,7 @@ struct Inspection {
 #[derive(Debug, Serialize)]
 struct VerityFacts {
     root_hash: RootHash,
-    /// Byte of the disk where its super block is: `veritysetup --hash-offset`.
+    /// Offset of its super block on the disk, in bytes: `veritysetup --hash-offset`.
     hash_offset: u64,
     data_blocks: u64,
     uuid: Uuid,
@@ -59,7 +59,7 @@ struct VhdFacts {
     uuid: Uuid,
     /// Seconds since 2000.
     timestamp: u32,
-    /// Of a dynamic disk.
+    /// Block size of a dynamic disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     block_bytes: Option<u64>,
 }
@@ -93,7 +93,7 @@ struct Ext4Facts {
     features: Vec<String>,
 }
 
-/// What the tree holds; a hard-linked inode counts once.
+/// Contents of the tree; a hard-linked inode counts once.
 #[derive(Debug, Default, Serialize)]
 struct Counts {
     names: u64,
@@ -311,7 +311,7 @@ fn inspection_text(i: &Inspection) -> String {
     text
 }
 
-/// A name as `ls` lists it.
+/// An entry as `ls` lists it.
 #[derive(Debug, Serialize)]
 struct Listed {
     name: String,
@@ -408,7 +408,7 @@ pub(super) fn ls(args: &LsArgs) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Name, facts and mode of what is at a path, sorted by name.
+/// Name, facts and mode of each entry, sorted by name.
 type Rows = Vec<(Vec<u8>, Listed, u16)>;
 
 fn list(fs: &Ext4<Disk>, path: &[u8], long: bool) -> Result<Rows, CliError> {
@@ -418,7 +418,7 @@ fn list(fs: &Ext4<Disk>, path: &[u8], long: bool) -> Result<Rows, CliError> {
     }
     let mut rows = Vec::new();
     for entry in fs.read_dir(&inode)? {
-        // Without -l the inodes need not be read, and a broken one does not hide its neighbours.
+        // Without -l the inodes need not be read, and a broken one does not hide its neighbors.
         let node = if long { fs.inode(entry.ino)? } else { inode.clone() };
         let row = if long { listed(fs, &entry.name, &node)? } else { bare(&entry.name, &node) };
         rows.push((entry.name, row, node.mode));
@@ -427,7 +427,7 @@ fn list(fs: &Ext4<Disk>, path: &[u8], long: bool) -> Result<Rows, CliError> {
     Ok(rows)
 }
 
-/// A row of which only the name counts.
+/// A row of which only the name is used.
 fn bare(name: &[u8], inode: &Inode) -> Listed {
     Listed {
         name: escaped(name),
@@ -446,7 +446,7 @@ fn bare(name: &[u8], inode: &Inode) -> Listed {
     }
 }
 
-/// As `ls -l` writes a mode.
+/// A mode as `ls -l` shows it.
 fn permissions(mode: u16) -> String {
     let kind = match FileKind::from_mode(mode) {
         Some(FileKind::Directory) => 'd',

@@ -1,4 +1,4 @@
-//! `layer unpack`, `diff` and `cat`: bytes out of images.
+//! `layer unpack`, `diff` and `cat`: extract data from images.
 
 use super::{
     CatArgs, DiffArgs, UnpackArgs,
@@ -16,7 +16,7 @@ use layer_codec::{
 };
 use std::{fs::File, io::Write, path::Path, process::ExitCode};
 
-/// Bytes of a file copied at once.
+/// Bytes of a file copied at a time.
 const CHUNK: usize = 512 << 10;
 
 pub(super) fn unpack(args: &UnpackArgs) -> Result<ExitCode, CliError> {
@@ -47,7 +47,7 @@ pub(super) fn diff(args: &DiffArgs) -> Result<ExitCode, CliError> {
     })
 }
 
-/// Writes a tar with a progress bar, unless it goes where a bar would be of no use.
+/// Writes a tar with a progress bar; warns about files that the tar cannot hold.
 fn write_tar(
     image: &Path,
     output: &Path,
@@ -62,8 +62,8 @@ fn write_tar(
     out.commit()?;
     if let Some(first) = &summary.first_hidden {
         eprintln!(
-            "warning: {} files whose names begin with .wh., or that lie in folders of such a name, are not in the tar (the \
-             first is '{}'): readers of layers would take them for deletions",
+            "warning: {} files whose names begin with .wh., or that are in directories with such a name, are not in the \
+             tar (the first is '{}'), because readers of layers would treat them as deletions",
             summary.hidden,
             first.escape_ascii()
         );
@@ -77,7 +77,7 @@ pub(super) fn cat(args: &CatArgs) -> Result<ExitCode, CliError> {
     let about = |e: CliError| failed(&format!("read '{}' of", args.path), &args.image, &*e);
     let inode = resolve(&fs, args.path.as_bytes(), true).map_err(about)?;
     if inode.kind != FileKind::File {
-        return Err(about("it is no regular file".into()));
+        return Err(about("it is not a regular file".into()));
     }
     copy(&fs, &inode).map_err(about)?;
     Ok(ExitCode::SUCCESS)

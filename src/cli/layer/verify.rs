@@ -33,10 +33,10 @@ struct Verified {
     inodes: u64,
     directories: u64,
     blocks_used: u64,
-    /// The hash tree that every block was held against.
+    /// The hash tree that every block was checked against.
     #[serde(skip_serializing_if = "Option::is_none")]
     verity: Option<Tree>,
-    /// The digest that was found right; only with a record.
+    /// The verified digest; only with a record.
     #[serde(skip_serializing_if = "Option::is_none")]
     tar_digest: Option<TarDigest>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -53,25 +53,26 @@ pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
     let image = Image::open(&args.image)?;
     if image.kind()? == LayerKind::Sandbox {
         return Err(format!(
-            "{} is a sandbox: only images that `layer pack` and ApplyDiff made can be verified (try `e2fsck -fn`)",
+            "{} is a sandbox; only images made by `layer pack` or ApplyDiff can be verified (try `e2fsck -fn`)",
             shown(&args.image)
         )
         .into());
     }
-    // The tree first: it names the damaged file where the check of the metadata only finds that something is wrong.
+    // The tree is checked first: it can name the damaged file, while the metadata check only finds that something is
+    // wrong.
     let tree = verify_tree(args, &image)?;
     let report =
         check(image.disk.clone(), CheckLimits::default()).map_err(|e| failed("verify", &args.image, &e))?;
     verity_tree::check_around(&image.disk, report.image_bytes, tree.is_some())
         .map_err(|e| failed("verify", &args.image, &e))?;
     if let Container::Vhd(footer) = image.container {
-        // `layer convert` gives an image of profile hcsshim the other one.
+        // Both are accepted: `layer convert` gives an image of profile hcsshim the default footer.
         let ours = [footer.to_bytes(), footer.to_bytes_hcsshim()];
         if footer.timestamp != 0
             || image.footer.is_none_or(|found| !ours.contains(&found))
             || footer.disk_bytes + vhd::FOOTER_SIZE as u64 != image.file_bytes
         {
-            return Err(format!("{}: its vhd footer is not one that a layer has", shown(&args.image)).into());
+            return Err(format!("{}: its vhd footer is not that of a layer", shown(&args.image)).into());
         }
     }
     let replayed = match &args.record {
@@ -121,7 +122,7 @@ fn verify_tree(args: &VerifyArgs, image: &Image) -> Result<Option<Tree>, CliErro
     let root_hash = RootHash(report.root);
     match args.root_hash {
         Some(expected) if expected != root_hash => Err(format!(
-            "{} is sound in itself but not the image that was meant: its root hash is {root_hash}",
+            "{} is sound but not the expected image: its root hash is {root_hash}",
             shown(&args.image)
         )
         .into()),
@@ -131,7 +132,7 @@ fn verify_tree(args: &VerifyArgs, image: &Image) -> Result<Option<Tree>, CliErro
 
 fn text(args: &VerifyArgs, verified: &Verified) -> String {
     let mut text = format!(
-        "{}: metadata sound, {} inodes, {} folders, {} blocks used, uuid {}\n",
+        "{}: metadata sound, {} inodes, {} directories, {} blocks used, uuid {}\n",
         shown(&args.image),
         verified.inodes,
         verified.directories,
@@ -144,10 +145,10 @@ fn text(args: &VerifyArgs, verified: &Verified) -> String {
             writeln!(text, "all {} blocks match the hash tree, root {}", tree.data_blocks, tree.root_hash);
     }
     if let (Some(bytes), Some(digest)) = (verified.tar_bytes, verified.tar_digest) {
-        let _ = writeln!(text, "its tar of {bytes} bytes is whole, {digest}");
+        let _ = writeln!(text, "its tar of {bytes} bytes is intact, {digest}");
     } else if verified.verity.is_none() {
         text.push_str(
-            "file data were not checked: that needs a hash tree (pack --verity) or the exact record (--record)\n",
+            "file data was not checked; that needs a hash tree (pack --verity) or the exact record (--record)\n",
         );
     }
     text

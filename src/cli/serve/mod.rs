@@ -26,7 +26,7 @@ use crate::{
 };
 use std::{fmt::Debug, future::Future, sync::Arc, time::Duration};
 
-/// Serves requests until `stop` resolves; running requests finish first, or are cut when the time limit is over.
+/// Serves requests until `stop` resolves; running requests finish first, or are cut off when the time limit expires.
 /// `ready` is called once the store is open.
 async fn answer<L, S>(
     incoming: L,

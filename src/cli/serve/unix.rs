@@ -22,7 +22,7 @@ pub(in crate::cli) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
 
 async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // The socket first: clients that wait for it can connect now, and get a reply as soon as the store is open.
+    // The socket comes first: clients that wait for it can connect now, and get a reply as soon as the store is open.
     let incoming = match listenfd::ListenFd::from_env().take_unix_listener(0)? {
         Some(listener) => UnixIncoming::adopt(listener)?,
         None => UnixIncoming::bind(&args.socket)?,
@@ -73,10 +73,10 @@ fn thaw_all() {
     }
 }
 
-/// In a managed plugin: ends the program when an engine that stops leaves it running but unmounts its folder, so that the
-/// next engine finds no plugin alive and starts it anew, with a folder that it sees. Nothing is lost: an engine does so
-/// only when no container runs. To end later, at the engine's first request, would not do: the engine sends a request
-/// anew without its body.
+/// In a managed plugin: exits when an engine that stops leaves the plugin running but unmounts its directory, so that
+/// the next engine finds no live plugin and starts a new one, with a directory that it sees. Nothing is lost: an engine
+/// does this only when no container runs. Exiting later, at the engine's first request, would not work: the engine
+/// repeats a request without its body.
 #[cfg(target_os = "linux")]
 fn watch_propagation(root: &std::path::Path) {
     let Some(canary) = lcow_sys::linux::init::Canary::find(root) else { return };
@@ -99,13 +99,13 @@ fn watch_propagation(root: &std::path::Path) {
 fn as_first_process(root: &std::path::Path) -> Result<ExitCode, CliError> {
     use lcow_sys::linux::init;
     use std::{error::Error as _, os::unix::process::ExitStatusExt};
-    /// What a shell adds to the number of a signal.
+    /// Added to a signal's number to make an exit status, as in shells.
     const BY_SIGNAL: i32 = 128;
     if let Err(error) = init::furnish_dev() {
         // Layers can still be converted; a Get reports what is missing.
         crate::cli::report(&format!("layers cannot be mounted on this system: {error}"), error.source());
     }
-    // Only to notice what an engine does with a plugin that it leaves running: without it, all else works.
+    // Only needed to notice what an engine does with a plugin that it leaves running; everything else works without it.
     if let Err(error) = init::Canary::set(root) {
         crate::cli::report(&format!("cannot watch mounts: {error}"), error.source());
     }

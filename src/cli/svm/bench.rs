@@ -24,11 +24,11 @@ use vhd_image::vhd::FOOTER_SIZE;
 
 /// Bytes read from the tar at a time.
 const CHUNK: usize = 256 << 10;
-/// How long a first boot, which makes QEMU's template, may take.
+/// How long a first boot, which creates QEMU's template, may take.
 const BOOT: Duration = Duration::from_mins(2);
-/// How long a spare may take.
+/// How long a spare may take to become ready.
 const SPARE: Duration = Duration::from_secs(30);
-/// Runs of each backend; the best one is shown, as others share the machine.
+/// Runs of each backend; the best one is shown, because other programs share the machine.
 const RUNS: usize = 3;
 
 /// Arguments of `svm bench`.
@@ -37,10 +37,10 @@ pub(in crate::cli) struct BenchArgs {
     /// An uncompressed tar without whiteouts, such as a base image's layer.
     tar: PathBuf,
     /// Directory of the guest's vmlinux and initrd (scripts/build-svm-image); without it, QEMU is not measured.
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "DIRECTORY")]
     kirdpath: Option<PathBuf>,
     /// Directory for temporary files; all of them are deleted.
-    #[arg(long, value_name = "FOLDER", default_value = "/var/tmp")]
+    #[arg(long, value_name = "DIRECTORY", default_value = "/var/tmp")]
     work: PathBuf,
 }
 
@@ -105,7 +105,8 @@ async fn leases(pool: &Pool) -> Result<(Duration, Duration), CliError> {
     let mut times = Vec::new();
     for run in 0..=RUNS {
         let begin = Instant::now();
-        // Names of their own: an operation that is just ending would share its VM with the next of its name.
+        // Each lease has its own name: an operation that is just ending would share its VM with the next one of the
+        // same name.
         drop(pool.lease(&format!("lease-{run}"), Purpose::Work).await?);
         times.push(begin.elapsed());
     }
@@ -113,12 +114,12 @@ async fn leases(pool: &Pool) -> Result<(Duration, Duration), CliError> {
     Ok((first, times.into_iter().min().unwrap_or(first)))
 }
 
-/// Waits until a spare is ready, as it is where the machine had a moment's rest before.
+/// Waits until a spare is ready, as it is on a machine that was idle for a moment.
 async fn spare_ready(pool: &Pool) -> Result<(), CliError> {
     let begin = Instant::now();
     while pool.snapshot().spares == 0 {
         if begin.elapsed() > SPARE {
-            return Err(format!("no spare machine within {} s", SPARE.as_secs()).into());
+            return Err(format!("no spare machine was ready within {} s", SPARE.as_secs()).into());
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -161,7 +162,7 @@ async fn rounds(pool: &Pool, tar: &Path, work: &Path) -> Result<(Duration, Durat
         diff = diff.min(begin.elapsed());
         let expected = std::fs::metadata(tar)?.len();
         if bytes != expected {
-            return Err(format!("the diff has {bytes} bytes, the tar {expected}").into());
+            return Err(format!("diff size mismatch: expected {expected} bytes, found {bytes}").into());
         }
     }
     Ok((apply, diff))

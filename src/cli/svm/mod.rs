@@ -5,7 +5,7 @@
 //!   bench         a pool of its own for each backend ─► first lease, lease, apply, exact diff of one tar
 //! ```
 //!
-//! `bench` needs no plugin and leaves nothing but QEMU's template, if a directory for it is given.
+//! `bench` needs no plugin and leaves nothing behind but QEMU's template, if a directory for it is given.
 
 use super::{
     CliError,

@@ -53,7 +53,7 @@ pub fn worker_main(args: &[String], codec: &Arc<dyn Codec>) -> i32 {
 
 fn run(report: JailReport, codec: &Arc<dyn Codec>) -> io::Result<()> {
     let mut transport = Frames { pipe: PipeStream::from_handle(take_standard_input()?)? };
-    let hello = Hello { version: PROTOCOL_VERSION, jail, nonce: 0, transfer: false, witness: None };
+    let hello = Hello { version: PROTOCOL_VERSION, jail: report, nonce: 0, transfer: false, witness: None };
     svm_protocol::write_json(&mut &transport.pipe, FrameType::Hello, &hello)?;
     serve::serve(&mut transport, codec)
 }
