@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     config::OverlayApi,
-    error::Attempt,
+    error::{Attempt, with_causes},
     store::{LayerId, LayerState, Layout, Member, Snapshot, layout},
 };
 use lcow_sys::linux::{
@@ -412,9 +412,15 @@ impl Mounts {
             }
         }
         let target = self.layout.mount_point(id);
-        // With userns-remap, there is an id-mapped mount on top of the plain one.
-        let unmounted =
-            self.thaw_disk(id).and_then(|()| unmount_all(&target).map_err(failed(id, "unmount its disk")));
+        let unmounted = self.thaw_disk(id).and_then(|()| {
+            // A mount namespace that copied this mount, such as that of a container or a service, keeps the file system
+            // alive, and then the unmount writes nothing back: a Diff would read an old state from the file.
+            if let Err(error) = mount::syncfs(&target) {
+                tracing::warn!(%id, error = %with_causes(&error), "cannot sync a disk before its unmount");
+            }
+            // With userns-remap, there is an id-mapped mount on top of the plain one.
+            unmount_all(&target).map_err(failed(id, "unmount its disk"))
+        });
         let mut state = self.state.lock();
         if unmounted.is_ok() {
             state.disks.remove(id);

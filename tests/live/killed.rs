@@ -354,3 +354,38 @@ fn no_loop_device_of_others_is_touched_whatever_its_file_is_called() {
     }
     assert_eq!(all.len(), 4);
 }
+
+/// A process in a mount namespace of its own, which got copies of all mounts; ended on drop.
+struct Namespace(std::process::Child);
+
+impl Namespace {
+    fn new() -> Self {
+        let mut child = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", "echo there; exec sleep 120"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("unshare starts");
+        let mut line = [0; 6];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).expect("the namespace is there");
+        Self(child)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn what_was_written_is_in_the_diff_although_another_namespace_keeps_the_mount() {
+    let plugin = Plugin::start(&[]);
+    let view = shown(&plugin);
+    let namespace = Namespace::new();
+    fs::write(view.join("late"), "written after the mounts were copied\n").unwrap();
+    plugin.put("c");
+    let tar = plugin.diff("c", "base");
+    assert!(tar.windows(21).any(|bytes| bytes == b"written after the mou"), "an old state was read");
+    drop(namespace);
+}

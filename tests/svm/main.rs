@@ -557,8 +557,10 @@ async fn a_program_that_is_no_worker_is_a_boot_error_with_its_words() {
         ..EmbeddedConfig::default()
     };
     let pool = Pool::start(Arc::new(EmbeddedBackend::new(config)), PoolConfig::default());
-    let e = pool.lease("a", Purpose::Work).await.unwrap_err().to_string();
-    assert!(e.contains("last words") && e.contains("exit status 7"), "{e}");
+    let e = pool.lease("a", Purpose::Work).await.unwrap_err();
+    let (engine, log) = (e.to_string(), e.with_console());
+    assert!(engine.contains("exit status 7") && !engine.contains("last words"), "{engine}");
+    assert!(log.contains("last words") && log.contains("exit status 7"), "{log}");
     // One that never greets is given up after the boot time-out, and is gone.
     let config = EmbeddedConfig {
         args: vec!["-c".into(), "sleep 1000".into()],

@@ -33,7 +33,7 @@ pub mod hcsshim;
 pub(crate) mod layout;
 mod output;
 pub(crate) mod reader;
-#[cfg(all(any(test, feature = "testing"), unix))]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod writer;
 
