@@ -81,8 +81,8 @@ pub fn create_dir(path: &Path, descriptor: &SecurityDescriptor) -> io::Result<()
 ///
 /// # Errors
 /// The list cannot be read.
-#[cfg(test)]
-pub(crate) fn access_list(path: &Path) -> io::Result<String> {
+#[cfg(any(test, feature = "testing"))]
+pub fn access_list(path: &Path) -> io::Result<String> {
     use windows_sys::Win32::Security::{
         Authorization::{
             ConvertSecurityDescriptorToStringSecurityDescriptorW, GetNamedSecurityInfoW, SE_FILE_OBJECT,
@@ -128,8 +128,8 @@ pub(crate) fn access_list(path: &Path) -> io::Result<String> {
 }
 
 /// Who has which rights by a list in SDDL, whatever the order and the flags: names of rights as a file system keeps them.
-#[cfg(test)]
-pub(crate) fn rights(sddl: &str) -> std::collections::BTreeSet<(String, String)> {
+#[cfg(any(test, feature = "testing"))]
+pub fn rights(sddl: &str) -> std::collections::BTreeSet<(String, String)> {
     let entries = sddl.split('(').skip(1).filter_map(|entry| entry.split_once(')'));
     entries
         .map(|(entry, _)| {
@@ -146,8 +146,8 @@ pub(crate) fn rights(sddl: &str) -> std::collections::BTreeSet<(String, String)>
 }
 
 /// Whether this is Wine, which keeps no lists: it makes a file's mode of them, and a list of the mode.
-#[cfg(test)]
-pub(crate) fn is_wine() -> bool {
+#[cfg(any(test, feature = "testing"))]
+pub fn is_wine() -> bool {
     use windows_sys::Win32::System::LibraryLoader::{GetModuleHandleW, GetProcAddress};
     let Ok(name) = wide(OsStr::new("ntdll.dll")) else { return false };
     // SAFETY: both names end with a NUL, and the module is in every process.
