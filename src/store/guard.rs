@@ -77,7 +77,7 @@ pub(super) fn refuse_foreign(home: &Path, known: &dyn Fn(&fs::DirEntry) -> bool)
         let entry = entry.map_err(StoreError::io("list", home))?;
         if entry.file_name() != layout::LOST_AND_FOUND && !of_a_begun_store(&entry) && !known(&entry) {
             return Err(StoreError::Usage(format!(
-                "'{}' is no layer store ({} is missing) and not empty (it contains '{}'); name an empty or a new directory",
+                "'{}' is not a layer store ({} is missing) and not empty (it contains '{}'); name an empty or a new directory",
                 home.display(),
                 layout::MARKER,
                 entry.file_name().to_string_lossy()

@@ -74,7 +74,7 @@ impl Store {
     pub fn open_read_only(_: &DiskThread, home: &Path) -> Result<Self, StoreError> {
         let marker = Marker::read(home)?.ok_or_else(|| {
             StoreError::Usage(format!(
-                "'{}' is no layer store ({} is missing)",
+                "'{}' is not a layer store ({} is missing); name the store's directory",
                 home.display(),
                 layout::MARKER
             ))
