@@ -8,6 +8,7 @@
 //!                                                      ├── MemDisk            a growable buffer in memory
 //!                                                      ├── SubDisk            bytes offset .. offset + len of another
 //!                                                      ├── FaultDisk          fails after a number of written bytes
+//!                                                      ├── CrashDisk          forgets, at a power cut, what was not flushed
 //!                                                      └── &D, Arc<D>, Box<D> any of these, shared
 //! ```
 //!
@@ -33,6 +34,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod crash;
 mod fault;
 mod mem;
 #[doc(hidden)]

@@ -31,6 +31,7 @@ pub mod format;
 #[cfg(feature = "hcsshim")]
 pub mod hcsshim;
 pub(crate) mod layout;
+pub mod offline;
 mod output;
 pub(crate) mod reader;
 #[cfg(any(test, feature = "testing"))]

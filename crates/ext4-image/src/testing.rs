@@ -9,7 +9,10 @@
 //! What `mount -o loop` chooses is freed at any moment before the mount at which somebody else on the machine, who looks
 //! for a device, opens and closes it; then the mount fails ("already mounted or mount point busy"), or mounts another file.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+};
 
 /// A mounted image; unmounted when dropped (lazily: a child that another test has just forked may hold a descriptor for
 /// a moment). The loop device goes with the mount.
@@ -37,7 +40,7 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.dir.path()).status();
+        let _ = Command::new("umount").arg("-l").arg(self.dir.path()).stderr(Stdio::null()).status();
     }
 }
 

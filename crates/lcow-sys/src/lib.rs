@@ -27,6 +27,7 @@
 pub mod jail;
 #[cfg(target_os = "linux")]
 pub mod linux;
+pub mod sparse;
 pub mod splice;
 #[cfg(windows)]
 pub mod windows;

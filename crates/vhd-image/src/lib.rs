@@ -1,4 +1,4 @@
-//! Virtual hard disk images in safe Rust: fixed VHD footers, dynamic VHDs (read only), and VHDX files.
+//! Virtual hard disk images in safe Rust: fixed VHD footers, dynamic VHDs (read only), VHDX and qcow2 (write only) files.
 //!
 //! All of it works on [`disk_io::ReadAt`] and [`disk_io::WriteAt`], so an image can be a file, a device or memory, and an
 //! opened image is itself a disk that a file system can be read from.
@@ -7,12 +7,14 @@
 //!   fixed VHD     │ the disk, byte for byte …                                   │ footer 512 │      vhd::Footer
 //!   dynamic VHD   │ footer │ header │ block table │ bitmap │ block │ … │ footer  │                vhd::dynamic::DynamicVhd
 //!   VHDX          │ id │ head ×2 │ regi ×2 │ … │ log │ metadata │ BAT │ block │ block │ …        vhdx::{create, Vhdx, VhdxWriter}
+//!   qcow2         │ header │ L1 │ L2 │ cluster │ … │ reference counts │                           qcow2::create_from
 //! ```
 //!
 //! | | fixed VHD | dynamic VHD | VHDX, fixed or dynamic | differencing |
 //! |---|---|---|---|---|
 //! | read | yes | yes | yes; a log in use is replayed in memory | refused, with a typed error |
 //! | write | the disk is a plain file | no | yes; what was synced survives a crash at any byte | no |
+//! | grow, compact | the caller's file | no | dynamic only, in place, through the log | no |
 //! | create | yes | no | dynamic only | no |
 //!
 //! # Limits
@@ -25,14 +27,16 @@
 //!
 //! # Byte stability
 //!
-//! [`vhd::Footer::to_bytes`] and [`vhdx::create()`] are pure functions of their arguments: equal arguments yield equal
+//! [`vhd::Footer::to_bytes`], [`vhdx::create()`], [`vhdx::create_from()`] and [`qcow2::create_from`] are pure functions of their arguments: equal arguments yield equal
 //! bytes, on every system and in every release with the same major version. [`vhdx::VhdxWriter`] draws new write ids, as
 //! the format demands, and is not reproducible.
 
 #![forbid(unsafe_code)]
 
+pub mod qcow2;
 pub mod vhd;
 pub mod vhdx;
+mod zeros;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -73,26 +73,11 @@ impl<R: ReadAt> Checker<R> {
             self.blocks.claim(0, 1, Place::block(0))?;
             self.blocks.used -= 1;
         }
-        let per_block = geometry.block_size / u32::from(geometry.desc_size);
-        let meta = geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_META_BG);
-        let old_blocks = if meta {
-            u64::from(geometry.first_meta_bg)
-        } else {
-            u64::from(geometry.groups.div_ceil(per_block))
-        };
         for number in 0..geometry.groups {
             let place = Place::group(number);
             let first = geometry.group_first_block(number);
             let blocks = u64::from(geometry.group_blocks(number));
-            let has_super = geometry.group_has_super(number);
-            let in_meta = meta && number / per_block >= geometry.first_meta_bg;
-            let mut fixed = u64::from(has_super);
-            if in_meta {
-                let within = number % per_block;
-                fixed += u64::from(within == 0 || within == 1 || within == per_block - 1);
-            } else if has_super {
-                fixed += old_blocks;
-            }
+            let fixed = geometry.group_head_blocks(number);
             if fixed > blocks {
                 return Err(bad(number, GroupFault::TooSmall));
             }
@@ -239,20 +224,7 @@ impl<R: ReadAt> Checker<R> {
         let geometry = self.fs.geometry();
         let first = geometry.group_first_block(number);
         let end = first + u64::from(geometry.group_blocks(number));
-        let per_block = geometry.block_size / u32::from(geometry.desc_size);
-        let meta = geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_META_BG)
-            && number / per_block >= geometry.first_meta_bg;
-        let mut own = u64::from(geometry.group_has_super(number));
-        if meta {
-            let within = number % per_block;
-            own += u64::from(within == 0 || within == 1 || within == per_block - 1);
-        } else if own == 1 {
-            own += if geometry.has(Incompat::EXT4_FEATURE_INCOMPAT_META_BG) {
-                u64::from(geometry.first_meta_bg)
-            } else {
-                u64::from(geometry.groups.div_ceil(per_block))
-            };
-        }
+        let mut own = geometry.group_head_blocks(number);
         let table = u64::from(geometry.inode_table_blocks());
         for (start, count) in
             [(desc.block_bitmap(), 1), (desc.inode_bitmap(), 1), (desc.inode_table(), table)]

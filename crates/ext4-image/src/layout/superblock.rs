@@ -231,6 +231,19 @@ fn tune2fs_name(kernel: &str) -> String {
     kinds.iter().find_map(|kind| kernel.strip_prefix(kind)).unwrap_or(kernel).to_lowercase()
 }
 
+/// Whether feature sparse_super puts a copy of the super block into a group other than the first: group 1, and the powers
+/// of 3, 5 and 7 (`ext4_bg_has_super`).
+pub(crate) fn sparse_super_has_copy(group: u64) -> bool {
+    group == 1
+        || [3u64, 5, 7].iter().any(|base| {
+            let mut power = *base;
+            while power < group {
+                power *= base;
+            }
+            power == group
+        })
+}
+
 /// Size and features of a new file system.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
@@ -307,6 +320,11 @@ impl Superblock {
     /// `s_r_blocks_count` of both halves.
     pub(crate) fn r_blocks_count(&self) -> u64 {
         join(self.s_r_blocks_count_lo, self.s_r_blocks_count_hi)
+    }
+
+    /// Sets both halves of `s_r_blocks_count`.
+    pub(crate) fn set_r_blocks_count(&mut self, n: u64) {
+        (self.s_r_blocks_count_lo, self.s_r_blocks_count_hi) = split(n);
     }
 
     /// Sets both halves of `s_free_blocks_count`.

@@ -19,6 +19,8 @@ pub(crate) mod extent;
 mod file;
 pub(crate) mod inode;
 mod journal;
+#[cfg(all(test, target_os = "linux"))]
+mod journal_tests;
 mod overlay;
 mod owners;
 pub(crate) mod source;

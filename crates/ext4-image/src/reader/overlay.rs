@@ -27,6 +27,11 @@ impl Overlay {
         self.0.get(&block).copied()
     }
 
+    /// The blocks, in no order.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = u64> {
+        self.0.keys().copied()
+    }
+
     pub(crate) fn insert(&mut self, block: u64, copy: Copy) {
         self.0.insert(block, copy);
     }

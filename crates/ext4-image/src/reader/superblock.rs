@@ -16,7 +16,7 @@ use crate::{
         inode::EXT4_GOOD_OLD_INODE_SIZE,
         superblock::{
             Compat, EXT4_CRC32C_CHKSUM, EXT4_DYNAMIC_REV, EXT4_SUPER_MAGIC, Incompat, RoCompat,
-            SUPERBLOCK_OFFSET, Superblock, feature_names,
+            SUPERBLOCK_OFFSET, Superblock, feature_names, sparse_super_has_copy,
         },
     },
 };
@@ -236,16 +236,7 @@ impl Geometry {
         if self.has_compat(Compat::EXT4_FEATURE_COMPAT_SPARSE_SUPER2) {
             return self.backup_bgs.contains(&group);
         }
-        if group == 1 || !self.has_ro(RoCompat::EXT4_FEATURE_RO_COMPAT_SPARSE_SUPER) {
-            return true;
-        }
-        [3u64, 5, 7].iter().any(|base| {
-            let mut power = *base;
-            while power < u64::from(group) {
-                power *= base;
-            }
-            power == u64::from(group)
-        })
+        !self.has_ro(RoCompat::EXT4_FEATURE_RO_COMPAT_SPARSE_SUPER) || sparse_super_has_copy(u64::from(group))
     }
 
     /// The first block of group `group`.
@@ -269,6 +260,39 @@ impl Geometry {
         }
         let first = nr * per_block;
         (self.group_first_block(first) + u64::from(self.group_has_super(first)), at)
+    }
+
+    /// Descriptors in a block.
+    pub(crate) fn descriptors_per_block(&self) -> u32 {
+        self.block_size / u32::from(self.desc_size)
+    }
+
+    /// Blocks of descriptors behind each super block: all of them, or those before the first in meta_bg's places.
+    pub(crate) fn plain_descriptor_blocks(&self) -> u32 {
+        if self.has(Incompat::EXT4_FEATURE_INCOMPAT_META_BG) {
+            self.first_meta_bg
+        } else {
+            self.groups.div_ceil(self.descriptors_per_block())
+        }
+    }
+
+    /// Whether the descriptor of group `group` is where meta_bg has it.
+    pub(crate) fn in_meta_group(&self, group: u32) -> bool {
+        self.has(Incompat::EXT4_FEATURE_INCOMPAT_META_BG)
+            && group / self.descriptors_per_block() >= self.first_meta_bg
+    }
+
+    /// Blocks at the begin of group `group` for super block, descriptors and their copies (`ext4_num_base_meta_clusters`);
+    /// reserved descriptor blocks are not counted.
+    pub(crate) fn group_head_blocks(&self, group: u32) -> u64 {
+        let has_super = u64::from(self.group_has_super(group));
+        if self.in_meta_group(group) {
+            let per_block = self.descriptors_per_block();
+            let within = group % per_block;
+            has_super + u64::from(within == 0 || within == 1 || within == per_block - 1)
+        } else {
+            has_super * (1 + u64::from(self.plain_descriptor_blocks()))
+        }
     }
 
     /// Blocks of one group's inode table.

@@ -3,14 +3,14 @@
 use super::{
     CHECKSUM_SEED, HASH_SEED, ImageSummary, ImageWriter, NodeId, Overflow, Result, UuidSource, extents,
     inodes,
-    space::{GROUP_BLOCKS, Geometry, Space},
+    space::{Geometry, Space},
     tree::{EaValue, NONE, Node, Payload},
     xattrs,
 };
 use crate::{
     Ext4Error,
     layout::{
-        EXT4_GOOD_OLD_FIRST_INO, checksum,
+        EXT4_GOOD_OLD_FIRST_INO, EXT4_JOURNAL_INO, checksum,
         group::{DESC_SIZE, GroupDesc, GroupFlags},
         inode::{EXTRA_ISIZE, S_IFREG},
         superblock::{self, Compat, Incompat, RoCompat, SUPERBLOCK_OFFSET, Superblock},
@@ -24,16 +24,16 @@ use sha2::{Digest, Sha256};
 use zerocopy::{FromZeros, IntoBytes, little_endian::U32};
 
 /// `s_log_groups_per_flex`: only a hint where the kernel looks for bitmaps to read ahead.
-const LOG_GROUPS_PER_FLEX: u8 = 4;
+pub(super) const LOG_GROUPS_PER_FLEX: u8 = 4;
 /// Fewest inodes of a group: the reserved ones are in the first group.
-const MIN_INODES_PER_GROUP: u64 = 16;
+pub(super) const MIN_INODES_PER_GROUP: u64 = 16;
 
 /// How many groups of how many inodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Shape {
-    groups: u64,
-    inodes_per_group: u64,
-    table_blocks: u64,
+pub(super) struct Shape {
+    pub(super) groups: u64,
+    pub(super) inodes_per_group: u64,
+    pub(super) table_blocks: u64,
 }
 
 /// The groups that an image of `inodes` needs: tables and bitmaps themselves may begin a further group, so the answer
@@ -49,7 +49,7 @@ fn shape(space: &Space, inodes: u64, inode_size: u64) -> Result<Shape> {
             groups += 1;
             continue;
         }
-        let mut trial = space.clone();
+        let mut trial = space.trial();
         for _ in 0..groups {
             trial.take_adjacent(shape.table_blocks)?;
         }
@@ -65,9 +65,9 @@ fn shape(space: &Space, inodes: u64, inode_size: u64) -> Result<Shape> {
     }
 }
 
-/// Blocks from `start` to `end` marked in a bitmap of one group that begins at block `base`.
-fn clear_range(bitmap: &mut [u8], base: u64, start: u64, end: u64) {
-    let (start, end) = (start.max(base) - base, end.min(base + GROUP_BLOCKS).saturating_sub(base));
+/// Blocks from `start` to `end` marked as free in the bitmap of a group of `group` blocks that begins at block `base`.
+pub(super) fn clear_range(bitmap: &mut [u8], base: u64, group: u64, start: u64, end: u64) {
+    let (start, end) = (start.max(base) - base, end.min(base + group).saturating_sub(base));
     for bit in start..end {
         bitmap[(bit / 8) as usize] &= !(1 << (bit % 8));
     }
@@ -156,6 +156,9 @@ impl<W: WriteAt> ImageWriter<W> {
         let g = self.space.geometry;
         let max_ino = u64::from(inodes::ino_of(self.tree.nodes.len() as u32 - 1))
             .max(u64::from(EXT4_GOOD_OLD_FIRST_INO));
+        if let Some(writable) = self.options.writable {
+            return self.finish_writable(writable, max_ino, source);
+        }
         let shape = shape(&self.space, max_ino, self.inode_size as u64)?;
         if shape.groups * shape.inodes_per_group > u64::from(u32::MAX) {
             return Err(Ext4Error::unsupported("more than 2^32 inodes", crate::Place::default()));
@@ -178,23 +181,7 @@ impl<W: WriteAt> ImageWriter<W> {
         }
         let free_blocks = self.write_bitmaps(&mut descs, shape, blocks, &bitmaps, &tables)?;
         self.write_descriptors(&mut descs)?;
-        let uuid = match self.options.uuid {
-            UuidSource::Fixed(uuid) => uuid,
-            UuidSource::FromContent | UuidSource::FromSource => {
-                content.update(self.sink.crc.unwrap_or_default().to_le_bytes());
-                content.update(self.data_crc.to_le_bytes());
-                if self.options.uuid == UuidSource::FromSource {
-                    content.update(source);
-                }
-                content.update(blocks.to_le_bytes());
-                let digest = content.finalize();
-                let mut uuid = [0; 16];
-                uuid.copy_from_slice(&digest[..16]);
-                uuid[6] = uuid[6] & 0x0f | 0x80;
-                uuid[8] = uuid[8] & 0x3f | 0x80;
-                uuid
-            }
-        };
+        let uuid = self.uuid(content, source, blocks);
         let free_inodes: u64 = descs.iter().map(|d| u64::from(d.free_inodes())).sum();
         let sb = self.superblock(shape, blocks, free_blocks, free_inodes, uuid);
         self.sink.put(SUPERBLOCK_OFFSET, sb.as_bytes())?;
@@ -208,8 +195,27 @@ impl<W: WriteAt> ImageWriter<W> {
         })
     }
 
+    /// The UUID of an image of so many blocks, the checksums of whose inodes went into `content`.
+    pub(super) fn uuid(&self, mut content: Sha256, source: &[u8], blocks: u64) -> [u8; 16] {
+        if let UuidSource::Fixed(uuid) = self.options.uuid {
+            return uuid;
+        }
+        content.update(self.sink.crc.unwrap_or_default().to_le_bytes());
+        content.update(self.data_crc.to_le_bytes());
+        if self.options.uuid == UuidSource::FromSource {
+            content.update(source);
+        }
+        content.update(blocks.to_le_bytes());
+        let digest = content.finalize();
+        let mut uuid = [0; 16];
+        uuid.copy_from_slice(&digest[..16]);
+        uuid[6] = uuid[6] & 0x0f | 0x80;
+        uuid[8] = uuid[8] & 0x3f | 0x80;
+        uuid
+    }
+
     /// One group's inode table; fills the inode half of its descriptor. Gives the table's block and the inode bitmap.
-    fn write_table(
+    pub(super) fn write_table(
         &mut self,
         group: u64,
         shape: Shape,
@@ -225,6 +231,9 @@ impl<W: WriteAt> ImageWriter<W> {
         let (mut used, mut dirs, mut end) = (0, 0, 0);
         for (i, slot) in bytes.chunks_exact_mut(self.inode_size).enumerate() {
             let ino = first + i as u64;
+            if ino == u64::from(EXT4_JOURNAL_INO) && self.journal.is_some() {
+                content.update(self.encode_journal(slot).to_le_bytes());
+            }
             let id = match ino {
                 2 => Some(0),
                 ino if ino >= u64::from(EXT4_GOOD_OLD_FIRST_INO) => {
@@ -273,16 +282,16 @@ impl<W: WriteAt> ImageWriter<W> {
         for (i, desc) in descs.iter_mut().enumerate() {
             let base = g.group_start(i as u64);
             bitmap.fill(0xff);
-            while let Some(range) = free.next_if(|r| r.0 < base + GROUP_BLOCKS) {
+            while let Some(range) = free.next_if(|r| r.0 < base + g.group) {
                 pending.push(range);
             }
             for &(start, end) in &pending {
-                clear_range(&mut bitmap, base, start, end.min(blocks));
+                clear_range(&mut bitmap, base, g.group, start, end.min(blocks));
             }
-            pending.retain(|r| r.1 > base + GROUP_BLOCKS);
+            pending.retain(|r| r.1 > base + g.group);
             // Fixed blocks are the first of a group, at most two.
             bitmap[0] |= (1u8 << g.fixed(i as u64)) - 1;
-            let covered = (GROUP_BLOCKS / 8) as usize;
+            let covered = (g.group / 8) as usize;
             let count: u32 = bitmap[..covered].iter().map(|b| b.count_zeros()).sum();
             total += u64::from(count);
             let (table, inode_bitmap) = &tables[i];
@@ -300,7 +309,7 @@ impl<W: WriteAt> ImageWriter<W> {
     }
 
     /// Group descriptors, in each meta group at its first, second and last group.
-    fn write_descriptors(&mut self, descs: &mut [GroupDesc]) -> Result<()> {
+    pub(super) fn write_descriptors(&mut self, descs: &mut [GroupDesc]) -> Result<()> {
         let g: Geometry = self.space.geometry;
         for (i, desc) in descs.iter_mut().enumerate() {
             desc.seal(CHECKSUM_SEED, i as u32);
@@ -321,7 +330,7 @@ impl<W: WriteAt> ImageWriter<W> {
         Ok(())
     }
 
-    fn superblock(
+    pub(super) fn superblock(
         &self,
         shape: Shape,
         blocks: u64,
@@ -339,15 +348,21 @@ impl<W: WriteAt> ImageWriter<W> {
             | Incompat::EXT4_FEATURE_INCOMPAT_CSUM_SEED;
         incompat.set(Incompat::EXT4_FEATURE_INCOMPAT_INLINE_DATA, self.options.inline_data);
         incompat.set(Incompat::EXT4_FEATURE_INCOMPAT_LARGEDIR, self.large_dir);
-        let compat = Compat::EXT4_FEATURE_COMPAT_EXT_ATTR
-            | Compat::EXT4_FEATURE_COMPAT_DIR_INDEX
-            | Compat::EXT4_FEATURE_COMPAT_SPARSE_SUPER2;
-        let ro = RoCompat::EXT4_FEATURE_RO_COMPAT_LARGE_FILE
+        let mut compat = Compat::EXT4_FEATURE_COMPAT_EXT_ATTR | Compat::EXT4_FEATURE_COMPAT_DIR_INDEX;
+        let mut ro = RoCompat::EXT4_FEATURE_RO_COMPAT_LARGE_FILE
             | RoCompat::EXT4_FEATURE_RO_COMPAT_HUGE_FILE
             | RoCompat::EXT4_FEATURE_RO_COMPAT_DIR_NLINK
             | RoCompat::EXT4_FEATURE_RO_COMPAT_EXTRA_ISIZE
-            | RoCompat::EXT4_FEATURE_RO_COMPAT_METADATA_CSUM
-            | RoCompat::EXT4_FEATURE_RO_COMPAT_READONLY;
+            | RoCompat::EXT4_FEATURE_RO_COMPAT_METADATA_CSUM;
+        if self.options.writable.is_some() {
+            // What the content does not need is left out: more tools then take the file system.
+            incompat.set(Incompat::EXT4_FEATURE_INCOMPAT_EA_INODE, !self.tree.ea_values.is_empty());
+            compat.set(Compat::EXT4_FEATURE_COMPAT_HAS_JOURNAL, self.journal.is_some());
+            ro |= RoCompat::EXT4_FEATURE_RO_COMPAT_SPARSE_SUPER;
+        } else {
+            compat |= Compat::EXT4_FEATURE_COMPAT_SPARSE_SUPER2;
+            ro |= RoCompat::EXT4_FEATURE_RO_COMPAT_READONLY;
+        }
         let mut sb = Superblock::new(&superblock::Shape {
             blocks_count: blocks,
             free_blocks_count: free,
@@ -355,7 +370,7 @@ impl<W: WriteAt> ImageWriter<W> {
             free_inodes_count: free_inodes as u32,
             first_data_block: size.first_data_block(),
             log_block_size: size.log(),
-            blocks_per_group: GROUP_BLOCKS as u32,
+            blocks_per_group: self.space.geometry.group as u32,
             inodes_per_group: shape.inodes_per_group as u32,
             inode_size: self.inode_size as u16,
             extra_isize: EXTRA_ISIZE,
@@ -367,6 +382,10 @@ impl<W: WriteAt> ImageWriter<W> {
         sb.s_uuid = uuid;
         sb.s_log_groups_per_flex = LOG_GROUPS_PER_FLEX;
         sb.s_checksum_seed.set(CHECKSUM_SEED);
+        sb.s_mkfs_time.set(self.options.made_at);
+        sb.s_lastcheck.set(self.options.made_at);
+        sb.s_wtime.set(self.options.made_at);
+        self.note_journal(&mut sb);
         sb.seal();
         sb
     }

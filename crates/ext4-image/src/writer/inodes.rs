@@ -23,7 +23,7 @@ use disk_io::WriteAt;
 use zerocopy::{FromZeros, IntoBytes};
 
 /// Where extended attributes begin in a slot.
-const XATTR_AT: usize = EXT4_GOOD_OLD_INODE_SIZE + EXTRA_ISIZE as usize;
+pub(super) const XATTR_AT: usize = EXT4_GOOD_OLD_INODE_SIZE + EXTRA_ISIZE as usize;
 /// The longest target that is kept in `i_block`.
 pub(super) const FAST_SYMLINK_MAX: usize = I_BLOCK_SIZE - 1;
 
@@ -83,7 +83,7 @@ impl<W: WriteAt> ImageWriter<W> {
         }
     }
 
-    fn mapped(&self, content: Content) -> ([u8; I_BLOCK_SIZE], u64) {
+    pub(super) fn mapped(&self, content: Content) -> ([u8; I_BLOCK_SIZE], u64) {
         match content {
             Content::Run { start, blocks } => {
                 (super::extents::simple_root(Some((start, blocks))), u64::from(blocks))

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Invariants: an image that `finish` returned is clean for `e2fsck -fn`; data never move once placed; nothing below the
-//! cursor is written twice save the fixed meta blocks; no journal, no lost+found. The disk must be empty (or read as
-//! zeros) at the start. Knows nothing of tar. Called by `diff::apply`.
+//! cursor is written twice save the fixed meta blocks; no lost+found, and no journal unless the image is [`Writable`].
+//! The disk must be empty (or read as zeros) at the start. Knows nothing of tar. Called by `layer-codec`.
 //!
 //! Why 1 KiB blocks and inline data are the default (image size × tar size, synthetic streams): 110,000 files, log-normal
 //! around 1.5 KB, 43,000 of them in one directory: 1.04 (1.02 without inline data), 1.10 with 2 KiB, 1.26 with 4 KiB;
@@ -23,12 +23,17 @@ mod dirs;
 mod extents;
 mod finish;
 mod inodes;
+mod moves;
 mod sink;
 mod space;
 // Their oracles are Linux programs and the Linux kernel.
 #[cfg(all(test, target_os = "linux"))]
 pub(crate) mod tests;
 mod tree;
+mod visit;
+mod writable;
+#[cfg(all(test, target_os = "linux"))]
+mod writable_tests;
 mod xattrs;
 
 use super::{
@@ -43,6 +48,8 @@ use super::{
 };
 use disk_io::WriteAt;
 pub(crate) use space::GROUP_BLOCKS;
+pub use visit::{NodeView, Shape};
+pub use writable::{ImageSize, JournalSize, MAX_WRITABLE_BYTES, MIN_WRITABLE_BYTES, Writable};
 
 use data::OpenFile;
 use sink::Sink;
@@ -139,6 +146,10 @@ pub struct WriterOptions {
     pub uuid: UuidSource,
     /// Keep small files and directories in 512-byte inodes (inline data) instead of 256-byte inodes and blocks.
     pub inline_data: bool,
+    /// A file system of a given size that is written to, instead of one that ends with its content and is read only.
+    pub writable: Option<Writable>,
+    /// When the file system was made: seconds since 1970.
+    pub made_at: u32,
 }
 
 impl Default for WriterOptions {
@@ -148,6 +159,8 @@ impl Default for WriterOptions {
             max_image_bytes: 2040 << 30,
             uuid: UuidSource::FromContent,
             inline_data: true,
+            writable: None,
+            made_at: 0,
         }
     }
 }
@@ -203,6 +216,8 @@ pub struct ImageWriter<W> {
     overflow: HashMap<u32, Overflow>,
     data_crc: u32,
     large_dir: bool,
+    /// Of a writable image, once it is placed.
+    journal: Option<writable::JournalFile>,
 }
 
 /// Content that is not one extent from block 0.
@@ -226,8 +241,12 @@ struct Overflow {
 
 impl<W: WriteAt> ImageWriter<W> {
     /// Starts an image with an empty root directory (0755, owner 0, time 0). `out` must be empty or read as zeros.
+    ///
+    /// # Errors
+    /// `Usage` for a writable image whose size, journal or block size cannot be.
     pub fn new(out: W, options: WriterOptions) -> Result<Self> {
-        let space = Space::new(Geometry::new(options.block_size), options.max_image_bytes);
+        let most = writable::check(&options)?;
+        let space = Space::new(Geometry::new(options.block_size, options.writable.is_some()), most);
         Ok(Self {
             options,
             inode_size: if options.inline_data { INODE_SIZE_INLINE } else { INODE_SIZE_PLAIN },
@@ -242,6 +261,7 @@ impl<W: WriteAt> ImageWriter<W> {
             overflow: HashMap::new(),
             data_crc: 0,
             large_dir: false,
+            journal: None,
         })
     }
 
@@ -324,18 +344,14 @@ impl<W: WriteAt> ImageWriter<W> {
         xattrs: Vec<Xattr>,
     ) -> Result<NodeId> {
         self.tree.check_new(dir, name)?;
-        let device = |major, minor| match encode_device(major, minor) {
-            Some(_) => Ok(Payload::Device { major, minor }),
-            None => Err(Ext4Error::unsupported(format!("device number {major}:{minor}"), Place::default())),
-        };
         let (file_type, payload) = match &kind {
             NodeKind::Directory => {
                 (S_IFDIR, Payload::Dir { first: NONE, last: NONE, parent: dir.0, subdirs: 0 })
             }
             NodeKind::File => (S_IFREG, Payload::File { size: 0, content: Content::Empty }),
             NodeKind::Symlink { target } => (S_IFLNK, self.symlink(target)?),
-            NodeKind::CharDevice { major, minor } => (S_IFCHR, device(*major, *minor)?),
-            NodeKind::BlockDevice { major, minor } => (S_IFBLK, device(*major, *minor)?),
+            NodeKind::CharDevice { major, minor } => (S_IFCHR, Self::device(*major, *minor)?),
+            NodeKind::BlockDevice { major, minor } => (S_IFBLK, Self::device(*major, *minor)?),
             NodeKind::Fifo => (S_IFIFO, Payload::Plain),
             NodeKind::Socket => (S_IFSOCK, Payload::Plain),
         };
@@ -436,6 +452,13 @@ impl<W: WriteAt> ImageWriter<W> {
     /// was read from.
     pub fn finish_with(self, source: [u8; 32]) -> Result<ImageSummary> {
         self.finish_image(&source)
+    }
+
+    fn device(major: u32, minor: u32) -> Result<Payload> {
+        match encode_device(major, minor) {
+            Some(_) => Ok(Payload::Device { major, minor }),
+            None => Err(Ext4Error::unsupported(format!("device number {major}:{minor}"), Place::default())),
+        }
     }
 
     fn symlink(&mut self, target: &[u8]) -> Result<Payload> {

@@ -27,7 +27,7 @@ fn at(secs: i64, nanos: u32) -> Timestamp {
     Timestamp { secs, nanos }
 }
 
-fn attributes(permissions: u16) -> Attributes {
+pub(super) fn attributes(permissions: u16) -> Attributes {
     Attributes {
         permissions,
         uid: 70_000,
@@ -38,7 +38,7 @@ fn attributes(permissions: u16) -> Attributes {
     }
 }
 
-fn add_file<W: WriteAt>(w: &mut ImageWriter<W>, dir: NodeId, name: &[u8], data: &[u8]) -> NodeId {
+pub(super) fn add_file<W: WriteAt>(w: &mut ImageWriter<W>, dir: NodeId, name: &[u8], data: &[u8]) -> NodeId {
     let node = w.create(dir, name, NodeKind::File, attributes(0o644), vec![]).unwrap();
     w.begin_file(node, data.len() as u64).unwrap();
     for (i, chunk) in data.chunks(100_001).enumerate() {
@@ -48,7 +48,7 @@ fn add_file<W: WriteAt>(w: &mut ImageWriter<W>, dir: NodeId, name: &[u8], data: 
     node
 }
 
-fn bytes(len: usize, seed: u8) -> Vec<u8> {
+pub(super) fn bytes(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|i| (i * 31 + i / 251) as u8 ^ seed).collect()
 }
 

@@ -6,12 +6,16 @@
 //!   index   open addressing over (dir, name) → entry        look-up is constant time, 43,000 names or not
 //! ```
 //!
-//! Invariants: no heap allocation per node or name; removed nodes and entries keep their number for ever, so ids never
-//! alias. The index is keyed with random state against crafted names; its order never reaches the image.
+//! Invariants: no heap allocation per node or name; removed nodes keep their number, so ids never alias, until
+//! [`Tree::reuse_removed`] gives the numbers to new nodes. The index is keyed with random state against crafted names;
+//! its order never reaches the image.
 
 use super::{NodeId, Result};
 use crate::{Ext4Error, Place, Timestamp, layout::inode as raw};
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher, Hasher, RandomState},
+};
 
 /// No entry, no node, no set.
 pub(super) const NONE: u32 = u32::MAX;
@@ -156,6 +160,12 @@ pub(super) struct Tree {
     /// Slots of the index that are not `EMPTY`.
     used: usize,
     hasher: RandomState,
+    /// Nodes that were removed and whose numbers are not given again yet.
+    gone: Vec<u32>,
+    /// Nodes whose numbers new nodes get, the next one last.
+    vacant: Vec<u32>,
+    /// Entries that were removed.
+    vacant_entries: Vec<u32>,
 }
 
 impl Tree {
@@ -173,6 +183,9 @@ impl Tree {
             index: vec![EMPTY; 64],
             used: 0,
             hasher: RandomState::new(),
+            gone: Vec::new(),
+            vacant: Vec::new(),
+            vacant_entries: Vec::new(),
         }
     }
 
@@ -285,6 +298,10 @@ impl Tree {
 
     /// Adds a node without a name.
     pub(super) fn add_node(&mut self, node: Node) -> Result<u32> {
+        if let Some(id) = self.vacant.pop() {
+            self.nodes[id as usize] = node;
+            return Ok(id);
+        }
         // Inode numbers are the index plus 10 and end at 2^32 - 1.
         if self.nodes.len() >= (u32::MAX - 64) as usize {
             return Err(Ext4Error::unsupported("more than 2^32 inodes", Place::default()));
@@ -334,10 +351,25 @@ impl Tree {
     pub(super) fn add_name(&mut self, dir: NodeId, name: &[u8], node: u32) -> Result<()> {
         let at = self.store(&[name.len() as u8])?;
         self.names.extend_from_slice(name);
-        let id = self.entries.len() as u32;
         let hash = self.hash(dir.0, name);
+        let entry = Entry { name: at, dir: dir.0, node, prev: NONE, next: NONE, hash };
+        let id = if let Some(id) = self.vacant_entries.pop() {
+            self.entries[id as usize] = entry;
+            id
+        } else {
+            self.entries.push(entry);
+            self.entries.len() as u32 - 1
+        };
+        self.put_last(id)?;
+        self.nodes[node as usize].links += 1;
+        Ok(())
+    }
+
+    /// Makes an entry the last one of its directory, and puts it into the index.
+    fn put_last(&mut self, id: u32) -> Result<()> {
+        let Entry { dir, node, hash, .. } = self.entries[id as usize];
         let child_is_dir = self.nodes[node as usize].is_dir();
-        let Payload::Dir { first, last, subdirs, .. } = &mut self.nodes[dir.0 as usize].payload else {
+        let Payload::Dir { first, last, subdirs, .. } = &mut self.nodes[dir as usize].payload else {
             return Err(Ext4Error::usage("parent is not a directory"));
         };
         let prev = *last;
@@ -349,10 +381,60 @@ impl Tree {
         if let Some(e) = self.entries.get_mut(prev as usize) {
             e.next = id;
         }
-        self.entries.push(Entry { name: at, dir: dir.0, node, prev, next: NONE, hash });
+        self.entries[id as usize].prev = prev;
+        self.entries[id as usize].next = NONE;
         self.insert_slot(hash, id);
-        self.nodes[node as usize].links += 1;
         Ok(())
+    }
+
+    /// Moves a name, with all that is below it, to another directory, where nothing has it.
+    pub(super) fn carry(&mut self, from: NodeId, name: &[u8], to: NodeId) -> Result<()> {
+        self.check_new(to, name)?;
+        let slot = self.slot(from.0, name, self.hash(from.0, name)).ok_or_else(|| {
+            Ext4Error::usage(format!("no name {:?} to move", String::from_utf8_lossy(name)))
+        })?;
+        let id = self.index[slot];
+        let node = self.drop_entry(id);
+        let hash = self.hash(to.0, name);
+        self.entries[id as usize].dir = to.0;
+        self.entries[id as usize].hash = hash;
+        if let Payload::Dir { parent, .. } = &mut self.nodes[node as usize].payload {
+            *parent = to.0;
+        }
+        self.put_last(id)
+    }
+
+    /// Makes all names of the first node of each pair names of the second; gives the payloads of the first ones.
+    pub(super) fn unite(&mut self, same: &HashMap<NodeId, NodeId>) -> Vec<Payload> {
+        for entry in &mut self.entries {
+            if let Some(to) = same.get(&NodeId(entry.node)) {
+                self.nodes[entry.node as usize].links -= 1;
+                self.nodes[to.0 as usize].links += 1;
+                entry.node = to.0;
+            }
+        }
+        let mut from: Vec<u32> = same.keys().map(|node| node.0).collect();
+        from.sort_unstable();
+        let payloads = from.iter().map(|id| {
+            let node = &mut self.nodes[*id as usize];
+            node.xattrs = NONE;
+            std::mem::replace(&mut node.payload, Payload::Gone)
+        });
+        let payloads = payloads.collect();
+        self.gone.extend(from);
+        payloads
+    }
+
+    /// Gives the numbers of all nodes that were removed to nodes that will be added.
+    pub(super) fn reuse_removed(&mut self) {
+        self.vacant.append(&mut self.gone);
+        while self.nodes.len() > 1 && matches!(self.nodes.last(), Some(Node { payload: Payload::Gone, .. })) {
+            self.nodes.pop();
+        }
+        let left = self.nodes.len() as u32;
+        self.vacant.retain(|id| *id < left);
+        // The lowest numbers first: the inode tables then have their holes, if any, at their ends.
+        self.vacant.sort_unstable_by(|a, b| b.cmp(a));
     }
 
     /// Removes a name and, if it was the last one, its node with all below; `gone` is called for each node that no longer exists.
@@ -366,8 +448,11 @@ impl Tree {
             Ext4Error::usage(format!("no name {:?} to unlink", String::from_utf8_lossy(name)))
         })?;
         let mut stack = vec![self.index[slot]];
+        let mut removed = Vec::new();
         while let Some(id) = stack.pop() {
             let node = self.drop_entry(id);
+            self.entries[id as usize].node = NONE;
+            removed.push(id);
             let n = &mut self.nodes[node as usize];
             n.links -= 1;
             if n.links > 0 {
@@ -381,8 +466,11 @@ impl Tree {
                     first = e.next;
                 }
             }
+            self.gone.push(node);
             gone(node, payload);
         }
+        // Not before: the list of a directory leads from one removed entry to the next.
+        self.vacant_entries.append(&mut removed);
         Ok(())
     }
 

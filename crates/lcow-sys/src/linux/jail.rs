@@ -62,6 +62,8 @@ pub struct Spec {
     pub user: u32,
     /// Fail unless everything is in force that [`JailReport::missing`] requires.
     pub strict: bool,
+    /// The setting with which an operator can do without, for the message of such a failure.
+    pub relax: &'static str,
     /// Omit the system-call filter, so that the self-test can look at the other restrictions.
     pub without_seccomp: bool,
 }
@@ -133,9 +135,10 @@ pub fn enter(spec: &Spec) -> io::Result<JailReport> {
     let missing = report.missing();
     if spec.strict && !missing.is_empty() {
         return Err(io::Error::other(format!(
-            "the jail is incomplete; missing: {} ({}); lcow.jail=best-effort continues without",
+            "the jail is incomplete; missing: {} ({}); {} continues without",
             missing.join(", "),
-            report.notes.join("; ")
+            report.notes.join("; "),
+            spec.relax
         )));
     }
     if !report.no_new_privs || !(report.seccomp || report.landlock_abi > 0 || spec.without_seccomp) {
@@ -190,42 +193,66 @@ const SYSTEM: [&str; 11] = [
     "/dev/urandom",
 ];
 
+/// What [`confine`] achieved.
+#[derive(Debug, Default)]
+pub(super) struct Confinement {
+    /// Names of the required restrictions that are not in force.
+    pub missing: Vec<&'static str>,
+    /// For each part that could not be applied: why. For people.
+    pub notes: Vec<String>,
+}
+
 /// Confines this process before it executes a foreign program (QEMU, which has its own system-call filter and needs its
 /// libraries): own network and IPC, a root without the host's other mounts, user `user` if the process may change it, no
 /// capabilities, `no_new_privs`, death with its parent, limits, Landlock (the system's programs and libraries, `files`,
-/// and nothing else), no new sockets. The process must have one thread. Returns notes on what could not be applied.
-pub(super) fn confine(user: u32, memory: u64, program: &Path, files: &[OwnedFd]) -> Vec<String> {
+/// and nothing else), no new sockets. The process must have one thread.
+///
+/// Required are: a user that owns nothing, no capabilities, `no_new_privs`, limits, no new sockets, and either Landlock or
+/// a root of its own. Own network and IPC are a second wall behind the filter of sockets.
+pub(super) fn confine(user: u32, memory: u64, program: &Path, files: &[OwnedFd]) -> Confinement {
     let mut notes = Vec::new();
-    let mut held = |what: &str, result: io::Result<()>| {
-        if let Err(e) = result {
+    let mut held = |what: &str, result: io::Result<()>| match result {
+        Ok(()) => true,
+        Err(e) => {
             notes.push(format!("{what}: {e}"));
+            false
         }
     };
     let _ = std::fs::write("/proc/self/oom_score_adj", "500");
+    let (mut own_user, mut own_root) = (true, false);
     if rustix::process::geteuid().is_root() {
         held("own namespaces", unshare(UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS));
-        match bare_root() {
+        own_root = match bare_root() {
             // Before Linux 6.15 nothing can be mounted in a detached tree. Landlock and the filter still hold.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => false,
             other => held("own root", other),
-        }
+        };
         held("bounding set", clear_bounding_set());
-        held("own user", become_user(user).or_else(|_| become_user(NOBODY)));
+        own_user = held("own user", become_user(user)) || held("nobody", become_user(NOBODY));
     }
-    held("capabilities", drop_capabilities());
+    let no_capabilities = held("capabilities", drop_capabilities());
     held(
         "parent death",
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(Into::into),
     );
-    let limits = [(Resource::Core, 0), (Resource::As, memory), (Resource::Nproc, 64)];
-    for (resource, value) in limits {
+    let mut limited = true;
+    for (resource, value) in [(Resource::Core, 0), (Resource::As, memory), (Resource::Nproc, 64)] {
         let limit = Rlimit { current: Some(value), maximum: Some(value) };
-        held("limits", setrlimit(resource, limit).map_err(Into::into));
+        limited &= held("limits", setrlimit(resource, limit).map_err(Into::into));
     }
-    held("no_new_privs", rustix::thread::set_no_new_privs(true).map_err(Into::into));
-    held("landlock", lock_system(program, files));
-    held("seccomp", seccomp::no_new_sockets());
-    notes
+    let no_new_privs = held("no_new_privs", rustix::thread::set_no_new_privs(true).map_err(Into::into));
+    let landlock = held("landlock", lock_system(program, files));
+    let no_sockets = held("seccomp", seccomp::no_new_sockets());
+    let required = [
+        (own_user, "a user that owns nothing"),
+        (no_capabilities, "no capabilities"),
+        (limited, "resource limits"),
+        (no_new_privs, "no_new_privs"),
+        (landlock || own_root, "no foreign path (Landlock, or a root of its own)"),
+        (no_sockets, "no new sockets (system-call filter)"),
+    ];
+    let missing = required.into_iter().filter(|(stands, _)| !stands).map(|(_, name)| name).collect();
+    Confinement { missing, notes }
 }
 
 /// Makes a copy of the root mount the root, with `/proc` and `/usr` and no other mount of the host: no `/run` with its

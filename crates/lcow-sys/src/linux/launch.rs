@@ -42,6 +42,9 @@ pub struct Order {
     pub user: u32,
     /// Limit of the address space, in bytes.
     pub memory: u64,
+    /// Do not start the program unless every required restriction is in force: a user that owns nothing, no capabilities,
+    /// `no_new_privs`, limits, no new sockets, and Landlock or a root of its own.
+    pub strict: bool,
 }
 
 /// Sends an order and its descriptors to a launcher that has just been started.
@@ -95,8 +98,16 @@ fn launch() -> io::Result<std::convert::Infallible> {
     }
     // Opened before paths are denied.
     let null = File::open("/dev/null")?;
-    for note in jail::confine(order.user, order.memory, &order.program, &fds) {
+    let confinement = jail::confine(order.user, order.memory, &order.program, &fds);
+    for note in &confinement.notes {
         eprintln!("launch: {note}");
+    }
+    if order.strict && !confinement.missing.is_empty() {
+        return Err(io::Error::other(format!(
+            "the confinement of {} is incomplete; missing: {}; lcow.jail=best-effort continues without",
+            order.program.display(),
+            confinement.missing.join(", ")
+        )));
     }
     if process::peer_gone(socket) {
         return Err(io::Error::other("the daemon is gone"));

@@ -359,6 +359,19 @@ impl LoopDevice {
         }
     }
 
+    /// Changes how many bytes of the file the device has, also while it is mounted.
+    ///
+    /// # Errors
+    /// [`SysError::Os`]: `EAGAIN` on kernels that cannot do that while pages of the device are cached.
+    pub fn set_sizelimit(&self, bytes: u64) -> Result<(), SysError> {
+        let change = || {
+            let mut info = get_status(self.fd.as_fd())?;
+            info.lo_sizelimit = bytes;
+            set_status(self.fd.as_fd(), &info)
+        };
+        change().context("change the size of", &self.path)
+    }
+
     /// Detaches the device now or, if it is mounted or open elsewhere, as soon as it no longer is.
     ///
     /// # Errors

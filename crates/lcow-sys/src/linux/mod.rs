@@ -5,6 +5,7 @@
 //!          ──► mount     ext4, bind, sync …                     ──► fdpass   SCM_RIGHTS over a socketpair
 //!          ──► freeze    freezes file systems, thaws them
 //!          ──► reflink   file copies that share blocks
+//!          ──► space     enlarges mounted file systems, gives unused space back
 //!          ──► overlay   many lowers, two mount APIs    worker ──► jail     confines a worker from inside
 //!          ──► idmap     mounts with shifted ids               ──► seccomp  its system-call filter
 //!          ──► mountinfo the kernel's mount table              ──► probe    attempts what the jail forbids
@@ -14,6 +15,7 @@
 //!                                                              ──► vsock    connects to the host (Hyper-V, virtio)
 //!                                                              ──► nbd      a block device served by this process
 //!                                                              ──► byhandle a mounted ext4 by inode number
+//!                                               tests/power    ──► power    shuts file systems down, skips syncs
 //! ```
 //!
 //! Errors are [`SysError`]: the attempted action, its object, and the kernel's error.
@@ -33,10 +35,13 @@ pub mod mount;
 pub mod mountinfo;
 pub mod nbd;
 pub mod overlay;
+#[cfg(any(test, feature = "testing"))]
+pub mod power;
 pub mod probe;
 pub mod process;
 pub mod reflink;
 mod seccomp;
+pub mod space;
 pub mod tree;
 pub mod vsock;
 

@@ -9,7 +9,7 @@
 use super::{Context, SysError};
 use rustix::{
     fs::{Mode, OFlags},
-    mount::{MountFlags, UnmountFlags},
+    mount::{MountFlags, OpenTreeFlags, UnmountFlags},
 };
 use std::{ffi::CString, io, os::fd::OwnedFd, path::Path, time::Duration};
 
@@ -90,6 +90,15 @@ pub fn umount(target: &Path, detach: bool) -> Result<(), SysError> {
 /// [`SysError::Os`].
 pub fn bind(source: &Path, target: &Path) -> Result<(), SysError> {
     rustix::mount::mount_bind(source, target).context("bind-mount on", target)
+}
+
+/// A second mount of what is mounted at `target`, attached nowhere: it keeps the file system alive until it is closed.
+///
+/// # Errors
+/// [`SysError::Os`]: `ENOSYS` before Linux 5.2.
+pub fn reference(target: &Path) -> Result<OwnedFd, SysError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    rustix::mount::open_tree(rustix::fs::CWD, target, flags).context("clone the mount", target)
 }
 
 pub(super) fn open_directory(path: &Path) -> Result<OwnedFd, SysError> {

@@ -42,7 +42,7 @@ pub struct WorkerProcess {
     reaped: bool,
     /// The daemon's end of the control socket ([`fdpass::message_pair`]); the other end is the worker's descriptor 0.
     pub control: Option<OwnedFd>,
-    /// The worker's standard error.
+    /// The worker's standard error, unless it has this process's.
     pub stderr: Option<ChildStderr>,
 }
 
@@ -85,7 +85,7 @@ pub fn spawn_worker(
         let (sender, orders) = mpsc::channel::<Order>();
         std::thread::Builder::new().name("svm-spawner".into()).spawn(move || {
             for (command, done) in orders {
-                done(start(&command));
+                done(start(&command, false));
             }
         })?;
         // The thread of a concurrent first call ends when its sender is dropped here.
@@ -94,16 +94,26 @@ pub fn spawn_worker(
     sender.send((command, Box::new(done))).map_err(|_| io::Error::other("the spawner thread is gone"))
 }
 
-fn start(command: &WorkerCommand) -> io::Result<WorkerProcess> {
+/// Starts a worker with this process's standard output and error. It is killed when the calling thread ends, so that this is
+/// for commands, which wait for it where they started it.
+///
+/// # Errors
+/// The program cannot be started, or there are no descriptors.
+pub fn start_attached(command: &WorkerCommand) -> io::Result<WorkerProcess> {
+    start(command, true)
+}
+
+fn start(command: &WorkerCommand, attached: bool) -> io::Result<WorkerProcess> {
     let (ours, theirs) = fdpass::message_pair()?;
+    let stdio = |own: Stdio| if attached { Stdio::inherit() } else { own };
     let mut child = Command::new(&command.program)
         .args(&command.args)
         .env_clear()
         .envs(command.env.iter().map(|(k, v)| (k, v)))
         .current_dir("/")
         .stdin(Stdio::from(theirs))
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
+        .stdout(stdio(Stdio::null()))
+        .stderr(stdio(Stdio::piped()))
         .spawn()?;
     let stderr = child.stderr.take();
     let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else {
@@ -163,16 +173,21 @@ impl WorkerProcess {
         }
     }
 
-    /// Kills it and waits for its end.
-    pub fn kill_and_reap(&mut self) -> Ended {
-        self.kill();
+    /// Waits for its end.
+    pub fn wait(&mut self) -> Ended {
         loop {
             if let Some(ended) = self.try_reap() {
                 return ended;
             }
-            // The process was killed, so this returns soon.
+            // Interrupted or not, the next turn looks again.
             let _ = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], None);
         }
+    }
+
+    /// Kills it and waits for its end.
+    pub fn kill_and_reap(&mut self) -> Ended {
+        self.kill();
+        self.wait()
     }
 }
 
@@ -239,10 +254,50 @@ pub fn has_writers(file: &File) -> io::Result<bool> {
     Ok(false)
 }
 
+/// Whether the inode of `file` is open anywhere but in the open file description of `file`, which must be writable. The
+/// kernel refuses a write lease then, fcntl(2) `F_SETLEASE`; a granted lease is returned immediately.
+///
+/// # Errors
+/// As [`has_writers`].
+pub fn is_open_elsewhere(file: &File) -> io::Result<bool> {
+    // As in `has_writers`: no process ends by the kernel's signal.
+    // SAFETY: F_SETSIG takes a plain number; `file` is open for the whole call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: F_SETLEASE takes a plain number; `file` is open for the whole call.
+    let r = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
+    if r < 0 {
+        let e = io::Error::last_os_error();
+        return if e.raw_os_error() == Some(libc::EAGAIN) { Ok(true) } else { Err(e) };
+    }
+    // SAFETY: as above.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+    Ok(false)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn a_file_that_is_open_twice_is_open_elsewhere() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let first = File::options().read(true).write(true).open(file.path()).unwrap();
+        assert!(is_open_elsewhere(&first).unwrap(), "the temporary file's own descriptor");
+        let path = file.into_temp_path();
+        // A child that another test has just forked may hold a descriptor for a moment.
+        let begin = std::time::Instant::now();
+        while is_open_elsewhere(&first).unwrap() {
+            assert!(begin.elapsed() < std::time::Duration::from_mins(1));
+            std::thread::yield_now();
+        }
+        let shared = first.try_clone().unwrap();
+        let second = File::open(&path).unwrap();
+        assert!(is_open_elsewhere(&first).unwrap(), "a reader");
+        drop((second, shared));
+    }
 
     #[test]
     fn a_writer_that_comes_while_the_lease_is_held_ends_no_process() {

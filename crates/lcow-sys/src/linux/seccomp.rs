@@ -10,8 +10,10 @@
 //! library does not crash it. Messages are received with fixed flags and never sent with `sendmsg`: urgent bytes and
 //! descriptors in flight are known escapes from such jails, and a worker only needs `write`. `fallocate` is missing because
 //! it can allocate space beyond the end of a file, which neither the file's size nor a limit shows. `clone3` must fail with
-//! `ENOSYS`: glibc then uses `clone`, whose flags a filter can check (those of clone3 are in memory). Called by
-//! [`super::jail`].
+//! `ENOSYS`: glibc then uses `clone`, whose flags a filter can check (those of clone3 are in memory).
+//!
+//! One list for all threads, in code: the threads of a worker do the same work on the same descriptors, so lists of their
+//! own would differ by a call or two, and a list in a file could be replaced. Called by [`super::jail`].
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,

@@ -18,8 +18,9 @@ use super::{
     reader::MAX_BAT_BYTES,
     tables::{header_bytes, metadata_bytes, region_table_bytes},
 };
-use disk_io::WriteAt;
-use std::collections::BTreeMap;
+use crate::zeros::{nonzero_runs, read_padded, touched};
+use disk_io::{ReadAt, WriteAt};
+use std::{collections::BTreeMap, ops::Range};
 use zerocopy::{
     FromZeros,
     little_endian::{U16, U32, U64},
@@ -67,25 +68,8 @@ pub fn create<W: WriteAt>(
     options: &CreateOptions,
     content: &[(u64, Vec<u8>)],
 ) -> Result<u64, VhdxError> {
-    let geometry = Geometry {
-        disk_bytes: options.disk_bytes,
-        block_size: options.block_size,
-        logical_sector: options.logical_sector,
-        physical_sector: options.physical_sector,
-        disk_id: options.disk_id,
-        fixed: false,
-    };
-    geometry.check().map_err(|what| VhdxError::Usage(what.into()))?;
+    let (geometry, bat_end) = geometry_of(options)?;
     let block_size = u64::from(options.block_size);
-    let ratio = chunk_ratio(options.logical_sector, options.block_size);
-    let bat_bytes = bat_entries(geometry.blocks(), ratio) * 8;
-    if bat_bytes > MAX_BAT_BYTES {
-        return Err(VhdxError::Usage(format!(
-            "{} blocks of {block_size} bytes; use larger blocks",
-            geometry.blocks()
-        )));
-    }
-    let bat_end = BAT_OFFSET + bat_bytes.next_multiple_of(MIB);
 
     // Blocks in the order of their first use, so that the file grows with its content.
     let mut places: BTreeMap<u64, u64> = BTreeMap::new();
@@ -112,10 +96,82 @@ pub fn create<W: WriteAt>(
     for (at, bytes) in pieces {
         write(bytes, at)?;
     }
-    for (bytes, at) in bat_runs(&places, ratio) {
+    describe(&out, &geometry, &places, bat_end)?;
+    Ok(end)
+}
+
+/// Creates a dynamic disk in `out`, replacing its content, with the bytes of `source`, which is read at the ranges `data`
+/// (ascending, not overlapping) and zero elsewhere. Blocks of zeros get no space, and runs of zeros inside of the others
+/// are not written, so equal disks give equal files however their zeros are stored.
+///
+/// Returns the length of the file in bytes. Nothing is synced.
+///
+/// # Errors
+/// As [`create`]; [`VhdxError::Io`] also where `source` cannot be read.
+pub fn create_from<W: WriteAt, R: ReadAt + ?Sized>(
+    out: W,
+    options: &CreateOptions,
+    source: &R,
+    data: &[Range<u64>],
+) -> Result<u64, VhdxError> {
+    let (geometry, bat_end) = geometry_of(options)?;
+    let block_size = u64::from(options.block_size);
+    let mut places: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut end = bat_end;
+    out.set_len(0).and_then(|()| out.set_len(end)).map_err(VhdxError::io("allocate space for"))?;
+    let mut buffer = vec![0; options.block_size as usize];
+    for block in touched(data, block_size, options.disk_bytes) {
+        let at = block * block_size;
+        let len = (options.disk_bytes - at).min(block_size) as usize;
+        read_padded(source, &mut buffer[..len], at).map_err(VhdxError::io("read the source of"))?;
+        let grains = nonzero_runs(&buffer[..len]);
+        if grains.is_empty() {
+            continue;
+        }
+        for run in grains {
+            let place = end + run.start as u64;
+            out.write_all_at(&buffer[run], place).map_err(VhdxError::io("write"))?;
+        }
+        places.insert(block, end);
+        end += block_size;
+    }
+    out.set_len(end).map_err(VhdxError::io("allocate space for"))?;
+    describe(&out, &geometry, &places, bat_end)?;
+    Ok(end)
+}
+
+/// The geometry, and the end of the BAT in the file.
+fn geometry_of(options: &CreateOptions) -> Result<(Geometry, u64), VhdxError> {
+    let geometry = Geometry {
+        disk_bytes: options.disk_bytes,
+        block_size: options.block_size,
+        logical_sector: options.logical_sector,
+        physical_sector: options.physical_sector,
+        disk_id: options.disk_id,
+        fixed: false,
+    };
+    geometry.check().map_err(|what| VhdxError::Usage(what.into()))?;
+    let ratio = chunk_ratio(options.logical_sector, options.block_size);
+    let bat_bytes = bat_entries(geometry.blocks(), ratio) * 8;
+    if bat_bytes > MAX_BAT_BYTES {
+        let (blocks, block_size) = (geometry.blocks(), options.block_size);
+        return Err(VhdxError::Usage(format!("{blocks} blocks of {block_size} bytes; use larger blocks")));
+    }
+    Ok((geometry, BAT_OFFSET + bat_bytes.next_multiple_of(MIB)))
+}
+
+/// Writes everything but the blocks; the identifier last.
+fn describe<W: WriteAt>(
+    out: &W,
+    geometry: &Geometry,
+    places: &BTreeMap<u64, u64>,
+    bat_end: u64,
+) -> Result<(), VhdxError> {
+    let write = |bytes: &[u8], at| out.write_all_at(bytes, at).map_err(VhdxError::io("write"));
+    for (bytes, at) in bat_runs(places, chunk_ratio(geometry.logical_sector, geometry.block_size)) {
         write(&bytes, at)?;
     }
-    write(&metadata_bytes(&geometry), METADATA_OFFSET)?;
+    write(&metadata_bytes(geometry), METADATA_OFFSET)?;
     let regions = region_table_bytes(&[
         (REGION_BAT, BAT_OFFSET..bat_end),
         (REGION_METADATA, METADATA_OFFSET..METADATA_OFFSET + METADATA_BYTES),
@@ -128,16 +184,15 @@ pub fn create<W: WriteAt>(
     header.version = U16::new(VERSION);
     header.log_length = U32::new(LOG_BYTES as u32);
     header.log_offset = U64::new(LOG_OFFSET);
-    header.file_write_guid = options.disk_id.to_bytes_le();
-    header.data_write_guid = options.disk_id.to_bytes_le();
+    header.file_write_guid = geometry.disk_id.to_bytes_le();
+    header.data_write_guid = geometry.disk_id.to_bytes_le();
     for (sequence, at) in HEADER_OFFSETS.into_iter().enumerate() {
         header.sequence_number = U64::new(sequence as u64);
         write(&header_bytes(header), at)?;
     }
     let mut identifier = FILE_SIGNATURE.to_vec();
     identifier.extend(CREATOR.encode_utf16().flat_map(u16::to_le_bytes));
-    write(&identifier, 0)?;
-    Ok(end)
+    write(&identifier, 0)
 }
 
 /// The BAT entries of the present blocks, adjacent ones joined, with their file offsets; the rest of the BAT is zeros.

@@ -9,8 +9,10 @@
 //!
 //! Source: \[MS-VHDX\] v20180912. Invariants: hostile files yield typed errors and need bounded memory; [`Vhdx`] never
 //! writes, and shows a file whose log is in use as if the log had been replayed; what [`VhdxWriter`] has synced survives a
-//! crash that cuts a write at any byte; files written by this module never have a log in use.
+//! crash that cuts a write at any byte; files written by this module have a log in use only while [`grow`], [`compact`] or
+//! [`set_disk_id`] changes several sectors as one step.
 
+mod change;
 mod create;
 mod error;
 mod layout;
@@ -22,7 +24,8 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-pub use create::{CreateOptions, create};
+pub use change::{compact, grow, set_disk_id};
+pub use create::{CreateOptions, create, create_from};
 pub use error::VhdxError;
 pub use layout::{MAX_BLOCK, MAX_DISK, MIN_BLOCK};
 pub use reader::{MAX_BAT_BYTES, Vhdx};

@@ -65,6 +65,12 @@ pub(super) struct Opened<D> {
     pub(super) geometry: Geometry,
     /// Offset of the BAT in the file.
     pub(super) bat_offset: u64,
+    /// Length of the region of the BAT in bytes.
+    pub(super) bat_length: u64,
+    /// Offset of the metadata region in the file.
+    pub(super) metadata_offset: u64,
+    /// End of header section, log and regions, in bytes.
+    pub(super) floor: u64,
     /// Entries of the payload blocks, in order.
     pub(super) bat: Vec<BatEntry>,
     /// End of everything that the file holds, a multiple of 1 MiB; the rest is free.
@@ -151,7 +157,18 @@ impl<D: ReadAt> Opened<D> {
         };
         let bat: Vec<BatEntry> = (0..geometry.blocks()).map(|b| entry(bat_index(b, ratio))).collect();
         let used_end = check_blocks(&bat, &geometry, &taken, bat_region.start, ratio, view.size)?;
-        Ok(Self { view, header_index, header, geometry, bat_offset: bat_region.start, bat, used_end })
+        Ok(Self {
+            view,
+            header_index,
+            header,
+            geometry,
+            bat_offset: bat_region.start,
+            bat_length: bat_region.end - bat_region.start,
+            metadata_offset: metadata.start,
+            floor: taken.last().map_or(MIB, |last| last.end),
+            bat,
+            used_end,
+        })
     }
 
     /// A range of the disk as pieces that each lie in one block: block, offset in it, length.

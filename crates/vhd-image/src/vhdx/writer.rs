@@ -52,12 +52,7 @@ impl<D: WriteAt> VhdxWriter<D> {
     /// # Errors
     /// As [`super::Vhdx::open`].
     pub fn open(disk: D) -> Result<Self, VhdxError> {
-        let mut opened = Opened::open(disk)?;
-        if let Some(overlay) = opened.view.overlay.take() {
-            replay(&opened.view.disk, &overlay, opened.view.size)?;
-            opened.header.log_guid = [0; 16];
-            write_header(&mut opened)?;
-        }
+        let mut opened = open_replayed(disk)?;
         let bat = std::mem::take(&mut opened.bat);
         let end = if opened.geometry.fixed {
             // A fixed disk is never made shorter, even where blocks are missing.
@@ -210,6 +205,17 @@ impl<D: WriteAt> Drop for VhdxWriter<D> {
     }
 }
 
+/// Opens a file; a log in use is replayed into it.
+pub(super) fn open_replayed<D: WriteAt>(disk: D) -> Result<Opened<D>, VhdxError> {
+    let mut opened = Opened::open(disk)?;
+    if let Some(overlay) = opened.view.overlay.take() {
+        replay(&opened.view.disk, &overlay, opened.view.size)?;
+        opened.header.log_guid = [0; 16];
+        write_header(&mut opened)?;
+    }
+    Ok(opened)
+}
+
 /// Writes the content of the log to the file, durably.
 fn replay<D: WriteAt>(disk: &D, overlay: &Overlay, file_end: u64) -> Result<(), VhdxError> {
     let size = disk.size().map_err(VhdxError::io("measure"))?;
@@ -239,7 +245,7 @@ fn replay<D: WriteAt>(disk: &D, overlay: &Overlay, file_end: u64) -> Result<(), 
 }
 
 /// Writes the header in place of the older one, durably, which makes it the newer one.
-fn write_header<D: WriteAt>(opened: &mut Opened<D>) -> Result<(), VhdxError> {
+pub(super) fn write_header<D: WriteAt>(opened: &mut Opened<D>) -> Result<(), VhdxError> {
     let header = &mut opened.header;
     header.sequence_number = U64::new(header.sequence_number.get().wrapping_add(1));
     opened.header_index = 1 - opened.header_index;

@@ -223,9 +223,9 @@ fn with_log(disk: &MemDisk, log: &[u8]) {
     }
 }
 
-/// The BAT, a block behind the end of the file and a zeroed one come from the log alone.
-#[test]
-fn readers_replay_in_memory_and_writers_into_the_file() {
+/// A file with a log in use, and the content of its disk: the BAT, a block behind the end of the file and a zeroed one
+/// come from the log alone.
+pub(super) fn with_a_log_in_use() -> (Vec<u8>, Vec<u8>) {
     let disk = disk_of(8 << 20, &[(0, vec![1; 2 << 20])]);
     let bat = 3 * MIB;
     let mut page = [0; LOG_SECTOR];
@@ -246,12 +246,18 @@ fn readers_replay_in_memory_and_writers_into_the_file() {
     let sum = checksum(&bytes);
     bytes[4..8].copy_from_slice(&sum.to_le_bytes());
     with_log(&disk, &bytes);
-    let before = disk.to_vec();
 
     let mut expected = vec![0; 8 << 20];
     expected[..1 << 20].fill(1);
     expected[3 << 19..2 << 20].fill(1);
     expected[(3 << 20) + 4096..(3 << 20) + 8192].copy_from_slice(&sector(9));
+    (disk.to_vec(), expected)
+}
+
+#[test]
+fn readers_replay_in_memory_and_writers_into_the_file() {
+    let (before, mut expected) = with_a_log_in_use();
+    let disk = MemDisk::from(before.clone());
     let reader = Vhdx::open(&disk).unwrap();
     assert!(reader.is_dirty());
     assert!(read_all(&reader) == expected);

@@ -1,5 +1,7 @@
 //! The VHDX room against a plain file, QEMU, faults and hostile bytes.
 
+mod change;
+mod cuts;
 mod hostile;
 mod logs;
 #[cfg(target_os = "linux")]
