@@ -18,7 +18,8 @@
 //! 6. Sockets are left out, and so are names that begin with `.wh.`, which a layer tar cannot express: a reader
 //!    would take them for whiteouts.
 //! 7. Xattrs are sorted by name, without `trusted.overlay.*`. ACLs are in the form of `getxattr`.
-//! 8. Times: `mtime` with nanoseconds; no `atime`, no `ctime`.
+//! 8. Times: `mtime` with nanoseconds; no `atime`, no `ctime`. With an upper bound ([`super::ExportOptions::source_date_epoch`])
+//!    later ones are the bound: a tar for a reproducible build, not the layer's canonical one.
 //! 9. Holes and unwritten extents are holes; data ranges that touch are one range. A file is written as sparse if its
 //!    holes are at least 16 MiB together and at least a quarter of its size; else it is plain and holes are zeros. If the
 //!    map of a sparse file would exceed 1 MiB less 512 bytes, holes below the smallest power of two that makes it fit

@@ -109,6 +109,24 @@ pub enum DiffError {
         /// The files, for the next attempt.
         files: Vec<super::LiveFile>,
     },
+    /// The tar depends on the layers below, which are not known: [`LowerUse::Unknown`](crate::apply::LowerUse::Unknown).
+    /// The tar may be applied again once they are.
+    #[error(
+        "{what}: this depends on the parent layers, which are not known yet; apply the tar again with them"
+    )]
+    NeedsLowers {
+        /// The directory or the link, printable.
+        what: String,
+    },
+    /// A layer of an image that is made one file system.
+    #[error("layer {number} of the image, counted from its base at 0")]
+    Layer {
+        /// Its number; 0 for the base.
+        number: usize,
+        /// What is wrong with it.
+        #[source]
+        source: Box<Self>,
+    },
     /// The caller asked for something impossible.
     #[error("{0}")]
     Usage(String),
@@ -128,6 +146,7 @@ impl DiffError {
     pub fn larger_blocks_help(&self) -> bool {
         match self {
             Self::Ext4(source) | Self::Image { source, .. } => source.larger_blocks_help(),
+            Self::Layer { source, .. } => source.larger_blocks_help(),
             _ => false,
         }
     }
@@ -140,6 +159,7 @@ impl DiffError {
             | Self::Tar(TarError::Io { source, .. })
             | Self::Ext4(Ext4Error::Io { source, .. })
             | Self::Image { source: Ext4Error::Io { source, .. }, .. } => Some(source.kind()),
+            Self::Layer { source, .. } => source.io_kind(),
             _ => None,
         }
     }

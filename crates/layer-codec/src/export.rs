@@ -24,7 +24,7 @@ use super::{
     walk::{CompareMode, Detailer, Item, Items, NoDetail, Status, walk},
 };
 use disk_io::{ReadAt, StreamOut};
-use ext4_image::FileKind;
+use ext4_image::{FileKind, Timestamp};
 use layer_tar::writer::{Header, Kind};
 use std::collections::HashMap;
 
@@ -35,6 +35,9 @@ pub struct ExportOptions {
     pub id_maps: IdMaps,
     /// Version of the canonical tar.
     pub version: Version,
+    /// The latest time of an entry, in seconds since 1970: later ones become this. Whiteouts and opaque markers keep their
+    /// time, 0. Only for [`export`]; the tar without it is the layer's canonical one.
+    pub source_date_epoch: Option<i64>,
 }
 
 /// What an export wrote.
@@ -181,6 +184,7 @@ pub fn export<R: ReadAt>(
         details: &details,
         out: Out::new(out, options.version),
         version: options.version,
+        latest: options.source_date_epoch,
         summary: ExportSummary::default(),
         first: HashMap::new(),
         path: Vec::new(),
@@ -224,6 +228,8 @@ struct Export<'e, 'a, R> {
     table: &'e Table<'a, R>,
     details: &'e Details,
     version: Version,
+    /// The latest time of an entry; seconds.
+    latest: Option<i64>,
     out: Out<'e>,
     summary: ExportSummary,
     /// First paths of inodes with several names.
@@ -274,7 +280,7 @@ impl<R: ReadAt> Export<'_, '_, R> {
             mode: detail.mode,
             uid: detail.uid,
             gid: detail.gid,
-            mtime: (detail.mtime.secs, detail.mtime.nanos),
+            mtime: bounded(detail.mtime, self.latest),
             device: detail.rdev,
             size: 0,
             xattrs: &xattrs,
@@ -326,6 +332,12 @@ impl<R: ReadAt> Export<'_, '_, R> {
         }
         Ok(())
     }
+}
+
+/// A time, or the latest that is allowed: seconds and nanoseconds.
+fn bounded(time: Timestamp, latest: Option<i64>) -> (i64, u32) {
+    let time = (time.secs, time.nanos);
+    latest.map_or(time, |latest| time.min((latest, 0)))
 }
 
 /// [`compare`] for callers that need no details.

@@ -120,17 +120,6 @@ impl<D: ReadAt> Fs<D> {
         }
     }
 
-    pub(super) fn lookup(&self, dir: &Inode, name: &[u8]) -> Result<Option<u32>, DiffError> {
-        let mut found = None;
-        self.visit_dir(dir, |other, ino, _| {
-            if other == name {
-                found = Some(ino);
-            }
-            Ok(())
-        })?;
-        Ok(found)
-    }
-
     pub(super) fn xattrs(&self, inode: &Inode) -> Result<Vec<Xattr>, DiffError> {
         match self {
             Self::Own(fs) => Ok(fs.xattrs(inode)?),

@@ -43,9 +43,11 @@ mod root_hash;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod upper;
 mod view;
 mod walk;
 
+pub use apply::flat;
 pub use changes::{BlankRoot, Change, ChangeKind, changes, diff_size, written};
 pub use digest::{DigestKind, Hasher, NoDigest, TarDigest};
 pub use error::DiffError;
@@ -54,6 +56,7 @@ pub use fs::{Foreign, ForeignFs, Mounter, VisitName};
 pub use ids::{IdMaps, IdRange};
 pub use live::{Copies, LiveFile};
 pub use root_hash::{NoRootHash, RootHash};
+pub use upper::{BadContainerId, ContainerId};
 pub use view::{LayerKind, LayerSource};
 
 /// A layer of a parent's stack.

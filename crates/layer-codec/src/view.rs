@@ -17,6 +17,7 @@ use super::{
     DiffError,
     fs::{Foreign, Fs},
     ids::{IdMaps, Ids},
+    upper::{self, ContainerId},
 };
 use disk_io::ReadAt;
 use ext4_image::{Ext4, FileKind, Inode, Xattr};
@@ -30,6 +31,19 @@ pub enum LayerKind {
     Applied,
     /// Written through a mount: the layer's root is `/upper` of the image.
     Sandbox,
+    /// Perhaps written by runhcs, which keeps the root at `/scratch/ID/upper`, several containers in one image. Without an id
+    /// it is `/upper` if that holds anything, else the only one that is there, else `/upper`.
+    Scratch(Option<ContainerId>),
+}
+
+impl LayerKind {
+    /// Whether it is written through a mount.
+    pub fn is_sandbox(self) -> bool {
+        match self {
+            Self::Applied => false,
+            Self::Sandbox | Self::Scratch(_) => true,
+        }
+    }
 }
 
 /// One layer of a stack.
@@ -140,13 +154,14 @@ impl<'a, R: ReadAt> Table<'a, R> {
                 let root = fs.root();
                 (fs, root)
             }
-            LayerKind::Sandbox => {
+            LayerKind::Sandbox | LayerKind::Scratch(_) => {
                 let fs = Fs::open_sandbox(&source.disk, &source.foreign, source.live)?;
                 let top = fs.inode(fs.root())?;
-                let root = fs.lookup(&top, b"upper")?.ok_or_else(|| DiffError::Unsupported {
-                    what: "sandbox image",
-                    reason: "it has no directory `upper`".to_owned(),
-                })?;
+                let (root, id) = match source.kind {
+                    LayerKind::Scratch(id) => (upper::scratch(&fs, &top, id)?, id),
+                    _ => (upper::own(&fs, &top)?, None),
+                };
+                let root = root.ok_or_else(|| upper::missing(id))?.ino;
                 (fs, root)
             }
         };

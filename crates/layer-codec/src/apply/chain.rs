@@ -1,4 +1,5 @@
-//! The layers below as images: where a hard link of a tar may find its target.
+//! The layers below as images: where a hard link of a tar may find its target, and a directory that no entry describes its
+//! attributes.
 //!
 //! ```text
 //!   path ─► layer 0 (nearest) ─ not there ─► layer 1 ─ …          a whiteout, an opaque directory or a non-directory on
@@ -10,89 +11,25 @@
 //! links into one directory of a hundred thousand names, and the cost of each must not depend on the size of the directory.
 //! Called by `svm-agent`.
 
-use super::{LowerLayers, LowerNode, context::OVERLAY_OPAQUE};
-use crate::{DiffError, LayerKind, LayerSource};
+use super::{
+    LowerLayers, LowerNode,
+    context::OVERLAY_OPAQUE,
+    descent::{Descent, Place},
+    opened::Opened,
+};
+use crate::{DiffError, LayerSource};
 use disk_io::ReadAt;
 use ext4_image::{
-    DataRange, Ext4, Ext4Error, FileKind, Inode,
+    Ext4, Ext4Error, FileKind, Inode,
     writer::{Attributes, NodeKind},
 };
-use std::collections::HashMap;
-
-/// The directory of a sandbox that holds the layer.
-const SANDBOX_ROOT: &[u8] = b"upper";
-
-/// The most bytes of cached names; all are dropped when a further directory does not fit.
-const MAX_KEPT: usize = 512 << 20;
-/// Overhead of a cached name; bytes.
-const NAME_COST: usize = 64;
 
 /// A chain of layers, nearest first.
 pub struct LayerChain<R, F> {
     count: usize,
     next: F,
     opened: Vec<Opened<R>>,
-}
-
-/// A layer that was opened.
-struct Opened<R> {
-    fs: Ext4<R>,
-    kind: LayerKind,
-    /// Cached directories: inode, then names.
-    directories: HashMap<u32, HashMap<Box<[u8]>, u32>>,
-    /// Cost of the cached names; bytes.
-    kept: usize,
-    /// The file that is being copied, and where its data are.
-    copied: Option<(u32, Vec<DataRange>)>,
-}
-
-impl<R: ReadAt> Opened<R> {
-    fn find(&mut self, dir: &Inode, name: &[u8]) -> Result<Option<u32>, Ext4Error> {
-        if let Some(directory) = self.directories.get(&dir.ino) {
-            return Ok(directory.get(name).copied());
-        }
-        let mut directory = HashMap::new();
-        let mut cost = NAME_COST;
-        self.fs.visit_dir(dir, |name, ino, _| {
-            cost += name.len() + NAME_COST;
-            directory.insert(name.into(), ino);
-            Ok::<(), Ext4Error>(())
-        })?;
-        if self.kept + cost > MAX_KEPT {
-            self.directories.clear();
-            self.kept = 0;
-        }
-        self.kept += cost;
-        let found = directory.get(name).copied();
-        self.directories.insert(dir.ino, directory);
-        Ok(found)
-    }
-
-    /// Reads data of a regular file.
-    fn read(&mut self, ino: u32, offset: u64, buf: &mut [u8]) -> Result<usize, Ext4Error> {
-        let inode = self.fs.inode(ino)?;
-        if self.fs.inline_bytes(&inode)?.is_some() {
-            return self.fs.read_file_at(&inode, offset, buf);
-        }
-        let known = self.copied.take().filter(|(other, _)| *other == ino);
-        let (_, ranges) = match known {
-            Some(known) => self.copied.insert(known),
-            None => self.copied.insert((ino, self.fs.data_map(&inode)?)),
-        };
-        let left = usize::try_from(inode.size.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let want = buf.len().min(left);
-        let buf = &mut buf[..want];
-        buf.fill(0);
-        let end = offset + want as u64;
-        let first = ranges.partition_point(|r| r.offset + r.len <= offset);
-        for range in ranges[first..].iter().take_while(|r| r.offset < end) {
-            let (from, to) = (range.offset.max(offset), (range.offset + range.len).min(end));
-            let Some(place) = range.disk_offset else { continue };
-            let part = &mut buf[(from - offset) as usize..(to - offset) as usize];
-            self.fs.read_disk(place + (from - range.offset), part)?;
-        }
-        Ok(want)
-    }
+    descent: Descent,
 }
 
 /// Result of a lookup in one layer.
@@ -108,31 +45,25 @@ enum Found {
 impl<R: ReadAt, F: FnMut() -> Result<LayerSource<R>, DiffError>> LayerChain<R, F> {
     /// A chain of `count` layers, each of which `next` gives when it is needed.
     pub fn new(count: usize, next: F) -> Self {
-        Self { count, next, opened: Vec::new() }
+        Self { count, next, opened: Vec::new(), descent: Descent::default() }
     }
 
     fn layer(&mut self, number: usize) -> Result<Option<&mut Opened<R>>, DiffError> {
-        while self.opened.len() <= number && self.opened.len() < self.count {
-            let source = (self.next)()?;
-            self.opened.push(Opened {
-                fs: Ext4::open(source.disk)?,
-                kind: source.kind,
-                directories: HashMap::new(),
-                kept: 0,
-                copied: None,
-            });
-        }
+        self.open_to(number)?;
         Ok(self.opened.get_mut(number))
     }
 
-    fn search(layer: &mut Opened<R>, path: &[&[u8]]) -> Result<Found, Ext4Error> {
-        let mut inode = layer.fs.inode(layer.fs.root())?;
-        if layer.kind == LayerKind::Sandbox {
-            match layer.find(&inode, SANDBOX_ROOT)? {
-                Some(ino) => inode = layer.fs.inode(ino)?,
-                None => return Ok(Found::Below),
-            }
+    /// Opens the layers up to this one.
+    fn open_to(&mut self, number: usize) -> Result<(), DiffError> {
+        while self.opened.len() <= number && self.opened.len() < self.count {
+            let source = (self.next)()?;
+            self.opened.push(Opened::new(source)?);
         }
+        Ok(())
+    }
+
+    fn search(layer: &mut Opened<R>, path: &[&[u8]]) -> Result<Found, Ext4Error> {
+        let Some(mut inode) = layer.root()? else { return Ok(Found::Below) };
         let mut opaque = is_opaque(&layer.fs, &inode)?;
         for name in path {
             if inode.kind != FileKind::Directory {
@@ -171,6 +102,33 @@ fn node_kind<R: ReadAt>(fs: &Ext4<R>, inode: &Inode) -> Result<NodeKind, Ext4Err
     })
 }
 
+/// A node of layer `number`.
+fn node<R: ReadAt>(number: usize, fs: &Ext4<R>, inode: &Inode) -> Result<LowerNode, DiffError> {
+    /// Permission bits of `i_mode`.
+    const PERMISSIONS: u16 = 0o7777;
+    let data = if inode.kind == FileKind::File {
+        fs.data_map(inode)?.into_iter().map(|range| (range.offset, range.len)).collect()
+    } else {
+        Vec::new()
+    };
+    Ok(LowerNode {
+        layer: number,
+        inode: inode.ino,
+        kind: node_kind(fs, inode)?,
+        attributes: Attributes {
+            permissions: inode.mode & PERMISSIONS,
+            uid: inode.uid,
+            gid: inode.gid,
+            mtime: inode.mtime,
+            atime: None,
+            ctime: None,
+        },
+        xattrs: fs.xattrs(inode)?,
+        size: inode.size,
+        data,
+    })
+}
+
 impl<R: ReadAt, F: FnMut() -> Result<LayerSource<R>, DiffError>> LowerLayers for LayerChain<R, F> {
     fn lookup(&mut self, path: &[&[u8]]) -> Result<Option<LowerNode>, DiffError> {
         for number in 0..self.count {
@@ -180,30 +138,21 @@ impl<R: ReadAt, F: FnMut() -> Result<LayerSource<R>, DiffError>> LowerLayers for
                 Found::Hidden => return Ok(None),
                 Found::Below => continue,
             };
-            let fs = &layer.fs;
-            let data = if inode.kind == FileKind::File {
-                fs.data_map(&inode)?.into_iter().map(|range| (range.offset, range.len)).collect()
-            } else {
-                Vec::new()
-            };
-            /// Permission bits of `i_mode`.
-            const PERMISSIONS: u16 = 0o7777;
-            return Ok(Some(LowerNode {
-                layer: number,
-                inode: inode.ino,
-                kind: node_kind(fs, &inode)?,
-                attributes: Attributes {
-                    permissions: inode.mode & PERMISSIONS,
-                    uid: inode.uid,
-                    gid: inode.gid,
-                    mtime: inode.mtime,
-                    atime: None,
-                    ctime: None,
-                },
-                xattrs: fs.xattrs(&inode)?,
-                size: inode.size,
-                data,
-            }));
+            return node(number, &layer.fs, &inode).map(Some);
+        }
+        Ok(None)
+    }
+
+    fn directory(&mut self, path: &[&[u8]]) -> Result<Option<LowerNode>, DiffError> {
+        self.descent.go(path);
+        for number in 0..self.count {
+            self.open_to(number)?;
+            let Some(layer) = self.opened.get_mut(number) else { break };
+            match self.descent.place(number, layer)? {
+                Place::Dir { ino, .. } => return node(number, &layer.fs, &layer.fs.inode(ino)?).map(Some),
+                Place::Missing => {}
+                Place::Hidden => break,
+            }
         }
         Ok(None)
     }
@@ -217,6 +166,7 @@ impl<R: ReadAt, F: FnMut() -> Result<LayerSource<R>, DiffError>> LowerLayers for
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::LayerKind;
     use crate::apply::{ApplyOptions, NoLowers, apply};
     use disk_io::{MemDisk, steps};
 

@@ -14,7 +14,7 @@ use super::{
     ApplyOptions, LowerLayers,
     context::{Context, opaque},
     owner,
-    target::{Placement, Target},
+    target::{Placement, Settled, Target},
 };
 use crate::DiffError;
 use disk_io::WriteAt;
@@ -246,8 +246,8 @@ impl<W: WriteAt> Target for HcsshimLayer<'_, W> {
         self.check_differs(go_differs)
     }
 
-    fn settle(&mut self, _lowers: &mut dyn LowerLayers) -> Result<u64, DiffError> {
-        Ok(self.writer.file_bytes())
+    fn settle(&mut self, _lowers: &mut dyn LowerLayers) -> Result<Settled, DiffError> {
+        Ok(Settled { diff_size: self.writer.file_bytes(), ..Settled::default() })
     }
 
     fn finish(self, _tar_digest: [u8; 32]) -> Result<ImageSummary, DiffError> {

@@ -6,10 +6,12 @@
 use super::{
     ApplyOptions, LowerLayers,
     context::opaque,
-    kernel, links,
+    implied, kernel,
+    links::{self, Below, LaterLink},
     name::{self, Meaning},
-    target::{Placement, Target},
+    target::{Placement, Settled, Target},
     tree::{LayerTree, attributes, implied},
+    usage,
 };
 use crate::DiffError;
 use disk_io::WriteAt;
@@ -18,12 +20,32 @@ use layer_tar::{Entry, EntryKind};
 
 /// A layer of the default profile while it is made.
 pub(super) struct DefaultLayer<'o, W> {
-    tree: LayerTree<'o, W>,
+    pub(super) tree: LayerTree<'o, W>,
 }
 
 impl<'o, W: WriteAt> DefaultLayer<'o, W> {
     pub(super) fn new(writer: ImageWriter<W>, options: &'o ApplyOptions) -> Self {
-        Self { tree: LayerTree::new(writer, options) }
+        Self::of(LayerTree::new(writer, options))
+    }
+
+    /// The layer that `tree` is.
+    pub(super) fn of(tree: LayerTree<'o, W>) -> Self {
+        Self { tree }
+    }
+
+    /// Settles the links of a layer whose lower layers are read later: those whose targets are there go into `later`.
+    pub(super) fn settle_links(&mut self, later: &mut Vec<LaterLink>) -> Result<(), DiffError> {
+        links::settle(&mut self.tree, &mut Below::Later(later))?;
+        self.drop_link_dir()
+    }
+
+    /// Removes AUFS's link directory: its files have their names elsewhere by now, or none.
+    fn drop_link_dir(&mut self) -> Result<(), DiffError> {
+        let root = self.tree.root;
+        match self.tree.writer.lookup(root, name::LINK_DIR) {
+            Some(dir) => self.tree.remove(root, name::LINK_DIR, dir),
+            None => Ok(()),
+        }
     }
 
     /// Adds an entry to the layer.
@@ -73,14 +95,14 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
         if entry.kind != EntryKind::Directory {
             return Err(self.tree.context.refuse("the root of a layer can only be a directory"));
         }
-        let root = self.tree.writer.root();
+        let root = self.tree.root;
         self.update_directory(root, entry)?;
         Ok(Placement::Nothing)
     }
 
     /// A file of AUFS's link directory: kept until the end under that name, which no other entry can have.
     fn aufs_linked_file(&mut self, last: &[u8], entry: &mut Entry) -> Result<Placement, DiffError> {
-        let root = self.tree.writer.root();
+        let root = self.tree.root;
         let dir = match self.tree.writer.lookup(root, name::LINK_DIR) {
             Some(dir) => dir,
             None => self.tree.create(root, name::LINK_DIR, NodeKind::Directory, implied(), Vec::new())?,
@@ -158,6 +180,7 @@ impl<'o, W: WriteAt> DefaultLayer<'o, W> {
 
     /// A directory's second entry: its xattrs are added to the present ones, as by setxattr(2).
     fn update_directory(&mut self, node: NodeId, entry: &mut Entry) -> Result<(), DiffError> {
+        self.tree.implied.remove(&node);
         let attributes = attributes(entry, &self.tree.writer.attributes(node));
         let known = self.tree.writer.xattrs(node);
         let mut xattrs = self.tree.xattrs(entry, &NodeKind::Directory, known)?;
@@ -227,13 +250,13 @@ impl<W: WriteAt> Target for DefaultLayer<'_, W> {
         self.tree.context.limit(what, limit)
     }
 
-    fn settle(&mut self, lowers: &mut dyn LowerLayers) -> Result<u64, DiffError> {
-        links::settle(&mut self.tree, lowers)?;
-        let root = self.tree.writer.root();
-        if let Some(dir) = self.tree.writer.lookup(root, name::LINK_DIR) {
-            self.tree.remove(root, name::LINK_DIR, dir)?;
-        }
-        Ok(if self.tree.removed { self.tree.count_size() } else { self.tree.size })
+    fn settle(&mut self, lowers: &mut dyn LowerLayers) -> Result<Settled, DiffError> {
+        let lower_links = links::settle(&mut self.tree, &mut Below::Layers(lowers))?;
+        let implied_directories = implied::settle(&mut self.tree, lowers)?;
+        self.drop_link_dir()?;
+        let diff_size = if self.tree.removed { self.tree.count_size() } else { self.tree.size };
+        let usage = usage::measure(&self.tree.writer, &self.tree.holes);
+        Ok(Settled { diff_size, implied_directories, lower_links, usage })
     }
 
     fn finish(self, tar_digest: [u8; 32]) -> Result<ImageSummary, DiffError> {

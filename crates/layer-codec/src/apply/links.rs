@@ -7,6 +7,7 @@
 //!       b itself such a link   b is settled first; a cycle is an error
 //!       b in a layer below     it is copied up as the kernel would: a and b are names of the copy, all links to b too
 //!       b nowhere, or hidden   error that names a and b
+//!       layers not known       refused: [`LowerUse::Unknown`]
 //! ```
 //!
 //! A placeholder that is replaced or removed before the end is forgotten. Mode, owner, times and xattrs of a
@@ -14,11 +15,12 @@
 //! after each header. If the file itself comes later in the stream, its own header is the last one. Called by `layer`.
 
 use super::{
-    LowerLayers, LowerNode,
+    LowerLayers, LowerNode, LowerUse,
+    context::Context,
     kernel::{self, Ruling},
     name,
     pending::PendingLink,
-    tree::{LayerTree, Lookup},
+    tree::{LayerTree, Lookup, implied},
 };
 use crate::DiffError;
 use disk_io::WriteAt;
@@ -27,7 +29,7 @@ use ext4_image::{
     writer::{Attributes, NodeId, NodeKind},
 };
 use layer_tar::Entry;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Bytes copied at once from a lower layer.
 const COPY_BYTES: usize = 256 << 10;
@@ -83,7 +85,7 @@ fn place_link<W: WriteAt>(
     last: &[u8],
     node: NodeId,
 ) -> Result<(), DiffError> {
-    let root = tree.writer.root();
+    let root = tree.root;
     let known = tree.writer.lookup(dir, last);
     if let Some(known) = known {
         // The target may be below the replaced name.
@@ -126,12 +128,35 @@ fn postpone<W: WriteAt>(
     Ok(())
 }
 
-/// Settles all pending links.
+/// Where the targets are that a layer does not have itself.
+pub(super) enum Below<'a> {
+    /// In these layers.
+    Layers(&'a mut dyn LowerLayers),
+    /// In layers that are read after this one: what waits for them.
+    Later(&'a mut Vec<LaterLink>),
+}
+
+/// A target in a layer that is read later.
+#[derive(Debug)]
+pub(super) struct LaterLink {
+    /// An empty file that has the names of the links and, where the layer has nothing else there, of the target.
+    pub(super) node: NodeId,
+    /// Components of the target's path.
+    pub(super) target: Vec<Vec<u8>>,
+    /// The links' headers, to be applied in this order, each with what errors name.
+    pub(super) headers: Vec<(Context, Entry)>,
+}
+
+/// Settles all pending links; the number of those into layers below.
 pub(super) fn settle<W: WriteAt>(
     tree: &mut LayerTree<'_, W>,
-    lowers: &mut dyn LowerLayers,
-) -> Result<(), DiffError> {
+    below: &mut Below<'_>,
+) -> Result<u64, DiffError> {
+    let mut lower_links = 0;
+    let mut later_by_path = HashMap::new();
     let mut copies = HashMap::new();
+    // A copied target has its own name in this layer, where further links to it find it.
+    let mut copied = HashSet::new();
     let order = tree.links.take_order();
     for first in order {
         // Links to links are settled from the end of their chain.
@@ -167,16 +192,80 @@ pub(super) fn settle<W: WriteAt>(
                         return Err(tree.context.refuse(format!("hard link to the directory \"{target}\"")));
                     }
                     place_link(tree, pending.dir, &pending.name, node)?;
+                    lower_links += u64::from(copied.contains(&node));
                 }
                 Lookup::Hidden => return Err(dangling(tree, &target)),
                 Lookup::Node(_) | Lookup::Missing => {
+                    if tree.options.lowers == LowerUse::Unknown {
+                        return Err(needs_lowers(&tree.context, &target));
+                    }
+                    let lowers = match below {
+                        Below::Layers(lowers) => &mut **lowers,
+                        Below::Later(later) => {
+                            put_off(tree, placeholder, pending, &parts, later, &mut later_by_path)?;
+                            continue;
+                        }
+                    };
                     let copy = link_below(tree, &pending, &parts, &mut copies, lowers)?;
                     tree.update_linked(copy, &mut pending.header)?;
+                    copied.insert(copy);
+                    lower_links += 1;
                 }
             }
         }
     }
-    Ok(())
+    Ok(lower_links)
+}
+
+/// Lets a link wait for a layer that is read later. Its target gets a name here already, as in [`copy_up`]; directories
+/// on the way are like those that no entry describes.
+fn put_off<W: WriteAt>(
+    tree: &mut LayerTree<'_, W>,
+    placeholder: NodeId,
+    pending: PendingLink,
+    parts: &[&[u8]],
+    later: &mut Vec<LaterLink>,
+    by_path: &mut HashMap<Vec<u8>, usize>,
+) -> Result<(), DiffError> {
+    let header = (pending.context, pending.header);
+    let path = parts.join(&b'/');
+    let node = if let Some(known) = by_path.get(&path).and_then(|at| later.get_mut(*at)) {
+        known.headers.push(header);
+        known.node
+    } else {
+        by_path.insert(path, later.len());
+        let target = parts.iter().map(|part| part.to_vec()).collect();
+        later.push(LaterLink { node: placeholder, target, headers: vec![header] });
+        placeholder
+    };
+    if node != placeholder {
+        place_link(tree, pending.dir, &pending.name, node)?;
+    }
+    let Some((last, parents)) = parts.split_last() else { return Ok(()) };
+    let mut dir = tree.root;
+    for name in parents {
+        dir = match tree.writer.lookup(dir, name) {
+            Some(known) if tree.is_directory(known) => known,
+            Some(_) => return Ok(()),
+            None => {
+                let made = tree.create(dir, name, NodeKind::Directory, implied(), Vec::new())?;
+                tree.implied.insert(made);
+                made
+            }
+        };
+    }
+    match tree.writer.lookup(dir, last) {
+        None => place_link(tree, dir, last, node),
+        Some(_) => Ok(()),
+    }
+}
+
+/// The error for a link whose target is looked for in layers that are not known.
+fn needs_lowers(context: &Context, target: &[u8]) -> DiffError {
+    let (link, target) = (name::shown(&context.path), name::shown(target));
+    DiffError::NeedsLowers {
+        what: format!("hard link \"{link}\" to \"{target}\", which the tar does not hold"),
+    }
 }
 
 fn dangling<W: WriteAt>(tree: &LayerTree<'_, W>, target: &[u8]) -> DiffError {
@@ -235,7 +324,7 @@ fn copy_up<W: WriteAt>(
     lowers: &mut dyn LowerLayers,
 ) -> Result<(), DiffError> {
     let Some((last, parents)) = parts.split_last() else { return Ok(()) };
-    let mut dir = tree.writer.root();
+    let mut dir = tree.root;
     for (depth, name) in parents.iter().enumerate() {
         dir = match tree.writer.lookup(dir, name) {
             Some(known) if tree.is_directory(known) => known,
@@ -283,7 +372,7 @@ fn copy_data<W: WriteAt>(
 }
 
 /// What a copy-up keeps of a node: everything that the kernel accepts.
-fn as_copied(below: &LowerNode) -> (Attributes, Vec<Xattr>) {
+pub(super) fn as_copied(below: &LowerNode) -> (Attributes, Vec<Xattr>) {
     let attributes = Attributes {
         uid: kernel::owner(below.attributes.uid, 0),
         gid: kernel::owner(below.attributes.gid, 0),

@@ -1,4 +1,5 @@
-//! The lower layers as apply needs them: for the targets of hard links. Implemented by `chain`; called by `links`.
+//! The lower layers as apply needs them: for the targets of hard links, and for the attributes of directories that no entry
+//! describes. Implemented by `chain`; called by `links` and `implied`.
 
 use crate::DiffError;
 use ext4_image::{
@@ -32,6 +33,17 @@ pub trait LowerLayers {
     /// # Errors
     /// If a layer cannot be read.
     fn lookup(&mut self, path: &[&[u8]]) -> Result<Option<LowerNode>, DiffError>;
+
+    /// The directory that a directory at `path` takes its attributes from, if no entry describes it: that of the nearest
+    /// layer that has the name, unless something hides it. A symlink there is followed inside of its own layer, and if it
+    /// leads nowhere the next layer is searched, as containerd does (pkg/archive/tar.go, `mkparent`). Called with parents
+    /// before children, depth first.
+    ///
+    /// # Errors
+    /// If a layer cannot be read.
+    fn directory(&mut self, path: &[&[u8]]) -> Result<Option<LowerNode>, DiffError> {
+        Ok(self.lookup(path)?.filter(|node| matches!(node.kind, NodeKind::Directory)))
+    }
 
     /// Reads data of a regular file; short only at its end.
     ///

@@ -21,7 +21,7 @@
 //!
 //! | the tar has | and the layer already has | then |
 //! |---|---|---|
-//! | a parent that is missing | – | directory 0755 root:root, time 0; a later entry of that name sets its attributes |
+//! | a parent that is missing | – | directory 0755 root:root, time 0, or like that of a layer below ([`LowerUse`]); a later entry of that name sets its attributes |
 //! | a parent that is a symlink | – | followed inside the layer's root (`..` stops there), at most 40 hops, missing targets made as directories: as dockerd's unpack does in its chroot |
 //! | a parent that is a whiteout | – | an opaque directory replaces it |
 //! | a parent that is anything else | – | error |
@@ -40,26 +40,31 @@
 
 mod chain;
 mod context;
+mod descent;
+pub mod flat;
 mod growth;
 mod hcsshim;
+mod implied;
 mod input;
 pub mod kernel;
 mod layer;
 mod links;
 mod lower;
 mod name;
+mod opened;
 mod options;
 mod owner;
 mod pending;
 mod target;
 mod tree;
+mod usage;
 
 pub use chain::LayerChain;
 pub use growth::{Growth, NoGrowth};
 pub use lower::{LowerLayers, LowerNode, NoLowers};
 pub use options::{
-    ApplyLimits, ApplyOptions, ApplyResources, ApplySummary, HcsshimProfile, MAX_RAW_BYTES, Profile,
-    ToldDigest, UnknownProfile,
+    ApplyLimits, ApplyOptions, ApplyResources, ApplySummary, HcsshimProfile, LowerUse, MAX_RAW_BYTES,
+    Profile, ToldDigest, UnknownProfile,
 };
 pub use owner::check_owners;
 
@@ -82,7 +87,7 @@ use vhd_image::vhd::{self, Footer};
 
 /// Applies `input` to an empty `image` and an empty `record`, in blocks of the requested size.
 ///
-/// `lowers` is used only for the targets of hard links that the layer itself does not have.
+/// `lowers` is used only where the layer itself does not say everything: see [`LowerUse`].
 ///
 /// # Errors
 /// [`DiffError`]; image and record are then useless.
@@ -153,6 +158,7 @@ fn attempt<W: WriteAt, S: WriteAt>(
                 // The tar's digest covers the data: they need not be hashed a second time.
                 uuid: UuidSource::FromSource,
                 inline_data: options.inline_data,
+                ..WriterOptions::default()
             };
             let layer = DefaultLayer::new(ImageWriter::new(&image, settings)?, options);
             run(input, &image, record, layer, lowers, options)
@@ -187,7 +193,7 @@ fn run<W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
     let mut record = RecordWriter::new(record)?;
     let read = read_all(&mut reader, &mut record, &mut layer, options)
         .and_then(|entries| Ok((entries, layer.settle(lowers)?)));
-    let (entries, diff_size) = match read {
+    let (entries, settled) = match read {
         Ok(read) => read,
         Err(error) if error.larger_blocks_help() => {
             layer.flush()?;
@@ -209,13 +215,17 @@ fn run<W: WriteAt, S: WriteAt, V: WriteAt + 'static, T: Target>(
     Ok(ApplySummary {
         image_bytes: summary.image_bytes,
         file_bytes,
-        diff_size,
+        diff_size: settled.diff_size,
         tar_bytes,
         tar_digest,
         record_bytes,
         uuid: Uuid::from_bytes(summary.uuid),
         entries,
         verity_root: verity_root.map(RootHash),
+        implied_directories: settled.implied_directories,
+        lower_links: settled.lower_links,
+        usage_bytes: settled.usage.bytes,
+        usage_inodes: settled.usage.inodes,
     })
 }
 

@@ -129,6 +129,24 @@ impl Default for ApplyLimits {
     }
 }
 
+/// What a layer takes from the layers below it (default profile; profile [`Profile::Hcsshim`] takes nothing).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+pub enum LowerUse {
+    /// The targets of hard links that the layer itself does not have. Directories that no entry describes are 0755, root,
+    /// time 0.
+    #[default]
+    Links,
+    /// Also the attributes of directories that no entry describes, as containerd's unpack does; 0755, root, time 0 where no
+    /// layer below has the directory.
+    LinksAndDirectories,
+    /// The layers below are not known yet: a tar that has such a directory or such a link is refused with
+    /// [`DiffError::NeedsLowers`](crate::DiffError::NeedsLowers), at its end, since every later entry may still describe
+    /// the one or be the target of the other.
+    Unknown,
+}
+
 /// How a tar becomes an image, and what is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -156,6 +174,9 @@ pub struct ApplyOptions {
     /// What else is refused.
     #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "is_default"))]
     pub limits: ApplyLimits,
+    /// What is taken from the layers below.
+    #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "is_default"))]
+    pub lowers: LowerUse,
 }
 
 #[cfg(feature = "serde")]
@@ -186,6 +207,7 @@ impl Default for ApplyOptions {
             inline_data: true,
             hcsshim: HcsshimProfile::default(),
             limits: ApplyLimits::default(),
+            lowers: LowerUse::default(),
         }
     }
 }
@@ -236,6 +258,30 @@ pub struct ApplySummary {
     pub entries: u64,
     /// Root hash of the dm-verity tree, if the image has one.
     pub verity_root: Option<RootHash>,
+    /// Directories that no entry describes, whether or not a layer below has them, unless the layer itself hides what lies
+    /// below. The root directory does not count: without an entry it is 0755, root, time 0 on any parent. 0 with profile
+    /// [`Profile::Hcsshim`].
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub implied_directories: u64,
+    /// Hard links whose targets were copied from layers below. 0 with profile [`Profile::Hcsshim`].
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub lower_links: u64,
+    /// What the layer would take as the upper directory of an overlay on an ext4 in blocks of 4 KiB: `st_blocks × 512` of
+    /// each inode once, the root included, as containerd's overlayfs snapshotter counts; a directory of more names than
+    /// one block holds is estimated. 0 with profile [`Profile::Hcsshim`], where it is not counted.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub usage_bytes: u64,
+    /// Inodes of the layer, its root included; 0 with profile [`Profile::Hcsshim`], where they are not counted.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub usage_inodes: u64,
+}
+
+impl ApplySummary {
+    /// Whether the image may depend on the layers below, that is, whether on other parents the same tar could become
+    /// another image with [`LowerUse::LinksAndDirectories`].
+    pub fn depends_on_lowers(&self) -> bool {
+        self.implied_directories > 0 || self.lower_links > 0
+    }
 }
 
 #[cfg(test)]
@@ -259,9 +305,11 @@ mod tests {
         assert_eq!(names, ["block_size", "id_maps", "max_image_bytes", "profile", "verity"]);
         assert_eq!(serde_json::from_value::<ApplyOptions>(value).unwrap(), options);
         let limits = ApplyLimits { tar_bytes: 7, ..ApplyLimits::default() };
-        let options = ApplyOptions { footer: false, limits, profile: Profile::Hcsshim, ..options };
+        let lowers = LowerUse::LinksAndDirectories;
+        let options = ApplyOptions { footer: false, limits, profile: Profile::Hcsshim, lowers, ..options };
         let text = serde_json::to_string(&options).unwrap();
         assert!(text.contains(r#""profile":"hcsshim""#) && text.contains(r#""footer":false"#), "{text}");
+        assert!(text.contains(r#""lowers":"links_and_directories""#), "{text}");
         assert_eq!(serde_json::from_str::<ApplyOptions>(&text).unwrap(), options);
     }
 }

@@ -1,6 +1,6 @@
 //! Receives the entries of a tar: implemented by each profile, called by `apply`.
 
-use super::LowerLayers;
+use super::{LowerLayers, usage::Usage};
 use crate::DiffError;
 use ext4_image::writer::{ImageSummary, NodeId, Placed};
 use layer_tar::Entry;
@@ -12,6 +12,19 @@ pub(super) enum Placement {
     Data(NodeId),
     /// None: there are no data, or they are not stored in the image.
     Nothing,
+}
+
+/// What is known once everything is settled.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Settled {
+    /// Sum of the sizes of regular files and symlinks.
+    pub(super) diff_size: u64,
+    /// See [`super::ApplySummary::implied_directories`].
+    pub(super) implied_directories: u64,
+    /// Hard links into layers below.
+    pub(super) lower_links: u64,
+    /// What the layer takes as an upper directory.
+    pub(super) usage: Usage,
 }
 
 /// Takes entries and their data, in the order of the stream.
@@ -46,8 +59,8 @@ pub(super) trait Target {
         Ok(())
     }
 
-    /// Settles what could not be settled before; the sum of the sizes of regular files and symlinks.
-    fn settle(&mut self, lowers: &mut dyn LowerLayers) -> Result<u64, DiffError>;
+    /// Settles what could not be settled before.
+    fn settle(&mut self, lowers: &mut dyn LowerLayers) -> Result<Settled, DiffError>;
 
     /// Completes the image of a tar with this digest.
     fn finish(self, tar_digest: [u8; 32]) -> Result<ImageSummary, DiffError>;

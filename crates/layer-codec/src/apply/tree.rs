@@ -6,8 +6,9 @@
 //!                                        └─ LinkTable: placeholders, forgotten when their names are removed
 //! ```
 //!
-//! Names are resolved directory by directory in the image writer's tree, so a layer can never reach anything but itself.
-//! Called by `layer` and `links`.
+//! Names are resolved directory by directory in the image writer's tree, from the layer's root, so a layer can never reach
+//! anything but itself. That root is the image's, or, where layers are merged, a directory of the layer's own.
+//! Called by `layer`, `links` and `flat`.
 
 use super::{
     ApplyOptions,
@@ -15,6 +16,7 @@ use super::{
     kernel::{self, Ruling},
     name, owner,
     pending::LinkTable,
+    usage::Blocks,
 };
 use crate::DiffError;
 use disk_io::WriteAt;
@@ -23,7 +25,7 @@ use ext4_image::{
     writer::{Attributes, ImageWriter, NodeId, NodeKind, Placed},
 };
 use layer_tar::{Entry, EntryKind, Time};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// Symlinks followed in one name, as Linux has it (MAXSYMLINKS).
 const MAX_HOPS: usize = 40;
@@ -39,35 +41,67 @@ pub(super) enum Lookup {
     Hidden,
 }
 
+/// What was created, for a caller that follows a layer while it is made.
+#[derive(Debug, Default)]
+pub(super) struct Watch {
+    /// Directories: parent, name, directory; in order of creation.
+    pub(super) directories: Vec<(NodeId, Vec<u8>, NodeId)>,
+    /// The directory that the last node was put into.
+    pub(super) last_dir: Option<NodeId>,
+    /// Its name there.
+    pub(super) last_name: Vec<u8>,
+}
+
 /// The tree being made.
 pub(super) struct LayerTree<'o, W> {
     pub(super) writer: ImageWriter<W>,
+    /// The layer's root directory.
+    pub(super) root: NodeId,
     pub(super) options: &'o ApplyOptions,
     pub(super) links: LinkTable,
     pub(super) context: Context,
     /// The last entry's parent as the tar wrote it, and its directory; forgotten when a name is removed.
     pub(super) parent: Option<(Vec<u8>, NodeId)>,
     /// Number of names that were created.
-    names: u64,
+    pub(super) names: u64,
+    /// Kept only if a caller wants to follow the layer.
+    pub(super) watch: Option<Watch>,
     /// Sum of the sizes of files as they were created.
     pub(super) size: u64,
     /// A file that is counted in `size` may have been removed.
     pub(super) removed: bool,
+    /// Directories that no entry has described yet; removed ones too.
+    pub(super) implied: HashSet<NodeId>,
+    /// The blocks of files that have holes; removed ones too.
+    pub(super) holes: HashMap<NodeId, u64>,
+    /// The open file, its size, and its blocks so far.
+    open: Option<(NodeId, u64, Blocks)>,
 }
 
 impl<'o, W: WriteAt> LayerTree<'o, W> {
     pub(super) fn new(writer: ImageWriter<W>, options: &'o ApplyOptions) -> Self {
+        let root = writer.root();
+        Self::below(writer, root, options)
+    }
+
+    /// A layer whose root is the directory `root` of the image.
+    pub(super) fn below(writer: ImageWriter<W>, root: NodeId, options: &'o ApplyOptions) -> Self {
         let mut tree = Self {
             writer,
+            root,
             options,
             links: LinkTable::default(),
             context: Context::default(),
             parent: None,
             names: 0,
+            watch: None,
             size: 0,
             removed: false,
+            implied: HashSet::new(),
+            holes: HashMap::new(),
+            open: None,
         };
-        tree.writer.set_attributes(tree.writer.root(), implied());
+        tree.writer.set_attributes(root, implied());
         tree
     }
 
@@ -76,6 +110,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
     }
 
     pub(super) fn begin_file(&mut self, node: NodeId, size: u64) -> Result<(), DiffError> {
+        self.open = Some((node, size, Blocks::default()));
         self.writer.begin_file(node, size).map_err(|e| self.context.image(e))
     }
 
@@ -111,7 +146,18 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
         if let NodeKind::Symlink { target } = &kind {
             self.count_bytes(target.len() as u64);
         }
-        self.writer.create(dir, name, kind, attributes, xattrs).map_err(|e| self.context.image(e))
+        let directory = matches!(kind, NodeKind::Directory);
+        let made =
+            self.writer.create(dir, name, kind, attributes, xattrs).map_err(|e| self.context.image(e))?;
+        if let Some(watch) = &mut self.watch {
+            if directory {
+                watch.directories.push((dir, name.to_vec(), made));
+            }
+            watch.last_dir = Some(dir);
+            watch.last_name.clear();
+            watch.last_name.extend_from_slice(name);
+        }
+        Ok(made)
     }
 
     pub(super) fn count_name(&mut self) -> Result<(), DiffError> {
@@ -138,7 +184,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
     }
 
     pub(super) fn is_directory(&self, node: NodeId) -> bool {
-        matches!(self.writer.kind(node), NodeKind::Directory)
+        self.writer.is_directory(node)
     }
 
     pub(super) fn is_whiteout(&self, node: NodeId) -> bool {
@@ -213,7 +259,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
 
     /// The directory at `parts`, created if it is missing.
     pub(super) fn make_parents(&mut self, parts: &[&[u8]]) -> Result<NodeId, DiffError> {
-        let mut walk = Walk::new(self.writer.root(), parts);
+        let mut walk = Walk::new(self.root, parts);
         while let Some(part) = walk.next_part() {
             if *part == *b".." {
                 walk.up();
@@ -221,7 +267,12 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
             }
             let dir = walk.dir();
             let next = match self.writer.lookup(dir, &part) {
-                None => self.create(dir, &part, NodeKind::Directory, implied(), Vec::new())?,
+                None => {
+                    let made = self.create(dir, &part, NodeKind::Directory, implied(), Vec::new())?;
+                    self.implied.insert(made);
+                    made
+                }
+                // What the whiteout hides stays hidden: nothing below gives this directory its attributes.
                 Some(node) if self.is_whiteout(node) => {
                     self.remove(dir, &part, node)?;
                     self.create(dir, &part, NodeKind::Directory, implied(), vec![opaque()])?
@@ -247,8 +298,8 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
 
     /// Looks `parts` up without creating anything; the last part is not followed if it is a symlink.
     pub(super) fn find(&self, parts: &[&[u8]]) -> Lookup {
-        let Some((last, parents)) = parts.split_last() else { return Lookup::Node(self.writer.root()) };
-        let mut walk = Walk::new(self.writer.root(), parents);
+        let Some((last, parents)) = parts.split_last() else { return Lookup::Node(self.root) };
+        let mut walk = Walk::new(self.root, parents);
         let missing = |dir: NodeId| if self.is_opaque(dir) { Lookup::Hidden } else { Lookup::Missing };
         let mut opaque_above = false;
         while let Some(part) = walk.next_part() {
@@ -279,7 +330,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
     /// Sums up the sizes of the files and symlinks that are left, each once.
     pub(super) fn count_size(&self) -> u64 {
         let (mut sum, mut seen) = (0u64, HashSet::new());
-        let mut directories = vec![self.writer.root()];
+        let mut directories = vec![self.root];
         while let Some(dir) = directories.pop() {
             for (_, node) in self.writer.children(dir) {
                 match self.writer.kind(node) {
@@ -304,13 +355,59 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
         data: &[u8],
         placed: &mut dyn FnMut(Placed),
     ) -> Result<(), DiffError> {
+        if let Some((_, _, blocks)) = &mut self.open {
+            blocks.write(offset, data.len() as u64);
+        }
         self.writer.write_data(offset, data, placed).map_err(|e| self.context.image(e))
     }
 
     /// Ends the open file.
     pub(super) fn end_file(&mut self) -> Result<(), DiffError> {
+        if let Some((node, size, blocks)) = self.open.take()
+            && let Some(count) = blocks.with_holes(size)
+        {
+            self.holes.insert(node, count);
+        }
         self.writer.end_file().map_err(|e| self.context.image(e))
     }
+}
+
+/// What a path leads to, symlinks followed, the last one too.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Resolved {
+    /// A node, and its path without symlinks.
+    Node(NodeId, Vec<Vec<u8>>),
+    /// A name that is not there.
+    Missing,
+    /// Something on the way is no directory, or there are too many symlinks.
+    Blocked,
+}
+
+/// Resolves `parts` inside of `root`.
+pub(super) fn resolve<W: WriteAt>(writer: &ImageWriter<W>, root: NodeId, parts: &[&[u8]]) -> Resolved {
+    let mut walk = Walk::new(root, parts);
+    let mut path: Vec<Vec<u8>> = Vec::new();
+    while let Some(part) = walk.next_part() {
+        if *part == *b".." {
+            walk.up();
+            path.pop();
+            continue;
+        }
+        if !writer.is_directory(walk.dir()) {
+            return Resolved::Blocked;
+        }
+        let Some(node) = writer.lookup(walk.dir(), &part) else { return Resolved::Missing };
+        if let NodeKind::Symlink { target } = writer.kind(node) {
+            if !walk.follow(&target) {
+                return Resolved::Blocked;
+            }
+            path.truncate(walk.stack.len());
+        } else {
+            walk.down(node);
+            path.push(part.into_owned());
+        }
+    }
+    Resolved::Node(walk.dir(), path)
 }
 
 /// Attributes of directories that no entry describes, and of whiteouts.

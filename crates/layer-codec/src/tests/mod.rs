@@ -2,7 +2,11 @@
 //!
 //! These tests need root, loop devices and overlayfs, and say so if they are missing.
 
+mod epoch;
+mod lowers;
 mod readers;
+mod scratch;
+mod usage;
 
 use super::{canonical::Version, *};
 use disk_io::MemDisk;
