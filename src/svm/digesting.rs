@@ -6,8 +6,9 @@
 //!   Receiver::next ─ Data ─┘
 //! ```
 //!
-//! For VMs whose agents do not digest ([`ServiceVm::daemon_digests`](super::ServiceVm::daemon_digests)). Bytes are
-//! moved and digested, never interpreted. Called by `exchange`.
+//! For VMs whose agents do not digest ([`ServiceVm::daemon_digests`](super::ServiceVm::daemon_digests)), and for digests
+//! that a service VM must not be able to choose. Bytes are moved and digested, never interpreted. Called by `exchange` and
+//! by `driver::snapshots`.
 
 use bytes::Bytes;
 use svm_protocol::{DigestKind, TarDigest};
@@ -17,17 +18,17 @@ use tokio::{sync::mpsc, task::JoinHandle};
 const CHUNKS: usize = 8;
 
 /// A digest being computed.
-pub(super) struct Digesting {
+pub struct Digesting {
     chunks: mpsc::Sender<Bytes>,
     digest: JoinHandle<TarDigest>,
 }
 
 impl Digesting {
-    /// Starts a thread for an empty stream.
-    pub(super) fn start() -> Self {
+    /// Starts a thread for an empty stream. Must be called within a tokio runtime.
+    pub fn start(kind: DigestKind) -> Self {
         let (chunks, mut queue) = mpsc::channel::<Bytes>(CHUNKS);
         let digest = tokio::task::spawn_blocking(move || {
-            let mut hasher = DigestKind::Blake3.hasher();
+            let mut hasher = kind.hasher();
             while let Some(chunk) = queue.blocking_recv() {
                 hasher.update(&chunk);
             }
@@ -37,13 +38,13 @@ impl Digesting {
     }
 
     /// Adds bytes of the stream.
-    pub(super) async fn update(&self, chunk: Bytes) {
+    pub async fn update(&self, chunk: Bytes) {
         // If the thread is gone, `finish` returns `None`.
         let _ = self.chunks.send(chunk).await;
     }
 
     /// The digest of all bytes; `None` if the runtime is ending.
-    pub(super) async fn finish(self) -> Option<TarDigest> {
+    pub async fn finish(self) -> Option<TarDigest> {
         drop(self.chunks);
         self.digest.await.ok()
     }
@@ -56,11 +57,11 @@ mod tests {
     #[tokio::test]
     async fn the_digest_is_that_of_all_chunks_in_order() {
         let data: Vec<u8> = (0..1_000_000u32).map(|n| (n / 7) as u8).collect();
-        let digesting = Digesting::start();
+        let digesting = Digesting::start(DigestKind::Blake3);
         for chunk in data.chunks(30_001) {
             digesting.update(Bytes::copy_from_slice(chunk)).await;
         }
         assert_eq!(digesting.finish().await, Some(TarDigest::of(DigestKind::Blake3, &data)));
-        assert_eq!(Digesting::start().finish().await, Some(TarDigest::default()));
+        assert_eq!(Digesting::start(DigestKind::Blake3).finish().await, Some(TarDigest::default()));
     }
 }

@@ -142,7 +142,7 @@ pub(super) async fn begin(
         excused: Mutex::default(),
         sent: Mutex::default(),
     });
-    let digest = |wanted: bool| (wanted && vm.daemon_digests()).then(Digesting::start);
+    let digest = |wanted: bool| (wanted && vm.daemon_digests()).then(|| Digesting::start(DigestKind::Blake3));
     let mut receiver = Receiver {
         progress: progress.clone(),
         vm: vm.clone(),

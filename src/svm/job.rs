@@ -7,9 +7,9 @@
 //! Disks are given as open files, so no path is ever looked up twice (and an embedded VM needs none). Called by
 //! `driver`; read by `pool` and `stream`.
 
-use super::{ApplyOptions, DiskFormat, IdMaps, LayerKind, LiveFile, SvmError};
+use super::{ApplyOptions, Compression, DiskFormat, ExpandLimits, IdMaps, LayerKind, LiveFile, SvmError};
 use futures_util::future::BoxFuture;
-use std::{fs::File, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs::File, io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 /// Whether a VM may write a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -169,6 +169,17 @@ pub struct CheckJob {
     pub require_no_writers: bool,
 }
 
+/// The file system on a disk is to become larger.
+#[derive(Debug, Clone)]
+pub struct GrowJob {
+    /// The disk, writable and at least `bytes` long; nothing else uses it.
+    pub disk: DiskSource,
+    /// The size that the file system is to have.
+    pub bytes: u64,
+    /// Byte ranges of the disk, ascending, that may not be zeros.
+    pub data: Vec<Range<u64>>,
+}
+
 /// Which tar of a layer.
 #[derive(Debug, Clone)]
 pub enum ExportKind {
@@ -189,6 +200,8 @@ pub enum ExportKind {
         format: u32,
         /// Maps host ids of sandboxes back.
         id_maps: IdMaps,
+        /// The latest time of an entry, in seconds since 1970; `None` for the layer's own canonical tar.
+        source_date_epoch: Option<i64>,
     },
 }
 
@@ -210,6 +223,31 @@ pub struct CompareJob {
     pub parent: ParentDisks,
     /// Set if sandboxes among the layers are, or may become, mounted.
     pub live: Option<Arc<dyn LiveControl>>,
+}
+
+/// A stream that may be compressed is to become plain.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpandJob {
+    /// How it is compressed; `None` lets its first bytes tell, since media types lie.
+    pub format: Option<Compression>,
+    /// What it may take.
+    pub limits: ExpandLimits,
+}
+
+/// A plain stream is to be compressed.
+#[derive(Debug, Clone, Copy)]
+pub struct CompressJob {
+    /// The format to write.
+    pub format: Compression,
+    /// Its level.
+    pub level: u32,
+}
+
+impl CompressJob {
+    /// At the level that always gives the same bytes for the same stream, on every host and in every service VM.
+    pub fn reproducible(format: Compression) -> Self {
+        Self { format, level: format.level() }
+    }
 }
 
 /// What an export copies of live sandboxes; see [`CopyJob`](svm_protocol::CopyJob).

@@ -29,16 +29,19 @@ pub mod remote;
 mod replays;
 mod stream;
 
+pub use digesting::Digesting;
 pub use job::{
-    Access, ApplyJob, CheckJob, CompareJob, CopyDisk, DiskSource, ExportJob, ExportKind, FileIdentity,
-    LayerDisk, LiveControl, ParentDisks, SecondPair, no_writer_left,
+    Access, ApplyJob, CheckJob, CompareJob, CompressJob, CopyDisk, DiskSource, ExpandJob, ExportJob,
+    ExportKind, FileIdentity, GrowJob, LayerDisk, LiveControl, ParentDisks, SecondPair, no_writer_left,
 };
-pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose};
+pub use pool::{Lease, Mode, Pool, PoolConfig, PoolSnapshot, PoolVm, Purpose, Recoded};
 pub use replays::within as replayed_within;
 pub use stream::TarStream;
 pub use svm_protocol::{
-    ApplyLimits, ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, DiskFormat, DiskId,
-    ErrorKind, ExportSummary, IdMaps, JailReport, LayerKind, LiveFile, Profile, RootHash, TarDigest, Witness,
+    ApplyLimits, ApplyOptions, ApplySummary, BlankRoot, Change, ChangeKind, CheckSummary, Compression,
+    ContainerId, DigestKind, DiskFormat, DiskId, ErrorKind, ExpandLimits, ExportSummary, GrowSummary, IdMaps,
+    IdRange, JailReport, LayerKind, LiveFile, LowerUse, Profile, RecodeSummary, RootHash, SNIFF_BYTES,
+    TarDigest, Witness, sniff,
 };
 
 use crate::error::{Fault, Kind};
@@ -172,6 +175,7 @@ impl Fault for SvmError {
                 ErrorKind::NoSpace => Kind::NoSpace,
                 ErrorKind::Io => Kind::Io,
                 ErrorKind::Changed => Kind::Busy,
+                ErrorKind::NeedsLowers => Kind::State,
                 ErrorKind::Cancelled => Kind::Cancelled,
                 // The daemon made the request: a wrong one is its own bug.
                 ErrorKind::Usage | ErrorKind::Internal => Kind::Internal,
@@ -226,6 +230,32 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> ChannelIo for T {}
 pub type Channel = Box<dyn ChannelIo>;
 
 /// Starts VMs, and ends what a crashed predecessor of this process left.
+///
+/// # Contract of [`VmBackend`] and [`ServiceVm`]
+/// What the pool relies on. `tests/conformance` checks it of each backend, but for one clause that so far only reading
+/// holds: that a dropped `boot` leaves nothing.
+///
+/// * **Order.** `boot` returns once the agent has greeted. A disk is attached before an operation names it and detached
+///   after its channel is closed; `grown` comes between the end of an apply and the detach of its disk. `reap` runs once,
+///   before the first boot, and only in the process that owns the home.
+/// * **Calls at one time.** Everything takes `&self` and may be called from several tasks at once, also `boot`; attaches
+///   of the same disk are serialized by the pool, which counts its uses.
+/// * **Cancellation.** Any future may be dropped. A dropped `boot` leaves no process, disk or file. After a dropped `attach`
+///   or `detach` the pool terminates the VM. A dropped channel cancels its operation and no other.
+/// * **The end.** `terminate` may be called several times, and while other calls run, which then fail. `death` resolves for
+///   every end and may be awaited by many. Dropping the last reference ends the VM without waiting.
+/// * **Threads.** No call blocks a thread of the runtime: whatever waits for a disk or a process runs on one of its own.
+/// * **Trust.** What a VM sends is bounded and checked by `svm-protocol` and `remote`; a backend parses nothing of it.
+///
+/// | | embedded | qemu | hcs |
+/// |---|---|---|---|
+/// | system | Linux, Windows | Linux (KVM, or TCG where there is none) | Windows with Hyper-V |
+/// | the VM is | a jailed process of this program | a process of QEMU, restored from a saved guest | a compute system of vmcompute |
+/// | a disk is | a descriptor or handle that is passed | a SCSI device, hot-plugged by QMP | a SCSI device, by `HcsModifyComputeSystem` |
+/// | a channel is | a socket pair (Windows: a pipe) | multiplexed on one virtio-serial port (`remote`) | multiplexed on one hvsocket (`remote`) |
+/// | digests of tars | in the worker | in the daemon | in the daemon |
+/// | reads what our ext4 reader cannot | no | yes, by the guest's kernel | yes, by the guest's kernel |
+/// | `reap` finds | nothing: workers die with their parent | templates half made | compute systems and scratch disks of the home |
 pub trait VmBackend: Send + Sync + 'static {
     /// `embedded`, `qemu`, `hcs`.
     fn name(&self) -> &'static str;
@@ -257,7 +287,8 @@ pub trait VmBackend: Send + Sync + 'static {
 
 /// A running service VM. Dropping the last reference ends it.
 pub trait ServiceVm: Send + Sync + fmt::Debug {
-    /// For logs ("worker 1234").
+    /// For logs: `KIND ID (vm NUMBER)`, such as "worker 1234 (vm 3)". ID is the pid of what can be killed and stopped from
+    /// outside (`tests/support/machine.rs` does both); the cause of such a death names the signal ("signal 9").
     fn describe(&self) -> String;
 
     /// Makes a disk visible to the agent. Not idempotent: the pool counts.

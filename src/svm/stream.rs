@@ -24,6 +24,7 @@ use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},
 };
+use tracing::Instrument as _;
 
 /// Chunks between the task and the reader.
 pub(super) const QUEUED_CHUNKS: usize = 2;
@@ -201,11 +202,12 @@ impl Drop for Freeze {
             return;
         }
         if let Some(live) = self.live.take() {
-            self.runtime.spawn(async move {
+            let thaw = async move {
                 if let Err(e) = live.thaw().await {
                     tracing::error!("a live sandbox could not be thawed: {e}");
                 }
-            });
+            };
+            self.runtime.spawn(thaw.in_current_span());
         }
     }
 }

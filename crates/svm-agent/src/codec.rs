@@ -2,17 +2,27 @@
 //!
 //! ```text
 //!   operation ──► Codec ──► real::RealCodec ──► layer_codec::{apply, record, export, changes}, ext4_image::check
+//!                       └─► recode (gzip, zstd), space (larger file systems)
 //! ```
 //!
 //! The trait exists so that channels, pool and jail can be tested with a double. Called by `operation`.
+//!
+//! Contract: each call is one operation, on a thread of its own that may block; several run at once and share nothing but
+//! their disks, which are only read unless the operation names them as its output. A call ends soon after its input or
+//! output reports an error (the daemon closed the channel); whatever it has written by then is discarded by the daemon. No
+//! result refers to bytes that are still on their way: outputs are complete when a call returns.
 
 pub use layer_codec::{Copies, apply::ToldDigest};
 
-use super::disk::OpDisk;
+use super::{disk::OpDisk, recode, space};
 use disk_io::StreamOut;
-use std::io::Read;
+use std::{
+    io::{Read, Write},
+    ops::Range,
+};
 use svm_protocol::{
-    ApplyOptions, ApplySummary, BlankRoot, Change, CheckSummary, ExportSummary, IdMaps, LayerKind, WireError,
+    ApplyOptions, ApplySummary, BlankRoot, Change, CheckSummary, Compression, ExpandLimits, ExportSummary,
+    GrowSummary, IdMaps, LayerKind, RecodeSummary, WireError,
 };
 
 /// A layer to read.
@@ -75,6 +85,17 @@ pub enum Parent {
     Chain(Vec<AttachedLayer>),
 }
 
+/// Which canonical tar.
+#[derive(Debug, Clone)]
+pub struct CanonicalTar {
+    /// Version of the format.
+    pub format: u32,
+    /// Host ids found in sandboxes are mapped back to these containers' ids.
+    pub id_maps: IdMaps,
+    /// The latest time of an entry, in seconds since 1970.
+    pub source_date_epoch: Option<i64>,
+}
+
 /// The daemon's part in reading a live sandbox.
 pub trait Live {
     /// What is to be copied before [`Live::metadata_read`].
@@ -126,6 +147,11 @@ pub trait Codec: Send + Sync + 'static {
         owners: &IdMaps,
     ) -> Result<CheckSummary, WireError>;
 
+    /// Lets the file system on a disk grow to `bytes`, durably. `data` are the ranges of the disk that may not be zeros.
+    fn grow(&self, disk: &OpDisk, bytes: u64, data: Vec<Range<u64>>) -> Result<GrowSummary, WireError> {
+        space::grow(disk, bytes, data)
+    }
+
     /// image and record → the applied tar. With `digested` the daemon compares it with the digest of the summary, so that
     /// bytes may be sent before they are verified here.
     fn export_exact(
@@ -141,8 +167,7 @@ pub trait Codec: Send + Sync + 'static {
         &self,
         target: Vec<AttachedLayer>,
         parent: Parent,
-        format: u32,
-        id_maps: &IdMaps,
+        tar: &CanonicalTar,
         live: Option<&mut dyn Live>,
         out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError>;
@@ -171,4 +196,26 @@ pub trait Codec: Send + Sync + 'static {
         parent: Parent,
         live: Option<&mut dyn Live>,
     ) -> Result<u64, WireError>;
+
+    /// Compressed bytes → plain bytes: [`recode::expand`]. Must read `input` to its end.
+    fn expand(
+        &self,
+        input: &mut dyn Read,
+        format: Option<Compression>,
+        limits: &ExpandLimits,
+        out: &mut dyn Write,
+    ) -> Result<RecodeSummary, WireError> {
+        recode::expand(input, format, limits, out)
+    }
+
+    /// Plain bytes → compressed bytes: [`recode::compress`]. Must read `input` to its end.
+    fn compress(
+        &self,
+        input: &mut dyn Read,
+        format: Compression,
+        level: u32,
+        out: &mut dyn Write,
+    ) -> Result<RecodeSummary, WireError> {
+        recode::compress(input, format, level, out)
+    }
 }

@@ -60,7 +60,12 @@ impl Read for FrameInput<'_, '_> {
 impl<'a> TarFrames<'a> {
     pub(super) fn new(channel: &'a dyn AgentChannel) -> Self {
         let told = channel.daemon_digests().then(ToldDigest::default);
-        Self { channel, told, left: 0, end: false, broken: false, kept: VecDeque::new() }
+        Self { told, ..Self::undigested(channel) }
+    }
+
+    /// A stream that the daemon never digests: that of a recoding.
+    pub(super) fn undigested(channel: &'a dyn AgentChannel) -> Self {
+        Self { channel, told: None, left: 0, end: false, broken: false, kept: VecDeque::new() }
     }
 
     /// Sends an event in mid-stream; gives the payload of its Resume. Data that precede it are kept.

@@ -10,6 +10,8 @@
 //! answered with an error; a channel that closes cancels its operation at the next byte that it reads or writes.
 //! Called by `cli` (the worker), by `lcow-agent` (the guest) and by the `layer` commands for [`damage`].
 
+#![forbid(unsafe_code)]
+
 mod behind;
 mod block;
 pub mod channel;
@@ -24,7 +26,9 @@ mod mount;
 mod operation;
 mod piece;
 mod real;
+pub mod recode;
 mod serve;
+mod space;
 pub mod worker;
 
 pub use real::{RealCodec, damage};

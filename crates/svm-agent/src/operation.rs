@@ -9,20 +9,20 @@
 
 use super::{
     channel::{AgentChannel, Conn, sending},
-    codec::{AttachedLayer, Codec, Copies, Growing, Live, Lowers, Parent, TarInput},
+    codec::{AttachedLayer, CanonicalTar, Codec, Copies, Growing, Live, Lowers, Parent, TarInput},
     disk::{Cancel, Disk, OpDisk},
     frames::{FrameInput, FrameOutput, TarFrames},
 };
 use std::{
     cell::RefCell,
-    io::{self, Write},
+    io::{self, Read, Write},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::{Duration, Instant},
 };
 use svm_protocol::{
     Change, CopyJob, DiskId, ErrorKind, FrameError, FrameType, LargerDisks, LayerKind, LayerRef, Operation,
-    OperationEvent, ParentRef, WireError, read_frame, write_frame, write_json,
+    OperationEvent, ParentRef, RecodeSummary, WireError, read_frame, write_frame, write_json,
 };
 
 /// Finds attached disks.
@@ -115,6 +115,11 @@ impl Run<'_> {
             Operation::Check { image, tree, writer, owners } => {
                 json(&self.codec.check(self.disk(image)?, tree, writer, &owners)?)
             }
+            Operation::Grow { disk, bytes, data } => {
+                let disk = self.writable(disk)?;
+                let data = data.into_iter().map(|(start, end)| start..end).collect();
+                json(&self.codec.grow(&disk, bytes, data)?)
+            }
             Operation::ExportExact { image, record } => {
                 let mut out = FrameOutput::new(self.channel);
                 let (image, record) = (self.disk(image)?, self.disk(record)?);
@@ -123,15 +128,23 @@ impl Run<'_> {
                 out.finish()?;
                 json(&summary)
             }
-            Operation::ExportCanonical { target, parent, format, id_maps, live, copies } => {
+            Operation::ExportCanonical {
+                target,
+                parent,
+                format,
+                id_maps,
+                live,
+                copies,
+                source_date_epoch,
+            } => {
                 let mut out = FrameOutput::new(self.channel);
                 let mut handshake = Handshake::new(self.channel);
                 handshake.copies = copies.map(|job| self.copies(job)).transpose()?;
                 let (target, parent) = (self.layers(&target)?, self.parent(&parent)?);
                 handshake.watch(&target, &parent)?;
                 let live = live.then_some(&mut handshake as &mut dyn Live);
-                let summary =
-                    self.codec.export_canonical(target, parent, format, &id_maps, live, &mut out)?;
+                let tar = CanonicalTar { format, id_maps, source_date_epoch };
+                let summary = self.codec.export_canonical(target, parent, &tar, live, &mut out)?;
                 out.finish()?;
                 json(&summary)
             }
@@ -165,7 +178,33 @@ impl Run<'_> {
                 let live = live.then_some(&mut handshake as &mut dyn Live);
                 json(&self.codec.diff_size(target, parent, live)?)
             }
+            Operation::Expand { format, limits } => {
+                self.recode(|input, out| self.codec.expand(input, format, &limits, out))
+            }
+            Operation::Compress { format, level } => {
+                self.recode(|input, out| self.codec.compress(input, format, level, out))
+            }
         }
+    }
+
+    /// Runs an operation whose streams flow in both directions. It reads and writes in turns, on this thread alone: the
+    /// daemon does both at once.
+    fn recode(
+        &self,
+        run: impl FnOnce(&mut dyn Read, &mut dyn Write) -> Result<RecodeSummary, WireError>,
+    ) -> Result<Vec<u8>, WireError> {
+        let mut input = TarFrames::undigested(self.channel);
+        let mut out = FrameOutput::new(self.channel);
+        let summary = run(&mut input, &mut out);
+        if input.broken {
+            return Err(WireError::new(ErrorKind::Cancelled, "the stream was cut"));
+        }
+        let summary = summary?;
+        if !input.ended() {
+            return Err(WireError::new(ErrorKind::Internal, "the codec left a part of the stream unread"));
+        }
+        out.finish()?;
+        json(&summary)
     }
 
     fn disk(&self, id: DiskId) -> Result<OpDisk, WireError> {
@@ -298,7 +337,7 @@ impl<'a> Handshake<'a> {
             Parent::Chain(layers) => layers,
             Parent::None | Parent::Own => &[],
         };
-        let sandboxes = target.iter().chain(below).filter(|layer| layer.kind == LayerKind::Sandbox);
+        let sandboxes = target.iter().chain(below).filter(|layer| layer.kind.is_sandbox());
         self.written = sandboxes.map(|layer| layer.disk.clone()).collect();
         self.forget()
     }

@@ -8,7 +8,9 @@
 //! Holds no policy: limits and layout are in the options. Called by `operation` through [`Codec`].
 
 use super::{
-    codec::{AttachedLayer, ChangeSink, Codec, Copies, Growing, Live, Lowers, Parent, TarInput},
+    codec::{
+        AttachedLayer, CanonicalTar, ChangeSink, Codec, Copies, Growing, Live, Lowers, Parent, TarInput,
+    },
     disk::OpDisk,
 };
 use disk_io::{ReadAt, StreamOut, WriteAt};
@@ -23,8 +25,8 @@ use layer_codec::{
 };
 use std::{fmt::Write as _, io, sync::Arc};
 use svm_protocol::{
-    ApplyOptions, ApplySummary, BlankRoot, CheckSummary, ErrorKind, ExportSummary, IdMaps, LayerKind,
-    RootHash, WireError,
+    ApplyOptions, ApplySummary, BlankRoot, CheckSummary, ErrorKind, ExportSummary, IdMaps, RootHash,
+    WireError,
 };
 
 /// The most files that a message names.
@@ -59,7 +61,7 @@ impl RealCodec {
     }
 
     fn source(&self, layer: &AttachedLayer, live: bool) -> LayerSource<OpDisk> {
-        let sandbox = layer.kind == LayerKind::Sandbox;
+        let sandbox = layer.kind.is_sandbox();
         LayerSource {
             disk: layer.disk.clone(),
             kind: layer.kind,
@@ -283,11 +285,11 @@ impl Codec for RealCodec {
         &self,
         target: Vec<AttachedLayer>,
         parent: Parent,
-        format: u32,
-        id_maps: &IdMaps,
+        tar: &CanonicalTar,
         live: Option<&mut dyn Live>,
         out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError> {
+        let CanonicalTar { format, ref id_maps, source_date_epoch } = *tar;
         let version = canonical::version(format).ok_or_else(|| {
             WireError::new(
                 ErrorKind::Unsupported,
@@ -297,7 +299,7 @@ impl Codec for RealCodec {
         let is_live = live.is_some();
         let (stack, below) = (self.sources(&target, is_live), self.parent_layers(&target, &parent, is_live));
         let spec = parent_spec(&parent, &below);
-        let options = ExportOptions { id_maps: id_maps.clone(), version };
+        let options = ExportOptions { id_maps: id_maps.clone(), version, source_date_epoch };
         let summary = hooked(live, |hooks| layer_codec::export(&stack, spec, &options, hooks, out))?;
         Ok(ExportSummary {
             tar_bytes: summary.tar_bytes,

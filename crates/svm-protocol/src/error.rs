@@ -27,6 +27,8 @@ pub enum ErrorKind {
     Usage,
     /// The file changed while it was read (live sandboxes).
     Changed,
+    /// The tar depends on its parent layers, which the request leaves open: it may be applied again with them.
+    NeedsLowers,
     /// The daemon closed the channel.
     Cancelled,
     /// A bug of the agent (panic).
@@ -107,6 +109,7 @@ fn diff_kind(error: &DiffError) -> ErrorKind {
         DiffError::Vhd(_) | DiffError::Limit { .. } | DiffError::Beyond { .. } => ErrorKind::Limit,
         DiffError::Unsupported { .. } | DiffError::Foreign { .. } => ErrorKind::Unsupported,
         DiffError::ChangedWhileReading { .. } => ErrorKind::Changed,
+        DiffError::NeedsLowers { .. } => ErrorKind::NeedsLowers,
         DiffError::Usage(_) => ErrorKind::Usage,
         _ => ErrorKind::Internal,
     }

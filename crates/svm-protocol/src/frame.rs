@@ -6,6 +6,7 @@
 //!   └────────────┴──────┴──────────────────┘
 //!   one channel = one operation:
 //!     daemon ► Request(JSON) Data* End            agent ► Data* (Event ◄► Resume)* Result(JSON) │ Error(JSON)
+//!     Expand, Compress: the agent's Data flow while the daemon's still do, so the daemon reads whatever it waits to send
 //!   control (one per VM):
 //!     agent ► Hello(JSON)         daemon ► Control(JSON, descriptors beside it) ◄► Reply(JSON)
 //! ```

@@ -7,6 +7,7 @@
 //! Options and summary of an apply, id ranges and digests are the types of `layer-codec`. Called by `svm` of the daemon
 //! and by the agent's `operation`.
 
+use crate::{Compression, ExpandLimits};
 use layer_codec::{
     BlankRoot, Change, ChangeKind, IdMaps, LayerKind, LiveFile, RootHash, TarDigest,
     apply::{ApplyOptions, Profile},
@@ -67,8 +68,8 @@ pub enum Operation {
         record: DiskId,
         /// Writable, empty: takes the leaves of a large hash tree; useless afterwards.
         scratch: Option<DiskId>,
-        /// The parents, nearest first, for hard links into them: attached one after the other by
-        /// [`OperationEvent::Lower`].
+        /// The parents, nearest first, for what [`ApplyOptions::lowers`] takes from them: attached one after the other
+        /// by [`OperationEvent::Lower`].
         lowers: Vec<LayerKind>,
         /// Layout, block size, limits and owners.
         options: ApplyOptions,
@@ -84,6 +85,15 @@ pub enum Operation {
         /// With userns-remap: an owner outside of these also fails the check. Empty: every owner is accepted.
         #[serde(default)]
         owners: IdMaps,
+    },
+    /// Makes the file system on a disk larger, durably; a journal in use is replayed first. Answers [`GrowSummary`].
+    Grow {
+        /// Writable, at least `bytes` long.
+        disk: DiskId,
+        /// The size that the file system is to have.
+        bytes: u64,
+        /// Byte ranges of the disk, ascending, that may not be zeros: start and end.
+        data: Vec<(u64, u64)>,
     },
     /// The bytes of the tar that was applied (Data frames). Answers [`ExportSummary`].
     ExportExact {
@@ -107,6 +117,9 @@ pub enum Operation {
         /// What of them is copied while they are frozen.
         #[serde(default)]
         copies: Option<CopyJob>,
+        /// The latest time of an entry, in seconds since 1970 ([`layer_codec::ExportOptions::source_date_epoch`]).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        source_date_epoch: Option<i64>,
     },
     /// Paths that differ (Data frames of [`encode_change`]). Answers `null`.
     Changes {
@@ -135,6 +148,21 @@ pub enum Operation {
         /// Sandboxes among them may be in use: Events are sent.
         live: bool,
     },
+    /// Compressed bytes in (Data frames, End), plain bytes out (Data frames), both at once. Answers [`RecodeSummary`](crate::RecodeSummary).
+    Expand {
+        /// How the input is compressed; `None` to let its first bytes tell ([`sniff`](crate::sniff)).
+        format: Option<Compression>,
+        /// What it may take.
+        limits: ExpandLimits,
+    },
+    /// Plain bytes in (Data frames, End), compressed bytes out (Data frames), both at once. Answers
+    /// [`RecodeSummary`](crate::RecodeSummary).
+    Compress {
+        /// The format to write.
+        format: Compression,
+        /// Its level ([`Compression::level`]).
+        level: u32,
+    },
 }
 
 /// What an export copies of live sandboxes before [`OperationEvent::MetadataRead`], and reads from there afterwards.
@@ -159,11 +187,14 @@ impl Operation {
             Self::Ping => "ping",
             Self::Apply { .. } => "apply",
             Self::Check { .. } => "check",
+            Self::Grow { .. } => "grow",
             Self::ExportExact { .. } => "export-exact",
             Self::ExportCanonical { .. } => "export-canonical",
             Self::Changes { .. } => "changes",
             Self::DiffSize { .. } => "diff-size",
             Self::Written { .. } => "written",
+            Self::Expand { .. } => "expand",
+            Self::Compress { .. } => "compress",
         }
     }
 }
@@ -176,8 +207,9 @@ pub enum OperationEvent {
     MetadataRead,
     /// Files are about to be checked for changes: freeze the file system again.
     BeforeRecheck,
-    /// An apply has read its tar and looks for a link's target in its next lower layer: attach it and send its [`DiskId`]
-    /// in the Resume. Few tars need this, and attaching a disk to a VM is slow.
+    /// An apply has read its tar and looks for a link's target, or for a directory that no entry describes, in its next
+    /// lower layer: attach it and send its [`DiskId`] in the Resume. Few tars need this, and attaching a disk to a VM is
+    /// slow.
     Lower,
     /// An apply has an entry that needs larger blocks and starts again on a second pair of disks, [`LargerDisks`] in the
     /// Resume. Sent at most once, possibly while the tar is being sent; Data frames that are in transit are kept.
@@ -215,6 +247,15 @@ pub struct CheckSummary {
     pub uuid: uuid::Uuid,
     /// Root hash of the tree that every block was checked against, if that was requested.
     pub verity: Option<RootHash>,
+}
+
+/// The sizes of a file system that has grown, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrowSummary {
+    /// Before.
+    pub old_bytes: u64,
+    /// Afterwards: at most what was asked for.
+    pub new_bytes: u64,
 }
 
 /// The result of an export.

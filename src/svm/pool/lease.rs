@@ -8,8 +8,8 @@
 
 use super::{Inner, machine::PoolEvent};
 use crate::svm::{
-    ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, LayerDisk, LiveControl,
-    ParentDisks, ServiceVm, SvmError, TarStream,
+    ApplyJob, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, ExportSummary, GrowJob, LayerDisk,
+    LiveControl, ParentDisks, ServiceVm, SvmError, TarStream,
     exchange::{self, Incoming, Receiver, Sender},
     replays,
     stream::{Freeze, Item, QUEUED_CHUNKS},
@@ -25,12 +25,14 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 use svm_protocol::{
-    ApplySummary, Change, CheckSummary, CopyJob, DiskId, ErrorKind, FrameType, LayerRef, Operation,
-    ParentRef, WireError, decode_change,
+    ApplySummary, Change, CheckSummary, CopyJob, DiskId, ErrorKind, FrameType, GrowSummary, LayerRef,
+    Operation, ParentRef, WireError, decode_change,
 };
 use tokio::sync::{mpsc, oneshot};
+use tracing::Instrument as _;
 
 /// Most bytes of changed paths that are accepted from a VM. The engine needs several times as much memory for them; the
 /// 100,000 files of a real image have some 8 MiB.
@@ -148,7 +150,7 @@ impl Lease {
     }
 
     /// Records a failure for which the VM is to blame.
-    fn judge<T>(&self, result: Result<T, SvmError>) -> Result<T, SvmError> {
+    pub(super) fn judge<T>(&self, result: Result<T, SvmError>) -> Result<T, SvmError> {
         if let Err(e) = &result
             && e.blames_vm()
         {
@@ -207,9 +209,30 @@ impl Lease {
         })
     }
 
-    async fn begin(&self, operation: &Operation) -> Result<(Sender, Receiver), SvmError> {
+    /// How long an operation may make no progress.
+    pub(super) fn idle_timeout(&self) -> Duration {
+        self.inner.config.idle_timeout
+    }
+
+    pub(super) async fn begin(&self, operation: &Operation) -> Result<(Sender, Receiver), SvmError> {
         let vm = self.vm.as_ref().ok_or(SvmError::Cancelled("the lease has no service VM"))?;
         exchange::begin(vm, &self.name, self.inner.config.idle_timeout, operation).await
+    }
+
+    /// Lets the file system on a disk grow. What was written is durable.
+    ///
+    /// # Errors
+    /// [`SvmError::Refused`] for a file system that cannot grow, and so on.
+    pub async fn grow(&self, job: &GrowJob) -> Result<GrowSummary, SvmError> {
+        let run = async {
+            let mut attached = Attached::default();
+            let disk = self.attach(&mut attached, &job.disk).await?;
+            let data = job.data.iter().map(|range| (range.start, range.end)).collect();
+            let operation = Operation::Grow { disk, bytes: job.bytes, data };
+            let (_sender, mut receiver) = self.begin(&operation).await?;
+            receiver.result().await
+        };
+        self.judge(run.await)
     }
 
     /// Writes the tar `body` as an image with its record. Both files are written but not synced.
@@ -297,7 +320,15 @@ impl Lease {
         let mut lowers = growing.job.lowers.iter();
         loop {
             match word {
-                Incoming::Result(json) => return receiver.decode(&json),
+                Incoming::Result(json) => {
+                    let summary: ApplySummary = receiver.decode(&json)?;
+                    // Layers that depend on nothing are shared: what was read from a hostile lower layer must not pass.
+                    if lowers.len() < growing.job.lowers.len() && !summary.depends_on_lowers() {
+                        let reason = "it asked for lower layers, and reports that it used none";
+                        return Err(receiver.protocol(reason.into()));
+                    }
+                    return Ok(summary);
+                }
                 Incoming::Event(svm_protocol::OperationEvent::Lower) => {
                     let lower = lowers.next();
                     let lower = lower
@@ -329,7 +360,7 @@ impl Lease {
     /// As [`Lease::tar_to_layer`]; [`SvmError::Live`].
     pub async fn layer_to_tar(self, job: ExportJob) -> Result<TarStream, SvmError> {
         let (sender, stream) = mpsc::channel(QUEUED_CHUNKS);
-        tokio::spawn(async move {
+        let exporting = async move {
             let end = tokio::select! {
                 biased;
                 () = sender.closed() => None,
@@ -340,7 +371,8 @@ impl Lease {
             if let Some(end) = end {
                 let _ = sender.send(end.map(Item::Done)).await;
             }
-        });
+        };
+        tokio::spawn(exporting.in_current_span());
         TarStream::begin(stream).await
     }
 
@@ -372,14 +404,17 @@ impl Lease {
                 image: self.attach(&mut attached, image).await?,
                 record: self.attach(&mut attached, record).await?,
             },
-            ExportKind::Canonical { target, parent, format, id_maps } => Operation::ExportCanonical {
-                target: self.attach_layers(&mut attached, target).await?,
-                parent: self.attach_parent(&mut attached, parent).await?,
-                format: *format,
-                id_maps: id_maps.clone(),
-                live: job.live.is_some(),
-                copies: self.copies(&mut attached, job.live.as_deref()).await?,
-            },
+            ExportKind::Canonical { target, parent, format, id_maps, source_date_epoch } => {
+                Operation::ExportCanonical {
+                    target: self.attach_layers(&mut attached, target).await?,
+                    parent: self.attach_parent(&mut attached, parent).await?,
+                    format: *format,
+                    id_maps: id_maps.clone(),
+                    live: job.live.is_some(),
+                    copies: self.copies(&mut attached, job.live.as_deref()).await?,
+                    source_date_epoch: *source_date_epoch,
+                }
+            }
         };
         let mut freeze = Freeze::new(job.live, self.inner.config.freeze_limit);
         freeze.freeze().await?;

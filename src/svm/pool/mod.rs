@@ -10,8 +10,10 @@
 
 mod lease;
 mod machine;
+mod recode;
 
 pub use lease::Lease;
+pub use recode::Recoded;
 
 use super::{
     CheckJob, CheckSummary, DiskId, DiskSource, JailReport, ServiceVm, SvmError, VmBackend, VmSpec,

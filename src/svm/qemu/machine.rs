@@ -54,6 +54,8 @@ pub(super) struct Recipe {
     /// The complete kernel command line.
     pub(super) kernel_line: String,
     /// The program with the hidden `launch` subcommand, and what makes it launch.
+    /// See [`Order::strict`].
+    pub(super) strict: bool,
     pub(super) launcher: PathBuf,
     pub(super) launcher_args: Vec<OsString>,
     pub(super) launcher_env: Vec<(OsString, OsString)>,
@@ -175,6 +177,7 @@ impl Recipe {
             fds,
             user: FIRST_USER + (number & 0xffff) as u32,
             memory: self.memory + OVERHEAD,
+            strict: self.strict,
         };
         let command = WorkerCommand {
             program: self.launcher.clone(),

@@ -75,6 +75,8 @@ pub struct QemuConfig {
     pub deadline: Duration,
     /// Use this accelerator only.
     pub accelerator: Option<Accelerator>,
+    /// QEMU does not start if a part of its confinement is missing, see [`Order::strict`](lcow_sys::linux::launch::Order).
+    pub strict: bool,
     /// The program with the hidden `launch` subcommand, and its arguments and environment.
     pub launcher: PathBuf,
     /// See above.
@@ -98,6 +100,7 @@ impl QemuConfig {
             cache: cache.into(),
             deadline: Duration::from_mins(1),
             accelerator: None,
+            strict: false,
             launcher: "/proc/self/exe".into(),
             launcher_args: vec!["launch".into()],
             launcher_env: Vec::new(),
@@ -176,6 +179,7 @@ impl QemuBackend {
             cpu: c.cpu.clone(),
             memory: c.memory.next_multiple_of(MEMORY_STEP),
             kernel_line,
+            strict: c.strict,
             launcher: c.launcher.clone(),
             launcher_args: c.launcher_args.clone(),
             launcher_env: c.launcher_env.clone(),

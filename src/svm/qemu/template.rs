@@ -251,13 +251,19 @@ impl Template {
                 return Err(SvmError::Boot { reason, console: console() });
             }
         };
-        let publish = || -> io::Result<()> {
-            memory.set_permissions(fs::Permissions::from_mode(0o444))?;
-            publish(folder.path(), cache, key, &memory, &state)
-        };
-        publish().map_err(|e| failed(format!("{}: {e}", cache.display())))?;
-        // Renamed: nothing is left to delete.
-        let _ = folder.keep();
+        let (to, of) = (cache.to_owned(), key.to_owned());
+        // Syncs and hashes the guest's whole memory.
+        let published = super::on_a_thread(move || {
+            let publish = || -> io::Result<()> {
+                memory.set_permissions(fs::Permissions::from_mode(0o444))?;
+                publish(folder.path(), &to, &of, &memory, &state)
+            };
+            publish().map_err(|e| format!("{}: {e}", to.display()))?;
+            // Renamed: nothing is left to delete.
+            let _ = folder.keep();
+            Ok(state)
+        });
+        let state = published.await.map_err(failed)?;
         Ok(Self { key: key[..12].to_owned(), memory: Arc::new(reader), state: state.into() })
     }
 

@@ -53,6 +53,7 @@ pub fn worker_main(args: &[String], codec: &Arc<dyn Codec>) -> i32 {
         file_size: number(FILE_SIZE_VARIABLE),
         user: number(USER_VARIABLE).and_then(|n| u32::try_from(n).ok()).unwrap_or(jail::NOBODY),
         strict: std::env::var(JAIL_VARIABLE).is_ok_and(|v| v == STRICT),
+        relax: "lcow.jail=best-effort",
         without_seccomp: false,
     };
     let self_test = match args {

@@ -2,6 +2,7 @@
 
 #[cfg(unix)]
 mod hostile;
+mod recode;
 
 use super::*;
 use crate::svm::Channel;
