@@ -10,10 +10,10 @@ use std::path::Path;
 /// API; one page of option string (4,095 bytes) holds 170 names of sandboxes as `layout` makes them, 23 bytes each.
 pub const MAX_CHAIN: usize = 128;
 
-/// Writes the chain of a layer into its directory.
+/// Writes and syncs the chain of a layer in its new directory, which the caller syncs.
 pub fn write(folder: &Path, chain: &[LayerId]) -> Result<(), StoreError> {
     let value = if chain.is_empty() { None } else { Some(chain) };
-    durable::write_json(&folder.join(layout::CHAIN_FILE), &value)
+    durable::new_json(&folder.join(layout::CHAIN_FILE), &value)
 }
 
 /// Reads the chain from a layer's directory; a missing file is an empty chain, as in the original.
@@ -68,6 +68,9 @@ mod tests {
         assert_eq!(std::fs::read_to_string(folder.path().join("layerchain.json")).unwrap(), "null\n");
         assert_eq!(read(folder.path()).unwrap(), []);
         let chain = ["b".parse().unwrap(), "a".parse().unwrap()];
+        let again = write(folder.path(), &chain).unwrap_err();
+        assert!(again.to_string().contains("cannot write"), "only a new layer's chain is written: {again}");
+        std::fs::remove_file(folder.path().join("layerchain.json")).unwrap();
         write(folder.path(), &chain).unwrap();
         assert_eq!(read(folder.path()).unwrap(), chain);
         std::fs::write(folder.path().join("layerchain.json"), "{").unwrap();

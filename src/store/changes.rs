@@ -16,7 +16,7 @@
 
 use super::{
     DiskThread, Index, Layer, LayerId, LayerMeta, LayerState, LayerWishes, Leftovers, REMOVING_SUFFIX, Store,
-    StoreError, chain, durable, layout, now, open::create_layer_dir,
+    StoreError, chain, durable, files, layout, now,
 };
 use std::{
     io,
@@ -44,7 +44,7 @@ impl Staged {
 }
 
 fn delete_staged(path: &Path, leftovers: &Leftovers) {
-    match durable::remove_tree(path) {
+    match files::remove_tree(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
             tracing::debug!(path = %path.display(), error = %e, "a staging directory is in use; it will be deleted later");
             leftovers.lock().push(path.to_owned());
@@ -79,24 +79,29 @@ pub struct Doomed {
 }
 
 impl Doomed {
+    /// A directory in `staging/` that holds a removed layer.
+    pub(super) fn at(path: PathBuf, leftovers: &Leftovers) -> Self {
+        Self { folder: Some(Staged { path, leftovers: leftovers.clone() }) }
+    }
+
     /// Deletes what is left of the layer and retries earlier leftovers: the caller of Remove expects the space back.
     pub fn delete(self, thread: &DiskThread, store: &Store) {
         if let Some(folder) = self.folder {
             folder.discard(thread);
         }
-        store.clear_leftovers(durable::remove_tree);
+        store.clear_leftovers(files::remove_tree);
     }
 }
 
 /// Registers a child that is being created with its parent; a drop unregisters it unless it was published.
-struct Expected<'a> {
-    store: &'a Store,
-    parent: Option<LayerId>,
-    id: &'a LayerId,
+pub(super) struct Expected<'a> {
+    pub(super) store: &'a Store,
+    pub(super) parent: Option<LayerId>,
+    pub(super) id: &'a LayerId,
 }
 
 impl Expected<'_> {
-    fn arrived(mut self) {
+    pub(super) fn arrived(mut self) {
         self.parent = None;
     }
 }
@@ -112,7 +117,7 @@ impl Drop for Expected<'_> {
 impl Store {
     /// An unused name in `staging/`. It is random, because in a container the process has the same number after each
     /// start.
-    fn staging_path(&self, id: &LayerId, suffix: &str) -> PathBuf {
+    pub(super) fn staging_path(&self, id: &LayerId, suffix: &str) -> PathBuf {
         let random = uuid::Uuid::new_v4().simple();
         self.layout.top(layout::STAGING).join(format!("{id}{suffix}.{random}"))
     }
@@ -120,14 +125,14 @@ impl Store {
     /// An empty directory in `staging/`.
     pub fn stage(&self, _: &DiskThread, id: &LayerId) -> Result<Staged, StoreError> {
         let path = self.staging_path(id, "");
-        self.clear_leftovers(durable::remove_tree);
-        create_layer_dir(&path).map_err(StoreError::io("create", &path))?;
+        self.clear_leftovers(files::remove_tree);
+        files::create_layer_dir(&path).map_err(StoreError::io("create", &path))?;
         Ok(Staged { path, leftovers: self.leftovers.clone() })
     }
 
     /// Deletes what could not be deleted before. What still cannot be deleted is left for the next call, and finally
     /// for the next start.
-    fn clear_leftovers(&self, delete: impl Fn(&Path) -> io::Result<()>) {
+    pub(super) fn clear_leftovers(&self, delete: impl Fn(&Path) -> io::Result<()>) {
         let leftovers = std::mem::take(&mut *self.leftovers.lock());
         for path in leftovers {
             match delete(&path) {
@@ -140,8 +145,13 @@ impl Store {
         }
     }
 
+    /// Deletes what could not be deleted before.
+    pub fn retry_leftovers(&self, _: &DiskThread) {
+        self.clear_leftovers(files::remove_tree);
+    }
+
     /// Syncs the home directory.
-    fn sync_home(&self) -> Result<(), StoreError> {
+    pub(super) fn sync_home(&self) -> Result<(), StoreError> {
         let synced = match &self.folder {
             Some(folder) => folder.sync(),
             None => Err(StoreError::Usage("the store was opened read-only".into())),
@@ -150,7 +160,17 @@ impl Store {
         synced
     }
 
-    /// Creates a layer: `fill` puts files into its directory, and syncs them, before it appears under its id.
+    /// Syncs the home if the directory of `id` was made without that: what is said of it durably must have a name.
+    pub(super) fn sync_name(&self, id: &LayerId) -> Result<(), StoreError> {
+        if self.index.read().nameless.contains(id) {
+            self.sync_home()?;
+            self.index.write().nameless.remove(id);
+        }
+        Ok(())
+    }
+
+    /// Creates a layer: `fill` puts files into its directory, and syncs them, before it appears under its id. The
+    /// directory itself is synced after it.
     ///
     /// # Errors
     /// The id exists, the parent does not, the chain would be too long, or `fill` failed. After an error there is no
@@ -185,11 +205,12 @@ impl Store {
         let make = || {
             fill(staged.path())?;
             chain::write(staged.path(), &chain)?;
-            durable::write_json(&staged.path().join(layout::META_FILE), &meta)?;
-            durable::rename_new(staged.path(), &target)
+            durable::new_json(&staged.path().join(layout::META_FILE), &meta)?;
+            files::sync_dir(staged.path())?;
+            files::rename_new(staged.path(), &target)
                 .map_err(StoreError::io("rename staged layer to", &target))?;
             let Err(error) = self.sync_home() else { return Ok(None) };
-            match durable::rename_new(&target, staged.path()) {
+            match files::rename_new(&target, staged.path()) {
                 Ok(()) => Err(error.into()),
                 Err(undo) => {
                     tracing::error!(%id, %error, %undo, "cannot undo the creation of a layer");
@@ -203,7 +224,7 @@ impl Store {
         let layer = Layer {
             id: id.clone(),
             chain: chain.into(),
-            meta: Ok(meta),
+            meta: Ok(Arc::new(meta)),
             generation: self.next_generation(),
             made_here: true,
         };
@@ -221,7 +242,7 @@ impl Store {
         ))
     }
 
-    fn chain_below(
+    pub(super) fn chain_below(
         index: &Index,
         id: &LayerId,
         parent: Option<&LayerId>,
@@ -260,7 +281,7 @@ impl Store {
         self.update_claimed(thread, id, generation, change)
     }
 
-    fn update_claimed<E: From<StoreError>>(
+    pub(super) fn update_claimed<E: From<StoreError>>(
         &self,
         thread: &DiskThread,
         id: &LayerId,
@@ -281,10 +302,11 @@ impl Store {
                 .map_err(|reason| StoreError::WrongState { id: id.clone(), reason: reason.to_string() })?
         };
         let next = change(&before)?;
-        if next == before {
+        if next == *before {
             return Ok(next);
         }
-        let path = self.layout.layer_file(id, layout::META_FILE);
+        self.sync_name(id)?;
+        let path = self.layout.meta_file(id);
         match durable::replace_json(&path, &next) {
             Ok(()) => {
                 self.publish(id, Ok(next.clone()));
@@ -293,7 +315,7 @@ impl Store {
             Err(failed) => {
                 if failed.unsure {
                     let grants = before.state == LayerState::Applying && next.state != LayerState::Applying;
-                    if grants && let Err(error) = durable::write_json(&path, &before) {
+                    if grants && let Err(error) = durable::write_json(&path, &*before) {
                         tracing::error!(%id, %error, "cannot restore the state of a layer");
                     }
                     self.index.write().unknown.insert(id.clone());
@@ -304,10 +326,8 @@ impl Store {
         }
     }
 
-    fn publish(&self, id: &LayerId, meta: Result<LayerMeta, Arc<str>>) {
-        if let Some(layer) = self.index.write().layers.get_mut(id) {
-            layer.meta = meta;
-        }
+    pub(super) fn publish(&self, id: &LayerId, meta: Result<LayerMeta, Arc<str>>) {
+        self.index.write().publish(id, meta.map(Arc::new));
     }
 
     /// Reads the metadata that failed writes left uncertain.
@@ -353,10 +373,10 @@ impl Store {
         let _claim = self.claims.take(id);
         let done = self.update_claimed(thread, id, generation, |meta| {
             let next = change(meta)?;
-            let folder = durable::Folder::open(&self.layout.layer(id))?;
+            let folder = files::Folder::open(&self.layout.layer(id))?;
             for name in files {
                 let target = self.layout.layer_file(id, name);
-                durable::rename(&staged.path().join(name), &target)
+                files::rename(&staged.path().join(name), &target)
                     .map_err(StoreError::io("rename staged file to", &target))?;
             }
             folder.sync()?;
@@ -397,7 +417,7 @@ impl Store {
         }
         let folder = self.layout.layer(id);
         let path = self.staging_path(id, REMOVING_SUFFIX);
-        match durable::rename(&folder, &path) {
+        match files::rename(&folder, &path) {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::NotFound && !folder.exists() => {
                 self.index.write().remove(id);

@@ -1,120 +1,27 @@
-//! Writes that survive a power cut: temporary file, sync, rename, sync of the directory.
+//! JSON files whose replacement survives a power cut: temporary file, sync, rename, sync of the directory.
+//!
+//! ```text
+//!   x.json.new: deleted ─► created ─► written ─► synced ─► renamed to x.json ─► directory synced
+//! ```
+//!
+//! Each step is one of [`files`]. Called by `store`, `driver` and `migrate`.
 
-use super::StoreError;
-use serde::{Serialize, de::DeserializeOwned};
+use super::{
+    StoreError,
+    files::{self, Folder, create_private, rename},
+};
+use serde::{
+    Serialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::File,
     io::{self, Read, Write},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 /// Largest metadata file that is read; a longer one is corrupt. A chain of 128 ids of 128 bytes is 17 KB.
 const MAX_JSON_BYTES: u64 = 1 << 20;
-
-/// A directory whose entries can be synced. It is opened before anything in it changes, so that a lack of descriptors
-/// or of permission shows while nothing has happened yet.
-#[derive(Debug)]
-pub struct Folder {
-    path: PathBuf,
-    #[cfg(unix)]
-    open: File,
-}
-
-impl Folder {
-    /// Opens a directory.
-    ///
-    /// # Errors
-    /// It does not exist, or the system refuses.
-    #[cfg_attr(
-        windows,
-        expect(clippy::unnecessary_wraps, reason = "Windows opens the directory when it syncs it")
-    )]
-    pub fn open(path: &Path) -> Result<Self, StoreError> {
-        Ok(Self {
-            path: path.to_owned(),
-            #[cfg(unix)]
-            open: File::open(path).map_err(StoreError::io("open", path))?,
-        })
-    }
-
-    /// Syncs the entries of the directory.
-    ///
-    /// # Errors
-    /// The sync failed: renames have happened, but a power cut may undo them.
-    pub fn sync(&self) -> Result<(), StoreError> {
-        let sync = || {
-            #[cfg(test)]
-            super::tests::faults::point(super::tests::faults::Call::Sync)?;
-            #[cfg(unix)]
-            return self.open.sync_all();
-            #[cfg(windows)]
-            return lcow_sys::windows::fs::flush_folder(&self.path);
-        };
-        sync().map_err(StoreError::io("sync", &self.path))
-    }
-}
-
-/// Syncs the entries of a directory.
-///
-/// # Errors
-/// As [`Folder::open`] and [`Folder::sync`].
-pub fn sync_dir(dir: &Path) -> Result<(), StoreError> {
-    Folder::open(dir)?.sync()
-}
-
-/// Renames a file or directory within the store, replacing a file. Durable after [`sync_dir`] of both directories. On
-/// Windows a file that is briefly in use (by a scanner, or a worker that is ending) is retried for some seconds.
-pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
-    #[cfg(test)]
-    super::tests::faults::point(super::tests::faults::Call::Rename)?;
-    #[cfg(unix)]
-    return fs::rename(from, to);
-    #[cfg(windows)]
-    return lcow_sys::windows::fs::rename(from, to);
-}
-
-/// As [`rename`], for a directory that must not replace anything.
-pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    #[cfg(unix)]
-    {
-        use rustix::{fs::RenameFlags, io::Errno};
-        #[cfg(test)]
-        super::tests::faults::point(super::tests::faults::Call::Rename)?;
-        let here = rustix::fs::CWD;
-        match rustix::fs::renameat_with(here, from, here, to, RenameFlags::NOREPLACE) {
-            // The file system does not support the flag; a plain rename would replace an empty directory.
-            Err(Errno::INVAL | Errno::NOSYS) => match fs::symlink_metadata(to) {
-                Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
-                Err(_) => fs::rename(from, to),
-            },
-            other => other.map_err(io::Error::from),
-        }
-    }
-    #[cfg(windows)]
-    return rename(from, to);
-}
-
-/// Deletes a directory and its content, with the same retries. Mount points in it are not entered and make it fail.
-pub fn remove_tree(path: &Path) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    return lcow_sys::linux::tree::remove(path);
-    #[cfg(windows)]
-    return lcow_sys::windows::fs::remove_tree(path);
-}
-
-/// Creates a new file that only its owner may read (on Windows: as its directory's access list says). An existing file
-/// is an error. On Windows it is neither sparse nor compressed nor encrypted, whatever the directory is: Hyper-V
-/// attaches no such disk.
-pub fn create_private(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let file = options.open(path)?;
-    #[cfg(windows)]
-    lcow_sys::windows::fs::make_plain(&file)?;
-    Ok(file)
-}
 
 /// Why [`replace_json`] failed, and which content the file may have now.
 #[derive(Debug)]
@@ -138,17 +45,13 @@ pub fn replace_json<T: Serialize>(path: &Path, value: &T) -> Result<(), NotRepla
     let folder = Folder::open(folder).map_err(sure)?;
     let temporary = path.with_extension("json.new");
     let write = || -> io::Result<()> {
-        match fs::remove_file(&temporary) {
+        match files::remove_file(&temporary) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
         let mut file = create_private(&temporary)?;
-        let mut text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
-        text.push(b'\n');
-        file.write_all(&text)?;
-        #[cfg(test)]
-        super::tests::faults::point(super::tests::faults::Call::Sync)?;
-        file.sync_all()
+        file.write_all(&text_of(value)?)?;
+        files::sync_file(&file, &temporary)
     };
     write().map_err(|e| sure(StoreError::io("write", path)(e)))?;
     // A rename that fails with an I/O error may or may not have happened.
@@ -157,12 +60,72 @@ pub fn replace_json<T: Serialize>(path: &Path, value: &T) -> Result<(), NotRepla
     folder.sync().map_err(|error| NotReplaced { error, unsure: true })
 }
 
+/// Writes and syncs a new file of a directory that is not yet where it is looked for; the caller syncs the directory.
+///
+/// # Errors
+/// There is such a file, or the system refuses.
+pub fn new_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+    let write = || -> io::Result<()> {
+        let mut file = create_private(path)?;
+        file.write_all(&text_of(value)?)?;
+        files::sync_file(&file, path)
+    };
+    write().map_err(StoreError::io("write", path))
+}
+
+/// As [`new_json`], without the sync: a power cut leaves what [`is_cut`] finds.
+///
+/// # Errors
+/// As [`new_json`].
+pub fn new_json_unsynced<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+    let write = || create_private(path)?.write_all(&text_of(value)?);
+    write().map_err(StoreError::io("write", path))
+}
+
+/// `value` as it stands in a file.
+fn text_of<T: Serialize>(value: &T) -> io::Result<Vec<u8>> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(io::Error::other)?;
+    text.push(b'\n');
+    Ok(text)
+}
+
+/// Replaces the content of `path` by `value` as JSON without waiting for the disk: a kill leaves the old or the new
+/// content, a power cut also what [`is_cut`] finds.
+///
+/// # Errors
+/// The system refuses; the old content is in place.
+pub fn replace_json_unsynced<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+    let temporary = path.with_extension("json.new");
+    let write = || -> io::Result<()> {
+        match files::remove_file(&temporary) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        create_private(&temporary)?.write_all(&text_of(value)?)?;
+        rename(&temporary, path)
+    };
+    write().map_err(StoreError::io("replace", path))
+}
+
 /// As [`replace_json`], for callers that read the file again after any failure.
 ///
 /// # Errors
 /// The system refuses.
 pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
     replace_json(path, value).map_err(|failed| failed.error)
+}
+
+/// Whether a power cut may leave what is at `path` of a JSON file that was not synced: nothing, zeros, or a part of its
+/// bytes from the beginning. What cannot be read is not called cut.
+pub fn is_cut(path: &Path) -> bool {
+    let mut text = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_JSON_BYTES + 1).read_to_end(&mut text));
+    match read {
+        Err(e) => e.kind() == io::ErrorKind::NotFound,
+        Ok(_) if text.len() as u64 > MAX_JSON_BYTES => false,
+        Ok(_) if text.iter().all(|byte| *byte == 0) => true,
+        Ok(_) => serde_json::from_slice::<IgnoredAny>(&text).is_err_and(|e| e.is_eof()),
+    }
 }
 
 /// Reads a JSON file written by [`write_json`]; `None` if there is no file.

@@ -1,6 +1,6 @@
 //! Errors of the store: refusals of its own, and the shared shapes of [`crate::error`].
 
-use super::{LayerId, id::InvalidId};
+use super::{LayerId, id::InvalidId, refusal::SnapshotRefusal};
 use crate::error::{Attempt, CorruptFile, Fault, Kind};
 use std::{
     fmt::Write as _,
@@ -96,6 +96,9 @@ pub enum StoreError {
     /// The caller asked for something that makes no sense.
     #[error("{0}")]
     Usage(String),
+    /// The snapshots do not allow this.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotRefusal),
     /// The operating system refused.
     #[error(transparent)]
     Io(#[from] Attempt<io::Error>),
@@ -126,6 +129,7 @@ impl Fault for StoreError {
             Self::UnsupportedFormat { .. } => Kind::Unsupported,
             Self::LowSpace { .. } => Kind::NoSpace,
             Self::Corrupt(error) => error.kind(),
+            Self::Snapshot(refusal) => refusal.kind(),
             Self::Io(error) => error.kind(),
         }
     }

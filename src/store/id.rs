@@ -2,7 +2,7 @@
 
 use super::names;
 use serde::{Deserialize, Serialize};
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 /// Longest id, in bytes.
 pub const MAX_ID_BYTES: usize = 128;
@@ -22,7 +22,7 @@ const WINDOWS_DEVICES: &[&str] = &[
 /// something else (`cache`) is refused before a path is built from it.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct LayerId(Box<str>);
+pub struct LayerId(Arc<str>);
 
 impl LayerId {
     /// The id as text.
@@ -83,7 +83,7 @@ impl TryFrom<String> for LayerId {
 
 impl From<LayerId> for String {
     fn from(id: LayerId) -> String {
-        id.0.into()
+        id.0.as_ref().into()
     }
 }
 

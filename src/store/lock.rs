@@ -1,6 +1,6 @@
 //! One owner per store.
 
-use super::{StoreError, layout};
+use super::{StoreError, files, layout};
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{Read, Seek, Write},
@@ -21,7 +21,6 @@ impl OwnerLock {
     pub fn take(home: &Path) -> Result<Self, StoreError> {
         let path = home.join(layout::OWNER_LOCK);
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
         #[cfg(unix)]
         {
             use std::os::unix::fs::OpenOptionsExt;
@@ -29,7 +28,7 @@ impl OwnerLock {
             let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
             options.mode(0o600).custom_flags(flags.bits().cast_signed());
         }
-        let mut file = options.open(&path).map_err(StoreError::io("open", &path))?;
+        let mut file = files::open_or_create(&path, &mut options).map_err(StoreError::io("open", &path))?;
         let metadata = file.metadata().map_err(StoreError::io("look at", &path))?;
         if !metadata.is_file() || has_other_names(&metadata) {
             return Err(StoreError::Usage(format!(

@@ -56,12 +56,16 @@ pub struct Marker {
     /// The last Init.
     #[serde(default)]
     pub init: InitRecord,
+    /// Present in a store of snapshots: all numbers below this may have been given to snapshots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_numbers: Option<u64>,
 }
 
 impl Marker {
     /// The marker of a new store.
     pub fn new() -> Self {
         Self {
+            snapshot_numbers: None,
             format: STORE_FORMAT,
             store_id: uuid::Uuid::new_v4(),
             reproduces_exact_diffs: true,

@@ -1,5 +1,6 @@
 //! `layer.json`: the state of a layer and the facts about its files.
 
+use super::{LayerId, SnapshotMeta, SnapshotUsage};
 use layer_codec::{IdRange, RootHash, TarDigest};
 use serde::{Deserialize, Serialize, de::Error as _};
 
@@ -42,6 +43,9 @@ pub struct LayerMeta {
     /// Size of the sandbox's file system in bytes: what it has, or what it will get at the first Get.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sandbox_bytes: Option<u64>,
+    /// A size that the sandbox is to have from its next mount on, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grow_to: Option<u64>,
     /// `xino=on|off` of the layer's own merged view, if it was given at Create; otherwise the store's option applies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub xino: Option<bool>,
@@ -59,6 +63,9 @@ pub struct LayerMeta {
     /// again, nor any layer above it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub handed_out: bool,
+    /// What makes the layer a snapshot, in a store of snapshots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotMeta>,
 }
 
 impl LayerMeta {
@@ -68,11 +75,13 @@ impl LayerMeta {
             state,
             created,
             sandbox_bytes: wishes.sandbox_bytes,
+            grow_to: None,
             xino: wishes.xino,
             applied: None,
             canonical_version: None,
             refused: None,
             handed_out: false,
+            snapshot: None,
         }
     }
 }
@@ -118,6 +127,25 @@ pub struct AppliedMeta {
     /// With userns-remap: the container ids ([`owners_note`]) within which all owners in the image were found to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owners: Option<String>,
+    /// Facts that only snapshots have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared: Option<SharedMeta>,
+}
+
+/// Facts about an applied layer by which snapshots share one image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedMeta {
+    /// SHA-256 of the tar, computed by the daemon over what it sent to the service VM: the layer's diffID.
+    pub diff_id: TarDigest,
+    /// The snapshot for which the image was made. Snapshots of one image name the same one, and the image is mounted
+    /// under this name, so it has one loop device and one page cache.
+    pub image: LayerId,
+    /// The images of the layers below that it was made on, nearest first, if on others it could be another: the tar has
+    /// directories that it does not describe, or hard links into lower layers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depends_on: Option<Vec<LayerId>>,
+    /// What the files take.
+    pub usage: SnapshotUsage,
 }
 
 impl AppliedMeta {

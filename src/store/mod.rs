@@ -7,6 +7,8 @@
 //!             ── layer.json "applied" (rename: the commit point)
 //!   Remove ── <id>/ ──rename──► staging/<id>-removing.<random>/ ── delete
 //!
+//!   Prepare, Commit (containerd) ── the same with one file, snapshot.json, which also holds name and chain (`snapshots`)
+//!
 //!   lookups ─► index (memory) ◄─ publish ─ file work, one thread per directory, on threads that may block
 //! ```
 //!
@@ -31,6 +33,7 @@ mod changes;
 mod claims;
 pub mod durable;
 mod error;
+pub mod files;
 pub mod guard;
 mod id;
 pub mod layout;
@@ -38,25 +41,33 @@ mod lock;
 mod marker;
 mod meta;
 mod names;
+mod numbers;
 mod open;
+mod refusal;
 mod repair;
+mod snapshot;
+mod snapshots;
 mod thread;
 mod usage;
 
+pub use changes::Staged;
 pub use error::StoreError;
 pub use id::{InvalidId, LayerId, REMOVING_SUFFIX};
 pub use layout::Layout;
 pub use lock::OwnerLock;
 pub use marker::{InitRecord, Marker};
-pub use meta::{AppliedMeta, LayerMeta, LayerState, LayerWishes, owners_note};
-pub use repair::GcReport;
+pub use meta::{AppliedMeta, LayerMeta, LayerState, LayerWishes, SharedMeta, owners_note};
+pub use refusal::SnapshotRefusal;
+pub use repair::{Debris, GcReport};
+pub use snapshot::{Moment, SnapshotKind, SnapshotMeta, SnapshotUsage, boot_id};
+pub use snapshots::{NewName, NewSnapshot, Vanished};
 pub use thread::DiskThread;
 pub use usage::allocated_bytes;
 
 use claims::Claims;
 use parking_lot::{Mutex, RwLock};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     path::PathBuf,
     sync::{
         Arc,
@@ -73,7 +84,7 @@ pub struct Layer {
     /// Ancestors, nearest first.
     pub chain: Arc<[LayerId]>,
     /// Its metadata, or why they cannot be read; every operation on such a layer but Remove is refused.
-    pub meta: Result<LayerMeta, Arc<str>>,
+    pub meta: Result<Arc<LayerMeta>, Arc<str>>,
     /// Distinguishes this layer from a later one of the same id.
     pub generation: u64,
     /// This process created it. A layer that an earlier process created takes no tar: the end of that process may have
@@ -86,6 +97,20 @@ impl Layer {
     pub fn parent(&self) -> Option<&LayerId> {
         self.chain.first()
     }
+
+    /// What makes it a snapshot, if it is one.
+    pub fn snapshot(&self) -> Option<&SnapshotMeta> {
+        self.meta.as_ref().ok()?.snapshot.as_ref()
+    }
+
+    /// The snapshot whose scratch disk it uses.
+    pub fn scratch_of(&self) -> Option<&LayerId> {
+        self.snapshot()?.scratch_of.as_ref()
+    }
+
+    fn snapshot_name(&self) -> Option<&str> {
+        self.snapshot().map(|snapshot| snapshot.name.as_str())
+    }
 }
 
 /// A layer with readable metadata, as it was at one moment.
@@ -94,7 +119,15 @@ pub struct Member {
     /// The layer.
     pub layer: Layer,
     /// Its metadata.
-    pub meta: LayerMeta,
+    pub meta: Arc<LayerMeta>,
+}
+
+impl Member {
+    /// The name under which its disk is mounted: its id, or that of the snapshot whose image it shares.
+    pub fn disk_id(&self) -> &LayerId {
+        let shared = self.meta.applied.as_ref().and_then(|applied| applied.shared.as_ref());
+        shared.map_or(&self.layer.id, |shared| &shared.image)
+    }
 }
 
 /// A layer and its ancestors, as they were at one moment. A request takes one snapshot and works with that: two lookups
@@ -122,14 +155,23 @@ impl Snapshot {
 #[derive(Debug, Default)]
 struct Index {
     layers: BTreeMap<LayerId, Layer>,
-    /// Children by parent, including those that are being created.
+    /// Children by parent, including those that are being created; containers that share a scratch disk count as children
+    /// of its owner.
     children: BTreeMap<LayerId, BTreeSet<LayerId>>,
-    /// Layers that are being removed: they accept no new children.
+    /// Layers that are being removed or committed: they accept no new children.
     leaving: BTreeSet<LayerId>,
     /// Layers whose `layer.json` must be read again, because a write of it failed and its content is uncertain.
     unknown: BTreeSet<LayerId>,
     /// Directories whose name is an id but which no store made.
     strangers: BTreeSet<LayerId>,
+    /// Snapshots by key or name; those that are doubtful are left out.
+    names: HashMap<Box<str>, LayerId>,
+    /// Keys and names that are being created.
+    coming: HashSet<Box<str>>,
+    /// Snapshots that a power cut may have cut, or that it brought back, and what stands on them.
+    doubtful: BTreeSet<LayerId>,
+    /// Snapshots whose directories were made without a sync of the home.
+    nameless: BTreeSet<LayerId>,
 }
 
 impl Index {
@@ -153,8 +195,11 @@ impl Index {
     }
 
     fn insert(&mut self, layer: Layer) {
-        if let Some(parent) = layer.parent() {
-            self.add_child(parent.clone(), layer.id.clone());
+        for below in layer.parent().into_iter().chain(layer.scratch_of()) {
+            self.add_child(below.clone(), layer.id.clone());
+        }
+        if let Some(name) = layer.snapshot_name() {
+            self.names.insert(name.into(), layer.id.clone());
         }
         self.layers.insert(layer.id.clone(), layer);
     }
@@ -162,10 +207,41 @@ impl Index {
     fn remove(&mut self, id: &LayerId) {
         self.leaving.remove(id);
         self.unknown.remove(id);
+        self.doubtful.remove(id);
+        self.nameless.remove(id);
         let Some(layer) = self.layers.remove(id) else { return };
-        if let Some(parent) = layer.parent() {
-            self.drop_child(parent, id);
+        if let Some(name) = layer.snapshot_name()
+            && self.names.get(name) == Some(id)
+        {
+            self.names.remove(name);
         }
+        for below in layer.parent().into_iter().chain(layer.scratch_of()) {
+            self.drop_child(below, id);
+        }
+    }
+
+    /// New metadata of a layer; a snapshot's name and chain may change with them.
+    fn publish(&mut self, id: &LayerId, meta: Result<Arc<LayerMeta>, Arc<str>>) {
+        let Some(mut layer) = self.layers.remove(id) else { return };
+        if let Some(snapshot) = meta.as_ref().ok().and_then(|meta| meta.snapshot.as_ref()) {
+            if layer.snapshot_name() != Some(&snapshot.name) {
+                if let Some(before) = layer.snapshot_name() {
+                    self.names.remove(before);
+                }
+                self.names.insert(snapshot.name.as_str().into(), id.clone());
+            }
+            if layer.chain[..] != snapshot.chain[..] {
+                if let Some(before) = layer.parent() {
+                    self.drop_child(&before.clone(), id);
+                }
+                layer.chain = snapshot.chain.clone();
+                if let Some(parent) = layer.parent() {
+                    self.add_child(parent.clone(), id.clone());
+                }
+            }
+        }
+        layer.meta = meta;
+        self.layers.insert(id.clone(), layer);
     }
 
     fn add_child(&mut self, parent: LayerId, id: LayerId) {
@@ -194,9 +270,11 @@ pub struct Store {
     generation: AtomicU64,
     leftovers: Leftovers,
     /// The home, kept open so that a sync cannot fail for lack of descriptors. `None` for a reader.
-    folder: Option<durable::Folder>,
+    folder: Option<files::Folder>,
     /// A sync of the home failed; the next change retries it, even one that has nothing to do itself.
     unsynced: AtomicBool,
+    /// Numbers for new snapshots.
+    numbers: numbers::Numbers,
     /// `None` for a reader, which may run next to an owner.
     _lock: Option<OwnerLock>,
 }
@@ -224,6 +302,11 @@ impl Store {
     /// All layers, by id.
     pub fn layers(&self) -> Vec<Layer> {
         self.index.read().layers.values().cloned().collect()
+    }
+
+    /// The layers for which `wanted` is true, by id.
+    pub fn layers_where(&self, wanted: impl Fn(&Layer) -> bool) -> Vec<Layer> {
+        self.index.read().layers.values().filter(|layer| wanted(layer)).cloned().collect()
     }
 
     /// Number of layers.
@@ -310,4 +393,4 @@ fn now() -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -32,8 +32,16 @@ pub const SANDBOX_VHDX_FILE: &str = "sandbox.vhdx";
 pub const CHAIN_FILE: &str = "layerchain.json";
 /// A layer's state and facts.
 pub const META_FILE: &str = "layer.json";
+/// A snapshot's name, state, chain and facts, in a store of snapshots.
+pub const SNAPSHOT_FILE: &str = "snapshot.json";
 /// Mount point of the merged view.
 pub const MERGED: &str = "merged";
+/// Ending of the mount point of a snapshot's view with mapped ids.
+pub const MAPPED: &str = "mapped";
+
+/// Home of containerd's snapshots below the service's root, by default.
+pub const CONTAINERD: &str = "containerd";
 
 /// Lower-case names in the home that can never be ids.
-pub const RESERVED_NAMES: &[&str] = &[MARKER, OWNER_LOCK, CACHE, SCRATCH, STAGING, MOUNTS, LOST_AND_FOUND];
+pub const RESERVED_NAMES: &[&str] =
+    &[MARKER, OWNER_LOCK, CACHE, SCRATCH, STAGING, MOUNTS, LOST_AND_FOUND, CONTAINERD];

@@ -2,7 +2,7 @@
 
 use super::{
     DiskThread, Index, InitRecord, Layer, LayerId, LayerMeta, Layout, Leftovers, Marker, OwnerLock, Store,
-    StoreError, chain, claims::Claims, durable, guard, layout,
+    StoreError, boot_id, chain, claims::Claims, durable, files, guard, layout, numbers::Numbers,
 };
 use parking_lot::{Mutex, RwLock};
 use std::{
@@ -25,23 +25,33 @@ impl Store {
     /// [`StoreError::Locked`] names the current owner. Refused are a store of a later format, a damaged marker, a
     /// directory of another user, and one that holds something else.
     pub fn open(
+        thread: &DiskThread,
+        home: &Path,
+        known: impl Fn(&fs::DirEntry) -> bool,
+    ) -> Result<Self, StoreError> {
+        Self::open_as(thread, home, known, Marker::new)
+    }
+
+    /// As [`Store::open`]; a store that does not exist yet gets the marker `fresh`.
+    pub(super) fn open_as(
         _: &DiskThread,
         home: &Path,
         known: impl Fn(&fs::DirEntry) -> bool,
+        fresh: impl FnOnce() -> Marker,
     ) -> Result<Self, StoreError> {
         // Before anything is changed: a mistyped path may be any directory.
         let found = Marker::read(home)?;
         if found.is_none() {
             guard::refuse_foreign(home, &known)?;
         }
-        create_private_dir(home)?;
+        files::create_top_dir(home, found.is_none())?;
         #[cfg(unix)]
         guard::close_folder(home, found.as_ref().and_then(|marker| marker.init.passing_group()))?;
         let lock = OwnerLock::take(home)?;
         let layout = Layout::new(home);
         for name in [layout::CACHE, layout::SCRATCH, layout::STAGING, layout::MOUNTS] {
             let path = layout.top(name);
-            create_private_dir(&path)?;
+            files::create_private_dir(&path)?;
             if !fs::symlink_metadata(&path).map_err(StoreError::io("look at", &path))?.is_dir() {
                 return Err(StoreError::Usage(format!(
                     "'{}' must be a real directory, not a link: its content is deleted at each start",
@@ -49,10 +59,10 @@ impl Store {
                 )));
             }
         }
-        create_private_dir(&layout.top(layout::MOUNTS).join(layout::EMPTY))?;
+        files::create_private_dir(&layout.top(layout::MOUNTS).join(layout::EMPTY))?;
         // Of a process that was killed while it wrote the marker.
         let unfinished = layout.top(layout::MARKER_NEW);
-        match fs::remove_file(&unfinished) {
+        match files::remove_file(&unfinished) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 return Err(StoreError::io("delete", &unfinished)(e));
             }
@@ -63,11 +73,11 @@ impl Store {
             marker.note_release_2(home)?;
             marker
         } else {
-            let marker = Marker::new();
+            let marker = fresh();
             marker.write(home)?;
             marker
         };
-        Self::load(layout, marker, Some(lock))
+        Self::load(home, marker, Some(lock))
     }
 
     /// Opens a store for reading, with or without a running owner. Nothing is written.
@@ -79,11 +89,14 @@ impl Store {
                 layout::MARKER
             ))
         })?;
-        Self::load(Layout::new(home), marker, None)
+        Self::load(home, marker, None)
     }
 
-    fn load(layout: Layout, marker: Marker, lock: Option<OwnerLock>) -> Result<Self, StoreError> {
-        let folder = lock.is_some().then(|| durable::Folder::open(layout.home())).transpose()?;
+    fn load(home: &Path, marker: Marker, lock: Option<OwnerLock>) -> Result<Self, StoreError> {
+        let snapshots = marker.snapshot_numbers.is_some();
+        let layout = if snapshots { Layout::of_snapshots(home) } else { Layout::new(home) };
+        let numbers = Numbers::after(marker.snapshot_numbers.unwrap_or(0));
+        let folder = lock.is_some().then(|| files::Folder::open(layout.home())).transpose()?;
         let store = Self {
             layout,
             marker: RwLock::new(marker),
@@ -94,6 +107,7 @@ impl Store {
             leftovers: Leftovers::default(),
             folder,
             unsynced: AtomicBool::new(false),
+            numbers,
             _lock: lock,
         };
         let home = store.layout.home();
@@ -102,14 +116,20 @@ impl Store {
             let entry = entry.map_err(StoreError::io("list", home))?;
             let name = entry.file_name();
             let Some(id) = name.to_str().and_then(|n| n.parse::<LayerId>().ok()) else { continue };
-            if !entry.file_type().is_ok_and(|t| t.is_dir()) {
+            if !entry.file_type().map_err(StoreError::io("look at", &entry.path()))?.is_dir() {
                 continue;
             }
-            if made_by_a_store(&entry.path()) {
+            if snapshots {
+                store.read_snapshot(&mut index, id);
+            } else if made_by_a_store(&entry.path()) {
                 index.insert(store.read_layer(id));
             } else {
                 index.strangers.insert(id);
             }
+        }
+        if snapshots {
+            index.share_chains();
+            index.doubt(&boot_id());
         }
         *store.index.write() = index;
         Ok(store)
@@ -121,12 +141,18 @@ impl Store {
             Ok(chain) => (chain, self.read_meta(&id).map_err(|e| Arc::from(e.to_string()))),
             Err(e) => (Vec::new(), Err(Arc::from(e.to_string()))),
         };
-        Layer { id, chain: chain.into(), meta, generation: self.next_generation(), made_here: false }
+        Layer {
+            id,
+            chain: chain.into(),
+            meta: meta.map(Arc::new),
+            generation: self.next_generation(),
+            made_here: false,
+        }
     }
 
     /// Reads a layer's `layer.json`.
     pub(super) fn read_meta(&self, id: &LayerId) -> Result<LayerMeta, StoreError> {
-        let path = self.layout.layer_file(id, layout::META_FILE);
+        let path = self.layout.meta_file(id);
         durable::read_json::<LayerMeta>(&path)?.ok_or_else(|| {
             StoreError::corrupt(
                 path,
@@ -170,45 +196,3 @@ fn made_by_a_store(folder: &Path) -> bool {
         .iter()
         .any(|name| !matches!(fs::symlink_metadata(folder.join(name)), Err(e) if e.kind() == io::ErrorKind::NotFound))
 }
-
-/// Creates a directory and its parents, for its owner only (on Windows: the system, administrators and its owner); an
-/// existing one is left as it is.
-fn create_private_dir(path: &Path) -> Result<(), StoreError> {
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    #[cfg(windows)]
-    {
-        use lcow_sys::windows::security::{SecurityDescriptor, create_dir};
-        if let Some(above) = path.parent() {
-            builder.create(above).map_err(StoreError::io("create", above))?;
-        }
-        let made = SecurityDescriptor::parse(PRIVATE_ACCESS).and_then(|list| create_dir(path, &list));
-        match made {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            other => return other.map_err(StoreError::io("create", path)),
-        }
-    }
-    builder.create(path).map_err(StoreError::io("create", path))
-}
-
-/// Creates the directory of a future layer; only its owner may enter until a view of it is mounted.
-pub(super) fn create_layer_dir(path: &Path) -> io::Result<()> {
-    #[cfg(unix)]
-    return std::os::unix::fs::DirBuilderExt::mode(&mut fs::DirBuilder::new(), 0o700).create(path);
-    #[cfg(windows)]
-    {
-        use lcow_sys::windows::security::{SecurityDescriptor, create_dir};
-        create_dir(path, &SecurityDescriptor::parse(LAYER_ACCESS)?)
-    }
-}
-
-/// Access to the store's own directories: the system, administrators and their creator. Files inherit it.
-#[cfg(windows)]
-pub(super) const PRIVATE_ACCESS: &str = "D:P(A;OICI;GA;;;SY)(A;OICI;GA;;;BA)(A;OICI;GA;;;OW)";
-/// Access to a layer's directory: as above, and virtual machines (the group `S-1-5-83-0`) may read. A sandbox is
-/// granted to the machine that writes it when it is attached.
-#[cfg(windows)]
-pub(super) const LAYER_ACCESS: &str =
-    "D:P(A;OICI;GA;;;SY)(A;OICI;GA;;;BA)(A;OICI;GA;;;OW)(A;OICI;GRGX;;;S-1-5-83-0)";

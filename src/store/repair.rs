@@ -1,6 +1,6 @@
 //! Debris: what a crash left behind, and its deletion.
 
-use super::{DiskThread, LayerId, REMOVING_SUFFIX, Store, StoreError, layout};
+use super::{DiskThread, LayerId, REMOVING_SUFFIX, Store, StoreError, files, layout};
 use serde::Serialize;
 use std::{fs, io, path::PathBuf};
 
@@ -58,8 +58,8 @@ impl Store {
         let mut report = GcReport::default();
         for item in debris {
             let deleted = match fs::symlink_metadata(&item.path) {
-                Ok(metadata) if metadata.is_dir() => super::durable::remove_tree(&item.path),
-                Ok(_) => fs::remove_file(&item.path),
+                Ok(metadata) if metadata.is_dir() => files::remove_tree(&item.path),
+                Ok(_) => files::remove_file(&item.path),
                 Err(e) => Err(e),
             };
             match deleted {

@@ -14,7 +14,9 @@ impl DiskThread {
     pub async fn run<T: Send + 'static>(
         work: impl FnOnce(&Self) -> T + Send + 'static,
     ) -> Result<T, tokio::task::JoinError> {
-        tokio::task::spawn_blocking(move || work(&Self(()))).await
+        // What is logged on the way belongs to the request that asked for it.
+        let span = tracing::Span::current();
+        tokio::task::spawn_blocking(move || span.in_scope(|| work(&Self(())))).await
     }
 
     /// Asserts that no task of a runtime runs on this thread: in a command, before the first request, or on a dedicated

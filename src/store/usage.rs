@@ -1,8 +1,11 @@
 //! Disk use of layers.
+//!
+//! A file with several names, in one directory or in those of several layers that share an image, takes its bytes once: it
+//! counts for the layer that comes first. A link to the scratch disk of another container takes nothing.
 
 use super::{DiskThread, LayerId, Store, StoreError, layout};
 use serde::Serialize;
-use std::{fs, io, path::Path};
+use std::{collections::HashSet, fs, io, path::Path};
 
 /// Sizes of one layer's files.
 #[derive(Debug, Clone, Serialize)]
@@ -27,16 +30,22 @@ pub struct DiskUsage {
 impl Store {
     /// Disk use of one layer.
     pub fn layer_usage(&self, _: &DiskThread, id: &LayerId) -> Result<LayerUsage, StoreError> {
+        self.usage_beside(id, &mut Counted::default())
+    }
+
+    /// Disk use of one layer, apart from what was counted before.
+    fn usage_beside(&self, id: &LayerId, counted: &mut Counted) -> Result<LayerUsage, StoreError> {
         let folder = self.layout.layer(id);
-        let (apparent, allocated) = folder_bytes(&folder).map_err(StoreError::io("measure", &folder))?;
+        let (apparent, allocated) =
+            folder_bytes(&folder, counted).map_err(StoreError::io("measure", &folder))?;
         Ok(LayerUsage { id: id.clone(), apparent, allocated })
     }
 
     /// Disk use of all layers. A layer that is removed meanwhile is left out.
-    pub fn usage(&self, thread: &DiskThread) -> DiskUsage {
-        let mut layers = Vec::new();
+    pub fn usage(&self, _: &DiskThread) -> DiskUsage {
+        let (mut layers, mut counted) = (Vec::new(), Counted::default());
         for layer in self.layers() {
-            if let Ok(usage) = self.layer_usage(thread, &layer.id) {
+            if let Ok(usage) = self.usage_beside(&layer.id, &mut counted) {
                 layers.push(usage);
             }
         }
@@ -49,16 +58,41 @@ impl Store {
 }
 
 /// Length and disk use of the files directly in a directory; mounts below it are not entered.
-fn folder_bytes(folder: &Path) -> io::Result<(u64, u64)> {
+fn folder_bytes(folder: &Path, counted: &mut Counted) -> io::Result<(u64, u64)> {
     let mut sum = (0, 0);
     for entry in fs::read_dir(folder)? {
+        // Of a symbolic link, its own.
         let metadata = entry?.metadata()?;
-        if metadata.is_file() {
+        if metadata.is_file() && counted.is_new(&metadata) {
             sum.0 += metadata.len();
             sum.1 += allocated_bytes(&metadata);
         }
     }
     Ok(sum)
+}
+
+/// Files with several names that were counted.
+#[derive(Debug, Default)]
+struct Counted(
+    /// Device and inode. Files of a single name are not kept.
+    HashSet<(u64, u64)>,
+);
+
+impl Counted {
+    /// Whether a file was not counted yet; from now on it was.
+    fn is_new(&mut self, metadata: &fs::Metadata) -> bool {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            metadata.nlink() < 2 || self.0.insert((metadata.dev(), metadata.ino()))
+        }
+        // Its standard library does not tell; nothing makes hard links there.
+        #[cfg(not(unix))]
+        {
+            let _ = (&self.0, metadata);
+            true
+        }
+    }
 }
 
 fn tree_allocated(folder: &Path) -> u64 {
@@ -85,5 +119,31 @@ pub fn allocated_bytes(metadata: &fs::Metadata) -> u64 {
     #[cfg(not(unix))]
     {
         metadata.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_of_several_names_counts_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (folder.path().join("ca"), folder.path().join("cb"));
+        for dir in [&first, &second] {
+            fs::create_dir(dir).unwrap();
+        }
+        fs::write(first.join("layer.vhd"), vec![1; 8192]).unwrap();
+        for link in [first.join("ca.vhd"), second.join("layer.vhd"), second.join("cb.vhd")] {
+            fs::hard_link(first.join("layer.vhd"), link).unwrap();
+        }
+        fs::write(second.join("snapshot.json"), "{}").unwrap();
+        std::os::unix::fs::symlink(first.join("layer.vhd"), second.join("sandbox.vhdx")).unwrap();
+        let alone = |dir| folder_bytes(dir, &mut Counted::default()).unwrap().0;
+        assert_eq!((alone(&first), alone(&second)), (8192, 8194));
+        let mut counted = Counted::default();
+        let mut both = |dir| folder_bytes(dir, &mut counted).unwrap().0;
+        assert_eq!((both(&first), both(&second)), (8192, 2));
     }
 }
