@@ -23,20 +23,21 @@ use super::{
 use crate::{
     error::{CorruptFile, with_causes},
     store::{
-        AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, StoreError, durable, layout,
-        owners_note,
+        AppliedMeta, DiskThread, Layer, LayerId, LayerMeta, LayerState, Snapshot, SnapshotKind, Staged,
+        StoreError, files, layout, owners_note,
     },
-    svm::{ApplyJob, ApplyLimits, ApplyOptions, CheckJob, DiskSource, Purpose},
+    svm::{ApplyJob, ApplyLimits, ApplyOptions, ApplySummary, CheckJob, DiskSource, LowerUse, Purpose},
     telemetry::{Phase, Phases, Transfer},
 };
 use bytes::Bytes;
 use ext4_image::check::WRITER;
 use futures_util::Stream;
 use std::{io, path::Path, sync::Arc, time::Duration};
+use tracing::Instrument as _;
 
 /// The limits of a tar whose image has at most `max_layer_bytes`: twice as many bytes, because data may be sparse or
 /// removed again, and headers take space.
-fn tar_limits(max_layer_bytes: u64) -> ApplyLimits {
+pub(super) fn tar_limits(max_layer_bytes: u64) -> ApplyLimits {
     let limits = ApplyLimits::default();
     ApplyLimits { tar_bytes: limits.tar_bytes.min(max_layer_bytes.saturating_mul(2)), ..limits }
 }
@@ -165,8 +166,9 @@ impl Driver {
             () = entry.given_up() => Err(DriverError::Usage(format!(
                 "layer {id} was removed while its tar was being applied"
             ))),
-            outcome = home.apply(&layer, body, &self.phases) => outcome,
+            outcome = home.apply(&layer, Plan::of_docker(&layer), body, &self.phases, |_, _, applied, _| Ok(applied)) => outcome,
         };
+        let outcome = outcome.map(|applied| applied.diff_size);
         outcome.map_err(|error| Stopped::Late(home.clone(), layer, error))
     }
 }
@@ -215,7 +217,7 @@ impl Home {
         const PATIENCE: Duration = Duration::from_secs(1);
         let (home, id, generation) = (self.clone(), layer.id.clone(), layer.generation);
         let reason = door::bounded(reason).to_string();
-        let noting = tokio::spawn(DiskThread::run(move |thread| {
+        let noting = DiskThread::run(move |thread| {
             let nothing = || StoreError::Usage("nothing to record".into());
             let noted = home.store.update(thread, &id, generation, |meta| match meta.state {
                 LayerState::Created | LayerState::Applying if meta.refused.is_none() => {
@@ -229,28 +231,41 @@ impl Home {
                     tracing::warn!(%id, error = with_causes(&error), "cannot record why a tar was refused");
                 }
             }
-        }));
+        });
+        let noting = tokio::spawn(noting.in_current_span());
         let _ = tokio::time::timeout(PATIENCE, noting).await;
     }
 
-    async fn apply<S>(self: &Arc<Self>, layer: &Layer, body: S, phases: &Phases) -> Result<u64, DriverError>
+    /// Makes the tar `body` the content of a layer. `finish` may change the facts about the image, and the
+    /// staged files, before both are committed.
+    pub(super) async fn apply<S>(
+        self: &Arc<Self>,
+        layer: &Layer,
+        plan: Plan,
+        body: S,
+        phases: &Phases,
+        finish: impl FnOnce(&DiskThread, &Staged, AppliedMeta, &ApplySummary) -> Result<AppliedMeta, DriverError>
+        + Send
+        + 'static,
+    ) -> Result<AppliedMeta, DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         let (home, id) = (self.clone(), layer.id.clone());
         let staged = on_disk_thread(move |thread| Ok(home.store.stage(thread, &id)?)).await?;
-        let filled = self.fill(layer, staged.path(), body, phases).await;
+        let from = plan.from;
+        let filled = self.fill(layer, plan, staged.path(), body, phases).await;
         let committing = filled.is_ok().then(|| phases.begin(Transfer::Apply, Phase::Commit));
         let (home, layer) = (self.clone(), layer.clone());
         on_disk_thread(move |thread| {
-            let applied = match filled {
-                Ok(applied) => applied,
-                Err(error) => {
-                    staged.discard(thread);
-                    return Err(error);
-                }
-            };
-            let size = applied.diff_size;
+            let applied =
+                match filled.and_then(|(applied, summary)| finish(thread, &staged, applied, &summary)) {
+                    Ok(applied) => applied,
+                    Err(error) => {
+                        staged.discard(thread);
+                        return Err(error);
+                    }
+                };
             let files = [layout::RECORD_FILE, layout::LAYER_FILE];
             home.store.commit::<DriverError>(
                 thread,
@@ -258,15 +273,21 @@ impl Home {
                 layer.generation,
                 staged,
                 &files,
-                |meta| match meta.state {
-                    LayerState::Applying => {
-                        Ok(LayerMeta { state: LayerState::Applied, applied: Some(applied), ..meta.clone() })
+                |meta| {
+                    // A name must not get another content.
+                    let named = meta.snapshot.as_ref().is_some_and(|s| s.kind != SnapshotKind::Active);
+                    if meta.state != from || (named && from == LayerState::Created) {
+                        return Err(unfinished(&layer.id));
                     }
-                    _ => Err(unfinished(&layer.id)),
+                    Ok(LayerMeta {
+                        state: LayerState::Applied,
+                        applied: Some(applied.clone()),
+                        ..meta.clone()
+                    })
                 },
             )?;
             drop(committing);
-            Ok(size)
+            Ok(applied)
         })
         .await
     }
@@ -275,28 +296,32 @@ impl Home {
     async fn fill<S>(
         self: &Arc<Self>,
         layer: &Layer,
+        plan: Plan,
         folder: &Path,
         body: S,
         phases: &Phases,
-    ) -> Result<AppliedMeta, DriverError>
+    ) -> Result<(AppliedMeta, ApplySummary), DriverError>
     where
         S: Stream<Item = io::Result<Bytes>> + Send,
     {
         let id = &layer.id;
-        let (home, member, staged) = (self.clone(), layer.clone(), folder.to_owned());
+        let (home, staged, lower_use) = (self.clone(), folder.to_owned(), plan.lower_use);
         let (files, scratch, lowers) = blocking(move || {
             let files = Files::new(home.clone(), &staged)?;
             // The leaves of a large hash tree; deleted with the staging directory.
             let scratch = if home.options.verity {
                 let path = staged.join("verity.tmp");
-                let file = durable::create_private(&path).map_err(DriverError::io("create", &path))?;
+                let file = files::create_private(&path).map_err(DriverError::io("create", &path))?;
                 Some(DiskSource::read_write(Arc::new(file), &path))
             } else {
                 None
             };
-            let lowers = match member.parent() {
-                Some(parent) => home.chain_disks(&home.store.snapshot(parent)?, &mut Vec::new())?,
-                None => Vec::new(),
+            let lowers = match plan.lowers {
+                Lowers::Parent(Some(parent)) => {
+                    home.chain_disks(&home.store.snapshot(&parent)?, &mut Vec::new())?
+                }
+                Lowers::Parent(None) => Vec::new(),
+                Lowers::Stack(stack) => home.chain_disks(&stack, &mut Vec::new())?,
             };
             Ok((files, scratch, lowers))
         })
@@ -315,15 +340,15 @@ impl Home {
                 verity: self.options.verity,
                 id_maps: self.id_maps(),
                 limits: tar_limits(self.options.max_layer_bytes),
+                lowers: lower_use,
                 ..ApplyOptions::default()
             },
         };
         let waiting = phases.begin(Transfer::Apply, Phase::Wait);
-        let lease = self
-            .pool
-            .lease(id.as_str(), Purpose::Work)
-            .await
-            .map_err(DriverError::svm(id, "start an apply"))?;
+        // The VM that reads a sandbox may be taken over by it, and must not write the image of the tar that it gives.
+        let vm = if plan.from == LayerState::Sandbox { format!("{id}-apply") } else { id.to_string() };
+        let lease =
+            self.pool.lease(&vm, Purpose::Work).await.map_err(DriverError::svm(id, "start an apply"))?;
         drop(waiting);
         let applying = phases.begin(Transfer::Apply, Phase::Apply);
         let body = room::watched(body, self.clone());
@@ -334,18 +359,18 @@ impl Home {
         let (made, asked) = (summary.clone(), Asked::of(&self.options));
         blocking(move || {
             let (image, record) = files.last()?;
-            let image_path = image.path.clone();
             asked.seal(&image, &made)?;
             for (disk, expected) in [(image, expected_image), (record, expected_record)] {
                 room::settle(&disk)?;
-                disk.file.sync_all().map_err(DriverError::io("sync", &disk.path))?;
+                files::sync_file(&disk.file, &disk.path).map_err(DriverError::io("sync", &disk.path))?;
                 let found = disk.file.metadata().map_err(DriverError::io("measure", &disk.path))?.len();
                 if found != expected {
                     let reason = format!("the service VM reports {expected} bytes, the file has {found}");
                     return Err(CorruptFile::new(disk.path.clone(), reason).into());
                 }
             }
-            Ok(durable::sync_dir(image_path.parent().unwrap_or(&image_path))?)
+            // Their names count once they are in the layer's directory, which `Store::commit` syncs.
+            Ok(())
         })
         .await?;
         drop(syncing);
@@ -364,7 +389,7 @@ impl Home {
         };
         let found = self.pool.check_image(check).await.map_err(DriverError::svm(id, "verify its image"))?;
         asked.agree(&path, &summary, &found)?;
-        Ok(AppliedMeta {
+        let applied = AppliedMeta {
             image_bytes: summary.image_bytes,
             file_bytes: summary.file_bytes,
             record_bytes: summary.record_bytes,
@@ -377,7 +402,37 @@ impl Home {
             checked: true,
             writer: Some(WRITER),
             owners: owners_note(&self.init.uid_maps, &self.init.gid_maps),
-        })
+            shared: None,
+        };
+        Ok((applied, summary))
+    }
+}
+
+/// What an apply starts from.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// The state that the layer must be in.
+    pub(super) from: LayerState,
+    /// What the tar may take from the layers below.
+    pub(super) lower_use: LowerUse,
+    /// The layers below.
+    pub(super) lowers: Lowers,
+}
+
+/// The layers below a layer that is being made.
+#[derive(Debug)]
+pub(super) enum Lowers {
+    /// A parent with its ancestors, or nothing.
+    Parent(Option<LayerId>),
+    /// A stack whose layers are not connected yet.
+    Stack(Box<Snapshot>),
+}
+
+impl Plan {
+    /// As moby's drivers: hard links only.
+    fn of_docker(layer: &Layer) -> Self {
+        let lowers = Lowers::Parent(layer.parent().cloned());
+        Self { from: LayerState::Applying, lower_use: LowerUse::Links, lowers }
     }
 }
 

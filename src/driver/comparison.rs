@@ -13,8 +13,8 @@ use super::{
 };
 use crate::{
     error::CorruptFile,
-    store::{LayerId, LayerState, Member, Snapshot, StoreError, layout},
-    svm::{CompareJob, DiskSource, LayerDisk, LayerKind, LiveControl, ParentDisks},
+    store::{LayerId, LayerState, Member, Snapshot, SnapshotKind, StoreError, layout},
+    svm::{CompareJob, ContainerId, DiskSource, LayerDisk, LayerKind, LiveControl, ParentDisks},
 };
 use std::sync::Arc;
 use vhd_image::vhd;
@@ -42,6 +42,19 @@ pub(super) struct Comparison {
     pub(super) live: Option<Arc<Stillness>>,
 }
 
+/// The disks of a stack, top first and each once, by the names under which they are mounted. Of equal layers in one stack
+/// only the upper one shows.
+pub(super) fn disks_of(snapshot: &Snapshot) -> Vec<LayerId> {
+    let with_disk = |m: &&Member| matches!(m.meta.state, LayerState::Applied | LayerState::Sandbox);
+    let mut disks: Vec<LayerId> = Vec::new();
+    for disk in snapshot.members().filter(with_disk).map(Member::disk_id) {
+        if !disks.contains(disk) {
+            disks.push(disk.clone());
+        }
+    }
+    disks
+}
+
 /// The control over live sandboxes, as leases take it.
 pub(super) fn control(live: Option<Arc<Stillness>>) -> Option<Arc<dyn LiveControl>> {
     live.map(|live| live as Arc<dyn LiveControl>)
@@ -51,6 +64,15 @@ impl Comparison {
     pub(super) fn job(self) -> CompareJob {
         CompareJob { target: self.target, parent: self.parent, live: control(self.live) }
     }
+}
+
+/// Whose layer to take from the scratch disk of a container under runhcs: of a disk that several containers use, that of
+/// the key's last part, `<namespace>/<number>/<container>`; otherwise the only one in it. `has_users` says whether other
+/// snapshots depend on this one; of a container these are those that use its disk.
+fn container_in(member: &Member, has_users: bool) -> Option<ContainerId> {
+    let snapshot = member.meta.snapshot.as_ref().filter(|s| s.kind == SnapshotKind::Active)?;
+    let shared = has_users || snapshot.scratch_of.is_some();
+    if shared { snapshot.name.rsplit('/').next()?.parse().ok() } else { None }
 }
 
 impl Home {
@@ -124,7 +146,14 @@ impl Home {
                     } else {
                         disk.window(0, length.saturating_sub(vhd::FOOTER_SIZE as u64))
                     };
-                    disks.push(LayerDisk { disk, kind: LayerKind::Sandbox });
+                    // A snapshot's VHDX is for runhcs, which has a place of its own in it.
+                    let kind = match &member.meta.snapshot {
+                        Some(_) if vhdx => {
+                            LayerKind::Scratch(container_in(member, !self.store.children(id).is_empty()))
+                        }
+                        _ => LayerKind::Sandbox,
+                    };
+                    disks.push(LayerDisk { disk, kind });
                 }
             }
         }

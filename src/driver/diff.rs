@@ -19,8 +19,8 @@ use super::{
 use crate::{
     error::{CorruptFile, with_causes},
     store::{Layer, LayerId, LayerMeta, LayerState, layout},
-    svm::{ExportJob, ExportKind, ExportSummary, Purpose, SvmError, TarDigest, TarStream},
-    telemetry::{Phase, PhaseTimer, Transfer},
+    svm::{ExportJob, ExportKind, ExportSummary, IdMaps, Purpose, SvmError, TarDigest, TarStream},
+    telemetry::{Phase, PhaseTimer, Phases, Transfer},
 };
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
@@ -30,56 +30,21 @@ use std::{
     task::{Context, Poll},
 };
 
+/// What a client wants of a canonical tar.
+#[derive(Debug, Clone, Default)]
+pub(super) struct CanonicalWishes {
+    /// Host ids in sandboxes are mapped back to these containers' ids.
+    pub(super) maps: IdMaps,
+    /// The latest modification time of an entry, in seconds since 1970.
+    pub(super) newest: Option<i64>,
+}
+
 impl Driver {
     /// `GraphDriver.Diff`: the tar of a layer against its parent, any other layer, or nothing (`parent` empty).
     pub async fn diff(&self, id: &str, parent: &str) -> Result<DiffStream, DriverError> {
         let home = self.home().await?;
-        let pair = home.pair(id, parent).await?;
-        let (layer, meta) = (pair.target.top.layer.clone(), pair.target.top.meta.clone());
-        let id = layer.id.clone();
-        let waiting = self.phases.begin(Transfer::Diff, Phase::Wait);
-        let lease = home
-            .pool
-            .lease(id.as_str(), Purpose::Export)
-            .await
-            .map_err(DriverError::svm(&id, "start a diff"))?;
-        drop(waiting);
-        let exporting = self.phases.begin(Transfer::Diff, Phase::Export);
-        let (mut applied, mut live) = (None, None);
-        let job = if let (true, LayerState::Applied) = (pair.own, meta.state) {
-            applied = meta.applied.map(|applied| applied.tar_digest);
-            let opener = home.clone();
-            let (image, record) = blocking(move || opener.exact_disks(&pair.target)).await?;
-            ExportJob { kind: ExportKind::Exact { image, record }, live: None }
-        } else {
-            let own = pair.own;
-            let comparison = home.comparison(pair).await?;
-            let format = home.canonical_version(&layer, &meta, own).await?;
-            let kind = ExportKind::Canonical {
-                target: comparison.target,
-                parent: comparison.parent,
-                format,
-                id_maps: home.id_maps(),
-            };
-            live.clone_from(&comparison.live);
-            ExportJob { kind, live: control(comparison.live) }
-        };
-        let tar = lease.layer_to_tar(job).await.map_err(|error| {
-            if let Some(live) = &live {
-                live.remember(&error);
-            }
-            DriverError::svm(&id, "export it")(error)
-        })?;
-        Ok(DiffStream {
-            tar: Some(tar),
-            home,
-            layer,
-            applied,
-            live,
-            sent: Sent::default(),
-            cuts: self.cuts.clone(),
-            _phase: exporting,
-        })
+        let wishes = CanonicalWishes { maps: home.id_maps(), newest: None };
+        home.diff(id, parent, wishes, &self.phases, &self.cuts).await
     }
 
     /// `GraphDriver.Changes`.
@@ -113,6 +78,64 @@ impl Driver {
 }
 
 impl Home {
+    /// The tar of a layer against another; `wishes` are for a canonical one.
+    pub(super) async fn diff(
+        self: &Arc<Self>,
+        id: &str,
+        parent: &str,
+        wishes: CanonicalWishes,
+        phases: &Phases,
+        cuts: &Arc<CutDiffs>,
+    ) -> Result<DiffStream, DriverError> {
+        let pair = self.pair(id, parent).await?;
+        let (layer, meta) = (pair.target.top.layer.clone(), pair.target.top.meta.clone());
+        let id = layer.id.clone();
+        let waiting = phases.begin(Transfer::Diff, Phase::Wait);
+        let lease = self
+            .pool
+            .lease(id.as_str(), Purpose::Export)
+            .await
+            .map_err(DriverError::svm(&id, "start a diff"))?;
+        drop(waiting);
+        let exporting = phases.begin(Transfer::Diff, Phase::Export);
+        let (mut applied, mut live) = (None, None);
+        let job = if let (true, LayerState::Applied) = (pair.own, meta.state) {
+            applied = meta.applied.as_ref().map(|applied| applied.tar_digest);
+            let opener = self.clone();
+            let (image, record) = blocking(move || opener.exact_disks(&pair.target)).await?;
+            ExportJob { kind: ExportKind::Exact { image, record }, live: None }
+        } else {
+            let own = pair.own;
+            let comparison = self.comparison(pair).await?;
+            let format = self.canonical_version(&layer, &meta, own).await?;
+            let kind = ExportKind::Canonical {
+                target: comparison.target,
+                parent: comparison.parent,
+                format,
+                id_maps: wishes.maps,
+                source_date_epoch: wishes.newest,
+            };
+            live.clone_from(&comparison.live);
+            ExportJob { kind, live: control(comparison.live) }
+        };
+        let tar = lease.layer_to_tar(job).await.map_err(|error| {
+            if let Some(live) = &live {
+                live.remember(&error);
+            }
+            DriverError::svm(&id, "export it")(error)
+        })?;
+        Ok(DiffStream {
+            tar: Some(tar),
+            home: self.clone(),
+            layer,
+            applied,
+            live,
+            sent: Sent::default(),
+            cuts: cuts.clone(),
+            _phase: exporting,
+        })
+    }
+
     /// The version of the canonical tar of a layer. Engines keep the digest of a layer's own diff, so that version is
     /// durable before a byte of it leaves: what could not be noted is not sent.
     async fn canonical_version(

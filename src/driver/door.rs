@@ -114,6 +114,11 @@ impl Doors {
         }
     }
 
+    /// The latest closing of any door, for [`Doors::forget`] after a removal that cancelled nothing.
+    pub(super) fn latest(&self) -> u64 {
+        self.shared.lock().tickets
+    }
+
     /// Cancels a running ApplyDiff of a layer that is to be removed and waits for its end. The result is for
     /// [`Doors::forget`], after the removal.
     pub(super) async fn part(&self, id: &LayerId) -> u64 {
@@ -256,6 +261,10 @@ mod tests {
         doors.forget(&id(), upto);
         drop(doors.enter(&id(), one).unwrap());
         assert!(failed(&doors, one).contains("ended before"), "a dropped entry stays closed");
+        // A removal that found children at first, and none when its turn came.
+        let upto = doors.latest();
+        doors.forget(&id(), upto);
+        doors.enter(&id(), None).unwrap().reopen();
         // Another layer of the same id, in another home or after a removal that did not use the doors.
         doors.enter(&id(), Some((1, 2))).unwrap().reopen();
     }

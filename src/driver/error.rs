@@ -3,7 +3,7 @@
 use crate::{
     config::{ConfigError, SvmKind},
     error::{Attempt, CorruptFile, Fault, Kind, with_causes},
-    store::{InvalidId, LayerId, StoreError},
+    store::{InvalidId, LayerId, SnapshotRefusal, StoreError},
     svm::SvmError,
 };
 use std::{io, path::PathBuf};
@@ -63,6 +63,12 @@ pub enum DriverError {
     Internal(String),
 }
 
+impl From<SnapshotRefusal> for DriverError {
+    fn from(refusal: SnapshotRefusal) -> Self {
+        StoreError::from(refusal).into()
+    }
+}
+
 impl From<InvalidId> for DriverError {
     fn from(error: InvalidId) -> Self {
         StoreError::from(error).into()
@@ -95,6 +101,14 @@ impl DriverError {
             Self::Store(error) => matches!(error.kind(), Kind::NotFound | Kind::State | Kind::Limit),
             Self::Usage(_) => true,
             _ => false,
+        }
+    }
+
+    /// The refusal, if the snapshots that exist do not allow a request.
+    pub fn snapshot_refusal(&self) -> Option<&SnapshotRefusal> {
+        match self {
+            Self::Store(StoreError::Snapshot(refusal)) => Some(refusal),
+            _ => None,
         }
     }
 

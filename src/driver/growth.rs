@@ -10,13 +10,13 @@
 
 use super::{DriverError, blocking, home::Home};
 use crate::{
-    store::{allocated_bytes, durable, layout},
+    store::{allocated_bytes, files, layout},
     svm::{DiskSource, SecondPair},
 };
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use std::{
-    fs, io,
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -38,7 +38,7 @@ struct Inner {
 }
 
 fn make(path: &Path) -> Result<DiskSource, DriverError> {
-    let file = durable::create_private(path).map_err(DriverError::io("create", path))?;
+    let file = files::create_private(path).map_err(DriverError::io("create", path))?;
     Ok(DiskSource::read_write(Arc::new(file), path))
 }
 
@@ -63,7 +63,7 @@ impl Files {
         let Some([image, record]) = self.0.second.lock().take() else { return Ok(self.first()) };
         let moved = |disk: DiskSource, name: &str| {
             let path = self.0.staged.join(name);
-            fs::rename(&disk.path, &path).map_err(DriverError::io("rename", &disk.path))?;
+            files::rename(&disk.path, &path).map_err(DriverError::io("rename", &disk.path))?;
             Ok::<_, DriverError>(DiskSource { path, ..disk })
         };
         Ok((moved(image, PLACES[0])?, moved(record, PLACES[1])?))

@@ -5,7 +5,7 @@ use super::{DriverConfig, DriverError, GRACE, gates::Gates, remembered::Remember
 use crate::store::guard;
 use crate::{
     config::Options,
-    store::{DiskThread, InitRecord, Layer, Store},
+    store::{Debris, DiskThread, InitRecord, Layer, Store},
     svm::{self, Mode, Pool, PoolConfig},
 };
 use std::{path::Path, sync::Arc};
@@ -55,6 +55,13 @@ impl Home {
         let wanted = init.as_ref().map(|init| options_of(init, config)).transpose()?;
         let root_is_home = super::same_directory(path, &config.root);
         let store = Arc::new(Store::open(thread, path, |entry| root_is_home && super::root::is_ours(entry))?);
+        if store.layout().holds_snapshots() {
+            return Err(DriverError::Usage(format!(
+                "'{}' holds snapshots of containerd, which a Docker plugin cannot use; give one of them another directory \
+                 (--containerd-root, --root)",
+                path.display()
+            )));
+        }
         let (init, options) = if let (Some(init), Some(options)) = (init, wanted) {
             store.record_init(thread, init.clone())?;
             (init, options)
@@ -75,22 +82,45 @@ impl Home {
             let ids: Vec<LayerId> = home.store.layers().into_iter().map(|l| l.id).collect();
             let frozen = home.mounts.rebuild(|id| home.store.snapshot(id).ok(), &ids)?;
             frozen.thaw_later(home.mounts.clone(), home.gates.clone());
+            home.mounts.look_after_kept(&home.gates);
         }
-        if !debris.is_empty() {
-            let store = home.store.clone();
-            // The directories of scratch disks name the machines that a killed daemon may have left.
+        home.clear_later(debris);
+        Ok(home)
+    }
+
+    /// Deletes debris in the background, because no request looks at it.
+    fn clear_later(&self, debris: Vec<Debris>) {
+        if debris.is_empty() {
+            return;
+        }
+        let store = self.store.clone();
+        // The directories of scratch disks name the machines that a killed daemon may have left.
+        #[cfg(windows)]
+        let (pool, runtime) = (self.pool.clone(), tokio::runtime::Handle::current());
+        std::thread::spawn(move || {
             #[cfg(windows)]
-            let (pool, runtime) = (home.pool.clone(), tokio::runtime::Handle::current());
-            std::thread::spawn(move || {
-                #[cfg(windows)]
-                runtime.block_on(pool.clear_predecessor());
-                let report = store.collect(&DiskThread::here(), debris);
-                tracing::info!(deleted = report.deleted.len(), "cleared what an earlier process left behind");
-                for (path, error) in report.failed {
-                    tracing::warn!(path = %path.display(), error, "cannot delete debris");
-                }
-            });
+            runtime.block_on(pool.clear_predecessor());
+            let report = store.collect(&DiskThread::here(), debris);
+            tracing::info!(deleted = report.deleted.len(), "cleared what an earlier process left behind");
+            for (path, error) in report.failed {
+                tracing::warn!(path = %path.display(), error, "cannot delete debris");
+            }
+        });
+    }
+
+    /// Opens the store of snapshots at `path`. What an earlier process left mounted is for the caller to take over.
+    pub(super) fn open_snapshots(
+        thread: &DiskThread,
+        path: &Path,
+        config: &DriverConfig,
+    ) -> Result<Self, DriverError> {
+        let store = Arc::new(Store::open_snapshots(thread, path)?);
+        for (id, fault) in store.structural_faults(thread) {
+            tracing::error!(%id, fault, "a snapshot of the store is damaged");
         }
+        let debris = store.debris(thread)?;
+        let home = Self::assemble(store, InitRecord::default(), config.options.clone(), config, true)?;
+        home.clear_later(debris);
         Ok(home)
     }
 
@@ -116,8 +146,7 @@ impl Home {
     ) -> Result<Self, DriverError> {
         let pool = start_pool(&options, config, &store, reap);
         #[cfg(target_os = "linux")]
-        let mounts =
-            Arc::new(Mounts::new(store.layout().clone(), options.overlay_api, remap::namespace(&init)?));
+        let mounts = Arc::new(Mounts::new(store.layout().clone(), &options, remap::namespace(&init)?));
         #[cfg(target_os = "linux")]
         let reflinks = AtomicBool::new(reflink::works_in(&store.layout().top(layout::STAGING)));
         Ok(Self {
@@ -153,7 +182,7 @@ impl Home {
         }
         // Everything that can fail comes before the first lasting change.
         #[cfg(target_os = "linux")]
-        let mounts = Arc::new(self.mounts.renewed(options.overlay_api, remap::namespace(&init)?));
+        let mounts = Arc::new(self.mounts.renewed(&options, remap::namespace(&init)?));
         self.store.record_init(thread, init.clone())?;
         // The machines of the replaced pool are still in use.
         let pool = start_pool(&options, config, &self.store, cfg!(not(windows)));
@@ -171,8 +200,12 @@ impl Home {
             reflinks: AtomicBool::new(self.reflinks.load(Ordering::Relaxed)),
         };
         #[cfg(target_os = "linux")]
-        if other_maps {
-            home.set_doors(config)?;
+        {
+            if other_maps {
+                home.set_doors(config)?;
+            }
+            home.mounts.trim_kept(&home.gates, None);
+            home.mounts.look_after_kept(&home.gates);
         }
         Ok(home)
     }
@@ -207,16 +240,32 @@ impl Home {
         }
     }
 
-    /// Numbers of merged views and disks that are mounted.
+    /// Numbers of merged views, of disks that they use, and of images that stay mounted for the next view.
     #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_self, reason = "only Linux has mounts"))]
-    pub(super) fn mount_counts(&self) -> (u64, u64) {
+    pub(super) fn mount_counts(&self) -> (u64, u64, u64) {
         #[cfg(target_os = "linux")]
         {
             self.mounts.counts()
         }
         #[cfg(not(target_os = "linux"))]
         {
-            (0, 0)
+            (0, 0, 0)
+        }
+    }
+
+    /// Unmounts the disks that no view uses.
+    #[cfg_attr(not(target_os = "linux"), expect(clippy::unused_async, reason = "only Linux has mounts"))]
+    pub(super) async fn unmount_idle(self: &Arc<Self>) {
+        #[cfg(target_os = "linux")]
+        {
+            let home = self.clone();
+            let work = move || {
+                home.mounts.let_go(&home.gates, None);
+                Ok(())
+            };
+            if let Err(error) = super::blocking(work).await {
+                tracing::warn!(error = %with_causes(&error), "cannot unmount what no view uses");
+            }
         }
     }
 
@@ -277,6 +326,7 @@ fn qemu_config(options: &Options, config: &DriverConfig) -> svm::qemu::QemuConfi
         Acceleration::Kvm => Some(Accelerator::Kvm),
         Acceleration::Tcg => Some(Accelerator::Tcg),
     };
+    qemu.strict = strict(options);
     if let Some(program) = &config.worker_program {
         qemu.launcher.clone_from(program);
     }
@@ -323,23 +373,26 @@ fn largest_file(options: &Options) -> u64 {
     (largest + largest / TREE_SHARE + SLACK).next_multiple_of(1 << 20)
 }
 
+/// Whether a worker or QEMU may start only with all the required parts of its jail.
+#[cfg(target_os = "linux")]
+fn strict(options: &Options) -> bool {
+    use crate::config::JailKind;
+    match options.jail {
+        JailKind::Auto => rustix::process::geteuid().is_root(),
+        JailKind::Strict => true,
+        JailKind::BestEffort => false,
+    }
+}
+
 /// The configuration of workers under these options.
 pub(crate) fn embedded_config(options: &Options) -> svm::embedded::EmbeddedConfig {
     #[cfg(target_os = "linux")]
-    {
-        use crate::config::JailKind;
-        let strict = match options.jail {
-            JailKind::Auto => rustix::process::geteuid().is_root(),
-            JailKind::Strict => true,
-            JailKind::BestEffort => false,
-        };
-        svm::embedded::EmbeddedConfig {
-            memory_limit: options.memory_bytes,
-            file_limit: Some(largest_file(options)),
-            strict,
-            ..Default::default()
-        }
-    }
+    return svm::embedded::EmbeddedConfig {
+        memory_limit: options.memory_bytes,
+        file_limit: Some(largest_file(options)),
+        strict: strict(options),
+        ..Default::default()
+    };
     #[cfg(not(target_os = "linux"))]
     svm::embedded::EmbeddedConfig { memory_limit: options.memory_bytes, ..Default::default() }
 }

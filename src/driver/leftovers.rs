@@ -1,7 +1,7 @@
 //! Cleans up what an earlier process left mounted, attached or frozen. Linux only.
 //!
 //! ```text
-//!   start ─► mount table ─► disks of the store ─► thaw ─► views count as held once, disks without a view are unmounted
+//!   start ─► mount table ─► disks of the store ─► thaw ─► views count as held once, disks without a view are kept or unmounted
 //!        │               └► what belongs to no layer ─► thaw ─► unmount
 //!        └─► loop devices of this home that have no mount here ─► thaw, which releases them  (hidden)
 //!   Remove, and whatever else deletes a sandbox's file ─► the same for that file's loop devices
@@ -26,11 +26,11 @@
 use super::{
     DriverError,
     gates::{Gates, Held},
-    mounts::{Mounts, State, View, create_dir, failed, unmount},
+    mounts::{Disk, Mounts, State, View, create_dir, failed, unmount},
 };
 use crate::{
     error::{Attempt, with_causes},
-    store::{LayerId, LayerState, Snapshot, layout},
+    store::{LayerId, LayerState, Layout, Snapshot, files, layout},
 };
 use lcow_sys::linux::{
     SysError, freeze,
@@ -47,7 +47,7 @@ use std::{
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Time between two attempts to thaw what could not be thawed at the start.
@@ -83,6 +83,28 @@ impl StillFrozen {
     }
 }
 
+/// What is mounted in a home.
+#[derive(Debug, Default)]
+struct Table {
+    /// Mount points relative to the home, in the order of mounting.
+    places: Vec<PathBuf>,
+    /// The same, for look-ups.
+    mounted: HashSet<PathBuf>,
+    /// Device numbers of what is mounted.
+    devices: HashSet<(u32, u32)>,
+}
+
+impl Table {
+    fn is_mounted(&self, layout: &Layout, path: &Path) -> bool {
+        path.strip_prefix(layout.home()).is_ok_and(|place| self.mounted.contains(place))
+    }
+}
+
+/// A disk that was found mounted.
+fn unused(image: bool) -> Disk {
+    Disk { uses: 0, image, kept: None }
+}
+
 impl Mounts {
     /// The mark of this home's loop devices: the inode number of the home's directory. Two homes on one device have
     /// different marks.
@@ -94,40 +116,27 @@ impl Mounts {
 
     /// The name of a layer's loop device: the mark, and the name of its place in `mnt/`.
     pub(super) fn device_name(&self, id: &LayerId) -> Result<String, DriverError> {
-        Ok(self.mark()?.1 + &layout::short_name(id))
+        Ok(self.mark()?.1 + &self.layout.place(id))
     }
 
     /// Makes the state agree with the kernel's mount table, at a start. Mounted views count as held once, disks by the
-    /// views that use them. Disks that no view uses are unmounted, and so are mounts at the places of this store that
-    /// belong to no layer. What is frozen is thawed, mounted or not.
+    /// views that use them. Disks that no view uses are unmounted, apart from images that may stay mounted, and so are
+    /// mounts at the places of this store that belong to no layer. What is frozen is thawed, mounted or not.
     pub(super) fn rebuild(
         &self,
         stack_of: impl Fn(&LayerId) -> Option<Snapshot>,
         known: &[LayerId],
     ) -> Result<StillFrozen, DriverError> {
-        let home =
-            fs::canonicalize(self.layout.home()).map_err(DriverError::io("resolve", self.layout.home()))?;
-        let table = mountinfo::read().map_err(Attempt::on_path("read the mount table for", &home))?;
-        let (mut places, mut devices) = (Vec::new(), HashSet::new());
-        for entry in table {
-            if let Ok(place) = entry.mount_point.strip_prefix(&home) {
-                places.push(place.to_owned());
-                devices.insert((entry.major, entry.minor));
-            }
-        }
-        let mounted: HashSet<PathBuf> = places.iter().cloned().collect();
-        let is_mounted =
-            |path: PathBuf| path.strip_prefix(self.layout.home()).is_ok_and(|p| mounted.contains(p));
+        let table = self.table()?;
+        let is_mounted = |path: PathBuf| table.is_mounted(&self.layout, &path);
         let (mut state, mut frozen) = (State::default(), StillFrozen::default());
         for id in known.iter().filter(|id| is_mounted(self.layout.mount_point(id))) {
-            state.disks.insert(id.clone(), 0);
-            if let Err(error) = self.thaw_disk(id) {
-                tracing::error!(%id, error = %with_causes(&error), "a sandbox cannot be thawed; retrying until it succeeds");
-                frozen.0.push(Frozen::Disk(id.clone()));
-            }
+            let image = stack_of(id).is_some_and(|stack| stack.top.meta.state == LayerState::Applied);
+            state.disks.insert(id.clone(), unused(image));
+            frozen.0.extend(self.thaw_found(id));
         }
-        self.unmount_strangers(&places, known);
-        frozen.0.extend(self.thaw_hidden(&devices, known));
+        self.unmount_strangers(&table.places, known);
+        frozen.0.extend(self.thaw_hidden(&table.devices, known));
         for id in known {
             let dir = self.layout.layer_file(id, layout::MERGED);
             if !is_mounted(dir.clone()) {
@@ -135,8 +144,8 @@ impl Mounts {
             }
             let mut disks = Vec::new();
             for member in stack_of(id).iter().flat_map(Snapshot::members) {
-                if let Some(uses) = state.disks.get_mut(&member.layer.id) {
-                    *uses += 1;
+                if let Some(disk) = state.disks.get_mut(&member.layer.id) {
+                    disk.uses += 1;
                     disks.push(member.layer.id.clone());
                     // As in Get: a view uses no disks below a layer whose root is opaque.
                     let place = self.layout.mount_point(&member.layer.id);
@@ -148,16 +157,80 @@ impl Mounts {
             tracing::info!(%id, "found a mounted view of an earlier process; it counts as held once");
             state.views.insert(id.clone(), View { refs: 1, disks, dir });
         }
-        let unused: Vec<LayerId> =
-            state.disks.iter().filter(|(_, n)| **n == 0).map(|(id, _)| id.clone()).collect();
+        self.adopt(state);
+        Ok(frozen)
+    }
+
+    /// What is mounted in the home.
+    fn table(&self) -> Result<Table, DriverError> {
+        let home =
+            fs::canonicalize(self.layout.home()).map_err(DriverError::io("resolve", self.layout.home()))?;
+        let entries = mountinfo::read().map_err(Attempt::on_path("read the mount table for", &home))?;
+        let mut table = Table::default();
+        for entry in entries {
+            if let Ok(place) = entry.mount_point.strip_prefix(&home) {
+                table.places.push(place.to_owned());
+                table.mounted.insert(place.to_owned());
+                table.devices.insert((entry.major, entry.minor));
+            }
+        }
+        Ok(table)
+    }
+
+    /// Thaws a disk that was found mounted; returns it if that failed.
+    fn thaw_found(&self, id: &LayerId) -> Option<Frozen> {
+        let error = self.thaw_disk(id).err()?;
+        tracing::error!(%id, error = %with_causes(&error), "a sandbox cannot be thawed; retrying until it succeeds");
+        Some(Frozen::Disk(id.clone()))
+    }
+
+    /// Makes `state` the current one. Of the disks in it that nothing uses, images stay mounted if they may; others are
+    /// unmounted.
+    fn adopt(&self, mut state: State) {
+        let mut unused = Vec::new();
+        for (id, disk) in state.disks.iter_mut().filter(|(_, disk)| disk.uses == 0) {
+            if disk.image && self.keep.number > 0 {
+                disk.kept = Some(Instant::now());
+            } else {
+                unused.push(id.clone());
+            }
+        }
         *self.state.lock() = state;
         for id in unused {
-            tracing::info!(%id, "unmounting a disk that no view uses");
+            tracing::info!(%id, "unmounting a disk that nothing uses");
             if let Err(error) = self.release_disk(&id) {
                 tracing::warn!(%id, error = %with_causes(&error), "cannot unmount a disk");
             }
         }
         self.remove_places();
+    }
+
+    /// As [`Mounts::rebuild`], for a store of snapshots, which has no merged views. `take_over` gets a test for whether a
+    /// disk is mounted, and returns each disk as often as it is held; others of `disks`, each with whether it is an image,
+    /// are unmounted, or kept.
+    pub(super) fn rebuild_snapshots(
+        &self,
+        disks: &[(LayerId, bool)],
+        take_over: impl FnOnce(&dyn Fn(&LayerId) -> bool) -> Vec<LayerId>,
+    ) -> Result<StillFrozen, DriverError> {
+        let table = self.table()?;
+        let mut frozen = StillFrozen::default();
+        let mut state = State::default();
+        for (id, image) in disks {
+            if table.is_mounted(&self.layout, &self.layout.mount_point(id)) {
+                state.disks.insert(id.clone(), unused(*image));
+                frozen.0.extend(self.thaw_found(id));
+            }
+        }
+        let known: Vec<LayerId> = disks.iter().map(|(id, _)| id.clone()).collect();
+        self.unmount_strangers(&table.places, &known);
+        frozen.0.extend(self.thaw_hidden(&table.devices, &known));
+        for id in take_over(&|id| state.disks.contains_key(id)) {
+            if let Some(disk) = state.disks.get_mut(&id) {
+                disk.uses += 1;
+            }
+        }
+        self.adopt(state);
         Ok(frozen)
     }
 
@@ -170,7 +243,7 @@ impl Mounts {
         for place in fs::read_dir(places).into_iter().flatten().flatten().map(|entry| entry.path()) {
             if place != empty && !used.contains(&place) {
                 // A directory that is in use after all, or not empty, stays.
-                let _ = fs::remove_dir(place);
+                let _ = files::remove_dir(&place);
             }
         }
     }
@@ -181,7 +254,10 @@ impl Mounts {
     fn unmount_strangers(&self, places: &[PathBuf], known: &[LayerId]) {
         let ours: HashSet<PathBuf> = known
             .iter()
-            .flat_map(|id| [self.layout.mount_point(id), self.layout.layer_file(id, layout::MERGED)])
+            .flat_map(|id| {
+                let merged = self.layout.layer_file(id, layout::MERGED);
+                [self.layout.mount_point(id), self.layout.mapped_view(id), merged]
+            })
             .filter_map(|path| Some(path.strip_prefix(self.layout.home()).ok()?.to_owned()))
             .collect();
         let made_here = |place: &Path| {
@@ -295,7 +371,7 @@ impl Mounts {
         let Some(device) = LoopDevice::open_same(found)? else { return Ok(()) };
         let place = self.layout.top(layout::MOUNTS).join(format!("loop{}", found.number));
         let thawed = thaw_at(&device, found.read_only, &place);
-        let _ = fs::remove_dir(&place);
+        let _ = files::remove_dir(&place);
         thawed?;
         device.detach()
     }

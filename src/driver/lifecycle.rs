@@ -2,7 +2,7 @@
 
 use super::{Driver, DriverError, GRACE, LayerRequest, blocking, home::Home, on_disk_thread, sandbox};
 use crate::{
-    config::{self, MAX_SANDBOX_BYTES, MIN_SANDBOX_BYTES, Unit},
+    config::{self, CONTAINERD_PREFIX, MAX_SANDBOX_BYTES, MIN_SANDBOX_BYTES, Unit},
     store::{DiskThread, LayerId, LayerState, LayerWishes, Member, layout},
     svm::Mode,
 };
@@ -78,7 +78,11 @@ impl Driver {
         let home = self.home().await?;
         let id: LayerId = id.parse()?;
         if !home.store.children(&id).is_empty() {
-            return home.remove(id).await;
+            // A tar in progress is disturbed only for a layer that goes. Its children may go before this request's turn.
+            let upto = self.doors.latest();
+            home.remove(id.clone()).await?;
+            self.doors.forget(&id, upto);
+            return Ok(());
         }
         // A tar in progress would find its layer gone, or another one of the same id.
         let parted = self.doors.part(&id).await;
@@ -127,6 +131,7 @@ impl Driver {
                         }
                     }
                     unmounting.release_stuck(&gates);
+                    unmounting.mounts.let_go(&unmounting.gates, Some(&gates));
                     Ok(())
                 })
                 .await?;
@@ -209,7 +214,7 @@ impl Home {
 
     fn status(&self) -> Vec<(String, String)> {
         let pool = self.pool.snapshot();
-        let (views, disks) = self.mount_counts();
+        let (views, disks, kept) = self.mount_counts();
         let mode = match pool.mode {
             Mode::Safe => "safe (one service VM for each operation's layer)",
             Mode::Global => "global (one service VM for all)",
@@ -223,7 +228,7 @@ impl Home {
             ("Home".into(), self.store.layout().home().display().to_string()),
             ("Store Format".into(), self.store.marker().format.to_string()),
             ("Layers".into(), self.store.len().to_string()),
-            ("Mounts".into(), format!("{views} merged, {disks} disks")),
+            ("Mounts".into(), format!("{views} merged, {disks} disks, {kept} kept")),
             ("Service VM Backend".into(), backend),
             ("Service VM Mode".into(), mode.into()),
             (
@@ -238,7 +243,8 @@ impl Home {
             let low = if free < self.options.min_free_bytes { " (LOW: new layers are refused)" } else { "" };
             lines.push(("Free Space".into(), format!("{}{low}", ByteSize(free))));
         }
-        lines.extend(self.options.entries().map(|(name, value)| (name.to_owned(), value)));
+        let entries = self.options.entries().filter(|(name, _)| !name.starts_with(CONTAINERD_PREFIX));
+        lines.extend(entries.map(|(name, value)| (name.to_owned(), value)));
         lines
     }
 }

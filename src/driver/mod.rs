@@ -8,7 +8,21 @@
 //!            │ diff       diff, changes, diff_size                      ──► svm, store              │
 //!            │ pristine   a sandbox that was never written takes a tar  ──► svm, store              │
 //!            │ leftovers  what a killed process left mounted or frozen  ──► sys                     │
+//!            │ kept       images that stay mounted for the next view    ──► sys                     │
 //!            └──────────────────────────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! The phases of a request. What stands in one row happens in that order; each phase knows only the results of those
+//! before it, and a failure in any of them undoes what its own row has begun.
+//!
+//! ```text
+//!             look            hold                   act                                       publish
+//!   Create    snapshot        claim of the folder    files in staging, synced                  rename, index
+//!   ApplyDiff snapshot, door  claim for the mark     tar ─► VM ─► image; check in a fresh VM   rename of layer.json, index
+//!   Get, Put  chain           gates of all disks     mounts, unmounts                          counts
+//!   Diff      snapshot        gates while metadata   VM ─► tar, digest                         last chunk, or the cut
+//!                             are read (freeze)
+//!   Remove    snapshot        gates to the rename    unmounts                                  rename, index; deletion later
 //! ```
 //!
 //! Invariants:
@@ -25,6 +39,7 @@
 //! `store` commands.
 
 mod apply;
+mod clients;
 mod comparison;
 mod cut;
 mod diff;
@@ -35,11 +50,15 @@ mod growth;
 mod home;
 mod image;
 #[cfg(target_os = "linux")]
+mod kept;
+#[cfg(target_os = "linux")]
 mod leftovers;
 mod lifecycle;
 mod live;
 #[cfg(target_os = "linux")]
 mod mounts;
+#[cfg(all(test, target_os = "linux"))]
+mod power_tests;
 mod pristine;
 mod refusal;
 #[cfg(target_os = "linux")]
@@ -50,14 +69,20 @@ mod root;
 mod sandbox;
 mod scrub;
 mod shown;
+pub mod snapshots;
+mod space;
 mod views;
 
 pub use crate::svm::replayed_within;
+pub use clients::Clients;
 pub use error::DriverError;
+pub use space::SandboxGrown;
+#[cfg(target_os = "linux")]
+pub use space::Trimmed;
 
 use crate::{
     config::Options,
-    store::{DiskThread, InitRecord, LayerId, durable},
+    store::{DiskThread, InitRecord, LayerId, Marker, durable},
     svm::Change,
     telemetry::{Gauges, Phases},
 };
@@ -68,6 +93,7 @@ use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, HashMap},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -155,7 +181,13 @@ impl Driver {
         root::prepare(&config.root, last.as_deref())?;
         let driver = Self::new(config);
         if let Some(home) = last {
-            if home.is_dir() {
+            // An error of the disk must not look like a home that was deleted: all layers would be unknown.
+            let there = match std::fs::metadata(&home) {
+                Ok(metadata) => metadata.is_dir(),
+                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => false,
+                Err(e) => return Err(DriverError::io("look at the last Init's home", &home)(e)),
+            };
+            if there {
                 let opened = Home::open(thread, &home, None, &driver.config)?;
                 // The next Init may choose another backend, so the process goes on.
                 if let Err(error) = home::check_backend(&opened.options, &driver.config) {
@@ -200,7 +232,14 @@ impl Driver {
 
     /// A driver that owns `home`, whatever the last Init named; opening a store repairs it. Blocks: for commands only.
     pub fn repair(home: &Path, config: DriverConfig) -> Result<Self, DriverError> {
-        Ok(Self::with_home(Home::open(&DiskThread::here(), home, None, &config)?, home, config))
+        let thread = &DiskThread::here();
+        let snapshots = Marker::read(home)?.is_some_and(|marker| marker.snapshot_numbers.is_some());
+        let opened = if snapshots {
+            Home::open_snapshots(thread, home, &config)?
+        } else {
+            Home::open(thread, home, None, &config)?
+        };
+        Ok(Self::with_home(opened, home, config))
     }
 
     fn with_home(opened: Home, path: &Path, config: DriverConfig) -> Self {
@@ -326,12 +365,23 @@ impl Driver {
             .map_or(self.config.options.idle_timeout, |h| h.options.idle_timeout)
     }
 
-    /// Ends service VMs in order. Mounts stay: running containers may use them.
+    /// Ends service VMs in order, and unmounts what nothing uses. Mounts of running containers stay.
     pub async fn stop(&self) {
-        let homes: Vec<_> = self.homes.read().open.values().cloned().collect();
-        for home in homes {
+        for home in self.homes() {
             home.pool.shutdown(GRACE).await;
+            home.unmount_idle().await;
         }
+    }
+
+    /// Unmounts the disks of layers that no container uses (`lcow.mount.keep`).
+    pub async fn unmount_idle(&self) {
+        for home in self.homes() {
+            home.unmount_idle().await;
+        }
+    }
+
+    fn homes(&self) -> Vec<Arc<Home>> {
+        self.homes.read().open.values().cloned().collect()
     }
 
     /// The running service VMs, for `svm ls`; none before Init.
@@ -342,15 +392,26 @@ impl Driver {
 
     /// Current counts, for metrics.
     pub async fn gauges(&self) -> Gauges {
-        let Some(home) = self.current() else { return Gauges::default() };
+        match self.current() {
+            Some(home) => home.gauges().await,
+            None => Gauges::default(),
+        }
+    }
+}
+
+impl Home {
+    /// Current counts, for metrics.
+    async fn gauges(self: &Arc<Self>) -> Gauges {
+        let home = self;
         let measured = home.clone();
         let free = blocking(move || Ok(measured.free_bytes())).await.ok().flatten();
         let pool = home.pool.snapshot();
-        let (mounts, disks) = home.mount_counts();
+        let (mounts, disks, kept) = home.mount_counts();
         Gauges {
             layers: home.store.len() as u64,
             mounts,
             disks,
+            kept,
             service_vms: (pool.vms.len() + pool.spares + pool.booting) as u64,
             spares: pool.spares as u64,
             boots: pool.boots,
@@ -389,7 +450,8 @@ async fn on_disk_thread<T: Send + 'static>(
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, DriverError> + Send + 'static,
 ) -> Result<T, DriverError> {
-    tokio::task::spawn_blocking(work)
+    let span = tracing::Span::current();
+    tokio::task::spawn_blocking(move || span.in_scope(work))
         .await
         .map_err(|e| DriverError::Internal(format!("a task ended early: {e}")))?
 }

@@ -12,8 +12,8 @@
 //!   that the file already has (a lazy unmount may keep it alive, and two devices of one file would corrupt it).
 //! * A caller that changes mounts passes the closed gates of all layers that it touches ([`Held`]), so changes to a
 //!   layer are serialized; the map's own lock is held only for lookups.
-//! * A disk that could not be unmounted is kept in the map with a count of 0, and the next Put, Remove, Get and start
-//!   try again.
+//! * A disk that no view uses is in the map either because it stays mounted for the next view, or because it could not
+//!   be unmounted; `kept` has both.
 //! * A sandbox that was handed to a virtual machine is never mounted, and neither are its descendants: the machine may
 //!   have written any bytes into it, and the host's kernel would read them.
 //! * The kernel's mount table is authoritative after a crash: [`Mounts::rebuild`] reads it and counts each merged view
@@ -30,9 +30,9 @@ use super::{
     sandbox::{UPPER, WORK},
 };
 use crate::{
-    config::OverlayApi,
-    error::{Attempt, with_causes},
-    store::{LayerId, LayerState, Layout, Member, Snapshot, layout},
+    config::{Options, OverlayApi},
+    error::Attempt,
+    store::{LayerId, LayerState, Layout, Member, Snapshot, files, layout},
 };
 use lcow_sys::linux::{
     SysError, freeze, idmap,
@@ -43,20 +43,51 @@ use lcow_sys::linux::{
 use parking_lot::Mutex;
 use rustix::io::Errno;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::{self, File, OpenOptions},
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant, SystemTime},
 };
 use vhd_image::vhd;
+
+/// Which images stay mounted when no view uses them: their next view then finds their files in the page cache, and has
+/// nothing to mount but itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Keep {
+    /// Most of them; 0 for none (`lcow.mount.keep`).
+    pub(super) number: usize,
+    /// For how long (`lcow.mount.keepage`).
+    pub(super) age: Duration,
+}
 
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) views: HashMap<LayerId, View>,
-    /// Mounted disks and how many views use them; 0 where the unmount failed.
-    pub(super) disks: HashMap<LayerId, usize>,
+    /// Mounted disks.
+    pub(super) disks: HashMap<LayerId, Disk>,
+    /// Sandboxes whose file was made just now and never attached.
+    pub(super) fresh: HashSet<LayerId>,
+    /// Threads that tear down detached file systems.
+    pub(super) teardowns: Vec<JoinHandle<()>>,
+}
+
+/// A mounted disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Disk {
+    /// How many views use it.
+    pub(super) uses: usize,
+    /// It is an image, which may stay mounted while no view uses it.
+    pub(super) image: bool,
+    /// Since when it has been kept mounted for the next view (`kept`); `None` if it is used, or if it could not be
+    /// unmounted.
+    pub(super) kept: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -74,6 +105,8 @@ pub(super) struct Mounts {
     method: OverlayMethod,
     /// With userns-remap: maps container ids, in which applied layers are stored, to the host's.
     remap: Option<Arc<OwnedFd>>,
+    /// Which images stay mounted.
+    pub(super) keep: Keep,
     /// Shared by the mounts of one home across successive Inits.
     pub(super) state: Arc<Mutex<State>>,
 }
@@ -93,19 +126,27 @@ fn method(api: OverlayApi) -> OverlayMethod {
 }
 
 impl Mounts {
-    pub(super) fn new(layout: Layout, api: OverlayApi, remap: Option<Arc<OwnedFd>>) -> Self {
-        Self { layout, method: method(api), remap, state: Arc::default() }
+    pub(super) fn new(layout: Layout, options: &Options, remap: Option<Arc<OwnedFd>>) -> Self {
+        let (method, keep) =
+            (method(options.overlay_api), Keep { number: options.keep_mounts, age: options.keep_age });
+        Self { layout, method, remap, keep, state: Arc::default() }
     }
 
     /// The same mounts, counts included; new ones use these settings.
-    pub(super) fn renewed(&self, api: OverlayApi, remap: Option<Arc<OwnedFd>>) -> Self {
-        Self { layout: self.layout.clone(), method: method(api), remap, state: self.state.clone() }
+    pub(super) fn renewed(&self, options: &Options, remap: Option<Arc<OwnedFd>>) -> Self {
+        Self { state: self.state.clone(), ..Self::new(self.layout.clone(), options, remap) }
     }
 
-    /// Number of merged views and of mounted disks.
-    pub(super) fn counts(&self) -> (u64, u64) {
+    /// The kernel interface of overlay mounts.
+    pub(super) fn method(&self) -> OverlayMethod {
+        self.method
+    }
+
+    /// Numbers of merged views, of disks that views use, and of images that stay mounted for the next view.
+    pub(super) fn counts(&self) -> (u64, u64, u64) {
         let state = self.state.lock();
-        (state.views.len() as u64, state.disks.len() as u64)
+        let kept = state.disks.values().filter(|disk| disk.kept.is_some()).count() as u64;
+        (state.views.len() as u64, state.disks.len() as u64 - kept, kept)
     }
 
     /// References to a merged view; 0 if it is not mounted.
@@ -240,13 +281,14 @@ impl Mounts {
     /// only the next start would find its loop device.
     pub(super) fn clear(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
         self.drop_view(held, id)?;
+        self.drop_kept(held, id)?;
         self.thaw_disk(id)?;
         unmount_all(&self.layout.layer_file(id, layout::MERGED))
             .map_err(failed(id, "unmount its merged view"))?;
         if !self.state.lock().disks.contains_key(id) {
             let disk = self.layout.mount_point(id);
             unmount_all(&disk).map_err(failed(id, "unmount its disk"))?;
-            let _ = fs::remove_dir(&disk);
+            let _ = files::remove_dir(&disk);
         }
         self.free_hidden(held, id)
     }
@@ -255,17 +297,6 @@ impl Mounts {
     /// this process.
     pub(super) fn thaw_disk(&self, id: &LayerId) -> Result<(), DriverError> {
         freeze::thaw(&self.layout.mount_point(id)).map_err(failed(id, "thaw its disk before the unmount"))
-    }
-
-    /// Disks that no view uses and that could not be unmounted.
-    pub(super) fn stuck(&self) -> Vec<LayerId> {
-        self.state.lock().disks.iter().filter(|(_, uses)| **uses == 0).map(|(id, _)| id.clone()).collect()
-    }
-
-    /// Tries again to unmount a disk that no view uses; others are left as they are.
-    pub(super) fn release_stuck(&self, held: &Held, id: &LayerId) -> Result<(), DriverError> {
-        held.covers(id)?;
-        if self.state.lock().disks.get(id) == Some(&0) { self.release_disk(id) } else { Ok(()) }
     }
 
     /// Refuses to hand a sandbox to a virtual machine while the host has it mounted, or while it has a loop device.
@@ -293,13 +324,20 @@ impl Mounts {
         if attached { Err(refused()) } else { Ok(()) }
     }
 
-    fn acquire_disk(&self, member: &Member) -> Result<(), DriverError> {
-        let id = &member.layer.id;
+    /// Mounts the disk of a layer, or counts one more use of it.
+    pub(super) fn acquire_disk(&self, member: &Member) -> Result<(), DriverError> {
+        let id = member.disk_id();
         let target = self.layout.mount_point(id);
-        let uses = self.state.lock().disks.get(id).copied();
-        match uses {
+        let image = member.meta.state == LayerState::Applied;
+        let used = |uses| Disk { uses, image, kept: None };
+        let found = self.state.lock().disks.get(id).copied();
+        match found {
             None => {}
-            Some(0) => {
+            Some(Disk { uses: 0, kept: Some(_), .. }) if is_mounted(&target) => {
+                self.state.lock().disks.insert(id.clone(), used(1));
+                return Ok(());
+            }
+            Some(Disk { uses: 0, .. }) => {
                 self.thaw_disk(id)?;
                 match unmount_all(&target) {
                     Ok(()) => {
@@ -308,28 +346,34 @@ impl Mounts {
                     // It is still fully mounted, so it can be used; of an id-mapped disk, only one of two mounts may be
                     // left.
                     Err(_) if self.remap.is_none() => {
-                        self.state.lock().disks.insert(id.clone(), 1);
+                        self.state.lock().disks.insert(id.clone(), used(1));
                         return Ok(());
                     }
                     Err(error) => return Err(failed(id, "unmount its disk, which no view uses")(error)),
                 }
             }
-            Some(uses) => {
-                self.state.lock().disks.insert(id.clone(), uses + 1);
+            Some(Disk { uses, .. }) => {
+                self.state.lock().disks.insert(id.clone(), used(uses + 1));
                 return Ok(());
             }
         }
-        create_dir(&target)?;
-        match member.meta.state {
-            LayerState::Applied => self.mount_image(member, &target)?,
-            _ => self.mount_sandbox(id, &target)?,
-        }
-        self.state.lock().disks.insert(id.clone(), 1);
+        self.mount_again(member)?;
+        self.state.lock().disks.insert(id.clone(), used(1));
         Ok(())
     }
 
+    /// Mounts the disk of a layer, whatever its count says.
+    pub(super) fn mount_again(&self, member: &Member) -> Result<(), DriverError> {
+        let target = self.layout.mount_point(member.disk_id());
+        create_dir(&target)?;
+        match member.meta.state {
+            LayerState::Applied => self.mount_image(member, &target),
+            _ => self.mount_sandbox(&member.layer.id, &target),
+        }
+    }
+
     fn mount_image(&self, member: &Member, target: &Path) -> Result<(), DriverError> {
-        let id = &member.layer.id;
+        let (id, disk) = (&member.layer.id, member.disk_id());
         let applied = member.meta.applied.as_ref().filter(|a| a.checked).ok_or_else(|| {
             DriverError::Usage(format!(
                 "layer {id}: its image was never checked, so it is not mounted; remove it and pull it again"
@@ -341,7 +385,7 @@ impl Mounts {
             sizelimit: applied.image_bytes,
             read_only: true,
             autoclear: true,
-            name: self.device_name(id)?,
+            name: self.device_name(disk)?,
             ..LoopSpec::default()
         };
         let device = loopdev::attach(file.as_fd(), &spec).map_err(failed(id, "attach its image"))?;
@@ -367,7 +411,7 @@ impl Mounts {
         let path = self.layout.layer_file(id, layout::SANDBOX_FILE);
         let file =
             OpenOptions::new().read(true).write(true).open(&path).map_err(DriverError::io("open", &path))?;
-        let device = self.sandbox_device(id, &file)?;
+        let (device, known) = self.sandbox_device(id, &file)?;
         let options =
             Ext4Options { noatime: true, nodev: true, nosuid: true, discard: true, ..Ext4Options::default() };
         mount::mount_ext4(&device.path, target, options).map_err(failed(id, "mount its sandbox"))?;
@@ -375,18 +419,31 @@ impl Mounts {
         freeze::thaw(target).map_err(|source| {
             let _ = mount::umount(target, true);
             failed(id, "thaw its sandbox")(source)
-        })
+        })?;
+        if known { takes_writes(target) } else { Ok(()) }
     }
 
-    /// The one loop device of a sandbox file.
-    fn sandbox_device(&self, id: &LayerId, file: &File) -> Result<LoopDevice, DriverError> {
-        for found in loopdev::find_by_backing(file.as_fd()).map_err(failed(id, "look for its loop device"))? {
+    /// The sandbox of `id` was made just now, under an id that is never used again: its file can have no loop device, and
+    /// the search for one, which takes longer than the mount, is left out at its first mount.
+    pub(super) fn note_fresh(&self, id: &LayerId) {
+        self.state.lock().fresh.insert(id.clone());
+    }
+
+    /// The one loop device of a sandbox file, and whether it was there already.
+    fn sandbox_device(&self, id: &LayerId, file: &File) -> Result<(LoopDevice, bool), DriverError> {
+        let fresh = self.state.lock().fresh.remove(id);
+        let known = if fresh {
+            Vec::new()
+        } else {
+            loopdev::find_by_backing(file.as_fd()).map_err(failed(id, "look for its loop device"))?
+        };
+        for found in known {
             // Checked again once it is open: its number may meanwhile belong to another file.
             if !found.read_only
                 && let Some(device) = LoopDevice::open_bound(found.number, file.as_fd())
                     .map_err(failed(id, "open its loop device"))?
             {
-                return Ok(device);
+                return Ok((device, true));
             }
         }
         let length = file.metadata().map_err(DriverError::io("measure", self.layout.layer(id)))?.len();
@@ -396,39 +453,9 @@ impl Mounts {
             name: self.device_name(id)?,
             ..LoopSpec::default()
         };
-        loopdev::attach(file.as_fd(), &spec).map_err(failed(id, "attach its sandbox"))
-    }
-
-    pub(super) fn release_disk(&self, id: &LayerId) -> Result<(), DriverError> {
-        {
-            let mut state = self.state.lock();
-            match state.disks.get_mut(id) {
-                Some(uses) if *uses > 1 => {
-                    *uses -= 1;
-                    return Ok(());
-                }
-                Some(_) => {}
-                None => return Ok(()),
-            }
-        }
-        let target = self.layout.mount_point(id);
-        let unmounted = self.thaw_disk(id).and_then(|()| {
-            // A mount namespace that copied this mount, such as that of a container or a service, keeps the file system
-            // alive, and then the unmount writes nothing back: a Diff would read an old state from the file.
-            if let Err(error) = mount::syncfs(&target) {
-                tracing::warn!(%id, error = %with_causes(&error), "cannot sync a disk before its unmount");
-            }
-            // With userns-remap, there is an id-mapped mount on top of the plain one.
-            unmount_all(&target).map_err(failed(id, "unmount its disk"))
-        });
-        let mut state = self.state.lock();
-        if unmounted.is_ok() {
-            state.disks.remove(id);
-            let _ = fs::remove_dir(&target);
-        } else {
-            state.disks.insert(id.clone(), 0);
-        }
-        unmounted
+        loopdev::attach(file.as_fd(), &spec)
+            .map(|device| (device, false))
+            .map_err(failed(id, "attach its sandbox"))
     }
 
     /// Unmounts every view whose layers' gates are closed, for Cleanup; returns the references that each still had.
@@ -473,6 +500,19 @@ impl Drop for HeldDisks<'_> {
     }
 }
 
+/// Refuses a sandbox whose file system has stopped after an error: a mount namespace that copied its mount has kept it
+/// alive since, and the kernel mounts the same file system again, read-only at its first write.
+fn takes_writes(target: &Path) -> Result<(), DriverError> {
+    /// What cannot be done, and what to do.
+    const ACTION: &str = "write to a sandbox that stopped after an error and that another mount namespace keeps mounted \
+                          (end the processes there), at";
+    let written = File::open(target).and_then(|root| root.set_modified(SystemTime::now()));
+    written.map_err(|source| {
+        let _ = mount::umount(target, true);
+        DriverError::io(ACTION, target)(source)
+    })
+}
+
 /// Unmounts; a mount that is still in use leaves its path now, and goes away with its last user.
 pub(super) fn unmount(target: &Path) -> Result<(), SysError> {
     match mount::umount(target, false) {
@@ -483,8 +523,17 @@ pub(super) fn unmount(target: &Path) -> Result<(), SysError> {
     }
 }
 
+/// Whether something is mounted at `place`.
+pub(super) fn is_mounted(place: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|m| m.dev()).ok();
+    match (device(place), place.parent().and_then(device)) {
+        (Some(own), Some(above)) => own != above,
+        _ => false,
+    }
+}
+
 /// Unmounts everything that is mounted at a place, one on top of the other.
-fn unmount_all(target: &Path) -> Result<(), SysError> {
+pub(super) fn unmount_all(target: &Path) -> Result<(), SysError> {
     /// A plain and an id-mapped disk are two; there are more only if they were mounted from outside.
     const STACKED: usize = 16;
     for _ in 0..STACKED {
@@ -520,7 +569,7 @@ fn handed_out(id: &LayerId, culprit: &LayerId) -> DriverError {
 }
 
 pub(super) fn create_dir(path: &Path) -> Result<(), DriverError> {
-    match fs::create_dir(path) {
+    match files::create_dir(path) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(DriverError::io("create", path)(e)),
         _ => Ok(()),
     }

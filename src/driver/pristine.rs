@@ -17,7 +17,7 @@
 
 use super::{DriverError, home::Home, sandbox::ROOT_PERMISSIONS};
 use crate::{
-    store::{Layer, LayerId, LayerMeta, LayerState, layout},
+    store::{Layer, LayerId, LayerMeta, LayerState, files, layout},
     svm::{BlankRoot, Purpose},
 };
 use std::{io, sync::Arc};
@@ -65,7 +65,7 @@ impl Home {
             })?;
             for name in [layout::SANDBOX_FILE, layout::SANDBOX_VHDX_FILE] {
                 let path = home.store.layout().layer_file(id, name);
-                match std::fs::remove_file(&path) {
+                match files::remove_file(&path) {
                     Err(e) if e.kind() != io::ErrorKind::NotFound => {
                         return Err(DriverError::io("delete the unwritten sandbox", &path)(e));
                     }

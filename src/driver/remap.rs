@@ -9,7 +9,7 @@
 //! otherwise the first container would fail, with an error that explains nothing. Called by `home`.
 
 use super::DriverError;
-use crate::{error::Attempt, store::InitRecord};
+use crate::{error::Attempt, store::InitRecord, svm::IdRange};
 use lcow_sys::linux::idmap::user_namespace;
 use std::{os::fd::OwnedFd, sync::Arc};
 
@@ -24,10 +24,17 @@ pub(super) fn namespace(init: &InitRecord) -> Result<Option<Arc<OwnedFd>>, Drive
     if init.uid_maps.is_empty() && init.gid_maps.is_empty() {
         return Ok(None);
     }
+    namespace_of(&init.uid_maps, &init.gid_maps).map(|namespace| Some(Arc::new(namespace)))
+}
+
+/// A namespace with these maps.
+///
+/// # Errors
+/// As [`namespace`].
+pub(super) fn namespace_of(uids: &[IdRange], gids: &[IdRange]) -> Result<OwnedFd, DriverError> {
     check_kernel(&rustix::system::uname().release().to_string_lossy())?;
-    let made = user_namespace(&init.uid_maps, &init.gid_maps);
-    let namespace = made.map_err(Attempt::on_path("make a user namespace for the maps of", "Init"))?;
-    Ok(Some(Arc::new(namespace)))
+    let made = user_namespace(uids, gids);
+    Ok(made.map_err(Attempt::on_path("make a user namespace for", "id maps"))?)
 }
 
 /// Refuses a kernel release, as `uname -r` prints it, that is too old. One that cannot be parsed passes: its mounts will
@@ -40,8 +47,9 @@ fn check_kernel(release: &str) -> Result<(), DriverError> {
     }
     let (least, and) = OVERLAY_ON_MAPPED;
     Err(DriverError::Usage(format!(
-        "userns-remap needs Linux {least}.{and} or newer, whose overlayfs accepts id-mapped layers, and this kernel is \
-         {release}; update the kernel, or start the engine without --userns-remap"
+        "containers in user namespaces (userns-remap; with containerd, remap-ids and pods with hostUsers: false) need Linux \
+         {least}.{and} or newer, whose overlayfs accepts id-mapped layers, and this kernel is {release}; update the kernel, \
+         or start dockerd without --userns-remap, the pod with hostUsers: true"
     )))
 }
 
@@ -50,14 +58,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn userns_remap_is_refused_in_plain_words_on_kernels_before_5_19() {
+    fn mapped_ids_are_refused_in_plain_words_on_kernels_before_5_19() {
         for release in ["5.19.0", "5.19", "6.1.0-18-amd64", "10.0-rc1", "unknown", "6", ""] {
             assert!(check_kernel(release).is_ok(), "{release}");
         }
         for release in ["5.18.19", "5.10.0-28-cloud-amd64", "4.19.1", "5.9"] {
             let error = check_kernel(release).unwrap_err().to_string();
             assert!(
-                error.contains("5.19") && error.contains(release) && error.contains("--userns-remap"),
+                ["5.19", release, "--userns-remap", "hostUsers"].iter().all(|part| error.contains(part)),
                 "{error}"
             );
         }

@@ -5,9 +5,9 @@
 //! rather than closed: `--root /var` must not lock all users out of `/var`.
 
 use super::{DriverError, LAST_INIT};
-#[cfg(unix)]
-use crate::store::guard;
 use crate::store::{Marker, StoreError, layout};
+#[cfg(unix)]
+use crate::store::{files, guard};
 #[cfg(unix)]
 use std::ffi::OsString;
 use std::{
@@ -21,11 +21,10 @@ pub(super) fn prepare(root: &Path, home: Option<&Path>) -> Result<(), DriverErro
     match fs::symlink_metadata(root) {
         Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let mut builder = fs::DirBuilder::new();
-            builder.recursive(true);
             #[cfg(unix)]
-            std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-            builder.create(root).map_err(DriverError::io("create", root))?;
+            files::create_top_dir(root, true)?;
+            #[cfg(windows)]
+            fs::DirBuilder::new().recursive(true).create(root).map_err(DriverError::io("create", root))?;
         }
         Err(e) => return Err(DriverError::io("look at", root)(e)),
     }

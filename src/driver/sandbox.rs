@@ -9,12 +9,15 @@
 //! sandbox with the attributes set here to decide whether it was ever written. Called by `lifecycle` and `views`.
 
 use super::DriverError;
+#[cfg(target_os = "linux")]
+use crate::store::SnapshotUsage;
 use crate::{
     config::MountKind,
-    store::{LayerId, Layout, durable, layout},
+    store::{LayerId, Layout, files, layout},
 };
 use ext4_image::{Timestamp, format::BlankOptions, writer::Attributes};
 use std::{
+    fs::File,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -42,23 +45,34 @@ pub(super) fn path(layout: &Layout, id: &LayerId) -> PathBuf {
 }
 
 /// Writes and syncs a blank sandbox of `bytes` in `directory`: a sparse fixed VHD for the host, or a VHDX for virtual
-/// machines. A VHDX is never sparse; it grows by itself. `root` are the host's ids of the containers' root.
+/// machines. The caller syncs the directory. A VHDX is never sparse; it grows by itself. `root` are the host's ids of the containers' root.
 pub(super) fn write(
     directory: &Path,
     bytes: u64,
     mount: MountKind,
     root: (u32, u32),
 ) -> Result<(), DriverError> {
+    let (path, file) = write_unsynced(directory, bytes, mount, root)?;
+    files::sync_file(&file, &path).map_err(DriverError::io("sync the sandbox", &path))
+}
+
+/// As [`write`], for callers that sync the directory and its files themselves.
+pub(super) fn write_unsynced(
+    directory: &Path,
+    bytes: u64,
+    mount: MountKind,
+    root: (u32, u32),
+) -> Result<(PathBuf, File), DriverError> {
     let path = directory.join(file_name(mount));
-    let write = || -> std::io::Result<()> {
-        let file = durable::create_private(&path)?;
+    let write = || -> std::io::Result<File> {
+        let file = files::create_private(&path)?;
         let uuid = uuid::Uuid::new_v4();
         let blank = ext4_image::format::blank(bytes, &blank_options(bytes, uuid, root))
             .map_err(std::io::Error::other)?;
         if mount == MountKind::None {
             let disk = vhdx::CreateOptions::new(bytes, uuid);
             vhdx::create(&file, &disk, &blank).map_err(std::io::Error::other)?;
-            return file.sync_all();
+            return Ok(file);
         }
         let footer = vhd::Footer::new(bytes, 0, uuid.into_bytes()).map_err(std::io::Error::other)?.to_bytes();
         disk_io::WriteAt::set_len(&file, bytes + vhd::FOOTER_SIZE as u64)?;
@@ -66,11 +80,24 @@ pub(super) fn write(
             disk_io::WriteAt::write_all_at(&file, data, *offset)?;
         }
         disk_io::WriteAt::write_all_at(&file, &footer, bytes)?;
-        file.sync_all()
+        Ok(file)
     };
-    write().map_err(DriverError::io("format the sandbox", &path))?;
-    Ok(durable::sync_dir(directory)?)
+    let file = write().map_err(DriverError::io("format the sandbox", &path))?;
+    Ok((path, file))
 }
+
+/// What was written to a mounted sandbox: what its file system says, less what a blank one has.
+#[cfg(target_os = "linux")]
+pub(super) fn usage_of(space: lcow_sys::linux::mount::Space) -> SnapshotUsage {
+    let bytes = space.total.saturating_sub(space.free);
+    let inodes = space.inodes.saturating_sub(space.inodes_free);
+    SnapshotUsage { bytes: bytes.saturating_sub(BLANK.bytes), inodes: inodes.saturating_sub(BLANK.inodes) }
+}
+
+/// What `statfs` counts in a blank sandbox, without the directory that containers write to: a block each for the root and
+/// [`WORK`], and the inodes of these and the nine that ext4 reserves besides the root.
+#[cfg(target_os = "linux")]
+const BLANK: SnapshotUsage = SnapshotUsage { bytes: 2 * 4096, inodes: 11 };
 
 /// The file system of a blank sandbox: directories `upper` and `work`. Overlayfs takes mode and owner of the
 /// containers' `/` from `upper`, which therefore belongs to the containers' root.
@@ -104,5 +131,49 @@ fn blank_options(bytes: u64, uuid: uuid::Uuid, (uid, gid): (u32, u32)) -> BlankO
         journal_bytes: Some((bytes / JOURNAL_PART).clamp(MIN_JOURNAL, MAX_JOURNAL)),
         // The field has 32 bits; it is informative only.
         mkfs_time: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use lcow_sys::linux::{
+        loopdev::{self, LoopSpec},
+        mount::{self, Ext4Options},
+    };
+    use std::os::fd::AsFd;
+
+    /// Unmounts at the end, also of a test that fails.
+    struct Mounted(PathBuf);
+
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = mount::umount(&self.0, true);
+        }
+    }
+
+    #[test]
+    fn a_blank_sandbox_takes_what_an_empty_upper_directory_takes_whatever_its_size() {
+        for bytes in [16 << 20, 64 << 20, 1 << 30, 20 << 30, 2040 << 30] {
+            let folder = tempfile::tempdir().unwrap();
+            write(folder.path(), bytes, MountKind::Overlay, (0, 0)).unwrap();
+            let path = folder.path().join(file_name(MountKind::Overlay));
+            let file = File::options().read(true).write(true).open(path).unwrap();
+            let spec = LoopSpec {
+                sizelimit: bytes,
+                autoclear: true,
+                name: "lcow-test".into(),
+                ..LoopSpec::default()
+            };
+            let device = loopdev::attach(file.as_fd(), &spec).expect("loop devices need root");
+            let target = folder.path().join("mnt");
+            std::fs::create_dir(&target).unwrap();
+            mount::mount_ext4(&device.path, &target, Ext4Options::default()).unwrap();
+            let mounted = Mounted(target);
+            let usage = || usage_of(mount::space(&mounted.0).unwrap());
+            assert_eq!(usage(), SnapshotUsage { bytes: 4096, inodes: 1 }, "{bytes}");
+            std::fs::write(mounted.0.join(UPPER).join("file"), vec![1; 1 << 20]).unwrap();
+            assert_eq!(usage(), SnapshotUsage { bytes: 4096 + (1 << 20), inodes: 2 }, "{bytes}");
+        }
     }
 }

@@ -109,7 +109,7 @@ impl Driver {
         let file = |name: &str| home.store.layout().layer_file(id, name);
         let opener = home.clone();
         let (image, record) = blocking(move || opener.exact_disks(&snapshot)).await?;
-        let applied = meta.applied.ok_or_else(|| {
+        let applied = meta.applied.clone().ok_or_else(|| {
             CorruptFile::new(
                 file(layout::META_FILE),
                 "state is 'applied', but the field 'applied' is missing",

@@ -113,6 +113,7 @@ impl Home {
     #[cfg(target_os = "linux")]
     async fn get_view(self: Arc<Self>, id: LayerId, label: String) -> Result<PathBuf, DriverError> {
         self.check_owners(&id).await?;
+        self.grow_put_off(&id).await;
         let gates = self.close_stack(&id).await?;
         gates
             .run(move |thread, gates| {
@@ -169,6 +170,7 @@ impl Home {
                 .run(move |_, gates| {
                     let put = self.mounts.put_view(&gates, &id);
                     self.release_stuck(&gates);
+                    self.mounts.trim_kept(&self.gates, Some(&gates));
                     put
                 })
                 .await
