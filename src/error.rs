@@ -49,6 +49,26 @@ pub enum Kind {
     Internal,
 }
 
+impl Kind {
+    /// Its name in replies and log lines; part of the interface.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Usage => "usage",
+            Self::NotFound => "not-found",
+            Self::State => "state",
+            Self::Corrupt => "corrupt",
+            Self::Unsupported => "unsupported",
+            Self::Limit => "limit",
+            Self::NoSpace => "no-space",
+            Self::Busy => "busy",
+            Self::Io => "io",
+            Self::ServiceVm => "service-vm",
+            Self::Cancelled => "cancelled",
+            Self::Internal => "internal",
+        }
+    }
+}
+
 /// An error whose kind is known.
 pub trait Fault: std::error::Error {
     /// What sort of failure it is.

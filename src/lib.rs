@@ -5,14 +5,14 @@
 //! them.
 //!
 //! ```text
-//!            dockerd, curl                                        operator
-//!                 │ POST /GraphDriver.*                               │ layer … store … call …
-//!   ┌─────────────▼─────────────┐                                ┌────▼────┐
-//!   │ listen   unix socket/pipe │◄───────────────────────────────┤  cli    │
-//!   │ api      router, wire     │                                └────┬────┘
-//!   └─────────────┬─────────────┘          migrate  other drivers' images │
+//!            dockerd, curl        containerd                      operator
+//!                 │ /GraphDriver.*     │ gRPC: Snapshots, Diff         │ layer … store … call …
+//!   ┌─────────────▼────────────────────▼───┐                      ┌────▼────┐
+//!   │ listen         unix socket, pipe     │◄─────────────────────┤  cli    │
+//!   │ api  router    containerd  services  │                      └────┬────┘
+//!   └─────────────┬────────────────────────┘  migrate  other drivers' images │
 //!   ┌─────────────▼────────────────────────────────────▼──────────────▼──┐
-//!   │ driver   what a graphdriver means: create, get/put, diff, apply    │
+//!   │ driver   what a graphdriver and a snapshotter mean on layers       │
 //!   └──────┬─────────────┬────────────────────────────────────────────────┘
 //!   ┌──────▼─────┐ ┌─────▼──────┐
 //!   │ store      │ │ svm        │  pool of service VMs, backends
@@ -20,7 +20,7 @@
 //!   └────────────┘ ═ ═ ═ ╪ ═ ═ ═ jail: descriptors and frames only
 //!                  ┌─────▼──────┐
 //!                  │ svm-agent  │  the guest side
-//!                  │ layer-codec│  layer ⇄ tar, changes, exact record
+//!                  │ layer-codec│  layer ⇄ tar, changes, exact record; oci-image: images as files
 //!                  │ layer-tar  │  formats, with ext4-image, vhd-image and verity-tree
 //!                  │ disk-io    │  ReadAt, WriteAt
 //!                  └────────────┘
@@ -32,8 +32,9 @@
 //!
 //! ```text
 //! main         │ cli
-//! cli          │ api config disk-io driver ext4-image layer-codec lcow-sys listen migrate store svm svm-agent telemetry verity-tree vhd-image
+//! cli          │ api config containerd disk-io driver ext4-image layer-codec layer-recode layer-tar lcow-sys listen migrate oci-image store svm svm-agent telemetry verity-tree vhd-image
 //! api          │ driver error layer-codec store telemetry
+//! containerd   │ config containerd-api driver error telemetry
 //! migrate      │ config driver error store svm vhd-image
 //! driver       │ config disk-io error ext4-image lcow-sys store svm telemetry verity-tree vhd-image
 //! store        │ error layer-codec lcow-sys
@@ -42,13 +43,17 @@
 //! listen       │ lcow-sys
 //! config       │ layer-codec
 //! telemetry    │
-//! svm-agent    │ disk-io ext4-image layer-codec lcow-sys svm-protocol verity-tree vhd-image
-//! svm-protocol │ disk-io ext4-image layer-codec layer-tar lcow-sys verity-tree
+//! svm-agent    │ disk-io ext4-image layer-codec layer-recode lcow-sys svm-protocol verity-tree vhd-image
+//! svm-protocol │ disk-io ext4-image layer-codec layer-recode layer-tar lcow-sys verity-tree
+//! oci-image    │ disk-io layer-recode layer-tar
 //! layer-codec  │ disk-io ext4-image layer-tar verity-tree vhd-image
+//! layer-recode │ disk-io
 //! layer-tar    │ disk-io
 //! ext4-image   │ disk-io
 //! vhd-image    │ disk-io
 //! verity-tree  │ disk-io
+//! containerd-api│
+//! cri-client   │
 //! lcow-sys     │
 //! disk-io      │
 //! ```
@@ -63,8 +68,12 @@
 //! * **service VM** (SVM): where layer bytes are interpreted: a jailed worker process or a virtual machine.
 //! * **exact record**: the parts of an applied tar that the image does not hold, so that Diff returns exactly the
 //!   original bytes.
+//! * **snapshot**: what containerd calls a layer or a sandbox, with a key or a name (`snapshot.json`).
 //! * **canonical diff**: the only tar that represents a written layer, wherever it is made.
+//!
+//! The whole glossary is in `docs/architecture.md`.
 
+#![forbid(unsafe_code)]
 #![cfg_attr(
     not(target_os = "linux"),
     allow(
@@ -84,6 +93,7 @@ pub(crate) mod error;
 pub mod svm;
 
 pub(crate) mod api;
+pub mod containerd;
 pub(crate) mod driver;
 pub(crate) mod listen;
 #[cfg(target_os = "linux")]

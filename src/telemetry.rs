@@ -175,8 +175,10 @@ pub struct Gauges {
     pub layers: u64,
     /// Merged views that are mounted.
     pub mounts: u64,
-    /// Images and sandboxes that are mounted.
+    /// Images and sandboxes that are mounted for views.
     pub disks: u64,
+    /// Images that stay mounted for the next view.
+    pub kept: u64,
     /// Running service VMs, spares included.
     pub service_vms: u64,
     /// Spares.
@@ -247,10 +249,11 @@ impl Metrics {
         );
         registry.register_with_unit("diff_sent", "Tar bytes sent by Diff", Unit::Bytes, bytes_out.clone());
         type Row = (&'static str, &'static str, ReadGauge);
-        let rows: [Row; 11] = [
+        let rows: [Row; 12] = [
             ("layers", "Layers in the current store", |g| g.layers),
             ("mounts", "Mounted merged views", |g| g.mounts),
-            ("disks", "Mounted images and sandboxes", |g| g.disks),
+            ("disks", "Images and sandboxes that are mounted for views", |g| g.disks),
+            ("disks_kept", "Images that stay mounted for the next view", |g| g.kept),
             ("service_vms", "Running service VMs, spares included", |g| g.service_vms),
             ("service_vm_spares", "Spare service VMs", |g| g.spares),
             ("service_vm_boots", "Service VMs started since the program's start, in any way", |g| g.boots),

@@ -4,6 +4,7 @@
 //!   head ─► Called (number, endpoint) ─► handler names the layer ─► reply ─► finished: counted, logged at debug
 //!                                                     │ failed, cut, or the client hung up
 //!                                                     └──► one line at warn: request, endpoint, layer, seconds, error
+//!   whatever driver, store and service VM log on the way is within the span "request", with the same fields
 //! ```
 //!
 //! Invariants: each request that does not succeed has exactly one such line, and its reply, if there is one, carries
@@ -48,24 +49,37 @@ struct Inner {
     endpoint: String,
     layer: OnceLock<String>,
     begin: Instant,
+    /// What is logged on the way carries it, so that it can be joined to the request. Of the highest level, so that no
+    /// filter which lets a warning through leaves it out.
+    span: tracing::Span,
     told: Mutex<bool>,
 }
 
 impl Called {
     pub(super) fn new(context: Context, endpoint: String) -> Self {
+        let number = number();
+        let span = tracing::error_span!("request", request = number, endpoint, layer = tracing::field::Empty);
         Self(Arc::new(Inner {
             context,
-            number: number(),
+            number,
             endpoint,
             layer: OnceLock::new(),
             begin: Instant::now(),
+            span,
             told: Mutex::new(false),
         }))
     }
 
     /// Records the layer that the request is about.
     pub(super) fn names(&self, layer: &str) {
-        let _ = self.0.layer.set(layer.to_owned());
+        if self.0.layer.set(layer.to_owned()).is_ok() {
+            self.0.span.record("layer", layer);
+        }
+    }
+
+    /// The span of all work for this request.
+    pub(super) fn span(&self) -> tracing::Span {
+        self.0.span.clone()
     }
 
     pub(super) fn number(&self) -> &str {
@@ -81,6 +95,7 @@ impl Called {
     pub(super) fn finished(&self, status: StatusCode) {
         if self.0.tell(Outcome::Done) {
             tracing::debug!(
+                parent: None,
                 request = self.0.number,
                 endpoint = self.0.endpoint,
                 layer = self.0.layer(),
@@ -99,6 +114,7 @@ impl Called {
     /// Logs that an operation failed after its client had hung up.
     pub(super) fn failed_alone(&self, error: &str) {
         tracing::warn!(
+            parent: None,
             request = self.0.number,
             endpoint = self.0.endpoint,
             layer = self.0.layer(),
@@ -126,6 +142,7 @@ impl Inner {
     fn failed(&self, status: Option<StatusCode>, outcome: Outcome, error: &str) {
         if self.tell(outcome) {
             tracing::warn!(
+                parent: None,
                 request = self.number,
                 endpoint = self.endpoint,
                 layer = self.layer(),

@@ -1,4 +1,4 @@
-//! The HTTP endpoints: `/Plugin.Activate`, `/GraphDriver.*`, `/healthz`, `/metrics`, `/svm`.
+//! The HTTP endpoints: `/Plugin.Activate`, `/GraphDriver.*`, `/healthz`, `/metrics`, `/svm`, `/Lcow.*` (for the command line).
 //!
 //! ```text
 //!   POST /GraphDriver.X ─► router ─► extractor (ignores Content-Type, bounds the body)
@@ -21,7 +21,7 @@ mod wire;
 pub use serve::serve;
 
 use crate::{
-    driver::{Driver, LayerRequest as DriverRequest},
+    driver::{Driver, LayerRequest as DriverRequest, SandboxGrown},
     error::with_causes,
     store::InitRecord,
     telemetry::{Metrics, Outcome},
@@ -40,6 +40,7 @@ use futures_util::StreamExt;
 use reply::{Failure, Ignored, Json, Reply};
 use std::{path::PathBuf, sync::Arc};
 use tower_http::catch_panic::CatchPanicLayer;
+use tracing::Instrument as _;
 
 /// What every handler shares.
 #[derive(Debug, Clone)]
@@ -52,7 +53,10 @@ pub struct Context {
 
 /// The whole service.
 pub fn router(context: Context) -> Router {
-    Router::new()
+    let router = Router::new();
+    #[cfg(target_os = "linux")]
+    let router = router.route("/Lcow.Trim", post(trim));
+    router
         .route("/Plugin.Activate", post(activate))
         .route("/GraphDriver.Init", post(init))
         .route("/GraphDriver.Capabilities", post(capabilities))
@@ -69,9 +73,11 @@ pub fn router(context: Context) -> Router {
         .route("/GraphDriver.Changes", post(changes))
         .route("/GraphDriver.DiffSize", post(diff_size))
         .route("/GraphDriver.ApplyDiff", post(apply_diff))
+        .route("/Lcow.Grow", post(grow))
         .route("/healthz", get(healthz))
         .route("/metrics", get(metrics))
         .route("/svm", get(service_vms))
+        .route("/unmount-idle", post(unmount_idle))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(CatchPanicLayer::custom(panicked))
@@ -89,7 +95,8 @@ async fn observe(State(context): State<Context>, mut request: Request, next: Nex
         .map_or_else(|| "unknown".to_owned(), |path| path.as_str().trim_start_matches('/').to_owned());
     let called = Called::new(context, endpoint);
     request.extensions_mut().insert(called.clone());
-    let mut response = next.run(request).await;
+    let span = called.span();
+    let mut response = next.run(request).instrument(span).await;
     if let Some(failure) = response.extensions_mut().remove::<Failure>() {
         return failure.reply(&called);
     }
@@ -113,12 +120,15 @@ async fn to_the_end<T: Send + 'static, E: Into<Failure> + Send + 'static>(
     work: impl Future<Output = Result<T, E>> + Send + 'static,
 ) -> Result<T, Failure> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
-    let task = tokio::spawn(async move {
-        let result = work.await.map_err(Into::into);
-        if let Err(Err(failure)) = sender.send(result) {
-            called.failed_alone(&failure.log);
+    let task = tokio::spawn(
+        async move {
+            let result = work.await.map_err(Into::into);
+            if let Err(Err(failure)) = sender.send(result) {
+                called.failed_alone(&failure.log);
+            }
         }
-    });
+        .in_current_span(),
+    );
     if let Ok(result) = receiver.await {
         return result;
     }
@@ -298,6 +308,28 @@ async fn healthz(State(context): State<Context>) -> Response {
     }
 }
 
+/// Makes a sandbox larger; for `lcow-graphdriver store grow`, not for dockerd.
+async fn grow(
+    State(context): State<Context>,
+    called: Called,
+    Json(request): Json<wire::GrowRequest>,
+) -> Answer<wire::Done<SandboxGrown>> {
+    let work = async move { context.driver.grow(&request.id, request.bytes, request.at_next_start).await };
+    let done = to_the_end(called, work).await?;
+    Ok(Reply(wire::Done { done, err: String::new() }))
+}
+
+/// Gives back what mounted sandboxes do not use; for `lcow-graphdriver store trim`, not for dockerd.
+#[cfg(target_os = "linux")]
+async fn trim(
+    State(context): State<Context>,
+    called: Called,
+    Json(request): Json<wire::TrimRequest>,
+) -> Answer<wire::Done<Vec<crate::driver::Trimmed>>> {
+    let done = to_the_end(called, async move { context.driver.trim(request.id.as_deref()).await }).await?;
+    Ok(Reply(wire::Done { done, err: String::new() }))
+}
+
 /// The running service VMs and the end of their console output; for `lcow-graphdriver svm`, not for dockerd.
 async fn service_vms(State(context): State<Context>) -> Response {
     let vms = context.driver.service_vms().into_iter();
@@ -311,6 +343,12 @@ async fn service_vms(State(context): State<Context>) -> Response {
         Ok(text) => ([(header::CONTENT_TYPE, "application/json")], text).into_response(),
         Err(e) => Failure::new(StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
     }
+}
+
+/// For `lcow-graphdriver store unmount-idle`.
+async fn unmount_idle(State(context): State<Context>) -> Reply<wire::Outcome> {
+    context.driver.unmount_idle().await;
+    Reply(wire::Outcome::default())
 }
 
 async fn metrics(State(context): State<Context>) -> Response {

@@ -41,13 +41,15 @@ pub(super) struct Failure {
     answer: String,
     /// For the log: the answer and what only an operator can use.
     pub(super) log: String,
+    kind: Kind,
     pub(super) outcome: Outcome,
 }
 
 impl Failure {
     pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
         let answer = message.into();
-        Self { status, log: answer.clone(), answer, outcome: Outcome::Failed }
+        let kind = if status.is_client_error() { Kind::Usage } else { Kind::Internal };
+        Self { status, log: answer.clone(), answer, kind, outcome: Outcome::Failed }
     }
 
     pub(super) fn bad_request(message: impl Into<String>) -> Self {
@@ -58,7 +60,7 @@ impl Failure {
     pub(super) fn reply(self, called: &Called) -> Response {
         called.failed(Some(self.status), self.outcome, &self.log);
         let err = format!("{} (request {})", self.answer, called.number());
-        let mut response = Reply(Told { err }).into_response();
+        let mut response = Reply(Told { err, code: Some(self.kind.name()) }).into_response();
         *response.status_mut() = self.status;
         response.headers_mut().insert(HEADER, called.header());
         response
@@ -67,11 +69,12 @@ impl Failure {
 
 impl From<DriverError> for Failure {
     fn from(error: DriverError) -> Self {
-        let status = match error.kind() {
+        let kind = error.kind();
+        let status = match kind {
             Kind::Usage => StatusCode::BAD_REQUEST,
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        Self { status, answer: with_causes(&error), log: error.for_log(), outcome: outcome_of(&error) }
+        Self { status, answer: with_causes(&error), log: error.for_log(), kind, outcome: outcome_of(&error) }
     }
 }
 

@@ -17,7 +17,7 @@
 //! Called by `cli`. hyper's own timeout for heads is not used: it closes idle connections as well.
 
 use super::{Context, called, router};
-use crate::telemetry::Outcome;
+use crate::{driver::Clients, telemetry::Outcome};
 use axum::{
     body::Body,
     http::{HeaderValue, header},
@@ -72,6 +72,16 @@ pub async fn serve<L>(
 {
     let service = TowerToHyperService::new(router(context.clone()));
     let (stopping, cut, tasks) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
+    let clients = Clients::default();
+    let idle = {
+        let (clients, driver) = (clients.clone(), context.driver.clone());
+        tokio::spawn(async move {
+            loop {
+                clients.all_gone().await;
+                driver.unmount_idle().await;
+            }
+        })
+    };
     let mut stop = pin!(stop);
     loop {
         let io = tokio::select! {
@@ -80,9 +90,14 @@ pub async fn serve<L>(
             (io, _) = listener.accept() => io,
         };
         let signals = Signals { stopping: stopping.clone(), cut: cut.clone() };
-        tasks.spawn(connection(io, service.clone(), context.clone(), signals));
+        let (client, served) = (clients.arrive(), connection(io, service.clone(), context.clone(), signals));
+        tasks.spawn(async move {
+            served.await;
+            drop(client);
+        });
     }
     drop(listener);
+    idle.abort();
     stopping.cancel();
     tasks.close();
     if timeout(limit, tasks.wait()).await.is_err() {

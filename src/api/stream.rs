@@ -25,6 +25,7 @@ use tokio::{
     time::{error::Elapsed, timeout},
 };
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument as _;
 
 /// Chunks between the pump and the connection. Chunks have at most 1 MiB.
 const PUMP_CHUNKS: usize = 4;
@@ -85,7 +86,7 @@ pub(super) fn outgoing(
 ) -> Body {
     let (sender, receiver) = mpsc::channel::<Result<Part, io::Error>>(PUMP_CHUNKS);
     let pumped = called.clone();
-    let pump = tokio::spawn(async move {
+    let pump = async move {
         let mut stream = std::pin::pin!(stream);
         let mut sent = 0;
         loop {
@@ -116,7 +117,8 @@ pub(super) fn outgoing(
                 }
             }
         }
-    });
+    };
+    let pump = tokio::spawn(pump.in_current_span());
     // The request ends with this body; if the body is dropped earlier, the client hung up.
     let state = Some((receiver, AbortOnDropHandle::new(pump), called));
     Body::from_stream(futures_util::stream::unfold(state, |state| async move {

@@ -34,6 +34,29 @@ pub(super) struct LayerRequest {
     pub(super) storage_opt: Option<BTreeMap<String, String>>,
 }
 
+/// `Lcow.Grow`, for `lcow-graphdriver store grow`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct GrowRequest {
+    #[serde(rename = "ID")]
+    pub(super) id: String,
+    /// The size in bytes.
+    pub(super) bytes: u64,
+    /// Put off until the next mount what the kernel cannot do now.
+    #[serde(default)]
+    pub(super) at_next_start: bool,
+}
+
+/// `Lcow.Trim`, for `lcow-graphdriver store trim`.
+#[cfg(target_os = "linux")]
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct TrimRequest {
+    /// A layer; without it, all.
+    #[serde(default, rename = "ID")]
+    pub(super) id: Option<String>,
+}
+
 /// A request that names its subject.
 pub(super) trait Named {
     /// A layer's id, or a home.
@@ -49,6 +72,19 @@ impl Named for InitRequest {
 impl Named for LayerRequest {
     fn name(&self) -> &str {
         &self.id
+    }
+}
+
+impl Named for GrowRequest {
+    fn name(&self) -> &str {
+        &self.id
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Named for TrimRequest {
+    fn name(&self) -> &str {
+        self.id.as_deref().unwrap_or_default()
     }
 }
 
@@ -68,11 +104,22 @@ pub(super) struct Activated {
     pub(super) implements: [&'static str; 1],
 }
 
+/// A reply with a result of the driver.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct Done<T> {
+    pub(super) done: T,
+    pub(super) err: String,
+}
+
 /// A reply that reports only an error, empty on success.
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct Outcome {
     pub(super) err: String,
+    /// What sort of failure it is, by [`Kind::name`](crate::error::Kind::name), for programs; dockerd reads `Err` alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) code: Option<&'static str>,
 }
 
 /// `GraphDriver.Capabilities`: nested, where the public documentation shows it flat.

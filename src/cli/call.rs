@@ -127,11 +127,23 @@ async fn call(args: CallArgs) -> Result<ExitCode, CliError> {
 
 /// The body of the reply to a GET.
 pub(super) async fn get(endpoint: &Endpoint, path: &str) -> Result<Bytes, CliError> {
+    request(endpoint, Method::GET, path).await
+}
+
+/// The body of the reply to a POST without content.
+pub(super) async fn post(endpoint: &Endpoint, path: &str) -> Result<Bytes, CliError> {
+    request(endpoint, Method::POST, path).await
+}
+
+async fn request(endpoint: &Endpoint, method: Method, path: &str) -> Result<Bytes, CliError> {
     let stream = connect(endpoint).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let driven = tokio::spawn(connection);
-    let request =
-        Request::builder().uri(path).header(hyper::header::HOST, "").body(Full::new(Bytes::new()))?;
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(hyper::header::HOST, "")
+        .body(Full::new(Bytes::new()))?;
     let response = sender.send_request(request).await?;
     let status = response.status();
     let body = response.into_body().collect().await?.to_bytes();
@@ -140,6 +152,30 @@ pub(super) async fn get(endpoint: &Endpoint, path: &str) -> Result<Bytes, CliErr
         return Err(format!("the plugin replied {status}: {}", String::from_utf8_lossy(&body)).into());
     }
     Ok(body)
+}
+
+/// The field `Done` of the reply to a POST of `json`; `None` if no plugin listens at the endpoint.
+pub(super) async fn done(
+    endpoint: &Endpoint,
+    method: &str,
+    json: &serde_json::Value,
+) -> Result<Option<serde_json::Value>, CliError> {
+    let Ok(stream) = connect(endpoint).await else { return Ok(None) };
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let driven = tokio::spawn(connection);
+    let request = Request::builder()
+        .method(Method::POST)
+        .uri(format!("/{method}"))
+        .header(hyper::header::HOST, "")
+        .body(Full::new(Bytes::from(serde_json::to_vec(json)?)))?;
+    let response = sender.send_request(request).await?;
+    let body = response.into_body().collect().await?.to_bytes();
+    driven.abort();
+    let mut reply: serde_json::Value = serde_json::from_slice(&body)?;
+    match reply.get("Err").and_then(|e| e.as_str()) {
+        Some(error) if !error.is_empty() => Err(error.to_owned().into()),
+        _ => Ok(Some(reply["Done"].take())),
+    }
 }
 
 /// Bytes of a reply that are searched for an `Err`.

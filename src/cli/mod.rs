@@ -4,12 +4,15 @@
 //!   lcow-graphdriver serve    the plugin                          listen ─► api ─► driver
 //!                    store    list, check, repair, import         store, driver (scrub), migrate (import)
 //!                    layer    convert one layer on files          diff
+//!                    image    look into container images          oci-image
 //!                    call     one request to a running plugin     HTTP client on its socket or pipe
 //!                    svm      service VMs: list, console, bench   the same client; svm for bench
 //!                    service  install, start, stop (Windows)      the service manager
 //!                    config   check, dump, template               config
+//!                    containerd-config   print and check containerd's configuration
 //!                    completions, man   for shells and manuals    clap
 //!                    worker   (hidden) the embedded service VM    agent
+//!                    confined (hidden) another command in a jail  the same command
 //! ```
 //!
 //! clap parses the command line. Results go to standard output (tables for people, `--json` for programs), messages to
@@ -18,12 +21,16 @@
 
 mod call;
 mod config;
+mod confined;
+mod containerd_config;
 mod generate;
+mod image;
 #[cfg(target_os = "linux")]
 mod import;
 #[cfg(target_os = "linux")]
 mod import_engine;
 mod layer;
+mod listing;
 mod output;
 mod serve;
 #[cfg(windows)]
@@ -49,6 +56,25 @@ pub const DEFAULT_SOCKET: &str = "/run/docker/plugins/lcow.sock";
 #[cfg(windows)]
 pub const DEFAULT_PIPE: &str = r"\\.\pipe\lcow";
 
+/// Default directory of containerd's snapshots.
+#[cfg(unix)]
+pub const DEFAULT_CONTAINERD_ROOT: &str = "/var/lib/lcow/containerd";
+/// Default directory of containerd's snapshots.
+#[cfg(windows)]
+pub const DEFAULT_CONTAINERD_ROOT: &str = r"C:\ProgramData\lcow\containerd";
+/// containerd's root (`defaults.DefaultRootDir`).
+#[cfg(unix)]
+pub const DEFAULT_CONTAINERD_DATA: &str = "/var/lib/containerd";
+/// containerd's root (`defaults.DefaultRootDir`).
+#[cfg(windows)]
+pub const DEFAULT_CONTAINERD_DATA: &str = r"C:\ProgramData\containerd\root";
+/// Where containerd listens (`defaults.DefaultAddress`).
+#[cfg(unix)]
+pub const DEFAULT_CONTAINERD_ADDRESS: &str = "/run/containerd/containerd.sock";
+/// Where containerd listens (`defaults.DefaultAddress`).
+#[cfg(windows)]
+pub const DEFAULT_CONTAINERD_ADDRESS: &str = r"\\.\pipe\containerd-containerd";
+
 /// An error that ends a command; it is printed with its causes.
 pub(crate) type CliError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -72,6 +98,9 @@ enum Command {
     /// Converts single layers between tars and images, as files.
     #[command(subcommand)]
     Layer(layer::LayerCommand),
+    /// Looks into whole container images, in layouts and archives.
+    #[command(subcommand)]
+    Image(Box<image::ImageCommand>),
     /// Sends one request to a running plugin and prints its reply.
     Call(call::CallArgs),
     /// Shows the service VMs of a running plugin, and benchmarks each kind.
@@ -84,6 +113,8 @@ enum Command {
     /// Shows and checks the options of `serve`, and prints a commented configuration file.
     #[command(subcommand)]
     Config(config::ConfigCommand),
+    /// Prints the configuration with which containerd uses this service, or checks an existing one.
+    ContainerdConfig(containerd_config::ContainerdConfigArgs),
     /// Prints shell completions.
     Completions(generate::CompletionsArgs),
     /// Writes the manual pages into a directory.
@@ -94,6 +125,14 @@ enum Command {
         /// The arguments that the parent passes.
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         args: Vec<String>,
+    },
+    /// The jailed process of another command, which starts it.
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    Confined {
+        /// The arguments of that command.
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        args: Vec<std::ffi::OsString>,
     },
     /// Confines itself and executes a virtual machine's program; started by `serve` only.
     #[cfg(target_os = "linux")]
@@ -123,6 +162,22 @@ struct ServeArgs {
     #[cfg(windows)]
     #[arg(long, env = "LCOW_PIPE_WRITE_TIMEOUT", value_name = "SECONDS", default_value_t = crate::listen::pipe::WRITE_TIMEOUT.as_secs())]
     pipe_write_timeout: u64,
+    /// The socket (Windows: named pipe) on which containerd finds its snapshotter and differ; without it, containerd is
+    /// not served.
+    #[arg(long, env = "LCOW_CONTAINERD_SOCKET", value_name = "SOCKET")]
+    containerd_socket: Option<PathBuf>,
+    /// Directory of containerd's snapshots, which are apart from the layers of dockerd.
+    #[arg(long, env = "LCOW_CONTAINERD_ROOT", value_name = "DIRECTORY", default_value = DEFAULT_CONTAINERD_ROOT)]
+    containerd_root: PathBuf,
+    /// containerd's own socket (Windows: named pipe), for the blobs of its content store.
+    #[arg(long, env = "CONTAINERD_ADDRESS", value_name = "SOCKET", default_value = DEFAULT_CONTAINERD_ADDRESS)]
+    containerd_address: PathBuf,
+    /// containerd's own root directory, for `lcow.containerd.content=file`.
+    #[arg(long, env = "LCOW_CONTAINERD_DATA", value_name = "DIRECTORY", default_value = DEFAULT_CONTAINERD_DATA)]
+    containerd_data: PathBuf,
+    /// Serves containerd only: no socket for dockerd.
+    #[arg(long, env = "LCOW_NO_DOCKER")]
+    no_docker: bool,
     /// A TOML file with options; `config template` prints one.
     #[arg(long, env = "LCOW_CONFIG")]
     config: Option<PathBuf>,
@@ -171,8 +226,16 @@ fn options_help() -> String {
 
 /// Runs the program.
 pub fn run() -> ExitCode {
-    let cli = Cli::parse();
+    run_as(std::env::args_os())
+}
+
+/// Runs the program with these arguments, the first of which is its name.
+pub fn run_as(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
+    let arguments: Vec<std::ffi::OsString> = arguments.into_iter().collect();
+    let cli = Cli::parse_from(&arguments);
     let result = match cli.command {
+        #[cfg(target_os = "linux")]
+        Command::Confined { args } => return confined::child(args, run_as),
         #[cfg(target_os = "linux")]
         Command::Launch => {
             let status = lcow_sys::linux::launch::launch_main();
@@ -180,12 +243,14 @@ pub fn run() -> ExitCode {
         }
         Command::Serve(args) => serve::run(args),
         Command::Store(command) => store::run(command),
-        Command::Layer(command) => layer::run(command),
+        Command::Layer(command) => layer::run(&command, &arguments),
+        Command::Image(command) => image::run(&command, &arguments),
         Command::Call(args) => call::run(args),
         Command::Svm(command) => svm::run(command),
         #[cfg(windows)]
         Command::Service(command) => service::run(command),
         Command::Config(command) => config::run(command),
+        Command::ContainerdConfig(args) => containerd_config::run(&args),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::Worker { args } => {
@@ -214,8 +279,18 @@ fn report(what: &str, mut cause: Option<&(dyn std::error::Error + 'static)>) {
 }
 
 /// A runtime for commands that need one.
+///
+/// tokio panics if the system gives it no thread, and then waits for ever for those that it has: the process ends before that.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|panic| {
+        let reason = panic.payload_as_str().unwrap_or("the reason is unknown");
+        eprintln!("error: cannot start the threads of the program: {reason}");
+        std::process::exit(1);
+    }));
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    std::panic::set_hook(usual);
+    runtime
 }
 
 #[cfg(test)]

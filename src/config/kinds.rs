@@ -46,6 +46,46 @@ pub enum MountKind {
     None,
 }
 
+/// `lcow.containerd.mounts`: who mounts what containerd gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotMounts {
+    /// The host: runc and whatever else mounts bind and overlay mounts.
+    Host,
+    /// A virtual machine of runhcs: one `lcow-layer` mount.
+    LcowLayer,
+    /// A virtual machine of Kata Containers' Go runtime, which takes each layer as a block device.
+    Kata,
+}
+
+/// `lcow.containerd.share`: which snapshots share one image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotSharing {
+    /// None.
+    Off,
+    /// Those whose tars have the same digest.
+    Digest,
+    /// Also those that claim the same chain, without proof that the client has the layer.
+    Ref,
+}
+
+/// `lcow.containerd.content`: how blobs are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ContentAccess {
+    /// Through containerd's content API.
+    Grpc,
+    /// As files below containerd's root.
+    File,
+}
+
+/// `lcow.containerd.extract`: what containerd gets for a snapshot that a layer is to be unpacked into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extraction {
+    /// A mount that only this program's differ uses.
+    Layer,
+    /// A writable file system, for another differ.
+    Sandbox,
+}
+
 /// `lcow.overlayapi`: how overlayfs is mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OverlayApi {
@@ -76,3 +116,7 @@ show_as!(JailKind: Auto = "auto", Strict = "strict", BestEffort = "best-effort")
 show_as!(Acceleration: Auto = "auto", Kvm = "kvm", Tcg = "tcg");
 show_as!(MountKind: Overlay = "overlay", None = "none");
 show_as!(OverlayApi: Auto = "auto", New = "new", Legacy = "legacy");
+show_as!(SnapshotMounts: Host = "host", LcowLayer = "lcow-layer", Kata = "kata");
+show_as!(SnapshotSharing: Off = "off", Digest = "digest", Ref = "ref");
+show_as!(ContentAccess: Grpc = "grpc", File = "file");
+show_as!(Extraction: Layer = "layer", Sandbox = "sandbox");

@@ -18,7 +18,10 @@ mod specs;
 mod template;
 mod values;
 
-pub use kinds::{Acceleration, JailKind, MountKind, OverlayApi, SvmKind};
+pub use kinds::{
+    Acceleration, ContentAccess, Extraction, JailKind, MountKind, OverlayApi, SnapshotMounts,
+    SnapshotSharing, SvmKind,
+};
 pub use sources::{Effective, Inputs, Place, Problem};
 pub use specs::{OptionSpec, SPECS};
 pub use template::template;
@@ -30,6 +33,8 @@ use std::{
     time::Duration,
 };
 
+/// Prefix of the options that concern containerd alone.
+pub const CONTAINERD_PREFIX: &str = "lcow.containerd.";
 /// Prefix of all options.
 pub const PREFIX: &str = "lcow.";
 /// Prefix of all environment variables of this program.
@@ -68,6 +73,10 @@ pub struct Options {
     pub guest_mount: bool,
     /// `lcow.mount`
     pub mount: MountKind,
+    /// `lcow.mount.keep`
+    pub keep_mounts: usize,
+    /// `lcow.mount.keepage`
+    pub keep_age: Duration,
     /// `lcow.overlayapi`
     pub overlay_api: OverlayApi,
     /// `lcow.xino`
@@ -90,6 +99,14 @@ pub struct Options {
     pub verity: bool,
     /// `lcow.minfree`, bytes
     pub min_free_bytes: u64,
+    /// `lcow.containerd.mounts`
+    pub snapshot_mounts: SnapshotMounts,
+    /// `lcow.containerd.extract`
+    pub extraction: Extraction,
+    /// `lcow.containerd.share`
+    pub sharing: SnapshotSharing,
+    /// `lcow.containerd.content`
+    pub content: ContentAccess,
 }
 
 impl Default for Options {
@@ -107,6 +124,8 @@ impl Default for Options {
             guest_memory_bytes: 0,
             guest_mount: false,
             mount: MountKind::None,
+            keep_mounts: 0,
+            keep_age: Duration::ZERO,
             overlay_api: OverlayApi::Auto,
             xino: false,
             profile: Profile::Default,
@@ -118,6 +137,10 @@ impl Default for Options {
             max_layer_bytes: 0,
             verity: false,
             min_free_bytes: 0,
+            snapshot_mounts: SnapshotMounts::LcowLayer,
+            extraction: Extraction::Layer,
+            sharing: SnapshotSharing::Off,
+            content: ContentAccess::Grpc,
         };
         for spec in SPECS {
             (spec.set)(&mut options, spec.default).expect("defaults are tested to be acceptable");

@@ -4,7 +4,8 @@
 //! list or tested against it. Values are parsed in `values`; a new option is described in CONTRIBUTING.md.
 
 use super::{
-    Acceleration, JailKind, MAX_SANDBOX_BYTES, MountKind, Options, OverlayApi, SvmKind,
+    Acceleration, ContentAccess, Extraction, JailKind, MAX_SANDBOX_BYTES, MountKind, Options, OverlayApi,
+    SnapshotMounts, SnapshotSharing, SvmKind,
     values::{Unit, parse_bool, parse_sandbox_size, parse_size, parse_switch, path},
 };
 use bytesize::ByteSize;
@@ -74,7 +75,7 @@ pub const SPECS: &[OptionSpec] = &[
         name: "lcow.jail",
         default: "auto",
         accepts: "strict, best-effort or auto (strict as root, otherwise best-effort)",
-        help: "Whether a worker process may start although part of its jail is missing. strict requires the system-call filter, no_new_privs, a user that owns nothing, no capabilities, closed descriptors, limits, and no reachable path: Landlock, or an empty root. No effect on virtual machines and on Windows.",
+        help: "Whether a worker process or QEMU may start although part of its jail is missing. strict requires the system-call filter, no_new_privs, a user that owns nothing, no capabilities, closed descriptors, limits, and no reachable path: Landlock, or an empty root (QEMU: one without the host's other mounts). No effect on Windows.",
         set: |o, v| {
             o.jail = match v {
                 "auto" => JailKind::Auto,
@@ -172,6 +173,22 @@ pub const SPECS: &[OptionSpec] = &[
             Some(())
         },
         show: |o| o.mount.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.mount.keep",
+        default: "0",
+        accepts: "0 to 4096",
+        help: "Most layers that stay mounted when no container uses them, so that the next one finds their files in the page cache. 0 unmounts a layer with its last container.",
+        set: |o, v| v.parse().ok().filter(|n| *n <= 4096).map(|n| o.keep_mounts = n),
+        show: |o| o.keep_mounts.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.mount.keepage",
+        default: "600",
+        accepts: "seconds, 1 or more",
+        help: "Longest time for which a layer stays mounted without a container.",
+        set: |o, v| v.parse().ok().filter(|s| *s > 0).map(|s| o.keep_age = Duration::from_secs(s)),
+        show: |o| o.keep_age.as_secs().to_string(),
     },
     OptionSpec {
         name: "lcow.overlayapi",
@@ -277,5 +294,67 @@ pub const SPECS: &[OptionSpec] = &[
         help: "Space to keep free on the home's disk: below it, new layers are refused, so that existing sandboxes can still grow.",
         set: |o, v| parse_size(v, Unit::Bytes).map(|b| o.min_free_bytes = b),
         show: |o| ByteSize(o.min_free_bytes).to_string(),
+    },
+    OptionSpec {
+        name: "lcow.containerd.mounts",
+        default: if cfg!(target_os = "linux") { "host" } else { "lcow-layer" },
+        accepts: if cfg!(target_os = "linux") { "host, lcow-layer or kata" } else { "lcow-layer" },
+        help: "What containerd gets for a container: bind and overlay mounts of this host (host), one lcow-layer mount for runhcs (lcow-layer), or block devices for Kata Containers (kata, experimental).",
+        set: |o, v| {
+            o.snapshot_mounts = match v {
+                "host" if cfg!(target_os = "linux") => SnapshotMounts::Host,
+                "kata" if cfg!(target_os = "linux") => SnapshotMounts::Kata,
+                "lcow-layer" => SnapshotMounts::LcowLayer,
+                _ => return None,
+            };
+            Some(())
+        },
+        show: |o| o.snapshot_mounts.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.containerd.extract",
+        default: "layer",
+        accepts: "layer or sandbox",
+        help: "What containerd gets for a snapshot that a layer is to be unpacked into: a mount for this program's differ only (layer), or a writable file system for another differ (sandbox).",
+        set: |o, v| {
+            o.extraction = match v {
+                "layer" => Extraction::Layer,
+                "sandbox" => Extraction::Sandbox,
+                _ => return None,
+            };
+            Some(())
+        },
+        show: |o| o.extraction.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.containerd.share",
+        default: "digest",
+        accepts: "off, digest or ref",
+        help: "Which of containerd's snapshots share one image: none, those whose tars have the same digest, or also those that claim the same chain (ref: a namespace then gets layers whose bytes it never had to show; only for nodes with one tenant).",
+        set: |o, v| {
+            o.sharing = match v {
+                "off" => SnapshotSharing::Off,
+                "digest" => SnapshotSharing::Digest,
+                "ref" => SnapshotSharing::Ref,
+                _ => return None,
+            };
+            Some(())
+        },
+        show: |o| o.sharing.to_string(),
+    },
+    OptionSpec {
+        name: "lcow.containerd.content",
+        default: "grpc",
+        accepts: "grpc or file",
+        help: "How blobs are read: through containerd's content API (grpc), or as files below its root directory (file: faster, but bypasses the policies of namespaces).",
+        set: |o, v| {
+            o.content = match v {
+                "grpc" => ContentAccess::Grpc,
+                "file" => ContentAccess::File,
+                _ => return None,
+            };
+            Some(())
+        },
+        show: |o| o.content.to_string(),
     },
 ];

@@ -35,9 +35,16 @@ pub fn template() -> String {
     text
 }
 
-/// The table and the key of an option: `lcow.pool.max` is `max` in `lcow.pool`.
-fn table(spec: &OptionSpec) -> (&'static str, &'static str) {
-    spec.name.rsplit_once('.').unwrap_or((PREFIX, spec.name))
+/// The table and the key of an option: `lcow.pool.max` is `max` in `lcow.pool`. An option cannot be a table as well, so
+/// `lcow.mount.keep` is `"mount.keep"` in `lcow`.
+fn table(spec: &OptionSpec) -> (&'static str, String) {
+    let (table, key) = spec.name.rsplit_once('.').unwrap_or((PREFIX, spec.name));
+    match table.rsplit_once('.') {
+        Some((above, name)) if SPECS.iter().any(|other| other.name == table) => {
+            (above, format!("\"{name}.{key}\""))
+        }
+        _ => (table, key.to_owned()),
+    }
 }
 
 /// A default as TOML. A literal string takes Windows paths as they are.

@@ -234,7 +234,8 @@ fn the_managed_plugin_describes_every_option() {
     let plugin: serde_json::Value =
         serde_json::from_str(include_str!("../../plugin-config.json")).expect("JSON");
     let variables = plugin["env"].as_array().expect("env");
-    for spec in SPECS {
+    // A plugin of dockerd does not serve containerd.
+    for spec in SPECS.iter().filter(|spec| !spec.name.starts_with(CONTAINERD_PREFIX)) {
         let variable = variables.iter().find(|v| v["name"] == env_name(spec.name)).expect("a variable");
         let text = format!("{} Accepts {}. Default {}.", spec.help, spec.accepts, spec.default);
         assert_eq!(variable["description"], text, "{} in plugin-config.json", spec.name);

@@ -43,6 +43,13 @@ pub enum ListenError {
         /// The name.
         path: PathBuf,
     },
+    /// gRPC clients cannot name the pipe.
+    #[cfg(windows)]
+    #[error("'{}' cannot be named by gRPC clients: they send a pipe's name as the host of their calls, and that is valid only if it ends with '@' and the name of a host; use a name like \\\\.\\pipe\\lcow@localhost", path.display())]
+    NotForGrpc {
+        /// The name.
+        path: PathBuf,
+    },
     /// The system refused an operation.
     #[error("cannot {action} the socket or pipe '{}'", path.display())]
     Io {

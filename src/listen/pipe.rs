@@ -80,6 +80,24 @@ impl PipeIncoming {
         Ok(Self { name: name.to_owned(), descriptor, write_timeout, waiting: Some(first) })
     }
 
+    /// As [`PipeIncoming::bind`], for clients of gRPC. grpc-go sends the whole name, percent-encoded, as `:authority` of
+    /// each call. `%` is not allowed in a host, and the HTTP/2 library resets such calls; before an `@` it is user
+    /// information, in which `%` is allowed (RFC 3986, section 3.2.1).
+    ///
+    /// # Errors
+    /// As there; or a name without `@` and a host behind it.
+    pub fn bind_for_grpc(name: &OsStr, sddl: &str, write_timeout: Duration) -> Result<Self, ListenError> {
+        let text = name.to_string_lossy();
+        let host = text.rsplit_once('@').map(|(before, host)| (before.len() > PREFIX.len(), host));
+        let is_host = |host: &str| {
+            !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'-')
+        };
+        if !host.is_some_and(|(is_named, host)| is_named && is_host(host)) || text.matches('@').count() != 1 {
+            return Err(ListenError::NotForGrpc { path: PathBuf::from(name) });
+        }
+        Self::bind(name, sddl, write_timeout)
+    }
+
     /// Waits for a client and makes the next instance before it hands this one over.
     async fn next(&mut self) -> io::Result<NamedPipeServer> {
         if self.waiting.is_none() {
@@ -192,6 +210,16 @@ mod tests {
         for wrong in ["lcow", r"\\.\pipe\", r"\\server\pipe\lcow", r"\\.\pipe\a\b", "/run/lcow.sock"] {
             let refused = PipeIncoming::bind(OsStr::new(wrong), DEFAULT_SECURITY, WRITE_TIMEOUT);
             assert!(matches!(refused, Err(ListenError::NotAPipe { .. })), "{wrong}");
+        }
+        for wrong in [
+            r"\\.\pipe\lcow",
+            r"\\.\pipe\lcow@",
+            r"\\.\pipe\@localhost",
+            r"\\.\pipe\lcow@a b",
+            r"\\.\pipe\a@b@localhost",
+        ] {
+            let refused = PipeIncoming::bind_for_grpc(OsStr::new(wrong), DEFAULT_SECURITY, WRITE_TIMEOUT);
+            assert!(matches!(refused, Err(ListenError::NotForGrpc { .. })), "{wrong}");
         }
         let error = PipeIncoming::bind(&name(), "D:(what)", WRITE_TIMEOUT).unwrap_err();
         assert!(matches!(error, ListenError::Io { action: "read the security of", .. }), "{error}");

@@ -15,7 +15,7 @@
 //! 20.10 to 27.
 
 use super::{Digest, MigrateError};
-use crate::store::{LayerId, durable};
+use crate::store::{LayerId, files};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -161,9 +161,9 @@ impl EngineDb {
         if descriptor.exists() {
             write(&staged.join("descriptor.json"), &bytes(&descriptor, MAX_JSON)?)?;
         }
-        durable::sync_dir(&staged)?;
+        files::sync_dir(&staged)?;
         fs::rename(&staged, &target).map_err(MigrateError::io("rename to", &target))?;
-        Ok(durable::sync_dir(&self.root.join("layerdb/sha256"))?)
+        Ok(files::sync_dir(&self.root.join("layerdb/sha256"))?)
     }
 
     /// Adds an image whose layers are present; its notes (parent, date) come first, since the image exists once its
@@ -321,7 +321,7 @@ fn text(path: &Path, limit: u64) -> Result<String, MigrateError> {
 
 /// Creates a new file and syncs it.
 fn write(path: &Path, bytes: &[u8]) -> Result<(), MigrateError> {
-    let made = durable::create_private(path).and_then(|mut file| {
+    let made = files::create_private(path).and_then(|mut file| {
         file.write_all(bytes)?;
         file.sync_all()
     });
@@ -339,7 +339,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<(), MigrateError> {
         .and_then(|()| file.as_file().sync_all())
         .map_err(MigrateError::io("write", path))?;
     file.persist(path).map_err(|e| MigrateError::io("rename to", path)(e.error))?;
-    Ok(durable::sync_dir(folder)?)
+    Ok(files::sync_dir(folder)?)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::{
     config::Options,
     driver::embedded_config,
     error::{Attempt, with_causes},
-    store::{LayerId, chain, durable, layout},
+    store::{LayerId, chain, files, layout},
     svm::{
         DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, ParentDisks, Pool, PoolConfig,
         Purpose, embedded::EmbeddedBackend,
@@ -162,6 +162,7 @@ async fn write_out(
         parent: ParentDisks::Own,
         format: CANONICAL_VERSION,
         id_maps: IdMaps::default(),
+        source_date_epoch: None,
     };
     let mut tar = lease.layer_to_tar(ExportJob { kind, live: None }).await.map_err(svm)?;
     let part = file.with_extension(PART);
@@ -186,7 +187,7 @@ async fn write_out(
     }
     out.sync_all().map_err(failed("sync"))?;
     fs::rename(&part, &file).map_err(MigrateError::io("rename to", &file))?;
-    durable::sync_dir(folder)?;
+    files::sync_dir(folder)?;
     Ok(done(bytes, Digest::from_hash(hash), false))
 }
 

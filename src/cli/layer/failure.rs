@@ -26,7 +26,7 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
 }
 
 /// `cannot {doing} '{path}'`, the causes, and what helps.
-pub(super) fn failed(doing: &str, path: &Path, error: &(dyn Error + 'static)) -> CliError {
+pub(in crate::cli) fn failed(doing: &str, path: &Path, error: &(dyn Error + 'static)) -> CliError {
     if is_closed_pipe(error) {
         return Box::new(ClosedPipe);
     }
@@ -42,7 +42,7 @@ pub(super) fn failed(doing: &str, path: &Path, error: &(dyn Error + 'static)) ->
 }
 
 /// A path as messages show it.
-pub(super) fn shown(path: &Path) -> String {
+pub(in crate::cli) fn shown(path: &Path) -> String {
     if path.as_os_str() == "-" { "the standard stream".to_owned() } else { format!("'{}'", path.display()) }
 }
 

@@ -6,12 +6,13 @@
 
 use super::{
     failure::{failed, shown},
-    foreign,
+    foreign, input,
 };
 use crate::cli::CliError;
 use disk_io::{ReadAt, SubDisk};
 use ext4_image::{Ext4, Ext4Error, FileKind, Inode};
 use layer_codec::{LayerKind, LayerSource};
+use lcow_sys::sparse::data_ranges;
 use std::{
     fs::File,
     ops::Range,
@@ -34,7 +35,7 @@ const MAX_HOPS: usize = 40;
 const VHDX_MAGIC: &[u8] = b"vhdxfile";
 
 /// The disk in a VHD or VHDX, or a bare image.
-pub(super) type Disk = Arc<dyn ReadAt>;
+pub(in crate::cli) type Disk = Arc<dyn ReadAt>;
 
 /// What kind of file holds the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,29 +56,29 @@ pub(super) enum Container {
 }
 
 /// An opened image.
-pub(super) struct Image {
+pub(in crate::cli) struct Image {
     pub(super) path: PathBuf,
     pub(super) file_bytes: u64,
     pub(super) container: Container,
     /// The footer of a fixed VHD, byte for byte.
     pub(super) footer: Option<[u8; vhd::FOOTER_SIZE]>,
-    pub(super) disk: Disk,
+    pub(in crate::cli) disk: Disk,
     /// The file, opened once: what was checked is what is used.
-    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only Linux mounts"))]
     pub(super) file: Arc<File>,
     /// Byte ranges of the disk that may be nonzero, ascending.
     pub(super) data: Vec<Range<u64>>,
 }
 
 impl Image {
-    pub(super) fn open(path: &Path) -> Result<Self, CliError> {
+    pub(in crate::cli) fn open(path: &Path) -> Result<Self, CliError> {
         Self::open_with(path, false)
     }
 
     /// Like [`Self::open`]; also opens the file for writing if `write`.
     pub(super) fn open_with(path: &Path, write: bool) -> Result<Self, CliError> {
         let file =
-            File::options().read(true).write(write).open(path).map_err(|e| failed("open", path, &e))?;
+            if write { File::options().read(true).write(true).open(path) } else { input::open_file(path) };
+        let file = file.map_err(|e| failed("open", path, &e))?;
         let file = Arc::new(file);
         if file.metadata().is_ok_and(|m| m.is_dir()) {
             return Err(format!("{} is a directory, not an image", shown(path)).into());
@@ -184,35 +185,6 @@ fn part(disk: &impl ReadAt, offset: u64, most: usize) -> std::io::Result<Vec<u8>
 /// Size of a file system, in bytes.
 pub(super) fn fs_bytes<R: ReadAt>(fs: &Ext4<R>) -> u64 {
     fs.geometry().blocks_count.saturating_mul(u64::from(fs.geometry().block_size))
-}
-
-/// The ranges of a file that have data, if its file system reports them; otherwise the whole file.
-#[cfg_attr(not(target_os = "linux"), expect(unused_variables, reason = "only Linux reports holes here"))]
-fn data_ranges(file: &File, bytes: u64) -> Vec<Range<u64>> {
-    #[cfg(target_os = "linux")]
-    {
-        let mut ranges = Vec::new();
-        let mut at = 0;
-        // An error means the end of the data, or a file system that does not report holes.
-        while let Ok(start) = rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
-            let Ok(end) = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start)) else { break };
-            if start >= bytes {
-                return ranges;
-            }
-            ranges.push(start..end.min(bytes));
-            at = end;
-        }
-        if at > 0 || file.size().is_ok_and(|size| size > 0 && is_hole(file)) {
-            return ranges;
-        }
-    }
-    std::iter::once(0..bytes).collect()
-}
-
-/// Whether the file system reports that a file without data is one hole.
-#[cfg(target_os = "linux")]
-fn is_hole(file: &File) -> bool {
-    rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(0)) == Ok(0)
 }
 
 /// The footer at the end of a file, and its bytes; `None` for a bare image.

@@ -5,8 +5,10 @@
 //! ```
 
 use super::failure::{failed, shown};
-use crate::cli::CliError;
+use crate::cli::{CliError, confined};
 use flate2::bufread::GzDecoder;
+#[cfg(target_os = "linux")]
+use indicatif::ProgressDrawTarget;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     fs::File,
@@ -48,12 +50,10 @@ pub(super) struct Input {
 /// Opens the input and detects its compression.
 pub(super) fn open(path: &Path) -> Result<Input, CliError> {
     let file = if path.as_os_str() == "-" {
-        if io::stdin().is_terminal() {
-            return Err("standard input is a terminal; pipe a tar into it, or name a file".into());
-        }
-        standard_input().map_err(|e| failed("read", path, &e))?
+        refuse_terminal(path)?;
+        confined::open(path).unwrap_or_else(standard_input).map_err(|e| failed("read", path, &e))?
     } else {
-        File::open(path).map_err(|e| failed("open", path, &e))?
+        open_file(path).map_err(|e| failed("open", path, &e))?
     };
     let metadata = file.metadata().map_err(|e| failed("open", path, &e))?;
     if metadata.is_dir() {
@@ -87,6 +87,19 @@ pub(super) fn open(path: &Path) -> Result<Input, CliError> {
         ),
     };
     Ok(Input { tar, packing, bar })
+}
+
+/// Whether a tar would come from a terminal. A jailed process cannot see that, so its parent asks before.
+pub(super) fn refuse_terminal(path: &Path) -> Result<(), CliError> {
+    if path.as_os_str() == "-" && io::stdin().is_terminal() {
+        return Err("standard input is a terminal; pipe a tar into it, or name a file".into());
+    }
+    Ok(())
+}
+
+/// Opens a file for reading; in a jailed process, its parent does.
+pub(super) fn open_file(path: &Path) -> io::Result<File> {
+    confined::open(path).unwrap_or_else(|| File::open(path))
 }
 
 /// The members of a gzip file, one after the other. Zeros after a member are skipped, as gzip and GNU tar do: they come
@@ -143,7 +156,7 @@ impl<R: BufRead> Read for Members<R> {
 }
 
 /// Standard input as a file, read without a lock or a buffer in between.
-fn standard_input() -> io::Result<File> {
+pub(in crate::cli) fn standard_input() -> io::Result<File> {
     #[cfg(unix)]
     let own = std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?;
     #[cfg(windows)]
@@ -154,7 +167,7 @@ fn standard_input() -> io::Result<File> {
 }
 
 /// Lets a pipe hold a MiB instead of 64 KiB, where the system allows it: both ends then wait for each other less often.
-pub(super) fn widen_pipe(file: &File) {
+pub(in crate::cli) fn widen_pipe(file: &File) {
     #[cfg(target_os = "linux")]
     {
         /// What an unprivileged process may ask for (fs.pipe-max-size).
@@ -179,7 +192,7 @@ fn packing(head: &[u8]) -> Packing {
 }
 
 /// A progress bar on standard error, hidden unless that is a terminal. Without a length it only counts.
-pub(super) fn bar(length: Option<u64>) -> ProgressBar {
+pub(in crate::cli) fn bar(length: Option<u64>) -> ProgressBar {
     let (bar, template) = match length {
         Some(length) => (
             ProgressBar::new(length),
@@ -187,6 +200,10 @@ pub(super) fn bar(length: Option<u64>) -> ProgressBar {
         ),
         None => (ProgressBar::no_length(), "{spinner} {binary_bytes} {binary_bytes_per_sec} {elapsed}"),
     };
+    #[cfg(target_os = "linux")]
+    if let Some(columns) = confined::columns() {
+        bar.set_draw_target(ProgressDrawTarget::term_like(Box::new(confined::Blind { columns })));
+    }
     match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,

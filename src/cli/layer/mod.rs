@@ -5,26 +5,37 @@
 //!   IMAGE (+ RECORD) ──unpack, diff──► tar                               unpack  image, output
 //!   IMAGE ──inspect, ls, cat, verify──► what it holds                    show    image, verify
 //!   IMAGE ──convert──► raw, VHD, VHDX         IMAGE ──mount──► DIRECTORY     convert, mount
+//!   DISK  ──grow, compact──► the same disk    SRC ──clone──► DST             grow, compact, clone: target
 //! ```
 //!
-//! All work is done in this process, with the rights of the caller, unlike in the service, which hands it to a jailed
-//! worker. The input is treated as hostile all the same. Output files appear whole or not at all: they are written
+//! All work but that of `mount`, `grow`, `compact` and `clone` is done in a jailed process that has no rights of its own and can open the files that the
+//! command line names, and nothing else ([`super::confined`]). Output files appear whole or not at all: they are written
 //! under a temporary name in the same directory, synced, and renamed. Called by [`super::run`].
 
+mod clone;
+mod compact;
 mod convert;
-mod failure;
+pub(super) mod failure;
 mod foreign;
-mod image;
-mod input;
+mod grow;
+pub(super) mod image;
+pub(super) mod input;
 #[cfg(target_os = "linux")]
 mod mount;
-mod output;
-mod pack;
+pub(super) mod output;
+pub(super) mod pack;
 mod show;
+mod target;
 mod unpack;
 mod verify;
 
-use super::CliError;
+pub(super) use input::bar;
+pub(super) use output::standard_output;
+
+use super::{
+    CliError,
+    confined::{self, Grants, JailArgs},
+};
 use bytesize::ByteSize;
 use clap::{
     Args, Subcommand, ValueEnum,
@@ -34,6 +45,7 @@ use ext4_image::{BlockSize, hcsshim};
 use layer_codec::{RootHash, apply::Profile};
 use serde::Serialize;
 use std::{
+    ffi::OsString,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -51,6 +63,15 @@ pub(super) enum LayerCommand {
     Inspect(InspectArgs),
     /// Converts an image into another disk format: raw, fixed VHD or dynamic VHDX.
     Convert(ConvertArgs),
+    /// Makes a disk larger, and the file system on it. The disk must be attached nowhere; a journal in use is replayed first.
+    /// A cut at any moment leaves the old or the new size.
+    Grow(GrowArgs),
+    /// Gives the host the space that the file system of a disk does not use. The disk must be attached nowhere; a journal in
+    /// use is replayed first.
+    Compact(CompactArgs),
+    /// Copies a disk, with reflinks where the file system has them, and gives the copy an identity of its own: UUID of the
+    /// file system, id of the VHD or VHDX.
+    Clone(CloneArgs),
     /// Mounts an image on a directory, read-only (Linux, as root).
     #[cfg(target_os = "linux")]
     Mount(MountArgs),
@@ -124,10 +145,12 @@ pub(super) struct PackArgs {
     /// The image to write; replaced if it exists.
     #[arg(value_name = "OUT.vhd")]
     output: PathBuf,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 /// Parses a block size.
-fn block_size(text: &str) -> Result<BlockSize, String> {
+pub(super) fn block_size(text: &str) -> Result<BlockSize, String> {
     let size: ByteSize = text.parse()?;
     u32::try_from(size.as_u64())
         .ok()
@@ -145,6 +168,8 @@ pub(super) struct UnpackArgs {
     /// The tar to write; `-` is standard output.
     #[arg(value_name = "OUT.tar", default_value = "-")]
     output: PathBuf,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 #[derive(Debug, Args)]
@@ -157,6 +182,8 @@ pub(super) struct InspectArgs {
     json: bool,
     /// The image.
     image: PathBuf,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 /// A kind of file that holds a disk.
@@ -211,6 +238,52 @@ pub(super) struct ConvertArgs {
     /// The file to write; replaced if it exists.
     #[arg(value_name = "OUT")]
     output: PathBuf,
+    #[command(flatten)]
+    jail: JailArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GrowArgs {
+    /// Prints the sizes before and afterwards as JSON.
+    #[arg(long)]
+    json: bool,
+    /// The disk: raw, fixed VHD or dynamic VHDX, recognized by its content.
+    disk: PathBuf,
+    /// The size that the disk is to have (`200GiB`); a file system that would end with a group of almost no room is a
+    /// little smaller.
+    size: ByteSize,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CompactArgs {
+    /// Moves the blocks of a VHDX inside the file instead of writing a new one beside it; needs no space. Other disks are
+    /// always changed in place: holes are punched into their files (Linux).
+    #[arg(long)]
+    in_place: bool,
+    /// Prints the sizes before and afterwards as JSON.
+    #[arg(long)]
+    json: bool,
+    /// The disk: raw, fixed VHD or dynamic VHDX, recognized by its content.
+    disk: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CloneArgs {
+    /// Makes a read-only file system writable in the copy. Not for a disk with a hash tree.
+    #[arg(long)]
+    writable: bool,
+    /// Makes the copy larger, as `layer grow` does. Not for a disk with a hash tree.
+    #[arg(long, value_name = "SIZE")]
+    size: Option<ByteSize>,
+    /// Prints what was made as JSON.
+    #[arg(long)]
+    json: bool,
+    /// The disk to copy: raw, fixed VHD or VHDX, which nothing may be writing to.
+    #[arg(value_name = "SRC")]
+    input: PathBuf,
+    /// The file to write; replaced if it exists.
+    #[arg(value_name = "DST")]
+    output: PathBuf,
 }
 
 #[cfg(target_os = "linux")]
@@ -242,6 +315,8 @@ pub(super) struct LsArgs {
     /// A path in the image.
     #[arg(default_value = "/")]
     path: String,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 #[derive(Debug, Args)]
@@ -250,6 +325,8 @@ pub(super) struct CatArgs {
     image: PathBuf,
     /// A file in the image; symbolic links are followed inside the image.
     path: String,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 #[derive(Debug, Args)]
@@ -265,6 +342,8 @@ pub(super) struct VerifyArgs {
     json: bool,
     /// The image.
     image: PathBuf,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 #[derive(Debug, Args)]
@@ -277,21 +356,72 @@ pub(super) struct DiffArgs {
     /// The layers to compare it with, stacked on each other, the topmost first.
     #[arg(value_name = "PARENT", required = true)]
     parents: Vec<PathBuf>,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
-pub(super) fn run(command: LayerCommand) -> Result<ExitCode, CliError> {
-    let result = match command {
-        LayerCommand::Pack(args) => pack::pack(&args),
-        LayerCommand::Unpack(args) => unpack::unpack(&args),
-        LayerCommand::Inspect(args) => show::inspect(&args),
-        LayerCommand::Convert(args) => convert::convert(&args),
+impl LayerCommand {
+    /// The jail that a command works in, and the files that it reads and writes there. `mount` has none: it acts on this
+    /// machine, and checks the image before; nor have `grow`, `compact` and `clone`, which need the file itself.
+    fn jail(&self) -> Option<(&JailArgs, Grants)> {
+        let all = |first: &PathBuf, more: &[PathBuf]| {
+            std::iter::once(first).chain(more).cloned().collect::<Vec<PathBuf>>()
+        };
+        let (jail, inputs, files) = match self {
+            Self::Pack(a) => (&a.jail, all(&a.input, &[]), all(&a.output, a.record.as_slice())),
+            Self::Unpack(a) => (&a.jail, all(&a.image, a.exact.as_slice()), all(&a.output, &[])),
+            Self::Inspect(a) => (&a.jail, all(&a.image, a.record.as_slice()), Vec::new()),
+            Self::Convert(a) => (&a.jail, all(&a.input, &[]), all(&a.output, &[])),
+            // They change files in place, or ask the file system for a copy.
+            Self::Grow(_) | Self::Compact(_) | Self::Clone(_) => return None,
+            #[cfg(target_os = "linux")]
+            Self::Mount(_) => return None,
+            Self::Ls(a) => (&a.jail, all(&a.image, &[]), Vec::new()),
+            Self::Cat(a) => (&a.jail, all(&a.image, &[]), Vec::new()),
+            Self::Verify(a) => (&a.jail, all(&a.image, a.record.as_slice()), Vec::new()),
+            Self::Diff(a) => (&a.jail, all(&a.image, &a.parents), all(&a.output, &[])),
+        };
+        Some((jail, Grants { inputs, files, ..Grants::default() }))
+    }
+
+    /// What only the process with the caller's terminal can see.
+    fn refuse_terminals(&self) -> Result<(), CliError> {
+        match self {
+            Self::Pack(args) => input::refuse_terminal(&args.input),
+            Self::Unpack(UnpackArgs { output, .. }) | Self::Diff(DiffArgs { output, .. }) => {
+                output::refuse_terminal(output)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Runs a command; `arguments` are those of this program.
+pub(super) fn run(command: &LayerCommand, arguments: &[OsString]) -> Result<ExitCode, CliError> {
+    let work = || match command {
+        LayerCommand::Pack(args) => pack::pack(args),
+        LayerCommand::Unpack(args) => unpack::unpack(args),
+        LayerCommand::Inspect(args) => show::inspect(args),
+        LayerCommand::Convert(args) => convert::convert(args),
+        LayerCommand::Grow(args) => grow::grow(args),
+        LayerCommand::Compact(args) => compact::compact(args),
+        LayerCommand::Clone(args) => clone::clone(args),
         #[cfg(target_os = "linux")]
-        LayerCommand::Mount(args) => mount::mount(&args),
-        LayerCommand::Ls(args) => show::ls(&args),
-        LayerCommand::Cat(args) => unpack::cat(&args),
-        LayerCommand::Verify(args) => verify::verify(&args),
-        LayerCommand::Diff(args) => unpack::diff(&args),
+        LayerCommand::Mount(args) => mount::mount(args),
+        LayerCommand::Ls(args) => show::ls(args),
+        LayerCommand::Cat(args) => unpack::cat(args),
+        LayerCommand::Verify(args) => verify::verify(args),
+        LayerCommand::Diff(args) => unpack::diff(args),
     };
+    command.refuse_terminals()?;
+    closed_pipe(match command.jail() {
+        Some((jail, grants)) => confined::run(&grants, jail, arguments, work),
+        None => work(),
+    })
+}
+
+/// The exit status of a command whose reader closed the output, or its own result.
+pub(super) fn closed_pipe(result: Result<ExitCode, CliError>) -> Result<ExitCode, CliError> {
     match result {
         Err(e) if failure::is_closed_pipe(&*e) => Ok(ExitCode::from(CLOSED_PIPE)),
         other => other,

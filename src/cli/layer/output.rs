@@ -9,6 +9,8 @@ use super::{
     input::widen_pipe,
 };
 use crate::cli::CliError;
+#[cfg(target_os = "linux")]
+use crate::cli::confined;
 use disk_io::{ReadAt, StreamOut, WriteAt};
 use indicatif::ProgressBar;
 use lcow_sys::{splice::send_file, writeback::Writeback};
@@ -21,14 +23,29 @@ use std::{
 use tempfile::NamedTempFile;
 
 /// A file that appears under its name only when it is complete.
-pub(super) struct NewFile {
+pub(in crate::cli) struct NewFile {
     place: PathBuf,
-    temporary: NamedTempFile,
+    temporary: Temporary,
+}
+
+/// Who has the file's temporary name.
+enum Temporary {
+    /// This process.
+    Own(NamedTempFile),
+    /// The parent of this jailed process.
+    #[cfg(target_os = "linux")]
+    Granted(confined::Granted),
 }
 
 impl NewFile {
     /// Starts a file for `path`; a file that exists there is replaced by [`Self::commit`].
-    pub(super) fn create(path: &Path) -> Result<Self, CliError> {
+    pub(in crate::cli) fn create(path: &Path) -> Result<Self, CliError> {
+        #[cfg(target_os = "linux")]
+        if let Some(granted) = confined::create(path) {
+            // The message is the parent's, and complete.
+            let granted = granted.map_err(|e| e.to_string())?;
+            return Ok(Self { place: path.to_owned(), temporary: Temporary::Granted(granted) });
+        }
         let refuse = |what: &str| format!("cannot write {}: {what}", shown(path));
         let place = match fs::metadata(path) {
             Ok(known) if known.is_dir() => {
@@ -55,36 +72,71 @@ impl NewFile {
         // The umask removes the permissions that a new file must not have.
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let temporary = builder.tempfile_in(folder).map_err(|e| failed("create a file in", folder, &e))?;
-        Ok(Self { place, temporary })
+        Ok(Self { place, temporary: Temporary::Own(temporary) })
     }
 
     /// An unnamed file on the same disk.
-    pub(super) fn scratch(&self) -> Result<File, CliError> {
-        let folder = self.temporary.path().parent().unwrap_or(Path::new("."));
+    #[cfg_attr(
+        not(target_os = "linux"),
+        expect(clippy::infallible_destructuring_match, reason = "only Linux has files that were granted")
+    )]
+    pub(in crate::cli) fn scratch(&self) -> Result<File, CliError> {
+        let temporary = match &self.temporary {
+            Temporary::Own(temporary) => temporary,
+            #[cfg(target_os = "linux")]
+            Temporary::Granted(granted) => return Ok(granted.scratch().map_err(|e| e.to_string())?),
+        };
+        let folder = temporary.path().parent().unwrap_or(Path::new("."));
         tempfile::tempfile_in(folder).map_err(|e| failed("create a file in", folder, &e))
     }
 
     /// The file, empty at first.
-    pub(super) fn file(&self) -> &File {
-        self.temporary.as_file()
+    pub(in crate::cli) fn file(&self) -> &File {
+        match &self.temporary {
+            Temporary::Own(temporary) => temporary.as_file(),
+            #[cfg(target_os = "linux")]
+            Temporary::Granted(granted) => granted.file(),
+        }
     }
 
     /// The file as a disk whose writeback begins while it is being written.
-    pub(super) fn disk(&self) -> Result<NewDisk, CliError> {
+    pub(in crate::cli) fn disk(&self) -> Result<NewDisk, CliError> {
         let file = self.file().try_clone().map_err(|e| failed("open", &self.place, &e))?;
         Ok(NewDisk { file, writeback: Writeback::default() })
     }
 
+    /// Gives the file the permissions and, as far as the caller may, the owner of the one that it replaces.
+    pub(super) fn keep_owner(&self, old: &File) -> Result<(), CliError> {
+        let about = |e: io::Error| failed("write", &self.place, &e);
+        let known = old.metadata().map_err(about)?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let new = self.file().metadata().map_err(about)?;
+            if (new.uid(), new.gid()) != (known.uid(), known.gid()) {
+                std::os::unix::fs::fchown(self.file(), Some(known.uid()), Some(known.gid()))
+                    .map_err(about)?;
+            }
+        }
+        self.file().set_permissions(known.permissions()).map_err(about)
+    }
+
     /// Makes the file durable and gives it its name.
-    pub(super) fn commit(self) -> Result<(), CliError> {
+    pub(in crate::cli) fn commit(self) -> Result<(), CliError> {
         self.file().sync_all().map_err(|e| failed("sync", &self.place, &e))?;
-        self.temporary.persist(&self.place).map_err(|e| failed("write", &self.place, &e.error))?;
+        match self.temporary {
+            Temporary::Own(temporary) => {
+                temporary.persist(&self.place).map_err(|e| failed("write", &self.place, &e.error))?;
+            }
+            #[cfg(target_os = "linux")]
+            Temporary::Granted(granted) => granted.commit().map_err(|e| e.to_string())?,
+        }
         Ok(())
     }
 }
 
 /// A new file that is written at given offsets.
-pub(super) struct NewDisk {
+pub(in crate::cli) struct NewDisk {
     file: File,
     writeback: Writeback,
 }
@@ -115,6 +167,21 @@ impl WriteAt for NewDisk {
     }
 }
 
+/// Whether a tar would go to a terminal. A jailed process cannot see that, so its parent asks before.
+pub(in crate::cli) fn refuse_terminal(output: &Path) -> Result<(), CliError> {
+    if output.as_os_str() == "-" && io::stdout().is_terminal() {
+        return Err("a tar is not written to a terminal; redirect the output, or name a file".into());
+    }
+    Ok(())
+}
+
+/// The pipe or device at `path`, open for writing; `None` if a new file belongs there.
+pub(in crate::cli) fn stream(path: &Path) -> Option<io::Result<File>> {
+    fs::metadata(path)
+        .is_ok_and(|known| !known.is_file() && !known.is_dir())
+        .then(|| File::options().write(true).open(path))
+}
+
 /// The destination of a tar.
 pub(super) enum TarOutput {
     /// A new file.
@@ -126,13 +193,17 @@ pub(super) enum TarOutput {
 impl TarOutput {
     pub(super) fn create(path: &Path) -> Result<Self, CliError> {
         if path.as_os_str() == "-" {
-            if io::stdout().is_terminal() {
-                return Err("a tar is not written to a terminal; redirect the output, or name a file".into());
-            }
+            refuse_terminal(path)?;
             return Ok(Self::Stream(standard_output().map_err(|e| failed("write", path, &e))?));
         }
-        if fs::metadata(path).is_ok_and(|known| !known.is_file() && !known.is_dir()) {
-            let stream = File::options().write(true).open(path);
+        #[cfg(target_os = "linux")]
+        if let Some(granted) = confined::stream(path) {
+            return match granted.map_err(|e| failed("open", path, &e))? {
+                Some(stream) => Ok(Self::Stream(stream)),
+                None => Ok(Self::File(NewFile::create(path)?)),
+            };
+        }
+        if let Some(stream) = stream(path) {
             return Ok(Self::Stream(stream.map_err(|e| failed("open", path, &e))?));
         }
         Ok(Self::File(NewFile::create(path)?))
@@ -201,7 +272,7 @@ impl<W: StreamOut> StreamOut for Counted<'_, W> {
 }
 
 /// Standard output as a file: the standard library's own searches every byte for line ends.
-pub(super) fn standard_output() -> io::Result<File> {
+pub(in crate::cli) fn standard_output() -> io::Result<File> {
     #[cfg(unix)]
     let own = std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned()?;
     #[cfg(windows)]

@@ -22,8 +22,9 @@ use std::{fmt::Write as _, io, process::ExitCode, sync::Arc};
 use verity_tree;
 use vhd_image::vhd;
 
-/// Discards a record that was not requested.
-struct Nowhere;
+/// Discards a record that is not wanted.
+#[derive(Debug)]
+pub(in crate::cli) struct Nowhere;
 
 impl ReadAt for Nowhere {
     fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<usize> {

@@ -14,7 +14,7 @@ use layer_codec::{
     DiffError, ExportOptions, ExportSummary, NoHooks, ParentLayer, ParentSpec, export,
     record::{self, replay},
 };
-use std::{fs::File, io::Write, path::Path, process::ExitCode};
+use std::{io::Write, path::Path, process::ExitCode};
 
 /// Bytes of a file copied at a time.
 const CHUNK: usize = 512 << 10;
@@ -27,7 +27,7 @@ pub(super) fn unpack(args: &UnpackArgs) -> Result<ExitCode, CliError> {
             export(&target, Some(ParentSpec::Own), &ExportOptions::default(), &mut NoHooks, out)
         });
     };
-    let file = File::open(record).map_err(|e| failed("open", record, &e))?;
+    let file = input::open_file(record).map_err(|e| failed("open", record, &e))?;
     let info = record::inspect(&file).map_err(|e| failed("read the exact record", record, &e))?;
     write_tar(&args.image, &args.output, Some(info.tar_bytes), |out| {
         replay(&image.disk, &file, out).map(|_| ExportSummary::default())

@@ -17,7 +17,7 @@ use crate::cli::{
     output::{print, print_json},
 };
 use ext4_image::check::{CheckLimits, check};
-use layer_codec::{LayerKind, RootHash, TarDigest, record};
+use layer_codec::{RootHash, TarDigest, record};
 use serde::Serialize;
 use std::{fmt::Write as _, io, process::ExitCode};
 use svm_agent::damage;
@@ -51,7 +51,7 @@ struct Tree {
 
 pub(super) fn verify(args: &VerifyArgs) -> Result<ExitCode, CliError> {
     let image = Image::open(&args.image)?;
-    if image.kind()? == LayerKind::Sandbox {
+    if image.kind()?.is_sandbox() {
         return Err(format!(
             "{} is a sandbox; only images made by `layer pack` or ApplyDiff can be verified (try `e2fsck -fn`)",
             shown(&args.image)

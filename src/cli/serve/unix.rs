@@ -1,13 +1,13 @@
 //! `serve` on a unix socket.
 
-use super::{CliError, ServeArgs, answer};
+use super::{CliError, Listeners, ServeArgs, answer};
 use crate::{
     cli::runtime,
     config::Options,
     listen::UnixIncoming,
     telemetry::{self},
 };
-use std::process::ExitCode;
+use std::{os::unix::net::UnixListener, process::ExitCode};
 use tokio::signal::unix::{SignalKind, signal};
 
 pub(in crate::cli) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
@@ -23,17 +23,40 @@ pub(in crate::cli) fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
 async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     // The socket comes first: clients that wait for it can connect now, and get a reply as soon as the store is open.
-    let incoming = match listenfd::ListenFd::from_env().take_unix_listener(0)? {
-        Some(listener) => UnixIncoming::adopt(listener)?,
-        None => UnixIncoming::bind(&args.socket)?,
+    let mut passed = Passed::from_env()?;
+    let docker = match passed.docker.take() {
+        _ if args.no_docker => None,
+        Some(listener) => Some(UnixIncoming::adopt(listener)?),
+        // systemd passes the sockets that are active: dockerd's is not wanted.
+        None if passed.containerd.is_some() => None,
+        None => Some(UnixIncoming::bind(&args.socket)?),
     };
+    let serves_docker = docker.is_some();
+    let containerd = match (passed.containerd.take(), &args.containerd_socket) {
+        (Some(listener), _) => Some(UnixIncoming::adopt(listener)?),
+        (None, Some(path)) => Some(UnixIncoming::bind(path)?),
+        (None, None) => None,
+    };
+    if docker.is_none() && containerd.is_none() {
+        return Err(
+            "there is nothing to serve: --no-docker needs --containerd-socket, or a socket from systemd"
+                .into(),
+        );
+    }
+    let containerd_at = match (&containerd, &args.containerd_socket) {
+        (Some(_), Some(path)) => Some(path.display().to_string()),
+        (Some(_), None) => Some("a socket from systemd".to_owned()),
+        (None, _) => None,
+    };
+    let listeners = Listeners { docker, containerd };
     let ready = || {
         #[cfg(target_os = "linux")]
         watch_propagation(&args.root);
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
-            socket = %args.socket.display(),
+            socket = serves_docker.then(|| args.socket.display().to_string()),
             root = %args.root.display(),
+            containerd = containerd_at,
             "ready"
         );
         // Without systemd there is no one to notify.
@@ -56,10 +79,35 @@ async fn serve(args: ServeArgs, options: Options) -> Result<ExitCode, CliError> 
             std::process::exit(1);
         });
     };
-    let answered = answer(incoming, &args, options, ready, stop).await;
+    let answered = answer(listeners, &args, options, ready, stop).await;
     thaw_all();
     answered.map(|()| ExitCode::SUCCESS)
 }
+
+/// Sockets that systemd made, by their `FileDescriptorName=`: "containerd", or any other name for dockerd's.
+struct Passed {
+    docker: Option<UnixListener>,
+    containerd: Option<UnixListener>,
+}
+
+impl Passed {
+    fn from_env() -> Result<Self, CliError> {
+        // sd_listen_fds(3): names in the order of the descriptors, separated by colons.
+        let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+        let mut sockets = listenfd::ListenFd::from_env();
+        let mut passed = Self { docker: None, containerd: None };
+        for index in 0..sockets.len() {
+            let Some(listener) = sockets.take_unix_listener(index)? else { continue };
+            let name = names.split(':').nth(index).unwrap_or_default();
+            let place = if name == CONTAINERD_NAME { &mut passed.containerd } else { &mut passed.docker };
+            *place = Some(listener);
+        }
+        Ok(passed)
+    }
+}
+
+/// Name of the descriptor of containerd's socket.
+const CONTAINERD_NAME: &str = "containerd";
 
 /// Thaws sandboxes, so that no container waits for a process that has ended.
 fn thaw_all() {

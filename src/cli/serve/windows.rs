@@ -1,6 +1,6 @@
 //! `serve` on a named pipe.
 
-use super::{CliError, ServeArgs, answer};
+use super::{CliError, Listeners, ServeArgs, answer};
 use crate::{cli::runtime, config::Options, listen::PipeIncoming, telemetry};
 use std::{future::Future, process::ExitCode, time::Duration};
 
@@ -39,15 +39,20 @@ pub(in crate::cli) async fn serve(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), CliError> {
     let limit = Duration::from_secs(args.pipe_write_timeout.max(1));
-    let incoming = PipeIncoming::bind(&args.pipe, &args.pipe_security, limit)?;
+    let security = &args.pipe_security;
+    let docker = if args.no_docker { None } else { Some(PipeIncoming::bind(&args.pipe, security, limit)?) };
+    let bind = |name: &std::path::PathBuf| PipeIncoming::bind_for_grpc(name.as_os_str(), security, limit);
+    let containerd = args.containerd_socket.as_ref().map(bind).transpose()?;
+    let listeners = Listeners { docker, containerd };
     let tell = || {
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
-            pipe = %args.pipe.display(),
+            pipe = (!args.no_docker).then(|| args.pipe.display().to_string()),
             root = %args.root.display(),
+            containerd = args.containerd_socket.as_ref().map(|name| name.display().to_string()),
             "ready"
         );
         ready();
     };
-    answer(incoming, args, options, tell, stop).await
+    answer(listeners, args, options, tell, stop).await
 }

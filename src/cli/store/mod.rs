@@ -1,14 +1,17 @@
-//! `store`: lists, checks, repairs and cleans up a store.
+//! `store`: lists, checks, repairs and cleans up a store; its room in [`space`].
+
+mod space;
 
 use super::{
     CliError, HomeArgs,
+    call::{Endpoint, post},
     output::{print_json, table},
     runtime,
 };
 use crate::{
     config::Options,
-    driver::{Driver, DriverConfig},
-    store::{DiskThread, Layer, LayerId, LayerState, Store},
+    driver::{Driver, DriverConfig, snapshots::keys},
+    store::{DiskThread, Layer, LayerId, LayerState, SnapshotKind, Store},
 };
 use bytesize::ByteSize;
 use clap::{Args, Subcommand};
@@ -24,7 +27,12 @@ pub(super) enum StoreCommand {
     /// Shows layers below their parents. Works while a plugin is running.
     Tree(ViewArgs),
     /// Shows the disk usage of layers. Works while a plugin is running.
-    Du(ViewArgs),
+    Du(DuArgs),
+    /// Makes the sandbox of a layer larger: while it is mounted, by a running plugin; if no plugin runs, offline.
+    Grow(space::GrowArgs),
+    /// Gives the host what mounted sandboxes do not use; `layer compact` does it for an unmounted one. Needs a running plugin.
+    #[cfg(target_os = "linux")]
+    Trim(space::TrimArgs),
     /// Checks every layer: files, image metadata, and the digest of its exact tar. Works while a plugin is running.
     Scrub(ViewArgs),
     /// Deletes what crashes left behind (never a layer). Refused while a plugin owns the store: the plugin does this
@@ -32,6 +40,8 @@ pub(super) enum StoreCommand {
     Gc(GcArgs),
     /// Like gc; also unmounts disks that no view uses, and lists damaged layers. Refused while a plugin owns the store.
     Repair(ViewArgs),
+    /// Unmounts the layers of a running plugin that stay mounted without a container (lcow.mount.keep).
+    UnmountIdle(UnmountIdleArgs),
     /// Imports images from another storage driver, another engine, or an original LCOW home.
     #[cfg(target_os = "linux")]
     #[command(subcommand)]
@@ -46,6 +56,24 @@ pub(super) struct ViewArgs {
     /// Prints JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// Arguments of `du`.
+#[derive(Debug, Args)]
+pub(super) struct DuArgs {
+    #[command(flatten)]
+    view: ViewArgs,
+    /// Shows for each sandbox instead how much of it the host would get back (`store trim` for a mounted one, `layer
+    /// compact` for others). Of a mounted one it is an estimate. Reads the file systems' bitmaps.
+    #[arg(long)]
+    reclaimable: bool,
+}
+
+/// Arguments of `unmount-idle`.
+#[derive(Debug, Args)]
+pub(super) struct UnmountIdleArgs {
+    #[command(flatten)]
+    endpoint: Endpoint,
 }
 
 /// Arguments of `gc`.
@@ -73,19 +101,57 @@ struct Row {
     digest: Option<TarDigest>,
     #[serde(skip_serializing_if = "Option::is_none")]
     fault: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshot: Option<SnapshotRow>,
+}
+
+/// What containerd knows of a layer.
+#[derive(Debug, Serialize)]
+struct SnapshotRow {
+    namespace: String,
+    /// Its key or name, without namespace and number.
+    name: String,
+    kind: SnapshotKind,
+    /// The image that it was pulled for, where containerd said so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image: Option<String>,
+}
+
+/// Label with the reference of the image that a snapshot was prepared for (`pkg/snapshotters/annotations.go`).
+const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
+
+fn snapshot_row(layer: &Layer) -> Option<SnapshotRow> {
+    let snapshot = layer.snapshot()?;
+    let (namespace, name) = keys::parts(&snapshot.name);
+    Some(SnapshotRow {
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+        kind: snapshot.kind,
+        image: snapshot.labels.get(IMAGE_REF).cloned(),
+    })
 }
 
 pub(super) fn run(command: StoreCommand) -> Result<ExitCode, CliError> {
     match command {
         StoreCommand::Ls(args) => ls(&args),
         StoreCommand::Tree(args) => tree(&args),
-        StoreCommand::Du(args) => du(&args),
+        StoreCommand::Du(args) if args.reclaimable => space::reclaimable(&args.view),
+        StoreCommand::Du(args) => du(&args.view),
+        StoreCommand::Grow(args) => space::grow(&args),
+        #[cfg(target_os = "linux")]
+        StoreCommand::Trim(args) => space::trim(&args),
         StoreCommand::Scrub(args) => scrub(&args),
         StoreCommand::Gc(args) => gc(&args),
         StoreCommand::Repair(args) => repair(&args),
+        StoreCommand::UnmountIdle(args) => runtime()?.block_on(unmount_idle(&args)),
         #[cfg(target_os = "linux")]
         StoreCommand::Import(command) => super::import::run(command),
     }
+}
+
+async fn unmount_idle(args: &UnmountIdleArgs) -> Result<ExitCode, CliError> {
+    post(&args.endpoint, "/unmount-idle").await?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn home_of(args: &HomeArgs) -> Result<PathBuf, CliError> {
@@ -108,6 +174,7 @@ fn row(store: &Store, layer: &Layer) -> Row {
         created: meta.map_or(0, |m| m.created),
         digest: applied.map(|a| a.tar_digest),
         fault: layer.meta.as_ref().err().map(ToString::to_string),
+        snapshot: snapshot_row(layer),
     }
 }
 
@@ -117,6 +184,14 @@ fn state_name(state: LayerState) -> &'static str {
         LayerState::Applying => "unfinished",
         LayerState::Applied => "applied",
         LayerState::Sandbox => "sandbox",
+    }
+}
+
+fn kind_name(kind: SnapshotKind) -> &'static str {
+    match kind {
+        SnapshotKind::View => "view",
+        SnapshotKind::Active => "active",
+        SnapshotKind::Committed => "committed",
     }
 }
 
@@ -139,15 +214,30 @@ fn ls(args: &ViewArgs) -> Result<ExitCode, CliError> {
         print_json(&rows)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = table(&["LAYER", "PARENT", "STATE", "SIZE", "ON DISK"]);
+    let mut columns = vec!["LAYER", "PARENT", "STATE", "SIZE", "ON DISK"];
+    if store.layout().holds_snapshots() {
+        columns.extend(["KIND", "NAMESPACE", "IMAGE", "NAME"]);
+    }
+    let mut table = table(&columns);
     for row in &rows {
-        table.add_row([
+        let mut cells = vec![
             row.id.to_string(),
             row.parent.as_ref().map(short).unwrap_or_default(),
             row.state.clone(),
             row.size.map(|s| ByteSize(s).to_string()).unwrap_or_default(),
             ByteSize(row.disk).to_string(),
-        ]);
+        ];
+        if let Some(snapshot) = &row.snapshot {
+            // Keys are free text from outside.
+            let shown = |text: &str| text.escape_debug().to_string();
+            cells.extend([
+                kind_name(snapshot.kind).to_owned(),
+                shown(&snapshot.namespace),
+                snapshot.image.as_deref().map(shown).unwrap_or_default(),
+                shown(&snapshot.name),
+            ]);
+        }
+        table.add_row(cells);
     }
     for column in [3, 4] {
         if let Some(column) = table.column_mut(column) {
