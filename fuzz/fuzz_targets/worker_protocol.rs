@@ -2,7 +2,7 @@
 //! And any bytes as what a daemon says to the agent at the end of a link.
 //!
 //! ```text
-//!   input:  operation (0–4: daemon's side; 5: agent's side; 6: a guest's link) │ bytes of the channel
+//!   input:  operation (0–4, 7, 8: daemon's side; 5: agent's side; 6: a guest's link) │ bytes of the channel
 //! ```
 //!
 //! A guest's link is a greeting and then the bytes, over and over, by a peer that reads nothing.
@@ -12,10 +12,9 @@ use bound::Limit;
 use ext4_image::check::WRITER;
 use futures_util::{StreamExt, future::BoxFuture};
 use lcow_graphdriver::svm::{
-    Access, ApplyJob, BackendLimits, Channel, CheckJob, CompareJob, Death, DiskSource, ExportJob, ExportKind,
-    IdMaps, LayerDisk, LayerKind, ParentDisks, Pool, PoolConfig, Purpose, SecondPair, ServiceVm, SvmError,
-    VmBackend, VmSpec,
-    remote::RemoteAgent,
+    Access, ApplyJob, BackendLimits, Channel, CheckJob, CompareJob, CompressJob, Compression, Death,
+    DiskSource, ExpandJob, ExpandLimits, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, ParentDisks,
+    Pool, PoolConfig, Purpose, SecondPair, ServiceVm, SvmError, VmBackend, VmSpec, remote::RemoteAgent,
 };
 use libfuzzer_sys::fuzz_target;
 use std::{
@@ -24,11 +23,7 @@ use std::{
     sync::{Arc, LazyLock, Mutex},
     time::Duration,
 };
-use svm_agent::{
-    RealCodec,
-    codec::Codec,
-    link::Platform,
-};
+use svm_agent::{RealCodec, codec::Codec, link::Platform};
 use svm_protocol::{self, DiskId, JailReport, WireError, link};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -41,6 +36,8 @@ mod bound;
 /// The pool's and the agent's own, once; frames of a megabyte at most; and the link's queue and inboxes.
 const LIMIT: Limit =
     Limit { held: (24 << 20, 64), asked: (96 << 20, 4096), disk: (0, 0), steps: (1 << 16, 64) };
+/// Most bytes of output that an expansion may have here; a compression of the body has less.
+const RECODED: u64 = 128 << 10;
 /// Bytes that a guest's link is flooded with.
 const FLOOD: usize = 4 << 20;
 
@@ -195,9 +192,30 @@ async fn daemon_side(operation: u8, said: &[u8]) {
             let lease = pool.lease("a", Purpose::Export).await.expect("a VM");
             let _ = lease.changes(compare()).await;
         }
-        _ => {
+        4 => {
             let lease = pool.lease("a", Purpose::Export).await.expect("a VM");
             let _ = lease.diff_size(compare()).await;
+        }
+        _ => {
+            let lease = pool.lease("a", Purpose::Work).await.expect("a VM");
+            let body = futures_util::stream::iter([Ok::<_, io::Error>(vec![0; 1024].into())]);
+            let begun = if operation == 7 {
+                let limits = ExpandLimits::of_output(RECODED);
+                lease.expand(ExpandJob { format: None, limits }, body).await
+            } else {
+                lease.compress(CompressJob::reproducible(Compression::Zstd), body).await
+            };
+            if let Ok(mut recoded) = begun {
+                let (mut whole, mut bytes) = (true, 0);
+                while let Some(part) = recoded.next().await {
+                    whole &= part.is_ok();
+                    bytes += part.map_or(0, |part| part.len() as u64);
+                }
+                assert!(whole == recoded.complete(), "a failed stream counts as complete, or the reverse");
+                let told =
+                    recoded.summary().is_none_or(|told| (told.bytes_in, told.bytes_out) == (1024, bytes));
+                assert!(told && bytes <= RECODED, "{bytes} bytes passed");
+            }
         }
     }
     pool.shutdown(Duration::from_secs(1)).await;
@@ -303,7 +321,7 @@ fn one(input: &[u8]) {
     let Some((&operation, said)) = input.split_first() else { return };
     let mut bytes = said;
     while let Ok(Some(_)) = svm_protocol::decode_change(&mut bytes) {}
-    match operation % 7 {
+    match operation % 9 {
         5 => agent_side(said),
         6 => RUNTIME.block_on(guest_side(said)),
         operation => RUNTIME.block_on(daemon_side(operation, said)),
