@@ -24,6 +24,9 @@ import time
 
 QUICK_ROUNDS = 2
 ROUNDS = 5
+# Snapshots in the store whose start and List are measured.
+QUICK_SNAPSHOTS = 1_000
+SNAPSHOTS = 10_000
 # Tasks slower than this, in seconds, run only once: warming up gains them nothing.
 SLOW = 20
 # Number of calls per median latency.
@@ -522,11 +525,13 @@ def measure_place(place, folder, options, layers, known, tree_of, sizes):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--program", required=True)
+    parser.add_argument("--program")
+    parser.add_argument("--containerd", action="store_true", help="only make layers; print arguments of benches/containerd.rs")
+    parser.add_argument("--engine", action="store_true", help="only make layers; print arguments of benches/engine.rs")
     parser.add_argument("--dir", required=True)
     parser.add_argument("--mke2fs", help="directory of an unpacked mke2fs that reads tars (1.47.1 or later)")
     parser.add_argument("--out")
-    parser.add_argument("--only", default="minbase,toolchain,small,big")
+    parser.add_argument("--only")
     parser.add_argument("--tasks", type=lambda names: names.split(","), default=[])
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--plots")
@@ -534,7 +539,21 @@ def main():
     options = parser.parse_args()
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     options.dir = os.path.abspath(options.dir)
+    # The first layer of an engine's image has a shell and python3.
+    options.only = options.only or ("toolchain,small,big" if options.engine else "minbase,toolchain,small,big")
     layers = make_layers(f"{options.dir}/layers", options.quick, options.only.split(","))
+    if options.engine:
+        print("--rounds", options.rounds, "--out", os.path.abspath(options.out or f"{options.dir}/engine.md"), sep="\n")
+        if options.tasks:
+            print("--only", ",".join(options.tasks), sep="\n")
+        print(*(f"{name}={tar}" for name, (tar, _) in layers.items()), sep="\n")
+        return
+    if options.containerd:
+        out = os.path.abspath(options.out or f"{options.dir}/containerd.md")
+        snapshots = QUICK_SNAPSHOTS if options.quick else SNAPSHOTS
+        print("--rounds", options.rounds, "--snapshots", snapshots, "--out", out, sep="\n")
+        print(*(f"{name}={tar}" for name, (tar, _) in layers.items()), sep="\n")
+        return
     known = {name: facts(tar) for name, (tar, _) in layers.items()}
     memory = f"/dev/shm/lcow-bench.{os.getpid()}"
     places = {"tmpfs": memory, "disk": f"{options.dir}/run.{os.getpid()}"}

@@ -20,7 +20,7 @@ use std::{
 use tempfile::TempDir;
 
 /// Builds the program that unpacks; once for all tests.
-fn oracle() -> &'static Path {
+pub(crate) fn oracle() -> &'static Path {
     static BUILT: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
     let (_, program) = BUILT.get_or_init(|| {
         let dir = TempDir::with_prefix("oracle").expect("a folder can be made");
@@ -62,7 +62,7 @@ fn unpack(engine: &str, tar: &[u8], folder: &Path) -> Result<Tree, String> {
 
 /// Without what the tools leave to chance: times of folders that no entry describes, whiteouts, and the root, which
 /// neither engine sets.
-fn settled(mut tree: Tree) -> Tree {
+pub(crate) fn settled(mut tree: Tree) -> Tree {
     /// Where the tars here set their times.
     const GIVEN: i64 = 0o14_000_000_000;
     tree.remove("");
@@ -83,7 +83,7 @@ fn ours(tar: &[u8]) -> Result<Tree, String> {
 }
 
 /// Differences of two trees, for people.
-fn differences(got: &Tree, want: &Tree) -> String {
+pub(crate) fn differences(got: &Tree, want: &Tree) -> String {
     let names: std::collections::BTreeSet<_> = got.keys().chain(want.keys()).collect();
     let differing = names.into_iter().filter(|n| got.get(*n) != want.get(*n));
     let shown: Vec<_> =
@@ -259,15 +259,15 @@ fn what_both_engines_refuse_for_its_attributes_is_refused() {
 }
 
 /// Numbers that look random and are the same each time.
-struct Numbers(u64);
+pub(crate) struct Numbers(pub(crate) u64);
 
 impl Numbers {
-    fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % n
     }
 
-    fn one<'a, T: ?Sized>(&mut self, of: &[&'a T]) -> &'a T {
+    pub(crate) fn one<'a, T: ?Sized>(&mut self, of: &[&'a T]) -> &'a T {
         of[self.below(of.len() as u64) as usize]
     }
 }

@@ -63,6 +63,13 @@ pub(crate) struct Mounted {
     point: PathBuf,
 }
 
+impl Mounted {
+    /// What is mounted on `point`.
+    pub(crate) fn at(point: &Path) -> Self {
+        Self { point: point.to_owned() }
+    }
+}
+
 impl Drop for Mounted {
     fn drop(&mut self) {
         // The loop device goes with its last user. A program that another test is just starting may hold files of this

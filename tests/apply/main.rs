@@ -4,9 +4,11 @@
 mod build;
 mod engines;
 mod faults;
+mod flat;
 mod foreign;
 mod golden;
 mod growth;
+mod implied;
 mod kernel;
 mod layer;
 mod semantics;

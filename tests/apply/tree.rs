@@ -72,7 +72,11 @@ pub(crate) fn snapshot(root: &Path) -> Tree {
 }
 
 fn add(path: &Path, name: &str, tree: &mut Tree, firsts: &mut HashMap<u64, String>) {
-    let m = fs::symlink_metadata(path).expect("a node can be looked at");
+    let m = match fs::symlink_metadata(path) {
+        // Overlayfs lists the whiteouts of a directory that only one layer has, and does not find them.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return,
+        other => other.expect("a node can be looked at"),
+    };
     let kind = m.file_type();
     let content = if kind.is_file() {
         fs::read(path).expect("a file can be read")

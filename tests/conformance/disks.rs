@@ -85,7 +85,7 @@ pub(crate) async fn a_disk_in_a_vhdx(backend: Backend) {
     let export = async |disk| {
         let target = vec![LayerDisk { disk, kind: LayerKind::Applied }];
         let (parent, id_maps) = (ParentDisks::None, IdMaps::default());
-        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps };
+        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps, source_date_epoch: None };
         files.export(&pool, "l", ExportJob { kind, live: None }).await
     };
     let expected = export(plain).await.unwrap();
@@ -145,7 +145,7 @@ pub(crate) async fn a_dirty_file_system_is_read_and_a_foreign_one_is_refused(bac
     let export = async |name: &str| {
         let target = vec![LayerDisk { disk: files.readable(name), kind: LayerKind::Sandbox }];
         let (parent, id_maps) = (ParentDisks::None, IdMaps::default());
-        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps };
+        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps, source_date_epoch: None };
         files.export(&pool, name, ExportJob { kind, live: None }).await
     };
     let before = std::fs::read(files.path("dirty")).unwrap();

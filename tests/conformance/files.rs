@@ -72,7 +72,13 @@ impl Files {
 
     pub(crate) fn canonical(&self, names: &[&str], parent: ParentDisks) -> ExportJob {
         let target = names.iter().map(|n| self.layer(n)).collect();
-        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps: IdMaps::default() };
+        let kind = ExportKind::Canonical {
+            target,
+            parent,
+            format: 1,
+            id_maps: IdMaps::default(),
+            source_date_epoch: None,
+        };
         ExportJob { kind, live: None }
     }
 

@@ -170,7 +170,13 @@ struct Answers {
 async fn ask(pool: &Pool, files: &Files, disk: &DiskSource) -> Result<Answers, SvmError> {
     let export = async |parent| {
         let target = stack(files, disk.clone());
-        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps: IdMaps::default() };
+        let kind = ExportKind::Canonical {
+            target,
+            parent,
+            format: 1,
+            id_maps: IdMaps::default(),
+            source_date_epoch: None,
+        };
         files.export(pool, "s", ExportJob { kind, live: None }).await
     };
     let compare = || CompareJob { target: stack(files, disk.clone()), parent: ParentDisks::Own, live: None };
@@ -214,7 +220,7 @@ pub(crate) async fn the_guests_kernel_reads_what_our_reader_does_not_know(backen
     for _ in 0..3 {
         let target = stack(&files, files.readable("bigalloc"));
         let (parent, id_maps) = (ParentDisks::Own, IdMaps::default());
-        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps };
+        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps, source_date_epoch: None };
         let lease = pool.lease("s", Purpose::Export).await.unwrap();
         let mut tar = lease.layer_to_tar(ExportJob { kind, live: None }).await.unwrap();
         tar.next().await.unwrap().unwrap();
@@ -258,7 +264,7 @@ pub(crate) async fn a_foreign_sandbox_is_refused_with_advice(backend: Backend) {
         // A layer of ours is never shown to a kernel, whatever is in its place.
         let target = vec![LayerDisk { disk, kind: LayerKind::Applied }];
         let (parent, id_maps) = (ParentDisks::None, IdMaps::default());
-        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps };
+        let kind = ExportKind::Canonical { target, parent, format: 1, id_maps, source_date_epoch: None };
         let e = files.export(&pool, "s", ExportJob { kind, live: None }).await.unwrap_err();
         assert_eq!(e.refused_kind(), Some(ErrorKind::Unsupported), "{e}");
         pool.shutdown(END).await;
@@ -355,7 +361,13 @@ pub(crate) async fn speed(backend: Backend) {
         for name in ["fs", "encrypt"] {
             let target = || stack(&files, files.readable(name));
             let (parent, id_maps) = (ParentDisks::Own, IdMaps::default());
-            let kind = ExportKind::Canonical { target: target(), parent, format: 1, id_maps };
+            let kind = ExportKind::Canonical {
+                target: target(),
+                parent,
+                format: 1,
+                id_maps,
+                source_date_epoch: None,
+            };
             let begin = std::time::Instant::now();
             let tar = files.export(&pool, "s", ExportJob { kind, live: None }).await.unwrap();
             let export = begin.elapsed();

@@ -78,8 +78,13 @@ pub(crate) async fn what_others_write_to_a_sandbox_is_seen(backend: Backend) {
         fs::write(&image, &before).unwrap();
         let disk = files.readable("sandbox").window(0, before.len() as u64);
         let target = vec![LayerDisk { disk, kind: LayerKind::Sandbox }];
-        let kind =
-            ExportKind::Canonical { target, parent: ParentDisks::Own, format: 1, id_maps: IdMaps::default() };
+        let kind = ExportKind::Canonical {
+            target,
+            parent: ParentDisks::Own,
+            format: 1,
+            id_maps: IdMaps::default(),
+            source_date_epoch: None,
+        };
         let copies = copies.then(|| CopyDisk {
             scratch: files.writable("scratch"),
             since: 0,

@@ -83,6 +83,7 @@ pub(crate) async fn figures(backend: &Arc<dyn VmBackend>, rounds: usize) {
             parent: ParentDisks::None,
             format: 1,
             id_maps: IdMaps::default(),
+            source_date_epoch: None,
         };
         let job = ExportJob { kind, live: None };
         let pid = pid_of(&lease);

@@ -7,13 +7,15 @@ use crate::{
 use bytes::Bytes;
 use disk_io::WriteAt;
 use ext4_image::{
+    Ext4,
     format::{BlankOptions, blank},
     writer::Attributes,
 };
 use futures_util::{StreamExt, stream};
 use lcow_graphdriver::svm::{
-    ChangeKind, CheckJob, CompareJob, DiskSource, ExportJob, ExportKind, IdMaps, LayerDisk, LayerKind, Mode,
-    ParentDisks, Pool, PoolConfig, Purpose, SvmError, VmBackend, VmSpec,
+    ChangeKind, CheckJob, CompareJob, CompressJob, Compression, DiskSource, ExpandJob, ExpandLimits,
+    ExportJob, ExportKind, GrowJob, IdMaps, LayerDisk, LayerKind, Mode, ParentDisks, Pool, PoolConfig,
+    Purpose, RecodeSummary, Recoded, SvmError, VmBackend, VmSpec,
 };
 use std::{
     io,
@@ -171,6 +173,32 @@ pub(crate) async fn a_blank_sandbox_is_empty(backend: Backend) {
     assert_eq!(lease.diff_size(job()).await.unwrap(), 0);
     drop(lease);
     pool.shutdown(END).await;
+}
+
+pub(crate) async fn a_sandbox_grows(backend: Backend) {
+    const SIZES: [u64; 2] = [80 << 20, 1 << 30];
+    let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
+    let disk = files.writable("sandbox");
+    disk.file.set_len(SIZES[1]).unwrap();
+    for (offset, data) in blank(SIZES[0], &BlankOptions::default()).unwrap() {
+        disk.file.write_all_at(&data, offset).unwrap();
+    }
+    let lease = pool.lease("s", Purpose::Work).await.unwrap();
+    let job = |bytes| GrowJob {
+        disk: disk.clone().window(0, SIZES[1]),
+        bytes,
+        data: std::iter::once(0..SIZES[1]).collect(),
+    };
+    let grown = lease.grow(&job(SIZES[1])).await.unwrap();
+    assert_eq!((grown.old_bytes, grown.new_bytes), (SIZES[0], SIZES[1]));
+    let smaller = lease.grow(&job(SIZES[0])).await.unwrap_err();
+    assert_eq!(smaller.refused_kind(), Some(ErrorKind::Usage), "{smaller}");
+    drop(lease);
+    pool.shutdown(END).await;
+    let geometry = Ext4::open(&*disk.file).unwrap().geometry().clone();
+    assert_eq!(geometry.blocks_count * u64::from(geometry.block_size), SIZES[1]);
+    #[cfg(target_os = "linux")]
+    ext4_image::testing::fsck(&disk.path);
 }
 
 pub(crate) async fn read_only_disks_stay_read_only(backend: Backend) {
@@ -406,6 +434,68 @@ pub(crate) async fn a_diff_streams_into_an_apply(backend: Backend) {
     }
 }
 
+/// Streams that are longer than every window flow in both directions at once; refusals and drops leave the machine usable.
+pub(crate) async fn a_stream_is_recoded_while_it_comes(backend: Backend) {
+    for mode in [Mode::Safe, Mode::Global] {
+        let pool = pool(&backend, mode);
+        let any = |output_bytes| ExpandJob { format: None, limits: ExpandLimits::of_output(output_bytes) };
+        let plain = tree(12, 400_001, 2);
+        // Few bytes in, many out.
+        let zeros = vec![0; 40 << 20];
+        for format in [Compression::Gzip, Compression::Zstd] {
+            for plain in [&plain, &zeros] {
+                let lease = pool.lease("c", Purpose::Work).await.unwrap();
+                let job = CompressJob::reproducible(format);
+                let (packed, summary) =
+                    recoded(lease.compress(job, body(plain, 60_000)).await.unwrap()).await.unwrap();
+                assert_eq!(
+                    (summary.format, summary.bytes_in, summary.bytes_out),
+                    (format, plain.len() as u64, packed.len() as u64)
+                );
+                let mut expected = Vec::new();
+                svm_agent::recode::compress(&mut &plain[..], format, format.level(), &mut expected).unwrap();
+                assert!(packed == expected, "{format}: other bytes than another agent's");
+                let lease = pool.lease("e", Purpose::Work).await.unwrap();
+                let stream = lease.expand(any(1 << 30), body(&packed, 4099)).await.unwrap();
+                let (found, summary) = recoded(stream).await.unwrap();
+                assert!(found == *plain && summary.format == format, "{format}: {} bytes", found.len());
+                for (stream, limit, kind) in [
+                    (&packed[..packed.len() / 2], 1 << 30, ErrorKind::Corrupt),
+                    (&packed[..], plain.len() as u64 - 1, ErrorKind::Limit),
+                ] {
+                    let lease = pool.lease("e", Purpose::Work).await.unwrap();
+                    let e = recoded(lease.expand(any(limit), body(stream, 60_000)).await.unwrap()).await;
+                    assert_eq!(e.unwrap_err().refused_kind(), Some(kind), "{format}");
+                }
+            }
+        }
+        // Dropped while bytes are on their way, both ways.
+        let lease = pool.lease("d", Purpose::Work).await.unwrap();
+        let endless = stream::repeat_with(|| Ok(Bytes::from(vec![7; 60_000])));
+        let mut dropped = lease.expand(any(u64::MAX), endless).await.unwrap();
+        for _ in 0..20 {
+            assert!(dropped.next().await.unwrap().is_ok());
+        }
+        drop(dropped);
+        soon("the lease is free", || pool.snapshot().leases == 0).await;
+        let lease = pool.lease("d", Purpose::Work).await.unwrap();
+        let cut = body(&plain, 60_000).chain(stream::iter([Err(io::Error::other("blob cut"))]));
+        let e = recoded(lease.expand(any(1 << 30), cut).await.unwrap()).await.unwrap_err();
+        assert!(matches!(&e, SvmError::Body(m) if m.contains("blob cut")), "{e}");
+        assert_eq!(pool.snapshot().poisoned, 0);
+        pool.shutdown(END).await;
+        assert!(pool.snapshot().vms.is_empty());
+    }
+}
+
+pub(crate) async fn recoded(mut stream: Recoded) -> Result<(Vec<u8>, RecodeSummary), SvmError> {
+    let mut all = Vec::new();
+    while let Some(chunk) = stream.next().await {
+        all.extend_from_slice(&chunk?);
+    }
+    Ok((all, *stream.summary().expect("a stream without error is complete")))
+}
+
 pub(crate) async fn nothing_is_left_behind(backend: Backend) {
     let (pool, files) = (pool(&backend, Mode::Safe), Files::new());
     let lease = pool.lease("a", Purpose::Work).await.unwrap();
@@ -419,6 +509,27 @@ pub(crate) async fn nothing_is_left_behind(backend: Backend) {
     soon("both are gone", || machines.iter().all(|m| !m.is_alive())).await;
     assert_eq!(std::fs::read_dir(files.folder.path()).unwrap().count(), 0);
     assert_eq!(backend.reap().await.unwrap(), 0);
+}
+
+pub(crate) async fn an_end_that_is_asked_for_twice_is_seen_by_all(backend: Backend) {
+    let vm = backend.boot(VmSpec { number: 900 }).await.unwrap();
+    let machine = Machine::of(&vm.describe());
+    assert!(machine.is_alive());
+    let waiters: Vec<_> = (0..3)
+        .map(|_| {
+            let vm = vm.clone();
+            tokio::spawn(async move { vm.death().await.cause })
+        })
+        .collect();
+    tokio::join!(vm.terminate(), vm.terminate());
+    vm.terminate().await;
+    assert!(!machine.is_alive(), "terminate returned before the end");
+    let mut causes = Vec::new();
+    for waiter in waiters {
+        causes.push(tokio::time::timeout(END, waiter).await.expect("death() resolves").unwrap());
+    }
+    assert!(causes.windows(2).all(|pair| pair[0] == pair[1]), "{causes:?}");
+    assert_eq!(vm.death().await.cause, causes[0], "also for one who asks later");
 }
 
 /// Prints a row of the table in docs.
@@ -504,6 +615,7 @@ pub(crate) async fn figures(backend: Backend) {
             parent: ParentDisks::None,
             format: 1,
             id_maps: IdMaps::default(),
+            source_date_epoch: None,
         };
         let start = Instant::now();
         let lease = pool.lease("l", Purpose::Export).await.unwrap();

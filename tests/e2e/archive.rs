@@ -10,7 +10,7 @@ use crate::{
     tarball::{self, Entry, Kind},
 };
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io::Read as _};
 
 /// One image of an archive.
 #[derive(Debug)]
@@ -59,10 +59,21 @@ pub(crate) fn read(archive: &[u8]) -> Vec<Image> {
             let layers = image["Layers"].as_array().expect("layers").iter();
             Image {
                 config: serde_json::from_slice(files[&name(&image["Config"])]).expect("image configuration"),
-                layers: layers.map(|l| files[&name(l)].to_vec()).collect(),
+                layers: layers.map(|l| unpacked(files[&name(l)])).collect(),
             }
         })
         .collect()
+}
+
+/// A layer's tar. Engines that keep what they pulled save it as it came.
+fn unpacked(blob: &[u8]) -> Vec<u8> {
+    const GZIP: &[u8] = &[0x1f, 0x8b];
+    if !blob.starts_with(GZIP) {
+        return blob.to_vec();
+    }
+    let mut tar = Vec::new();
+    flate2::read::MultiGzDecoder::new(blob).read_to_end(&mut tar).expect("a layer in gzip");
+    tar
 }
 
 /// Makes an archive of one image. Its digests are right, whatever the layers' bytes are.

@@ -23,7 +23,8 @@ fn count(engine: &Engine) -> usize {
 
 #[test]
 fn a_container_that_writes_is_committed_without_a_pause_ten_times() {
-    let (engine, _) = rootfs::engine_with(EngineOptions::default(), &rootfs::full());
+    // containerd's own differ cannot: a file that grows while it is read fails ("archive/tar: write too long").
+    let (engine, _) = rootfs::engine_with(EngineOptions::able_to_commit_what_grows(), &rootfs::full());
     engine.run_container("box1", "base", &[]);
     engine.exec(
         "box1",

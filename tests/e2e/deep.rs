@@ -80,10 +80,12 @@ fn many_layers(options: EngineOptions) {
     saved[0].assert_digests();
     assert_eq!(saved[0].layers.len(), ENGINES_LIMIT);
     assert!(saved[0].layers[..LAYERS] == tars[..]);
-    // One more is the engine's own limit; it says so, and nothing breaks.
     engine.run_container("box2", &tag, &[]);
-    let failure = engine.try_docker(&["commit", "box2", "too-deep"]).expect_failure();
-    assert!(failure.contains("max depth"), "{failure}");
+    if !engine.has_containerd() {
+        // One more is the engine's own limit; it says so, and nothing breaks.
+        let failure = engine.try_docker(&["commit", "box2", "too-deep"]).expect_failure();
+        assert!(failure.contains("max depth"), "{failure}");
+    }
     assert_eq!(engine.exec("box2", "cat /level"), tag);
     engine.docker(&["rm", "-f", "box1", "box2"]);
     engine.assert_nothing_mounted();

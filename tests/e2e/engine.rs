@@ -1,40 +1,34 @@
 //! A private Docker engine on the product, which nothing survives.
 //!
 //! ```text
-//!   test ─► setpriv --pdeathsig ─► unshare: mount, pid, ipc, uts ─► sh (pid 1 of the room)
-//!             │                      tmpfs on /run, overlay on /etc
-//!             ├─ nsenter ─► lcow-graphdriver serve   (log file)
-//!             ├─ nsenter ─► dockerd ─► containerd ─► shims, containers   (log file)
-//!             └─ nsenter ─► docker …
+//!   room (isolation)
+//!     ├─ lcow-graphdriver serve   (log file)
+//!     ├─ dockerd ─► containerd ─► shims, containers   (log file)
+//!     └─ docker …
 //! ```
-//!
-//! Invariants: every process of an engine lives in its room, so that killing the room's pid 1 ends all of them, and
-//! all mounts go with the room's mount namespace; all files are below one temporary folder. `Drop` does so after a
-//! panic, too, and then prints the ends of the logs. Rooms share nothing but the kernel and the cgroup mount, where
-//! each has a folder of its own. The host's own Docker is not touched.
 
 use crate::{
     command::{Run, Running, TICK, children, kill, start, wait_until},
-    plugin,
+    isolation::{DAEMON_LIMIT, Daemon, Room},
+    plugin, proxy,
 };
-use rustix::process::{Pid, Signal, kill_process};
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeSet,
     ffi::OsString,
     fs,
     io::{Read, Write},
-    os::unix::{fs::MetadataExt, net::UnixStream},
+    os::unix::{
+        fs::{MetadataExt, symlink},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
 
-/// Longest time that a daemon may take to answer.
-const START_LIMIT: Duration = Duration::from_mins(1);
-/// Bytes of each log that a failed test shows.
-const LOG_TAIL: usize = 12 << 10;
 /// Where Debian keeps the programs; `LCOW_E2E_PATH` is put in front (another dockerd, say).
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -49,6 +43,10 @@ pub(crate) enum Driver {
     Vfs,
     /// The product as a managed plugin, which the engine itself starts.
     Managed,
+    /// The product as the snapshotter of the containerd that keeps the engine's images.
+    Containerd,
+    /// That containerd's own snapshotter: the control.
+    ContainerdOverlayfs,
 }
 
 impl Driver {
@@ -58,18 +56,26 @@ impl Driver {
             Err(_) | Ok("lcow") => Self::Lcow,
             Ok("managed") => Self::Managed,
             Ok("overlay2") => Self::Overlay2,
-            Ok(other) => panic!("LCOW_E2E_DRIVER={other}: lcow, managed or overlay2"),
+            Ok("containerd") => Self::Containerd,
+            Ok("containerd-overlayfs") => Self::ContainerdOverlayfs,
+            Ok(other) => {
+                panic!("LCOW_E2E_DRIVER={other}: lcow, managed, overlay2, containerd or containerd-overlayfs")
+            }
         }
     }
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Lcow | Self::Managed => "lcow",
+            Self::Lcow | Self::Managed | Self::Containerd => "lcow",
             Self::Overlay2 => "overlay2",
+            Self::ContainerdOverlayfs => "overlayfs",
             Self::Vfs => "vfs",
         }
     }
     fn is_lcow(self) -> bool {
-        matches!(self, Self::Lcow | Self::Managed)
+        matches!(self, Self::Lcow | Self::Managed | Self::Containerd)
+    }
+    fn has_containerd(self) -> bool {
+        matches!(self, Self::Containerd | Self::ContainerdOverlayfs)
     }
 }
 
@@ -105,7 +111,24 @@ impl EngineOptions {
             Self { driver: Driver::Overlay2 | Driver::Vfs, .. } => {
                 Self { driver: Driver::Lcow, ..Self::default() }
             }
+            Self { driver: Driver::ContainerdOverlayfs, .. } => {
+                Self { driver: Driver::Containerd, ..Self::default() }
+            }
             product => product,
+        }
+    }
+    /// As given, but not containerd's own differ.
+    pub(crate) fn able_to_commit_what_grows() -> Self {
+        match Self::default() {
+            Self { driver: Driver::ContainerdOverlayfs, .. } => Self::lcow(),
+            able => able,
+        }
+    }
+    /// An option of the storage driver: given by the engine, which knows none of its containerd's snapshotters.
+    pub(crate) fn storage_option(self, option: &str) -> Self {
+        match self.driver {
+            Driver::Containerd | Driver::ContainerdOverlayfs => self.plugin(&["--storage-opt", option]),
+            _ => self.dockerd(&["--storage-opt", option]),
         }
     }
     pub(crate) fn dockerd(mut self, args: &[&str]) -> Self {
@@ -123,24 +146,9 @@ impl EngineOptions {
     fn path(&self) -> String {
         match &self.programs {
             Some(first) => format!("{}:{}", first.display(), path()),
+            None if self.driver.has_containerd() => format!("{}:{}", containerd_programs(), path()),
             None => path(),
         }
-    }
-}
-
-/// A daemon in the room.
-#[derive(Debug)]
-struct Daemon {
-    /// The `nsenter` that waits for it.
-    outer: Child,
-    /// Its own pid, as the host sees it.
-    pid: u32,
-}
-
-impl Daemon {
-    fn kill(mut self) {
-        kill(self.pid);
-        let _ = self.outer.wait();
     }
 }
 
@@ -152,15 +160,13 @@ pub(crate) struct Engine {
     driver: Cell<Driver>,
     /// Pid 1 of the managed plugin that was killed last.
     killed: Cell<Option<u32>>,
-    folder: Option<tempfile::TempDir>,
-    /// The `unshare` around the room.
-    room: Child,
-    init: u32,
+    room: Room,
     plugin: RefCell<Option<Daemon>>,
     dockerd: RefCell<Option<Daemon>>,
+    /// The containerd that is not dockerd's child.
+    containerd: RefCell<Option<Daemon>>,
     /// Name and home of the storage driver, where they are not those of `options.driver`.
     chosen: RefCell<Option<(String, PathBuf)>>,
-    cgroup: String,
 }
 
 impl Engine {
@@ -176,73 +182,43 @@ impl Engine {
         engine
     }
 
-    /// A room without daemons.
+    /// An engine whose daemons do not run yet.
     fn room(options: EngineOptions) -> Self {
-        assert!(
-            rustix::process::geteuid().is_root(),
-            "the end-to-end tests need root: they mount and run dockerd"
-        );
-        for (program, package) in
-            [("dockerd", "docker.io"), ("runc", "runc"), ("busybox", "busybox-static"), ("getfattr", "attr")]
-        {
-            let found = options.path().split(':').any(|d| Path::new(d).join(program).exists());
-            assert!(found, "the end-to-end tests need {program}: apt-get install {package}");
-        }
-        let folder = tempfile::Builder::new()
-            .prefix("lcow-e2e-")
-            .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
-            .expect("temporary folder");
-        let cgroup = folder.path().file_name().expect("a name").to_string_lossy().into_owned();
-        // Pid 1 has to reap what loses its parent; busybox's shell does so while it waits.
-        const ROOM: &str = "mount -t tmpfs -o mode=755 room /run && mkdir -p /run/etc/upper /run/etc/work \
-            /run/docker/plugins && mount -t overlay -o lowerdir=/etc,upperdir=/run/etc/upper,workdir=/run/etc/work \
-            etc /etc && rm -rf /etc/docker && echo daemon:500000:65536 >/etc/subuid && cat /etc/subuid >/etc/subgid \
-            && echo ready || exit 1; while :; do sleep 1000 & wait $!; done";
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]);
-        command.args([
-            "--mount-proc",
-            "--ipc",
-            "--uts",
-            "--propagation",
-            "private",
-            "busybox",
-            "sh",
-            "-c",
-            ROOM,
-        ]);
-        // unshare complains of a signal mask whenever its child is killed.
-        let log = fs::File::create(folder.path().join("room.log")).expect("log file");
-        command.env("PATH", options.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
-        let mut room = command.spawn().expect("setpriv and unshare (util-linux)");
-        let mut ready = [0_u8; 6];
-        let told = room.stdout.take().expect("stdout").read_exact(&mut ready);
-        let init = children(room.id()).first().copied();
+        let programs =
+            [("dockerd", "docker.io"), ("runc", "runc"), ("busybox", "busybox-static"), ("getfattr", "attr")];
         let engine = Self {
             driver: Cell::new(options.driver),
             killed: Cell::default(),
+            room: Room::new(options.path(), &programs),
             options,
-            folder: Some(folder),
-            room,
-            init: init.unwrap_or_default(),
             plugin: RefCell::default(),
             dockerd: RefCell::default(),
+            containerd: RefCell::default(),
             chosen: RefCell::default(),
-            cgroup,
         };
-        let furnished = told.is_ok() && &ready == b"ready\n" && init.is_some();
-        assert!(furnished, "the room could not be furnished\n{}", engine.log_text("room"));
+        if engine.has_containerd() {
+            let plugins = engine.folder().join("client/cli-plugins");
+            fs::create_dir_all(&plugins).expect("folder of the client's plugins");
+            let (docker, _) = containerd_programs().split_once(':').expect("two folders");
+            let link = symlink(Path::new(docker).join("docker-buildx"), plugins.join("docker-buildx"));
+            link.expect("link to the client's plugin");
+        }
         engine
     }
 
     /// The engine's folder, the same path in and outside of the room.
     pub(crate) fn folder(&self) -> &Path {
-        self.folder.as_ref().expect("kept until Drop").path()
+        self.room.folder()
     }
 
     /// The engine's socket, as the host sees it.
     pub(crate) fn socket(&self) -> PathBuf {
-        format!("/proc/{}/root/run/e2e.sock", self.init).into()
+        self.room.seen_from_outside("/run/e2e.sock")
+    }
+
+    /// The product's socket, as the host sees it; of a product that the engine does not start itself.
+    pub(crate) fn plugin_socket(&self) -> PathBuf {
+        self.room.seen_from_outside("/run/docker/plugins/lcow.sock")
     }
 
     /// Makes a folder for a test's own files.
@@ -254,6 +230,11 @@ impl Engine {
 
     pub(crate) fn is_lcow(&self) -> bool {
         self.driver.get().is_lcow()
+    }
+
+    /// The engine's images are in a containerd of its own, and the storage driver is a snapshotter.
+    pub(crate) fn has_containerd(&self) -> bool {
+        self.driver.get().has_containerd()
     }
 
     /// The next dockerd gets this storage driver, whose home is `home`.
@@ -275,6 +256,9 @@ impl Engine {
 
     /// The storage driver's home.
     pub(crate) fn home(&self) -> PathBuf {
+        if self.has_containerd() {
+            return proxy::home(&self.room);
+        }
         let chosen = self.chosen.borrow();
         chosen
             .as_ref()
@@ -299,64 +283,24 @@ impl Engine {
 
     /// A command in the room.
     fn inside(&self, program: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args([
-            "--target",
-            &self.init.to_string(),
-            "--mount",
-            "--pid",
-            "--ipc",
-            "--uts",
-            "--wd=/",
-            "--",
-        ]);
-        command.arg(program);
-        command
-            .env_clear()
-            .env("PATH", self.options.path())
-            .env("HOME", self.folder())
-            .env("LC_ALL", "C.UTF-8");
+        let mut command = self.room.inside(program);
         command.env("DOCKER_CONFIG", self.folder().join("client")).env("DOCKER_HOST", "unix:///run/e2e.sock");
         command
     }
 
-    fn daemon(&self, name: &str, mut command: Command) -> Daemon {
-        let log = fs::File::options().create(true).append(true).open(self.log(name)).expect("log file");
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("log file")).stderr(log);
-        let mut outer = command.spawn().expect("nsenter");
-        let pid = wait_until(name, START_LIMIT, || {
-            if let Some(status) = outer.try_wait().expect("wait for nsenter") {
-                panic!("{name} ended at once, {status}\n{}", self.log_tail(name));
-            }
-            children(outer.id()).first().copied()
-        });
-        Daemon { outer, pid }
-    }
-
-    fn log(&self, name: &str) -> PathBuf {
-        self.folder().join(format!("{name}.log"))
-    }
-
     /// Everything that a daemon wrote.
     pub(crate) fn log_text(&self, name: &str) -> String {
-        String::from_utf8_lossy(&fs::read(self.log(name)).unwrap_or_default()).into_owned()
+        self.room.log_text(name)
     }
 
-    fn log_tail(&self, name: &str) -> String {
-        let text = self.log_text(name);
-        // dockerd's list of its own routes, and requests in full, tell nothing.
-        let noise = |l: &&str| !l.contains("msg=\"Registering ") && !l.contains("msg=\"form data");
-        let text = text.lines().filter(noise).collect::<Vec<_>>().join("\n");
-        text[text.floor_char_boundary(text.len().saturating_sub(LOG_TAIL))..].to_owned()
-    }
-
-    fn wait_for(&self, name: &str, daemon: &mut Daemon, mut answers: impl FnMut() -> bool) {
-        wait_until(&format!("{name} to answer"), START_LIMIT, || {
-            if let Some(status) = daemon.outer.try_wait().expect("wait for a daemon") {
-                panic!("{name} ended, {status}\n{}", self.log_tail(name));
-            }
-            answers().then_some(())
-        });
+    /// How many differences the product has made blobs of; `None` where the engine asks no differ for them.
+    pub(crate) fn diffs_served(&self) -> Option<usize> {
+        let served = |text: String| {
+            text.lines()
+                .filter(|line| line.contains(": call number=") && line.contains(" call=\"Diff\" "))
+                .count()
+        };
+        (self.driver.get() == Driver::Containerd).then(|| served(self.log_text("plugin")))
     }
 
     /// Starts the plugin, and waits for its socket. With another driver than the product there is nothing to start.
@@ -365,25 +309,31 @@ impl Engine {
         match self.driver.get() {
             Driver::Lcow => {}
             Driver::Managed if self.dockerd.borrow().is_some() => return self.wait_for_managed(),
-            Driver::Managed | Driver::Overlay2 | Driver::Vfs => return,
+            Driver::Containerd => {
+                assert!(self.plugin.borrow().is_none(), "the product runs already");
+                *self.plugin.borrow_mut() =
+                    Some(proxy::start_lcow(&self.room, "plugin", &self.options.plugin));
+                return;
+            }
+            Driver::Managed | Driver::Overlay2 | Driver::Vfs | Driver::ContainerdOverlayfs => return,
         }
         assert!(self.plugin.borrow().is_none(), "the plugin runs already");
         let mut command = self.inside(env!("CARGO_BIN_EXE_lcow-graphdriver"));
         command.arg("serve").arg("--root").arg(self.folder().join("plugin"));
         command.args(["--socket", "/run/docker/plugins/lcow.sock"]).args(&self.options.plugin);
         command.env("RUST_BACKTRACE", "1").env("RUST_LOG", "info");
-        let mut daemon = self.daemon("plugin", command);
-        let socket = format!("/proc/{}/root/run/docker/plugins/lcow.sock", self.init);
-        self.wait_for("plugin", &mut daemon, || UnixStream::connect(&socket).is_ok());
+        let mut daemon = self.room.daemon("plugin", command);
+        let socket = self.room.seen_from_outside("/run/docker/plugins/lcow.sock");
+        self.room.wait_for("plugin", &mut daemon, || UnixStream::connect(&socket).is_ok());
         *self.plugin.borrow_mut() = Some(daemon);
     }
 
     fn wait_for_managed(&self) {
         let killed = self.killed.get();
-        wait_until("the plugin's next process", START_LIMIT, || {
+        wait_until("the plugin's next process", DAEMON_LIMIT, || {
             self.managed_pid().filter(|pid| Some(*pid) != killed)
         });
-        wait_until("the plugin to answer", START_LIMIT, || {
+        wait_until("the plugin to answer", DAEMON_LIMIT, || {
             let info = self.try_docker(&["info", "-f", "{{json .DriverStatus}}"]);
             info.text().contains("Store Format").then_some(())
         });
@@ -406,9 +356,14 @@ impl Engine {
     pub(crate) fn start_dockerd(&self) {
         assert!(self.dockerd.borrow().is_none(), "dockerd runs already");
         let config = self.folder().join("daemon.json");
-        fs::write(&config, "{}").expect("daemon.json");
+        let features = r#"{ "features": { "containerd-snapshotter": true } }"#;
+        fs::write(&config, if self.has_containerd() { features } else { "{}" }).expect("daemon.json");
+        if self.has_containerd() {
+            let with_lcow = self.driver.get() == Driver::Containerd;
+            *self.containerd.borrow_mut() = Some(proxy::start_containerd(&self.room, 3, with_lcow));
+        }
         // A predecessor that was killed leaves its pid file, and the pid may be somebody else's by now.
-        let _ = fs::remove_file(format!("/proc/{}/root/run/e2e.pid", self.init));
+        let _ = fs::remove_file(self.room.seen_from_outside("/run/e2e.pid"));
         let mut command = self.inside("dockerd");
         command.args(["--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false"]);
         command.arg("--data-root").arg(self.folder().join("data")).arg("--config-file").arg(config);
@@ -421,7 +376,7 @@ impl Engine {
             "unix:///run/e2e.sock",
         ]);
         command.args(["-D", "--experimental", "--exec-opt", "native.cgroupdriver=cgroupfs"]);
-        command.arg(format!("--cgroup-parent=/{}", self.cgroup));
+        command.arg(format!("--cgroup-parent=/{}", self.room.cgroup()));
         command.args(["--storage-driver", &self.driver_name()]);
         if self.options.userns {
             command.arg("--userns-remap=daemon");
@@ -430,8 +385,11 @@ impl Engine {
         if self.driver.get() == Driver::Managed {
             command.args(&self.options.plugin);
         }
-        let mut daemon = self.daemon("dockerd", command);
-        self.wait_for("dockerd", &mut daemon, || self.ping().is_some());
+        if self.has_containerd() {
+            command.args(["--containerd", proxy::CONTAINERD_SOCKET]);
+        }
+        let mut daemon = self.room.daemon("dockerd", command);
+        self.room.wait_for("dockerd", &mut daemon, || self.ping().is_some());
         *self.dockerd.borrow_mut() = Some(daemon);
     }
 
@@ -446,18 +404,19 @@ impl Engine {
 
     /// Kills dockerd with SIGKILL; containerd dies with it, containers do not.
     pub(crate) fn kill_dockerd(&self) {
-        if let Some(daemon) = self.dockerd.borrow_mut().take() {
+        for daemon in [self.dockerd.take(), self.containerd.take()].into_iter().flatten() {
             daemon.kill();
         }
     }
 
     /// Stops dockerd with SIGTERM, and waits for its end.
     pub(crate) fn stop_dockerd(&self) {
-        let Some(mut daemon) = self.dockerd.borrow_mut().take() else { panic!("dockerd does not run") };
-        let pid = Pid::from_raw(daemon.pid.cast_signed()).expect("a pid");
-        kill_process(pid, Signal::TERM).expect("SIGTERM to dockerd");
-        let ended =
-            wait_until("dockerd to end", START_LIMIT, || daemon.outer.try_wait().expect("wait for dockerd"));
+        let Some(daemon) = self.dockerd.borrow_mut().take() else { panic!("dockerd does not run") };
+        let ended = daemon.terminate("dockerd");
+        if let Some(containerd) = self.containerd.borrow_mut().take() {
+            let ended = containerd.terminate("containerd");
+            assert!(ended.success(), "containerd ended with {ended}");
+        }
         assert!(ended.success(), "dockerd ended with {ended}");
     }
 
@@ -506,9 +465,10 @@ impl Engine {
     /// Build with (`1`) or without (`0`) BuildKit.
     pub(crate) fn build_by(&self, buildkit: &str, tag: &str, context: &Path, args: &[&str]) -> Run {
         let context = context.to_str().expect("a path in UTF-8");
-        // Debian's own program has BuildKit's client built in; a newer one needs a plugin for it.
-        let words =
-            [&["/usr/bin/docker", "build", "--network", "none", "--tag", tag], args, &[context]].concat();
+        // Debian's own program has BuildKit's client built in; a newer one needs a plugin for it, which is beside that of
+        // Docker 28.
+        let docker = if self.has_containerd() { "docker" } else { "/usr/bin/docker" };
+        let words = [&[docker, "build", "--network", "none", "--tag", tag], args, &[context]].concat();
         let env = [("DOCKER_BUILDKIT", buildkit), ("BUILDKIT_PROGRESS", "plain")];
         self.spawn_with(&words, &env, None).wait()
     }
@@ -552,8 +512,7 @@ impl Engine {
     /// Mount points in the room that lie in the storage driver's home.
     pub(crate) fn mounts(&self) -> Vec<String> {
         let home = self.home().to_string_lossy().into_owned();
-        let table =
-            fs::read_to_string(format!("/proc/{}/mountinfo", self.init)).expect("mount table of the room");
+        let table = self.room.mount_table();
         let points = table.lines().filter_map(|l| l.split(' ').nth(4));
         // dockerd itself keeps a bind mount of a native driver's home.
         points.filter(|p| p.starts_with(&home) && **p != home).map(str::to_owned).collect()
@@ -584,11 +543,35 @@ impl Engine {
         text.lines().filter(ours).map(str::to_owned).collect()
     }
 
-    /// Fails if mounts or loop devices are left. The kernel frees a loop device a moment after its unmount.
+    /// Unmounts layers that only stay mounted for the next container, as an operator does.
+    pub(crate) fn unmount_idle(&self) {
+        let plugins = self.room.seen_from_outside("/run/docker/plugins");
+        let managed =
+            fs::read_dir(plugins).into_iter().flatten().flatten().map(|e| e.path().join("lcow.sock"));
+        let fixed = ["/run/docker/plugins/lcow.sock", proxy::LCOW_SOCKET];
+        for socket in fixed.map(|path| self.room.seen_from_outside(path)).into_iter().chain(managed) {
+            // Without a plugin, it was the stop that unmounted them.
+            if UnixStream::connect(&socket).is_ok() {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"));
+                command.args(["store", "unmount-idle", "--socket"]).arg(socket);
+                start(command, None).wait().expect_ok();
+            }
+        }
+    }
+
+    /// Fails if mounts or loop devices are left. The kernel frees a loop device a moment after its unmount. Snapshots keep
+    /// their mounts as long as they exist.
     pub(crate) fn assert_nothing_mounted(&self) {
+        self.unmount_idle();
         let begun = Instant::now();
         loop {
-            let left = [self.mounts(), self.loops()].concat();
+            let mut left = [self.mounts(), self.loops()].concat();
+            if self.has_containerd() {
+                let home = self.home();
+                let exists = |name: &str| home.join(name).join("snapshot.json").exists();
+                // ".../mnt/NAME", ".../NAME/merged" or ".../NAME/layer.vhd".
+                left.retain(|line| !line.rsplit('/').take(2).any(exists));
+            }
             if left.is_empty() {
                 return;
             }
@@ -618,61 +601,15 @@ impl Engine {
     }
 }
 
+/// Folders of Docker 28, its plugin for builds, and containerd 2, fetched at the first call.
+fn containerd_programs() -> &'static str {
+    static PROGRAMS: OnceLock<String> = OnceLock::new();
+    PROGRAMS.get_or_init(|| proxy::script("fetch-engines", &["docker-28", "containerd-2"]).replace('\n', ":"))
+}
+
 fn path() -> String {
     match std::env::var("LCOW_E2E_PATH") {
         Ok(first) if !first.is_empty() => format!("{first}:{PATH}"),
         _ => PATH.to_owned(),
-    }
-}
-
-impl Drop for Engine {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            for name in ["plugin", "dockerd"] {
-                eprintln!("──── end of {name}.log ────\n{}", self.log_tail(name));
-            }
-        }
-        // The kernel kills and reaps the whole pid namespace before its pid 1 is gone.
-        kill(self.init);
-        let _ = self.room.wait();
-        for daemon in [self.plugin.take(), self.dockerd.take()].into_iter().flatten() {
-            let mut daemon = daemon;
-            let _ = daemon.outer.wait();
-        }
-        remove_cgroups(&self.cgroup);
-        let panics = ["plugin", "dockerd"].iter().any(|log| self.log_text(log).contains("panicked at"));
-        if let Some(folder) = self.folder.take() {
-            if std::env::var_os("LCOW_E2E_KEEP").is_some() {
-                eprintln!("kept {}", folder.keep().display());
-                return;
-            }
-            let place = folder.path().to_owned();
-            let closed = folder.close();
-            if let Err(error) = closed {
-                eprintln!("cannot delete {}: {error}", place.display());
-            }
-        }
-        assert!(
-            thread::panicking() || !panics,
-            "the plugin or a service VM panicked (LCOW_E2E_KEEP keeps its log)"
-        );
-    }
-}
-
-/// Removes the cgroups of an engine: the kernel keeps them although nobody is in them.
-fn remove_cgroups(name: &str) {
-    fn remove(folder: &Path) {
-        for inner in fs::read_dir(folder).into_iter().flatten().flatten() {
-            if inner.file_type().is_ok_and(|t| t.is_dir()) {
-                remove(&inner.path());
-            }
-        }
-        // One that is still in use is empty a moment later, and costs nothing.
-        let _ = fs::remove_dir(folder);
-    }
-    let root = Path::new("/sys/fs/cgroup");
-    remove(&root.join(name));
-    for controller in fs::read_dir(root).into_iter().flatten().flatten() {
-        remove(&controller.path().join(name));
     }
 }

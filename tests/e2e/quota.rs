@@ -42,7 +42,7 @@ fn a_container_cannot_write_more_than_its_size() {
 
 #[test]
 fn the_default_size_comes_from_the_options() {
-    let options = EngineOptions::lcow().dockerd(&["--storage-opt", "lcow.sandboxsize=100MiB"]);
+    let options = EngineOptions::lcow().storage_option("lcow.sandboxsize=100MiB");
     let (engine, _) = rootfs::engine_with(options, &rootfs::small());
     let total: u64 =
         engine.shell("base", "df -k / | tail -n 1 | { read -r a b c; echo $b; }").parse().expect("df");

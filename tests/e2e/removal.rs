@@ -8,9 +8,16 @@ use std::{collections::BTreeSet, fs};
 
 /// Names in the product's home that are layers: everything but the store's own few files and folders.
 fn layers(engine: &Engine) -> BTreeSet<String> {
-    let names = fs::read_dir(engine.home()).expect("home").flatten();
-    let names = names.map(|e| e.file_name().to_string_lossy().into_owned());
-    names.filter(|n| n.len() >= 64).collect()
+    let entries = fs::read_dir(engine.home()).expect("home").flatten();
+    // Docker names layers itself, those of containerd's snapshots are numbered.
+    let is_layer = |entry: &fs::DirEntry| {
+        if engine.has_containerd() {
+            entry.path().join("snapshot.json").exists()
+        } else {
+            entry.file_name().len() >= 64
+        }
+    };
+    entries.filter(is_layer).map(|e| e.file_name().to_string_lossy().into_owned()).collect()
 }
 
 /// Files anywhere below the home, of which an empty store has only small ones.
@@ -63,7 +70,10 @@ fn a_stop_of_dockerd_leaves_no_mounts() {
     let (engine, _) = rootfs::engine_with(EngineOptions::lcow(), &rootfs::full());
     busy(&engine);
     engine.stop_dockerd();
-    engine.assert_nothing_mounted();
+    if !engine.has_containerd() {
+        // containerd never says that it is done with a mount: they stay until their snapshots are removed.
+        engine.assert_nothing_mounted();
+    }
     let log = engine.log_text("plugin");
     assert!(!log.contains("panicked"), "{log}");
     engine.start_dockerd();

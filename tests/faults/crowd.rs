@@ -58,7 +58,7 @@ const FAULTS: [&[&str]; 3] = [
 ];
 
 /// strace in a process beside the plugin's, which notes what it lets fail.
-fn tracer(faults: &[&str], trace: &Path) -> Vec<String> {
+pub(crate) fn tracer(faults: &[&str], trace: &Path) -> Vec<String> {
     let mut words: Vec<String> =
         ["strace", "-D", "-f", "-qq", "--seccomp-bpf", "-o"].map(str::to_owned).into();
     words.push(trace.to_str().unwrap().to_owned());
@@ -68,7 +68,7 @@ fn tracer(faults: &[&str], trace: &Path) -> Vec<String> {
     words
 }
 
-fn injected(trace: &Path) -> usize {
+pub(crate) fn injected(trace: &Path) -> usize {
     fs::read_to_string(trace).unwrap_or_default().matches("(INJECTED)").count()
 }
 
@@ -98,7 +98,7 @@ fn restart(plugin: &mut Plugin) {
 }
 
 /// Sends the clients home, also when the test fails.
-struct AtTheEnd<'a>(&'a AtomicBool);
+pub(crate) struct AtTheEnd<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for AtTheEnd<'_> {
     fn drop(&mut self) {

@@ -1,16 +1,16 @@
 //! Sandboxes that are mounted, and systemd: what only Linux has. Needs root: it mounts small tmpfs disks.
 
-use crate::support::{Plugin, Reply, machine::SmallDisk, noise};
+use crate::support::{Plugin, Reply, Tar, machine::SmallDisk, noise};
 use serde_json::json;
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     os::{
         fd::AsRawFd,
         unix::net::{UnixDatagram, UnixListener, UnixStream},
     },
-    path::Path,
-    process::Command,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -50,7 +50,7 @@ fn a_full_host_stops_new_layers_first_and_sandboxes_survive_it() {
     plugin.put("b");
     assert_eq!(plugin.mounts().len(), 1, "only the disk itself: {:?}", plugin.mounts());
     grow(&disk, 120);
-    let a = plugin.get("a");
+    let a = get_once_alone(&plugin, "a");
     fs::write(a.join("after"), b"room again").unwrap();
     assert_eq!(fs::read(a.join("f0")).unwrap(), noise(0, 1 << 20));
     plugin.put("a");
@@ -59,6 +59,66 @@ fn a_full_host_stops_new_layers_first_and_sandboxes_survive_it() {
     }
     assert_eq!(fs::read(plugin.get("b").join("kept")).unwrap(), noise(5, 100_000));
     plugin.put("b");
+}
+
+/// Shows a sandbox whose file system stopped after an error, once no mount namespace keeps it: those of other tests copy
+/// every mount.
+fn get_once_alone(plugin: &Plugin, id: &str) -> PathBuf {
+    let begin = Instant::now();
+    loop {
+        let reply = plugin.call("GraphDriver.Get", &json!({"ID": id}));
+        if !reply.text().contains("another mount namespace keeps mounted") {
+            return reply.json()["Dir"].as_str().unwrap_or_else(|| panic!("{}", reply.text())).into();
+        }
+        assert!(begin.elapsed() < Duration::from_mins(1), "{}", reply.text());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A container or service that copied the host's mounts keeps a stopped file system alive; a view of it would be read-only.
+#[test]
+fn a_sandbox_that_stopped_and_is_kept_alive_elsewhere_is_refused_until_it_is_free() {
+    let plugin = Plugin::start(&["--storage-opt", "lcow.sandboxsize=64m"]);
+    plugin.init();
+    plugin.layer("base", "", &Tar::new().file("f", b"x").end());
+    plugin.ok("GraphDriver.CreateReadWrite", &json!({"ID": "rw", "Parent": "base"}));
+    let view = plugin.get("rw");
+    fs::write(view.join("kept"), b"kept").unwrap();
+    sync(&view);
+    let disk = plugin
+        .mounts()
+        .into_iter()
+        .find(|place| place.contains("/mnt/") && Path::new(place).join("upper").exists())
+        .expect("the sandbox is mounted");
+    let mut other = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", "echo there; exec sleep 600"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = [0; 6];
+    other.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+    let other = Ended(other);
+    let stopped = Command::new("xfs_io").args(["-x", "-c", "shutdown", &disk]).status().unwrap();
+    assert!(stopped.success(), "xfs_io of xfsprogs");
+    plugin.put("rw");
+    let text = plugin.err("GraphDriver.Get", &json!({"ID": "rw"}));
+    assert!(text.contains("another mount namespace keeps mounted"), "{text}");
+    assert_eq!(plugin.mounts(), [""; 0], "a refused Get leaves nothing mounted");
+    drop(other);
+    let view = get_once_alone(&plugin, "rw");
+    assert_eq!(fs::read(view.join("kept")).unwrap(), b"kept");
+    fs::write(view.join("after"), b"again").unwrap();
+    plugin.put("rw");
+}
+
+/// A process that is killed at the end of the test.
+struct Ended(std::process::Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn grow(disk: &SmallDisk, megabytes: u32) {

@@ -7,8 +7,7 @@
 //!
 //! Needs root and strace: system calls of the running daemon are made to fail.
 
-use super::truth::Injection;
-use crate::support::{Plugin, Tar, noise};
+use crate::support::{Plugin, Tar, injection::Injection, noise};
 use serde_json::{Value, json};
 use std::fs;
 

@@ -3,7 +3,7 @@
 //!
 //! Needs root and strace: system calls of the running daemon are made to fail, and its disk to stand still.
 
-use crate::support::{Plugin, Reply, Tar, noise, send_chunks};
+use crate::support::{Plugin, Reply, Tar, injection::Injection, noise, send_chunks};
 use lcow_sys::linux::{
     freeze,
     loopdev::{self, LoopSpec},
@@ -12,70 +12,15 @@ use lcow_sys::linux::{
 use serde_json::{Value, json};
 use std::{
     fs,
-    io::{BufRead, BufReader, Write},
+    io::Write,
     os::fd::AsFd,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
 /// Longest wait for something that must come.
 const PATIENCE: Duration = Duration::from_mins(1);
-
-/// Lets system calls of a running plugin fail, until it is dropped.
-pub(crate) struct Injection {
-    strace: Child,
-    trace: PathBuf,
-    _folder: tempfile::TempDir,
-}
-
-impl Injection {
-    /// `what` as strace wants it: `fsync:error=EIO:when=1`.
-    pub(crate) fn begin(pid: u32, what: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let trace = folder.path().join("trace");
-        let call = what.split(':').next().unwrap();
-        let mut strace = Command::new("strace")
-            .args(["-f", "-o"])
-            .arg(&trace)
-            .args(["-e", &format!("trace={call}"), "-e", &format!("inject={what}")])
-            .args(["-p", &pid.to_string()])
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("strace must be installed: scripts/install-deps test");
-        // It says so when it has attached to all threads.
-        let mut line = String::new();
-        BufReader::new(strace.stderr.take().unwrap()).read_line(&mut line).unwrap();
-        Self { strace, trace, _folder: folder }
-    }
-
-    /// Ends it; how many calls it let fail.
-    pub(crate) fn end(mut self) -> usize {
-        self.stop();
-        fs::read_to_string(&self.trace).unwrap_or_default().matches("(INJECTED)").count()
-    }
-
-    fn stop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.strace);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
-        // It waits for ever for a thread that waits for its child to begin (vfork), while it holds that child.
-        let begin = Instant::now();
-        while self.strace.try_wait().is_ok_and(|status| status.is_none()) {
-            if begin.elapsed() > Duration::from_secs(5) {
-                let _ = self.strace.kill();
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-impl Drop for Injection {
-    fn drop(&mut self) {
-        if self.strace.try_wait().is_ok_and(|status| status.is_none()) {
-            self.stop();
-        }
-    }
-}
 
 /// Loop devices whose file lies below a folder.
 pub(crate) fn loop_devices(folder: &Path) -> Vec<String> {

@@ -9,7 +9,13 @@ use crate::{
     rootfs::random_bytes,
     tarball::{self, Entry},
 };
-use std::{fs, net::TcpListener, path::Path, thread, time::Duration};
+use std::{
+    fs,
+    net::TcpListener,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 /// A container that writes a line into `/data/lines` ten times a second.
 fn writer(room: &Room) {
@@ -40,9 +46,12 @@ fn goes_on(room: &Room) {
         }
         text.lines().count()
     };
-    let before = lines();
-    thread::sleep(Duration::from_millis(400));
-    assert!(lines() > before, "the container wrote nothing after line {before}");
+    const PATIENCE: Duration = Duration::from_secs(30);
+    let (before, begin) = (lines(), Instant::now());
+    while lines() <= before {
+        assert!(begin.elapsed() < PATIENCE, "the container wrote nothing after line {before}");
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 fn life(version: Version) {

@@ -21,6 +21,9 @@ mod command;
 #[allow(dead_code, reason = "the e2e tests use the rest")]
 mod engine;
 mod everyday;
+#[path = "../e2e/isolation.rs"]
+#[allow(dead_code, reason = "the e2e tests use the rest")]
+mod isolation;
 mod lifecycle;
 #[path = "../e2e/manifest.rs"]
 #[allow(dead_code, reason = "the e2e tests use the rest")]
@@ -30,6 +33,9 @@ mod package;
 #[path = "../e2e/plugin.rs"]
 #[allow(dead_code, reason = "the e2e tests use the rest")]
 mod plugin;
+#[path = "../e2e/proxy.rs"]
+#[allow(dead_code, reason = "the e2e tests use the rest")]
+mod proxy;
 mod room;
 #[path = "../e2e/rootfs.rs"]
 #[allow(dead_code, reason = "the e2e tests use the rest")]

@@ -57,7 +57,11 @@ fn check_installed(chroot: &Chroot) {
         ("usr/share/zsh/vendor-completions/_lcow-graphdriver", "#compdef lcow-graphdriver"),
         ("usr/share/fish/vendor_completions.d/lcow-graphdriver.fish", "complete -c lcow-graphdriver"),
         ("lib/systemd/system/lcow-graphdriver.service", "serve --config /etc/lcow/config.toml\n"),
+        ("lib/systemd/system/lcow-graphdriver.service", "\nKillMode=process\nPrivateMounts=no\n"),
         ("lib/systemd/system/lcow-graphdriver.socket", "ListenStream=/run/docker/plugins/lcow.sock"),
+        ("lib/systemd/system/lcow-graphdriver.socket", "\nFileDescriptorName=docker\n"),
+        ("lib/systemd/system/lcow-graphdriver-containerd.socket", "\nFileDescriptorName=containerd\n"),
+        ("lib/systemd/system/lcow-graphdriver-containerd.socket", "\nService=lcow-graphdriver.service\n"),
         ("usr/share/doc/lcow-graphdriver/copyright", "Apache-2.0"),
         ("usr/share/doc/lcow-graphdriver/operations.md", "# Operations"),
         (CONFIG, "#sandboxsize = 20\n"),
@@ -86,6 +90,9 @@ fn check_tarball(packages: &Path, folder: &Path) {
         "doc/operations.md",
         "share/man/man1/lcow-graphdriver.1",
         "systemd/lcow-graphdriver.socket",
+        "systemd/lcow-graphdriver-containerd.socket",
+        "deploy/host/install",
+        "deploy/helm/lcow-graphdriver/Chart.yaml",
     ] {
         assert!(tree.join(file).exists(), "{file} is not in {name}");
     }
@@ -114,6 +121,10 @@ fn packages_are_installed_upgraded_removed_and_purged() {
     }
     let enabled = "etc/systemd/system/sockets.target.wants/lcow-graphdriver.socket";
     assert!(chroot.path(enabled).is_symlink(), "the socket is not enabled");
+    let containerd = "etc/systemd/system/sockets.target.wants/lcow-graphdriver-containerd.socket";
+    assert!(!chroot.path(containerd).is_symlink(), "the socket for containerd is enabled");
+    let text = chroot.run(&[PROGRAM, "containerd-config", "--containerd-version", "2.1"]);
+    assert!(text.contains("address = \"/run/lcow/containerd.sock\""), "{text}");
     let reply = chroot.activate();
     assert!(reply.contains("200 OK") && reply.contains("GraphDriver"), "{reply}");
 

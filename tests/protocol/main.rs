@@ -6,16 +6,24 @@
 //!   none.rs    lcow.mount=none: folders and VHDX sandboxes         both transports
 //!   identity.rs  devices and inode numbers of merged views      Linux
 //!   mounts.rs  lcow.mount=overlay: merged views, needs root        Linux
+//!   kept.rs    layers that stay mounted for the next container     Linux
 //!   pristine.rs  ApplyDiff of a layer that was shown               Linux, and lcow.mount=none on both
 //!   commit.rs  Diff and ApplyDiff of what containers write         Linux
 //!   upgrade.rs a store of release 1, and userns-remap              Linux
+//!   activation.rs  sockets that systemd passes, by name            Linux
 //!   pipe.rs    what only a pipe has                                Windows
 //! ```
 
 #[cfg(target_os = "linux")]
+mod activation;
+#[cfg(target_os = "linux")]
 mod commit;
 #[cfg(target_os = "linux")]
 mod identity;
+#[cfg(target_os = "linux")]
+mod kept;
+#[cfg(target_os = "linux")]
+mod many;
 #[cfg(target_os = "linux")]
 mod mounts;
 mod none;

@@ -44,7 +44,10 @@ mod system {
 
     impl Process {
         pub(super) fn named(pid: &str) -> Self {
-            Self(Pid::from_raw(pid.parse().unwrap()).unwrap())
+            let pid = pid.parse().unwrap_or_else(|_| {
+                panic!("'{pid}': the second word of describe() must be a pid (ServiceVm::describe)")
+            });
+            Self(Pid::from_raw(pid).unwrap())
         }
 
         pub(super) fn kill(&self) {

@@ -5,6 +5,8 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 #[cfg(target_os = "linux")]
+pub(crate) mod injection;
+#[cfg(target_os = "linux")]
 pub(crate) mod leftovers;
 pub(crate) mod machine;
 pub(crate) mod refusal;
@@ -26,6 +28,9 @@ use transport::{FLAG, Stream};
 const READY: Duration = Duration::from_mins(1);
 /// Longest wait for one reply.
 const REPLY: Duration = Duration::from_mins(1);
+
+/// How many layers stay mounted without a container.
+const KEEP: &str = "lcow.mount.keep";
 
 /// A plugin process with its own directory; ended and cleaned up on drop, mounts included.
 pub(crate) struct Plugin {
@@ -52,7 +57,11 @@ impl Plugin {
         let folder = temporary.path().to_owned();
         #[cfg(unix)]
         let folder = folder.canonicalize().unwrap();
-        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+        let mut arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
+        // Most tests look at the mount table right after the last Put.
+        if !arguments.iter().any(|argument| argument.starts_with(KEEP)) {
+            arguments.extend(["--storage-opt".to_owned(), format!("{KEEP}=0")]);
+        }
         let environment: Vec<_> =
             environment.iter().map(|(name, value)| ((*name).to_owned(), value.to_path_buf())).collect();
         let child = Self::spawn(&folder, &arguments, &environment, &[]);

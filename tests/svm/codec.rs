@@ -3,7 +3,7 @@
 use disk_io::{ReadAt, StreamOut, WriteAt};
 use std::io;
 use svm_agent::{
-    codec::{AttachedLayer, ChangeSink, Codec, Growing, Live, Lowers, Parent, TarInput},
+    codec::{AttachedLayer, CanonicalTar, ChangeSink, Codec, Growing, Live, Lowers, Parent, TarInput},
     disk::OpDisk,
 };
 use svm_protocol::{
@@ -77,6 +77,7 @@ impl Codec for TestCodec {
             tar_bytes: at,
             entries: lowers.count() as u64,
             diff_size: below,
+            lower_links: if asks { lowers.count() as u64 } else { 0 },
             ..ApplySummary::default()
         })
     }
@@ -112,8 +113,7 @@ impl Codec for TestCodec {
         &self,
         target: Vec<AttachedLayer>,
         _: Parent,
-        _: u32,
-        _: &IdMaps,
+        _: &CanonicalTar,
         live: Option<&mut dyn Live>,
         out: &mut dyn StreamOut,
     ) -> Result<ExportSummary, WireError> {

@@ -4,6 +4,7 @@
 //! codec; the jail of the real program is tested by its own self-test.
 
 mod codec;
+mod recode;
 
 use bytes::Bytes;
 use codec::TestCodec;
@@ -432,6 +433,7 @@ async fn dropping_the_stream_cancels_and_frees_the_lease() {
             parent: ParentDisks::None,
             format: 1,
             id_maps: IdMaps::default(),
+            source_date_epoch: None,
         };
         let lease = pool.lease("a", Purpose::Export).await.unwrap();
         let mut tar = lease.layer_to_tar(ExportJob { kind, live: None }).await.unwrap();
@@ -480,8 +482,13 @@ async fn fault_24_a_live_sandbox_is_frozen_for_its_metadata_only_and_thawed_on_e
     let writers = Arc::new(Writers::default());
     let live: Option<Arc<dyn LiveControl>> = Some(writers.clone());
     let target = vec![LayerDisk { disk: files.with("t", b"data"), kind: LayerKind::Sandbox }];
-    let kind =
-        ExportKind::Canonical { target, parent: ParentDisks::Own, format: 1, id_maps: IdMaps::default() };
+    let kind = ExportKind::Canonical {
+        target,
+        parent: ParentDisks::Own,
+        format: 1,
+        id_maps: IdMaps::default(),
+        source_date_epoch: None,
+    };
     let lease = pool.lease("a", Purpose::Export).await.unwrap();
     let tar = lease.layer_to_tar(ExportJob { kind, live: live.clone() }).await.unwrap();
     assert_eq!(writers.freezes.load(Ordering::SeqCst), 2);
@@ -511,8 +518,13 @@ async fn an_agent_gets_two_freezes_and_stopping_the_writers_is_not_its_time() {
         let writers = Arc::new(Writers { takes, ..Writers::default() });
         let target =
             vec![LayerDisk { disk: files.with(content, content.as_bytes()), kind: LayerKind::Sandbox }];
-        let kind =
-            ExportKind::Canonical { target, parent: ParentDisks::Own, format: 1, id_maps: IdMaps::default() };
+        let kind = ExportKind::Canonical {
+            target,
+            parent: ParentDisks::Own,
+            format: 1,
+            id_maps: IdMaps::default(),
+            source_date_epoch: None,
+        };
         let lease = pool.lease("a", Purpose::Export).await.unwrap();
         let tar = lease.layer_to_tar(ExportJob { kind, live: Some(writers.clone()) }).await;
         match tar {
@@ -630,17 +642,36 @@ fn the_jail_of_the_real_program_holds() {
 /// A self-test of the real program under a kernel that answers some calls with an error, as older kernels and outer
 /// containers do. The filter is this thread's; what the thread starts inherits it.
 fn self_test_where(
-    refused: &[(i64, Option<(u8, u64)>)],
+    refused: &[Refused],
     errno: i32,
     jail: &str,
     attempt: &str,
     user: Option<u32>,
 ) -> std::process::Output {
+    use std::os::unix::process::CommandExt;
+    // By descriptor: an ordinary user may not be able to walk to the program.
+    let program = File::open(env!("CARGO_BIN_EXE_lcow-graphdriver")).unwrap();
+    let mut command = Command::new("/proc/self/fd/0");
+    command.args(["worker", "--self-test", attempt]).env("LCOW_WORKER_JAIL", jail).stdin(program);
+    if let Some(user) = user {
+        command.uid(user).gid(user);
+    }
+    where_refused(refused, errno, move || command.output().unwrap())
+}
+
+/// A call that fails, or only with this value of an argument.
+type Refused = (i64, Option<(u8, u64)>);
+
+/// Runs `work` on a thread whose processes get `errno` from the calls `refused`.
+fn where_refused<T: Send + 'static>(
+    refused: &[Refused],
+    errno: i32,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
     use seccompiler::{
         BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
         SeccompRule, apply_filter,
     };
-    use std::os::unix::process::CommandExt;
     let rules = refused.iter().map(|(call, argument)| {
         let rules = argument.map(|(n, value)| {
             let only = SeccompCondition::new(n, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value).unwrap();
@@ -652,18 +683,11 @@ fn self_test_where(
     let error = SeccompAction::Errno(errno.cast_unsigned());
     let filter = SeccompFilter::new(rules.collect(), SeccompAction::Allow, error, arch).unwrap();
     let filter: Option<BpfProgram> = (!refused.is_empty()).then(|| filter.try_into().unwrap());
-    // By descriptor: an ordinary user may not be able to walk to the program.
-    let program = File::open(env!("CARGO_BIN_EXE_lcow-graphdriver")).unwrap();
-    let mut command = Command::new("/proc/self/fd/0");
-    command.args(["worker", "--self-test", attempt]).env("LCOW_WORKER_JAIL", jail).stdin(program);
-    if let Some(user) = user {
-        command.uid(user).gid(user);
-    }
     std::thread::spawn(move || {
         if let Some(filter) = filter {
             apply_filter(&filter).unwrap();
         }
-        command.output().unwrap()
+        work()
     })
     .join()
     .unwrap()
@@ -688,7 +712,7 @@ fn each_wall_that_is_missing_stops_a_strict_worker_and_is_named() {
     let option = |option: i32| (libc::SYS_prctl, Some((0, u64::from(option.cast_unsigned()))));
     let landlock = call(libc::SYS_landlock_create_ruleset);
     /// Calls that fail, which wall it was, and whether the least of walls still stands.
-    type Case = (Vec<(i64, Option<(u8, u64)>)>, &'static str, bool);
+    type Case = (Vec<Refused>, &'static str, bool);
     let cases: [Case; 7] = [
         (vec![landlock, call(libc::SYS_fsopen)], "no path", true),
         (vec![landlock, call(libc::SYS_chroot)], "no path", true),
@@ -804,6 +828,7 @@ fn a_launched_program_reads_the_systems_files_and_its_descriptors_and_nothing_el
         fds: 2,
         user: 0x4c45_0001,
         memory: 4 << 30,
+        strict: true,
     };
     send_order(ours.as_fd(), &order, &[given.as_fd(), memory.as_fd()]).unwrap();
     let out = child.wait_with_output().unwrap();
@@ -813,6 +838,67 @@ fn a_launched_program_reads_the_systems_files_and_its_descriptors_and_nothing_el
     assert!(!said.contains("LEAK"), "{said} {complained}");
     // A kernel before 6.15 can't give it a root of its own; each other wall stood without a note.
     assert!(!complained.contains("launch:"), "{complained}");
+}
+
+/// Starts a launcher whose kernel refuses some calls, and has it run a program that says where it got to.
+fn launched_where(refused: &[Refused], strict: bool) -> std::process::Output {
+    use lcow_sys::linux::{
+        fdpass,
+        launch::{Order, send_order},
+    };
+    use std::os::fd::AsFd;
+    let (ours, theirs) = fdpass::message_pair().unwrap();
+    let child = where_refused(refused, libc::EPERM, move || {
+        Command::new(env!("CARGO_BIN_EXE_lcow-graphdriver"))
+            .arg("launch")
+            .stdin(std::process::Stdio::from(theirs))
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    });
+    let order = Order {
+        program: "/bin/echo".into(),
+        args: vec!["it runs".into()],
+        fds: 0,
+        user: 0x4c45_0002,
+        memory: 4 << 30,
+        strict,
+    };
+    send_order(ours.as_fd(), &order, &[]).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn each_missing_part_of_qemus_confinement_stops_a_strict_launch_and_is_named() {
+    let call = |number| (number, None);
+    let option = |option: i32| (libc::SYS_prctl, Some((0, u64::from(option.cast_unsigned()))));
+    let landlock = call(libc::SYS_landlock_create_ruleset);
+    let cases: [(Vec<Refused>, &str); 6] = [
+        (vec![landlock, call(libc::SYS_chroot)], "no foreign path"),
+        (vec![call(libc::SYS_capset)], "no capabilities"),
+        (vec![call(libc::SYS_setresuid)], "a user that owns nothing"),
+        (vec![call(libc::SYS_prlimit64), call(libc::SYS_setrlimit)], "resource limits"),
+        (vec![option(libc::PR_SET_NO_NEW_PRIVS)], "no_new_privs"),
+        (vec![call(libc::SYS_seccomp)], "no new sockets"),
+    ];
+    for (refused, part) in cases {
+        let out = launched_where(&refused, true);
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(
+            out.status.code() == Some(1) && out.stdout.is_empty() && said.contains(part),
+            "{part}: {out:?}"
+        );
+        assert!(said.contains("lcow.jail=best-effort"), "what to do: {said}");
+        let out = launched_where(&refused, false);
+        assert!(out.status.success() && out.stdout == b"it runs\n", "best effort without {part}: {out:?}");
+        assert!(String::from_utf8_lossy(&out.stderr).contains("launch: "), "it is named: {out:?}");
+    }
+    // The second walls may be missing.
+    let out = launched_where(&[call(libc::SYS_unshare)], true);
+    assert!(out.status.success(), "{out:?}");
+    let out = launched_where(&[], true);
+    assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
 }
 
 #[test]

@@ -139,6 +139,27 @@ fn the_first_reason_is_kept_across_a_restart() {
     }
 }
 
+/// A warning of the driver, from a thread that waits for the disk, can be joined to the request in which it arose.
+#[test]
+fn what_is_logged_on_the_way_has_the_number_of_its_request() {
+    let plugin = Plugin::start(&["--log-format", "json"]);
+    plugin.init();
+    plugin.layer("held", "", &Tar::new().file("f", b"x").end());
+    let held = plugin.call("GraphDriver.Get", &json!({"ID": "held"}));
+    assert_eq!(held.status, 200, "{}", held.text());
+    let removed = plugin.call("GraphDriver.Remove", &json!({"ID": "held"}));
+    assert_eq!(removed.status, 200, "{}", removed.text());
+    let log = plugin.log();
+    let line = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find(|line| line["fields"]["message"].as_str().is_some_and(|m| m.contains("while it is in use")))
+        .unwrap_or_else(|| panic!("no warning of the layer in use: {log}"));
+    let expected = json!({"name": "request", "request": number_of(&removed),
+        "endpoint": "GraphDriver.Remove", "layer": "held"});
+    assert_eq!(line["span"], expected, "{line}");
+}
+
 fn damage(image: &Path, content: &[u8]) {
     let mut bytes = fs::read(image).unwrap();
     let at = bytes.windows(64).position(|w| w == &content[content.len() - 64..]).unwrap();

@@ -1,6 +1,9 @@
 // Unpacks a tar from standard input into a folder as an engine's overlay driver does:
 //
 //	oracle moby|containerd FOLDER
+//	oracle containerd FOLDER LAYER…
+//
+// The second form unpacks into FOLDER/upper on the layers FOLDER/LAYER…, nearest first.
 //
 // Built by tests/apply/engines.rs from the distribution's packages of both engines.
 package main
@@ -34,7 +37,14 @@ func unpack(engine, folder string) error {
 	if engine == "moby" {
 		return moby.Unpack(os.Stdin, "/", &moby.TarOptions{WhiteoutFormat: moby.OverlayWhiteoutFormat})
 	}
-	_, err := containerd.Apply(context.Background(), "/", os.Stdin,
-		containerd.WithConvertWhiteout(containerd.OverlayConvertWhiteout))
+	root, options := "/", []containerd.ApplyOpt{containerd.WithConvertWhiteout(containerd.OverlayConvertWhiteout)}
+	if layers := os.Args[3:]; len(layers) > 0 {
+		root = "/upper"
+		for i, layer := range layers {
+			layers[i] = "/" + layer
+		}
+		options = append(options, containerd.WithParents(layers))
+	}
+	_, err := containerd.Apply(context.Background(), root, os.Stdin, options...)
 	return err
 }

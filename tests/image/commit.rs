@@ -1,0 +1,168 @@
+//! `image commit`: a disk is made of an image, written by a kernel, and its changes come back as a layer.
+
+use crate::{Scene, fails, image, json, ok, text};
+use oci_image::testing::{Packing, Store, Tar};
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    path::Path,
+    process::Command,
+};
+
+/// A mount that ends with the test.
+struct Mounted<'a>(&'a Path);
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0).status();
+    }
+}
+
+fn run(command: &mut Command) {
+    let done = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}; see scripts/install-deps test"));
+    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// A layout with an image of two layers, and a writable disk of it.
+fn disk(scene: &Scene) -> (String, String) {
+    let lower = Tar::default()
+        .dir("etc")
+        .file("etc/same", b"same")
+        .file("etc/content", b"old!")
+        .file("etc/gone", b"x")
+        .file("etc/mode", b"m")
+        .dir("tree")
+        .file("tree/a", b"a")
+        .dir("proc")
+        .dir("run")
+        .finish();
+    let upper = Tar::default().file("etc/upper", b"u").link("etc/link", "etc/upper").finish();
+    let mut store = Store::default();
+    let manifest = store.manifest("linux/amd64", &[(&lower, Packing::Gzip), (&upper, Packing::Zstd)]);
+    store.list(manifest, "base");
+    let source = format!("{}:base", scene.layout("layout", &store));
+    let disk = scene.path("disk.img").into_os_string().into_string().unwrap();
+    ok_quiet(&["pack", "--size", "64MiB", &source, &disk]);
+    (source, disk)
+}
+
+fn ok_quiet(arguments: &[&str]) {
+    drop(ok(arguments));
+}
+
+/// What a machine does with its disk.
+fn change(scene: &Scene, disk: &str, work: impl FnOnce(&Path)) {
+    let at = scene.path("mnt");
+    fs::create_dir_all(&at).unwrap();
+    run(Command::new("mount").args(["-o", "loop", disk]).arg(&at));
+    let mounted = Mounted(&at);
+    work(&at);
+    drop(mounted);
+}
+
+/// The usual changes.
+fn usual(root: &Path) {
+    let content = root.join("etc/content");
+    let times = fs::metadata(&content).unwrap();
+    // The same size and the same time: only the bytes tell.
+    fs::write(&content, "new!").unwrap();
+    let file = fs::File::options().write(true).open(&content).unwrap();
+    file.set_modified(times.modified().unwrap()).unwrap();
+    fs::remove_file(root.join("etc/gone")).unwrap();
+    fs::set_permissions(root.join("etc/mode"), fs::Permissions::from_mode(0o4700)).unwrap();
+    fs::remove_dir_all(root.join("tree")).unwrap();
+    fs::write(root.join("tree"), "a file now").unwrap();
+    fs::create_dir_all(root.join("new/deep")).unwrap();
+    fs::write(root.join("new/deep/file"), vec![5; 100_000]).unwrap();
+    fs::hard_link(root.join("new/deep/file"), root.join("new/link")).unwrap();
+    symlink("deep/file", root.join("new/symlink")).unwrap();
+    for left_out in ["proc/1", "run/pid"] {
+        fs::write(root.join(left_out), "of a running system").unwrap();
+    }
+    fs::create_dir(root.join("lost+found")).unwrap();
+}
+
+const CHANGED: &str = "C etc/content  (content)\nD etc/gone\nC etc/mode  (mode)\nA new\nA new/deep\nA new/deep/file\nA new/link\n\
+                       A new/symlink\nC tree  (type)\nD tree/a\n";
+
+#[test]
+fn what_a_kernel_wrote_comes_back_as_a_layer_everywhere() {
+    let scene = Scene::new();
+    let (source, disk) = disk(&scene);
+    change(&scene, &disk, usual);
+    let layout = format!("oci:{}:new", scene.path("layout").display());
+    let fresh = format!("oci:{}:new", scene.path("fresh").display());
+    let oci = format!("oci-archive:{}:new", scene.path("new.tar").display());
+    let docker = format!("docker-archive:{}:test:new", scene.path("docker.tar").display());
+    for (to, compression) in [(&layout, "gzip"), (&fresh, "zstd"), (&oci, "none"), (&docker, "gzip")] {
+        let done =
+            json(&["commit", "--json", "--compression", compression, "--base", &source, "--to", to, &disk]);
+        let mut left_out: Vec<&str> =
+            done["left_out"].as_array().unwrap().iter().map(|path| path.as_str().unwrap()).collect();
+        left_out.sort_unstable();
+        assert_eq!(left_out, ["lost+found", "proc/1", "run/pid"], "{to}");
+        assert_eq!(text(&["diff", &source, to]), CHANGED, "{to}");
+        let facts = json(&["inspect", "--json", to]);
+        assert_eq!(facts["layers"].as_array().unwrap().len(), 3);
+        assert_eq!(facts["id"], done["id"]);
+        assert_eq!(facts["config"]["config"]["Entrypoint"][0], "/init");
+        assert_eq!(facts["config"]["history"].as_array().unwrap().len(), 3);
+    }
+    assert_eq!(text(&["inspect", &source]), text(&["inspect", &source]), "the base is still there");
+    // Other tools take them.
+    for from in [&layout, &fresh, &oci, &docker] {
+        let copy = format!("oci:{}:copy", scene.path("copy").display());
+        run(Command::new("skopeo").args(["--insecure-policy", "copy", from, &copy]));
+        assert_eq!(text(&["diff", from, &copy]), "");
+        fs::remove_dir_all(scene.path("copy")).unwrap();
+    }
+    assert_eq!(scene.names().iter().filter(|name| name.starts_with('.')).count(), 0);
+}
+
+#[test]
+fn the_same_disk_gives_the_same_bytes_and_a_base_disk_the_same_layer() {
+    let scene = Scene::new();
+    let (source, disk) = disk(&scene);
+    let base = scene.path("base.img");
+    fs::copy(&disk, &base).unwrap();
+    change(&scene, &disk, usual);
+    let commit = |name: &str, more: &[&str]| {
+        let to = format!("oci-archive:{}", scene.path(name).display());
+        let fixed = ["commit", "--source-date-epoch", "1700000000", "--base", &source, "--to", &to, &disk];
+        drop(ok(&[&fixed[..], more].concat()));
+        fs::read(scene.path(name)).unwrap()
+    };
+    let first = commit("a.tar", &[]);
+    assert!(commit("b.tar", &[]) == first);
+    assert!(commit("c.tar", &["--base-disk", base.to_str().unwrap()]) == first);
+    assert!(commit("d.tar", &["--include", "/run/pid"]) != first);
+    let listed = text(&["ls", "-R", &format!("oci-archive:{}", scene.path("d.tar").display()), "/run"]);
+    assert_eq!(listed, "pid\n");
+}
+
+#[test]
+fn a_dirty_journal_is_replayed_and_a_disk_in_use_refused() {
+    let scene = Scene::new();
+    let (source, disk) = disk(&scene);
+    let to = format!("oci:{}:new", scene.path("layout").display());
+    let copy = scene.path("dirty.img");
+    change(&scene, &disk, |root| {
+        fs::write(root.join("etc/written"), "before the cut").unwrap();
+        run(Command::new("sync").arg("-f").arg(root));
+        let message = fails(&["commit", "--base", &source, "--to", &to, &disk]);
+        assert!(message.contains("open for writing"), "{message}");
+        // The power is cut here, for the copy.
+        fs::copy(&disk, &copy).unwrap();
+    });
+    drop(ok(&["commit", "--base", &source, "--to", &to, copy.to_str().unwrap()]));
+    assert_eq!(ok(&["cat", &to, "etc/written"]), b"before the cut");
+    // A damaged file system is refused, and nothing is left.
+    let file = fs::File::options().write(true).open(&copy).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 1024], 1024).unwrap();
+    let out = format!("oci-archive:{}", scene.path("none.tar").display());
+    fails(&["commit", "--base", &source, "--to", &out, copy.to_str().unwrap()]);
+    assert!(!scene.path("none.tar").exists());
+    // Owners are the caller's, not the jail's.
+    assert_eq!(fs::metadata(scene.path("layout/index.json")).unwrap().uid(), 0);
+    assert_eq!(image(&["commit", &disk]).output().unwrap().status.code(), Some(2));
+}
