@@ -1,9 +1,11 @@
 //! containerd on this program and on its own overlayfs, side by side on one node: what unpacking and the calls of the
 //! snapshotter take. `scripts/bench --containerd` makes the layers and runs it:
-//! `cargo bench --bench containerd -- [--rounds N] [--snapshots N] [--out FILE] NAME=TAR…`. Needs root, like the tests.
+//! `cargo bench --bench containerd -- [--rounds N] [--snapshots N] [--peers BLANK] [--out FILE] NAME=TAR…`. Needs root,
+//! like the tests; with `--peers` also mkfs.erofs, 1.7 or later, and an empty ext4 for blockfile.
 //!
 //! ```text
 //!   client ─ Prepare, Apply, Commit ─► containerd 2 ─┬─► overlayfs, walking differ (no syncs; or with syncfs)
+//!                                                    ├─► native, blockfile, erofs
 //!                                                    ├─► product, blobs by gRPC (syncs what it wrote)
 //!                                                    └─► product, blobs as files: a node of its own
 //! ```
@@ -91,13 +93,15 @@ mod linux {
     struct Options {
         rounds: usize,
         snapshots: usize,
+        peers: Option<PathBuf>,
         out: Option<PathBuf>,
         layers: Vec<(String, PathBuf)>,
     }
 
     impl Options {
         fn parse() -> Option<Self> {
-            let mut options = Self { rounds: 5, snapshots: 10_000, out: None, layers: Vec::new() };
+            let mut options =
+                Self { rounds: 5, snapshots: 10_000, peers: None, out: None, layers: Vec::new() };
             let mut wanted = false;
             let mut arguments = std::env::args().skip(1);
             while let Some(argument) = arguments.next() {
@@ -106,6 +110,7 @@ mod linux {
                     "--bench" => wanted = true,
                     "--rounds" => options.rounds = value().parse().expect("a number of rounds"),
                     "--snapshots" => options.snapshots = value().parse().expect("a number of snapshots"),
+                    "--peers" => options.peers = Some(value().into()),
                     "--out" => options.out = Some(value().into()),
                     layer => {
                         let (name, tar) = layer.split_once('=').expect("NAME=TAR");
@@ -123,34 +128,52 @@ mod linux {
         Overlayfs,
         /// With a sync of the file system at the end, as containerd's option `sync_fs`.
         OverlayfsSynced,
+        Native,
+        Blockfile,
+        Erofs,
         Grpc,
         File,
     }
 
-    const ALL: [By; 4] = [By::Overlayfs, By::OverlayfsSynced, By::Grpc, By::File];
+    const ALL: [By; 7] =
+        [By::Overlayfs, By::OverlayfsSynced, By::Native, By::Blockfile, By::Erofs, By::Grpc, By::File];
+
+    impl By {
+        /// Needs what `--peers` gives.
+        fn is_peer(self) -> bool {
+            matches!(self, By::Blockfile | By::Erofs)
+        }
+    }
 
     /// A node and its clients.
     struct Bench {
         node: Node,
         overlayfs: Client,
+        native: Client,
+        blockfile: Client,
+        erofs: Client,
         lcow: Client,
         /// To the product itself, without containerd.
         direct: Client,
     }
 
     impl Bench {
-        fn start(content: &str) -> Self {
+        fn start(content: &str, peers: Option<&Path>) -> Self {
             let option = format!("lcow.containerd.content={content}");
             let arguments = ["--storage-opt", &option, "--storage-opt", "lcow.containerd.share=off"];
-            let node = Node::start_with_data(Release::V2, &arguments);
-            let client = |socket: &Path, snapshotter: Snapshotter| {
-                Client::with_limit(socket, snapshotter.name(), node.namespace(), LONG)
+            let node = Node::start_with_peers(Release::V2, &arguments, peers);
+            let client = |socket: &Path, snapshotter: &str| {
+                Client::with_limit(socket, snapshotter, node.namespace(), LONG)
             };
             let containerd = node.containerd_socket();
+            let lcow = Snapshotter::Lcow.name();
             Self {
-                overlayfs: client(&containerd, Snapshotter::Overlayfs),
-                lcow: client(&containerd, Snapshotter::Lcow),
-                direct: client(&node.lcow_socket(), Snapshotter::Lcow),
+                overlayfs: client(&containerd, Snapshotter::Overlayfs.name()),
+                native: client(&containerd, "native"),
+                blockfile: client(&containerd, "blockfile"),
+                erofs: client(&containerd, "erofs"),
+                lcow: client(&containerd, lcow),
+                direct: client(&node.lcow_socket(), lcow),
                 node,
             }
         }
@@ -172,6 +195,9 @@ mod linux {
         fn client(&self, by: By) -> &Client {
             match by {
                 By::Overlayfs | By::OverlayfsSynced => &self.overlayfs,
+                By::Native => &self.native,
+                By::Blockfile => &self.blockfile,
+                By::Erofs => &self.erofs,
                 By::Grpc | By::File => &self.lcow,
             }
         }
@@ -252,6 +278,7 @@ mod linux {
             }
         }
         let mut tasks: Vec<(usize, By)> = (0..blobs.len()).flat_map(|n| ALL.map(|by| (n, by))).collect();
+        tasks.retain(|(_, by)| options.peers.is_some() || !by.is_peer());
         let mut times: BTreeMap<(usize, By), Vec<Duration>> = BTreeMap::new();
         let mut dice = Dice(1);
         for round in 0..=options.rounds {
@@ -269,21 +296,23 @@ mod linux {
         let medians: BTreeMap<_, _> = times.iter_mut().map(|(task, times)| (*task, median(times))).collect();
         out.push_str(
             "### Unpacking a layer: Prepare, Apply and Commit through containerd, × its overlayfs\n\n\
-             | layer | overlayfs | overlayfs with `sync_fs` | this program, blobs by gRPC | blobs as files | by gRPC × overlayfs with `sync_fs` |\n\
-             |---|---:|---:|---:|---:|---:|\n",
+             | layer | overlayfs | overlayfs with `sync_fs` | native | blockfile | erofs | this program, blobs by gRPC \
+             | blobs as files | by gRPC × overlayfs with `sync_fs` |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n",
         );
         for (n, (name, _)) in blobs.iter().enumerate() {
-            let of = |by| medians[&(n, by)];
-            let base = of(By::Overlayfs);
-            let synced = of(By::OverlayfsSynced);
+            let base = medians[&(n, By::Overlayfs)];
+            let of = |by| medians.get(&(n, by)).map_or_else(|| "–".to_owned(), |time| ratio(*time, base));
             let _ = writeln!(
                 out,
-                "| {name} | {} | {} | {} | {} | {:.2} |",
+                "| {name} | {} | {} | {} | {} | {} | {} | {} | {:.2} |",
                 shown(base),
-                ratio(synced, base),
-                ratio(of(By::Grpc), base),
-                ratio(of(By::File), base),
-                of(By::Grpc).as_secs_f64() / synced.as_secs_f64()
+                of(By::OverlayfsSynced),
+                of(By::Native),
+                of(By::Blockfile),
+                of(By::Erofs),
+                of(By::Grpc),
+                of(By::File),
+                medians[&(n, By::Grpc)].as_secs_f64() / medians[&(n, By::OverlayfsSynced)].as_secs_f64()
             );
         }
 
@@ -442,7 +471,7 @@ mod linux {
         let Some(options) = Options::parse() else { return };
         let mut out = String::new();
         {
-            let (grpc, file) = (Bench::start("grpc"), Bench::start("file"));
+            let (grpc, file) = (Bench::start("grpc", options.peers.as_deref()), Bench::start("file", None));
             unpacking(&options, &grpc, &file, &mut out);
             latencies(&grpc, &mut out);
         }

@@ -226,7 +226,6 @@ fn a_killed_daemon_leaves_nothing_on_embedded() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "an end behind the last frame is seen by the pool or by the next operation, which the test does not tell apart yet; `scripts/torture frames`"]
 async fn an_end_at_each_frame_on_embedded() {
     frames::an_end_at_each_frame(embedded()).await;
 }
@@ -240,7 +239,6 @@ async fn an_end_at_each_frame_on_qemu() {
 
 #[cfg(windows)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "as on embedded; it has not been run on this double yet"]
 async fn an_end_at_each_frame_on_hcs() {
     let place = Hcs::new();
     frames::an_end_at_each_frame(place.backend()).await;

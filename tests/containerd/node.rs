@@ -88,6 +88,8 @@ pub(crate) struct Node {
     pub(crate) snapshotter: Snapshotter,
     /// Further arguments of `lcow-graphdriver serve`.
     arguments: Vec<String>,
+    /// For containerd's blockfile, which is off without it, like erofs.
+    blank: Option<PathBuf>,
     pub(crate) room: Room,
     /// How often the room was rebooted: each boot has an id of its own.
     boots: AtomicU32,
@@ -120,7 +122,13 @@ impl Node {
 
     /// A node whose product also has containerd's root.
     pub(crate) fn start_with_data(release: Release, arguments: &[&str]) -> Self {
+        Self::start_with_peers(release, arguments, None)
+    }
+
+    /// As [`Node::start_with_data`], with containerd's blockfile and erofs; `blank` is what each blockfile begins as.
+    pub(crate) fn start_with_peers(release: Release, arguments: &[&str], blank: Option<&Path>) -> Self {
         let mut node = Self::without_daemons(release, Snapshotter::Lcow, arguments);
+        node.blank = blank.map(Path::to_owned);
         let data = node.room.folder().join("containerd");
         node.arguments.extend(["--containerd-data".into(), data.to_str().expect("UTF-8").into()]);
         node.start_lcow();
@@ -142,6 +150,7 @@ impl Node {
             release,
             snapshotter,
             arguments: arguments.iter().map(ToString::to_string).collect(),
+            blank: None,
             room: Room::new(path, &needed),
             boots: AtomicU32::new(0),
             containerd: Mutex::default(),
@@ -227,7 +236,12 @@ impl Node {
     /// Starts containerd, and waits until it serves.
     pub(crate) fn start_containerd(&self) {
         assert!(slot(&self.containerd).is_none(), "containerd runs already");
-        let daemon = proxy::start_containerd(&self.room, self.release.format(), self.has_lcow());
+        let daemon = proxy::start_containerd(
+            &self.room,
+            self.release.format(),
+            self.has_lcow(),
+            self.blank.as_deref(),
+        );
         *slot(&self.containerd) = Some(daemon);
     }
 

@@ -360,7 +360,7 @@ impl Engine {
         fs::write(&config, if self.has_containerd() { features } else { "{}" }).expect("daemon.json");
         if self.has_containerd() {
             let with_lcow = self.driver.get() == Driver::Containerd;
-            *self.containerd.borrow_mut() = Some(proxy::start_containerd(&self.room, 3, with_lcow));
+            *self.containerd.borrow_mut() = Some(proxy::start_containerd(&self.room, 3, with_lcow, None));
         }
         // A predecessor that was killed leaves its pid file, and the pid may be somebody else's by now.
         let _ = fs::remove_file(self.room.seen_from_outside("/run/e2e.pid"));

@@ -52,16 +52,30 @@ pub(crate) fn home(room: &Room) -> PathBuf {
     room.folder().join("lcow")
 }
 
-/// containerd's configuration; `version` is that of its format: 2 for 1.7, 3 for 2.
-fn configuration(room: &Room, version: u32, with_lcow: bool) -> String {
+/// containerd's configuration; `version` is that of its format: 2 for 1.7, 3 for 2. With `blank`, the file system that
+/// each of its snapshots begins as, there is the snapshotter blockfile, and erofs.
+fn configuration(room: &Room, version: u32, with_lcow: bool, blank: Option<&Path>) -> String {
     let folder = room.folder().display();
+    let is_peer =
+        |plugin: &str| blank.is_some() && (plugin.ends_with(".erofs") || plugin.ends_with(".blockfile"));
+    let disabled: Vec<&str> = DISABLED.iter().copied().filter(|plugin| !is_peer(plugin)).collect();
     let mut text = format!(
         "version = {version}\nroot = \"{folder}/containerd\"\nstate = \"/run/containerd\"\n\
-         disabled_plugins = {DISABLED:?}\n[debug]\n  level = \"info\"\n\
+         disabled_plugins = {disabled:?}\n[debug]\n  level = \"info\"\n\
          [plugins.\"io.containerd.internal.v1.opt\"]\n  path = \"{folder}/opt\"\n"
     );
     let mut unpack = vec![("overlayfs", "walking")];
+    let mut differs = vec!["walking"];
+    if let Some(blank) = blank {
+        let _ = write!(
+            text,
+            "[plugins.\"io.containerd.snapshotter.v1.blockfile\"]\n  scratch_file = \"{}\"\n  fs_type = \"ext4\"\n",
+            blank.display()
+        );
+        differs.insert(0, "erofs");
+    }
     if with_lcow {
+        differs.insert(0, "lcow-diff");
         let _ = write!(
             text,
             "[proxy_plugins.lcow]\n  type = \"snapshot\"\n  address = \"{LCOW_SOCKET}\"\n  \
@@ -69,7 +83,7 @@ fn configuration(room: &Room, version: u32, with_lcow: bool) -> String {
              [proxy_plugins.lcow.exports]\n  root = \"{}\"\n\
              [proxy_plugins.lcow-diff]\n  type = \"diff\"\n  address = \"{LCOW_SOCKET}\"\n  \
              platform = \"linux/amd64\"\n\
-             [plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"lcow-diff\", \"walking\"]\n",
+             [plugins.\"io.containerd.service.v1.diff-service\"]\n  default = {differs:?}\n",
             home(room).display()
         );
         unpack.push(("lcow", "lcow-diff"));
@@ -84,10 +98,10 @@ fn configuration(room: &Room, version: u32, with_lcow: bool) -> String {
     text
 }
 
-/// Starts containerd, and waits until it serves.
-pub(crate) fn start_containerd(room: &Room, version: u32, with_lcow: bool) -> Daemon {
+/// Starts containerd, and waits until it serves; `blank` as for [`configuration`].
+pub(crate) fn start_containerd(room: &Room, version: u32, with_lcow: bool, blank: Option<&Path>) -> Daemon {
     let file = room.folder().join("containerd.toml");
-    fs::write(&file, configuration(room, version, with_lcow)).expect("configuration");
+    fs::write(&file, configuration(room, version, with_lcow, blank)).expect("configuration");
     let mut command = room.inside("containerd");
     command.arg("--config").arg(file);
     let mut daemon = room.daemon("containerd", command);

@@ -19,7 +19,7 @@ use std::{
     io::Write,
     path::PathBuf,
     sync::{
-        Mutex,
+        Mutex, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -107,21 +107,27 @@ impl<'a> Client<'a> {
             28 => Request::Changes,
             _ => Request::Get,
         };
-        self.record(family, layer, request);
+        let under_way = self.history.under_way.read().unwrap_or_else(PoisonError::into_inner);
+        let sent = self.record(family, layer, request);
+        drop(under_way);
+        if !sent {
+            std::thread::sleep(PAUSE);
+        }
     }
 
-    /// What the last process says of each layer.
-    pub(super) fn look_at_everything(&mut self) {
+    /// What a process says of each layer, by these requests.
+    pub(super) fn look_at_everything(&mut self, requests: &[Request]) {
         for (family, layers) in FAMILIES.iter().enumerate() {
             for layer in 0..layers.ids.len() {
-                for request in [Request::Exists, Request::GetMetadata, Request::DiffSize, Request::Diff] {
-                    self.record(family, layer, request);
+                for request in requests {
+                    self.record(family, layer, *request);
                 }
             }
         }
     }
 
-    fn record(&mut self, family: usize, layer: usize, request: Request) {
+    /// Whether the request was sent.
+    fn record(&mut self, family: usize, layer: usize, request: Request) -> bool {
         let id = FAMILIES[family].ids[layer];
         let parent = FAMILIES[family].parents[layer].map_or("", |n| FAMILIES[family].ids[n]);
         let begin = self.history.clock.tick();
@@ -131,7 +137,7 @@ impl<'a> Client<'a> {
             self.ask(id, parent, request)
         };
         let end = self.history.clock.tick();
-        let Some(answer) = answer else { return std::thread::sleep(PAUSE) };
+        let Some(answer) = answer else { return false };
         match (request, answer) {
             (Request::Get, Answer::Done) => *self.held.entry(id).or_default() += 1,
             // One that failed, or had no answer, may have dropped it.
@@ -141,6 +147,7 @@ impl<'a> Client<'a> {
             _ => {}
         }
         self.history.add(family, begin, end, Call { layer, request, answer, excused: false });
+        true
     }
 
     /// `None` if the request was not sent.

@@ -308,6 +308,8 @@ impl Family {
                 out.push(world.clone());
                 if !children {
                     out.push(changed(world, layer, gone));
+                    // Only a removal that succeeded forgets a tar that came before its layer.
+                    out.push(changed(world, layer, |l| *l = Layer { closed: l.closed, ..Layer::ABSENT }));
                 }
             }
             _ => {}

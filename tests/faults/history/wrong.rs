@@ -44,7 +44,7 @@ fn shown(state: Named, references: u32) -> Answer {
 
 #[test]
 fn right_histories_are_explained() {
-    let cases: [History<'_>; 7] = [
+    let cases: [History<'_>; 8] = [
         (
             "a life",
             &[
@@ -113,6 +113,17 @@ fn right_histories_are_explained() {
             "a tar that came too early closes the door of the layer that is made afterwards",
             &[
                 (0, ApplyDiff(1), Refused(NotFound)),
+                (0, Create, Done),
+                (0, ApplyDiff(2), Refused(Refusal::Incomplete)),
+            ],
+        ),
+        (
+            "a removal that failed leaves the door closed, even if the layer is gone",
+            &[
+                (0, ApplyDiff(1), Refused(NotFound)),
+                (0, Create, Done),
+                (0, Remove, Failed),
+                (0, Request::Exists, Exists(false)),
                 (0, Create, Done),
                 (0, ApplyDiff(2), Refused(Refusal::Incomplete)),
             ],
