@@ -31,6 +31,8 @@ const BASE_SIZE: u64 = 1000;
 const NAMES: u8 = 12;
 /// Between two attempts to reach a plugin that is not there.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Between two requests of a client.
+const BREATH: Duration = Duration::from_micros(200);
 /// `f_type` of overlayfs (linux/magic.h).
 const OVERLAYFS_SUPER_MAGIC: rustix::fs::FsWord = 0x794c_7630;
 
@@ -110,9 +112,8 @@ impl<'a> Client<'a> {
         let under_way = self.history.under_way.read().unwrap_or_else(PoisonError::into_inner);
         let sent = self.record(family, layer, request);
         drop(under_way);
-        if !sent {
-            std::thread::sleep(PAUSE);
-        }
+        // Also leaves the lock to the one who looks at everything.
+        std::thread::sleep(if sent { BREATH } else { PAUSE });
     }
 
     /// What a process says of each layer, by these requests.

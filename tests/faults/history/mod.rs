@@ -28,7 +28,7 @@ use std::{
     collections::BTreeMap,
     env, fs,
     sync::{
-        Mutex, PoisonError, RwLock,
+        Mutex, RwLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -39,6 +39,8 @@ const CLIENTS: u64 = 8;
 const PERIOD: Duration = Duration::from_secs(3);
 /// Longest wait for a killed process's socket.
 const PATIENCE: Duration = Duration::from_mins(1);
+/// Longest wait for the end of all requests, when a new process is asked what there is.
+const LOOK_PATIENCE: Duration = Duration::from_secs(1);
 /// Answers that are falsified.
 const FALSIFIED: usize = 24;
 const FAMILIES: [Family; 2] = [
@@ -88,7 +90,6 @@ impl History {
     /// and not later.
     fn restart(&self, plugin: &mut Plugin, looker: &mut Client<'_>, looks: &[Request]) {
         plugin.kill();
-        let _alone = self.under_way.write().unwrap_or_else(PoisonError::into_inner);
         let begin = self.clock.tick();
         // A worker that was just being forked still has the socket.
         let since = Instant::now();
@@ -102,7 +103,15 @@ impl History {
             let call = Call { layer: 0, request: Request::Restart, answer: Answer::Done, excused: false };
             self.add(family, begin, end, call);
         }
-        looker.look_at_everything(looks);
+        // A container's write may be stuck in a file system that the killed process froze and the new one could not thaw.
+        let since = Instant::now();
+        while since.elapsed() < LOOK_PATIENCE {
+            if let Ok(_alone) = self.under_way.try_write() {
+                looker.look_at_everything(looks);
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// The histories of the families, ready for the search.

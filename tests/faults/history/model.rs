@@ -149,7 +149,7 @@ impl Call {
     pub(super) fn steps(&self) -> u8 {
         match self.request {
             Request::ApplyDiff(_) => 3,
-            Request::GetMetadata | Request::Remove => 2,
+            Request::Get | Request::GetMetadata | Request::Remove => 2,
             _ => 1,
         }
     }
@@ -207,7 +207,7 @@ impl Family {
             Request::Create => self.create(world, call, State::Created, &mut out),
             Request::CreateReadWrite => self.create(world, call, State::Sandbox(0), &mut out),
             Request::ApplyDiff(version) => self.apply(world, number, call, version, step, &mut out),
-            Request::Get => self.get(world, call, &mut out),
+            Request::Get => self.get(world, call, step, &mut out),
             Request::Put => put(world, call, &mut out),
             Request::Remove => self.remove(world, call, step, &mut out),
             Request::Exists => {
@@ -258,9 +258,17 @@ impl Family {
         }
     }
 
-    fn get(&self, world: &World, call: &Call, out: &mut Vec<World>) {
+    /// 0: a sandbox is made; 1: it is shown, or the refusal.
+    fn get(&self, world: &World, call: &Call, step: u8, out: &mut Vec<World>) {
         let layer = call.layer;
         let now = world[layer];
+        if step == 0 {
+            match call.answer {
+                Answer::Refused(Refusal::NotFound | Refusal::Incomplete) => out.push(world.clone()),
+                _ => with_and_without_sandbox(world, layer, out),
+            }
+            return;
+        }
         let complete = !matches!(now.state, State::Absent | State::Applying(_))
             && !self.ancestor_incomplete(world, layer);
         let shown = (now.references > 0 || complete).then(|| {
@@ -276,12 +284,12 @@ impl Family {
                 out.push(world.clone());
             }
             Answer::Refused(Refusal::AncestorIncomplete) if self.ancestor_incomplete(world, layer) => {
-                with_and_without_sandbox(world, layer, out);
+                out.push(world.clone());
             }
             // A Get that fails leaves no view.
-            Answer::Failed => with_and_without_sandbox(world, layer, out),
+            Answer::Failed => out.push(world.clone()),
             Answer::Lost => {
-                with_and_without_sandbox(world, layer, out);
+                out.push(world.clone());
                 out.extend(shown);
             }
             _ => {}
