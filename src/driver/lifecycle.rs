@@ -148,10 +148,7 @@ impl Home {
         let gates = self.close_view(&id).await?;
         gates
             .run(move |thread, gates| {
-                let children = self.store.children(&id);
-                if !children.is_empty() {
-                    return Err(crate::store::StoreError::HasChildren { id, children }.into());
-                }
+                let closed = self.store.close_to_children(&id)?;
                 #[cfg(target_os = "linux")]
                 if self.store.exists(&id) {
                     let references = self.mounts.references(&id);
@@ -164,6 +161,7 @@ impl Home {
                 self.shown.forget(&id);
                 #[cfg(target_os = "linux")]
                 self.release_stuck(&gates);
+                drop(closed);
                 // The deletion may take long and affects no other request.
                 drop(gates);
                 doomed.delete(thread, &self.store);

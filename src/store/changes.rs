@@ -114,6 +114,20 @@ impl Drop for Expected<'_> {
     }
 }
 
+/// A layer that gets no new children ([`Store::close_to_children`]).
+#[derive(Debug)]
+#[must_use = "children may be created again when it is dropped"]
+pub struct Closed<'a> {
+    store: &'a Store,
+    id: LayerId,
+}
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        self.store.index.write().leaving.remove(&self.id);
+    }
+}
+
 impl Store {
     /// An unused name in `staging/`. It is random, because in a container the process has the same number after each
     /// start.
@@ -386,6 +400,18 @@ impl Store {
         done
     }
 
+    /// Refuses new children of a layer that is about to be unmounted and removed, until the guard is dropped: a removal
+    /// that a child's creation would make fail must not unmount anything first.
+    ///
+    /// # Errors
+    /// [`StoreError::HasChildren`], as [`Store::take_away`].
+    pub fn close_to_children(&self, id: &LayerId) -> Result<Closed<'_>, StoreError> {
+        let mut index = self.index.write();
+        index.has_no_children(id)?;
+        index.leaving.insert(id.clone());
+        Ok(Closed { store: self, id: id.clone() })
+    }
+
     /// Takes a layer out of the store; succeeds if there is none. The directory is renamed away first and deleted by
     /// the caller: a kill in between leaves debris, never half a layer, and nothing that blocks a later Remove.
     ///
@@ -396,12 +422,7 @@ impl Store {
         let _claim = self.claims.take(id);
         {
             let mut index = self.index.write();
-            if let Some(children) = index.children.get(id) {
-                return Err(StoreError::HasChildren {
-                    id: id.clone(),
-                    children: children.iter().cloned().collect(),
-                });
-            }
+            index.has_no_children(id)?;
             if index.strangers.contains(id) {
                 return Err(self.stranger(id));
             }

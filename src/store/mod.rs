@@ -50,7 +50,7 @@ mod snapshots;
 mod thread;
 mod usage;
 
-pub use changes::Staged;
+pub use changes::{Closed, Staged};
 pub use error::StoreError;
 pub use id::{InvalidId, LayerId, REMOVING_SUFFIX};
 pub use layout::Layout;
@@ -192,6 +192,12 @@ impl Index {
             Ok(meta) => Ok(Member { layer, meta }),
             Err(reason) => Err(StoreError::Damaged { id: id.clone(), reason: reason.to_string() }),
         }
+    }
+
+    /// Refuses a layer that has children, those being created included.
+    fn has_no_children(&self, id: &LayerId) -> Result<(), StoreError> {
+        let Some(children) = self.children.get(id) else { return Ok(()) };
+        Err(StoreError::HasChildren { id: id.clone(), children: children.iter().cloned().collect() })
     }
 
     fn insert(&mut self, layer: Layer) {

@@ -491,6 +491,27 @@ fn a_parent_is_there_as_long_as_a_child_is_being_made() {
 }
 
 #[test]
+fn a_layer_that_is_about_to_go_gets_no_children() {
+    let home = tempfile::tempdir().unwrap();
+    let store = open(home.path()).unwrap();
+    create(&store, "base", None).unwrap();
+    let closed = store.close_to_children(&id("base")).unwrap();
+    let error = create(&store, "top", Some("base")).unwrap_err();
+    assert!(matches!(error, StoreError::MissingParent { .. }), "{error}");
+    // A removal that fails meanwhile leaves it as it was.
+    drop(closed);
+    create(&store, "top", Some("base")).unwrap();
+    let error = store.close_to_children(&id("base")).unwrap_err();
+    assert!(matches!(error, StoreError::HasChildren { .. }), "{error}");
+    remove(&store, &id("top")).unwrap();
+    let closed = store.close_to_children(&id("base")).unwrap();
+    remove(&store, &id("base")).unwrap();
+    drop(closed);
+    create(&store, "base", None).unwrap();
+    create(&store, "top", Some("base")).unwrap();
+}
+
+#[test]
 fn a_later_format_is_refused_and_left_alone() {
     let home = tempfile::tempdir().unwrap();
     drop(open(home.path()).unwrap());

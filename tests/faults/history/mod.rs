@@ -140,7 +140,7 @@ fn end_at_the_next_restart(events: &mut [Event]) {
     }
 }
 
-/// A layer that is being created counts as a child, and a tar that is being read keeps others away, from before their effect to
+/// A layer that is being created counts as a child, one that is being removed gets no more of them, and a tar that is being read keeps others away, from before their effect to
 /// their answer.
 fn excuse(family: &Family, events: &mut [Event]) {
     let all = events.to_vec();
@@ -152,6 +152,9 @@ fn excuse(family: &Family, events: &mut [Event]) {
                 match (event.call.request, other.call.request) {
                     (Request::Remove, Request::Create | Request::CreateReadWrite) => {
                         family.parents[other.call.layer] == Some(layer)
+                    }
+                    (Request::Create | Request::CreateReadWrite, Request::Remove) => {
+                        family.parents[layer] == Some(other.call.layer)
                     }
                     (Request::ApplyDiff(_), Request::ApplyDiff(_)) => other.call.layer == layer,
                     _ => false,

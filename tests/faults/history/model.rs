@@ -245,7 +245,7 @@ impl Family {
         let stays = match call.answer {
             Answer::Failed | Answer::Lost => true,
             Answer::Refused(Refusal::Exists) => Self::is_there(world, layer),
-            Answer::Refused(Refusal::NoParent) => !parent_there,
+            Answer::Refused(Refusal::NoParent) => !parent_there || call.excused,
             _ => false,
         };
         if stays {
