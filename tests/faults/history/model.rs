@@ -24,19 +24,29 @@ pub(super) enum State {
     Sandbox(u16),
 }
 
+/// Whether a layer takes a tar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Door {
+    Open,
+    /// Closed for this layer until it is removed; the next of its id has an open one.
+    Closed,
+    /// Closed for any layer of this id until one is removed: a tar came when there was none.
+    ClosedForAny,
+}
+
 /// A layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Layer {
     pub(super) state: State,
     /// The process that runs has created it.
     pub(super) here: bool,
-    /// It takes no tar until it is removed.
-    pub(super) closed: bool,
+    pub(super) door: Door,
     pub(super) references: u32,
 }
 
 impl Layer {
-    pub(super) const ABSENT: Self = Self { state: State::Absent, here: false, closed: false, references: 0 };
+    pub(super) const ABSENT: Self =
+        Self { state: State::Absent, here: false, door: Door::Open, references: 0 };
 }
 
 /// All layers of a family.
@@ -148,8 +158,8 @@ impl Call {
     /// How many moments of its interval matter.
     pub(super) fn steps(&self) -> u8 {
         match self.request {
-            Request::ApplyDiff(_) => 3,
-            Request::Get | Request::GetMetadata | Request::Remove => 2,
+            Request::ApplyDiff(_) | Request::Remove => 3,
+            Request::Get | Request::GetMetadata => 2,
             _ => 1,
         }
     }
@@ -228,7 +238,7 @@ impl Family {
             Request::Restart => {
                 let restarted = |layer: &Layer| Layer {
                     here: false,
-                    closed: false,
+                    door: Door::Open,
                     references: layer.references.min(1),
                     ..*layer
                 };
@@ -253,7 +263,8 @@ impl Family {
         }
         if possible && matches!(call.answer, Answer::Done | Answer::Failed | Answer::Lost) {
             out.push(changed(world, layer, |l| {
-                *l = Layer { state, here: true, references: 0, ..*l };
+                let door = if l.door == Door::Closed { Door::Open } else { l.door };
+                *l = Layer { state, here: true, door, references: 0 };
             }));
         }
     }
@@ -296,30 +307,35 @@ impl Family {
         }
     }
 
-    /// 0: it is unmounted; 1: it goes.
+    /// 0: it is unmounted; 1: it goes; 2: what kept tars away is forgotten, unless that began meanwhile.
     fn remove(&self, world: &World, call: &Call, step: u8, out: &mut Vec<World>) {
         let layer = call.layer;
         let children = self.has_children(world, layer);
-        if step == 0 {
-            out.push(world.clone());
-            let unmounts = matches!(call.answer, Answer::Done | Answer::Failed | Answer::Lost);
-            if unmounts && !children && world[layer].references > 0 {
-                out.push(changed(world, layer, |l| l.references = 0));
-            }
-            return;
-        }
-        let gone = |layer: &mut Layer| *layer = Layer::ABSENT;
-        match call.answer {
-            Answer::Done if !children => out.push(changed(world, layer, gone)),
-            Answer::Refused(Refusal::HasChildren) if children || call.excused => out.push(world.clone()),
-            Answer::Failed | Answer::Lost => {
+        let may_go = matches!(call.answer, Answer::Done | Answer::Failed | Answer::Lost);
+        let gone = || changed(world, layer, |l| *l = Layer { door: l.door, ..Layer::ABSENT });
+        match (step, call.answer) {
+            (0, _) => {
                 out.push(world.clone());
-                if !children {
-                    out.push(changed(world, layer, gone));
-                    // Only a removal that succeeded forgets a tar that came before its layer.
-                    out.push(changed(world, layer, |l| *l = Layer { closed: l.closed, ..Layer::ABSENT }));
+                if may_go && !children && world[layer].references > 0 {
+                    out.push(changed(world, layer, |l| l.references = 0));
                 }
             }
+            (1, Answer::Done) if !children => out.push(gone()),
+            (1, Answer::Refused(Refusal::HasChildren)) if children || call.excused => out.push(world.clone()),
+            (1, Answer::Failed | Answer::Lost) => {
+                out.push(world.clone());
+                if !children {
+                    out.push(gone());
+                }
+            }
+            (2, Answer::Done) => {
+                out.push(changed(world, layer, |l| l.door = Door::Open));
+                if call.excused && world[layer].door != Door::Open {
+                    out.push(world.clone());
+                }
+            }
+            // Only a removal that succeeded forgets.
+            (2, _) => out.push(world.clone()),
             _ => {}
         }
     }
@@ -376,7 +392,7 @@ impl Family {
             if step == 0 || call.answer != Answer::Done {
                 out.push(world.clone());
             }
-            if !may_begin || now.closed || !now.here {
+            if !may_begin || now.door != Door::Open || !now.here {
                 return;
             }
             let unwritten =
@@ -395,7 +411,9 @@ impl Family {
         let there = now.state != State::Absent;
         match call.answer {
             Answer::Done => out.extend(committed),
-            Answer::Refused(Incomplete) if now.closed || matches!(now.state, State::Applying(_)) => {
+            Answer::Refused(Incomplete)
+                if now.door != Door::Open || matches!(now.state, State::Applying(_)) =>
+            {
                 out.push(world.clone());
             }
             Answer::Refused(Applied) if matches!(now.state, State::Applied(_)) => out.push(world.clone()),
@@ -442,10 +460,12 @@ fn with_and_without_sandbox(world: &World, layer: usize, out: &mut Vec<World>) {
     }
 }
 
-/// After a tar that was not taken. One that was meant for a layer that has gone need not concern the next of its id.
+/// After a tar that was not taken. One that was meant for a layer that has gone concerns the next of its id only if it came
+/// when there was none.
 fn shut(world: &World, layer: usize, out: &mut Vec<World>) {
-    out.push(changed(world, layer, |l| l.closed = true));
+    out.push(changed(world, layer, |l| l.door = Door::Closed));
     if world[layer].state == State::Absent {
+        out.push(changed(world, layer, |l| l.door = Door::ClosedForAny));
         out.push(world.clone());
     }
 }
