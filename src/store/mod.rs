@@ -50,7 +50,7 @@ mod snapshots;
 mod thread;
 mod usage;
 
-pub use changes::{Closed, Staged};
+pub use changes::Staged;
 pub use error::StoreError;
 pub use id::{InvalidId, LayerId, REMOVING_SUFFIX};
 pub use layout::Layout;

@@ -1,7 +1,7 @@
 //! A history of eight clients, and an order of their requests that explains every answer.
 //!
 //! ```text
-//!   8 clients ─► requests about two families of layers ─► begin, end, request, answer of each ─► search: is there an order?
+//!   8 clients ─► requests about families of layers ───────► begin, end, request, answer of each ─► search: is there an order?
 //!     a0 ◄ a1 ◄ as     b0 ◄ bs          ▲ a call fails now and then; a kill every few seconds        │ no: what was impossible
 //! ```
 //!
@@ -45,9 +45,10 @@ const LOOK_PATIENCE: Duration = Duration::from_secs(1);
 const MOST_FALSIFIABLE: usize = 36;
 /// Answers that are falsified.
 const FALSIFIED: usize = 24;
-const FAMILIES: [Family; 2] = [
+const FAMILIES: [Family; 3] = [
     Family { ids: &["a0", "a1", "as"], parents: &[None, Some(0), Some(1)] },
     Family { ids: &["b0", "bs"], parents: &[None, Some(0)] },
+    Family { ids: &["c0", "cs"], parents: &[None, Some(0)] },
 ];
 /// Calls that may fail, with an error and the least and most of what passes between two failures, by thread. Reading a record
 /// at a start is not among them: a layer whose record could not be read is refused until the next start.
