@@ -22,7 +22,7 @@ mod wrong;
 use super::crowd::{AtTheEnd, injected, tracer};
 use crate::support::{Plugin, transport};
 use client::{Client, Clock};
-use model::{Answer, Call, Family, Request};
+use model::{Answer, Call, Family, Refusal, Request};
 use search::{Event, explain};
 use std::{
     collections::BTreeMap,
@@ -144,7 +144,7 @@ fn end_at_the_next_restart(events: &mut [Event]) {
 }
 
 /// A layer that is being created counts as a child, one that is being removed gets no more of them, and a tar that is being read keeps others away, from before their effect to
-/// their answer; one that came while its layer was being removed may keep the next ones away, too.
+/// their answer. While a layer is being removed, the reason why one before it took no tar may be repeated; a tar that came while its layer was being removed may keep the next ones away, too.
 fn excuse(family: &Family, events: &mut [Event]) {
     let all = events.to_vec();
     for event in events {
@@ -164,7 +164,12 @@ fn excuse(family: &Family, events: &mut [Event]) {
                     (Request::Create | Request::CreateReadWrite, Request::Remove) => {
                         family.parents[layer] == Some(other.call.layer)
                     }
-                    (Request::ApplyDiff(_), Request::ApplyDiff(_)) => other.call.layer == layer,
+                    (Request::ApplyDiff(_), Request::ApplyDiff(_)) => {
+                        other.call.layer == layer && event.call.answer == Answer::Refused(Refusal::InProgress)
+                    }
+                    (Request::ApplyDiff(_), Request::Remove) => {
+                        other.call.layer == layer && event.call.answer == Answer::Refused(Refusal::Incomplete)
+                    }
                     _ => false,
                 }
             });
