@@ -143,8 +143,9 @@ fn end_at_the_next_restart(events: &mut [Event]) {
     }
 }
 
-/// A layer that is being created counts as a child, one that is being removed gets no more of them, and a tar that is being read keeps others away, from before their effect to
-/// their answer. While a layer is being removed, the reason why one before it took no tar may be repeated; a tar that came while its layer was being removed may keep the next ones away, too.
+/// A layer that is being created counts as a child, one that is being removed gets no more of them, and a tar that is being
+/// read keeps others away, from before their effect to their answer. While a layer is being removed, the reason why one
+/// before it took no tar may be repeated; a tar that came meanwhile may keep the next ones away, too.
 fn excuse(family: &Family, events: &mut [Event]) {
     let all = events.to_vec();
     for event in events {
