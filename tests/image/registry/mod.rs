@@ -11,12 +11,12 @@ use oci_image::{
     testing::{Packing, Store, Tar},
 };
 use serde_json::{Value, json};
-use server::{Cutter, Server, certificates};
+use server::{Proxy, Server, certificates};
 use std::{
     collections::BTreeSet,
     fs,
     path::PathBuf,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -271,7 +271,7 @@ fn a_cut_connection_is_continued_and_the_whole_is_right() {
     let (store, layer) = large();
     let server = Server::start(&client.scene, "storage", "");
     server.push(&store, "app", &store.entries[0], "1.0");
-    let cutter = Cutter::start(server.port, &[100_000, 90_000]);
+    let cutter = Proxy::that_cuts(server.port, &[100_000, 90_000]);
     let source = plain(cutter.port, "app:1.0");
     assert!(client.ok(&["cat", "--plain-http", &source, "noise"]) == noise(300_000));
     assert!(cutter.connections() >= 3, "{}", cutter.connections());
@@ -333,6 +333,52 @@ fn a_blob_that_is_wrong_after_a_resumption_is_fetched_as_a_whole() {
         fs::write(&part, vec![0; len]).unwrap();
         assert!(client.ok(&arguments) == noise(300_000));
     }
+}
+
+#[test]
+fn commands_that_need_the_same_blob_fetch_it_once() {
+    let client = Client::new();
+    let (store, layer) = large();
+    let server = Fake::start(move |request| right(&store, request));
+    let arguments = ["cat", "--plain-http", &plain(server.port, "app"), "noise"];
+    let children: Vec<_> = (0..4)
+        .map(|_| {
+            let mut command = client.command(&arguments);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    let done: Vec<_> = children.into_iter().map(|child| child.wait_with_output().unwrap()).collect();
+    for done in done {
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        assert!(done.stdout == noise(300_000));
+    }
+    let fetched = server.requests().iter().filter(|r| r.path.ends_with(&layer.to_string())).count();
+    assert_eq!(fetched, 1);
+}
+
+#[test]
+fn a_proxy_of_the_environment_leads_to_hosts_that_are_not_loopback() {
+    const HOST: &str = "registry.invalid:5000";
+    let client = Client::new();
+    let (store, _) = large();
+    let server = Fake::start(move |request| right(&store, request));
+    let proxy = Proxy::for_host(HOST, server.port);
+    let source = format!("docker://{HOST}/app");
+    let arguments = ["cat", "--plain-http", &source, "noise"];
+    let through = |variable: &str, value: String| client.command(&arguments).env(variable, value).output();
+    let done = through("HTTP_PROXY", format!("http://127.0.0.1:{}", proxy.port)).unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(done.stdout == noise(300_000));
+    assert!(proxy.connections() > 0);
+    let wrong = through("HTTP_PROXY", "http://user:secret@[".to_owned()).unwrap();
+    let message = crate::failed(&arguments, &wrong);
+    assert!(message.contains("HTTP_PROXY") && !message.contains("secret"), "{message}");
+    // A registry on loopback is asked itself.
+    let direct = plain(server.port, "app:2");
+    let mut command = client.command(&["ls", "--plain-http", &direct]);
+    let before = proxy.connections();
+    let done = command.env("HTTP_PROXY", format!("http://127.0.0.1:{}", proxy.port)).output().unwrap();
+    assert!(done.status.success() && proxy.connections() == before);
 }
 
 #[test]

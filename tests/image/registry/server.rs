@@ -1,4 +1,4 @@
-//! A registry of the distribution on loopback, images that are pushed to it, and a proxy that cuts connections.
+//! A registry of the distribution on loopback, images that are pushed to it, and proxies.
 
 use crate::Scene;
 use oci_image::{Descriptor, Digest, Index, MediaKind, testing::Store};
@@ -135,33 +135,60 @@ fn header(head: &str, name: &str) -> Option<String> {
         .map(|(_, value)| value.trim().to_owned())
 }
 
-/// A proxy to a port that cuts its first connections after some bytes of replies.
-pub(super) struct Cutter {
+/// A proxy on loopback.
+pub(super) struct Proxy {
     pub(super) port: u16,
     connections: Arc<Mutex<usize>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Cutter {
-    /// The n-th connection is cut after `cuts[n]` bytes; later ones are not.
-    pub(super) fn start(to: u16, cuts: &[usize]) -> Self {
+impl Proxy {
+    /// A proxy to a port that cuts its first connections: the n-th one after `cuts[n]` bytes of replies.
+    pub(super) fn that_cuts(to: u16, cuts: &[usize]) -> Self {
+        let cuts = cuts.to_vec();
+        Self::start(move |number, client| {
+            let most = cuts.get(number).copied().unwrap_or(usize::MAX);
+            if let Ok(server) = TcpStream::connect(("127.0.0.1", to)) {
+                forward(client, server, most);
+            }
+        })
+    }
+
+    /// A proxy that is asked to CONNECT to `host`, and connects to a port on loopback.
+    pub(super) fn for_host(host: &'static str, to: u16) -> Self {
+        Self::start(move |_, mut client| {
+            let mut head = Vec::new();
+            let mut byte = [0];
+            while !head.ends_with(b"\r\n\r\n") && client.read(&mut byte).is_ok_and(|n| n > 0) {
+                head.push(byte[0]);
+            }
+            let right = head.starts_with(format!("CONNECT {host} HTTP/1.1\r\n").as_bytes());
+            let reply = if right { "200 OK" } else { "403 Forbidden" };
+            let _ = client.write_all(format!("HTTP/1.1 {reply}\r\n\r\n").as_bytes());
+            if right && let Ok(server) = TcpStream::connect(("127.0.0.1", to)) {
+                forward(client, server, usize::MAX);
+            }
+        })
+    }
+
+    fn start(serve: impl Fn(usize, TcpStream) + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let (connections, stop) = (Arc::new(Mutex::new(0)), Arc::new(AtomicBool::new(false)));
-        let (counted, ended, cuts) = (Arc::clone(&connections), Arc::clone(&stop), cuts.to_vec());
+        let (counted, ended) = (Arc::clone(&connections), Arc::clone(&stop));
         let thread = thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 if ended.load(Ordering::Relaxed) {
                     return;
                 }
-                let mut number = counted.lock().unwrap();
-                let most = cuts.get(*number).copied().unwrap_or(usize::MAX);
-                *number += 1;
-                drop(number);
-                if let Ok(server) = TcpStream::connect(("127.0.0.1", to)) {
-                    forward(client, server, most);
-                }
+                let number = {
+                    let mut number = counted.lock().unwrap();
+                    *number += 1;
+                    *number - 1
+                };
+                let _ = client.set_read_timeout(Some(PATIENCE));
+                serve(number, client);
             }
         });
         Self { port, connections, stop, thread: Some(thread) }
@@ -173,7 +200,7 @@ impl Cutter {
     }
 }
 
-impl Drop for Cutter {
+impl Drop for Proxy {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         let _ = TcpStream::connect(("127.0.0.1", self.port));
