@@ -32,7 +32,7 @@
 //!
 //! ```text
 //! main         │ cli
-//! cli          │ api config containerd disk-io driver ext4-image layer-codec layer-recode layer-tar lcow-sys listen migrate oci-image store svm svm-agent telemetry verity-tree vhd-image
+//! cli          │ api config containerd disk-io driver ext4-image layer-codec layer-recode layer-tar lcow-sys listen migrate oci-image oci-registry store svm svm-agent telemetry verity-tree vhd-image
 //! api          │ driver error layer-codec store telemetry
 //! containerd   │ config containerd-api driver error telemetry
 //! migrate      │ config driver error store svm vhd-image
@@ -45,6 +45,7 @@
 //! telemetry    │
 //! svm-agent    │ disk-io ext4-image layer-codec layer-recode lcow-sys svm-protocol verity-tree vhd-image
 //! svm-protocol │ disk-io ext4-image layer-codec layer-recode layer-tar lcow-sys verity-tree
+//! oci-registry │ oci-image
 //! oci-image    │ disk-io layer-recode layer-tar
 //! layer-codec  │ disk-io ext4-image layer-tar verity-tree vhd-image
 //! layer-recode │ disk-io

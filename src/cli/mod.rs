@@ -32,6 +32,7 @@ mod import_engine;
 mod layer;
 mod listing;
 mod output;
+mod registry;
 mod serve;
 #[cfg(windows)]
 mod service;

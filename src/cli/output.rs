@@ -1,13 +1,13 @@
 //! Output of all commands: text, JSON and tables on standard output, progress on standard error.
 //!
 //! Nothing here panics when standard output is a closed pipe, as `print!` and `println!` do. Used by `store`, `import`,
-//! `svm` and `layer`.
+//! `svm`, `layer` and `registry`.
 
 use super::CliError;
 use comfy_table::{Table, presets};
 use serde::Serialize;
 use std::io::{self, Write};
-#[cfg(target_os = "linux")]
+#[cfg(any(target_os = "linux", feature = "registry"))]
 use {
     indicatif::{ProgressBar, ProgressStyle},
     std::io::IsTerminal,
@@ -35,7 +35,7 @@ pub(super) fn table(header: &[&str]) -> Table {
 }
 
 /// A progress bar of `length` bytes with room for a message; `None` unless standard error is a terminal.
-#[cfg(target_os = "linux")]
+#[cfg(any(target_os = "linux", feature = "registry"))]
 pub(super) fn bar(length: u64) -> Option<ProgressBar> {
     let style =
         ProgressStyle::with_template("{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {eta}").ok()?;

@@ -203,6 +203,87 @@ fn the_daemons_rooms_know_neither_agent_nor_tars() {
     }
 }
 
+/// Crates that speak TLS or HTTP to other machines.
+const OF_REGISTRIES: [&str; 5] = ["oci-registry", "ring", "rustls", "rustls-native-certs", "ureq"];
+/// Crates of TLS that would have to be built from C.
+const FOREIGN_TLS: [&str; 4] = ["aws-lc-rs", "aws-lc-sys", "native-tls", "openssl-sys"];
+
+/// The packages of a Cargo.lock, each with those that it needs for itself or its tests.
+fn locked(text: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let mut packages: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for package in text.split("[[package]]").skip(1) {
+        let name = package.lines().find_map(|line| line.strip_prefix("name = ")).expect("a name");
+        // A dependency with several versions has its version behind its name.
+        let needed = package
+            .lines()
+            .filter_map(|line| line.strip_prefix(" \""))
+            .filter_map(|line| line.split(['"', ' ']).next())
+            .map(str::to_owned);
+        packages.entry(name.trim_matches('"').to_owned()).or_default().extend(needed);
+    }
+    packages
+}
+
+/// A package and everything that it needs.
+fn closure<'a>(packages: &'a BTreeMap<String, BTreeSet<String>>, name: &'a str) -> BTreeSet<&'a str> {
+    let (mut found, mut todo) = (BTreeSet::new(), vec![name]);
+    while let Some(name) = todo.pop() {
+        if found.insert(name) {
+            let needed = packages.get(name).unwrap_or_else(|| panic!("{name} is not in Cargo.lock"));
+            todo.extend(needed.iter().map(String::as_str));
+        }
+    }
+    found
+}
+
+/// What reads untrusted bytes, in a worker or a guest, cannot reach a network: the crates for that are not below it.
+#[test]
+fn neither_agent_nor_parsers_link_what_reaches_registries() {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock")).unwrap();
+    let packages = locked(&text);
+    let of_registries = closure(&packages, "oci-registry");
+    for name in OF_REGISTRIES {
+        assert!(
+            of_registries.contains(name),
+            "{name} is not part of oci-registry any more: correct this list"
+        );
+    }
+    for name in FOREIGN_TLS {
+        assert!(!packages.contains_key(name), "{name} is built from C, and ring suffices");
+    }
+    for name in PLAIN.iter().chain(&["lcow-sys"]) {
+        let needed = closure(&packages, name);
+        let found: Vec<_> = OF_REGISTRIES.iter().filter(|of| needed.contains(**of)).collect();
+        assert!(found.is_empty(), "{name} links {found:?}");
+    }
+}
+
+/// The daemon fetches no image, and neither do the processes that it starts: only commands that read images do.
+#[test]
+fn only_commands_on_images_reach_registries() {
+    for (room, used) in picture() {
+        assert!(room == "cli" || !used.contains("oci-registry"), "{room} uses oci-registry");
+    }
+    let (mut crate_users, mut module_users) = (BTreeSet::new(), BTreeSet::new());
+    for (path, text) in sources() {
+        if path.starts_with("oci-registry") || is_test_file(&path) {
+            continue;
+        }
+        let (path, code) = (path.to_string_lossy().replace('\\', "/"), code(&text));
+        if code.contains("oci_registry") {
+            crate_users.insert(path.clone());
+        }
+        if code.contains("registry::") && path.starts_with("cli/") {
+            module_users.insert(path);
+        }
+    }
+    assert_eq!(crate_users.into_iter().collect::<Vec<_>>(), ["cli/registry.rs"]);
+    assert_eq!(
+        module_users.into_iter().collect::<Vec<_>>(),
+        ["cli/confined/mod.rs", "cli/image/mod.rs", "cli/registry.rs"]
+    );
+}
+
 #[test]
 fn manifests_name_what_the_picture_shows() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");

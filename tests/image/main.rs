@@ -11,6 +11,8 @@ mod jail;
 mod look;
 #[cfg(target_os = "linux")]
 mod pack;
+#[cfg(all(target_os = "linux", feature = "registry"))]
+mod registry;
 
 use oci_image::testing::{Packing, Store, Tar, archive, directory};
 use std::{

@@ -10,7 +10,7 @@
 //! whole archive invalid. If a name occurs twice, the last one counts, as it would for one who unpacks. Called by `source`
 //! and `docker`.
 
-use crate::{Blob, Blobs, Digest, ImageError, LayoutFile, Limits, blobs::Part, text::shown};
+use crate::{Blob, Blobs, Descriptor, ImageError, LayoutFile, Limits, blobs::Part, text::shown};
 use disk_io::ReadAt;
 use layer_tar::{BLOCK, Chunks, EntryKind, Event, TarReader};
 use std::{
@@ -203,8 +203,9 @@ fn below(folder: &[String], path: &[u8]) -> Option<Vec<String>> {
 pub(crate) struct ArchiveBlobs(pub(crate) Archive);
 
 impl Blobs for ArchiveBlobs {
-    fn open(&self, digest: &Digest) -> io::Result<Blob> {
-        let place = self.0.find(&LayoutFile::Blob(*digest).path())?.ok_or(io::ErrorKind::NotFound)?;
+    fn open(&self, descriptor: &Descriptor) -> io::Result<Blob> {
+        let place =
+            self.0.find(&LayoutFile::Blob(descriptor.digest).path())?.ok_or(io::ErrorKind::NotFound)?;
         Ok(Blob { size: place.1, bytes: Box::new(self.0.part(place)) })
     }
 }

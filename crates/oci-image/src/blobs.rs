@@ -1,7 +1,7 @@
 //! Access to blobs: the one thing that readers of images need from the world.
 //!
 //! ```text
-//!   Blobs::open(digest) ─► Blob { size, Read }       a directory, an archive, descriptors passed into a jail, a cache
+//!   Blobs::open(descriptor) ─► Blob { size, Read }       a directory, an archive, descriptors passed into a jail, a cache
 //!   Checked: Read ─► at most the declared size, and the declared digest at the end, or an error
 //! ```
 //!
@@ -32,11 +32,12 @@ impl fmt::Debug for Blob {
 
 /// Something that has blobs.
 pub trait Blobs: fmt::Debug + Send + Sync {
-    /// Opens a blob, at its start; it may be opened several times.
+    /// Opens the blob with the descriptor's digest, at its start; it may be opened several times.
     ///
     /// # Errors
-    /// `NotFound` if there is none of this digest; any error of the system, or one with an [`ImageError`] inside.
-    fn open(&self, digest: &Digest) -> io::Result<Blob>;
+    /// `NotFound` if there is none of this digest, with a reason inside if there is one; any error of the system, or one with
+    /// an [`ImageError`] inside.
+    fn open(&self, descriptor: &Descriptor) -> io::Result<Blob>;
 }
 
 /// Bytes of a file as a stream, whatever else reads the file.
@@ -65,11 +66,11 @@ impl Read for Part {
 
 /// Opens the blob of a descriptor and compares its size.
 pub(crate) fn open(blobs: &dyn Blobs, what: &str, descriptor: &Descriptor) -> Result<Checked, ImageError> {
-    let blob = match blobs.open(&descriptor.digest) {
+    let blob = match blobs.open(descriptor) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(ImageError::NotFound {
                 what: format!("{what} ({})", descriptor.digest),
-                known: String::new(),
+                known: reason(&e),
             });
         }
         other => other.map_err(|e| ImageError::reading(what, e))?,
@@ -87,6 +88,11 @@ pub(crate) fn open(blobs: &dyn Blobs, what: &str, descriptor: &Descriptor) -> Re
         failed: false,
         what: what.to_owned(),
     })
+}
+
+/// The reason inside an error of the system, as it follows "not found".
+pub(crate) fn reason(error: &io::Error) -> String {
+    error.get_ref().map(|inner| format!("; {inner}")).unwrap_or_default()
 }
 
 /// The whole blob of a descriptor, which must not be larger than `limit`.
@@ -184,7 +190,7 @@ mod tests {
     struct One(&'static [u8], u64);
 
     impl Blobs for One {
-        fn open(&self, _: &Digest) -> io::Result<Blob> {
+        fn open(&self, _: &Descriptor) -> io::Result<Blob> {
             Ok(Blob { size: self.1, bytes: Box::new(self.0) })
         }
     }

@@ -49,8 +49,8 @@ struct DockerBlobs {
 }
 
 impl Blobs for DockerBlobs {
-    fn open(&self, digest: &Digest) -> io::Result<Blob> {
-        let place = *self.places.get(digest).ok_or(io::ErrorKind::NotFound)?;
+    fn open(&self, descriptor: &Descriptor) -> io::Result<Blob> {
+        let place = *self.places.get(&descriptor.digest).ok_or(io::ErrorKind::NotFound)?;
         Ok(Blob { size: place.1, bytes: Box::new(self.archive.part(place)) })
     }
 }

@@ -3,11 +3,12 @@
 //! ```text
 //!   Files ─┬─ archive()           an archive, or standard input
 //!          ├─ layout(LayoutFile)  oci-layout, index.json, blobs/<algorithm>/<hex>: no symbolic link is followed
+//!          ├─ remote(RemotePart)  a part of an image in a registry
 //!          └─ scratch()           an unnamed file, and how much it may take
 //! ```
 //!
-//! [`Direct`] opens them in this process. A jailed process has an implementation that asks its parent for descriptors; the
-//! three calls are all that it can ask for. Called by `source` and `layout`.
+//! [`Direct`] opens them in this process; it fetches nothing. A jailed process has an implementation that asks its parent for
+//! descriptors; the four calls are all that it can ask for. Called by `source` and `registry`.
 
 use crate::{Digest, ImageError};
 use std::{
@@ -69,11 +70,40 @@ pub trait Files: fmt::Debug + Send + Sync {
     /// `NotFound`; an error with an [`ImageError::Unsupported`] inside for anything but a regular file in real directories.
     fn layout(&self, name: &LayoutFile) -> io::Result<File>;
 
+    /// A part of an image in a registry, at its start. Its size and digest are verified by the reader, too.
+    ///
+    /// # Errors
+    /// `NotFound`, with a reason inside, if the registry does not have it; `Unsupported` by default.
+    fn remote(&self, _: &RemotePart) -> io::Result<File> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "registries are not read here"))
+    }
+
     /// An unnamed file.
     ///
     /// # Errors
     /// Any error of the system.
     fn scratch(&self) -> io::Result<Scratch>;
+}
+
+/// A part of an image in a registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RemotePart {
+    /// The manifest or index to which the name of the source leads.
+    Named,
+    /// A manifest or an index.
+    Document {
+        /// Its digest.
+        digest: Digest,
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// A configuration or a layer.
+    Blob {
+        /// Its digest.
+        digest: Digest,
+        /// Its length in bytes.
+        size: u64,
+    },
 }
 
 /// Where the files of a source are.
@@ -85,6 +115,8 @@ pub enum Place {
     File(PathBuf),
     /// An archive on standard input.
     Stdin,
+    /// In a registry.
+    Registry,
 }
 
 /// Opens the files in this process.
@@ -107,6 +139,7 @@ impl Files for Direct {
             Place::File(path) => File::open(path),
             Place::Stdin => standard_input(),
             Place::Directory(_) => Err(io::ErrorKind::IsADirectory.into()),
+            Place::Registry => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -114,6 +147,7 @@ impl Files for Direct {
         match &self.place {
             Place::Directory(path) => open_beneath(path, name),
             Place::File(_) | Place::Stdin => Err(io::ErrorKind::NotADirectory.into()),
+            Place::Registry => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

@@ -5,7 +5,7 @@
 //!                                                 │            ├─ layers()      descriptors and diff ids
 //!        Files: what may be opened ───────────────┘            └─ open_layer(i) plain tar bytes, verified at their end
 //!
-//!   document, config, media, platform, name      parsing, no I/O
+//!   document, config, media, platform, name, registry      parsing, no I/O
 //!   resolve (index ─► manifest), docker (manifest.json), archive (members)
 //!   files (opens), blobs (checks), layer (expands)
 //! ```
@@ -23,7 +23,8 @@
 //! # Limits
 //!
 //! gzip and zstd (zstd:chunked and eStargz included) and plain layers; OCI 1.0 and 1.1, Docker schema 2 and `docker save` since
-//! Docker 1.10. Not: schema 1, encrypted layers, registries, other compressions. [`Limits`] has the numbers.
+//! Docker 1.10. Images of registries if [`Files::remote`] fetches them; this crate does not. Not: schema 1, encrypted layers,
+//! other compressions. [`Limits`] has the numbers.
 //!
 //! # Stability
 //!
@@ -45,6 +46,7 @@ mod limits;
 pub mod media;
 mod name;
 mod platform;
+mod registry;
 mod resolve;
 mod source;
 #[cfg(any(test, feature = "testing"))]
@@ -58,13 +60,14 @@ pub use config::{History, ImageConfig, RunConfig};
 pub use digest::{Algorithm, Digest, DigestError, Hasher};
 pub use document::{CONTAINERD_NAME, Descriptor, Document, Index, Manifest, REF_NAME, REFERENCE_TYPE};
 pub use error::{ImageError, ImageErrorKind};
-pub use files::{Direct, Files, LayoutFile, Place, Scratch};
+pub use files::{Direct, Files, LayoutFile, Place, RemotePart, Scratch};
 pub use image::{Image, Listed, RawManifest};
 pub use layer::{Layer, LayerReader, LayerSummary};
 pub use layer_recode::Compression;
 pub use limits::{Limits, RATIO_FLOOR};
 pub use media::{MediaKind, MediaType};
 pub use platform::Platform;
+pub use registry::{RegistryName, RegistryReference};
 pub use source::{Options, Source};
 pub use text::shown;
 

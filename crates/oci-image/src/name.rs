@@ -5,7 +5,10 @@
 //! ```
 //!
 //! Rules of `distribution/reference` (`normalize.go`), for comparison only: nothing is looked up by the result. Called by
-//! `resolve` and `docker`.
+//! `resolve`, `docker` and `registry`.
+
+/// The registry of names without a host.
+pub(crate) const DOCKER_HUB: &str = "docker.io";
 
 /// The full form of a name.
 pub(crate) fn full(name: &str) -> String {
@@ -15,10 +18,10 @@ pub(crate) fn full(name: &str) -> String {
     };
     let (host, path) = match name.split_once('/') {
         Some((host, path)) if host.contains(['.', ':']) || host == "localhost" => (host, path),
-        _ => ("docker.io", name),
+        _ => (DOCKER_HUB, name),
     };
-    let host = if host == "index.docker.io" { "docker.io" } else { host };
-    let library = if host == "docker.io" && !path.contains('/') { "library/" } else { "" };
+    let host = if host == "index.docker.io" { DOCKER_HUB } else { host };
+    let library = if host == DOCKER_HUB && !path.contains('/') { "library/" } else { "" };
     let tagged = path.rsplit('/').next().is_some_and(|last| last.contains(':'));
     match digest {
         Some(digest) => format!("{host}/{library}{path}@{digest}"),

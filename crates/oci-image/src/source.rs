@@ -2,21 +2,27 @@
 //!
 //! ```text
 //!   oci:DIR[:REF]               a layout                          index.json ─► resolve
+//!   docker://HOST/NAME[:TAG]    an image in a registry        its manifest or index ─► resolve
 //!   oci-archive:FILE[:REF]      a layout in a tar  ─┐ scanned,    index.json ─► resolve
 //!   docker-archive:FILE[:NAME]  `docker save`      ─┤ not         manifest.json ─► docker
 //!   -                           either, on stdin   ─┘ unpacked
 //!                                   not a plain regular file? ─► spooled to an unnamed file, within its room
 //! ```
 //!
-//! REF is a tag, a name or a digest; `oci:DIR@sha256:…` is a digest, too. As with skopeo, the first colon ends the path (a
+//! REF is a tag, a name or a digest; `oci:DIR@sha256:…` is a digest, too. An image of a registry is one for which the
+//! [`Files`] fetch what is asked for; this crate fetches nothing. As with skopeo, the first colon ends the path (a
 //! drive's colon on Windows does not). Called by users of this crate.
 
 use crate::{
-    Blob, Blobs, Digest, Direct, Files, Image, ImageError, LayoutFile, Limits, Place, Platform,
+    Blob, Blobs, CONTAINERD_NAME, Descriptor, Digest, Direct, Files, Image, ImageError, Index, LayoutFile,
+    Limits, Place, Platform, RegistryName, RegistryReference, RemotePart,
     archive::{Archive, ArchiveBlobs},
-    blobs::Part,
+    blobs::{Part, reason},
+    digest::Hasher,
     docker,
     layer::foreign,
+    media::OCI_INDEX,
+    registry::RegistryBlobs,
     resolve::{self, Wanted},
     text::shown,
 };
@@ -24,6 +30,7 @@ use disk_io::ReadAt;
 use layer_recode::{Compression, ExpandLimits, Expander, sniff};
 use serde::Deserialize;
 use std::{
+    collections::BTreeMap,
     fmt,
     fs::File,
     io::{self, Read, Seek, Write},
@@ -36,8 +43,8 @@ const SPOOL_BYTES: usize = 256 << 10;
 /// Bytes at the start of an archive that are looked at.
 const HEAD_BYTES: usize = 6;
 /// The forms of a source, for messages.
-const FORMS: &str =
-    "oci:DIR[:REF], oci-archive:FILE[:REF], docker-archive:FILE[:NAME] or - (an archive on standard input)";
+const FORMS: &str = "oci:DIR[:REF], oci-archive:FILE[:REF], docker-archive:FILE[:NAME], \
+                     docker://HOST[:PORT]/NAME[:TAG|@DIGEST] or - (an archive on standard input)";
 /// The version of layouts that is known (`imageLayoutVersion`), up to its first dot.
 const LAYOUT_VERSION: &str = "1";
 
@@ -67,6 +74,8 @@ pub enum Source {
     },
     /// Either archive on standard input.
     Stdin,
+    /// An image in a registry.
+    Registry(RegistryName),
 }
 
 /// What to open, and how much of it.
@@ -96,9 +105,8 @@ impl Source {
             .filter(|(transport, _)| transport.len() > 1)
             .ok_or_else(|| usage(&format!("expected {FORMS}")))?;
         if transport == "docker" {
-            return Err(usage(
-                "registries are not read here; fetch the image first, for example with `skopeo copy docker://NAME oci:DIR:TAG`",
-            ));
+            let name = rest.strip_prefix("//").ok_or_else(|| usage(&format!("expected {FORMS}")))?;
+            return RegistryName::parse(name).map(Self::Registry).map_err(|reason| usage(&reason));
         }
         let (path, reference) = split(rest);
         if path.is_empty() || reference.is_some_and(str::is_empty) {
@@ -119,20 +127,21 @@ impl Source {
             Self::Layout { directory, .. } => Place::Directory(directory.clone()),
             Self::OciArchive { file, .. } | Self::DockerArchive { file, .. } => Place::File(file.clone()),
             Self::Stdin => Place::Stdin,
+            Self::Registry(_) => Place::Registry,
         }
     }
 
-    /// Tag, name or digest.
+    /// Tag, name or digest by which an image is chosen from an index; a registry chooses itself.
     pub fn reference(&self) -> Option<&str> {
         match self {
             Self::Layout { reference, .. }
             | Self::OciArchive { reference, .. }
             | Self::DockerArchive { reference, .. } => reference.as_deref(),
-            Self::Stdin => None,
+            Self::Stdin | Self::Registry(_) => None,
         }
     }
 
-    /// Opens the image.
+    /// Opens the image; one in a registry needs other means, [`Source::open_with`].
     ///
     /// # Errors
     /// Every kind of [`ImageError`].
@@ -168,6 +177,7 @@ impl Source {
                     docker::find(archive, &wanted, limits)
                 }
             }
+            Self::Registry(name) => remote(files, name, &wanted, limits),
         }
     }
 }
@@ -179,6 +189,7 @@ impl fmt::Display for Source {
             Self::OciArchive { file, .. } => ("oci-archive", file),
             Self::DockerArchive { file, .. } => ("docker-archive", file),
             Self::Stdin => return f.write_str("the archive on standard input"),
+            Self::Registry(name) => return write!(f, "docker://{name}"),
         };
         let text = match self.reference() {
             None => format!("{transport}:{}", path.display()),
@@ -215,8 +226,8 @@ struct LayoutBlobs {
 }
 
 impl Blobs for LayoutBlobs {
-    fn open(&self, digest: &Digest) -> io::Result<Blob> {
-        let file = self.files.layout(&LayoutFile::Blob(*digest))?;
+    fn open(&self, descriptor: &Descriptor) -> io::Result<Blob> {
+        let file = self.files.layout(&LayoutFile::Blob(descriptor.digest))?;
         Ok(Blob { size: file.metadata()?.len(), bytes: Box::new(file) })
     }
 }
@@ -233,12 +244,59 @@ fn small(files: &dyn Files, source: &str, name: &LayoutFile, limit: u64) -> Resu
         }
         other => other.map_err(|e| ImageError::reading(&what, e))?,
     };
+    limited(&what, file, limit)
+}
+
+/// All bytes of a file, at most `limit`.
+fn limited(what: &str, file: File, limit: u64) -> Result<Vec<u8>, ImageError> {
     let mut bytes = Vec::new();
-    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| ImageError::reading(&what, e))?;
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| ImageError::reading(what, e))?;
     if bytes.len() as u64 > limit {
         return Err(ImageError::limit(what, format!("more than {limit} bytes")));
     }
     Ok(bytes)
+}
+
+/// Finds an image in a registry: as in a layout whose index has one entry, to which the name leads.
+fn remote(
+    files: &Arc<dyn Files>,
+    name: &RegistryName,
+    wanted: &Wanted<'_>,
+    limits: &Limits,
+) -> Result<Image, ImageError> {
+    let what = "the manifest";
+    let file = match files.remote(&RemotePart::Named) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Err(ImageError::NotFound { what: what.to_owned(), known: reason(&e) });
+        }
+        other => other.map_err(|e| ImageError::reading(what, e))?,
+    };
+    let bytes = limited(what, file, limits.document_bytes)?;
+    let digest = match name.reference() {
+        RegistryReference::Tag(_) => Digest::sha256(&bytes),
+        RegistryReference::Digest(expected) => {
+            let mut hasher = Hasher::new(expected.algorithm());
+            hasher.update(&bytes);
+            let found = hasher.finish();
+            if found != *expected {
+                return Err(ImageError::mismatch(what, *expected, found));
+            }
+            found
+        }
+    };
+    // The document itself says what it is.
+    let mut entry = Descriptor::new("", digest, bytes.len() as u64);
+    entry.annotations.insert(CONTAINERD_NAME.to_owned(), name.to_string());
+    let index = Index {
+        schema_version: 2,
+        media_type: OCI_INDEX.into(),
+        manifests: vec![entry],
+        annotations: BTreeMap::new(),
+    };
+    let index = serde_json::to_vec(&index)
+        .map_err(|e| ImageError::corrupt(what, format!("it cannot be listed: {e}")))?;
+    let blobs = Arc::new(RegistryBlobs { files: Arc::clone(files) });
+    resolve::find("the reference", &index, blobs, wanted, limits)
 }
 
 /// `oci-layout`.
@@ -339,13 +397,13 @@ fn spool(files: &dyn Files, what: &str, input: impl Read, limits: &Limits) -> Re
 
 /// The file or directory of a source, for those that must know before it is opened.
 impl Source {
-    /// The path that it names; `None` for standard input.
+    /// The path that it names; `None` for standard input and registries.
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::Layout { directory: path, .. }
             | Self::OciArchive { file: path, .. }
             | Self::DockerArchive { file: path, .. } => Some(path),
-            Self::Stdin => None,
+            Self::Stdin | Self::Registry(_) => None,
         }
     }
 }
@@ -375,10 +433,23 @@ mod tests {
                 Source::DockerArchive { file: "a.tar".into(), reference: Some("busybox:latest".into()) },
             ),
             ("oci-archive:a.tar", Source::OciArchive { file: "a.tar".into(), reference: None }),
+            ("docker://h.x:5000/a/b:1", Source::Registry("h.x:5000/a/b:1".parse().unwrap())),
         ] {
             assert_eq!(Source::parse(text).unwrap(), expected, "{text}");
         }
-        for bad in ["", "a.tar", "oci:", "oci::x", "oci:d:", "docker://busybox", "dir:x", "C:\\x", "oci"] {
+        for bad in [
+            "",
+            "a.tar",
+            "oci:",
+            "oci::x",
+            "oci:d:",
+            "docker://busybox",
+            "docker:h.x/a",
+            "docker:///a",
+            "dir:x",
+            "C:\\x",
+            "oci",
+        ] {
             let e = Source::parse(bad).unwrap_err();
             assert!(matches!(e, ImageError::Usage(_)), "{bad}: {e}");
         }

@@ -1,14 +1,16 @@
 //! Whole images: every kind of source with every compression, and what must be refused.
 
 use crate::{
-    Descriptor, Digest, Image, ImageError, ImageErrorKind, Limits, Options, Platform, Source, media,
+    Descriptor, Digest, Files, Image, ImageError, ImageErrorKind, LayoutFile, Limits, Options, Platform,
+    RemotePart, Scratch, Source, media,
     testing::{PACKINGS, Packing, Store, Tar, archive, directory, pack},
 };
 use serde_json::{Value, json};
 use std::{
     fs,
-    io::Read,
+    io::{self, Read, Seek, Write},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex},
 };
 use tempfile::TempDir;
 
@@ -52,7 +54,7 @@ fn named(source: &Source, name: &str) -> Source {
         Source::Layout { directory, .. } => Source::Layout { directory, reference },
         Source::OciArchive { file, .. } => Source::OciArchive { file, reference },
         Source::DockerArchive { file, .. } => Source::DockerArchive { file, reference },
-        Source::Stdin => Source::Stdin,
+        other @ (Source::Stdin | Source::Registry(_)) => other,
     }
 }
 
@@ -557,4 +559,73 @@ fn a_stream_is_spooled_within_its_room_and_leaves_nothing() {
         }
     }
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+}
+
+/// The parts of a registry with the blobs of a store, under any tag.
+#[derive(Debug)]
+struct Remote {
+    store: Store,
+    named: Digest,
+    asked: Mutex<Vec<RemotePart>>,
+}
+
+impl Files for Remote {
+    fn archive(&self) -> io::Result<fs::File> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn layout(&self, _: &LayoutFile) -> io::Result<fs::File> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn remote(&self, part: &RemotePart) -> io::Result<fs::File> {
+        self.asked.lock().unwrap().push(*part);
+        let digest = match part {
+            RemotePart::Named => self.named,
+            RemotePart::Document { digest, .. } | RemotePart::Blob { digest, .. } => *digest,
+        };
+        let missing = || io::Error::new(io::ErrorKind::NotFound, "the registry has none");
+        let mut file = tempfile::tempfile()?;
+        file.write_all(self.store.blobs.get(&digest).ok_or_else(missing)?)?;
+        file.rewind()?;
+        Ok(file)
+    }
+
+    fn scratch(&self) -> io::Result<Scratch> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[test]
+fn an_image_of_a_registry_is_found_through_its_parts() {
+    let mut store = Store::default();
+    let tar = Tar::default().file("a", b"1").finish();
+    let arm = store.manifest("linux/arm/v7", &[(&tar, Packing::Gzip)]);
+    let x86 = store.manifest("linux/amd64", &[(&tar, Packing::Plain)]);
+    let index = store.index(&[arm.clone(), x86.clone()]);
+    let open = |named: Digest, name: &str, platform: Option<&str>| {
+        let remote = Arc::new(Remote { store: store.clone(), named, asked: Mutex::default() });
+        let files: Arc<dyn Files> = Arc::<Remote>::clone(&remote);
+        let platform = platform.map(|text| text.parse().unwrap());
+        let source = Source::parse(&format!("docker://h.x/{name}")).unwrap();
+        let image = source.open_with(&files, &Options { platform, ..Options::default() });
+        (image, remote)
+    };
+    let (image, remote) = open(index.digest, "a:1", Some("linux/arm/v7"));
+    let image = image.unwrap();
+    assert_eq!(image.manifest().unwrap().descriptor.digest, arm.digest);
+    assert_eq!(image.names(), ["h.x/a:1"]);
+    assert!(plain(&image, 0).unwrap() == tar);
+    let asked = remote.asked.lock().unwrap();
+    let documents = asked.iter().filter(|part| matches!(part, RemotePart::Document { .. })).count();
+    let blobs = asked.iter().filter(|part| matches!(part, RemotePart::Blob { .. })).count();
+    assert_eq!((asked[0], blobs), (RemotePart::Named, 2), "configuration and layer: {asked:?}");
+    assert!(documents > 0);
+    // A manifest by itself, by tag and by digest.
+    assert!(open(x86.digest, "a", None).0.is_ok());
+    assert!(open(x86.digest, &format!("a@{}", x86.digest), None).0.is_ok());
+    assert_eq!(kind(open(x86.digest, &format!("a@{}", arm.digest), None).0), ImageErrorKind::Corrupt);
+    assert_eq!(kind(open(x86.digest, "a", Some("linux/s390x")).0), ImageErrorKind::NotFound);
+    let missing = open(Digest::sha256(b""), "a", None).0.unwrap_err();
+    assert_eq!(missing.to_string(), "the manifest not found; the registry has none");
 }

@@ -8,14 +8,14 @@
 //! Called by `run`, for the hidden subcommand `confined`.
 
 use super::{
-    Grants,
+    Grants, Means, direct,
     message::{MAX_MESSAGE, Reply, Request},
 };
 use lcow_sys::linux::{
     fdpass,
     jail::{self, Spec},
 };
-use oci_image::{Direct, Files, LayoutFile, Scratch, Source};
+use oci_image::{Files, LayoutFile, RemotePart, Scratch, Source};
 use std::{
     ffi::OsString,
     fs::File,
@@ -185,11 +185,8 @@ pub(in crate::cli) fn child(
 }
 
 /// The files of the source at this place of the command line.
-pub(in crate::cli) fn files(source: usize, named: &Source, scratch: Option<&Path>) -> Arc<dyn Files> {
-    match PARENT.get() {
-        Some(_) => Arc::new(Asking { source }),
-        None => Arc::new(Direct::new(named.place(), scratch)),
-    }
+pub(in crate::cli) fn files(source: usize, named: &Source, means: &Means) -> Arc<dyn Files> {
+    if in_jail() { Arc::new(Asking { source }) } else { direct(named, means) }
 }
 
 /// Files that the parent opens.
@@ -231,6 +228,10 @@ impl Files for Asking {
 
     fn layout(&self, name: &LayoutFile) -> io::Result<File> {
         Ok(ask(&Request::layout(self.source, name))?.0)
+    }
+
+    fn remote(&self, part: &RemotePart) -> io::Result<File> {
+        Ok(ask(&Request::remote(self.source, part))?.0)
     }
 
     fn scratch(&self) -> io::Result<Scratch> {

@@ -6,9 +6,9 @@
 //!
 //! Files are named by their place on the command line, so a request cannot name a path. Called by `parent` and `child`.
 
-use oci_image::{Digest, ImageError, LayoutFile};
+use oci_image::{Digest, ImageError, LayoutFile, RemotePart};
 use serde::{Deserialize, Serialize};
-use std::io;
+use std::{error::Error, fmt::Write as _, io};
 
 /// Longest message in bytes.
 pub(super) const MAX_MESSAGE: usize = 16 << 10;
@@ -38,6 +38,29 @@ pub(super) enum Request {
         source: usize,
         /// Its digest.
         digest: Digest,
+    },
+    /// The manifest or index to which the name of a source in a registry leads.
+    Named {
+        /// Its place among the sources.
+        source: usize,
+    },
+    /// A manifest or an index of a source in a registry.
+    Document {
+        /// Its place among the sources.
+        source: usize,
+        /// Its digest.
+        digest: Digest,
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// A configuration or a layer of a source in a registry.
+    Remote {
+        /// Its place among the sources.
+        source: usize,
+        /// Its digest.
+        digest: Digest,
+        /// Its length in bytes.
+        size: u64,
     },
     /// An unnamed file.
     Scratch {
@@ -109,6 +132,15 @@ impl Request {
         }
     }
 
+    /// A part of an image in a registry.
+    pub(super) fn remote(source: usize, part: &RemotePart) -> Self {
+        match *part {
+            RemotePart::Named => Self::Named { source },
+            RemotePart::Document { digest, size } => Self::Document { source, digest, size },
+            RemotePart::Blob { digest, size } => Self::Remote { source, digest, size },
+        }
+    }
+
     /// A new file of a layout.
     pub(super) fn new_in_layout(source: usize, name: &LayoutFile) -> Self {
         match name {
@@ -125,6 +157,9 @@ impl Request {
             | Self::Layout { source }
             | Self::Index { source }
             | Self::Blob { source, .. }
+            | Self::Named { source }
+            | Self::Document { source, .. }
+            | Self::Remote { source, .. }
             | Self::NewLayout { source }
             | Self::NewIndex { source }
             | Self::NewBlob { source, .. }
@@ -155,6 +190,8 @@ pub(super) enum Reply {
     Done,
     /// The system's error.
     Errno(i32),
+    /// It is not there, and why.
+    NotFound(String),
     /// Something that is not supported.
     Unsupported {
         /// What.
@@ -174,9 +211,22 @@ impl From<io::Error> for Reply {
         match error.downcast::<ImageError>() {
             Ok(ImageError::Unsupported { what, reason }) => Self::Unsupported { what, reason },
             Ok(other) => Self::Failed(other.to_string()),
-            Err(other) => Self::Failed(other.to_string()),
+            Err(other) if other.kind() == io::ErrorKind::NotFound => Self::NotFound(with_causes(&other)),
+            Err(other) => Self::Failed(with_causes(&other)),
         }
     }
+}
+
+/// The text of an error and of its causes.
+fn with_causes(error: &io::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        // Writing to a String cannot fail.
+        let _ = write!(text, ": {inner}");
+        cause = inner.source();
+    }
+    text
 }
 
 impl Reply {
@@ -186,6 +236,7 @@ impl Reply {
             Self::File { room } => Ok(Some(room)),
             Self::Done => Ok(None),
             Self::Errno(errno) => Err(io::Error::from_raw_os_error(errno)),
+            Self::NotFound(text) => Err(io::Error::new(io::ErrorKind::NotFound, text)),
             Self::Unsupported { what, reason } => Err(ImageError::Unsupported { what, reason }.into()),
             Self::Failed(text) => Err(io::Error::other(text)),
         }
@@ -204,6 +255,9 @@ mod tests {
         let text = link.to_string();
         let link = Reply::from(io::Error::from(link)).into_result().unwrap_err();
         assert_eq!(link.downcast::<ImageError>().unwrap().to_string(), text);
+        let none = io::Error::new(io::ErrorKind::NotFound, "no such tag");
+        let none = Reply::from(none).into_result().unwrap_err();
+        assert_eq!((none.kind(), none.to_string().as_str()), (io::ErrorKind::NotFound, "no such tag"));
         assert_eq!(Reply::File { room: 7 }.into_result().unwrap(), Some(7));
     }
 
@@ -216,6 +270,8 @@ mod tests {
             r#"{"open":{"path":"/etc/passwd"}}"#,
             r#"{"create":{"output":"/etc/passwd"}}"#,
             r#"{"archive":{"source":-1}}"#,
+            r#"{"remote":{"source":0,"digest":"sha256:../x","size":1}}"#,
+            r#"{"named":{"source":0,"name":"host/app"}}"#,
             "",
         ] {
             assert!(serde_json::from_str::<Request>(bad).is_err(), "{bad}");

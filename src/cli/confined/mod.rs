@@ -9,7 +9,7 @@
 //! ```
 //!
 //! The child has no path, no network, no other process and no right of its own: it can ask for the files that the command
-//! line names, and for nothing else. What it is given is read-only, but for outputs and scratch files. Where the kernel or a
+//! line names, parts of an image in a registry included, which the parent fetches, and for nothing else. What it is given is read-only, but for outputs and scratch files. Where the kernel or a
 //! container lacks a part of the jail, the command ends, unless `--jail=best-effort` was given.
 //!
 //! On Windows, commands work in their own process, with the rights of their user: the restricted job of the embedded
@@ -35,14 +35,15 @@ pub(super) use parent::run;
 #[cfg(target_os = "linux")]
 pub(super) use terminal::Blind;
 
+use super::registry::{self, RegistryArgs};
 use clap::Args;
+use oci_image::{Direct, Files, Source};
+use std::{path::PathBuf, sync::Arc};
 #[cfg(not(target_os = "linux"))]
 use {
     super::CliError,
-    oci_image::{Direct, Files},
-    std::{ffi::OsString, process::ExitCode, sync::Arc},
+    std::{ffi::OsString, process::ExitCode},
 };
-use {oci_image::Source, std::path::PathBuf};
 
 /// How strict the jail is.
 #[cfg(target_os = "linux")]
@@ -63,13 +64,24 @@ pub(super) struct JailArgs {
     jail: Strictness,
 }
 
+/// What sources may use besides their own files.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Means {
+    /// Directory for scratch files.
+    pub(super) scratch: Option<PathBuf>,
+    /// How registries are read.
+    pub(super) registry: RegistryArgs,
+    /// Bytes of a blob that is fetched.
+    pub(super) blob_bytes: u64,
+}
+
 /// The files that a command line names.
 #[derive(Debug, Default)]
 pub(super) struct Grants {
     /// Sources, in the order of the command line.
     pub(super) sources: Vec<Source>,
-    /// Directory for scratch files.
-    pub(super) scratch: Option<PathBuf>,
+    /// What they may use.
+    pub(super) means: Means,
     /// Files that are read; `-` is standard input.
     pub(super) inputs: Vec<PathBuf>,
     /// Files that are written.
@@ -99,6 +111,15 @@ pub(super) fn open(_: &std::path::Path) -> Option<std::io::Result<std::fs::File>
 
 /// The files of a source.
 #[cfg(not(target_os = "linux"))]
-pub(super) fn files(_: usize, source: &Source, scratch: Option<&std::path::Path>) -> Arc<dyn Files> {
-    Arc::new(Direct::new(source.place(), scratch))
+pub(super) fn files(_: usize, source: &Source, means: &Means) -> Arc<dyn Files> {
+    direct(source, means)
+}
+
+/// The files of a source, opened and fetched by this process.
+fn direct(source: &Source, means: &Means) -> Arc<dyn Files> {
+    let scratch = means.scratch.as_deref();
+    match source {
+        Source::Registry(name) => registry::files(name, &means.registry, scratch, means.blob_bytes),
+        _ => Arc::new(Direct::new(source.place(), scratch)),
+    }
 }

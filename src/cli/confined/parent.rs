@@ -9,6 +9,7 @@
 use super::{
     Grants, JailArgs, NewDirectory, Strictness,
     child::{BEST_EFFORT_VARIABLE, COLUMNS_VARIABLE, in_jail, name},
+    direct,
     message::{MAX_MESSAGE, Reply, Request},
 };
 use crate::cli::{
@@ -22,14 +23,16 @@ use lcow_sys::linux::{
     fdpass,
     process::{Ended, WorkerCommand, start_attached},
 };
-use oci_image::{Direct, Files, LayoutFile, Scratch, Source};
+use oci_image::{Files, LayoutFile, RemotePart, Scratch, Source};
 use std::{
+    collections::HashMap,
     ffi::OsString,
     fs::File,
     io::{self, IsTerminal},
     os::fd::AsFd,
     path::Path,
     process::ExitCode,
+    sync::Arc,
 };
 
 /// Variables that the child inherits.
@@ -75,7 +78,7 @@ pub(in crate::cli) fn run(
     let Some(control) = worker.control.take() else {
         return Err("the process that reads the input has no control socket".into());
     };
-    let mut desk = Desk { grants, files: Vec::new(), directory: None };
+    let mut desk = Desk::new(grants);
     let mut buffer = vec![0; MAX_MESSAGE];
     loop {
         let (n, _) = match fdpass::receive(control.as_fd(), &mut buffer) {
@@ -109,11 +112,17 @@ pub(in crate::cli) fn run(
 /// Opens what is granted, and keeps new files until they get their names or are deleted.
 struct Desk<'a> {
     grants: &'a Grants,
+    /// Sources that were asked for; one in a registry keeps its connection.
+    sources: HashMap<usize, Arc<dyn Files>>,
     files: Vec<Option<NewFile>>,
     directory: Option<NewDirectory>,
 }
 
-impl Desk<'_> {
+impl<'a> Desk<'a> {
+    fn new(grants: &'a Grants) -> Self {
+        Self { grants, sources: HashMap::new(), files: Vec::new(), directory: None }
+    }
+
     /// Starts a new file; gives its number, too.
     fn create(&mut self, path: &Path) -> io::Result<(u64, File)> {
         if self.files.len() >= MAX_FILES {
@@ -181,36 +190,39 @@ impl Desk<'_> {
                 self.directory.take().ok_or_else(unnamed)?.commit().map_err(whole)?;
                 return Ok(None);
             }
-            other => return of_source(self.grants, other).map(Some),
+            other => return self.of_source(other).map(Some),
         };
         Ok(Some((0, file)))
     }
-}
 
-/// Opens a file of a source; gives the room of a scratch file, too.
-fn of_source(grants: &Grants, request: &Request) -> io::Result<(u64, File)> {
-    let source = request
-        .source()
-        .and_then(|place| grants.sources.get(place))
-        .ok_or_else(|| io::Error::other("the command line does not name such a source"))?;
-    let files = Direct::new(source.place(), grants.scratch.as_deref());
-    let file = match request {
-        Request::Archive { .. } => files.archive()?,
-        Request::Layout { .. } => files.layout(&LayoutFile::Layout)?,
-        Request::Index { .. } => files.layout(&LayoutFile::Index)?,
-        Request::Blob { digest, .. } => files.layout(&LayoutFile::Blob(*digest))?,
-        Request::Scratch { .. } => {
-            let Scratch { file, room } = files.scratch()?;
-            return Ok((room, file));
-        }
-        _ => return Err(io::ErrorKind::InvalidInput.into()),
-    };
-    Ok((0, file))
+    /// Opens or fetches a file of a source; gives the room of a scratch file, too.
+    fn of_source(&mut self, request: &Request) -> io::Result<(u64, File)> {
+        let (place, source) = request
+            .source()
+            .and_then(|place| Some((place, self.grants.sources.get(place)?)))
+            .ok_or_else(|| io::Error::other("the command line does not name such a source"))?;
+        let files = self.sources.entry(place).or_insert_with(|| direct(source, &self.grants.means));
+        let file = match *request {
+            Request::Archive { .. } => files.archive()?,
+            Request::Layout { .. } => files.layout(&LayoutFile::Layout)?,
+            Request::Index { .. } => files.layout(&LayoutFile::Index)?,
+            Request::Blob { digest, .. } => files.layout(&LayoutFile::Blob(digest))?,
+            Request::Named { .. } => files.remote(&RemotePart::Named)?,
+            Request::Document { digest, size, .. } => files.remote(&RemotePart::Document { digest, size })?,
+            Request::Remote { digest, size, .. } => files.remote(&RemotePart::Blob { digest, size })?,
+            Request::Scratch { .. } => {
+                let Scratch { file, room } = files.scratch()?;
+                return Ok((room, file));
+            }
+            _ => return Err(io::ErrorKind::InvalidInput.into()),
+        };
+        Ok((0, file))
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Means, *};
     use oci_image::Digest;
 
     #[test]
@@ -222,14 +234,15 @@ mod tests {
             sources: vec![
                 Source::OciArchive { file: archive, reference: None },
                 Source::Layout { directory: place.path().into(), reference: None },
+                Source::parse("docker://127.0.0.1:1/app").unwrap(),
             ],
-            scratch: Some(place.path().into()),
+            means: Means { scratch: Some(place.path().into()), ..Means::default() },
             inputs: vec![place.path().join("a.tar")],
             files: vec![place.path().join("new")],
             layout: None,
             directory: None,
         };
-        let mut desk = Desk { grants: &grants, files: Vec::new(), directory: None };
+        let mut desk = Desk::new(&grants);
         assert!(desk.serve(&Request::Archive { source: 0 }).unwrap().is_some());
         assert!(desk.serve(&Request::Scratch { source: 1 }).unwrap().is_some());
         assert!(desk.serve(&Request::Input { input: 0 }).unwrap().is_some());
@@ -243,6 +256,13 @@ mod tests {
         for refused in [
             Request::Archive { source: 1 },
             Request::Archive { source: 2 },
+            Request::Archive { source: 3 },
+            Request::Named { source: 0 },
+            Request::Document { source: 1, digest, size: 0 },
+            Request::Remote { source: 1, digest, size: 0 },
+            // No document has this digest, so the registry is not asked.
+            Request::Remote { source: 2, digest, size: 0 },
+            Request::Blob { source: 2, digest },
             Request::Index { source: 0 },
             Request::Index { source: 1 },
             Request::Blob { source: 0, digest },

@@ -82,7 +82,7 @@ struct Committed {
 struct NewBlob(Arc<File>, u64);
 
 impl Blobs for NewBlob {
-    fn open(&self, _: &Digest) -> io::Result<Blob> {
+    fn open(&self, _: &Descriptor) -> io::Result<Blob> {
         let whole = disk_io::SubDisk::new(Arc::clone(&self.0), 0, self.1);
         Ok(Blob { size: self.1, bytes: Box::new(Sequential(whole, 0)) })
     }
@@ -171,7 +171,7 @@ pub(super) fn refuse_writers(disk: &std::path::Path) -> Result<(), CliError> {
 
 pub(super) fn commit(args: &CommitArgs) -> Result<ExitCode, CliError> {
     let opened = open::open(0, &args.base, &args.source)?;
-    let files = confined::files(0, &args.base, args.source.scratch.as_deref());
+    let files = confined::files(0, &args.base, &args.source.means());
     let scratch = || -> Result<File, CliError> {
         files.scratch().map(|made| made.file).map_err(|e| format!("cannot create a scratch file: {e}").into())
     };
@@ -293,7 +293,7 @@ struct Granted {
 impl LayoutOut for Granted {
     fn open(&self, name: &LayoutFile) -> io::Result<File> {
         let source = oci_image::Source::Layout { directory: self.directory.clone(), reference: None };
-        confined::files(1, &source, None).layout(name)
+        confined::files(1, &source, &confined::Means::default()).layout(name)
     }
 
     fn place(&self, name: &LayoutFile, fill: &mut Fill<'_>) -> Result<(), ImageError> {

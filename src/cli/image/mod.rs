@@ -1,7 +1,7 @@
 //! `image`: whole container images, in layouts and archives.
 //!
 //! ```text
-//!   SRC: oci:DIR[:REF]  oci-archive:FILE[:REF]  docker-archive:FILE[:NAME]  -
+//!   SRC: oci:DIR[:REF]  oci-archive:FILE[:REF]  docker-archive:FILE[:NAME]  docker://HOST/NAME  -
 //!    │ oci_image::Source
 //!    ├─ ls, cat      the merged tree, which layer a file comes from, what is hidden     ls, cat
 //!    ├─ inspect      configuration, layers, other platforms                             inspect
@@ -28,7 +28,8 @@ mod pack;
 
 use super::{
     CliError,
-    confined::{self, Grants, JailArgs},
+    confined::{self, Grants, JailArgs, Means},
+    registry::{self, RegistryArgs},
 };
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
@@ -72,12 +73,26 @@ struct SourceArgs {
     #[arg(long, value_name = "NUMBER", default_value_t = Limits::default().ratio)]
     max_ratio: u64,
     #[command(flatten)]
+    registry: RegistryArgs,
+    #[command(flatten)]
     jail: JailArgs,
+}
+
+impl SourceArgs {
+    /// What the sources may use.
+    fn means(&self) -> Means {
+        let (scratch, registry) = (self.scratch.clone(), self.registry.clone());
+        Means { scratch, registry, blob_bytes: self.max_size.as_u64() }
+    }
 }
 
 /// Reads a source; help shows its forms.
 fn source(text: &str) -> Result<Source, String> {
-    Source::parse(text).map_err(|e| e.to_string())
+    let source = Source::parse(text).map_err(|e| e.to_string())?;
+    if let Source::Registry(name) = &source {
+        registry::check(name)?;
+    }
+    Ok(source)
 }
 
 #[derive(Debug, Args)]
@@ -96,7 +111,8 @@ pub(super) struct LsArgs {
     /// Prints JSON, with everything that -l shows and extended attributes.
     #[arg(long)]
     json: bool,
-    /// The image: oci:DIR[:REF], oci-archive:FILE[:REF], docker-archive:FILE[:NAME], or - for an archive on standard input.
+    /// The image: oci:DIR[:REF], oci-archive:FILE[:REF], docker-archive:FILE[:NAME], docker://HOST[:PORT]/NAME[:TAG|@DIGEST] in
+    /// a registry, or - for an archive on standard input.
     #[arg(value_name = "SRC", value_parser = source)]
     image: Source,
     /// A path in the image.
@@ -243,11 +259,8 @@ pub(super) fn run(command: &ImageCommand, arguments: &[OsString]) -> Result<Exit
     if sources.iter().filter(|source| ***source == Source::Stdin).count() > 1 {
         return Err("only one of the images can come from standard input".into());
     }
-    let mut grants = Grants {
-        sources: sources.into_iter().cloned().collect(),
-        scratch: args.scratch.clone(),
-        ..Grants::default()
-    };
+    let mut grants =
+        Grants { sources: sources.into_iter().cloned().collect(), means: args.means(), ..Grants::default() };
     match command {
         ImageCommand::Pack(args) => args.name_outputs(&mut grants)?,
         // In the jail this is repeated, but for what only the parent can see.

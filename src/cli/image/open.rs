@@ -21,7 +21,7 @@ pub(super) fn open(place: usize, source: &Source, args: &SourceArgs) -> Result<O
     limits.layer_bytes = args.max_size.as_u64();
     limits.ratio = args.max_ratio;
     let options = Options { platform: args.platform.clone(), limits, scratch: args.scratch.clone() };
-    let files = confined::files(place, source, args.scratch.as_deref());
+    let files = confined::files(place, source, &args.means());
     let image = source.open_with(&files, &options).map_err(|e| failed("open", &name, &e))?;
     Ok(Opened { image, name })
 }

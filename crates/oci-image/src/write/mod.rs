@@ -67,6 +67,9 @@ impl Destination {
             }
             Source::OciArchive { file, reference } => Ok(Self::OciArchive { file, reference }),
             Source::DockerArchive { file, reference } => Ok(Self::DockerArchive { file, reference }),
+            Source::Registry(_) => Err(usage(
+                "nothing is pushed to registries; write oci:DIR:REF, and push it, for example with `skopeo copy`",
+            )),
             Source::Stdin => {
                 Err(usage("expected oci:DIR:REF, oci-archive:FILE[:REF] or docker-archive:FILE[:NAME]"))
             }

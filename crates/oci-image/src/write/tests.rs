@@ -16,7 +16,7 @@ use tempfile::TempDir;
 struct One(Vec<u8>);
 
 impl Blobs for One {
-    fn open(&self, _: &Digest) -> io::Result<Blob> {
+    fn open(&self, _: &Descriptor) -> io::Result<Blob> {
         Ok(Blob { size: self.0.len() as u64, bytes: Box::new(io::Cursor::new(self.0.clone())) })
     }
 }
