@@ -3,6 +3,8 @@
 #[cfg(target_os = "linux")]
 mod boot;
 #[cfg(target_os = "linux")]
+mod broken;
+#[cfg(target_os = "linux")]
 mod commit;
 mod foreign;
 mod hostile;

@@ -63,14 +63,11 @@ impl Read for Part {
     }
 }
 
-/// Opens the blob of a descriptor and compares its size.
+/// Opens the blob of a descriptor and compares its size. `what`, for messages, has the digest in it.
 pub(crate) fn open(blobs: &dyn Blobs, what: &str, descriptor: &Descriptor) -> Result<Checked, ImageError> {
     let blob = match blobs.open(&descriptor.digest) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            return Err(ImageError::NotFound {
-                what: format!("{what} ({})", descriptor.digest),
-                known: String::new(),
-            });
+            return Err(ImageError::NotFound { what: what.to_owned(), known: String::new() });
         }
         other => other.map_err(|e| ImageError::reading(what, e))?,
     };

@@ -30,7 +30,7 @@ use disk_io::SubDisk;
 use ext4_image::BlockSize;
 use indicatif::ProgressBar;
 use layer_codec::{
-    LayerKind, LayerSource, RootHash,
+    DiffError, LayerKind, LayerSource, RootHash,
     apply::{ApplyOptions, ApplyResources, ApplySummary, LayerChain, LowerUse, NoGrowth, apply_growing},
 };
 use oci_image::Image;
@@ -144,7 +144,7 @@ fn one(
         let mut next = below.iter();
         let mut chain = LayerChain::new(below.len(), || {
             let disk = next.next().cloned();
-            let disk = disk.ok_or_else(|| layer_codec::DiffError::Usage("no such layer".into()))?;
+            let disk = disk.ok_or_else(|| DiffError::Usage("no such layer".into()))?;
             Ok(LayerSource::new(disk, LayerKind::Applied))
         });
         let resources = ApplyResources {
@@ -158,7 +158,9 @@ fn one(
                 options.block_size = BlockSize::LARGEST.bytes();
                 file.set_len(0)?;
             }
-            other => return Ok(other?),
+            other => {
+                return Ok(other.map_err(|source| DiffError::Layer { number, source: Box::new(source) })?);
+            }
         }
     }
 }

@@ -430,6 +430,9 @@ fn ranges(ranges: &[IdRange]) -> Vec<String> {
 
 /// `cannot pack NAME`, and the causes.
 pub(super) fn failed_to_pack(name: &str, error: &(dyn std::error::Error + 'static)) -> CliError {
+    if let Some(broken) = open::image_error(error) {
+        return open::failed("pack", name, broken);
+    }
     let mut text = format!("cannot pack {name}");
     let mut cause = Some(error);
     while let Some(inner) = cause {
