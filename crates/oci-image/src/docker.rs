@@ -15,6 +15,7 @@ use crate::{
     media::{DOCKER_CONFIG, DOCKER_LAYER},
     name,
     resolve::Wanted,
+    sum::PlainSum,
     text::{shown, shown_list},
 };
 use layer_recode::{Compression, SNIFF_BYTES, sniff};
@@ -95,6 +96,7 @@ pub(crate) fn find(archive: Archive, wanted: &Wanted<'_>, limits: &Limits) -> Re
         config_descriptor: Descriptor::new(DOCKER_CONFIG, config.digest, config.raw.len() as u64),
         config,
         manifest: None,
+        sum: Arc::new(PlainSum::new(layers.iter().map(|layer| layer.descriptor.size), limits)),
         layers,
         names: entry.repo_tags,
         listed,

@@ -9,6 +9,7 @@
 
 use crate::{
     Blobs, Descriptor, Digest, ImageConfig, ImageError, Layer, LayerReader, Limits, MediaKind, Platform,
+    sum::PlainSum,
 };
 use std::sync::Arc;
 
@@ -43,6 +44,8 @@ pub struct Image {
     pub(crate) listed: Vec<Listed>,
     pub(crate) blobs: Arc<dyn Blobs>,
     pub(crate) limits: Limits,
+    /// Of all who read its layers.
+    pub(crate) sum: Arc<PlainSum>,
 }
 
 impl Image {
@@ -86,7 +89,8 @@ impl Image {
         &self.limits
     }
 
-    /// Opens layer `index`, counted from 0, the lowest. A layer can be opened several times, also at once.
+    /// Opens layer `index`, counted from 0, the lowest. A layer can be opened several times, also at once. Reading fails where
+    /// all layers together exceed a limit.
     ///
     /// # Errors
     /// [`ImageError::Usage`] if there is no such layer; [`ImageError::NotFound`] if its blob is missing;
@@ -100,7 +104,7 @@ impl Image {
             )));
         };
         let what = layer_name(index, layer);
-        let opened = LayerReader::open(&*self.blobs, &what, layer, &self.limits);
+        let opened = LayerReader::open(&*self.blobs, &what, layer, &self.limits, (&self.sum, index));
         match opened {
             Err(ImageError::NotFound { .. }) if is_foreign(&layer.descriptor) => {
                 let reason = "its blob is not part of the image and must be fetched from its publisher; this is a layer \

@@ -313,7 +313,7 @@ fn refuse_foreign(head: &[u8]) -> Result<(), ImageError> {
 fn spool(files: &dyn Files, input: impl Read, limits: &Limits) -> Result<Arc<File>, ImageError> {
     let scratch = files.scratch().map_err(|e| ImageError::reading("a scratch file", e))?;
     let expanding = |e| ImageError::expanding(ARCHIVE, e);
-    let expand = ExpandLimits { output_bytes: limits.layer_bytes, window_log: limits.window_log };
+    let expand = ExpandLimits { output_bytes: limits.image_bytes, window_log: limits.window_log };
     let mut expander = Expander::new(input, None, &expand).map_err(expanding)?;
     refuse_foreign(expander.ahead())?;
     let mut file = scratch.file;

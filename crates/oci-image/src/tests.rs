@@ -338,10 +338,17 @@ fn bombs_are_stopped_by_size_and_by_ratio() {
     // zstd compresses zeros by more than 1100, gzip cannot.
     let image = with(Limits::default());
     assert_eq!(kind(image.open_layer(0).unwrap().finish()), ImageErrorKind::Limit);
+    let image = with(Limits::default());
     assert_eq!(image.open_layer(1).unwrap().finish().unwrap().plain_bytes, 100 << 20);
     let image = with(Limits { ratio: u64::MAX, ..Limits::default() });
     assert_eq!(image.open_layer(0).unwrap().finish().unwrap().plain_bytes, 100 << 20);
-    let image = with(Limits { layer_bytes: 99 << 20, ..Limits::default() });
+    let image = with(Limits { image_bytes: 99 << 20, ..Limits::default() });
+    assert_eq!(kind(image.open_layer(1).unwrap().finish()), ImageErrorKind::Limit);
+    // Each layer fits, and both together do not; a layer that is read twice counts once.
+    let image = with(Limits { image_bytes: 150 << 20, ratio: u64::MAX, ..Limits::default() });
+    for _ in 0..2 {
+        assert_eq!(image.open_layer(0).unwrap().finish().unwrap().plain_bytes, 100 << 20);
+    }
     assert_eq!(kind(image.open_layer(1).unwrap().finish()), ImageErrorKind::Limit);
     // An archive that is one.
     let file = place.file("bomb.tar.zst", &pack(&zeros, Packing::Zstd));

@@ -31,7 +31,11 @@ use ext4_image::BlockSize;
 use indicatif::ProgressBar;
 use layer_codec::{
     DiffError, LayerKind, LayerSource, RootHash,
-    apply::{ApplyOptions, ApplyResources, ApplySummary, LayerChain, LowerUse, NoGrowth, apply_growing},
+    apply::{
+        ApplyLimits, ApplyOptions, ApplyResources, ApplySummary, LayerChain, LowerUse, NAMES, NoGrowth,
+        TAR_BYTES, apply_growing,
+    },
+    flat::{ALL_ENTRIES, ALL_TAR_BYTES},
 };
 use oci_image::Image;
 use serde::Serialize;
@@ -74,7 +78,7 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     };
     let out = &args.output;
     let Opened { image, name: source } = open::open(0, &args.image, &args.source)?;
-    let options = ApplyOptions {
+    let mut options = ApplyOptions {
         block_size: args.block_size().bytes(),
         verity: args.verity(),
         max_image_bytes: args.format.unwrap_or(DiskFormat::Raw).most(),
@@ -83,6 +87,7 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
         lowers: LowerUse::LinksAndDirectories,
         ..ApplyOptions::default()
     };
+    let all = options.limits;
     let bar = bar(None);
     let mut below: Vec<Arc<SubDisk<Arc<File>>>> = Vec::new();
     let mut list = Vec::new();
@@ -95,8 +100,12 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
         let done = one(&image, number, &file, &below, &options, &dir, &bar);
         let done = done.map_err(|e| {
             bar.finish_and_clear();
-            failed_to_pack(&source, &*e)
+            failed_to_pack(&source, &*of_all(e, &all))
         })?;
+        // The limits are those of all layers together.
+        let left = &mut options.limits;
+        left.entries = left.entries.saturating_sub(done.entries);
+        left.tar_bytes = left.tar_bytes.saturating_sub(done.tar_bytes);
         below.insert(0, Arc::new(SubDisk::new(file, 0, done.image_bytes)));
         list.push(Listed {
             file: name,
@@ -126,6 +135,25 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
         print(&format!("packed {}: {} layers in {}\n", shown(out), list.layers.len(), ByteSize(bytes)))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// An error of a layer that was given what the layers below had left, with the limits of all layers.
+fn of_all(error: CliError, all: &ApplyLimits) -> CliError {
+    match error.downcast::<DiffError>() {
+        Ok(mut known) => {
+            if let DiffError::Layer { source, .. } = &mut *known
+                && let DiffError::Limit { what, limit, .. } = &mut **source
+            {
+                match *what {
+                    NAMES => (*what, *limit) = (ALL_ENTRIES, all.entries),
+                    TAR_BYTES => (*what, *limit) = (ALL_TAR_BYTES, all.tar_bytes),
+                    _ => {}
+                }
+            }
+            known
+        }
+        Err(other) => other,
+    }
 }
 
 /// Applies one layer; with larger blocks if an entry needs them.

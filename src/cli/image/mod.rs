@@ -68,7 +68,8 @@ struct SourceArgs {
     /// Maximum number of entries, all layers together. Each takes about 300 bytes of memory.
     #[arg(long, value_name = "NUMBER", default_value_t = TreeOptions::default().entries)]
     max_entries: usize,
-    /// Maximum number of plain bytes for each byte of a compressed layer; the first 64 MiB of a layer are always accepted.
+    /// Maximum number of plain bytes for each byte of the compressed layers, of each and of all together; the first 64 MiB are
+    /// always accepted.
     #[arg(long, value_name = "NUMBER", default_value_t = Limits::default().ratio)]
     max_ratio: u64,
     #[command(flatten)]

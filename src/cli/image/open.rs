@@ -18,7 +18,7 @@ pub(super) struct Opened {
 pub(super) fn open(place: usize, source: &Source, args: &SourceArgs) -> Result<Opened, CliError> {
     let name = source.to_string();
     let mut limits = Limits::default();
-    limits.layer_bytes = args.max_size.as_u64();
+    limits.image_bytes = args.max_size.as_u64();
     limits.ratio = args.max_ratio;
     let options = Options { platform: args.platform.clone(), limits, scratch: args.scratch.clone() };
     let files = confined::files(place, source, args.scratch.as_deref());

@@ -35,9 +35,9 @@ use ext4_image::{
 };
 use indicatif::ProgressBar;
 use layer_codec::{
-    IdMaps, IdRange, RootHash,
-    apply::ApplyLimits,
-    flat::{FlatOptions, FlatSummary, flatten},
+    DiffError, IdMaps, IdRange, RootHash,
+    apply::{ApplyLimits, NAMES, TAR_BYTES},
+    flat::{self, FlatOptions, FlatSummary, flatten},
 };
 use oci_image::{Image, Source};
 use serde::Serialize;
@@ -359,7 +359,7 @@ fn fill(
             let layer = image.open_layer(number)?;
             Ok(Box::new(Ahead::new(bar.wrap_read(layer))?))
         };
-        let mut add = |file: layer_codec::flat::FlatFile<'_>| list.add(&file);
+        let mut add = |file: flat::FlatFile<'_>| list.add(&file);
         match flatten(image.layers().len(), &mut open, &disk, scratch, options, Some(&mut add)) {
             Ok(done) => {
                 let listed = list.finish()?;
@@ -438,9 +438,24 @@ pub(super) fn failed_to_pack(name: &str, error: &(dyn std::error::Error + 'stati
     while let Some(inner) = cause {
         // Writing to a String cannot fail.
         let _ = write!(text, ": {inner}");
+        // The source of an error of a layer is a box.
+        let known = inner.downcast_ref::<DiffError>();
+        let known = known.or_else(|| inner.downcast_ref::<Box<DiffError>>().map(|boxed| &**boxed));
+        if let Some(option) = known.and_then(raised_by) {
+            let _ = write!(text, "; raise {option}");
+        }
         cause = inner.source();
     }
     text.into()
+}
+
+/// The option that raises a limit.
+fn raised_by(error: &DiffError) -> Option<&'static str> {
+    match error {
+        DiffError::Limit { what: NAMES | flat::ALL_ENTRIES, .. } => Some("--max-entries"),
+        DiffError::Limit { what: TAR_BYTES | flat::ALL_TAR_BYTES, .. } => Some("--max-size"),
+        _ => None,
+    }
 }
 
 /// A name that begins with that of `path`.
