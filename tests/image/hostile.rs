@@ -69,7 +69,8 @@ fn limits_hold_for_all_layers_together() {
         (&many, &["--max-entries", "3"]),
         (&bombs, &["--max-ratio", "1000000"]),
     ] {
-        crate::ok(&[&["pack", "--format", "raw"], options, &[source, &out]].concat());
+        let target: [&str; 2] = [source, &out];
+        crate::ok(&[&["pack", "--format", "raw"][..], options, &target].concat());
     }
 }
 

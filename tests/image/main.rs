@@ -1,5 +1,6 @@
 //! The `image` commands on images of all kinds, in layouts and archives that are built here (`oci_image::testing`).
 
+mod agree;
 #[cfg(target_os = "linux")]
 mod boot;
 #[cfg(target_os = "linux")]
@@ -13,6 +14,9 @@ mod jail;
 mod look;
 #[cfg(target_os = "linux")]
 mod pack;
+#[cfg(target_os = "linux")]
+mod readback;
+mod stacks;
 
 use oci_image::testing::{Packing, Store, Tar, archive, directory};
 use std::{
