@@ -4,7 +4,7 @@ use crate::{Scene, fails, image, json, ok, text};
 use oci_image::testing::{Packing, Store, Tar};
 use std::{
     fs,
-    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink},
     path::Path,
     process::Command,
 };
@@ -138,6 +138,45 @@ fn the_same_disk_gives_the_same_bytes_and_a_base_disk_the_same_layer() {
     assert!(commit("d.tar", &["--include", "/run/pid"]) != first);
     let listed = text(&["ls", "-R", &format!("oci-archive:{}", scene.path("d.tar").display()), "/run"]);
     assert_eq!(listed, "pid\n");
+}
+
+#[test]
+fn owners_are_mapped_back() {
+    const MAP: [&str; 2] = ["--uid-map", "0:100000:65536"];
+    let scene = Scene::new();
+    let (source, _) = disk(&scene);
+    let (shifted, base) = (scene.path("shifted.img"), scene.path("base.img"));
+    let disk = shifted.display().to_string();
+    ok_quiet(&[&["pack", "--size", "64MiB"][..], &MAP, &[source.as_str(), disk.as_str()]].concat());
+    fs::copy(&shifted, &base).unwrap();
+    change(&scene, &disk, |root| {
+        fs::write(root.join("etc/content"), "new!").unwrap();
+        fs::write(root.join("etc/new"), "n").unwrap();
+        chown(root.join("etc/new"), Some(100_005), Some(100_006)).unwrap();
+        // Of the machine's own root, which the image does not have; it is left out.
+        fs::write(root.join("run/pid"), "1").unwrap();
+        fs::create_dir(root.join("lost+found")).unwrap();
+    });
+    let to = format!("oci-archive:{}", scene.path("new.tar").display());
+    let commit =
+        [&["commit", "--base", source.as_str(), "--to", to.as_str(), disk.as_str()][..], &MAP].concat();
+    for more in [&[][..], &["--base-disk", base.to_str().unwrap()]] {
+        ok_quiet(&[&commit[..], more].concat());
+        assert_eq!(text(&["diff", &source, &to]), "C etc/content  (content)\nA etc/new\n", "{more:?}");
+        let row = json(&["ls", "--json", &to, "etc/new"]);
+        assert_eq!((row[0]["uid"].as_u64(), row[0]["gid"].as_u64()), (Some(5), Some(6)));
+        fs::remove_file(scene.path("new.tar")).unwrap();
+    }
+    change(&scene, &disk, |root| fs::write(root.join("etc/foreign"), "f").unwrap());
+    let message = fails(&commit);
+    assert!(
+        message.contains("etc/foreign") && message.contains("owner 0 ") && message.contains("--uid-map"),
+        "{message}"
+    );
+    assert!(!scene.path("new.tar").exists());
+    ok_quiet(&[&commit[..], &["--exclude", "etc/foreign"]].concat());
+    let message = fails(&[&commit[..], &["--uid-map", "70000:100000:1"]].concat());
+    assert!(message.contains("cannot be mapped back"), "{message}");
 }
 
 #[test]

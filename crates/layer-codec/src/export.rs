@@ -13,7 +13,7 @@
 //! each data range. Called by `svm-agent` and the `layer` commands.
 
 use super::{
-    DiffError, ParentLayer, ParentSpec,
+    DiffError, OutsideId, ParentLayer, ParentSpec,
     canonical::{self, Version},
     details::{Details, slice},
     ids::IdMaps,
@@ -33,6 +33,9 @@ use std::collections::HashMap;
 pub struct ExportOptions {
     /// Maps for the layers with [`LayerSource::host_ids`]; without any, ids stay as they are.
     pub id_maps: IdMaps,
+    /// An id of these layers that the maps do not have differs from all others, and is an error or what
+    /// [`LiveHooks::outside`] makes of it; else it is 65534.
+    pub strict_ids: bool,
     /// Version of the canonical tar.
     pub version: Version,
     /// The latest time of an entry, in seconds since 1970: later ones become this. Whiteouts and opaque markers keep their
@@ -57,11 +60,16 @@ pub struct ExportSummary {
     pub first_hidden: Option<Vec<u8>>,
 }
 
-/// Calls between the steps of an export, for a mounted target.
+/// Calls during an export: between its steps, for a mounted target, and for what its caller decides.
 pub trait LiveHooks {
     /// What to copy before [`LiveHooks::metadata_read`]; called once.
     fn copies(&mut self) -> Option<Copies> {
         None
+    }
+    /// With [`ExportOptions::strict_ids`]: the entry `path` (no slash at either end) is about to be written with 65534 in the
+    /// place of this id.
+    fn outside(&mut self, path: &[u8], id: OutsideId) -> Result<(), DiffError> {
+        Err(DiffError::outside(path, id))
     }
     /// All metadata are in memory; the file system may change again.
     fn metadata_read(&mut self) -> Result<(), DiffError>;
@@ -160,6 +168,7 @@ pub fn export<R: ReadAt>(
     out: &mut dyn StreamOut,
 ) -> Result<ExportSummary, DiffError> {
     let mut table = Table::new(&options.id_maps);
+    table.strict_ids = options.strict_ids;
     let mut details = Details::default();
     let mut items = compare(&mut table, target, parent, false, &mut details)?;
     details.capture(&table, &items, true)?;
@@ -206,6 +215,11 @@ pub fn export<R: ReadAt>(
                 export.summary.first_hidden = Some(path);
             }
         } else {
+            if let Some(id) = details.outside.get(&item.detail) {
+                let mut path = Vec::new();
+                items.path(item, &mut path);
+                hooks.outside(&path, *id)?;
+            }
             export.item(&items, item)?;
         }
     }

@@ -13,6 +13,7 @@
 use super::{
     CommitArgs, LayerCompression,
     filter::Filtered,
+    ids,
     open::{self, Opened},
 };
 use crate::cli::{
@@ -30,7 +31,8 @@ use bytesize::ByteSize;
 use disk_io::{StreamOut, WriteAt};
 use ext4_image::BlockSize;
 use layer_codec::{
-    ExportOptions, ExportSummary, LayerKind, LayerSource, NoHooks, ParentLayer, ParentSpec, export,
+    DiffError, ExportOptions, ExportSummary, LayerKind, LayerSource, LiveHooks, OutsideId, ParentLayer,
+    ParentSpec, export,
     flat::{FlatOptions, flatten},
 };
 use layer_recode::compress;
@@ -153,6 +155,23 @@ impl StreamOut for TarFile {
     }
 }
 
+/// What of the disk becomes part of the layer: an owner of anything else does not matter.
+struct Wanted<F>(F);
+
+impl<F: Fn(&[u8]) -> bool> LiveHooks for Wanted<F> {
+    fn metadata_read(&mut self) -> Result<(), DiffError> {
+        Ok(())
+    }
+
+    fn before_recheck(&mut self) -> Result<(), DiffError> {
+        Ok(())
+    }
+
+    fn outside(&mut self, path: &[u8], id: OutsideId) -> Result<(), DiffError> {
+        if (self.0)(path) { Err(DiffError::outside(path, id)) } else { Ok(()) }
+    }
+}
+
 /// Refuses a disk that something writes to. Asked by the process that has the caller's rights.
 #[cfg(target_os = "linux")]
 pub(super) fn refuse_writers(disk: &std::path::Path) -> Result<(), CliError> {
@@ -176,22 +195,29 @@ pub(super) fn commit(args: &CommitArgs) -> Result<ExitCode, CliError> {
         files.scratch().map(|made| made.file).map_err(|e| format!("cannot create a scratch file: {e}").into())
     };
     let disk = DiskImage::open(&args.disk)?;
-    let target = [LayerSource::new(disk.disk.clone(), LayerKind::Applied)];
+    let id_maps = ids::maps(&args.uid_map, &args.gid_map);
+    ids::check_backwards(&id_maps)?;
+    let shifted = !id_maps.is_empty();
+    let of = |disk: Disk, host_ids| LayerSource { host_ids, ..LayerSource::new(disk, LayerKind::Applied) };
+    let target = [of(disk.disk.clone(), shifted)];
     let base = match &args.base_disk {
-        Some(path) => DiskImage::open(path)?.disk,
-        None => pack_base(&opened, scratch()?)?,
+        Some(path) => of(DiskImage::open(path)?.disk, shifted),
+        // Packed anew, it has the ids of the image.
+        None => of(pack_base(&opened, scratch()?)?, false),
     };
-    let parents = [ParentLayer::Other(LayerSource::new(base, LayerKind::Applied))];
+    let parents = [ParentLayer::Other(base)];
     let epoch = args.source_date_epoch;
     let mut tar = scratch()?;
-    let options = ExportOptions { source_date_epoch: epoch, ..ExportOptions::default() };
+    let options =
+        ExportOptions { id_maps, source_date_epoch: epoch, strict_ids: true, ..ExportOptions::default() };
+    let wanted = |path: &[u8]| is_wanted(args, path);
     let mut out = TarFile(BufWriter::with_capacity(BUFFER, tar.try_clone()?));
-    let exported = export(&target, Some(ParentSpec::Layers(&parents)), &options, &mut NoHooks, &mut out)
-        .map_err(|e| failed("commit", &args.disk, &e))?;
+    let exported =
+        export(&target, Some(ParentSpec::Layers(&parents)), &options, &mut Wanted(wanted), &mut out)
+            .map_err(|e| failed("commit", &args.disk, &e))?;
     out.flush().map_err(|e| failed("commit", &args.disk, &e))?;
     tar.rewind().map_err(|e| failed("commit", &args.disk, &e))?;
     let blob = scratch()?;
-    let wanted = |path: &[u8]| is_wanted(args, path);
     let mut filtered = Digested::new(Filtered::new(tar, wanted));
     let mut packed = Digested::new(BufWriter::with_capacity(BUFFER, blob.try_clone()?));
     let (format, suffix) = match args.compression {

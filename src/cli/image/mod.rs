@@ -7,7 +7,7 @@
 //!    ├─ inspect      configuration, layers, other platforms                             inspect
 //!    ├─ diff         what two images differ in                                          diff
 //!    ├─ pack         one disk with the merged tree, or a file for each layer            pack, layers, disk, files, ahead
-//!    └─ commit       what was changed on a disk, as a layer on the image                commit, filter
+//!    └─ commit       what was changed on a disk, as a layer on the image                commit, filter, ids
 //! ```
 //!
 //! Nothing is unpacked but by `pack`: layers are read as streams, and verified. All of this happens in a jailed process, which can open the
@@ -20,6 +20,7 @@ mod diff;
 mod disk;
 mod files;
 mod filter;
+mod ids;
 mod inspect;
 mod layers;
 mod ls;
@@ -32,6 +33,7 @@ use super::{
 };
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
+use layer_codec::IdRange;
 use oci_image::{Limits, Platform, Source, tree::TreeOptions, write::Destination};
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
@@ -172,9 +174,16 @@ pub(super) struct CommitArgs {
     /// Where the new image is written: oci:DIR:REF, oci-archive:FILE[:REF] or docker-archive:FILE[:NAME:TAG].
     #[arg(long, value_name = "DEST", value_parser = destination)]
     to: Destination,
-    /// A disk that `pack` made of the base; by default, the base is packed anew into a scratch file.
+    /// A disk that `pack` made of the base, with the same --uid-map; by default, the base is packed anew into a scratch file.
     #[arg(long, value_name = "FILE")]
     base_disk: Option<PathBuf>,
+    /// Shifts owners back, as the disk was packed with the same option: users HOST to HOST+COUNT-1 of the disk become FIRST to
+    /// FIRST+COUNT-1 in the layer; can be repeated. An owner in none of the ranges is an error.
+    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = ids::id_range)]
+    uid_map: Vec<IdRange>,
+    /// The same for groups; by default, the ranges of --uid-map.
+    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = ids::id_range, requires = "uid_map")]
+    gid_map: Vec<IdRange>,
     /// How the new layer is compressed.
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "gzip")]
     compression: LayerCompression,

@@ -13,6 +13,7 @@ use super::{
     ahead::Ahead,
     disk::{DiskFile, DiskFormat, format_of},
     files::FileList,
+    ids,
     open::{self, Opened},
     source,
 };
@@ -35,7 +36,7 @@ use ext4_image::{
 };
 use indicatif::ProgressBar;
 use layer_codec::{
-    DiffError, IdMaps, IdRange, RootHash,
+    DiffError, IdRange, RootHash,
     apply::{ApplyLimits, NAMES, TAR_BYTES},
     flat::{self, FlatOptions, FlatSummary, flatten},
 };
@@ -90,10 +91,10 @@ pub(in crate::cli) struct PackArgs {
     pub(super) layers: bool,
     /// Shifts owners: users FIRST to FIRST+COUNT-1 of the image become HOST to HOST+COUNT-1; can be repeated. An owner in
     /// none of the ranges is an error.
-    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = id_range)]
+    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = ids::id_range)]
     uid_map: Vec<IdRange>,
     /// The same for groups; by default, the ranges of --uid-map.
-    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = id_range, requires = "uid_map")]
+    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = ids::id_range, requires = "uid_map")]
     gid_map: Vec<IdRange>,
     /// Also writes the SHA-256 of OUT to this file, as sha256sum does.
     #[arg(long, value_name = "FILE")]
@@ -168,23 +169,6 @@ fn journal(text: &str) -> Result<JournalSize, String> {
     }
     let size: ByteSize = text.parse()?;
     Ok(JournalSize::Bytes(size.as_u64()))
-}
-
-/// Parses a range of ids.
-fn id_range(text: &str) -> Result<IdRange, String> {
-    let numbers: Vec<u32> = text
-        .split(':')
-        .map(str::parse)
-        .collect::<Result<_, _>>()
-        .map_err(|e| format!("{e}; expected FIRST:HOST:COUNT, for example 0:100000:65536"))?;
-    let [container_id, host_id, size] = numbers[..] else {
-        return Err("expected FIRST:HOST:COUNT, for example 0:100000:65536".to_owned());
-    };
-    let last = size.checked_sub(1).ok_or("a range of no ids")?;
-    if container_id.checked_add(last).is_none() || host_id.checked_add(last).is_none() {
-        return Err("the range ends above 4294967295".to_owned());
-    }
-    Ok(IdRange { container_id, host_id, size })
 }
 
 /// OUT.json: what the disk holds and where it comes from. Nothing in it depends on the machine.
@@ -308,8 +292,8 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
             inodes: done.inodes,
             uuid: done.uuid,
             writable: options.writable.is_some(),
-            uid_map: ranges(&options.id_maps.uids),
-            gid_map: ranges(&options.id_maps.gids),
+            uid_map: ids::texts(&options.id_maps.uids),
+            gid_map: ids::texts(&options.id_maps.gids),
             sha256: sum.as_ref().map(|(_, hex)| hex.clone()),
         },
         verity: done
@@ -399,14 +383,13 @@ fn options(args: &PackArgs, format: DiskFormat) -> Result<FlatOptions, CliError>
         (Some(_), _) => BlockSize::LARGEST,
         (None, _) => args.block_size(),
     };
-    let gids = if args.gid_map.is_empty() { &args.uid_map } else { &args.gid_map };
     Ok(FlatOptions {
         block_size: block_size.bytes(),
         inline_data: args.inline_data || writable.is_none(),
         writable,
         verity: args.verity,
         max_image_bytes: format.most(),
-        id_maps: IdMaps { uids: args.uid_map.clone(), gids: gids.clone() },
+        id_maps: ids::maps(&args.uid_map, &args.gid_map),
         limits: args.limits(),
         made_at: args.source_date_epoch,
         source: None,
@@ -422,10 +405,6 @@ fn source_digest(image: &Image) -> [u8; 32] {
         digest.update("\n");
     }
     digest.finalize().into()
-}
-
-fn ranges(ranges: &[IdRange]) -> Vec<String> {
-    ranges.iter().map(|r| format!("{}:{}:{}", r.container_id, r.host_id, r.size)).collect()
 }
 
 /// `cannot pack NAME`, and the causes.
