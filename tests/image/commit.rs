@@ -141,6 +141,36 @@ fn the_same_disk_gives_the_same_bytes_and_a_base_disk_the_same_layer() {
 }
 
 #[test]
+fn a_qcow2_is_committed_like_the_disk_in_it() {
+    let scene = Scene::new();
+    let (source, disk) = disk(&scene);
+    let base = scene.path("base.qcow2").display().to_string();
+    ok_quiet(&["pack", "--size", "64MiB", &source, &base]);
+    change(&scene, &disk, usual);
+    let to = format!("oci-archive:{}", scene.path("new.tar").display());
+    let image = scene.path("disk.qcow2").display().to_string();
+    let convert = |options: &[&str]| {
+        let kinds = ["convert", "-f", "raw", "-O", "qcow2"];
+        run(Command::new("qemu-img").args(kinds).args(options).args([&disk, &image]));
+    };
+    let commit = ["commit", "--source-date-epoch", "1700000000", "--base", &source, "--to", &to];
+    ok_quiet(&[&commit[..], &[disk.as_str()]].concat());
+    let expected = fs::read(scene.path("new.tar")).unwrap();
+    for options in [&[][..], &["-c"], &["-o", "compat=0.10"]] {
+        convert(options);
+        for more in [&[image.as_str()][..], &["--base-disk", &base, &image]] {
+            ok_quiet(&[&commit[..], more].concat());
+            assert!(fs::read(scene.path("new.tar")).unwrap() == expected, "{options:?} {more:?}");
+        }
+    }
+    fs::remove_file(scene.path("new.tar")).unwrap();
+    run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &disk, &image]));
+    let message = fails(&[&commit[..], &[image.as_str()]].concat());
+    assert!(message.contains("backing file"), "{message}");
+    assert!(!scene.path("new.tar").exists());
+}
+
+#[test]
 fn owners_are_mapped_back() {
     const MAP: [&str; 2] = ["--uid-map", "0:100000:65536"];
     let scene = Scene::new();

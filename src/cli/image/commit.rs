@@ -21,7 +21,7 @@ use crate::cli::{
     layer::{
         bar,
         failure::failed,
-        image::{Disk, Image as DiskImage},
+        image::{Disk, open_disk},
         output::NewFile,
     },
     listing::{date, escaped},
@@ -194,14 +194,14 @@ pub(super) fn commit(args: &CommitArgs) -> Result<ExitCode, CliError> {
     let scratch = || -> Result<File, CliError> {
         files.scratch().map(|made| made.file).map_err(|e| format!("cannot create a scratch file: {e}").into())
     };
-    let disk = DiskImage::open(&args.disk)?;
+    let disk = open_disk(&args.disk)?;
     let id_maps = ids::maps(&args.uid_map, &args.gid_map);
     ids::check_backwards(&id_maps)?;
     let shifted = !id_maps.is_empty();
     let of = |disk: Disk, host_ids| LayerSource { host_ids, ..LayerSource::new(disk, LayerKind::Applied) };
-    let target = [of(disk.disk.clone(), shifted)];
+    let target = [of(disk, shifted)];
     let base = match &args.base_disk {
-        Some(path) => of(DiskImage::open(path)?.disk, shifted),
+        Some(path) => of(open_disk(path)?, shifted),
         // Packed anew, it has the ids of the image.
         None => of(pack_base(&opened, scratch()?)?, false),
     };

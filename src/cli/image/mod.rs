@@ -203,7 +203,7 @@ pub(super) struct CommitArgs {
     /// Prints JSON, with the paths that were left out.
     #[arg(long)]
     json: bool,
-    /// The disk: raw, VHD or VHDX. It is only read, and must not be in use.
+    /// The disk: raw, VHD, VHDX or qcow2. It is only read, and must not be in use.
     #[arg(value_name = "DISK")]
     disk: PathBuf,
 }
