@@ -3,6 +3,7 @@
 use crate::{Scene, fails, image, json, ok, text};
 use oci_image::testing::{Packing, Store, Tar};
 use std::{
+    collections::{BTreeMap, HashMap},
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink},
     path::Path,
@@ -25,6 +26,11 @@ fn run(command: &mut Command) {
 
 /// A layout with an image of two layers, and a writable disk of it.
 fn disk(scene: &Scene) -> (String, String) {
+    disk_with(scene, Packing::Zstd)
+}
+
+/// The same, with the upper layer packed in another way.
+fn disk_with(scene: &Scene, packing: Packing) -> (String, String) {
     let lower = Tar::default()
         .dir("etc")
         .file("etc/same", b"same")
@@ -38,7 +44,7 @@ fn disk(scene: &Scene) -> (String, String) {
         .finish();
     let upper = Tar::default().file("etc/upper", b"u").link("etc/link", "etc/upper").finish();
     let mut store = Store::default();
-    let manifest = store.manifest("linux/amd64", &[(&lower, Packing::Gzip), (&upper, Packing::Zstd)]);
+    let manifest = store.manifest("linux/amd64", &[(&lower, Packing::Gzip), (&upper, packing)]);
     store.list(manifest, "base");
     let source = format!("{}:base", scene.layout("layout", &store));
     let disk = scene.path("disk.img").into_os_string().into_string().unwrap();
@@ -117,6 +123,65 @@ fn what_a_kernel_wrote_comes_back_as_a_layer_everywhere() {
         fs::remove_dir_all(scene.path("copy")).unwrap();
     }
     assert_eq!(scene.names().iter().filter(|name| name.starts_with('.')).count(), 0);
+}
+
+/// What is below a directory: types, attributes, contents, groups of hard links.
+fn tree(root: &Path) -> BTreeMap<String, String> {
+    let (mut found, mut firsts) = (BTreeMap::new(), HashMap::new());
+    let mut todo = vec![root.to_owned()];
+    while let Some(directory) = todo.pop() {
+        for entry in fs::read_dir(&directory).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.strip_prefix(root).unwrap().display().to_string();
+            let known = fs::symlink_metadata(&path).unwrap();
+            let content = if known.is_dir() {
+                todo.push(path);
+                String::new()
+            } else if known.is_symlink() {
+                fs::read_link(&path).unwrap().display().to_string()
+            } else {
+                blake3::hash(&fs::read(&path).unwrap()).to_string()
+            };
+            found.insert(name, (known.mode(), known.uid(), known.gid(), known.ino(), content));
+        }
+    }
+    let lines = found.into_iter().map(|(name, (mode, uid, gid, ino, content))| {
+        let first = firsts.entry(ino).or_insert_with(|| name.clone()).clone();
+        (name, format!("{mode:o} {uid} {gid} {first} {content}"))
+    });
+    lines.collect()
+}
+
+#[test]
+fn skopeo_and_umoci_take_what_is_committed() {
+    let scene = Scene::new();
+    // This umoci knows no zstd.
+    let (source, disk) = disk_with(&scene, Packing::Gzip);
+    let mut expected = BTreeMap::new();
+    change(&scene, &disk, |root| {
+        usual(root);
+        expected = tree(root);
+    });
+    // Left out.
+    expected.retain(|name, _| !matches!(name.as_str(), "lost+found" | "proc/1" | "run/pid"));
+    for compression in ["gzip", "none"] {
+        let layout = scene.path(compression).display().to_string();
+        let to = format!("oci:{layout}:new");
+        ok_quiet(&["commit", "--compression", compression, "--base", &source, "--to", &to, &disk]);
+        let inspect = |more: &[&str]| -> serde_json::Value {
+            let done = Command::new("skopeo").arg("inspect").args(more).arg(&to).output().unwrap();
+            assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+            serde_json::from_slice(&done.stdout).unwrap()
+        };
+        assert_eq!(inspect(&[])["Layers"].as_array().unwrap().len(), 3);
+        let config = inspect(&["--config"]);
+        assert_eq!(config["rootfs"]["diff_ids"].as_array().unwrap().len(), 3);
+        assert_eq!(config["history"][2]["created_by"], "lcow-graphdriver image commit");
+        let bundle = scene.path("bundle");
+        run(Command::new("umoci").args(["unpack", "--image", &format!("{layout}:new")]).arg(&bundle));
+        assert_eq!(tree(&bundle.join("rootfs")), expected, "{compression}");
+        fs::remove_dir_all(&bundle).unwrap();
+    }
 }
 
 #[test]
