@@ -200,9 +200,56 @@ fn the_same_disk_gives_the_same_bytes_and_a_base_disk_the_same_layer() {
     let first = commit("a.tar", &[]);
     assert!(commit("b.tar", &[]) == first);
     assert!(commit("c.tar", &["--base-disk", base.to_str().unwrap()]) == first);
+    let list = format!("{disk}.b3sums.zst");
+    assert!(commit("e.tar", &["--base-digests", &list]) == first);
     assert!(commit("d.tar", &["--include", "/run/pid"]) != first);
     let listed = text(&["ls", "-R", &format!("oci-archive:{}", scene.path("d.tar").display()), "/run"]);
     assert_eq!(listed, "pid\n");
+}
+
+#[test]
+fn contents_are_compared_with_the_digests_of_the_base_and_of_no_other_image() {
+    let scene = Scene::new();
+    let (source, disk) = disk(&scene);
+    let to = format!("oci-archive:{}", scene.path("new.tar").display());
+    let commit = |list: &str| {
+        vec!["commit", "--base", &source, "--to", &to, "--base-digests", list, &disk]
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let fails_with = |list: &str, part: &str| {
+        let line = commit(list);
+        let message = fails(&line.iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(message.contains(part), "{part}: {message}");
+        assert!(!scene.path("new.tar").exists());
+    };
+    // The digests decide: with a wrong one, a file counts as changed whose bytes are the same.
+    let list = format!("{disk}.b3sums.zst");
+    let digests = String::from_utf8(zstd::decode_all(&fs::read(&list).unwrap()[..]).unwrap()).unwrap();
+    let line = digests.lines().find(|line| line.ends_with("  etc/same")).unwrap();
+    let wrong = digests.replace(line, &format!("{}  etc/same", "0".repeat(64)));
+    let other = scene.path("other.img").display().to_string();
+    fs::write(format!("{other}.b3sums.zst"), zstd::encode_all(wrong.as_bytes(), 1).unwrap()).unwrap();
+    fs::copy(format!("{disk}.json"), format!("{other}.json")).unwrap();
+    for (list, layer) in [(format!("{other}.b3sums.zst"), 2), (list.clone(), 0)] {
+        let line = commit(&list);
+        ok_quiet(&line.iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!(json(&["ls", "--json", &to, "etc/same"])[0]["layer"], layer, "{list}");
+        fs::remove_file(scene.path("new.tar")).unwrap();
+    }
+    // A list that was cut, one of another image, none.
+    let (_, short) = digests.split_once('\n').unwrap();
+    fs::write(format!("{other}.b3sums.zst"), zstd::encode_all(short.as_bytes(), 1).unwrap()).unwrap();
+    fails_with(&format!("{other}.b3sums.zst"), "one of them was changed");
+    let mut store = Store::default();
+    let manifest =
+        store.manifest("linux/amd64", &[(&Tar::default().file("a", b"1").finish(), Packing::Gzip)]);
+    store.list(manifest, "other");
+    ok_quiet(&["pack", "--size", "16MiB", "--journal", "none", &scene.layout("other", &store), &other]);
+    fails_with(&format!("{other}.b3sums.zst"), "another image");
+    fails_with(&format!("{disk}.missing.b3sums.zst"), "check the path");
+    fails_with(&disk, "b3sums.zst");
 }
 
 #[test]

@@ -7,7 +7,7 @@
 //!    ├─ inspect      configuration, layers, other platforms                             inspect
 //!    ├─ diff         what two images differ in                                          diff
 //!    ├─ pack         one disk with the merged tree, or a file for each layer            pack, layers, disk, files, ahead
-//!    └─ commit       what was changed on a disk, as a layer on the image                commit, filter, ids
+//!    └─ commit       what was changed on a disk, as a layer on the image                commit, filter, ids, digests
 //! ```
 //!
 //! Nothing is unpacked but by `pack`: layers are read as streams, and verified. All of this happens in a jailed process, which can open the
@@ -17,6 +17,7 @@ mod ahead;
 mod cat;
 mod commit;
 mod diff;
+mod digests;
 mod disk;
 mod files;
 mod filter;
@@ -177,6 +178,10 @@ pub(super) struct CommitArgs {
     /// A disk that `pack` made of the base, with the same --uid-map; by default, the base is packed anew into a scratch file.
     #[arg(long, value_name = "FILE")]
     base_disk: Option<PathBuf>,
+    /// The list OUT.b3sums.zst that `pack` left beside a disk of the base, with OUT.json beside it: contents are compared by
+    /// these digests, and the base needs no space in scratch files.
+    #[arg(long, value_name = "FILE", conflicts_with = "base_disk")]
+    base_digests: Option<PathBuf>,
     /// Shifts owners back, as the disk was packed with the same option: users HOST to HOST+COUNT-1 of the disk become FIRST to
     /// FIRST+COUNT-1 in the layer; can be repeated. An owner in none of the ranges is an error.
     #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = ids::id_range)]
@@ -210,16 +215,16 @@ pub(super) struct CommitArgs {
 
 impl CommitArgs {
     /// The files that it reads and writes.
-    #[cfg_attr(
-        not(target_os = "linux"),
-        expect(clippy::unnecessary_wraps, reason = "only Linux says who writes to a disk")
-    )]
     fn name_files(&self, grants: &mut Grants) -> Result<(), CliError> {
         #[cfg(target_os = "linux")]
         if !confined::in_jail() {
             commit::refuse_writers(&self.disk)?;
         }
-        grants.inputs = std::iter::once(&self.disk).chain(&self.base_disk).cloned().collect();
+        grants.inputs =
+            std::iter::once(&self.disk).chain(&self.base_disk).chain(&self.base_digests).cloned().collect();
+        if let Some(list) = &self.base_digests {
+            grants.inputs.push(digests::description_of(list)?);
+        }
         match &self.to {
             Destination::Layout { directory, .. } => {
                 grants.layout = Some(grants.sources.len());

@@ -12,7 +12,7 @@ use super::{
     SourceArgs,
     ahead::Ahead,
     disk::{DiskFile, DiskFormat, format_of},
-    files::FileList,
+    files::{FILES_SUFFIX, FileList, JSON_SUFFIX},
     ids,
     open::{self, Opened},
     source,
@@ -53,11 +53,7 @@ use std::{
 };
 
 /// Version of OUT.json.
-const DESCRIPTION_VERSION: u32 = 1;
-/// What is appended to OUT for the description.
-const JSON_SUFFIX: &str = ".json";
-/// What is appended to OUT for the list of files.
-const FILES_SUFFIX: &str = ".b3sums.zst";
+pub(super) const DESCRIPTION_VERSION: u32 = 1;
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct PackArgs {
@@ -394,6 +390,7 @@ fn options(args: &PackArgs, format: DiskFormat) -> Result<FlatOptions, CliError>
         made_at: args.source_date_epoch,
         source: None,
         require: args.require_init.as_ref().map(|path| path.to_string_lossy().into_owned().into_bytes()),
+        contents: true,
     })
 }
 

@@ -95,6 +95,8 @@ pub struct FlatOptions {
     pub source: Option<[u8; 32]>,
     /// This path must lead to an executable file.
     pub require: Option<Vec<u8>>,
+    /// Files have their data. Without, they have their sizes and are holes, for who only compares everything else.
+    pub contents: bool,
 }
 
 impl Default for FlatOptions {
@@ -110,6 +112,7 @@ impl Default for FlatOptions {
             made_at: 0,
             source: None,
             require: None,
+            contents: true,
         }
     }
 }

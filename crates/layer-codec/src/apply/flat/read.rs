@@ -212,7 +212,15 @@ pub(super) fn first<W: WriteAt>(
                 if end > limits.tar_bytes {
                     return Err(layer.limit(ALL_TAR_BYTES, limits.tar_bytes));
                 }
-                if let Placement::Data(node) = placement {
+                if let Placement::Data(node) = placement
+                    && !flat.options.contents
+                {
+                    layer.begin_file(node, entry.size)?;
+                    layer.end_file()?;
+                    if !flat.wanted.is_empty() {
+                        flat.data.written.insert(node, entry.offset);
+                    }
+                } else if let Placement::Data(node) = placement {
                     let into = destination(layer, node, &entry.path, flat);
                     let digest = flat.data.digests.is_some();
                     if let Some(into) = into {
