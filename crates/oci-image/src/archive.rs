@@ -10,12 +10,13 @@
 //! whole archive invalid. If a name occurs twice, the last one counts, as it would for one who unpacks. Called by `source`
 //! and `docker`.
 
-use crate::{Blob, Blobs, Digest, ImageError, LayoutFile, Limits, blobs::Part, text::shown};
+use crate::{
+    Blob, Blobs, Digest, ImageError, LayoutFile, Limits, blobs::Part, spool::ArchiveFile, text::shown,
+};
 use disk_io::ReadAt;
 use layer_tar::{BLOCK, Chunks, EntryKind, Event, TarReader};
 use std::{
     collections::HashMap,
-    fs::File,
     io::{self, Read},
     sync::Arc,
 };
@@ -56,13 +57,13 @@ struct Header {
 /// An archive.
 #[derive(Debug)]
 pub(crate) struct Archive {
-    file: Arc<File>,
+    file: Arc<ArchiveFile>,
     members: HashMap<String, Member>,
 }
 
 impl Archive {
     /// Reads the headers of an archive.
-    pub(crate) fn scan(file: Arc<File>, limits: &Limits) -> Result<Self, ImageError> {
+    pub(crate) fn scan(file: Arc<ArchiveFile>, limits: &Limits) -> Result<Self, ImageError> {
         let size = file.size().map_err(|e| ImageError::reading(ARCHIVE, e))?;
         if size == 0 {
             return Err(ImageError::corrupt(ARCHIVE, "it is empty"));
@@ -124,6 +125,12 @@ impl Archive {
     /// The bytes of a range that [`Archive::find`] gave.
     pub(crate) fn part(&self, (offset, len): (u64, u64)) -> Part {
         Part::new(Arc::clone(&self.file), offset, len)
+    }
+
+    /// From now on, only these ranges are read.
+    pub(crate) fn keep(&self, places: impl IntoIterator<Item = (u64, u64)>) {
+        let ranges = places.into_iter().map(|(offset, len)| offset..offset.saturating_add(len));
+        self.file.keep(&ranges.collect::<Vec<_>>());
     }
 
     /// The bytes of a small member.
@@ -205,5 +212,10 @@ impl Blobs for ArchiveBlobs {
     fn open(&self, digest: &Digest) -> io::Result<Blob> {
         let place = self.0.find(&LayoutFile::Blob(*digest).path())?.ok_or(io::ErrorKind::NotFound)?;
         Ok(Blob { size: place.1, bytes: Box::new(self.0.part(place)) })
+    }
+
+    fn keep(&self, digests: &[Digest]) {
+        let find = |digest: &Digest| self.0.find(&LayoutFile::Blob(*digest).path()).ok().flatten();
+        self.0.keep(digests.iter().filter_map(find));
     }
 }

@@ -54,6 +54,10 @@ impl Blobs for DockerBlobs {
         let place = *self.places.get(digest).ok_or(io::ErrorKind::NotFound)?;
         Ok(Blob { size: place.1, bytes: Box::new(self.archive.part(place)) })
     }
+
+    fn keep(&self, digests: &[Digest]) {
+        self.archive.keep(digests.iter().filter_map(|digest| self.places.get(digest).copied()));
+    }
 }
 
 /// Finds an image in an archive.

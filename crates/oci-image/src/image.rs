@@ -11,7 +11,7 @@ use crate::{
     Blobs, Descriptor, Digest, ImageConfig, ImageError, Layer, LayerReader, Limits, MediaKind, Platform,
     sum::PlainSum,
 };
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 /// A manifest with its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +87,13 @@ impl Image {
     /// The limits that hold for it.
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// From now on, only these layers are opened, and no other blob: the copy of an archive that came through a pipe or was
+    /// compressed gives the space of the rest back.
+    pub fn keep_layers(&self, layers: Range<usize>) {
+        let kept = self.layers.get(layers).unwrap_or_default();
+        self.blobs.keep(&kept.iter().map(|layer| layer.descriptor.digest).collect::<Vec<_>>());
     }
 
     /// Opens layer `index`, counted from 0, the lowest. A layer can be opened several times, also at once. Reading fails where

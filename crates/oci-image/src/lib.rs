@@ -47,6 +47,7 @@ mod name;
 mod platform;
 mod resolve;
 mod source;
+mod spool;
 mod sum;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -5,7 +5,7 @@
 //!   oci-archive:FILE[:REF]      a layout in a tar  ─┐ scanned,    index.json ─► resolve
 //!   docker-archive:FILE[:NAME]  `docker save`      ─┤ not         manifest.json ─► docker
 //!   -                           either, on stdin   ─┘ unpacked
-//!                                   not a plain regular file? ─► spooled to an unnamed file, within its room
+//!                                   not a plain regular file? ─► spooled to unnamed files, within their room
 //! ```
 //!
 //! REF is a tag, a name or a digest; `oci:DIR@sha256:…` is a digest, too. As with skopeo, the first colon ends the path (a
@@ -18,6 +18,7 @@ use crate::{
     docker,
     layer::foreign,
     resolve::{self, Wanted},
+    spool::{ArchiveFile, Spool},
     text::shown,
 };
 use disk_io::ReadAt;
@@ -25,8 +26,7 @@ use layer_recode::{Compression, ExpandLimits, Expander, sniff};
 use serde::Deserialize;
 use std::{
     fmt,
-    fs::File,
-    io::{self, Read, Seek, Write},
+    io::{self, Read, Seek},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -290,6 +290,7 @@ fn archive(files: &dyn Files, limits: &Limits) -> Result<Archive, ImageError> {
         let mut head = [0; HEAD_BYTES];
         let n = file.read_at(&mut head, 0).map_err(reading)?;
         refuse_foreign(&head[..n])?;
+        let file = ArchiveFile::File(file);
         if sniff(&head[..n]) == Compression::Plain {
             Arc::new(file)
         } else {
@@ -309,14 +310,14 @@ fn refuse_foreign(head: &[u8]) -> Result<(), ImageError> {
     Err(ImageError::unsupported(ARCHIVE, reason))
 }
 
-/// Copies the plain bytes of an archive to an unnamed file.
-fn spool(files: &dyn Files, input: impl Read, limits: &Limits) -> Result<Arc<File>, ImageError> {
+/// Copies the plain bytes of an archive to unnamed files.
+fn spool(files: &dyn Files, input: impl Read, limits: &Limits) -> Result<Arc<ArchiveFile>, ImageError> {
     let scratch = files.scratch().map_err(|e| ImageError::reading("a scratch file", e))?;
     let expanding = |e| ImageError::expanding(ARCHIVE, e);
     let expand = ExpandLimits { output_bytes: limits.image_bytes, window_log: limits.window_log };
     let mut expander = Expander::new(input, None, &expand).map_err(expanding)?;
     refuse_foreign(expander.ahead())?;
-    let mut file = scratch.file;
+    let (mut spool, mut first) = (Spool::default(), Some(scratch.file));
     let mut buffer = vec![0; SPOOL_BYTES];
     loop {
         let n = expander.expand(&mut buffer).map_err(expanding)?;
@@ -331,10 +332,9 @@ fn spool(files: &dyn Files, input: impl Read, limits: &Limits) -> Result<Arc<Fil
             let reason = format!("it expands to more than {} times its size", limits.ratio);
             return Err(ImageError::limit(ARCHIVE, reason));
         }
-        file.write_all(&buffer[..n])
-            .map_err(|source| ImageError::Write { what: "a scratch file".to_owned(), source })?;
+        spool.append(&buffer[..n], files, &mut first)?;
     }
-    Ok(Arc::new(file))
+    Ok(Arc::new(ArchiveFile::Spool(spool)))
 }
 
 /// The file or directory of a source, for those that must know before it is opened.

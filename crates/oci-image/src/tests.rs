@@ -565,3 +565,41 @@ fn a_stream_is_spooled_within_its_room_and_leaves_nothing() {
     }
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
 }
+
+#[test]
+fn a_spooled_archive_gives_back_what_is_no_longer_needed() {
+    let noise = |seed: u64| -> Vec<u8> {
+        let mut state = seed;
+        let next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(seed);
+            (state >> 56) as u8
+        };
+        std::iter::repeat_with(next).take(3 << 20).collect()
+    };
+    let tars: Vec<Vec<u8>> = (1..4).map(|n| Tar::default().file("a", &noise(n)).finish()).collect();
+    let layers: Vec<(&[u8], Packing)> = tars.iter().map(|tar| (&tar[..], Packing::Plain)).collect();
+    let mut store = Store::default();
+    let manifest = store.manifest("linux/amd64", &layers);
+    store.list(manifest, "");
+    let place = Place::new();
+    for (bytes, docker) in [(archive(&store.files()), false), (archive(&store.docker()), true)] {
+        let file = place.file("spooled.gz", &pack(&bytes, Packing::Gzip));
+        let source = if docker {
+            Source::DockerArchive { file, reference: None }
+        } else {
+            Source::OciArchive { file, reference: None }
+        };
+        let image = open(&source).unwrap();
+        for (number, tar) in tars.iter().enumerate().rev() {
+            let end = number + 1;
+            image.keep_layers(0..end);
+            assert!(plain(&image, number).unwrap() == *tar);
+        }
+        assert_eq!(kind(plain(&image, 2)), ImageErrorKind::Io);
+        assert!(plain(&image, 0).is_ok());
+    }
+    // The archive itself stays as it is.
+    let image = open(&place.oci_archive(&archive(&store.files()))).unwrap();
+    image.keep_layers(0..0);
+    assert!(plain(&image, 2).is_ok());
+}

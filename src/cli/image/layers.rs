@@ -93,6 +93,7 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     let mut list = Vec::new();
     let mut dir = NewDirectory::create(out)?;
     for (number, layer) in image.layers().iter().enumerate() {
+        image.keep_layers(number..image.layers().len());
         let hex = layer.diff_id.hex();
         let extension = if footer { "vhd" } else { "img" };
         let name = format!("{number:03}-{}.{extension}", hex.get(..DIGITS).unwrap_or(&hex));

@@ -331,11 +331,17 @@ fn fill(
 ) -> Result<(FlatSummary, NewFile, u64), CliError> {
     let files = NewFile::create(files_path)?;
     loop {
+        // Then nothing can make it start anew, and no layer is read after the next one was opened.
+        let final_size = options.block_size == BlockSize::LARGEST.bytes();
         let disk = out.disk()?;
         let mut list = FileList::new(io::BufWriter::new(files.file()))?;
         let scratch: Option<Arc<dyn WriteAt>> =
             if options.verity { Some(Arc::new(out.scratch()?)) } else { None };
         let mut open = |number: usize| -> io::Result<Box<dyn Read>> {
+            if final_size {
+                let end = number + 1;
+                image.keep_layers(0..end);
+            }
             let layer = image.open_layer(number)?;
             Ok(Box::new(Ahead::new(bar.wrap_read(layer))?))
         };
