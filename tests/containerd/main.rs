@@ -4,7 +4,7 @@
 //! ```text
 //!   calls  unpack ─► client (gRPC)   content (a double of containerd's)
 //!     └──────┴───────────┐
-//!   everyday  life  hostile  deleted  kills  suite  cri (Kubernetes' interface)
+//!   everyday  committed  life  hostile  deleted  kills  suite  cri (Kubernetes' interface)
 //!      └───────┴───────┴───────┴──────┴──────┴──► node (a room with containerd and the product) ─► proxy (their configuration) ─► isolation (the room)
 //!          image (layers, OCI archives)   registry (loopback)   tree (what is expected, what is found)
 //! ```
@@ -21,6 +21,7 @@ mod client;
 #[path = "../e2e/command.rs"]
 #[allow(dead_code, reason = "the e2e tests use the rest")]
 mod command;
+mod committed;
 mod content;
 mod cri;
 mod deleted;

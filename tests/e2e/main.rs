@@ -2,7 +2,7 @@
 //! compares **contents**.
 //!
 //! ```text
-//!   basics  images  classic_build  buildkit  busy  restarts  userns  deep  quota  chaos  parallel  hostile  removal  identity
+//!   basics  images  committed  classic_build  buildkit  busy  restarts  userns  deep  quota  chaos  parallel  hostile  removal  identity
 //!   endurance
 //!      └───────┴──────────┴───────────┴─────────┴─────────┴──┬────┴─────┴──────┴───────┴────────┴───────┘
 //!                     rootfs (what is imported)  manifest (what a tree holds)  archive (image archives)
@@ -24,6 +24,7 @@ mod chaos;
 mod classic_build;
 #[allow(dead_code, reason = "the tests of the managed plugin use the rest")]
 mod command;
+mod committed;
 mod deep;
 mod endurance;
 #[allow(dead_code, reason = "the tests of the managed plugin use the rest")]

@@ -25,6 +25,55 @@ fn limits_end_a_command_with_the_option_that_raises_them() {
     assert_eq!(scene.names(), ["layout", "many"], "the scratch file is gone");
 }
 
+/// Layers that are small enough each, and too much together.
+#[test]
+fn limits_hold_for_all_layers_together() {
+    let scene = Scene::new();
+    let noise: Vec<u8> = (0..6u32 << 20).map(|n| (n.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect();
+    let image = |name: &str, layers: &[Vec<u8>], packing: Packing| {
+        let mut store = Store::default();
+        let layers: Vec<(&[u8], Packing)> = layers.iter().map(|tar| (&tar[..], packing)).collect();
+        let manifest = store.manifest("linux/amd64", &layers);
+        store.list(manifest, "");
+        scene.layout(name, &store)
+    };
+    let of = |path: &str, data: &[u8]| Tar::default().file(path, data).finish();
+    let large = image("large", &[of("a", &noise), of("b", &noise)], Packing::Plain);
+    let hidden = image("hidden", &[of("a", &noise), of("a", &noise)], Packing::Gzip);
+    let many = image("many", &[of("a", b"1"), of("a", b"2"), of("b", b"3")], Packing::Gzip);
+    let zeros = vec![0; 40 << 20];
+    let bombs = image("bombs", &[of("a", &zeros), of("b", &zeros)], Packing::Zstd);
+    let out = scene.path("out").display().to_string();
+    let before = scene.names();
+    for (source, options, raised) in [
+        (&large, &["--max-size", "10MiB"][..], "--max-size"),
+        (&hidden, &["--max-size", "10MiB"], "--max-size"),
+        (&many, &["--max-entries", "2"], "--max-entries"),
+        (&bombs, &[], "--max-ratio"),
+    ] {
+        let commands = [
+            &["ls"][..],
+            &["pack", "--format", "raw"],
+            &["pack", "--format", "qcow2", "--size", "200MiB"],
+            &["pack", "--layers"],
+        ];
+        for command in commands {
+            let target: &[&str] = if command[0] == "pack" { &[source, &out] } else { &[source] };
+            let message = fails(&[command, options, target].concat());
+            assert!(message.contains(raised), "{command:?} {source}: {message}");
+            assert_eq!(scene.names(), before, "{command:?} {source}");
+        }
+    }
+    for (source, options) in [
+        (&large, &["--max-size", "13MiB"][..]),
+        (&many, &["--max-entries", "3"]),
+        (&bombs, &["--max-ratio", "1000000"]),
+    ] {
+        let target: [&str; 2] = [source, &out];
+        crate::ok(&[&["pack", "--format", "raw"][..], options, &target].concat());
+    }
+}
+
 #[test]
 fn wrong_images_are_named_in_one_line() {
     let scene = Scene::new();

@@ -1,7 +1,10 @@
 //! The `image` commands on images of all kinds, in layouts and archives that are built here (`oci_image::testing`).
 
+mod agree;
 #[cfg(target_os = "linux")]
 mod boot;
+#[cfg(target_os = "linux")]
+mod broken;
 #[cfg(target_os = "linux")]
 mod commit;
 mod foreign;
@@ -11,8 +14,11 @@ mod jail;
 mod look;
 #[cfg(target_os = "linux")]
 mod pack;
+#[cfg(target_os = "linux")]
+mod readback;
 #[cfg(all(target_os = "linux", feature = "registry"))]
 mod registry;
+mod stacks;
 
 use oci_image::testing::{Packing, Store, Tar, archive, directory};
 use std::{

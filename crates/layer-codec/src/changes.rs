@@ -67,7 +67,7 @@ fn settled<'a, R: ReadAt>(
     details.capture(table, &items, false)?;
     hooks.metadata_read()?;
     let reads: Vec<Read> = details.reads(&items, |_| false).collect();
-    settle(table, &mut items, &details, false)?;
+    settle(table, &mut items, &details, false, None)?;
     if !reads.is_empty() {
         hooks.before_recheck()?;
         for changed in details.changed(table, reads.into_iter())? {

@@ -9,7 +9,7 @@
 //! bytes an entry, its xattrs, 24 bytes for each data range. Called by [`super::export`] and [`super::live`].
 
 use super::{
-    DiffError,
+    DiffError, OutsideId,
     fs::{Fs, Range},
     stream::FileBytes,
     view::{LayerInode, Table},
@@ -80,6 +80,8 @@ pub(super) struct Details {
     pub(super) stamps: Vec<Stamp>,
     /// Live files that are compared by their bytes, in `list`.
     pub(super) captured: HashMap<LayerInode, u32>,
+    /// Ids that the maps do not have, by numbers in `list`.
+    pub(super) outside: HashMap<u32, OutsideId>,
     /// Copies of files of live layers.
     pub(super) scratch: Option<Arc<dyn WriteAt>>,
 }
@@ -135,6 +137,9 @@ impl Details {
             self.stamps.push(Stamp::of(inode));
         }
         let number = u32::try_from(self.list.len()).unwrap_or(u32::MAX);
+        if let Some(id) = table.outside(node, inode)? {
+            self.outside.insert(number, id);
+        }
         self.list.push(Detail {
             mode: inode.mode & 0o7777,
             uid,

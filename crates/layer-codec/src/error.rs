@@ -127,6 +127,14 @@ pub enum DiffError {
         #[source]
         source: Box<Self>,
     },
+    /// An id on a disk has no counterpart in the maps: [`ExportOptions::strict_ids`](crate::ExportOptions::strict_ids).
+    #[error("\"{path}\": {} {} is in none of the ranges of --uid-map", .id.what, .id.id)]
+    Outside {
+        /// Path on the disk, printable.
+        path: String,
+        /// The id.
+        id: super::OutsideId,
+    },
     /// The caller asked for something impossible.
     #[error("{0}")]
     Usage(String),
@@ -162,6 +170,11 @@ impl DiffError {
             Self::Layer { source, .. } => source.io_kind(),
             _ => None,
         }
+    }
+
+    /// Makes the error of an id that the maps do not have.
+    pub fn outside(path: &[u8], id: super::OutsideId) -> Self {
+        Self::Outside { path: path.get(..1024).unwrap_or(path).escape_ascii().to_string(), id }
     }
 
     /// Makes an I/O error that names the operation.

@@ -13,13 +13,13 @@
 //! each data range. Called by `svm-agent` and the `layer` commands.
 
 use super::{
-    DiffError, ParentLayer, ParentSpec,
+    DiffError, OutsideId, ParentLayer, ParentSpec,
     canonical::{self, Version},
     details::{Details, slice},
     ids::IdMaps,
     limits,
     live::{Copies, Read},
-    stream::{FileBytes, Out, same_bytes},
+    stream::{self, FileBytes, Out, same_bytes},
     view::{LayerInode, LayerSource, Table},
     walk::{CompareMode, Detailer, Item, Items, NoDetail, Status, walk},
 };
@@ -33,6 +33,9 @@ use std::collections::HashMap;
 pub struct ExportOptions {
     /// Maps for the layers with [`LayerSource::host_ids`]; without any, ids stay as they are.
     pub id_maps: IdMaps,
+    /// An id of these layers that the maps do not have differs from all others, and is an error or what
+    /// [`LiveHooks::outside`] makes of it; else it is 65534.
+    pub strict_ids: bool,
     /// Version of the canonical tar.
     pub version: Version,
     /// The latest time of an entry, in seconds since 1970: later ones become this. Whiteouts and opaque markers keep their
@@ -57,11 +60,25 @@ pub struct ExportSummary {
     pub first_hidden: Option<Vec<u8>>,
 }
 
-/// Calls between the steps of an export, for a mounted target.
+/// Calls during an export: between its steps, for a mounted target, and for what its caller decides.
 pub trait LiveHooks {
     /// What to copy before [`LiveHooks::metadata_read`]; called once.
     fn copies(&mut self) -> Option<Copies> {
         None
+    }
+    /// Whether the parent's files are known by their digests alone: it has their sizes, and no data.
+    fn has_parent_digests(&self) -> bool {
+        false
+    }
+    /// Then: BLAKE3 of the parent's file at a path (no slash at either end), holes as zeros. A file without one counts as
+    /// changed.
+    fn parent_digest(&mut self, _path: &[u8]) -> Option<[u8; 32]> {
+        None
+    }
+    /// With [`ExportOptions::strict_ids`]: the entry `path` (no slash at either end) is about to be written with 65534 in the
+    /// place of this id.
+    fn outside(&mut self, path: &[u8], id: OutsideId) -> Result<(), DiffError> {
+        Err(DiffError::outside(path, id))
     }
     /// All metadata are in memory; the file system may change again.
     fn metadata_read(&mut self) -> Result<(), DiffError>;
@@ -122,15 +139,21 @@ pub(super) fn compare<'a, R: ReadAt>(
     walk(table, CompareMode::Merged, &table.root(&all)?, &parent, detailer)
 }
 
+/// Gives the digest of a parent's file by its path.
+type ParentDigests<'a> = dyn FnMut(&[u8]) -> Option<[u8; 32]> + 'a;
+
 /// Decides the pairs that only their bytes tell apart. Of live layers nothing is read but what `details` captured;
-/// `detailed`: they have the target's files too.
+/// `detailed`: they have the target's files too. With `digests` nothing is read of the parent.
 pub(super) fn settle<R: ReadAt>(
     table: &Table<'_, R>,
     items: &mut Items,
     details: &Details,
     detailed: bool,
+    mut digests: Option<&mut ParentDigests<'_>>,
 ) -> Result<(), DiffError> {
-    for item in &mut items.items {
+    let mut path = Vec::new();
+    for at in 0..items.items.len() {
+        let Some(item) = items.items.get(at).copied() else { break };
         let Status::Pending(was) = item.status else { continue };
         let open = |node: LayerInode, known: Option<u32>| {
             let fs = table.fs(node.layer)?;
@@ -141,8 +164,18 @@ pub(super) fn settle<R: ReadAt>(
             }
         };
         let mut new = open(item.node, detailed.then_some(item.detail))?;
-        let mut old = open(was, None)?;
-        item.status = if same_bytes(&mut new, &mut old)? { Status::Same } else { Status::Modified };
+        let same = if let Some(digests) = &mut digests {
+            items.path(&item, &mut path);
+            match (**digests)(&path) {
+                Some(expected) => stream::digest(&mut new)? == expected,
+                None => false,
+            }
+        } else {
+            same_bytes(&mut new, &mut open(was, None)?)?
+        };
+        if let Some(item) = items.items.get_mut(at) {
+            item.status = if same { Status::Same } else { Status::Modified };
+        }
     }
     Ok(())
 }
@@ -160,6 +193,7 @@ pub fn export<R: ReadAt>(
     out: &mut dyn StreamOut,
 ) -> Result<ExportSummary, DiffError> {
     let mut table = Table::new(&options.id_maps);
+    table.strict_ids = options.strict_ids;
     let mut details = Details::default();
     let mut items = compare(&mut table, target, parent, false, &mut details)?;
     details.capture(&table, &items, true)?;
@@ -174,7 +208,10 @@ pub fn export<R: ReadAt>(
     }
     hooks.metadata_read()?;
     let compared: Vec<Read> = details.reads(&items, |_| false).collect();
-    settle(&table, &mut items, &details, true)?;
+    let by_digest = hooks.has_parent_digests();
+    let mut of_parent = |path: &[u8]| hooks.parent_digest(path);
+    let digests: Option<&mut ParentDigests<'_>> = if by_digest { Some(&mut of_parent) } else { None };
+    settle(&table, &mut items, &details, true, digests)?;
     let kept = match parent {
         Some(ParentSpec::Own) => vec![true; items.items.len()],
         _ => items.kept(),
@@ -206,6 +243,11 @@ pub fn export<R: ReadAt>(
                 export.summary.first_hidden = Some(path);
             }
         } else {
+            if let Some(id) = details.outside.get(&item.detail) {
+                let mut path = Vec::new();
+                items.path(item, &mut path);
+                hooks.outside(&path, *id)?;
+            }
             export.item(&items, item)?;
         }
     }

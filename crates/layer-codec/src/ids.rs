@@ -11,6 +11,9 @@
 use ext4_image::Xattr;
 use std::fmt;
 
+const ACL_ACCESS: &[u8] = b"system.posix_acl_access";
+const ACL_DEFAULT: &[u8] = b"system.posix_acl_default";
+const CAPABILITY: &[u8] = b"security.capability";
 /// What the kernel shows for an id without a counterpart in a namespace.
 const OVERFLOW: u32 = 65534;
 
@@ -62,6 +65,15 @@ impl IdMaps {
     }
 }
 
+/// An id that the maps do not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OutsideId {
+    /// What it is: `owner`, `group`, `acl id` or `capability root`.
+    pub what: &'static str,
+    /// The id on the disk.
+    pub id: u32,
+}
+
 /// Maps host ids to container ids; without maps ids stay as they are.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Ids<'a>(pub(super) &'a IdMaps);
@@ -88,20 +100,47 @@ impl Ids<'_> {
             return;
         }
         match &xattr.name[..] {
-            b"system.posix_acl_access" | b"system.posix_acl_default" => {
-                for entry in xattr.value.get_mut(4..).unwrap_or_default().as_chunks_mut::<8>().0 {
-                    let [tag, _, _, _, id @ ..] = entry;
+            ACL_ACCESS | ACL_DEFAULT => {
+                for (id, user) in acl_ids(&mut xattr.value) {
                     let host = u32::from_le_bytes(*id);
-                    match tag {
-                        2 => *id = self.uid(host).to_le_bytes(),
-                        8 => *id = self.gid(host).to_le_bytes(),
-                        _ => {}
-                    }
+                    let mapped = if user { self.uid(host) } else { self.gid(host) };
+                    *id = mapped.to_le_bytes();
                 }
             }
-            b"security.capability" => self.capability(&mut xattr.value),
+            CAPABILITY => self.capability(&mut xattr.value),
             _ => {}
         }
+    }
+
+    /// The first id of an inode that the maps do not have; `xattrs` have their values on the disk.
+    pub(super) fn outside(self, owner: (u32, u32), xattrs: Vec<Xattr>) -> Option<OutsideId> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let (uids, gids) = (&self.0.uids, &self.0.gids);
+        let missing = |what, ranges: &[IdRange], id| {
+            let known = ranges.iter().any(|range| range.to_container(id).is_some());
+            (!known).then_some(OutsideId { what, id })
+        };
+        let owner = missing("owner", uids, owner.0).or_else(|| missing("group", gids, owner.1));
+        owner.or_else(|| {
+            xattrs.into_iter().find_map(|mut xattr| match &xattr.name[..] {
+                ACL_ACCESS | ACL_DEFAULT => acl_ids(&mut xattr.value).find_map(|(id, user)| {
+                    let ranges = if user { uids } else { gids };
+                    missing("acl id", ranges, u32::from_le_bytes(*id))
+                }),
+                CAPABILITY => {
+                    // Without an id they are for the root of the machine that wrote the disk.
+                    let root = xattr
+                        .value
+                        .get(20..24)
+                        .and_then(|id| id.try_into().ok())
+                        .map_or(0, u32::from_le_bytes);
+                    missing("capability root", uids, root)
+                }
+                _ => None,
+            })
+        })
     }
 
     /// `struct vfs_ns_cap_data`: version 3 names the root of the namespace that it is for. For the container's own root
@@ -122,6 +161,19 @@ impl Ids<'_> {
             bytes[20..].copy_from_slice(&root.to_le_bytes());
         }
     }
+}
+
+/// The ids of named users and groups in an access control list, each with whether it is a user's.
+fn acl_ids(value: &mut [u8]) -> impl Iterator<Item = (&mut [u8; 4], bool)> {
+    /// `ACL_USER` and `ACL_GROUP`.
+    const USER: u8 = 2;
+    const GROUP: u8 = 8;
+    let entries = value.get_mut(4..).unwrap_or_default().as_chunks_mut::<8>().0;
+    entries.iter_mut().filter_map(|[tag, _, _, _, id @ ..]| match *tag {
+        USER => Some((id, true)),
+        GROUP => Some((id, false)),
+        _ => None,
+    })
 }
 
 #[cfg(test)]
@@ -153,6 +205,30 @@ mod tests {
         let mut xattr = Xattr { name: b"security.capability".to_vec(), value };
         Ids(&maps).xattr(&mut xattr);
         assert_eq!((xattr.value.len(), xattr.value[3]), (20, 2));
+    }
+
+    #[test]
+    fn ids_outside_are_found_in_owners_and_attributes() {
+        let maps = maps();
+        let ids = Ids(&maps);
+        let inside = (500_000, 500_001);
+        let found = |owner, name: &[u8], value: Vec<u8>| {
+            let xattr = Xattr { name: name.to_vec(), value };
+            ids.outside(owner, vec![xattr]).map(|outside| outside.id)
+        };
+        assert_eq!(found(inside, b"user.x", vec![0; 24]), None);
+        assert_eq!(found((7, 500_000), b"user.x", Vec::new()), Some(7));
+        assert_eq!(found((500_000, 565_536), b"user.x", Vec::new()), Some(565_536));
+        let mut acl = vec![2, 0, 0, 0, 8, 0, 7, 0];
+        acl.extend_from_slice(&42u32.to_le_bytes());
+        assert_eq!(found(inside, ACL_DEFAULT, acl), Some(42));
+        let mut capability = vec![0; 24];
+        capability[3] = 3;
+        capability[20..].copy_from_slice(&500_000u32.to_le_bytes());
+        assert_eq!(found(inside, CAPABILITY, capability.clone()), None);
+        capability.truncate(20);
+        assert_eq!(found(inside, CAPABILITY, capability), Some(0), "of the machine's own root");
+        assert_eq!(Ids(&IdMaps::default()).outside((1, 1), Vec::new()), None);
     }
 
     #[test]

@@ -53,7 +53,7 @@ pub use digest::{DigestKind, Hasher, NoDigest, TarDigest};
 pub use error::DiffError;
 pub use export::{ExportOptions, ExportSummary, LiveHooks, NoHooks, export};
 pub use fs::{Foreign, ForeignFs, Mounter, VisitName};
-pub use ids::{IdMaps, IdRange};
+pub use ids::{IdMaps, IdRange, OutsideId};
 pub use live::{Copies, LiveFile};
 pub use root_hash::{NoRootHash, RootHash};
 pub use upper::{BadContainerId, ContainerId};

@@ -182,6 +182,20 @@ pub(super) fn same_bytes<R: ReadAt, S: ReadAt>(
     Ok(true)
 }
 
+/// BLAKE3 of a file's bytes, holes as zeros.
+pub(super) fn digest<R: ReadAt>(file: &mut FileBytes<'_, R>) -> Result<[u8; 32], DiffError> {
+    let mut buffer = vec![0; COMPARE.min(usize::try_from(file.size).unwrap_or(COMPARE))];
+    let mut hasher = blake3::Hasher::new();
+    let mut at = 0;
+    while at < file.size {
+        let n = (file.size - at).min(buffer.len() as u64) as usize;
+        file.read(at, &mut buffer[..n])?;
+        hasher.update(&buffer[..n]);
+        at += n as u64;
+    }
+    Ok(hasher.finalize().into())
+}
+
 /// The tar being written.
 pub(super) struct Out<'a> {
     sink: &'a mut dyn StreamOut,

@@ -16,7 +16,7 @@
 use super::{
     DiffError,
     fs::{Foreign, Fs},
-    ids::{IdMaps, Ids},
+    ids::{IdMaps, Ids, OutsideId},
     upper::{self, ContainerId},
 };
 use disk_io::ReadAt;
@@ -99,6 +99,8 @@ struct OpenLayer<'a, R> {
 pub(super) struct Table<'a, R> {
     layers: Vec<OpenLayer<'a, R>>,
     ids: Ids<'a>,
+    /// Ids that the maps do not have are told from 65534.
+    pub(super) strict_ids: bool,
 }
 
 /// One name of a listed directory.
@@ -140,7 +142,7 @@ impl Listing {
 
 impl<'a, R: ReadAt> Table<'a, R> {
     pub(super) fn new(ids: &'a IdMaps) -> Self {
-        Self { layers: Vec::new(), ids: Ids(ids) }
+        Self { layers: Vec::new(), ids: Ids(ids), strict_ids: false }
     }
 
     /// Opens a layer and gives its number.
@@ -225,6 +227,17 @@ impl<'a, R: ReadAt> Table<'a, R> {
         } else {
             (inode.uid, inode.gid)
         }
+    }
+
+    /// The first id of an inode that the maps do not have, if that matters.
+    pub(super) fn outside(&self, node: LayerInode, inode: &Inode) -> Result<Option<OutsideId>, DiffError> {
+        let layer = self.layer(node.layer)?;
+        if !self.strict_ids || !layer.host_ids {
+            return Ok(None);
+        }
+        let mut xattrs = layer.fs.xattrs(inode)?;
+        xattrs.retain(|x| !x.name.starts_with(OVERLAY_PREFIX));
+        Ok(self.ids.outside((inode.uid, inode.gid), xattrs))
     }
 
     /// The xattrs that belong to the layer's content: sorted, without overlayfs' own, ids mapped.

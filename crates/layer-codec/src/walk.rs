@@ -337,6 +337,7 @@ impl<R: ReadAt> Walk<'_, '_, R> {
             && inode.rdev == old.rdev
             && (inode.kind == FileKind::Directory || inode.size == old.size)
             && self.table.owner(node, inode) == self.table.owner(was, &old)
+            && self.table.outside(node, inode)?.is_none()
             && self.table.xattrs(node, inode)? == self.table.xattrs(was, &old)?;
         if !same {
             return Ok(Status::Modified);

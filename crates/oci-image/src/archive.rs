@@ -10,16 +10,20 @@
 //! whole archive invalid. If a name occurs twice, the last one counts, as it would for one who unpacks. Called by `source`
 //! and `docker`.
 
-use crate::{Blob, Blobs, Descriptor, ImageError, LayoutFile, Limits, blobs::Part, text::shown};
+use crate::{
+    Blob, Blobs, Descriptor, Digest, ImageError, LayoutFile, Limits, blobs::Part, spool::ArchiveFile,
+    text::shown,
+};
 use disk_io::ReadAt;
 use layer_tar::{BLOCK, Chunks, EntryKind, Event, TarReader};
 use std::{
     collections::HashMap,
-    fs::File,
     io::{self, Read},
     sync::Arc,
 };
 
+/// How messages name an archive; which one, their reader knows.
+pub(crate) const ARCHIVE: &str = "the archive";
 /// Bytes that are read for a header.
 const HEADER_BYTES: usize = 8 * BLOCK;
 /// Longest name of a member. Blobs have 78 characters.
@@ -54,17 +58,16 @@ struct Header {
 /// An archive.
 #[derive(Debug)]
 pub(crate) struct Archive {
-    file: Arc<File>,
+    file: Arc<ArchiveFile>,
     members: HashMap<String, Member>,
-    what: String,
 }
 
 impl Archive {
-    /// Reads the headers of the archive `what`.
-    pub(crate) fn scan(file: Arc<File>, what: &str, limits: &Limits) -> Result<Self, ImageError> {
-        let size = file.size().map_err(|e| ImageError::reading(what, e))?;
+    /// Reads the headers of an archive.
+    pub(crate) fn scan(file: Arc<ArchiveFile>, limits: &Limits) -> Result<Self, ImageError> {
+        let size = file.size().map_err(|e| ImageError::reading(ARCHIVE, e))?;
         if size == 0 {
-            return Err(ImageError::corrupt(what, "it is empty"));
+            return Err(ImageError::corrupt(ARCHIVE, "it is empty"));
         }
         let mut members = HashMap::new();
         let (mut at, mut count) = (0, 0);
@@ -72,8 +75,8 @@ impl Archive {
             let part = Part::new(Arc::clone(&file), at, size - at);
             let mut reader = TarReader::from_source(Chunks::with_chunk_bytes(part, HEADER_BYTES));
             let Some(header) = header(&mut reader).map_err(|e| match e {
-                layer_tar::TarError::Io { source, .. } => ImageError::reading(what, source),
-                e => ImageError::corrupt(what, format!("the member at byte {at}: {e}")),
+                layer_tar::TarError::Io { source, .. } => ImageError::reading(ARCHIVE, source),
+                e => ImageError::corrupt(ARCHIVE, format!("the member at byte {at}: {e}")),
             })?
             else {
                 break;
@@ -81,20 +84,20 @@ impl Archive {
             count += 1;
             if count > limits.members {
                 let reason = format!("more than {} members are not accepted", limits.members);
-                return Err(ImageError::limit(what, reason));
+                return Err(ImageError::limit(ARCHIVE, reason));
             }
             let offset = at + reader.offset();
             let end = offset.checked_add(header.stored);
             let Some(end) = end.filter(|end| *end <= size) else {
                 let name = shown(&String::from_utf8_lossy(&header.name));
-                return Err(ImageError::corrupt(what, format!("it ends inside of the member {name}")));
+                return Err(ImageError::corrupt(ARCHIVE, format!("it ends inside of the member {name}")));
             };
             at = end.next_multiple_of(BLOCK as u64);
             let (name, member) =
-                member(&header, offset).map_err(|reason| ImageError::corrupt(what, reason))?;
+                member(&header, offset).map_err(|reason| ImageError::corrupt(ARCHIVE, reason))?;
             members.insert(name, member);
         }
-        Ok(Self { file, members, what: what.to_owned() })
+        Ok(Self { file, members })
     }
 
     /// Whether there is a member of this name.
@@ -104,9 +107,7 @@ impl Archive {
 
     /// Where the bytes of a member are, behind all links: offset and length; `None` if there is no such member.
     pub(crate) fn find(&self, name: &str) -> Result<Option<(u64, u64)>, ImageError> {
-        let bad = |reason: &str| {
-            Err(ImageError::corrupt(format!("the member {} of {}", shown(name), self.what), reason))
-        };
+        let bad = |reason: &str| Err(ImageError::corrupt(format!("the member {}", shown(name)), reason));
         let mut at = name;
         for _ in 0..=MAX_LINKS {
             match self.members.get(at) {
@@ -127,6 +128,12 @@ impl Archive {
         Part::new(Arc::clone(&self.file), offset, len)
     }
 
+    /// From now on, only these ranges are read.
+    pub(crate) fn keep(&self, places: impl IntoIterator<Item = (u64, u64)>) {
+        let ranges = places.into_iter().map(|(offset, len)| offset..offset.saturating_add(len));
+        self.file.keep(&ranges.collect::<Vec<_>>());
+    }
+
     /// The bytes of a small member.
     pub(crate) fn document(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, ImageError> {
         let Some(place) = self.find(name)? else { return Ok(None) };
@@ -135,7 +142,7 @@ impl Archive {
             return Err(ImageError::limit(format!("the member {}", shown(name)), reason));
         }
         let mut bytes = Vec::with_capacity(place.1 as usize);
-        self.part(place).read_to_end(&mut bytes).map_err(|e| ImageError::reading(&self.what, e))?;
+        self.part(place).read_to_end(&mut bytes).map_err(|e| ImageError::reading(ARCHIVE, e))?;
         Ok(Some(bytes))
     }
 }
@@ -207,5 +214,10 @@ impl Blobs for ArchiveBlobs {
         let place =
             self.0.find(&LayoutFile::Blob(descriptor.digest).path())?.ok_or(io::ErrorKind::NotFound)?;
         Ok(Blob { size: place.1, bytes: Box::new(self.0.part(place)) })
+    }
+
+    fn keep(&self, digests: &[Digest]) {
+        let find = |digest: &Digest| self.0.find(&LayoutFile::Blob(*digest).path()).ok().flatten();
+        self.0.keep(digests.iter().filter_map(find));
     }
 }

@@ -7,11 +7,10 @@
 //!
 //! What an implementation returns is not trusted: sizes and digests are verified here. Called by `resolve` and `layer`.
 
-use crate::{Descriptor, Digest, ImageError, digest::Hasher};
+use crate::{Descriptor, Digest, ImageError, digest::Hasher, spool::ArchiveFile};
 use disk_io::ReadAt;
 use std::{
     fmt,
-    fs::File,
     io::{self, Read},
     sync::Arc,
 };
@@ -38,19 +37,22 @@ pub trait Blobs: fmt::Debug + Send + Sync {
     /// `NotFound` if there is none of this digest, with a reason inside if there is one; any error of the system, or one with
     /// an [`ImageError`] inside.
     fn open(&self, descriptor: &Descriptor) -> io::Result<Blob>;
+
+    /// From now on, only these blobs are opened: what the others take in scratch files can be given back.
+    fn keep(&self, _digests: &[Digest]) {}
 }
 
-/// Bytes of a file as a stream, whatever else reads the file.
+/// Bytes of an archive as a stream, whatever else reads the archive.
 #[derive(Debug, Clone)]
 pub(crate) struct Part {
-    file: Arc<File>,
+    file: Arc<ArchiveFile>,
     at: u64,
     end: u64,
 }
 
 impl Part {
     /// The `len` bytes at `offset`.
-    pub(crate) fn new(file: Arc<File>, offset: u64, len: u64) -> Self {
+    pub(crate) fn new(file: Arc<ArchiveFile>, offset: u64, len: u64) -> Self {
         Self { file, at: offset, end: offset.saturating_add(len) }
     }
 }
@@ -64,14 +66,11 @@ impl Read for Part {
     }
 }
 
-/// Opens the blob of a descriptor and compares its size.
+/// Opens the blob of a descriptor and compares its size. `what`, for messages, has the digest in it.
 pub(crate) fn open(blobs: &dyn Blobs, what: &str, descriptor: &Descriptor) -> Result<Checked, ImageError> {
     let blob = match blobs.open(descriptor) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            return Err(ImageError::NotFound {
-                what: format!("{what} ({})", descriptor.digest),
-                known: reason(&e),
-            });
+            return Err(ImageError::NotFound { what: what.to_owned(), known: reason(&e) });
         }
         other => other.map_err(|e| ImageError::reading(what, e))?,
     };

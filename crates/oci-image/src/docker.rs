@@ -15,6 +15,7 @@ use crate::{
     media::{DOCKER_CONFIG, DOCKER_LAYER},
     name,
     resolve::Wanted,
+    sum::PlainSum,
     text::{shown, shown_list},
 };
 use layer_recode::{Compression, SNIFF_BYTES, sniff};
@@ -52,6 +53,10 @@ impl Blobs for DockerBlobs {
     fn open(&self, descriptor: &Descriptor) -> io::Result<Blob> {
         let place = *self.places.get(&descriptor.digest).ok_or(io::ErrorKind::NotFound)?;
         Ok(Blob { size: place.1, bytes: Box::new(self.archive.part(place)) })
+    }
+
+    fn keep(&self, digests: &[Digest]) {
+        self.archive.keep(digests.iter().filter_map(|digest| self.places.get(digest).copied()));
     }
 }
 
@@ -95,6 +100,7 @@ pub(crate) fn find(archive: Archive, wanted: &Wanted<'_>, limits: &Limits) -> Re
         config_descriptor: Descriptor::new(DOCKER_CONFIG, config.digest, config.raw.len() as u64),
         config,
         manifest: None,
+        sum: Arc::new(PlainSum::new(layers.iter().map(|layer| layer.descriptor.size), limits)),
         layers,
         names: entry.repo_tags,
         listed,

@@ -1,7 +1,8 @@
 //! Why an image was refused.
 //!
 //! Text that comes from an image is escaped and truncated before it becomes part of a message
-//! ([`shown`](crate::shown)).
+//! ([`shown`](crate::shown)). Errors name a part of a source, and never the source itself: whoever opens it knows its name, and
+//! says it once.
 
 use crate::{Digest, digest::DigestError};
 use layer_recode::RecodeError;
@@ -26,7 +27,7 @@ pub enum ImageErrorKind {
     Io,
 }
 
-/// An error of an image; `what` names the document, blob or member.
+/// An error of an image; `what` names the document, blob, member or archive.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {

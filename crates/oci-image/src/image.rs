@@ -9,8 +9,9 @@
 
 use crate::{
     Blobs, Descriptor, Digest, ImageConfig, ImageError, Layer, LayerReader, Limits, MediaKind, Platform,
+    sum::PlainSum,
 };
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 /// A manifest with its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +44,8 @@ pub struct Image {
     pub(crate) listed: Vec<Listed>,
     pub(crate) blobs: Arc<dyn Blobs>,
     pub(crate) limits: Limits,
+    /// Of all who read its layers.
+    pub(crate) sum: Arc<PlainSum>,
 }
 
 impl Image {
@@ -86,7 +89,15 @@ impl Image {
         &self.limits
     }
 
-    /// Opens layer `index`, counted from 0, the lowest. A layer can be opened several times, also at once.
+    /// From now on, only these layers are opened, and no other blob: the copy of an archive that came through a pipe or was
+    /// compressed gives the space of the rest back.
+    pub fn keep_layers(&self, layers: Range<usize>) {
+        let kept = self.layers.get(layers).unwrap_or_default();
+        self.blobs.keep(&kept.iter().map(|layer| layer.descriptor.digest).collect::<Vec<_>>());
+    }
+
+    /// Opens layer `index`, counted from 0, the lowest. A layer can be opened several times, also at once. Reading fails where
+    /// all layers together exceed a limit.
     ///
     /// # Errors
     /// [`ImageError::Usage`] if there is no such layer; [`ImageError::NotFound`] if its blob is missing;
@@ -100,7 +111,7 @@ impl Image {
             )));
         };
         let what = layer_name(index, layer);
-        let opened = LayerReader::open(&*self.blobs, &what, layer, &self.limits);
+        let opened = LayerReader::open(&*self.blobs, &what, layer, &self.limits, (&self.sum, index));
         match opened {
             Err(ImageError::NotFound { .. }) if is_foreign(&layer.descriptor) => {
                 let reason = "its blob is not part of the image and must be fetched from its publisher; this is a layer \

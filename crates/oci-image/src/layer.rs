@@ -8,11 +8,12 @@
 //! an end, so a consumer that reads to the end cannot miss it. A consumer that stops before the end calls
 //! [`LayerReader::finish`]. Called by `image`.
 
-use crate::{Blobs, Descriptor, Digest, ImageError, Limits, blobs, digest::Hasher};
+use crate::{Blobs, Descriptor, Digest, ImageError, Limits, blobs, digest::Hasher, sum::PlainSum};
 use layer_recode::{Compression, ExpandLimits, Expander, RecodeError};
 use std::{
     fmt,
     io::{self, Read},
+    sync::Arc,
 };
 
 /// Bytes that are read at a time where nothing but the end is of interest.
@@ -56,6 +57,8 @@ pub struct LayerReader {
     /// Digests the plain bytes; `None` if they are the blob, whose digest is the diff id, and after the end.
     hasher: Option<Hasher>,
     diff_id: Digest,
+    /// Counts the plain bytes, with the number of the layer.
+    sum: (Arc<PlainSum>, usize),
     what: String,
     ended: bool,
     failed: bool,
@@ -68,6 +71,7 @@ impl LayerReader {
         what: &str,
         layer: &Layer,
         limits: &Limits,
+        (sum, index): (&Arc<PlainSum>, usize),
     ) -> Result<Self, ImageError> {
         let blob = blobs::open(blobs, what, &layer.descriptor)?;
         let expand = ExpandLimits {
@@ -85,6 +89,7 @@ impl LayerReader {
             expander,
             hasher,
             diff_id: layer.diff_id,
+            sum: (Arc::clone(sum), index),
             what: what.to_owned(),
             ended: false,
             failed: false,
@@ -133,6 +138,9 @@ impl LayerReader {
             Err(e) => return Err(self.broken(e)),
         };
         if n > 0 {
+            let (sum, index) = &self.sum;
+            sum.add(*index, self.expander.summary().bytes_out)
+                .map_err(|reason| ImageError::limit(self.what.as_str(), reason))?;
             if let Some(hasher) = &mut self.hasher {
                 hasher.update(&buf[..n]);
             }

@@ -49,6 +49,8 @@ mod platform;
 mod registry;
 mod resolve;
 mod source;
+mod spool;
+mod sum;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod text;

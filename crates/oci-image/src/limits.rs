@@ -4,7 +4,7 @@
 
 use layer_recode::MAX_WINDOW_LOG;
 
-/// Plain bytes of a layer that are accepted whatever the ratio: below this, a ratio says nothing.
+/// Plain bytes of an image that are accepted whatever the ratio: below this, a ratio says nothing.
 pub const RATIO_FLOOR: u64 = 64 << 20;
 
 /// The limits of an image.
@@ -21,9 +21,10 @@ pub struct Limits {
     pub layers: usize,
     /// Members of an archive.
     pub members: usize,
-    /// Plain bytes of one layer, and of an archive that is compressed as a whole.
-    pub layer_bytes: u64,
-    /// Plain bytes for each compressed byte, beyond [`RATIO_FLOOR`]. gzip cannot exceed 1032.
+    /// Plain bytes of all layers together, and of an archive that is compressed as a whole.
+    pub image_bytes: u64,
+    /// Plain bytes for each compressed byte, of a layer and of all layers together, beyond [`RATIO_FLOOR`]. gzip cannot exceed
+    /// 1032.
     pub ratio: u64,
     /// Base-2 logarithm of the largest window of zstd, in bytes.
     pub window_log: u32,
@@ -37,7 +38,7 @@ impl Default for Limits {
             index_depth: 8,
             layers: 1000,
             members: 200_000,
-            layer_bytes: 1 << 40,
+            image_bytes: 1 << 40,
             ratio: 1100,
             window_log: MAX_WINDOW_LOG,
         }
@@ -45,8 +46,13 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// The most plain bytes of `size` compressed ones, by their ratio.
+    pub(crate) fn expanded(&self, size: u64) -> u64 {
+        size.saturating_mul(self.ratio).max(RATIO_FLOOR)
+    }
+
     /// The most plain bytes of `size` compressed ones.
     pub(crate) fn plain_bytes(&self, size: u64) -> u64 {
-        size.saturating_mul(self.ratio).max(RATIO_FLOOR).min(self.layer_bytes)
+        self.expanded(size).min(self.image_bytes)
     }
 }

@@ -7,7 +7,7 @@
 //! Names and order are those of containerd's `platforms` package (`defaults`, `compare.go`): an amd64 machine also runs
 //! 386, an arm64 machine also runs arm, and a variant runs the lower ones. Called by `resolve`.
 
-use crate::{ImageError, text::shown};
+use crate::ImageError;
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
@@ -130,10 +130,9 @@ impl FromStr for Platform {
             [os, architecture, variant] if plain(os) && plain(architecture) && plain(variant) => {
                 Ok(Self::new(os, architecture, variant))
             }
-            _ => Err(ImageError::Usage(format!(
-                "not a platform: {}: expected os/architecture or os/architecture/variant, for example linux/arm64",
-                shown(text)
-            ))),
+            _ => Err(ImageError::Usage(
+                "expected os/architecture or os/architecture/variant, for example linux/arm64".to_owned(),
+            )),
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::{
     Manifest, MediaKind, Platform, RawManifest, blobs,
     media::OCI_MANIFEST,
     name,
+    sum::PlainSum,
     text::{shown, shown_list},
 };
 use std::{
@@ -122,6 +123,7 @@ pub(crate) fn find(
         config,
         config_descriptor: manifest.config,
         manifest: Some(raw),
+        sum: Arc::new(PlainSum::new(layers.iter().map(|layer| layer.descriptor.size), limits)),
         layers,
         names: leaf.names,
         listed,

@@ -6,7 +6,7 @@
 //!   oci-archive:FILE[:REF]      a layout in a tar  ─┐ scanned,    index.json ─► resolve
 //!   docker-archive:FILE[:NAME]  `docker save`      ─┤ not         manifest.json ─► docker
 //!   -                           either, on stdin   ─┘ unpacked
-//!                                   not a plain regular file? ─► spooled to an unnamed file, within its room
+//!                                   not a plain regular file? ─► spooled to unnamed files, within their room
 //! ```
 //!
 //! REF is a tag, a name or a digest; `oci:DIR@sha256:…` is a digest, too. An image of a registry is one for which the
@@ -16,7 +16,7 @@
 use crate::{
     Blob, Blobs, CONTAINERD_NAME, Descriptor, Digest, Direct, Files, Image, ImageError, Index, LayoutFile,
     Limits, Place, Platform, RegistryName, RegistryReference, RemotePart,
-    archive::{Archive, ArchiveBlobs},
+    archive::{ARCHIVE, Archive, ArchiveBlobs},
     blobs::{Part, reason},
     digest::Hasher,
     docker,
@@ -24,6 +24,7 @@ use crate::{
     media::OCI_INDEX,
     registry::RegistryBlobs,
     resolve::{self, Wanted},
+    spool::{ArchiveFile, Spool},
     text::shown,
 };
 use disk_io::ReadAt;
@@ -33,7 +34,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     fs::File,
-    io::{self, Read, Seek, Write},
+    io::{self, Read, Seek},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -94,12 +95,12 @@ impl Source {
     /// Reads a source.
     ///
     /// # Errors
-    /// [`ImageError::Usage`] for any other form.
+    /// [`ImageError::Usage`] for any other form, without the text itself.
     pub fn parse(text: &str) -> Result<Self, ImageError> {
         if text == "-" {
             return Ok(Self::Stdin);
         }
-        let usage = |reason: &str| ImageError::Usage(format!("{}: {reason}", shown(text)));
+        let usage = |reason: &str| ImageError::Usage(reason.to_owned());
         let (transport, rest) = text
             .split_once(':')
             .filter(|(transport, _)| transport.len() > 1)
@@ -157,19 +158,18 @@ impl Source {
     pub fn open_with(&self, files: &Arc<dyn Files>, options: &Options) -> Result<Image, ImageError> {
         let wanted = Wanted { reference: self.reference(), platform: options.platform.as_ref() };
         let limits = &options.limits;
-        let what = self.to_string();
         match self {
             Self::Layout { .. } => {
-                let read = |name: LayoutFile| small(&**files, &what, &name, limits.document_bytes);
-                check_layout(&what, &read(LayoutFile::Layout)?)?;
+                let read = |name: LayoutFile| small(&**files, &name, limits.document_bytes);
+                check_layout(&read(LayoutFile::Layout)?)?;
                 let index = read(LayoutFile::Index)?;
                 let blobs = Arc::new(LayoutBlobs { files: Arc::clone(files) });
                 resolve::find("index.json", &index, blobs, &wanted, limits)
             }
-            Self::OciArchive { .. } => oci(archive(&**files, &what, limits)?, &wanted, limits),
-            Self::DockerArchive { .. } => docker::find(archive(&**files, &what, limits)?, &wanted, limits),
+            Self::OciArchive { .. } => oci(archive(&**files, limits)?, &wanted, limits),
+            Self::DockerArchive { .. } => docker::find(archive(&**files, limits)?, &wanted, limits),
             Self::Stdin => {
-                let archive = archive(&**files, &what, limits)?;
+                let archive = archive(&**files, limits)?;
                 // Docker 25 and later write both, and then the layout says more.
                 if archive.has(&LayoutFile::Index.path()) {
                     oci(archive, &wanted, limits)
@@ -188,7 +188,7 @@ impl fmt::Display for Source {
             Self::Layout { directory, .. } => ("oci", directory),
             Self::OciArchive { file, .. } => ("oci-archive", file),
             Self::DockerArchive { file, .. } => ("docker-archive", file),
-            Self::Stdin => return f.write_str("the archive on standard input"),
+            Self::Stdin => return f.write_str("standard input"),
             Self::Registry(name) => return write!(f, "docker://{name}"),
         };
         let text = match self.reference() {
@@ -233,8 +233,8 @@ impl Blobs for LayoutBlobs {
 }
 
 /// A small file of a layout.
-fn small(files: &dyn Files, source: &str, name: &LayoutFile, limit: u64) -> Result<Vec<u8>, ImageError> {
-    let what = format!("{} of {source}", name.path());
+fn small(files: &dyn Files, name: &LayoutFile, limit: u64) -> Result<Vec<u8>, ImageError> {
+    let what = name.path();
     let file = match files.layout(name) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(ImageError::NotFound {
@@ -307,8 +307,9 @@ struct LayoutVersion {
 }
 
 /// Whether the layout has a version that is known.
-fn check_layout(what: &str, bytes: &[u8]) -> Result<(), ImageError> {
-    let version: LayoutVersion = crate::document::json("oci-layout", bytes)?;
+fn check_layout(bytes: &[u8]) -> Result<(), ImageError> {
+    let what = LayoutFile::Layout.path();
+    let version: LayoutVersion = crate::document::json(&what, bytes)?;
     let version = version.image_layout_version;
     if version.split('.').next() == Some(LAYOUT_VERSION) {
         return Ok(());
@@ -332,49 +333,50 @@ fn oci(archive: Archive, wanted: &Wanted<'_>, limits: &Limits) -> Result<Image, 
     };
     let index = document(&LayoutFile::Index)?.ok_or_else(|| missing(&LayoutFile::Index))?;
     let layout = document(&LayoutFile::Layout)?.ok_or_else(|| missing(&LayoutFile::Layout))?;
-    check_layout("the archive", &layout)?;
+    check_layout(&layout)?;
     resolve::find("index.json", &index, Arc::new(ArchiveBlobs(archive)), wanted, limits)
 }
 
 /// Scans an archive, which is spooled first if it cannot be read in any order.
-fn archive(files: &dyn Files, what: &str, limits: &Limits) -> Result<Archive, ImageError> {
-    let reading = |e| ImageError::reading(what, e);
+fn archive(files: &dyn Files, limits: &Limits) -> Result<Archive, ImageError> {
+    let reading = |e| ImageError::reading(ARCHIVE, e);
     let mut file = files.archive().map_err(reading)?;
     let metadata = file.metadata().map_err(reading)?;
     if metadata.is_dir() {
-        return Err(ImageError::unsupported(what, "it is a directory; a layout is named oci:DIR"));
+        return Err(ImageError::unsupported(ARCHIVE, "it is a directory; a layout is named oci:DIR"));
     }
     let file = if metadata.is_file() && file.stream_position().map_err(reading)? == 0 {
         let mut head = [0; HEAD_BYTES];
         let n = file.read_at(&mut head, 0).map_err(reading)?;
-        refuse_foreign(what, &head[..n])?;
+        refuse_foreign(&head[..n])?;
+        let file = ArchiveFile::File(file);
         if sniff(&head[..n]) == Compression::Plain {
             Arc::new(file)
         } else {
             let size = metadata.len();
-            spool(files, what, Part::new(Arc::new(file), 0, size), limits)?
+            spool(files, Part::new(Arc::new(file), 0, size), limits)?
         }
     } else {
-        spool(files, what, file, limits)?
+        spool(files, file, limits)?
     };
-    Archive::scan(file, what, limits)
+    Archive::scan(file, limits)
 }
 
 /// Refuses an archive whose compression is recognized and not supported.
-fn refuse_foreign(what: &str, head: &[u8]) -> Result<(), ImageError> {
+fn refuse_foreign(head: &[u8]) -> Result<(), ImageError> {
     let Some((name, tool)) = foreign(head) else { return Ok(()) };
     let reason = format!("it is compressed with {name}; pipe it through `{tool}` and name it -");
-    Err(ImageError::unsupported(what, reason))
+    Err(ImageError::unsupported(ARCHIVE, reason))
 }
 
-/// Copies the plain bytes of an archive to an unnamed file.
-fn spool(files: &dyn Files, what: &str, input: impl Read, limits: &Limits) -> Result<Arc<File>, ImageError> {
+/// Copies the plain bytes of an archive to unnamed files.
+fn spool(files: &dyn Files, input: impl Read, limits: &Limits) -> Result<Arc<ArchiveFile>, ImageError> {
     let scratch = files.scratch().map_err(|e| ImageError::reading("a scratch file", e))?;
-    let expanding = |e| ImageError::expanding(what, e);
-    let expand = ExpandLimits { output_bytes: limits.layer_bytes, window_log: limits.window_log };
+    let expanding = |e| ImageError::expanding(ARCHIVE, e);
+    let expand = ExpandLimits { output_bytes: limits.image_bytes, window_log: limits.window_log };
     let mut expander = Expander::new(input, None, &expand).map_err(expanding)?;
-    refuse_foreign(what, expander.ahead())?;
-    let mut file = scratch.file;
+    refuse_foreign(expander.ahead())?;
+    let (mut spool, mut first) = (Spool::default(), Some(scratch.file));
     let mut buffer = vec![0; SPOOL_BYTES];
     loop {
         let n = expander.expand(&mut buffer).map_err(expanding)?;
@@ -387,12 +389,11 @@ fn spool(files: &dyn Files, what: &str, input: impl Read, limits: &Limits) -> Re
         }
         if summary.bytes_out > limits.plain_bytes(summary.bytes_in) {
             let reason = format!("it expands to more than {} times its size", limits.ratio);
-            return Err(ImageError::limit(what, reason));
+            return Err(ImageError::limit(ARCHIVE, reason));
         }
-        file.write_all(&buffer[..n])
-            .map_err(|source| ImageError::Write { what: "a scratch file".to_owned(), source })?;
+        spool.append(&buffer[..n], files, &mut first)?;
     }
-    Ok(Arc::new(file))
+    Ok(Arc::new(ArchiveFile::Spool(spool)))
 }
 
 /// The file or directory of a source, for those that must know before it is opened.

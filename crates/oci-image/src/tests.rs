@@ -340,10 +340,17 @@ fn bombs_are_stopped_by_size_and_by_ratio() {
     // zstd compresses zeros by more than 1100, gzip cannot.
     let image = with(Limits::default());
     assert_eq!(kind(image.open_layer(0).unwrap().finish()), ImageErrorKind::Limit);
+    let image = with(Limits::default());
     assert_eq!(image.open_layer(1).unwrap().finish().unwrap().plain_bytes, 100 << 20);
     let image = with(Limits { ratio: u64::MAX, ..Limits::default() });
     assert_eq!(image.open_layer(0).unwrap().finish().unwrap().plain_bytes, 100 << 20);
-    let image = with(Limits { layer_bytes: 99 << 20, ..Limits::default() });
+    let image = with(Limits { image_bytes: 99 << 20, ..Limits::default() });
+    assert_eq!(kind(image.open_layer(1).unwrap().finish()), ImageErrorKind::Limit);
+    // Each layer fits, and both together do not; a layer that is read twice counts once.
+    let image = with(Limits { image_bytes: 150 << 20, ratio: u64::MAX, ..Limits::default() });
+    for _ in 0..2 {
+        assert_eq!(image.open_layer(0).unwrap().finish().unwrap().plain_bytes, 100 << 20);
+    }
     assert_eq!(kind(image.open_layer(1).unwrap().finish()), ImageErrorKind::Limit);
     // An archive that is one.
     let file = place.file("bomb.tar.zst", &pack(&zeros, Packing::Zstd));
@@ -628,4 +635,42 @@ fn an_image_of_a_registry_is_found_through_its_parts() {
     assert_eq!(kind(open(x86.digest, "a", Some("linux/s390x")).0), ImageErrorKind::NotFound);
     let missing = open(Digest::sha256(b""), "a", None).0.unwrap_err();
     assert_eq!(missing.to_string(), "the manifest not found; the registry has none");
+}
+
+#[test]
+fn a_spooled_archive_gives_back_what_is_no_longer_needed() {
+    let noise = |seed: u64| -> Vec<u8> {
+        let mut state = seed;
+        let next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(seed);
+            (state >> 56) as u8
+        };
+        std::iter::repeat_with(next).take(3 << 20).collect()
+    };
+    let tars: Vec<Vec<u8>> = (1..4).map(|n| Tar::default().file("a", &noise(n)).finish()).collect();
+    let layers: Vec<(&[u8], Packing)> = tars.iter().map(|tar| (&tar[..], Packing::Plain)).collect();
+    let mut store = Store::default();
+    let manifest = store.manifest("linux/amd64", &layers);
+    store.list(manifest, "");
+    let place = Place::new();
+    for (bytes, docker) in [(archive(&store.files()), false), (archive(&store.docker()), true)] {
+        let file = place.file("spooled.gz", &pack(&bytes, Packing::Gzip));
+        let source = if docker {
+            Source::DockerArchive { file, reference: None }
+        } else {
+            Source::OciArchive { file, reference: None }
+        };
+        let image = open(&source).unwrap();
+        for (number, tar) in tars.iter().enumerate().rev() {
+            let end = number + 1;
+            image.keep_layers(0..end);
+            assert!(plain(&image, number).unwrap() == *tar);
+        }
+        assert_eq!(kind(plain(&image, 2)), ImageErrorKind::Io);
+        assert!(plain(&image, 0).is_ok());
+    }
+    // The archive itself stays as it is.
+    let image = open(&place.oci_archive(&archive(&store.files()))).unwrap();
+    image.keep_layers(0..0);
+    assert!(plain(&image, 2).is_ok());
 }

@@ -299,7 +299,8 @@ impl Codec for RealCodec {
         let is_live = live.is_some();
         let (stack, below) = (self.sources(&target, is_live), self.parent_layers(&target, &parent, is_live));
         let spec = parent_spec(&parent, &below);
-        let options = ExportOptions { id_maps: id_maps.clone(), version, source_date_epoch };
+        let options =
+            ExportOptions { id_maps: id_maps.clone(), strict_ids: false, version, source_date_epoch };
         let summary = hooked(live, |hooks| layer_codec::export(&stack, spec, &options, hooks, out))?;
         Ok(ExportSummary {
             tar_bytes: summary.tar_bytes,

@@ -14,11 +14,11 @@ const BUFFER: usize = 256 << 10;
 pub(super) fn cat(args: &CatArgs) -> Result<ExitCode, CliError> {
     let opened = open::open(0, &args.image, &args.source)?;
     let tree = open::tree(&opened, &args.source, false)?;
-    let doing = format!("read {:?} of", args.path);
     let node = tree
         .find(args.path.as_bytes(), true)
         .map(|id| tree.node(id))
-        .map_err(|e| open::failed(&doing, &opened.name, &e))?;
+        .map_err(|e| open::failed("read", &opened.name, &e))?;
+    let doing = format!("read {:?} of", args.path);
     if node.kind != NodeKind::File {
         return Err(format!("cannot {doing} {}: it is not a regular file", opened.name).into());
     }

@@ -3,16 +3,19 @@
 //! ```text
 //!   DISK ────────────┐ compared: types, attributes, contents     filter        gzip, zstd
 //!   base disk ───────┴─► canonical tar (scratch) ─► /proc, lost+found … left out ─► blob (scratch) ─┐
-//!     │ --base-disk, or SRC packed anew (scratch)                                                   │
+//!     │ --base-disk, or SRC packed anew (scratch), with --base-digests without data                 │
 //!   SRC: configuration, layers ─────────────────────► configuration, history, manifest ─────────────┴─► --to
 //! ```
 //!
-//! Equal size and time prove nothing: files that metadata cannot tell apart are compared byte by byte. A dirty journal is
-//! replayed in memory; the disk is only read. The base's blobs are copied as they are. Called by the parent module.
+//! Equal size and time prove nothing: files that metadata cannot tell apart are compared byte by byte, or by their digests. A
+//! dirty journal is replayed in memory; the disk is only read. The base's blobs are copied as they are. Called by the parent
+//! module.
 
 use super::{
     CommitArgs, LayerCompression,
+    digests::BaseDigests,
     filter::Filtered,
+    ids,
     open::{self, Opened},
 };
 use crate::cli::{
@@ -20,7 +23,7 @@ use crate::cli::{
     layer::{
         bar,
         failure::failed,
-        image::{Disk, Image as DiskImage},
+        image::{Disk, open_disk},
         output::NewFile,
     },
     listing::{date, escaped},
@@ -30,7 +33,8 @@ use bytesize::ByteSize;
 use disk_io::{StreamOut, WriteAt};
 use ext4_image::BlockSize;
 use layer_codec::{
-    ExportOptions, ExportSummary, LayerKind, LayerSource, NoHooks, ParentLayer, ParentSpec, export,
+    DiffError, ExportOptions, ExportSummary, LayerKind, LayerSource, LiveHooks, OutsideId, ParentLayer,
+    ParentSpec, export,
     flat::{FlatOptions, flatten},
 };
 use layer_recode::compress;
@@ -153,6 +157,35 @@ impl StreamOut for TarFile {
     }
 }
 
+/// What the export asks.
+struct Hooks<'a, F> {
+    /// What of the disk becomes part of the layer: an owner of anything else does not matter.
+    wanted: F,
+    digests: Option<&'a BaseDigests>,
+}
+
+impl<F: Fn(&[u8]) -> bool> LiveHooks for Hooks<'_, F> {
+    fn has_parent_digests(&self) -> bool {
+        self.digests.is_some()
+    }
+
+    fn parent_digest(&mut self, path: &[u8]) -> Option<[u8; 32]> {
+        self.digests?.get(path)
+    }
+
+    fn metadata_read(&mut self) -> Result<(), DiffError> {
+        Ok(())
+    }
+
+    fn before_recheck(&mut self) -> Result<(), DiffError> {
+        Ok(())
+    }
+
+    fn outside(&mut self, path: &[u8], id: OutsideId) -> Result<(), DiffError> {
+        if (self.wanted)(path) { Err(DiffError::outside(path, id)) } else { Ok(()) }
+    }
+}
+
 /// Refuses a disk that something writes to. Asked by the process that has the caller's rights.
 #[cfg(target_os = "linux")]
 pub(super) fn refuse_writers(disk: &std::path::Path) -> Result<(), CliError> {
@@ -175,23 +208,32 @@ pub(super) fn commit(args: &CommitArgs) -> Result<ExitCode, CliError> {
     let scratch = || -> Result<File, CliError> {
         files.scratch().map(|made| made.file).map_err(|e| format!("cannot create a scratch file: {e}").into())
     };
-    let disk = DiskImage::open(&args.disk)?;
-    let target = [LayerSource::new(disk.disk.clone(), LayerKind::Applied)];
+    let disk = open_disk(&args.disk)?;
+    let id_maps = ids::maps(&args.uid_map, &args.gid_map);
+    ids::check_backwards(&id_maps)?;
+    let shifted = !id_maps.is_empty();
+    let of = |disk: Disk, host_ids| LayerSource { host_ids, ..LayerSource::new(disk, LayerKind::Applied) };
+    let target = [of(disk, shifted)];
+    let list = args.base_digests.as_deref();
+    let digests = list.map(|list| BaseDigests::read(list, &opened, args.source.max_entries)).transpose()?;
     let base = match &args.base_disk {
-        Some(path) => DiskImage::open(path)?.disk,
-        None => pack_base(&opened, scratch()?)?,
+        Some(path) => of(open_disk(path)?, shifted),
+        // Packed anew, it has the ids of the image.
+        None => of(pack_base(&opened, scratch()?, digests.is_none())?, false),
     };
-    let parents = [ParentLayer::Other(LayerSource::new(base, LayerKind::Applied))];
+    let parents = [ParentLayer::Other(base)];
     let epoch = args.source_date_epoch;
     let mut tar = scratch()?;
-    let options = ExportOptions { source_date_epoch: epoch, ..ExportOptions::default() };
+    let options =
+        ExportOptions { id_maps, source_date_epoch: epoch, strict_ids: true, ..ExportOptions::default() };
+    let wanted = |path: &[u8]| is_wanted(args, path);
+    let mut hooks = Hooks { wanted, digests: digests.as_ref() };
     let mut out = TarFile(BufWriter::with_capacity(BUFFER, tar.try_clone()?));
-    let exported = export(&target, Some(ParentSpec::Layers(&parents)), &options, &mut NoHooks, &mut out)
+    let exported = export(&target, Some(ParentSpec::Layers(&parents)), &options, &mut hooks, &mut out)
         .map_err(|e| failed("commit", &args.disk, &e))?;
     out.flush().map_err(|e| failed("commit", &args.disk, &e))?;
     tar.rewind().map_err(|e| failed("commit", &args.disk, &e))?;
     let blob = scratch()?;
-    let wanted = |path: &[u8]| is_wanted(args, path);
     let mut filtered = Digested::new(Filtered::new(tar, wanted));
     let mut packed = Digested::new(BufWriter::with_capacity(BUFFER, blob.try_clone()?));
     let (format, suffix) = match args.compression {
@@ -261,11 +303,11 @@ fn is_wanted(args: &CommitArgs, path: &[u8]) -> bool {
     })
 }
 
-/// The disk of the base, made anew.
-fn pack_base(opened: &Opened, scratch: File) -> Result<Disk, CliError> {
+/// The disk of the base, made anew; `contents`: with the data of its files.
+fn pack_base(opened: &Opened, scratch: File, contents: bool) -> Result<Disk, CliError> {
     let image: &Image = &opened.image;
     let file = Arc::new(scratch);
-    let mut options = FlatOptions::default();
+    let mut options = FlatOptions { contents, ..FlatOptions::default() };
     let bar = bar(None);
     loop {
         let mut open = |number: usize| -> io::Result<Box<dyn Read>> {

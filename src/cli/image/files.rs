@@ -7,11 +7,15 @@
 //!
 //! Order: depth first, the names of each directory by their bytes; a file of several names has a line for each. A file with
 //! more than 1 GiB of holes has no line. Equal images give equal bytes. `cd ROOT && zstd -dc OUT.b3sums.zst | b3sum --check`
-//! checks the files of a mounted disk. Called by `pack`.
+//! checks the files of a mounted disk. Called by `pack`; read by `digests`.
 
 use layer_codec::flat::FlatFile;
 use std::io::{self, Write};
 
+/// What is appended to OUT for the list.
+pub(super) const FILES_SUFFIX: &str = ".b3sums.zst";
+/// What is appended to OUT for the description, which says of which image it is.
+pub(super) const JSON_SUFFIX: &str = ".json";
 /// Compression level: digests do not compress, and higher ones take megabytes of memory.
 const LEVEL: i32 = 1;
 

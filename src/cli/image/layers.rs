@@ -30,8 +30,12 @@ use disk_io::SubDisk;
 use ext4_image::BlockSize;
 use indicatif::ProgressBar;
 use layer_codec::{
-    LayerKind, LayerSource, RootHash,
-    apply::{ApplyOptions, ApplyResources, ApplySummary, LayerChain, LowerUse, NoGrowth, apply_growing},
+    DiffError, LayerKind, LayerSource, RootHash,
+    apply::{
+        ApplyLimits, ApplyOptions, ApplyResources, ApplySummary, LayerChain, LowerUse, NAMES, NoGrowth,
+        TAR_BYTES, apply_growing,
+    },
+    flat::{ALL_ENTRIES, ALL_TAR_BYTES},
 };
 use oci_image::Image;
 use serde::Serialize;
@@ -74,7 +78,7 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     };
     let out = &args.output;
     let Opened { image, name: source } = open::open(0, &args.image, &args.source)?;
-    let options = ApplyOptions {
+    let mut options = ApplyOptions {
         block_size: args.block_size().bytes(),
         verity: args.verity(),
         max_image_bytes: args.format.unwrap_or(DiskFormat::Raw).most(),
@@ -83,11 +87,13 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
         lowers: LowerUse::LinksAndDirectories,
         ..ApplyOptions::default()
     };
+    let all = options.limits;
     let bar = bar(None);
     let mut below: Vec<Arc<SubDisk<Arc<File>>>> = Vec::new();
     let mut list = Vec::new();
     let mut dir = NewDirectory::create(out)?;
     for (number, layer) in image.layers().iter().enumerate() {
+        image.keep_layers(number..image.layers().len());
         let hex = layer.diff_id.hex();
         let extension = if footer { "vhd" } else { "img" };
         let name = format!("{number:03}-{}.{extension}", hex.get(..DIGITS).unwrap_or(&hex));
@@ -95,8 +101,12 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
         let done = one(&image, number, &file, &below, &options, &dir, &bar);
         let done = done.map_err(|e| {
             bar.finish_and_clear();
-            failed_to_pack(&source, &*e)
+            failed_to_pack(&source, &*of_all(e, &all))
         })?;
+        // The limits are those of all layers together.
+        let left = &mut options.limits;
+        left.entries = left.entries.saturating_sub(done.entries);
+        left.tar_bytes = left.tar_bytes.saturating_sub(done.tar_bytes);
         below.insert(0, Arc::new(SubDisk::new(file, 0, done.image_bytes)));
         list.push(Listed {
             file: name,
@@ -128,6 +138,25 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// An error of a layer that was given what the layers below had left, with the limits of all layers.
+fn of_all(error: CliError, all: &ApplyLimits) -> CliError {
+    match error.downcast::<DiffError>() {
+        Ok(mut known) => {
+            if let DiffError::Layer { source, .. } = &mut *known
+                && let DiffError::Limit { what, limit, .. } = &mut **source
+            {
+                match *what {
+                    NAMES => (*what, *limit) = (ALL_ENTRIES, all.entries),
+                    TAR_BYTES => (*what, *limit) = (ALL_TAR_BYTES, all.tar_bytes),
+                    _ => {}
+                }
+            }
+            known
+        }
+        Err(other) => other,
+    }
+}
+
 /// Applies one layer; with larger blocks if an entry needs them.
 fn one(
     image: &Image,
@@ -144,7 +173,7 @@ fn one(
         let mut next = below.iter();
         let mut chain = LayerChain::new(below.len(), || {
             let disk = next.next().cloned();
-            let disk = disk.ok_or_else(|| layer_codec::DiffError::Usage("no such layer".into()))?;
+            let disk = disk.ok_or_else(|| DiffError::Usage("no such layer".into()))?;
             Ok(LayerSource::new(disk, LayerKind::Applied))
         });
         let resources = ApplyResources {
@@ -158,7 +187,9 @@ fn one(
                 options.block_size = BlockSize::LARGEST.bytes();
                 file.set_len(0)?;
             }
-            other => return Ok(other?),
+            other => {
+                return Ok(other.map_err(|source| DiffError::Layer { number, source: Box::new(source) })?);
+            }
         }
     }
 }

@@ -98,7 +98,7 @@ fn listed(opened: &open::Opened, path: &[u8], node: &Node) -> Listed {
 pub(super) fn ls(args: &LsArgs) -> Result<ExitCode, CliError> {
     let opened = open::open(0, &args.image, &args.source)?;
     let tree = open::tree(&opened, &args.source, false)?;
-    let about = |e| open::failed(&format!("list {:?} of", args.path), &opened.name, &e);
+    let about = |e| open::failed("list", &opened.name, &e);
     let id = tree.find(args.path.as_bytes(), args.path.ends_with('/')).map_err(about)?;
     if args.du {
         return du(args, &opened, &tree, id);

@@ -7,7 +7,7 @@
 //!    ├─ inspect      configuration, layers, other platforms                             inspect
 //!    ├─ diff         what two images differ in                                          diff
 //!    ├─ pack         one disk with the merged tree, or a file for each layer            pack, layers, disk, files, ahead
-//!    └─ commit       what was changed on a disk, as a layer on the image                commit, filter
+//!    └─ commit       what was changed on a disk, as a layer on the image                commit, filter, ids, digests
 //! ```
 //!
 //! Nothing is unpacked but by `pack`: layers are read as streams, and verified. All of this happens in a jailed process, which can open the
@@ -17,9 +17,11 @@ mod ahead;
 mod cat;
 mod commit;
 mod diff;
+mod digests;
 mod disk;
 mod files;
 mod filter;
+mod ids;
 mod inspect;
 mod layers;
 mod ls;
@@ -33,6 +35,7 @@ use super::{
 };
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
+use layer_codec::IdRange;
 use oci_image::{Limits, Platform, Source, tree::TreeOptions, write::Destination};
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
@@ -69,7 +72,8 @@ struct SourceArgs {
     /// Maximum number of entries, all layers together. Each takes about 300 bytes of memory.
     #[arg(long, value_name = "NUMBER", default_value_t = TreeOptions::default().entries)]
     max_entries: usize,
-    /// Maximum number of plain bytes for each byte of a compressed layer; the first 64 MiB of a layer are always accepted.
+    /// Maximum number of plain bytes for each byte of the compressed layers, of each and of all together; the first 64 MiB are
+    /// always accepted.
     #[arg(long, value_name = "NUMBER", default_value_t = Limits::default().ratio)]
     max_ratio: u64,
     #[command(flatten)]
@@ -187,9 +191,20 @@ pub(super) struct CommitArgs {
     /// Where the new image is written: oci:DIR:REF, oci-archive:FILE[:REF] or docker-archive:FILE[:NAME:TAG].
     #[arg(long, value_name = "DEST", value_parser = destination)]
     to: Destination,
-    /// A disk that `pack` made of the base; by default, the base is packed anew into a scratch file.
+    /// A disk that `pack` made of the base, with the same --uid-map; by default, the base is packed anew into a scratch file.
     #[arg(long, value_name = "FILE")]
     base_disk: Option<PathBuf>,
+    /// The list OUT.b3sums.zst that `pack` left beside a disk of the base, with OUT.json beside it: contents are compared by
+    /// these digests, and the base needs no space in scratch files.
+    #[arg(long, value_name = "FILE", conflicts_with = "base_disk")]
+    base_digests: Option<PathBuf>,
+    /// Shifts owners back, as the disk was packed with the same option: users HOST to HOST+COUNT-1 of the disk become FIRST to
+    /// FIRST+COUNT-1 in the layer; can be repeated. An owner in none of the ranges is an error.
+    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = ids::id_range)]
+    uid_map: Vec<IdRange>,
+    /// The same for groups; by default, the ranges of --uid-map.
+    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = ids::id_range, requires = "uid_map")]
+    gid_map: Vec<IdRange>,
     /// How the new layer is compressed.
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "gzip")]
     compression: LayerCompression,
@@ -209,23 +224,23 @@ pub(super) struct CommitArgs {
     /// Prints JSON, with the paths that were left out.
     #[arg(long)]
     json: bool,
-    /// The disk: raw, VHD or VHDX. It is only read, and must not be in use.
+    /// The disk: raw, VHD, VHDX or qcow2. It is only read, and must not be in use.
     #[arg(value_name = "DISK")]
     disk: PathBuf,
 }
 
 impl CommitArgs {
     /// The files that it reads and writes.
-    #[cfg_attr(
-        not(target_os = "linux"),
-        expect(clippy::unnecessary_wraps, reason = "only Linux says who writes to a disk")
-    )]
     fn name_files(&self, grants: &mut Grants) -> Result<(), CliError> {
         #[cfg(target_os = "linux")]
         if !confined::in_jail() {
             commit::refuse_writers(&self.disk)?;
         }
-        grants.inputs = std::iter::once(&self.disk).chain(&self.base_disk).cloned().collect();
+        grants.inputs =
+            std::iter::once(&self.disk).chain(&self.base_disk).chain(&self.base_digests).cloned().collect();
+        if let Some(list) = &self.base_digests {
+            grants.inputs.push(digests::description_of(list)?);
+        }
         match &self.to {
             Destination::Layout { directory, .. } => {
                 grants.layout = Some(grants.sources.len());

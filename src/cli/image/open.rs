@@ -6,7 +6,7 @@ use oci_image::{
     Image, ImageError, Limits, Options, Source,
     tree::{Tree, TreeOptions},
 };
-use std::{error::Error, fmt::Write as _};
+use std::{error::Error, fmt::Write as _, io};
 
 /// An opened image, and how messages name it.
 pub(super) struct Opened {
@@ -18,7 +18,7 @@ pub(super) struct Opened {
 pub(super) fn open(place: usize, source: &Source, args: &SourceArgs) -> Result<Opened, CliError> {
     let name = source.to_string();
     let mut limits = Limits::default();
-    limits.layer_bytes = args.max_size.as_u64();
+    limits.image_bytes = args.max_size.as_u64();
     limits.ratio = args.max_ratio;
     let options = Options { platform: args.platform.clone(), limits, scratch: args.scratch.clone() };
     let files = confined::files(place, source, &args.means());
@@ -33,6 +33,21 @@ pub(super) fn tree(opened: &Opened, args: &SourceArgs, digests: bool) -> Result<
     let tree = Tree::read(&opened.image, &options, &mut |bytes| bar.set_position(bytes));
     bar.finish_and_clear();
     tree.map_err(|e| failed("read", &opened.name, &e))
+}
+
+/// What a reader of the image said, somewhere among the causes of an error of whoever read it. It names layer and digest by
+/// itself.
+pub(super) fn image_error<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e ImageError> {
+    let mut cause = Some(error);
+    while let Some(inner) = cause {
+        let carried = inner.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        let found = inner.downcast_ref().or_else(|| carried.and_then(|carried| carried.downcast_ref()));
+        if found.is_some() {
+            return found;
+        }
+        cause = inner.source();
+    }
+    None
 }
 
 /// `cannot {doing} {name}`, the causes, and what helps.

@@ -12,7 +12,8 @@ use super::{
     SourceArgs,
     ahead::Ahead,
     disk::{DiskFile, DiskFormat, format_of},
-    files::FileList,
+    files::{FILES_SUFFIX, FileList, JSON_SUFFIX},
+    ids,
     open::{self, Opened},
     source,
 };
@@ -35,9 +36,9 @@ use ext4_image::{
 };
 use indicatif::ProgressBar;
 use layer_codec::{
-    IdMaps, IdRange, RootHash,
-    apply::ApplyLimits,
-    flat::{FlatOptions, FlatSummary, flatten},
+    DiffError, IdRange, RootHash,
+    apply::{ApplyLimits, NAMES, TAR_BYTES},
+    flat::{self, FlatOptions, FlatSummary, flatten},
 };
 use oci_image::{Image, Source};
 use serde::Serialize;
@@ -52,11 +53,7 @@ use std::{
 };
 
 /// Version of OUT.json.
-const DESCRIPTION_VERSION: u32 = 1;
-/// What is appended to OUT for the description.
-const JSON_SUFFIX: &str = ".json";
-/// What is appended to OUT for the list of files.
-const FILES_SUFFIX: &str = ".b3sums.zst";
+pub(super) const DESCRIPTION_VERSION: u32 = 1;
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct PackArgs {
@@ -90,10 +87,10 @@ pub(in crate::cli) struct PackArgs {
     pub(super) layers: bool,
     /// Shifts owners: users FIRST to FIRST+COUNT-1 of the image become HOST to HOST+COUNT-1; can be repeated. An owner in
     /// none of the ranges is an error.
-    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = id_range)]
+    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = ids::id_range)]
     uid_map: Vec<IdRange>,
     /// The same for groups; by default, the ranges of --uid-map.
-    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = id_range, requires = "uid_map")]
+    #[arg(long, value_name = "FIRST:HOST:COUNT", value_parser = ids::id_range, requires = "uid_map")]
     gid_map: Vec<IdRange>,
     /// Also writes the SHA-256 of OUT to this file, as sha256sum does.
     #[arg(long, value_name = "FILE")]
@@ -168,23 +165,6 @@ fn journal(text: &str) -> Result<JournalSize, String> {
     }
     let size: ByteSize = text.parse()?;
     Ok(JournalSize::Bytes(size.as_u64()))
-}
-
-/// Parses a range of ids.
-fn id_range(text: &str) -> Result<IdRange, String> {
-    let numbers: Vec<u32> = text
-        .split(':')
-        .map(str::parse)
-        .collect::<Result<_, _>>()
-        .map_err(|e| format!("{e}; expected FIRST:HOST:COUNT, for example 0:100000:65536"))?;
-    let [container_id, host_id, size] = numbers[..] else {
-        return Err("expected FIRST:HOST:COUNT, for example 0:100000:65536".to_owned());
-    };
-    let last = size.checked_sub(1).ok_or("a range of no ids")?;
-    if container_id.checked_add(last).is_none() || host_id.checked_add(last).is_none() {
-        return Err("the range ends above 4294967295".to_owned());
-    }
-    Ok(IdRange { container_id, host_id, size })
 }
 
 /// OUT.json: what the disk holds and where it comes from. Nothing in it depends on the machine.
@@ -308,8 +288,8 @@ pub(super) fn pack(args: &PackArgs) -> Result<ExitCode, CliError> {
             inodes: done.inodes,
             uuid: done.uuid,
             writable: options.writable.is_some(),
-            uid_map: ranges(&options.id_maps.uids),
-            gid_map: ranges(&options.id_maps.gids),
+            uid_map: ids::texts(&options.id_maps.uids),
+            gid_map: ids::texts(&options.id_maps.gids),
             sha256: sum.as_ref().map(|(_, hex)| hex.clone()),
         },
         verity: done
@@ -351,15 +331,21 @@ fn fill(
 ) -> Result<(FlatSummary, NewFile, u64), CliError> {
     let files = NewFile::create(files_path)?;
     loop {
+        // Then nothing can make it start anew, and no layer is read after the next one was opened.
+        let final_size = options.block_size == BlockSize::LARGEST.bytes();
         let disk = out.disk()?;
         let mut list = FileList::new(io::BufWriter::new(files.file()))?;
         let scratch: Option<Arc<dyn WriteAt>> =
             if options.verity { Some(Arc::new(out.scratch()?)) } else { None };
         let mut open = |number: usize| -> io::Result<Box<dyn Read>> {
+            if final_size {
+                let end = number + 1;
+                image.keep_layers(0..end);
+            }
             let layer = image.open_layer(number)?;
             Ok(Box::new(Ahead::new(bar.wrap_read(layer))?))
         };
-        let mut add = |file: layer_codec::flat::FlatFile<'_>| list.add(&file);
+        let mut add = |file: flat::FlatFile<'_>| list.add(&file);
         match flatten(image.layers().len(), &mut open, &disk, scratch, options, Some(&mut add)) {
             Ok(done) => {
                 let listed = list.finish()?;
@@ -399,18 +385,18 @@ fn options(args: &PackArgs, format: DiskFormat) -> Result<FlatOptions, CliError>
         (Some(_), _) => BlockSize::LARGEST,
         (None, _) => args.block_size(),
     };
-    let gids = if args.gid_map.is_empty() { &args.uid_map } else { &args.gid_map };
     Ok(FlatOptions {
         block_size: block_size.bytes(),
         inline_data: args.inline_data || writable.is_none(),
         writable,
         verity: args.verity,
         max_image_bytes: format.most(),
-        id_maps: IdMaps { uids: args.uid_map.clone(), gids: gids.clone() },
+        id_maps: ids::maps(&args.uid_map, &args.gid_map),
         limits: args.limits(),
         made_at: args.source_date_epoch,
         source: None,
         require: args.require_init.as_ref().map(|path| path.to_string_lossy().into_owned().into_bytes()),
+        contents: true,
     })
 }
 
@@ -424,20 +410,34 @@ fn source_digest(image: &Image) -> [u8; 32] {
     digest.finalize().into()
 }
 
-fn ranges(ranges: &[IdRange]) -> Vec<String> {
-    ranges.iter().map(|r| format!("{}:{}:{}", r.container_id, r.host_id, r.size)).collect()
-}
-
 /// `cannot pack NAME`, and the causes.
 pub(super) fn failed_to_pack(name: &str, error: &(dyn std::error::Error + 'static)) -> CliError {
+    if let Some(broken) = open::image_error(error) {
+        return open::failed("pack", name, broken);
+    }
     let mut text = format!("cannot pack {name}");
     let mut cause = Some(error);
     while let Some(inner) = cause {
         // Writing to a String cannot fail.
         let _ = write!(text, ": {inner}");
+        // The source of an error of a layer is a box.
+        let known = inner.downcast_ref::<DiffError>();
+        let known = known.or_else(|| inner.downcast_ref::<Box<DiffError>>().map(|boxed| &**boxed));
+        if let Some(option) = known.and_then(raised_by) {
+            let _ = write!(text, "; raise {option}");
+        }
         cause = inner.source();
     }
     text.into()
+}
+
+/// The option that raises a limit.
+fn raised_by(error: &DiffError) -> Option<&'static str> {
+    match error {
+        DiffError::Limit { what: NAMES | flat::ALL_ENTRIES, .. } => Some("--max-entries"),
+        DiffError::Limit { what: TAR_BYTES | flat::ALL_TAR_BYTES, .. } => Some("--max-size"),
+        _ => None,
+    }
 }
 
 /// A name that begins with that of `path`.

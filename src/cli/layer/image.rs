@@ -20,6 +20,7 @@ use std::{
     sync::Arc,
 };
 use vhd_image::{
+    qcow2::{Qcow2, is_qcow2},
     vhd::{
         self, Footer, VhdError,
         dynamic::{DynamicVhd, is_dynamic},
@@ -172,6 +173,18 @@ impl Image {
     pub(super) fn layer(&self) -> Result<LayerSource<Disk>, CliError> {
         Ok(LayerSource::new(self.disk.clone(), self.kind()?))
     }
+}
+
+/// The disk in a file of any kind, qcow2 included, for those who only read it.
+pub(in crate::cli) fn open_disk(path: &Path) -> Result<Disk, CliError> {
+    let file = Arc::new(input::open_file(path).map_err(|e| failed("open", path, &e))?);
+    let unread = |e: &(dyn std::error::Error + 'static)| failed("read", path, e);
+    if !is_qcow2(&part(&file, 0, foreign::HEAD).map_err(|e| unread(&e))?) {
+        return Ok(Image::open(path)?.disk);
+    }
+    let disk = Qcow2::open(file).map_err(|e| unread(&e))?;
+    let head = part(&disk, 0, foreign::HEAD).map_err(|e| unread(&e))?;
+    foreign::refusal_inside(path, &head).map_or_else(|| Ok(Arc::new(disk) as Disk), |text| Err(text.into()))
 }
 
 /// Up to `most` bytes at `offset`; fewer at the end of the disk.

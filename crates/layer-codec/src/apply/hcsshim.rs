@@ -11,7 +11,7 @@
 //! from this project's. `docs/hcsshim-profile.md` has the list. Called by `apply` through [`Target`].
 
 use super::{
-    ApplyOptions, LowerLayers,
+    ApplyOptions, LowerLayers, NAMES,
     context::{Context, opaque},
     owner,
     target::{Placement, Settled, Target},
@@ -70,7 +70,7 @@ impl<'o, W: WriteAt> HcsshimLayer<'o, W> {
     fn count_name(&mut self) -> Result<(), DiffError> {
         self.names += 1;
         if self.names > self.options.limits.entries {
-            return Err(self.context.limit("names in a layer", self.options.limits.entries));
+            return Err(self.context.limit(NAMES, self.options.limits.entries));
         }
         Ok(())
     }

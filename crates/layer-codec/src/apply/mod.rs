@@ -63,8 +63,8 @@ pub use chain::LayerChain;
 pub use growth::{Growth, NoGrowth};
 pub use lower::{LowerLayers, LowerNode, NoLowers};
 pub use options::{
-    ApplyLimits, ApplyOptions, ApplyResources, ApplySummary, HcsshimProfile, LowerUse, MAX_RAW_BYTES,
-    Profile, ToldDigest, UnknownProfile,
+    ApplyLimits, ApplyOptions, ApplyResources, ApplySummary, HcsshimProfile, LowerUse, MAX_RAW_BYTES, NAMES,
+    Profile, TAR_BYTES, ToldDigest, UnknownProfile,
 };
 pub use owner::check_owners;
 
@@ -256,7 +256,7 @@ fn read_all<R: Read, S: WriteAt, T: Target>(
                 record.check()?;
                 let limit = options.limits.tar_bytes;
                 if entry.offset > limit || entry.stored > limit {
-                    return Err(layer.limit("bytes of tar", limit));
+                    return Err(layer.limit(TAR_BYTES, limit));
                 }
                 if open && entry.stored > largest_image(options) {
                     let what = if options.footer {

@@ -22,6 +22,11 @@ use vhd_image::vhd;
 /// The largest image without a VHD footer: 16 TiB.
 pub const MAX_RAW_BYTES: u64 = 16 << 40;
 
+/// What [`ApplyLimits::entries`] counts, as [`DiffError::Limit`](crate::DiffError::Limit) says it.
+pub const NAMES: &str = "names in a layer";
+/// What [`ApplyLimits::tar_bytes`] counts, as [`DiffError::Limit`](crate::DiffError::Limit) says it.
+pub const TAR_BYTES: &str = "bytes of tar";
+
 /// The layout of an image, and what the entries of a tar mean. Its text form is its name in lower case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]

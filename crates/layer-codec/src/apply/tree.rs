@@ -11,7 +11,7 @@
 //! Called by `layer`, `links` and `flat`.
 
 use super::{
-    ApplyOptions,
+    ApplyOptions, NAMES,
     context::{Context, OVERLAY_OPAQUE, opaque},
     kernel::{self, Ruling},
     name, owner,
@@ -163,7 +163,7 @@ impl<'o, W: WriteAt> LayerTree<'o, W> {
     pub(super) fn count_name(&mut self) -> Result<(), DiffError> {
         self.names += 1;
         if self.names > self.options.limits.entries {
-            return Err(self.limit("names in a layer", self.options.limits.entries));
+            return Err(self.limit(NAMES, self.options.limits.entries));
         }
         Ok(())
     }

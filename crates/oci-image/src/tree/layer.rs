@@ -41,6 +41,15 @@ pub(super) struct LayerTree {
     pub(super) replaced: Vec<Shadowed>,
 }
 
+/// What a layer has at a path.
+enum Found {
+    Node(NodeId),
+    /// Nothing: layers below may have it.
+    Missing,
+    /// Something that hides the layers below.
+    Hidden,
+}
+
 /// The digest of the file that is being read.
 struct Hashing {
     node: NodeId,
@@ -87,7 +96,7 @@ impl LayerTree {
         };
         tree.read_tar(what, &mut layer, budget, digests, progress)?;
         tree.used.summary = layer.finish()?;
-        tree.settle();
+        tree.settle().map_err(|reason| ImageError::corrupt(what, reason))?;
         Ok(tree)
     }
 
@@ -196,6 +205,7 @@ impl LayerTree {
                 self.link(directory, parents, last, entry)?;
                 Ok(None)
             }
+            EntryKind::Symlink if entry.link.is_empty() => Err("a symbolic link without a target".to_owned()),
             EntryKind::Directory => Ok(Some(self.merge_directory(directory, parents, last, entry))),
             _ => {
                 let node = Node::of(entry, self.index);
@@ -234,7 +244,7 @@ impl LayerTree {
                 }
                 // What the whiteout hides stays hidden.
                 Some((_, _, Role::Whiteout)) => {
-                    let node = Node { opaque: true, ..Node::directory(self.index) };
+                    let node = Node { opaque: true, fresh: true, ..Node::directory(self.index) };
                     self.insert(at, &part, node)
                 }
                 Some(_) => return Err("a parent of its name is not a directory".to_owned()),
@@ -307,68 +317,140 @@ impl LayerTree {
         entry: &Entry,
     ) -> Result<(), String> {
         let target = path::split(&entry.link).ok_or("its target leaves the layer")?.join(&b'/');
-        if let Some(id) = self.target(&target) {
-            if self.nodes[id.0].kind == NodeKind::Directory {
-                return Err("its target is a directory".to_owned());
+        let header = Node::of(entry, self.index);
+        let known = self.nodes[directory.0].children.get(name).copied();
+        match self.find(&target) {
+            Found::Node(id) if self.nodes[id.0].role == Role::Node => {
+                if self.nodes[id.0].kind == NodeKind::Directory {
+                    return Err("its target is a directory".to_owned());
+                }
+                if known != Some(id) {
+                    // The target may be below the name that is replaced.
+                    self.nodes[id.0].links += 1;
+                    self.remove(directory, parents, name);
+                    self.nodes[directory.0].children.insert(name.into(), id);
+                }
+                self.nodes[id.0].describe_link(&header);
             }
-            if self.nodes[directory.0].children.get(name) == Some(&id) {
-                return Ok(());
+            // A link that names itself, for the second time.
+            Found::Node(id) if known == Some(id) => {}
+            // The target may come later, even if this layer hides it now.
+            Found::Node(_) | Found::Missing | Found::Hidden => {
+                let role = Role::Pending { target, order: 0 };
+                self.set(directory, parents, name, Node { role, ..header });
             }
-            self.remove(directory, parents, name);
-            self.nodes[id.0].describe(entry);
-            self.nodes[id.0].links += 1;
-            self.nodes[directory.0].children.insert(name.into(), id);
-            return Ok(());
         }
-        let node = Node { role: Role::Pending(target), ..Node::of(entry, self.index) };
-        self.set(directory, parents, name, node);
         Ok(())
     }
 
-    /// The node of this layer that a link's target names.
-    fn target(&self, target: &[u8]) -> Option<NodeId> {
-        path::find(&self.nodes, target, false).filter(|id| self.nodes[id.0].role == Role::Node)
+    /// What the layer has at the target of a link; a symbolic link at its end is not followed.
+    fn find(&self, target: &[u8]) -> Found {
+        let mut todo = path::reversed(target);
+        let mut way = vec![ROOT];
+        let (mut links, mut opaque) = (0, false);
+        while let Some(part) = todo.pop() {
+            if part == b".." {
+                if way.len() > 1 {
+                    way.pop();
+                }
+                continue;
+            }
+            let at = *way.last().unwrap_or(&ROOT);
+            opaque |= self.nodes[at.0].opaque;
+            let Some(id) = self.nodes[at.0].children.get(&*part).copied() else {
+                return if opaque { Found::Hidden } else { Found::Missing };
+            };
+            let node = &self.nodes[id.0];
+            match (node.kind, &node.role) {
+                (_, Role::Whiteout) => return Found::Hidden,
+                _ if todo.is_empty() => return Found::Node(id),
+                (NodeKind::Directory, Role::Node) => way.push(id),
+                (NodeKind::Symlink, Role::Node) if links < MAX_LINKS => {
+                    links += 1;
+                    if node.target.first() == Some(&b'/') {
+                        way.truncate(1);
+                    }
+                    todo.extend(path::reversed(&node.target));
+                }
+                _ => return Found::Hidden,
+            }
+        }
+        Found::Node(*way.last().unwrap_or(&ROOT))
     }
 
-    /// Decides links whose target came after them. One that leads to another that stays pending gets its target.
-    fn settle(&mut self) {
+    /// Decides links whose target was not there when they came. What leads to a layer below stays pending, in the order in
+    /// which it is decided, and the target gets a name here, too: a copy of it has both.
+    fn settle(&mut self) -> Result<(), String> {
         let mut waiting: HashMap<NodeId, (NodeId, Box<[u8]>)> = HashMap::new();
         for (at, node) in self.nodes.iter().enumerate() {
             for (name, child) in &node.children {
-                if matches!(self.nodes[child.0].role, Role::Pending(_)) {
+                if matches!(self.nodes[child.0].role, Role::Pending { .. }) {
                     waiting.insert(*child, (NodeId(at), name.clone()));
                 }
             }
         }
         let mut first: Vec<NodeId> = waiting.keys().copied().collect();
         first.sort_unstable();
+        let mut count = 0;
         for start in first {
-            let (mut chain, mut at) = (Vec::new(), start);
-            let end = loop {
-                let Role::Pending(target) = &self.nodes[at.0].role else { break None };
-                if !waiting.contains_key(&at) || chain.contains(&at) {
-                    break None;
-                }
-                chain.push(at);
-                match path::find(&self.nodes, target, false) {
-                    Some(id) if matches!(self.nodes[id.0].role, Role::Pending(_)) => at = id,
-                    Some(id) if self.nodes[id.0].role == Role::Node => break Some(id),
-                    _ => break None,
-                }
-            };
-            let end = end.filter(|id| self.nodes[id.0].kind != NodeKind::Directory);
-            let last = self.nodes[chain.last().copied().unwrap_or(start).0].role.clone();
-            for link in chain {
-                let Some((directory, name)) = waiting.remove(&link) else { continue };
-                let Some(id) = end else {
-                    self.nodes[link.0].role = last.clone();
+            // Links to links are decided from the end of their chain.
+            let mut chain = vec![start];
+            while let Some(link) = chain.last().copied() {
+                let Role::Pending { target, .. } = &self.nodes[link.0].role else { break };
+                let target = target.clone();
+                let Some((directory, name)) = waiting.get(&link).cloned() else {
+                    chain.pop();
                     continue;
                 };
-                let described = self.nodes[link.0].clone();
-                self.nodes[id.0].describe_as(&described);
-                self.nodes[id.0].links += 1;
-                self.nodes[directory.0].children.insert(name, id);
+                let refused = |reason: &str| {
+                    let [link, target] =
+                        [&name[..], &target[..]].map(|path| shown(&String::from_utf8_lossy(path)));
+                    Err(format!("the hard link {link} to {target} {reason}"))
+                };
+                match self.find(&target) {
+                    Found::Node(next) if next != link && waiting.contains_key(&next) => {
+                        if chain.len() > waiting.len() {
+                            return refused("leads back to itself");
+                        }
+                        chain.push(next);
+                    }
+                    Found::Node(id) if id != link => {
+                        if self.nodes[id.0].kind == NodeKind::Directory {
+                            return refused("leads to a directory");
+                        }
+                        waiting.remove(&link);
+                        self.nodes[link.0].links = 0;
+                        self.nodes[id.0].links += 1;
+                        self.nodes[directory.0].children.insert(name, id);
+                    }
+                    Found::Hidden => return refused("has no target"),
+                    Found::Node(_) | Found::Missing => {
+                        waiting.remove(&link);
+                        self.name_target(link, &target);
+                        self.nodes[link.0].role = Role::Pending { target, order: count };
+                        count += 1;
+                    }
+                }
             }
+        }
+        Ok(())
+    }
+
+    /// Gives a link into a lower layer the name of its target, too, unless the layer has something else on the way.
+    fn name_target(&mut self, link: NodeId, target: &[u8]) {
+        let parts: Vec<&[u8]> = target.split(|b| *b == b'/').collect();
+        let Some((last, parents)) = parts.split_last() else { return };
+        let mut at = ROOT;
+        for part in parents {
+            at = match self.nodes[at.0].children.get(*part).copied() {
+                Some(id) if self.nodes[id.0].kind == NodeKind::Directory => id,
+                Some(_) => return,
+                None => self.insert(at, part, Node::directory(self.index)),
+            };
+        }
+        if !self.nodes[at.0].children.contains_key(*last) {
+            self.nodes[link.0].links += 1;
+            self.nodes[at.0].children.insert((*last).into(), link);
         }
     }
 }

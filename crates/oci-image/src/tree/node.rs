@@ -13,6 +13,12 @@ pub(super) const ROOT: NodeId = NodeId(0);
 
 /// Overlayfs' own attributes, which a tar must not set.
 const OVERLAY_PREFIX: &[u8] = b"trusted.overlay.";
+/// Attributes that a directory without an entry does not take from the one below it, as in containerd's `mkparent`.
+const TRUSTED_PREFIX: &[u8] = b"trusted.";
+/// What chown(2) removes.
+const CAPABILITY: &[u8] = b"security.capability";
+/// Permissions of symbolic links.
+const LINK_MODE: u16 = 0o777;
 
 /// The type of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,8 +53,13 @@ pub(super) enum Role {
     Node,
     /// The name is deleted from the layers below.
     Whiteout,
-    /// A hard link to this path, which the layer does not have.
-    Pending(Vec<u8>),
+    /// A hard link to a path that the layer does not have.
+    Pending {
+        /// Its components, joined by slashes.
+        target: Vec<u8>,
+        /// Its place among those of the layer: in this order their headers are applied.
+        order: usize,
+    },
 }
 
 /// A node.
@@ -84,6 +95,12 @@ pub struct Node {
     pub implied: bool,
     /// In a layer: hides what the layers below have in this directory.
     pub(super) opaque: bool,
+    /// In a layer: a directory without an entry where the layer has a whiteout, so that the layers below do not describe it.
+    pub(super) fresh: bool,
+    /// In the merged tree: some layer has a symbolic link at the path of this directory, or at one on the way to it.
+    pub(super) linked: bool,
+    /// In the merged tree: layers below that of this directory may describe it, at another path than its own.
+    pub(super) sought: bool,
     pub(super) role: Role,
     pub(super) children: BTreeMap<Box<[u8]>, NodeId>,
 }
@@ -107,6 +124,9 @@ impl Node {
             links: 1,
             implied: true,
             opaque: false,
+            fresh: false,
+            linked: false,
+            sought: false,
             role: Role::Node,
             children: BTreeMap::new(),
         }
@@ -145,7 +165,8 @@ impl Node {
 
     /// Takes the attributes of an entry.
     pub(super) fn describe(&mut self, entry: &Entry) {
-        (self.mode, self.uid, self.gid, self.mtime) = (entry.mode, entry.uid, entry.gid, entry.mtime);
+        self.mode = if self.kind == NodeKind::Symlink { LINK_MODE } else { entry.mode };
+        (self.uid, self.gid, self.mtime) = (entry.uid, entry.gid, entry.mtime);
         self.xattrs = entry.xattrs.iter().filter(|x| !x.name.starts_with(OVERLAY_PREFIX)).cloned().collect();
         self.implied = false;
     }
@@ -156,5 +177,24 @@ impl Node {
         self.xattrs.clone_from(&other.xattrs);
         self.layer = other.layer;
         self.implied = other.implied;
+    }
+
+    /// Applies the header of a further name, as by chown, setxattr, chmod and utimes: the last header holds for all names.
+    pub(super) fn describe_link(&mut self, header: &Self) {
+        if self.kind != NodeKind::Symlink {
+            self.mode = header.mode;
+        }
+        (self.uid, self.gid, self.mtime) = (header.uid, header.gid, header.mtime);
+        self.xattrs.retain(|x| x.name != CAPABILITY);
+        for xattr in &header.xattrs {
+            self.xattrs.retain(|known| known.name != xattr.name);
+            self.xattrs.push(xattr.clone());
+        }
+        self.layer = header.layer;
+    }
+
+    /// Drops what a directory without an entry does not take from the one below it.
+    pub(super) fn shine_through(&mut self) {
+        self.xattrs.retain(|x| !x.name.starts_with(TRUSTED_PREFIX));
     }
 }

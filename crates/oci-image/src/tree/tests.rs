@@ -73,7 +73,7 @@ fn layers_merge_as_overlays_do() {
                 tar().file("a/x", b"").file("b/x", b"").finish(),
                 tar().opaque("a").file("a/y", b"").file("b/y", b"").opaque("b").finish(),
             ],
-            &["1 a/", "1 a/y 0", "1 b/", "1 b/y 0"],
+            &["0 a/", "1 a/y 0", "0 b/", "1 b/y 0"],
         ),
         (
             "a directory on a file, a file on a directory",
@@ -119,7 +119,7 @@ fn layers_merge_as_overlays_do() {
                 tar().dir("usr/lib").symlink("lib", "usr/lib").file("lib/x", b"").finish(),
                 tar().file("lib/y", b"").finish(),
             ],
-            &["1 lib/", "1 lib/y 0", "0 usr/", "0 usr/lib/", "0 usr/lib/x 0"],
+            &["0 lib/", "1 lib/y 0", "0 usr/", "0 usr/lib/", "0 usr/lib/x 0"],
         ),
         (
             "AUFS's own entries mean nothing; the root has attributes",

@@ -53,8 +53,8 @@ impl DirectLayout {
     }
 }
 
-fn writing(path: &Path) -> impl Fn(io::Error) -> ImageError {
-    let what = format!("{}", path.display());
+/// The error of writing a file, or in a directory, of the layout.
+fn writing(what: String) -> impl Fn(io::Error) -> ImageError {
     move |source| ImageError::Write { what: what.clone(), source }
 }
 
@@ -66,23 +66,25 @@ impl LayoutOut for DirectLayout {
     fn place(&self, name: &LayoutFile, fill: &mut Fill<'_>) -> Result<(), ImageError> {
         let path = self.directory.join(name.path());
         let folder = path.parent().unwrap_or(&self.directory);
-        fs::create_dir_all(folder).map_err(writing(folder))?;
+        let failed = writing(name.path());
+        fs::create_dir_all(folder).map_err(&failed)?;
         let mut builder = tempfile::Builder::new();
         builder.prefix(".tmp");
         #[cfg(unix)]
         // The umask removes the permissions that a new file must not have.
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = builder.tempfile_in(folder).map_err(writing(folder))?;
+        let mut file = builder.tempfile_in(folder).map_err(&failed)?;
         fill(file.as_file_mut())?;
-        file.as_file().sync_all().map_err(writing(&path))?;
-        file.persist(&path).map_err(|e| writing(&path)(e.error))?;
+        file.as_file().sync_all().map_err(&failed)?;
+        file.persist(&path).map_err(|e| failed(e.error))?;
         Ok(())
     }
 
     fn sync(&self) -> Result<(), ImageError> {
         #[cfg(unix)]
         for folder in [self.directory.join("blobs").join("sha256"), self.directory.clone()] {
-            File::open(&folder).and_then(|folder| folder.sync_all()).map_err(writing(&folder))?;
+            let failed = writing("the layout".to_owned());
+            File::open(&folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
         }
         Ok(())
     }

@@ -52,9 +52,9 @@ impl Destination {
     /// Reads `oci:DIR:REF`, `oci-archive:FILE[:REF]` or `docker-archive:FILE[:NAME]`.
     ///
     /// # Errors
-    /// [`ImageError::Usage`] for any other form.
+    /// [`ImageError::Usage`] for any other form, without the text itself.
     pub fn parse(text: &str) -> Result<Self, ImageError> {
-        let usage = |reason: &str| ImageError::Usage(format!("{}: {reason}", shown(text)));
+        let usage = |reason: &str| ImageError::Usage(reason.to_owned());
         if text.contains("@sha256:") || text.contains("@sha512:") {
             return Err(usage("an image is written under a tag, not under a digest"));
         }

@@ -64,6 +64,11 @@ use verity_tree::TreeDisk;
 /// each layer from the top down, and again for a layer that has to be read a second time.
 pub type OpenLayer<'a> = dyn FnMut(usize) -> io::Result<Box<dyn Read>> + 'a;
 
+/// What [`ApplyLimits::entries`] counts here, besides names: the entries that were read, the hidden ones, too.
+pub const ALL_ENTRIES: &str = "entries of all layers";
+/// What [`ApplyLimits::tar_bytes`] counts here.
+pub const ALL_TAR_BYTES: &str = "bytes of tar of all layers";
+
 /// The directory of a layer that is being read: a name that no entry can have.
 const LAYER_DIR: &[u8] = b".wh..wh.layer";
 
@@ -82,7 +87,7 @@ pub struct FlatOptions {
     pub max_image_bytes: u64,
     /// Owners in the image are the host's of these ranges instead of those in the layers.
     pub id_maps: IdMaps,
-    /// What is refused. The number of names is that of all layers together, the rest holds for each.
+    /// What is refused. Names, entries and bytes of tar are those of all layers together; the rest holds for each.
     pub limits: ApplyLimits,
     /// When the file system was made: seconds since 1970.
     pub made_at: u32,
@@ -90,6 +95,8 @@ pub struct FlatOptions {
     pub source: Option<[u8; 32]>,
     /// This path must lead to an executable file.
     pub require: Option<Vec<u8>>,
+    /// Files have their data. Without, they have their sizes and are holes, for who only compares everything else.
+    pub contents: bool,
 }
 
 impl Default for FlatOptions {
@@ -105,6 +112,7 @@ impl Default for FlatOptions {
             made_at: 0,
             source: None,
             require: None,
+            contents: true,
         }
     }
 }

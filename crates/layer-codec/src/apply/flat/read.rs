@@ -16,7 +16,7 @@ use super::{
         name,
         target::{Placement, Target},
     },
-    Flatten, ids,
+    ALL_ENTRIES, ALL_TAR_BYTES, Flatten, ids,
 };
 use crate::DiffError;
 use disk_io::WriteAt;
@@ -201,13 +201,26 @@ pub(super) fn first<W: WriteAt>(
             Event::Entry(entry) => {
                 close(layer, &mut open, &mut flat.data)?;
                 flat.summary.entries += 1;
+                if flat.summary.entries > limits.entries {
+                    return Err(layer.limit(ALL_ENTRIES, limits.entries));
+                }
                 ids::shift(entry, &flat.options.id_maps)?;
                 let placement = layer.entry(entry)?;
                 flat.merged.follow(&mut layer.tree);
-                if entry.offset > limits.tar_bytes || entry.stored > limits.tar_bytes {
-                    return Err(layer.limit("bytes of tar", limits.tar_bytes));
+                // Before the data are read: what is too much is never written.
+                let end = flat.summary.tar_bytes.saturating_add(entry.offset).saturating_add(entry.stored);
+                if end > limits.tar_bytes {
+                    return Err(layer.limit(ALL_TAR_BYTES, limits.tar_bytes));
                 }
-                if let Placement::Data(node) = placement {
+                if let Placement::Data(node) = placement
+                    && !flat.options.contents
+                {
+                    layer.begin_file(node, entry.size)?;
+                    layer.end_file()?;
+                    if !flat.wanted.is_empty() {
+                        flat.data.written.insert(node, entry.offset);
+                    }
+                } else if let Placement::Data(node) = placement {
                     let into = destination(layer, node, &entry.path, flat);
                     let digest = flat.data.digests.is_some();
                     if let Some(into) = into {

@@ -334,6 +334,25 @@ fn a_second_read_is_only_made_for_a_link_to_a_hidden_file() {
 }
 
 #[test]
+fn without_contents_everything_else_is_the_same() {
+    let layers = [
+        tar_of(&[
+            Dir(s("d"), 0o711),
+            File(s("d/b"), 70_000, 1),
+            File(s("c"), 9, 9),
+            Link(s("e"), s("c")),
+            File(s("gone"), 70_000, 2),
+        ]),
+        tar_of(&[Link(s("a"), s("d/b")), File(s("f"), 90_000, 3), Whiteout(s("gone"))]),
+    ];
+    let options = FlatOptions { contents: false, ..FlatOptions::default() };
+    let (bare, _) = flat_with(&layers, &options).unwrap();
+    let (full, _) = flat(&layers).unwrap();
+    assert_eq!(lines(&canonical(&[&bare]), false), lines(&canonical(&[&full]), false));
+    assert!(bare.size().unwrap() + 80_000 < full.size().unwrap());
+}
+
+#[test]
 fn the_root_is_that_of_the_topmost_layer_with_an_entry_for_it() {
     let layers = [
         tar_of(&[Dir(s("./"), 0o711), File(s("a"), 1, 1)]),

@@ -1,4 +1,4 @@
-//! QEMU's qcow2, version 3: writes an image of a disk whose zeros take no space.
+//! QEMU's qcow2: writes version 3, an image of a disk whose zeros take no space, and reads versions 2 and 3 ([`Qcow2`]).
 //!
 //! ```text
 //!   cluster  0       1 …      then, in the order of the disk                       at the end
@@ -11,6 +11,10 @@
 //!
 //! Invariants: one pass over the source in ascending order; equal disks give equal bytes; the header is written last, so a
 //! file whose creation was interrupted is no qcow2. Memory: two clusters, and 8 bytes for each 512 MiB of the disk.
+
+mod reader;
+
+pub use reader::{MAX_L1_BYTES, Qcow2, is_qcow2};
 
 use crate::zeros::{nonzero_runs, read_padded, touched};
 use disk_io::{ReadAt, WriteAt};
@@ -37,7 +41,7 @@ const SECTOR: u64 = 512;
 /// Largest disk: 64 TiB, so that the L1 table stays small.
 pub const MAX_DISK: u64 = 64 << 40;
 
-/// Why no image could be written.
+/// Why no image could be written, or one is not read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Qcow2Error {
@@ -47,7 +51,18 @@ pub enum Qcow2Error {
         /// The size that was asked for; bytes.
         bytes: u64,
     },
-    /// Reading the disk or writing the image failed.
+    /// The image contradicts itself or the format.
+    #[error("corrupt qcow2: {what} (byte {offset} of the file)")]
+    Corrupt {
+        /// What is wrong.
+        what: &'static str,
+        /// Where in the file, in bytes.
+        offset: u64,
+    },
+    /// Valid, but of a kind or size that is not read.
+    #[error("unsupported qcow2: {0}")]
+    Unsupported(&'static str),
+    /// Reading the disk, or reading or writing the image failed.
     #[error("cannot {what} the qcow2 image")]
     Io {
         /// What was being done.
