@@ -38,6 +38,13 @@ const DISABLED: &[&str] = &[
     "io.containerd.internal.v1.tracing",
 ];
 
+/// Those of [`DISABLED`] that a comparison of snapshotters asks for.
+const PEERS: &[&str] = &[
+    "io.containerd.snapshotter.v1.blockfile",
+    "io.containerd.snapshotter.v1.erofs",
+    "io.containerd.differ.v1.erofs",
+];
+
 /// Runs one of the project's scripts on the host; returns what it printed, without the last newline.
 pub(crate) fn script(name: &str, args: &[&str]) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(name);
@@ -56,8 +63,7 @@ pub(crate) fn home(room: &Room) -> PathBuf {
 /// each of its snapshots begins as, there is the snapshotter blockfile, and erofs.
 fn configuration(room: &Room, version: u32, with_lcow: bool, blank: Option<&Path>) -> String {
     let folder = room.folder().display();
-    let is_peer =
-        |plugin: &str| blank.is_some() && (plugin.ends_with(".erofs") || plugin.ends_with(".blockfile"));
+    let is_peer = |plugin: &str| blank.is_some() && PEERS.contains(&plugin);
     let disabled: Vec<&str> = DISABLED.iter().copied().filter(|plugin| !is_peer(plugin)).collect();
     let mut text = format!(
         "version = {version}\nroot = \"{folder}/containerd\"\nstate = \"/run/containerd\"\n\
